@@ -1,0 +1,60 @@
+"""An exponential moving average of a network: the teacher of a method, or the averaged classifier."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+Reader = Callable[[list[Tensor]], AbstractContextManager[list[Tensor]]]
+
+
+class MovingAverage:
+    """A float32 copy of `source` that follows its parameters: average <- m * average + (1 - m) * source.
+
+    `average_buffers`: floating-point buffers are averaged too and integer ones copied (timm's ModelEma, repaired);
+    otherwise the copy keeps buffers of its own, as ConMIM's teacher does (specs/conmim.md 2.4).
+    `read` turns a list of the source's parameters into whole float32 tensors; an engine that shards or rounds them
+    replaces it. It is called block by block, so that no more than a block is ever gathered.
+    """
+
+    read: Reader = staticmethod(nullcontext)
+
+    def __init__(self, source: nn.Module, *, average_buffers: bool = False):
+        self.module = copy.deepcopy(source).float().requires_grad_(False)
+        follows = {name: p for name, p in source.named_parameters() if p.requires_grad}
+        mine = dict(self.module.named_parameters())
+        self._blocks = [
+            ([mine[name] for name in names], [follows[name] for name in names])
+            for names in (list(group) for _, group in groupby(follows, key=_block_of))
+        ]
+        pairs = list(zip(self.module.buffers(), source.buffers(), strict=True)) if average_buffers else []
+        self._averaged = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
+        self._copied = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, momentum: float, applied: float | Tensor = 1.0) -> None:
+        """One update. `applied` 0 leaves the average as it is: the optimizer's step was skipped."""
+        weight = (1.0 - momentum) * applied
+        for mine, theirs in self._blocks:
+            with self.read(theirs) as whole:
+                _lerp(mine, whole, weight)
+        if self._averaged:
+            _lerp(*zip(*self._averaged, strict=True), weight)
+        for mine, theirs in self._copied:
+            mine.copy_(theirs)
+
+
+def _lerp(mine, theirs, weight: float | Tensor) -> None:
+    """A weight on the device (a skipped step is not known to the host yet) takes the list form of the same call."""
+    if isinstance(weight, Tensor):
+        weight = [weight] * len(mine)
+    torch._foreach_lerp_(list(mine), list(theirs), weight)
+
+
+def _block_of(name: str) -> str:
+    """`blocks.3` of `blocks.3.attn.qkv.weight`; names outside a block count together while they are neighbours."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else ""

@@ -1,0 +1,101 @@
+"""Classification: the task that the training loop of engine_for_pretraining.py trains, and its evaluation."""
+
+from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+import utils
+from ema import MovingAverage
+from engine_for_pretraining import Normalize
+
+
+class Classification(nn.Module):
+    """A classifier with its criterion, mixup, random erasing and moving average (specs/conmim.md 6.4, 6.5)."""
+
+    def __init__(self, model: nn.Module, args: Namespace, device: torch.device):
+        super().__init__()
+        self.model = model
+        mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+        self.mixup = make_mixup(args) if mixing else None
+        self.erase = (
+            RandomErasing(args.reprob, args.remode, max_count=args.recount, device=device) if args.reprob else None
+        )
+        if mixing:
+            self.criterion = SoftTargetCrossEntropy()
+        else:
+            self.criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+        self.average = MovingAverage(model, average_buffers=True) if args.model_ema else None
+        self.average_decay = args.model_ema_decay
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, targets = batch["image"], batch["label"]
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        logits = self.model(images).float()
+        out = {"loss": self.criterion(logits, targets)}
+        if self.mixup is None:
+            out["class_acc"] = (logits.detach().argmax(-1) == targets).float().mean()
+        return out
+
+    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
+        if self.average is not None:
+            self.average.update(self.average_decay, applied)
+
+
+def make_mixup(args: Namespace) -> Mixup:
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.nb_classes,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[dict[str, Tensor]],
+    normalize: Normalize,
+    *,
+    dtype: torch.dtype | None = None,
+    shared: bool = False,
+) -> dict[str, float]:
+    """{"loss", "acc1", "acc5"} (percent) over a loader; padding (negative index) does not count.
+
+    `shared`: each process saw a part of the images, and the sums are added up over processes.
+    """
+    was_training = model.training
+    model.eval()
+    device = normalize.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for batch in loader:
+        counts = (batch["index"] >= 0).to(device)
+        moved = normalize(batch)
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            logits = model(moved["image"]).float()
+        sums += torch.stack([*(row[counts].double().sum() for row in scores(logits, moved["label"])), counts.sum()])
+    model.train(was_training)
+    if shared:
+        utils.reduce_sum(sums)
+    loss, top1, top5, images = sums.tolist()
+    return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
+
+
+def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per image: cross entropy, and whether the label is the first / among the first five guesses; each [B]."""
+    guesses = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+    hits = guesses == labels[:, None]
+    return F.cross_entropy(logits, labels, reduction="none"), hits[:, 0], hits.any(-1)

@@ -1,0 +1,178 @@
+"""The training loop, for every method and for fine-tuning alike: one optimizer step after another, whatever is trained.
+
+A task is a module with `forward(batch) -> {"loss": ...}` and `after_step(progress, applied)`; a pre-training method is
+one, a classifier with its criterion (engine_for_finetuning.py) another.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import utils
+from optim_factory import set_schedule
+from parallel import Runner
+from session import Position, Session
+from utils import Progress, RunLog, StepMonitor, StopSignal, Throughput, log
+
+
+class Normalize:
+    """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalised floats."""
+
+    def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device):
+        self.device = device
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in mean_std)
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "index"}
+        for name, value in moved.items():
+            if value.dtype == torch.uint8 and value.ndim == 4:
+                moved[name] = value.float().div_(255).sub_(self.mean).div_(self.std)
+        if "mask" in batch:  # counted on the host, where it costs no wait for the device
+            moved["max_masked"] = int(batch["mask"].flatten(1).sum(1).max())
+        return moved
+
+
+@dataclass
+class Training:
+    """Everything that one run of the loop needs."""
+
+    args: Namespace
+    runner: Runner
+    task: torch.nn.Module
+    normalize: Normalize
+    loader: DataLoader
+    steps_per_epoch: int
+    lr: np.ndarray
+    weight_decay: np.ndarray
+    monitor: StepMonitor
+    throughput: Throughput
+    session: Session
+    run_log: RunLog
+    stop: StopSignal
+
+    @property
+    def total_steps(self) -> int:
+        return self.args.epochs * self.steps_per_epoch
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; everything is saved."""
+
+
+def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
+    """Trains from `position` to the end of its epoch and returns the epoch's means. `position` moves along.
+
+    Raises Stopped after a signal, NonFiniteError after too many skipped steps.
+    """
+    args, epoch = run.args, position.epoch
+    run.task.train()
+    run.loader.batch_sampler.set_position(epoch, position.step * args.update_freq)
+    progress = Progress(f"epoch {epoch}", run.steps_per_epoch, position.step, every=args.log_every, rank=args.rank)
+    run.throughput.restart()
+    try:
+        for micro_batches in grouped(run.throughput.timed(run.loader), args.update_freq):
+            train_one_step(run, epoch * run.steps_per_epoch + position.step, micro_batches)
+            position.step += 1
+            progress.advance()
+            if progress.due(position.step):
+                show(run, progress, position)
+            save_if_due(run, position)
+    finally:
+        progress.close()
+    run.monitor.read()
+    return run.monitor.means()
+
+
+def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Tensor]]) -> None:
+    """Update number `update` of the run: schedules, forward and backward of each micro-batch, optimizer, average."""
+    set_schedule(run.runner.optimizer, run.lr[update], run.weight_decay[update])
+    utils.seed_step(run.args.seed, run.args.rank, update)
+    outs = [
+        run.runner.micro_step(run.normalize(batch), last=k == len(micro_batches))
+        for k, batch in enumerate(micro_batches, 1)
+    ]
+    result = run.runner.step()
+    on_host = result["applied"].device.type == "cpu"
+    run.task.after_step(update / run.total_steps, float(result["applied"]) if on_host else result["applied"])
+    figures = {name: torch.stack([out[name].detach().float() for out in outs]).mean() for name in outs[0]}
+    run.monitor.push(update, [batch["index"] for batch in micro_batches], figures | result)
+    run.throughput.steps += 1
+    if on_host:  # reading costs no wait there
+        run.monitor.read()
+
+
+def grouped(batches: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` batches; the loader's length is a multiple of it."""
+    batches = iter(batches)
+    while group := list(islice(batches, size)):
+        assert len(group) == size, "the sampler must yield whole optimizer steps"
+        yield group
+
+
+def show(run: Training, progress: Progress, position: Position) -> None:
+    """One line of figures, and the same to tensorboard and W&B."""
+    recent, speed = run.monitor.read(), run.throughput.figures()
+    if not recent:
+        return
+    rates = [group["lr"] for group in run.runner.optimizer.param_groups]
+    update = position.epoch * run.steps_per_epoch + position.step
+    memory = utils.memory_gib(run.normalize.device)
+    text = {
+        "loss": f"{recent['loss']:.4f}",
+        "lr": f"{max(rates):.2e}",
+        "grad": f"{recent['grad_norm']:.2f}",
+        "img/s": f"{speed['images_per_s']:.1f}",
+        "data": f"{speed['data_wait']:.0f}%",
+        "mem": f"{memory:.1f}G",
+        "eta": utils.clock((run.total_steps - update) * speed["s_per_step"]),
+    }
+    if "mfu" in speed:
+        text["mfu"] = f"{speed['mfu']:.0f}%"
+    progress.show(position.step, text)
+    decays = [g["weight_decay"] for g in run.runner.optimizer.param_groups if g["weight_decay"] > 0]
+    optimizer = {"opt/lr": max(rates), "opt/min_lr": min(rates), "opt/weight_decay": decays[-1] if decays else 0.0}
+    figures = {f"train/{name}": value for name, value in recent.items() if name != "applied"}
+    run.run_log.step(figures | optimizer | {f"perf/{k}": v for k, v in speed.items()} | {"perf/memory": memory}, update)
+
+
+def save_if_due(run: Training, position: Position) -> None:
+    """Checkpoints within an epoch, and the agreed stop of all ranks after a signal on any of them."""
+    args = run.args
+    asks = run.normalize.device.type == "cpu" or position.step % args.log_every == 0
+    stop = asks and utils.any_rank(run.stop.received is not None, run.normalize.device)
+    due = args.save_ckpt_steps and position.step % args.save_ckpt_steps == 0
+    if stop or due:
+        run.monitor.read()
+        run.session.save(position, finished=False)
+    if stop:
+        raise Stopped(
+            f"{run.stop.received or 'a signal on another rank'} after step {position.step} of epoch {position.epoch}"
+        )
+
+
+def save_at_epoch_end(run: Training, position: Position) -> None:
+    """Every --save_ckpt_freq epochs and at the end of the run."""
+    done = position.epoch + 1
+    if done % run.args.save_ckpt_freq == 0 or done == run.args.epochs:
+        run.session.save(position, finished=True)
+
+
+def train(run: Training, position: Position, after_epoch) -> None:
+    """Epoch after epoch. `after_epoch(position) -> dict` evaluates, and its figures go into log.txt."""
+    run.run_log.forget_from(position.epoch)
+    while position.epoch < run.args.epochs:
+        means = train_one_epoch(run, position)
+        lr = max(group["lr"] for group in run.runner.optimizer.param_groups)
+        figures = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | after_epoch(position)
+        figures |= {"epoch": position.epoch, "n_parameters": utils.count_parameters(run.task)}
+        save_at_epoch_end(run, position)
+        run.run_log.epoch(figures, (position.epoch + 1) * run.steps_per_epoch)
+        log.info("epoch %d: %s", position.epoch, "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "epoch"))
+        run.monitor.reset()
+        position.epoch, position.step = position.epoch + 1, 0

@@ -1,0 +1,403 @@
+"""The vision transformer of the repository and the classifiers built on it.
+
+One `Attention`, one `Block` and one `VisionTransformer` cover BEiT's form (query and value bias, relative position
+tables, layer scale, mean pooling) and MAE's form (full bias, sine-cosine positions, class token or mean pooling).
+Shapes in comments: B images, N patches, T = 1 + N tokens (class token first), C channels, h heads, d = C / h.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+VIT_SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+ATTENTION_KERNELS = ("auto", "sdpa", "eager")
+_MODELS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Makes `factory` the model called `name` here, and in timm too where timm has no model of that name."""
+    _MODELS[name] = factory
+    if not timm.is_model(name):
+        named = partial(factory)
+        named.__name__, named.__module__ = name, __name__
+        timm.models.register_model(named)
+
+
+def list_models(prefix: str = "") -> list[str]:
+    return sorted(name for name in _MODELS if name.startswith(prefix))
+
+
+def create_model(name: str, **kwargs) -> nn.Module:
+    """Builds a registered model of this repository. ValueError: an unknown name, or an option that it does not take."""
+    if name not in _MODELS:
+        raise ValueError(f"--model {name} is unknown here; the models are: {', '.join(list_models())}")
+    try:
+        return _MODELS[name](**kwargs)
+    except TypeError as error:
+        raise ValueError(f"--model {name} does not take one of the options {sorted(kwargs)}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+
+def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images [B, 3, H, W] into patches and projects them: [B, N, C], row-major."""
+
+    def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.img_size, self.patch_size = to_pair(img_size), to_pair(patch_size)
+        if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
+            raise ValueError(f"--input_size {self.img_size} is not a multiple of --patch_size {self.patch_size}")
+        self.grid_size = tuple(side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True))
+        self.num_patches = math.prod(self.grid_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != self.img_size:
+            raise ValueError(f"images are {tuple(x.shape[-2:])}, the model was built for --input_size {self.img_size}")
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+    """Row of the bias table for each pair (query, key) of 1 + gh * gw tokens: int64 [T, T] (specs/conmim.md 1.1)."""
+    gh, gw = grid
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij"))
+    rows = table_rows(grid)
+    index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.int64)
+    index[1:, 1:] = (y[:, None] - y + gh - 1) * (2 * gw - 1) + (x[:, None] - x + gw - 1)
+    index[0, 1:], index[1:, 0], index[0, 0] = rows - 3, rows - 2, rows - 1
+    return index
+
+
+def table_rows(grid: tuple[int, int]) -> int:
+    """Offsets between two patches of the grid, and three rows for class-to-patch, patch-to-class, class-to-class."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def bias_of(table: Tensor, index: Tensor) -> Tensor:
+    """Looks the table [R, h] up at index [T, T]: bias [h, T, T]."""
+    return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
+
+
+class RelativePositionBias(nn.Module):
+    """One relative position table for all blocks: forward() gives the bias [h, T, T]."""
+
+    def __init__(self, grid: tuple[int, int], num_heads: int):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+
+    def forward(self) -> Tensor:
+        return bias_of(self.relative_position_bias_table, self.relative_position_index)
+
+
+class QKVLinear(nn.Linear):
+    """A projection that can be lent a bias, so that keys go without one."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias if bias is None else bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with BEiT's query and value bias and an additive position bias (specs/conmim.md 1.1).
+
+    `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "auto" takes what is faster for
+    the device, the dtype and the bias at hand (docs/benchmarks.md).
+    """
+
+    def __init__(self, dim, num_heads, *, qkv_bias, k_bias, attn_drop, proj_drop, grid=None, kernel="auto"):
+        super().__init__()
+        if kernel not in ATTENTION_KERNELS:
+            raise ValueError(f"--attn {kernel} is unknown; take one of {', '.join(ATTENTION_KERNELS)}")
+        self.num_heads, self.kernel, self.attn_drop = num_heads, kernel, attn_drop
+        self.q_bias = self.v_bias = self.relative_position_bias_table = None
+        if qkv_bias and not k_bias:
+            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        if grid is not None:
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), num_heads))
+            self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+        self.qkv = QKVLinear(dim, 3 * dim, bias=qkv_bias and k_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = self.project(x)  # each [B, h, T, d]
+        bias = self.position_bias(bias)
+        if self.choose_kernel(q, bias) == "sdpa":
+            x = self.fused(q, k, v, bias)
+        else:
+            x = F.dropout(self.probabilities(q, k, bias), self.attn_drop, self.training).to(v.dtype) @ v
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, T, C] to queries, keys, values, each [B, h, T, d]."""
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
+        qkv = self.qkv(x, bias)
+        return qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def position_bias(self, shared: Tensor | None) -> Tensor | None:
+        """The block's own bias plus the shared one, as far as they exist: [h, T, T]."""
+        if self.relative_position_bias_table is None:
+            return shared
+        own = bias_of(self.relative_position_bias_table, self.relative_position_index)
+        return own if shared is None else own + shared
+
+    def choose_kernel(self, q: Tensor, bias: Tensor | None) -> str:
+        """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias (specs/engine.md 4.2)."""
+        if self.kernel != "auto":
+            return self.kernel
+        trains_bias = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+        return "eager" if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32) else "sdpa"
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
+        dropout = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+    def probabilities(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(d) + bias) over keys: [B, h, T, T]."""
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (scores if bias is None else scores + bias).softmax(-1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between; dropout comes after the second only (specs/conmim.md 1.1)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(F.gelu(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic depth."""
+
+    def __init__(self, dim, num_heads, *, mlp_ratio, drop, drop_path, init_values, **attention):
+        super().__init__()
+        self.gamma_1 = self.gamma_2 = None
+        if init_values:
+            self.gamma_1 = nn.Parameter(torch.full((dim,), float(init_values)))
+            self.gamma_2 = nn.Parameter(torch.full((dim,), float(init_values)))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, proj_drop=drop, **attention)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(scaled(self.attn(self.norm1(x), bias), self.gamma_1))
+        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
+
+
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x * gamma
+
+
+def sincos_pos_embed(embed_dim: int, grid: tuple[int, int]) -> Tensor:
+    """MAE's fixed 2-D positions with a zero row for the class token: [1, 1 + gh * gw, C]. Columns first, then rows."""
+    if embed_dim % 4:
+        raise ValueError(f"sine-cosine positions need embed_dim divisible by 4, not {embed_dim}")
+    omega = 10000.0 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim / 4))
+    y, x = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * omega for axis in (x, y)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return F.pad(table, (0, 0, 1, 0)).float().unsqueeze(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class VisionTransformer(nn.Module):
+    """A ViT with a class token whose options give BEiT's or MAE's form.
+
+    pos_embed: "none", "learned", "sincos" (fixed) or "sincos_trainable".
+    rel_pos_bias: "none", "shared" (one table, BEiT pre-training) or "per_block" (BEiT fine-tuning).
+    k_bias: keys have a bias too (MAE's form); without it only queries and values do (BEiT's form).
+    global_pool: "avg" (mean of patch tokens, then `fc_norm`), "token" (`norm`, then the class token).
+    num_classes 0 leaves the head out: `forward` then returns the pooled vector [B, C].
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size=224,
+        patch_size=16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        k_bias: bool = False,
+        init_values: float | None = None,
+        pos_embed: str = "none",
+        rel_pos_bias: str = "none",
+        global_pool: str = "avg",
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        init_scale: float = 0.001,
+        attn: str = "auto",
+        grad_checkpointing: bool = False,
+    ):
+        super().__init__()
+        check_choice("pos_embed", pos_embed, ("none", "learned", "sincos", "sincos_trainable"))
+        check_choice("rel_pos_bias", rel_pos_bias, ("none", "shared", "per_block"))
+        check_choice("global_pool", global_pool, ("avg", "token"))
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        self.embed_dim, self.num_prefix_tokens, self.global_pool = embed_dim, 1, global_pool
+        self.grad_checkpointing = grad_checkpointing
+        self.patch_embed = PatchEmbed(input_size, patch_size, in_chans, embed_dim)
+        grid = self.patch_embed.grid_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = self._make_pos_embed(pos_embed)
+        self.pos_drop = nn.Dropout(drop)
+        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if rel_pos_bias == "shared" else None
+        block = partial(
+            Block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, init_values=init_values, qkv_bias=qkv_bias,
+            k_bias=k_bias, attn_drop=attn_drop, grid=grid if rel_pos_bias == "per_block" else None, kernel=attn,
+        )  # fmt: skip
+        self.blocks = nn.ModuleList(block(drop_path=p) for p in torch.linspace(0, drop_path, depth).tolist())
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if global_pool == "token" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if global_pool == "avg" else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.init_weights(init_scale)
+
+    def _make_pos_embed(self, kind: str) -> nn.Parameter | None:
+        if kind == "none":
+            return None
+        if kind == "learned":
+            return nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, self.embed_dim))
+        table = sincos_pos_embed(self.embed_dim, self.patch_embed.grid_size)
+        return nn.Parameter(table, requires_grad=kind == "sincos_trainable")
+
+    # -- initialisation (specs/conmim.md 1.3)
+
+    def init_weights(self, init_scale: float) -> None:
+        self.apply(self._init_module)
+        self._init_token(self.cls_token)
+        if self.pos_embed is not None and not self.pos_embed.any():
+            self._init_token(self.pos_embed)
+        for layer, block in enumerate(self.blocks, 1):
+            block.attn.proj.weight.data.div_(math.sqrt(2 * layer))
+            block.mlp.fc2.weight.data.div_(math.sqrt(2 * layer))
+        if isinstance(self.head, nn.Linear):
+            self.head.weight.data.mul_(init_scale)
+            self.head.bias.data.mul_(init_scale)
+
+    def _init_module(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            self._init_token(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _init_token(self, weight: Tensor) -> None:
+        nn.init.trunc_normal_(weight, std=0.02)
+
+    # -- what optimizers, loaders and exporters ask
+
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "pos_embed"}
+
+    def get_num_layers(self) -> int:
+        return len(self.blocks)
+
+    # -- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to logits [B, num_classes]."""
+        return self.head(self.pool(self.forward_features(x)))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the last block's tokens [B, T, C], before any final norm."""
+        return self.run_blocks(self.embed(self.patch_embed(x)))
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Puts the class token in front of patch embeddings [B, N, C] and adds positions: [B, T, C]."""
+        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
+        return self.pos_drop(x if self.pos_embed is None else x + self.pos_embed)
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        for block in self.blocks:
+            x = self._run_block(block, x, bias)
+        return x
+
+    def _run_block(self, block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, bias, use_reentrant=False)
+        return block(x, bias)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Tokens [B, T, C] to the vector the head sees [B, C]."""
+        if self.global_pool == "avg":
+            return self.fc_norm(x[:, self.num_prefix_tokens :].mean(1))
+        return self.norm(x)[:, 0]
+
+    # -- looking inside
+
+    def get_intermediate_layers(self, x: Tensor) -> list[Tensor]:
+        """The output of every block, each [B, T, C], without the final norm."""
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        x, outputs = self.embed(self.patch_embed(x)), []
+        for block in self.blocks:
+            outputs.append(x := block(x, bias))
+        return outputs
+
+    @torch.no_grad()
+    def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
+        """Attention probabilities of one block: [B, h, T, T]."""
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        layer %= len(self.blocks)
+        x = self.embed(self.patch_embed(x))
+        for block in self.blocks[:layer]:
+            x = block(x, bias)
+        block = self.blocks[layer]
+        q, k, _ = block.attn.project(block.norm1(x))
+        return block.attn.probabilities(q, k, block.attn.position_bias(bias))
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option}={value} is unknown; take one of {', '.join(choices)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registered classifiers
+
+
+def _beit(size: str, input_size: int, **kwargs) -> VisionTransformer:
+    """BEiT's classifier: per-block relative position tables, layer scale, mean pooling (specs/conmim.md 1.3)."""
+    beit_form = {"rel_pos_bias": "per_block", "init_values": 0.1, "input_size": input_size}
+    return VisionTransformer(**{**VIT_SIZES[size], **beit_form, **kwargs})
+
+
+for _size in VIT_SIZES:
+    for _input_size in (224, 384):
+        register(f"beit_{_size}_patch16_{_input_size}", partial(_beit, _size, _input_size))

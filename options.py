@@ -1,0 +1,351 @@
+"""The command line: flags in labelled groups, and the order in which their values win.
+
+Defaults < the model's recipe (recipes.py) < --config FILE.yaml < flags given on the command line.
+Flag names are the published ones (specs/conmim.md 7); flags that never had an effect there are accepted and named.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import utils
+from modeling_finetune import ATTENTION_KERNELS, list_models
+from recipes import recipe_for
+from utils import log
+
+# Accepted because published commands carry them; they had no effect there either.
+LEFTOVERS = {
+    "pretrain": (
+        "discrete_vae_weight_path", "discrete_vae_type", "second_input_size", "second_interpolation", "warmup_lr",
+        "no_loss_masked",
+    ),
+    "finetune": ("warmup_lr", "resplit"),
+}  # fmt: skip
+_LEFTOVER_SWITCHES = ("no_loss_masked", "resplit")
+
+
+def build_parser(stage: str) -> argparse.ArgumentParser:
+    """The parser of `stage`: "pretrain" or "finetune"."""
+    titles = {
+        "pretrain": "Masked-image-modelling pre-training",
+        "finetune": "Fine-tuning and evaluation for classification",
+    }
+    parser = argparse.ArgumentParser(
+        description=titles[stage], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    stage_flags = {"pretrain": _pretrain_flags, "finetune": _finetune_flags}
+    for add in (_model_flags, _data_flags, _optimizer_flags, stage_flags[stage], _engine_flags, _run_flags):
+        add(parser, stage)
+    group = parser.add_argument_group("published flags without effect")
+    for name in LEFTOVERS[stage]:
+        switch = {"action": "store_true"} if name in _LEFTOVER_SWITCHES else {}
+        group.add_argument(f"--{name}", default=None, help=argparse.SUPPRESS, **switch)
+    return parser
+
+
+def _switch(group, name: str, off: str, *, default: bool = True, help: str) -> None:
+    group.add_argument(f"--{name}", dest=name, action="store_true", default=default, help=help)
+    group.add_argument(f"--{off}", dest=name, action="store_false", default=default, help=f"switches --{name} off")
+
+
+def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    group = parser.add_argument_group("model")
+    name = {"pretrain": "conmim_base_patch16_224", "finetune": "beit_base_patch16_224"}[stage]
+    group.add_argument("--model", default=name, help="a registered model; --list_models shows them")
+    group.add_argument("--list_models", action="store_true", help="print the registered models and exit")
+    group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
+    group.add_argument("--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own")
+    group.add_argument(
+        "--model_kwargs", nargs="*", default=[], metavar="K=V", help="any constructor option of the model"
+    )
+    group.add_argument("--layer_scale_init_value", type=float, default=0.1, help="0 disables layer scale")
+    group.add_argument("--drop_path", type=float, default={"pretrain": 0.0, "finetune": 0.1}[stage])
+    group.add_argument("--abs_pos_emb", action="store_true", help="learned absolute positions")
+    placement = {"pretrain": "one shared table", "finetune": "one table per block"}[stage]
+    _switch(group, "rel_pos_bias", "disable_rel_pos_bias", help=f"relative position bias, {placement}")
+    group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel")
+    group.add_argument(
+        "--grad_checkpointing", action="store_true", help="recompute activations: less memory, 1.3x time"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
+
+
+def _data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_set", default=None, choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes"),
+        help="IMNET: map files beside folders or zips; None: found out from --data_path, or digits without one",
+    )  # fmt: skip
+    group.add_argument("--data_path", default=None, help="root folder of the data")
+    _switch(
+        group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
+        help="ImageNet mean and standard deviation instead of 0.5",
+    )  # fmt: skip
+    group.add_argument(
+        "--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "lanczos", "hamming", "random")
+    )
+    group.add_argument("--num_workers", type=int, default=10)
+    _switch(group, "pin_mem", "no_pin_mem", help="pinned host memory for faster copies to a GPU")
+    group.add_argument(
+        "--max_bad_images", type=int, default=100, help="unreadable images that are replaced before the run stops"
+    )
+    group.add_argument("--strict_data", action="store_true", help="stop at the first unreadable image")
+    if stage == "pretrain":
+        group.add_argument(
+            "--crop_scale",
+            type=float,
+            nargs=2,
+            default=(0.08, 1.0),
+            metavar=("MIN", "MAX"),
+            help="share of the area that a crop keeps",
+        )
+        group.add_argument(
+            "--data_pipeline", choices=("fast", "reference"), default="fast", help="reference: PIL, as published"
+        )
+        return
+    group.add_argument(
+        "--eval_data_path", default=None, help="validation folder, where --data_path holds only training images"
+    )
+    group.add_argument("--nb_classes", type=int, default=None, help="number of classes; None is the data set's")
+    group.add_argument(
+        "--label_fraction", type=float, default=1.0, help="train on this share of each class, the first ones"
+    )
+
+
+def _optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    pretrain = stage == "pretrain"
+    group = parser.add_argument_group("optimizer and schedule")
+    group.add_argument("--batch_size", type=int, default=64, help="images per process and micro-step")
+    group.add_argument(
+        "--update_freq", type=int, default=1, help="micro-steps per optimizer step (gradient accumulation)"
+    )
+    group.add_argument("--epochs", type=int, default=300 if pretrain else 30)
+    group.add_argument("--opt", default="adamw", help="adamw, sgd, lamb, lars, ... (timm's names)")
+    group.add_argument("--opt_eps", type=float, default=1e-8)
+    group.add_argument(
+        "--opt_betas", type=float, nargs="+", default=(0.9, 0.98) if pretrain else None, help="None: the optimizer's"
+    )
+    group.add_argument("--momentum", type=float, default=0.9, help="of SGD's family")
+    group.add_argument(
+        "--clip_grad", type=float, default=None, help="largest 2-norm of the gradients; None: no clipping"
+    )
+    group.add_argument("--weight_decay", type=float, default=0.05)
+    group.add_argument("--weight_decay_end", type=float, default=None, help="cosine to this value; None: constant")
+    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate, not scaled by the batch size")
+    group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
+    group.add_argument("--warmup_epochs", type=int, default=5)
+    group.add_argument("--warmup_steps", type=int, default=-1, help="overrides --warmup_epochs if positive")
+    if not pretrain:
+        group.add_argument("--layer_decay", type=float, default=0.9)
+        group.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+
+
+def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    group = parser.add_argument_group("masks")
+    group.add_argument("--mask_type", choices=("block", "random_mps32", "random"), default="block")
+    group.add_argument("--mask_ratio", type=float, default=0.75, help="of random and random_mps32")
+    group.add_argument(
+        "--mask_patch_size", type=int, default=None, help="random_mps32: cell side in pixels; None: two patches"
+    )
+    group.add_argument(
+        "--num_mask_patches", type=int, default=None, help="block: patches to mask; None: 75 of 196, scaled"
+    )
+    group.add_argument("--max_mask_patches_per_block", type=int, default=None)
+    group.add_argument("--min_mask_patches_per_block", type=int, default=16)
+    group = parser.add_argument_group("ConMIM")
+    group.add_argument("--temp", type=float, default=0.1, help="temperature of the contrast")
+    group.add_argument(
+        "--t_momentum", type=float, default=0.996, help="teacher momentum at the first step; 1 at the last"
+    )
+
+
+def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    group = parser.add_argument_group("starting point")
+    group.add_argument("--finetune", default="", help="pre-trained checkpoint: file or https address")
+    group.add_argument("--model_key", default="model|module", help="where the weights are in that file")
+    group.add_argument("--model_prefix", default="", help="prefix of the weights' names in that file")
+    group.add_argument("--init_scale", type=float, default=0.001, help="of the new head")
+    _switch(group, "use_mean_pooling", "use_cls", help="mean of patch tokens instead of the class token")
+    group = parser.add_argument_group("regularisation")
+    group.add_argument("--drop", type=float, default=0.0)
+    group.add_argument("--attn_drop_rate", type=float, default=0.0)
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--color_jitter", type=float, default=0.4, help="only with an empty --aa")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment or AutoAugment policy; "" for none')
+    group.add_argument("--reprob", type=float, default=0.25, help="random erasing")
+    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
+    group.add_argument("--recount", type=int, default=1)
+    group.add_argument("--mixup", type=float, default=0.0)
+    group.add_argument("--cutmix", type=float, default=0.0)
+    group.add_argument("--cutmix_minmax", type=float, nargs=2, default=None)
+    group.add_argument("--mixup_prob", type=float, default=1.0)
+    group.add_argument("--mixup_switch_prob", type=float, default=0.5)
+    group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
+    group.add_argument("--model_ema", action="store_true", help="keep and evaluate an average of the weights")
+    group.add_argument("--model_ema_decay", type=float, default=0.9999)
+    group.add_argument("--model_ema_force_cpu", action="store_true")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and exit")
+    group.add_argument("--dist_eval", action="store_true", help="share the validation images among processes")
+    group.add_argument("--disable_eval_during_finetuning", action="store_true")
+    group.add_argument("--crop_pct", type=float, default=None)
+
+
+def _engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--device", default="cuda", help="cuda (falls back to cpu where there is none) or cpu")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="auto: bf16 where the hardware has it",
+    )
+    group.add_argument("--enable_deepspeed", action="store_true")
+    group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)
+    group.add_argument(
+        "--deepspeed_config", default=None, metavar="FILE.json", help="overrides what the flags would generate"
+    )
+    group.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument(
+        "--max_nonfinite",
+        type=int,
+        default=3,
+        help="steps in a row that may be skipped for a non-finite loss or gradient",
+    )
+    group.add_argument("--dist_on_itp", action="store_true", help="read the process's place from OpenMPI")
+    group.add_argument("--dist_url", default="env://")
+    group.add_argument("--world_size", type=int, default=1, help=argparse.SUPPRESS)
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+
+def _run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
+    group.add_argument("--output_dir", default="", help="empty: nothing is saved")
+    group.add_argument("--log_dir", default=None, help="tensorboard folder")
+    group.add_argument("--wandb", default=None, metavar="PROJECT")
+    group.add_argument("--log_every", type=int, default=50, help="steps between lines of the log")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--start_epoch", type=int, default=0)
+    group.add_argument("--resume", default="", help="checkpoint to go on from")
+    if stage == "pretrain":
+        group.add_argument(
+            "--resume_copy", default="", help="published checkpoint_copy-*.pth: the teacher that belongs to --resume"
+        )
+    _switch(group, "auto_resume", "no_auto_resume", help="go on from the newest whole checkpoint in --output_dir")
+    _switch(group, "save_ckpt", "no_save_ckpt", help="save checkpoints")
+    group.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between checkpoints")
+    group.add_argument(
+        "--save_ckpt_steps", type=int, default=0, help="optimizer steps between checkpoints within an epoch; 0: none"
+    )
+    group.add_argument("--keep_checkpoints", type=int, default=None, metavar="K", help="keep the last K; None: all")
+    group.add_argument("--dry_run", action="store_true", help="check the flags, print the configuration and exit")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resolution
+
+
+def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line with recipe and config file as defaults. Exits with argparse's message on bad flags."""
+    parser = build_parser(stage)
+    first, _ = parser.parse_known_args(argv)
+    if first.list_models:
+        parser.exit(message="\n".join(list_models()) + "\n")
+    try:
+        overlay = read_config(first.config, parser) if first.config else {}
+        parser.set_defaults(**overlay)
+        recipe = recipe_for(parser.parse_known_args(argv)[0].model, stage)
+        parser.set_defaults(**{**(recipe.flags if recipe else {}), **overlay})
+        args = parser.parse_args(argv)
+        validate(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.recipe = recipe.name if recipe else None
+    return args
+
+
+def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The values of a YAML file, which must all be flags of this script."""
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path} does not exist")
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must hold lines of the form flag: value")
+    known = {action.dest for action in parser._actions}
+    if unknown := values.keys() - known - {"recipe"}:
+        raise ValueError(f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}")
+    return {name: value for name, value in values.items() if name != "recipe"}
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Combinations that cannot work, each refused in one sentence."""
+    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.enable_deepspeed and not args.output_dir and args.save_ckpt:
+        raise ValueError("--enable_deepspeed writes its configuration and checkpoints: give --output_dir")
+    if args.deepspeed_config and not args.enable_deepspeed:
+        raise ValueError("--deepspeed_config needs --enable_deepspeed")
+    if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
+        raise ValueError(f"--deepspeed_config {args.deepspeed_config} does not exist")
+    if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
+        raise ValueError(f"--keep_checkpoints must be at least 1, not {args.keep_checkpoints}")
+    mixing = getattr(args, "mixup", 0) or getattr(args, "cutmix", 0) or getattr(args, "cutmix_minmax", None)
+    if mixing and args.batch_size % 2:
+        raise ValueError(f"--mixup and --cutmix pair images up: --batch_size must be even, not {args.batch_size}")
+
+
+def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
+    options = {name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name) is not None}
+    for item in args.model_kwargs:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--model_kwargs takes K=V pairs, not {item!r}")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
+    """Settles --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only sometimes faster)."""
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
+    """Prints the recipe and the derived quantities, and saves the whole configuration as config.yaml."""
+    for name in LEFTOVERS["pretrain"] + LEFTOVERS["finetune"]:
+        if getattr(args, name, None):
+            log.info("--%s is accepted for old commands' sake and has no effect, as in the published code", name)
+    log.info("recipe: %s", args.recipe or "none for this model; the flags' defaults")
+    for name, value in derived.items():
+        log.info("  %-22s %s", name, value)
+    if args.output_dir and args.rank == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        utils.write_text(Path(args.output_dir) / "config.yaml", yaml.safe_dump(as_config(args), sort_keys=True))
+
+
+def as_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The effective configuration in plain types; it can be given to --config again."""
+    skipped = {"rank", "world_size", "local_rank", "config", "dry_run", "list_models", "deepspeed"}
+    leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
+    values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def schedule_summary(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
+    """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
+    warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+    return {
+        "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = "
+        f"{math.prod((args.batch_size, args.update_freq, args.world_size))}",
+        "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
+        "lr": f"0 -> {args.lr:g} in {warmup} steps, cosine to {args.min_lr:g}; not scaled by the batch size",
+        "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",
+        "precision": args.precision,
+    }

@@ -1,0 +1,302 @@
+"""How a step is run: plain torch, DDP or DeepSpeed ZeRO behind one small interface, so that the engines hold one loop.
+
+A runner's `micro_step` computes a loss and its gradients, its `step` applies them once per `update_freq` micro-steps.
+A loss or gradient that is not finite on any rank leaves weights, optimizer state and batch statistics on every rank as
+they were: a non-finite loss makes all gradients of its rank non-finite, the reduction carries that to the other ranks,
+and the optimizer is told, on the device, to skip.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What DeepSpeed reads at the top level; it ignores a misspelt key without a word, so we do not (specs/engine.md 1.8).
+DEEPSPEED_KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast", "bf16",
+    "fp16", "steps_per_print", "wall_clock_breakdown", "dump_state", "prescale_gradients", "gradient_predivide_factor",
+    "communication_data_type", "seq_parallel_communication_data_type", "activation_checkpointing", "aio",
+    "flops_profiler", "comms_logger", "checkpoint", "data_types", "tensorboard", "wandb", "csv_monitor", "autotuning", "compile",
+    "sparse_gradients", "disable_allgather", "memory_breakdown", "dataloader_drop_last",
+}  # fmt: skip
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuses what the hardware cannot do, in one sentence."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("--precision bf16 is not supported by this GPU; take fp16 or fp32")
+
+
+class Runner:
+    """What plain, DDP and DeepSpeed runs share. `network` is the module itself, `model` the wrapped one."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, network: nn.Module, *, update_freq: int, clip_grad: float | None):
+        self.network, self.update_freq, self.clip_grad = network, update_freq, clip_grad
+        self.statistics = BatchStatistics()
+
+    def watch(self, *modules: nn.Module | None) -> None:
+        """Batch statistics of these modules are put back after a skipped step."""
+        self.statistics = BatchStatistics(*modules)
+
+    def micro_step(self, batch: dict[str, Tensor], *, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; `last` of the `update_freq` ones that make a step."""
+        raise NotImplementedError
+
+    def step(self) -> dict[str, Tensor]:
+        """Applies the gradients: {"grad_norm": 2-norm before clipping, "applied": 1.0, or 0.0 for a skipped step}."""
+        raise NotImplementedError
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The network's state with whole float32 weights; every rank must call."""
+        return self.network.state_dict()
+
+    def whole(self, parameters: list[Tensor]):
+        """A context that yields whole float32 values of the network's parameters."""
+        return nullcontext(parameters)
+
+
+class BatchStatistics:
+    """Remembers the running statistics of batch normalisation so that a skipped step leaves no trace in them."""
+
+    def __init__(self, *modules: nn.Module | None):
+        norms = [m for module in modules if module is not None for m in module.modules() if isinstance(m, _BatchNorm)]
+        self.buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self.kept: list[Tensor] = []
+
+    def keep(self) -> None:
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    def put_back_unless(self, applied: Tensor) -> None:
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(torch.where(applied > 0, buffer, kept))
+
+
+def spoil_if_nonfinite(loss: Tensor) -> Tensor:
+    """The same loss; but if it is not finite, so is every gradient that comes from it."""
+    return loss * (1.0 + 0.0 * loss.detach())
+
+
+def step_unless_nonfinite(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """Steps where `applied` is 1. Fused optimizers skip on the device; for others the host has to look."""
+    if applied.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, 1.0 - applied
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif applied:
+        optimizer.step()
+
+
+class TorchRunner(Runner):
+    """One process, or DDP where there are several."""
+
+    def __init__(self, network, optimizer, *, device, precision, update_freq, clip_grad):
+        super().__init__(network, update_freq=update_freq, clip_grad=clip_grad)
+        self.optimizer, self.device = optimizer, device
+        self.dtype = AUTOCAST_DTYPES.get(precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.model = network
+        if utils.in_group() and dist.get_world_size() > 1:
+            ids = None if device.type == "cpu" else [device]
+            self.model = DistributedDataParallel(
+                network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    def micro_step(self, batch, *, last):
+        if not self.statistics.kept:
+            self.statistics.keep()
+        accumulating = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if accumulating else nullcontext():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                out = self.model(batch)
+            self.scaler.scale(spoil_if_nonfinite(out["loss"]) / self.update_freq).backward()
+        return out
+
+    def step(self):
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        applied = norm.isfinite().float()
+        if self.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            step_unless_nonfinite(self.optimizer, applied)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.statistics.put_back_unless(applied)
+        self.statistics.kept = []
+        return {"grad_norm": norm, "applied": applied}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed
+
+
+def deepspeed_config(args: Namespace) -> dict[str, Any]:
+    """The configuration that the flags ask for, or --deepspeed_config with what it leaves open filled in from them.
+
+    `gradient_clipping` is always written: DeepSpeed's default clips at 1.0 (specs/engine.md 0.1).
+    bf16 and fp16 take the `torch_autocast` section: float32 weights and the same numbers as DDP.
+    """
+    config = {
+        "train_micro_batch_size_per_gpu": args.batch_size,
+        "gradient_accumulation_steps": args.update_freq,
+        "gradient_clipping": args.clip_grad or 0.0,
+        "zero_optimization": {"stage": args.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    given = json.loads(Path(args.deepspeed_config).read_text()) if args.deepspeed_config else {}
+    check_deepspeed_config(given, config, args)
+    config |= given
+    if args.precision in AUTOCAST_DTYPES and not {"torch_autocast", "bf16", "fp16"} & given.keys():
+        dtype = str(AUTOCAST_DTYPES[args.precision]).removeprefix("torch.")
+        config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return config
+
+
+def check_deepspeed_config(given: dict, ours: dict, args: Namespace) -> None:
+    name = args.deepspeed_config
+    if unknown := given.keys() - DEEPSPEED_KEYS:
+        raise ValueError(f"{name}: DeepSpeed does not know the keys {sorted(unknown)}, and would ignore them silently")
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if given.get(key, ours[key]) != ours[key]:
+            raise ValueError(f"{name} says {key} {given[key]}, the flags say {ours[key]}: make them equal")
+    if args.clip_grad and given.get("gradient_clipping", args.clip_grad) != args.clip_grad:
+        raise ValueError(f"{name} says gradient_clipping {given['gradient_clipping']}, --clip_grad {args.clip_grad}")
+    stage = given.get("zero_optimization", {}).get("stage", args.zero_stage)
+    if given.get("bf16", {}).get("enabled") and stage == 0:
+        raise ValueError(f"{name}: bf16 with ZeRO stage 0 takes a wrong first step in DeepSpeed; use stage 1 or more")
+
+
+class DeepSpeedRunner(Runner):
+    """DeepSpeed ZeRO 0 to 3. The configuration written is kept in `config`."""
+
+    def __init__(self, network, optimizer, *, config: dict[str, Any], device: torch.device):
+        super().__init__(
+            network, update_freq=config["gradient_accumulation_steps"], clip_grad=config["gradient_clipping"] or None
+        )
+        deepspeed = import_deepspeed(device)
+        self.config, self.device = config, device
+        self.optimizer = optimizer
+        self.guard = StepGuard(optimizer)
+        self.model, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, config=dict(config))
+        self.stage = self.model.zero_optimization_stage()
+        self.gathered_parameters = deepspeed.zero.GatheredParameters
+        reduced = [name for name in AUTOCAST_DTYPES if config.get(name, {}).get("enabled")]
+        self.reduced = AUTOCAST_DTYPES[reduced[0]] if reduced else None
+
+    def micro_step(self, batch, *, last):
+        if not self.statistics.kept:
+            self.statistics.keep()
+        # Weights that DeepSpeed itself keeps in bf16 or fp16 meet float32 images: autocast settles the dtypes.
+        with torch.autocast(self.device.type, self.reduced) if self.reduced else nullcontext():
+            out = self.model(batch)
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(spoil_if_nonfinite(out["loss"]))  # divides by the accumulation count itself
+        if not last:
+            self.model.step()
+        return out
+
+    def step(self):
+        norm = self._whole_norm() if self.stage == 0 else None
+        self.guard.reset(self.device)
+        self.model.step()
+        applied = self.guard.applied * float(self.model.was_step_applied())
+        if norm is None:
+            norm = torch.as_tensor(self.model.get_global_grad_norm() or float("nan"), device=self.device)
+        self.statistics.put_back_unless(applied)
+        self.statistics.kept = []
+        return {"grad_norm": norm.float(), "applied": applied}
+
+    def _whole_norm(self) -> Tensor:
+        """Stage 0 keeps whole gradients and reports no norm in float32."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+
+    def full_state_dict(self):
+        state = {name: buffer.detach().clone() for name, buffer in self.network.state_dict().items()}
+        for name, parameter in self.network.named_parameters():
+            with self.whole([parameter]) as (tensor,):
+                state[name] = tensor.detach().float().cpu().clone()
+        return state
+
+    @contextmanager
+    def whole(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        if self.reduced:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            yield [safe_get_full_fp32_param(p) for p in parameters]
+        elif self.stage == 3:
+            with self.gathered_parameters(parameters):
+                yield parameters
+        else:
+            yield parameters
+
+    def save(self, folder: str, tag: str) -> None:
+        """Writes the sharded state for an exact resume; every rank must call."""
+        self.model.save_checkpoint(folder, tag=tag, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> None:
+        self.model.load_checkpoint(folder, tag=tag)
+
+
+class StepGuard:
+    """Stands before optimizer.step: skips it on every rank where a gradient on any rank is not finite."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer, self.applied = optimizer, torch.ones(())
+        self._step = optimizer.step
+        optimizer.step = self
+
+    def reset(self, device: torch.device) -> None:
+        self.applied = torch.ones((), device=device)
+
+    def __call__(self, closure=None):
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.nn.utils.get_total_norm(gradients).isfinite().float() if gradients else self.applied.clone()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self.applied = torch.minimum(self.applied, finite.to(self.applied.device))
+        self.optimizer.step = self._step
+        try:
+            step_unless_nonfinite(self.optimizer, self.applied)
+        finally:
+            self.optimizer.step = self
+
+
+def import_deepspeed(device: torch.device):
+    """Imports DeepSpeed so that it needs no compiler on a CPU (specs/engine.md 1.3)."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError("--enable_deepspeed needs the package deepspeed: pip install -r requirements.txt") from error
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if device.type == "cpu" and isinstance(compatible, dict):
+        compatible["deepspeed_shm_comm"] = False  # gloo alone does; the helper would be compiled at each first start
+    return deepspeed

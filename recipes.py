@@ -1,0 +1,262 @@
+"""Every published recipe as plain data: the defaults of the run scripts for a model, and what the shell scripts pass.
+
+Flags carry the command line's own names. A value that no source states is named in the recipe's `note`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+STAGES = ("pretrain", "finetune")
+
+# ConMIM, tables 1 to 3: ImageNet-1K top-1 in percent, by pre-training epochs and fine-tuning resolution in pixels.
+IMAGENET_TOP1: dict[str, dict[int, dict[int, float]]] = {
+    "small": {300: {224: 82.0, 384: 83.9}},
+    "base": {300: {224: 83.5}, 800: {224: 83.7, 384: 85.3}},
+    "large": {400: {224: 84.6}, 800: {224: 85.2, 384: 86.3}, 1600: {224: 85.5, 384: 86.5}},
+}
+
+README = "ConMIM README (TencentARC/ConMIM 4263955f)"
+BEIT_DOCS = "BEiT documentation (microsoft/unilm 768a3c87)"
+MC_BEIT = "mc-BEiT (lixiaotong97/mc-BEiT 37489a1e)"
+PAPER = "ConMIM, arXiv 2205.09616"
+OURS = "UniMIM"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model was, or should be, trained in one stage.
+
+    `flags` maps command-line names to values: `lr` is the peak, never scaled by the batch, `batch_size` the images per
+    GPU and micro-batch, and None switches a flag off. `published` is the ImageNet-1K top-1 in percent that the recipe
+    leads to; for pre-training, that of the model fine-tuned at 224 px. `note` says what is not published.
+    """
+
+    name: str
+    stage: str
+    model: str
+    gpus: int
+    flags: Mapping[str, Any]
+    source: str
+    published: float | None = None
+    note: str = ""
+
+    @property
+    def effective_batch(self) -> int:
+        """Images per optimizer step on the published number of GPUs."""
+        return self.gpus * self.flags["batch_size"] * self.flags["update_freq"]
+
+    @property
+    def hardware(self) -> str:
+        """GPUs, images per GPU, accumulation and their product in one line; no source names the type of GPU."""
+        batch, update_freq = self.flags["batch_size"], self.flags["update_freq"]
+        return f"{self.gpus} GPUs x batch {batch} x update_freq {update_freq} = {self.effective_batch}"
+
+
+PRETRAIN_LARGE = {
+    "batch_size": 64,
+    "update_freq": 1,
+    "epochs": 1600,
+    "warmup_epochs": 10,
+    "lr": 7.5e-4,
+    "min_lr": 1e-5,
+    "weight_decay": 0.05,
+    "opt_betas": (0.9, 0.98),
+    "clip_grad": 1.0,
+    "drop_path": 0.0,
+    "layer_scale_init_value": 1e-5,
+    "mask_type": "random_mps32",
+    "mask_ratio": 0.75,
+    "temp": 0.1,
+    "t_momentum": 0.996,
+    "imagenet_default_mean_and_std": True,
+    "save_ckpt_freq": 20,
+}
+PRETRAIN_BASE = PRETRAIN_LARGE | {
+    "batch_size": 128,
+    "epochs": 800,
+    "lr": 1.5e-3,
+    "clip_grad": 3.0,
+    "layer_scale_init_value": 0.1,
+}
+PRETRAIN_SMALL = PRETRAIN_BASE | {"epochs": 300}
+PRETRAIN_TINY = PRETRAIN_SMALL | {"batch_size": 64, "warmup_epochs": 1, "lr": 5e-4}
+
+FINETUNE_BASE = {
+    "batch_size": 128,
+    "update_freq": 1,
+    "epochs": 100,
+    "warmup_epochs": 20,
+    "lr": 4e-3,
+    "min_lr": 1e-6,
+    "weight_decay": 0.05,
+    "layer_decay": 0.65,
+    "opt_betas": (0.9, 0.999),
+    "clip_grad": None,
+    "drop_path": 0.1,
+    "layer_scale_init_value": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "imagenet_default_mean_and_std": True,
+}
+FINETUNE_LARGE = FINETUNE_BASE | {
+    "batch_size": 64,
+    "update_freq": 2,
+    "epochs": 50,
+    "warmup_epochs": 5,
+    "lr": 1e-3,
+    "layer_decay": 0.75,
+    "drop_path": 0.2,
+    "layer_scale_init_value": 1e-5,
+}
+FINETUNE_TINY = FINETUNE_BASE | {
+    "batch_size": 64,
+    "warmup_epochs": 1,
+    "lr": 1e-3,
+    "drop_path": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+}
+
+# Fine-tuned at 224 px, then a tenth of those epochs at 384 px with a small rate and almost no decay.
+FINETUNE_BASE_384 = FINETUNE_BASE | {
+    "input_size": 384,
+    "batch_size": 32,
+    "update_freq": 4,
+    "epochs": 10,
+    "warmup_epochs": 2,
+    "lr": 2e-5,
+    "weight_decay": 1e-8,
+    "layer_decay": 0.85,
+}
+FINETUNE_LARGE_384 = FINETUNE_BASE_384 | {
+    "batch_size": 16,
+    "update_freq": 8,
+    "epochs": 5,
+    "warmup_epochs": 1,
+    "layer_decay": 0.9,
+    "drop_path": 0.4,
+    "layer_scale_init_value": 1e-5,
+}
+FINETUNE_TINY_384 = FINETUNE_TINY | {"input_size": 384}
+
+TINY_NOTE = "Ours, not published: a small model for small data on one device, derived from the ViT-S recipe."
+PRETRAIN_NOTE = (
+    "Epochs and layer scale are published. Unverified: lr, batch, warm-up and clip_grad are mc-BEiT's for ViT-B, "
+    "all else is ConMIM's for ViT-L."
+)
+DEEPSPEED_NOTE = "The published run used DeepSpeed: add --enable_deepspeed."
+NOTE_384 = (
+    "A tenth of the 224 px epochs is published. Unverified: lr, weight_decay, layer_decay and drop_path are BEiT's "
+    "after its ImageNet-22K stage; batch and warm-up are ours; mixup, cutmix and smoothing stay as at 224 px."
+)
+
+_RECIPES = (
+    Recipe("conmim_tiny_pretrain", "pretrain", "conmim_tiny_patch16_224", 1, PRETRAIN_TINY, OURS, note=TINY_NOTE),
+    Recipe(
+        name="conmim_small_pretrain",
+        stage="pretrain",
+        model="conmim_small_patch16_224",
+        gpus=16,
+        flags=PRETRAIN_SMALL,
+        source=f"{README}; {MC_BEIT}",
+        published=IMAGENET_TOP1["small"][300][224],
+        note=PRETRAIN_NOTE,
+    ),
+    Recipe(
+        name="conmim_base_pretrain",
+        stage="pretrain",
+        model="conmim_base_patch16_224",
+        gpus=16,
+        flags=PRETRAIN_BASE,
+        source=f"{README}; {MC_BEIT}",
+        published=IMAGENET_TOP1["base"][800][224],
+        note=PRETRAIN_NOTE,
+    ),
+    Recipe(
+        name="conmim_large_pretrain",
+        stage="pretrain",
+        model="conmim_large_patch16_224",
+        gpus=32,
+        flags=PRETRAIN_LARGE,
+        source=README,
+        published=IMAGENET_TOP1["large"][1600][224],
+    ),
+    Recipe("conmim_tiny_finetune", "finetune", "beit_tiny_patch16_224", 1, FINETUNE_TINY, OURS, note=TINY_NOTE),
+    Recipe("conmim_tiny_finetune_384", "finetune", "beit_tiny_patch16_384", 1, FINETUNE_TINY_384, OURS, note=TINY_NOTE),
+    Recipe(
+        name="conmim_small_finetune",
+        stage="finetune",
+        model="beit_small_patch16_224",
+        gpus=8,
+        flags=FINETUNE_BASE,
+        source=README,
+        published=IMAGENET_TOP1["small"][300][224],
+        note="Unverified: every setting is the README's for ViT-B.",
+    ),
+    Recipe(
+        name="conmim_small_finetune_384",
+        stage="finetune",
+        model="beit_small_patch16_384",
+        gpus=8,
+        flags=FINETUNE_BASE_384,
+        source=f"{PAPER}; {BEIT_DOCS}",
+        published=IMAGENET_TOP1["small"][300][384],
+        note=f"{NOTE_384} All of it is BEiT's for ViT-B.",
+    ),
+    Recipe(
+        name="conmim_base_finetune",
+        stage="finetune",
+        model="beit_base_patch16_224",
+        gpus=8,
+        flags=FINETUNE_BASE,
+        source=README,
+        published=IMAGENET_TOP1["base"][800][224],
+        note=DEEPSPEED_NOTE,
+    ),
+    Recipe(
+        name="conmim_base_finetune_384",
+        stage="finetune",
+        model="beit_base_patch16_384",
+        gpus=8,
+        flags=FINETUNE_BASE_384,
+        source=f"{PAPER}; {BEIT_DOCS}",
+        published=IMAGENET_TOP1["base"][800][384],
+        note=NOTE_384,
+    ),
+    Recipe(
+        name="conmim_large_finetune",
+        stage="finetune",
+        model="beit_large_patch16_224",
+        gpus=8,
+        flags=FINETUNE_LARGE,
+        source=BEIT_DOCS,
+        published=IMAGENET_TOP1["large"][1600][224],
+        note=f"Unverified: the settings are BEiT's for its own ViT-L, the mean and std ConMIM's. {DEEPSPEED_NOTE}",
+    ),
+    Recipe(
+        name="conmim_large_finetune_384",
+        stage="finetune",
+        model="beit_large_patch16_384",
+        gpus=8,
+        flags=FINETUNE_LARGE_384,
+        source=f"{PAPER}; {BEIT_DOCS}",
+        published=IMAGENET_TOP1["large"][1600][384],
+        note=NOTE_384,
+    ),
+)
+
+_BY_MODEL = {(recipe.model, recipe.stage): recipe for recipe in _RECIPES}
+
+
+def all_recipes() -> tuple[Recipe, ...]:
+    """Every recipe, the published ones and our tiny ones."""
+    return _RECIPES
+
+
+def recipe_for(model: str, stage: str) -> Recipe | None:
+    """The recipe whose flags are the defaults of `model` in `stage` (one of STAGES); None for a model without one."""
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    return _BY_MODEL.get((model, stage))

@@ -1,0 +1,178 @@
+"""Fine-tunes or evaluates a classifier; `--help` lists the flags, README.md has examples."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import checkpoint
+import options
+import utils
+from datasets import EvalBatchSampler, build_dataset, build_loader
+from engine_for_finetuning import Classification, evaluate
+from engine_for_pretraining import Normalize, Training, train
+from modeling_finetune import create_model
+from optim_factory import param_groups
+from parallel import AUTOCAST_DTYPES, check_precision
+from run_pretraining import build_runner, compile_blocks, launch, schedules, train_loader
+from session import Origin, Position, Session
+from transforms import MEAN_STD, build_finetune_transform
+from utils import RunLog, StepMonitor, StopSignal, Throughput, log
+
+
+def build_classifier(args: Namespace) -> nn.Module:
+    """The classifier that --model names."""
+    given = options.model_kwargs(args)
+    defaults = {
+        "num_classes": args.nb_classes,
+        "init_values": args.layer_scale_init_value,
+        "drop": args.drop,
+        "attn_drop": args.attn_drop_rate,
+        "drop_path": args.drop_path,
+        "pos_embed": "learned" if args.abs_pos_emb else "none",
+        "rel_pos_bias": "per_block" if args.rel_pos_bias else "none",
+        "global_pool": "avg" if args.use_mean_pooling else "token",
+        "init_scale": args.init_scale,
+        "attn": args.attn,
+        "grad_checkpointing": args.grad_checkpointing,
+    }
+    torch.manual_seed(args.seed)
+    return create_model(args.model, **{**defaults, **given})
+
+
+def build_eval_loader(args: Namespace, transform):
+    """Every image once: on each process, or shared among them with --dist_eval."""
+    dataset = build_dataset(args, train=False, transform=transform, need_labels=True)
+    rank, world_size = (args.rank, args.world_size) if args.dist_eval else (0, 1)
+    sampler = EvalBatchSampler(len(dataset), int(1.5 * args.batch_size), rank=rank, world_size=world_size)
+    return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
+
+
+def settle_classes(args: Namespace, dataset) -> None:
+    """--nb_classes defaults to the data set's number; a smaller one than the labels need is refused."""
+    found = len(dataset.source.classes)
+    if args.nb_classes is None:
+        args.nb_classes = found
+    if found > args.nb_classes:
+        raise ValueError(f"--nb_classes {args.nb_classes} is too few: the data set has {found} classes")
+
+
+def undecayed(args: Namespace, model: nn.Module) -> set[str]:
+    """Names of parameters without weight decay beside biases and norms."""
+    names = set(model.no_weight_decay())
+    if args.disable_weight_decay_on_rel_pos_bias:
+        names |= {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
+    return names
+
+
+class Evaluator:
+    """Evaluates the model and its average after each epoch, and keeps the best of either."""
+
+    def __init__(self, args: Namespace, task: Classification, loader, normalize: Normalize):
+        self.args, self.task, self.loader, self.normalize = args, task, loader, normalize
+        self.dtype = AUTOCAST_DTYPES.get(args.precision)
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        device = next(model.parameters()).device
+        model.to(self.normalize.device)
+        result = evaluate(model, self.loader, self.normalize, dtype=self.dtype, shared=self.args.dist_eval)
+        model.to(device)
+        return result
+
+    def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
+        if self.args.disable_eval_during_finetuning:
+            return {}
+        figures = {f"test_{k}": v for k, v in self(self.task.model).items()}
+        improved = figures["test_acc1"] > position.best
+        position.best = max(position.best, figures["test_acc1"])
+        if self.task.average is not None:
+            figures |= {f"test_ema_{k}": v for k, v in self(self.task.average.module).items()}
+            improved |= figures["test_ema_acc1"] > position.best_average
+            position.best_average = max(position.best_average, figures["test_ema_acc1"])
+        if improved:
+            session.save_best(position)
+        return figures | {"best_acc1": position.best}
+
+
+def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loader) -> None:
+    """--eval: the accuracy of --resume (or of --finetune) in one line."""
+    if args.resume:
+        Origin(Path(args.resume), checkpoint.load_checkpoint(args.resume)).load_weights(model, None, "model_ema")
+    elif not args.finetune:
+        raise ValueError("--eval needs a checkpoint: --resume FILE")
+    model.to(normalize.device)
+    dtype = AUTOCAST_DTYPES.get(args.precision)
+    result = evaluate(model, loader, normalize, dtype=dtype, shared=args.dist_eval)
+    log.info(
+        "%s: acc1 %.3f  acc5 %.3f  loss %.4f",
+        args.resume or args.finetune,
+        *(result[k] for k in ("acc1", "acc5", "loss")),
+    )
+
+
+def main(args: Namespace) -> None:
+    device = utils.init_distributed(args)
+    utils.setup_logging(args.rank)
+    options.resolve_precision(args, device)
+    check_precision(args.precision, device)
+
+    eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
+    settle_classes(args, eval_loader.dataset)
+    model = build_classifier(args)
+    if args.finetune:
+        log.info(
+            "%s", checkpoint.load_pretrained(model, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
+        )
+    normalize = Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], device)
+    if args.eval:
+        return evaluate_only(args, model, normalize, eval_loader)
+
+    stop = StopSignal()
+    dataset = build_dataset(args, train=True, transform=build_finetune_transform(args, train=True), need_labels=True)
+    loader, steps_per_epoch = train_loader(args, dataset)
+    lr, weight_decay = schedules(args, steps_per_epoch)
+    derived = {
+        "images": f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation",
+        "classes": args.nb_classes,
+    }
+    options.report(args, options.schedule_summary(args, steps_per_epoch) | derived)
+    if args.dry_run:
+        return None
+
+    origin = Origin.find(args)
+    model.to(device)
+    task = Classification(model, args, device)
+    if origin is not None:
+        origin.load_weights(model, task.average, "model_ema")
+    if task.average is not None and args.model_ema_force_cpu:
+        task.average.module.to("cpu")
+    if args.compile:
+        compile_blocks(model)
+    groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
+    runner = build_runner(args, task, groups, device)
+    runner.watch(model)
+    if task.average is not None:
+        task.average.read = runner.whole
+    monitor = StepMonitor(
+        folder=args.output_dir, rank=args.rank, max_nonfinite=args.max_nonfinite, scaled=args.precision == "fp16"
+    )
+    session = Session(
+        args, runner, model, monitor, average=task.average, average_key="model_ema", steps_per_epoch=steps_per_epoch
+    )
+    evaluator = Evaluator(args, task, eval_loader, normalize)
+    run = Training(
+        args=args, runner=runner, task=task, normalize=normalize, loader=loader, steps_per_epoch=steps_per_epoch,
+        lr=lr, weight_decay=weight_decay, monitor=monitor, session=session, stop=stop,
+        throughput=Throughput(args.batch_size * args.update_freq * args.world_size, None, utils.peak_flops(device, args.precision)),
+        run_log=RunLog(args, options.as_config(args)),
+    )  # fmt: skip
+    position = session.resume(origin)
+    train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, session))
+    log.info("best acc1 %.3f", position.best)
+    run.run_log.close()
+    return None
+
+
+if __name__ == "__main__":
+    launch(main, options.parse("finetune"))

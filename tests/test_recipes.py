@@ -1,0 +1,244 @@
+"""The recipes hold the published numbers, and each shell script passes exactly what its recipe says."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recipes import IMAGENET_TOP1, Recipe, all_recipes, recipe_for
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = [recipe for recipe in all_recipes() if recipe.published is not None]
+PROGRAMS = {"pretrain": "run_pretraining.py", "finetune": "run_class_finetuning.py"}
+# What a script adds to its recipe: where things are, and what they are.
+PLACES = {
+    "pretrain": {"model", "data_set", "data_path", "output_dir", "log_dir"},
+    "finetune": {"model", "data_set", "data_path", "output_dir", "log_dir", "finetune", "nb_classes"},
+}
+# The published command lines, and --update_freq, which ours has for pre-training too.
+COMMON_FLAGS = {
+    "batch_size", "update_freq", "epochs", "warmup_epochs", "input_size", "lr", "min_lr", "weight_decay", "opt_betas",
+    "clip_grad", "drop_path", "layer_scale_init_value", "imagenet_default_mean_and_std", "save_ckpt_freq",
+}  # fmt: skip
+STAGE_FLAGS = {
+    "pretrain": COMMON_FLAGS | {"mask_type", "mask_ratio", "temp", "t_momentum"},
+    "finetune": COMMON_FLAGS | {"layer_decay", "mixup", "cutmix", "smoothing"},
+}
+
+each_published = pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.name)
+each_recipe = pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.name)
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def script_of(recipe: Recipe) -> Path:
+    return ROOT / "scripts" / f"{recipe.name}.sh"
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Runs a recipe's script with a torchrun that only prints its arguments, one a line."""
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    torchrun.chmod(0o755)
+
+    def run(recipe: Recipe, *extra: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = f"{torchrun.parent}{os.pathsep}{os.defpath}"
+        command = [str(script_of(recipe)), *extra]
+        return subprocess.run(command, env={"PATH": path, **environment}, capture_output=True, text=True)
+
+    return run
+
+
+def launched(launch: Launch, recipe: Recipe, *extra: str, **environment: str) -> tuple[dict, str, dict]:
+    """(torchrun's options, the program, the program's options) of a script; an option's value is a list of words."""
+    several_machines = {"NODE_RANK": "0", "MASTER_ADDR": "node0"}
+    result = launch(recipe, *extra, **({"DATA_PATH": "/data"} | several_machines | environment))
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.splitlines()
+    (at,) = (i for i, word in enumerate(words) if word.endswith(".py"))
+    return options(words[:at]), words[at], options(words[at + 1 :])
+
+
+def options(words: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word.removeprefix("--")
+            assert name not in found, f"--{name} is given twice"
+            found[name] = []
+        else:
+            found[name].append(word)
+    return found
+
+
+def as_words(value: object) -> list[object]:
+    """A recipe's value as a command line has it: True is a flag without a word."""
+    if value is True:
+        return []
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+def as_values(words: list[str]) -> list[object]:
+    def value(word: str) -> object:
+        try:
+            return float(word)
+        except ValueError:
+            return word
+
+    return [value(word) for word in words]
+
+
+def test_every_published_recipe_has_a_script_and_every_script_a_recipe() -> None:
+    scripts = {path.stem for path in (ROOT / "scripts").glob("conmim_*.sh")}
+    assert scripts == {recipe.name for recipe in PUBLISHED}
+    assert len(scripts) == 9
+
+
+@each_published
+def test_script_passes_the_flags_of_its_recipe(launch: Launch, recipe: Recipe) -> None:
+    _, program, passed = launched(launch, recipe)
+    assert Path(program) == ROOT / PROGRAMS[recipe.stage]
+    assert passed["model"] == [recipe.model]
+    flags = {name: as_words(value) for name, value in recipe.flags.items() if value is not None}
+    assert {name: as_values(words) for name, words in passed.items() if name not in PLACES[recipe.stage]} == flags
+    assert passed.keys() - flags.keys() == PLACES[recipe.stage]
+
+
+@each_published
+def test_script_starts_the_published_number_of_processes(launch: Launch, recipe: Recipe) -> None:
+    torchrun, _, passed = launched(launch, recipe)
+    processes = int(torchrun["nnodes"][0]) * int(torchrun["nproc_per_node"][0])
+    assert processes == recipe.gpus
+    assert processes * int(passed["batch_size"][0]) * int(passed["update_freq"][0]) == recipe.effective_batch
+
+
+@each_published
+def test_script_header_says_what_the_recipe_says(recipe: Recipe) -> None:
+    comments = [line.lstrip("# ") for line in script_of(recipe).read_text().splitlines() if line.startswith("#")]
+    header = " ".join(" ".join(comments).split())
+    for fact in (recipe.source, recipe.hardware, f"{recipe.published} top-1", recipe.note, script_of(recipe).name):
+        assert fact in header
+    for word in ("Source:", "Hardware:", "Published:", "Command:"):
+        assert word in header
+
+
+@each_published
+def test_script_takes_places_from_the_environment_and_hands_on_arguments(launch: Launch, recipe: Recipe) -> None:
+    environment = {"DATA_PATH": "/my data", "OUTPUT_DIR": "/my runs/1", "NNODES": "1", "NPROC": "3"}
+    torchrun, _, passed = launched(launch, recipe, "--seed", "a b", CHECKPOINT="/my file.pth", **environment)
+    assert (torchrun["nnodes"], torchrun["nproc_per_node"]) == (["1"], ["3"])
+    assert (passed["data_path"], passed["output_dir"]) == (["/my data"], ["/my runs/1"])
+    assert passed.get("finetune", ["/my file.pth"]) == ["/my file.pth"]
+    assert list(passed)[-1] == "seed", "an argument that comes before the recipe's could not override it"
+    assert passed["seed"] == ["a b"]
+
+
+@each_published
+def test_script_names_what_it_misses(launch: Launch, recipe: Recipe) -> None:
+    without_data = launch(recipe)
+    assert without_data.returncode != 0
+    assert "DATA_PATH" in without_data.stderr
+    without_rank = launch(recipe, DATA_PATH="/data", NNODES="2")
+    assert without_rank.returncode != 0
+    assert "NODE_RANK" in without_rank.stderr
+    without_address = launch(recipe, DATA_PATH="/data", NNODES="2", NODE_RANK="1")
+    assert without_address.returncode != 0
+    assert "MASTER_ADDR" in without_address.stderr
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_scripts_hand_their_checkpoints_on(launch: Launch, size: str) -> None:
+    pretrain = recipe_for(f"conmim_{size}_patch16_224", "pretrain")
+    finetune = recipe_for(f"beit_{size}_patch16_224", "finetune")
+    finer = recipe_for(f"beit_{size}_patch16_384", "finetune")
+    runs = [launched(launch, recipe)[2] for recipe in (pretrain, finetune, finer)]
+    last_epoch = pretrain.flags["epochs"] - 1
+    assert runs[1]["finetune"] == [f"{runs[0]['output_dir'][0]}/encoder-{last_epoch}.safetensors"]
+    assert runs[2]["finetune"] == [f"{runs[1]['output_dir'][0]}/checkpoint-best.pth"]
+
+
+def test_the_published_commands() -> None:
+    """ConMIM's README (ViT-L pre-training, ViT-B fine-tuning) and BEiT's documentation (ViT-L fine-tuning)."""
+    pretrain = recipe_for("conmim_large_patch16_224", "pretrain")
+    assert (pretrain.gpus, pretrain.effective_batch) == (32, 2048)
+    assert pretrain.flags == {
+        "batch_size": 64, "update_freq": 1, "epochs": 1600, "warmup_epochs": 10, "lr": 7.5e-4, "min_lr": 1e-5,
+        "weight_decay": 0.05, "opt_betas": (0.9, 0.98), "clip_grad": 1.0, "drop_path": 0,
+        "layer_scale_init_value": 1e-5, "mask_type": "random_mps32", "mask_ratio": 0.75, "temp": 0.1,
+        "t_momentum": 0.996, "imagenet_default_mean_and_std": True, "save_ckpt_freq": 20,
+    }  # fmt: skip
+    base = recipe_for("beit_base_patch16_224", "finetune")
+    assert (base.gpus, base.effective_batch) == (8, 1024)
+    assert base.flags == {
+        "batch_size": 128, "update_freq": 1, "epochs": 100, "warmup_epochs": 20, "lr": 4e-3, "min_lr": 1e-6,
+        "weight_decay": 0.05, "layer_decay": 0.65, "opt_betas": (0.9, 0.999), "clip_grad": None, "drop_path": 0.1,
+        "layer_scale_init_value": 0.1, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+        "imagenet_default_mean_and_std": True,
+    }  # fmt: skip
+    large = recipe_for("beit_large_patch16_224", "finetune")
+    assert (large.gpus, large.effective_batch) == (8, 1024)
+    assert large.flags == {
+        "batch_size": 64, "update_freq": 2, "epochs": 50, "warmup_epochs": 5, "lr": 1e-3, "min_lr": 1e-6,
+        "weight_decay": 0.05, "layer_decay": 0.75, "opt_betas": (0.9, 0.999), "clip_grad": None, "drop_path": 0.2,
+        "layer_scale_init_value": 1e-5, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+        "imagenet_default_mean_and_std": True,
+    }  # fmt: skip
+
+
+def test_what_is_known_of_the_other_recipes() -> None:
+    small, base = (recipe_for(f"conmim_{size}_patch16_224", "pretrain") for size in ("small", "base"))
+    assert (small.flags["epochs"], base.flags["epochs"]) == (300, 800)
+    assert (small.effective_batch, base.effective_batch) == (2048, 2048)
+    assert small.flags["layer_scale_init_value"] == base.flags["layer_scale_init_value"] == 0.1
+    for size, (layer_decay, drop_path) in {"small": (0.85, 0.1), "base": (0.85, 0.1), "large": (0.9, 0.4)}.items():
+        at_224, at_384 = (recipe_for(f"beit_{size}_patch16_{pixels}", "finetune") for pixels in (224, 384))
+        assert at_384.flags["epochs"] * 10 == at_224.flags["epochs"]
+        assert at_384.effective_batch == at_224.effective_batch == 1024
+        assert (at_384.flags["layer_decay"], at_384.flags["drop_path"]) == (layer_decay, drop_path)
+        assert (at_384.flags["input_size"], at_384.flags["lr"], at_384.flags["weight_decay"]) == (384, 2e-5, 1e-8)
+
+
+def test_published_accuracies() -> None:
+    assert IMAGENET_TOP1["base"] == {300: {224: 83.5}, 800: {224: 83.7, 384: 85.3}}
+    assert {recipe.name: recipe.published for recipe in PUBLISHED} == {
+        "conmim_small_pretrain": 82.0,
+        "conmim_small_finetune": 82.0,
+        "conmim_small_finetune_384": 83.9,
+        "conmim_base_pretrain": 83.7,
+        "conmim_base_finetune": 83.7,
+        "conmim_base_finetune_384": 85.3,
+        "conmim_large_pretrain": 85.5,
+        "conmim_large_finetune": 85.5,
+        "conmim_large_finetune_384": 86.5,
+    }
+
+
+def test_only_the_two_recipes_of_the_readme_are_free_of_guesses() -> None:
+    verified = {
+        recipe.name for recipe in all_recipes() if "Unverified" not in recipe.note and "Ours" not in recipe.note
+    }
+    assert verified == {"conmim_large_pretrain", "conmim_base_finetune"}
+
+
+@each_recipe
+def test_recipe_is_found_by_model_and_uses_known_flags(recipe: Recipe) -> None:
+    assert recipe_for(recipe.model, recipe.stage) is recipe
+    assert recipe.flags.keys() <= STAGE_FLAGS[recipe.stage]
+    assert recipe.flags["warmup_epochs"] < recipe.flags["epochs"]
+    assert recipe.flags["min_lr"] < recipe.flags["lr"]
+
+
+def test_recipe_for_a_model_without_one_and_for_a_wrong_stage() -> None:
+    assert recipe_for("resnet50", "finetune") is None
+    assert recipe_for("conmim_base_patch16_224", "finetune") is None
+    with pytest.raises(ValueError, match="stage 'train' is not one of pretrain, finetune"):
+        recipe_for("conmim_base_patch16_224", "train")
+
+
+def test_recipes_do_not_know_torch() -> None:
+    code = "import sys, recipes; sys.exit(bool({'torch', 'numpy', 'timm'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,543 @@
+"""Views of an image: decoding, pre-training's crop and colours in two equal pipelines, fine-tuning's transforms.
+
+Everything random is drawn first, from one generator, into a `ViewDraws`; the fast pipeline (simplejpeg, torch, OpenCV)
+and the reference pipeline (Pillow, in the published order of operations) then apply the same draws. Images leave as
+uint8 [3, H, W]; they are normalised on the device.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import math
+import random
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from timm.data import create_transform
+from torch.nn.functional import interpolate
+from torchvision.transforms import RandomCrop
+
+from masking_generator import MaskGenerator, Pair, as_pair
+
+cv2.setNumThreads(0)  # the loader's workers are the parallelism
+
+MEAN_STD = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+PILLOW_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+TORCH_FILTERS = ("bicubic", "bilinear")
+INTERPOLATIONS = (*PILLOW_FILTERS, "random")
+PIPELINES = ("fast", "reference")
+SMALL_IMAGE = 32  # up to this size images are neither resized for evaluation nor cropped by area (spec 4.6, 4.7)
+
+CROP_ASPECT = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+JITTER_PROBABILITY = 0.8
+JITTER_RANGES = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+GREY_PROBABILITY = 0.2
+BLUR_PROBABILITY, BLUR_RADIUS = 0.1, (0.1, 2.0)
+SOLARISE_PROBABILITY, SOLARISE_THRESHOLD = 0.2, 128
+
+RawImage = bytes | np.ndarray  # an encoded file, or decoded [H, W, 3] uint8
+Sample = dict[str, torch.Tensor]
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class BrokenImageError(Exception):
+    """The bytes of one sample cannot be read or decoded; the message says why."""
+
+
+def decode(raw: RawImage) -> np.ndarray:
+    """RGB picture [H, W, 3] uint8, equal to Pillow's; JPEGs through simplejpeg, which is a third faster.
+
+    Greyscale, palette, CMYK and transparent images become RGB as by Pillow's `convert`; EXIF orientation is ignored.
+
+    Raises:
+        BrokenImageError: empty, truncated, or not an image.
+    """
+    if isinstance(raw, np.ndarray):
+        return raw
+    if raw[:2] == b"\xff\xd8":
+        with contextlib.suppress(ValueError):  # CMYK, or something that Pillow may still forgive or will name
+            return simplejpeg.decode_jpeg(raw)
+    return np.array(decode_pillow(raw))
+
+
+def decode_pillow(raw: RawImage) -> Image.Image:
+    """RGB picture as a Pillow image; raises BrokenImageError like `decode`."""
+    if isinstance(raw, np.ndarray):
+        return Image.fromarray(raw)
+    if not raw:
+        raise BrokenImageError("the file is empty")
+    try:
+        return Image.open(io.BytesIO(raw)).convert("RGB")
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise BrokenImageError(str(error)) from error
+
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ColourDraws:
+    """The strong view's photometric changes: jitter steps (name, factor) in their order, then the rest."""
+
+    jitter: tuple[tuple[str, float], ...]
+    grey: bool
+    blur_radius: float | None
+    solarise: bool
+
+
+@dataclass(frozen=True)
+class ViewDraws:
+    """One image's random choices: `box` is (top, left, height, width) in pixels of the picture after the flip."""
+
+    flip: bool
+    box: tuple[int, int, int, int]
+    interpolation: str
+    colour: ColourDraws | None
+
+
+def draw_view(
+    rng: np.random.Generator, size: Pair, crop_scale: tuple[float, float], interpolation: str, strong: bool
+) -> ViewDraws:
+    """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colours if `strong` (spec 2.1)."""
+    flip = bool(rng.random() < 0.5)
+    box = draw_crop(rng, size, crop_scale)
+    if interpolation == "random":
+        interpolation = TORCH_FILTERS[rng.integers(2)]
+    return ViewDraws(flip, box, interpolation, draw_colour(rng) if strong else None)
+
+
+def draw_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Box (top, left, height, width): area a fraction in `scale`, log-uniform aspect, up to 10 tries (spec 2.1)."""
+    height, width = size
+    log_aspect = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
+    for _ in range(CROP_ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_aspect))
+        crop_w, crop_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_w <= width and 0 < crop_h <= height:
+            top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
+            return int(top), int(left), crop_h, crop_w
+    return _central_box(size)
+
+
+def _central_box(size: Pair) -> tuple[int, int, int, int]:
+    """The largest centred box whose aspect lies in the allowed range."""
+    height, width = size
+    crop_h, crop_w = height, width
+    if width / height < CROP_ASPECT[0]:
+        crop_h = round(width / CROP_ASPECT[0])
+    elif width / height > CROP_ASPECT[1]:
+        crop_w = round(height * CROP_ASPECT[1])
+    return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
+
+
+def draw_colour(rng: np.random.Generator) -> ColourDraws:
+    """Jitter in random order with probability 0.8, grey 0.2, Gaussian blur 0.1, solarise 0.2 (spec 2.1)."""
+    jitter = ()
+    if rng.random() < JITTER_PROBABILITY:
+        names = list(JITTER_RANGES)
+        order = rng.permutation(len(names))
+        jitter = tuple((names[i], float(rng.uniform(*JITTER_RANGES[names[i]]))) for i in order)
+    grey = bool(rng.random() < GREY_PROBABILITY)
+    blur_radius = float(rng.uniform(*BLUR_RADIUS)) if rng.random() < BLUR_PROBABILITY else None
+    return ColourDraws(jitter, grey, blur_radius, bool(rng.random() < SOLARISE_PROBABILITY))
+
+
+# --- reference pipeline: Pillow, published order ----------------------------------------------------------------------
+
+
+def reference_crop(image: Image.Image, draws: ViewDraws, size: Pair) -> Image.Image:
+    """Flip the whole picture, cut the box out, resize it to `size` (height, width)."""
+    if draws.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    top, left, height, width = draws.box
+    crop = image.crop((left, top, left + width, top + height))
+    return crop.resize((size[1], size[0]), PILLOW_FILTERS[draws.interpolation])
+
+
+def reference_colour(image: Image.Image, draws: ColourDraws) -> Image.Image:
+    """The strong view of an RGB picture by Pillow's own operations."""
+    for name, factor in draws.jitter:
+        image = REFERENCE_JITTER[name](image, factor)
+    if draws.grey:
+        image = image.convert("L").convert("RGB")
+    if draws.blur_radius is not None:
+        image = image.filter(ImageFilter.GaussianBlur(draws.blur_radius))
+    return ImageOps.solarize(image, SOLARISE_THRESHOLD) if draws.solarise else image
+
+
+def _reference_hue(image: Image.Image, shift: float) -> Image.Image:
+    """Turn the hue by `shift` of a full circle, in Pillow's 8-bit HSV (torchvision's definition)."""
+    hue, saturation, value = image.convert("HSV").split()
+    turned = np.asarray(hue) + np.uint8(_hue_steps(shift))
+    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+
+
+REFERENCE_JITTER: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
+    "contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
+    "saturation": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
+    "hue": _reference_hue,
+}
+
+
+# --- fast pipeline: colour planes [3, H, W] uint8 ---------------------------------------------------------------------
+
+
+def fast_crop(picture: np.ndarray, draws: ViewDraws, size: Pair) -> np.ndarray:
+    """`reference_crop` of a picture [H, W, 3], as contiguous colour planes [3, *size].
+
+    The resize is symmetric, so the flip may follow it, where it touches fewer pixels and no copy of the crop is made.
+    """
+    top, left, height, width = draws.box
+    if draws.flip:
+        left = picture.shape[1] - left - width
+    crop = picture[top : top + height, left : left + width]
+    planes = _resize(crop, size, draws.interpolation)
+    return (planes.flip(-1) if draws.flip else planes).contiguous().numpy()
+
+
+def _resize(crop: np.ndarray, size: Pair, interpolation: str) -> torch.Tensor:
+    if interpolation not in TORCH_FILTERS:
+        resized = Image.fromarray(crop).resize((size[1], size[0]), PILLOW_FILTERS[interpolation])
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    planes = torch.from_numpy(crop).permute(2, 0, 1)[None]
+    return interpolate(planes, size=size, mode=interpolation, antialias=True)[0]
+
+
+def fast_colour(planes: np.ndarray, draws: ColourDraws) -> np.ndarray:
+    """`reference_colour` on colour planes; the argument is left as it is."""
+    for name, factor in draws.jitter:
+        planes = FAST_JITTER[name](planes, factor)
+    if draws.grey:
+        planes = np.stack([_grey(planes)] * 3)
+    if draws.blur_radius is not None:
+        planes = _blur(planes, draws.blur_radius)
+    return _look_up(planes, _solarise_table()) if draws.solarise else planes
+
+
+def _grey(planes: np.ndarray) -> np.ndarray:
+    """Pillow's luma: 16-bit weights, rounded half up; every sum stays below 2**24, so float32 is exact."""
+    red, green, blue = planes
+    luma = cv2.addWeighted(red, 19595, green, 38470, 32768, dtype=cv2.CV_32F)
+    return cv2.addWeighted(blue, 7471 / 65536, luma, 1 / 65536, 0, dtype=cv2.CV_32F).astype(np.uint8)
+
+
+def _look_up(planes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    return cv2.LUT(planes.reshape(-1, planes.shape[-1]), table).reshape(planes.shape)
+
+
+def _blend_table(anchor: int, factor: float) -> np.ndarray:
+    """Pillow's blend of every level with `anchor`: float32, cut off, not rounded."""
+    levels = np.arange(256, dtype=np.float32)
+    blended = np.float32(anchor) + np.float32(factor) * (levels - np.float32(anchor))
+    return np.clip(blended, 0, 255).astype(np.uint8)
+
+
+@functools.cache
+def _solarise_table() -> np.ndarray:
+    levels = np.arange(256)
+    return np.where(levels < SOLARISE_THRESHOLD, levels, 255 - levels).astype(np.uint8)
+
+
+def _brightness(planes: np.ndarray, factor: float) -> np.ndarray:
+    return _look_up(planes, _blend_table(0, factor))
+
+
+def _contrast(planes: np.ndarray, factor: float) -> np.ndarray:
+    return _look_up(planes, _blend_table(int(_grey(planes).mean() + 0.5), factor))
+
+
+def _saturation(planes: np.ndarray, factor: float) -> np.ndarray:
+    grey = _grey(planes)
+    # OpenCV rounds where Pillow cuts off: just under a half less makes them agree
+    return np.stack([cv2.addWeighted(plane, factor, grey, 1 - factor, -0.4999) for plane in planes])
+
+
+def _hue_steps(shift: float) -> int:
+    """A turn of the colour circle in the 1/255 steps of an 8-bit hue, cut off towards zero, modulo 256."""
+    return int(shift * 255) % 256
+
+
+@functools.cache
+def _hue_table() -> torch.Tensor:
+    """Pillow's 8-bit hue by (sector * 2 + sign, difference modulo 256, chroma), flat [6 * 256 * 256].
+
+    In the sector of its largest channel a colour's hue is a function of its chroma and of the signed difference of the
+    other two channels. Looking Pillow's own values up keeps its truncations, which change the result by up to 6 levels.
+    """
+    kind, difference, chroma = np.meshgrid(np.arange(6), np.arange(256), np.arange(256), indexing="ij")
+    signed = np.clip(difference - 256 * (kind % 2), -chroma, chroma)
+    colours = np.zeros((*kind.shape, 3), dtype=np.uint8)
+    for sector in range(3):
+        rows = slice(2 * sector, 2 * sector + 2)
+        colours[rows, :, :, sector] = chroma[rows]
+        colours[rows, :, :, (sector + 1) % 3] = np.maximum(signed[rows], 0)
+        colours[rows, :, :, (sector + 2) % 3] = np.maximum(-signed[rows], 0)
+    hsv = Image.fromarray(colours.reshape(6 * 256, 256, 3)).convert("HSV")
+    return torch.from_numpy(np.asarray(hsv)[..., 0].reshape(-1).copy())
+
+
+@functools.cache
+def _chroma_shares() -> np.ndarray:
+    """How much of the chroma each channel lacks, by hue: [3, 256] uint8, 255 = all of it (HSV to RGB)."""
+    angle = np.arange(256) * 6 / 255
+    position = (np.array([[5], [3], [1]]) + angle) % 6
+    return np.round(np.clip(np.minimum(position, 4 - position), 0, 1) * 255).astype(np.uint8)
+
+
+def _hue(planes: np.ndarray, shift: float) -> np.ndarray:
+    value = cv2.max(cv2.max(planes[0], planes[1]), planes[2])
+    chroma = cv2.subtract(value, cv2.min(cv2.min(planes[0], planes[1]), planes[2]))
+    hue = _pillow_hue(planes, value, chroma)
+    out = np.empty_like(planes)
+    for channel, shares in enumerate(np.roll(_chroma_shares(), -_hue_steps(shift), axis=1)):
+        lacking = cv2.multiply(chroma, cv2.LUT(hue, shares), scale=1 / 255)
+        cv2.subtract(value, lacking, dst=out[channel])
+    return out
+
+
+def _pillow_hue(planes: np.ndarray, value: np.ndarray, chroma: np.ndarray) -> np.ndarray:
+    """8-bit hue [H, W]: the index of `_hue_table` is put together bytewise, which needs 8-bit operations only."""
+    red, green, blue = planes
+    is_red = cv2.compare(red, value, cv2.CMP_EQ)
+    is_green = cv2.compare(green, value, cv2.CMP_EQ)
+    next_channel, last_channel = red.copy(), green.copy()  # right where blue is the largest
+    for mask, after, before in ((is_green, blue, red), (is_red, green, blue)):
+        cv2.copyTo(after, mask, next_channel)
+        cv2.copyTo(before, mask, last_channel)
+    kind = (~is_red & (4 ^ (is_green & 6))) | (next_channel < last_channel)
+    index = cv2.merge([chroma, next_channel - last_channel, kind, np.zeros_like(chroma)]).view("<i4")
+    return _hue_table().index_select(0, torch.from_numpy(index).view(-1)).numpy().reshape(chroma.shape)
+
+
+FAST_JITTER: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "saturation": _saturation,
+    "hue": _hue,
+}
+
+
+def _blur(planes: np.ndarray, radius: float) -> np.ndarray:
+    """Pillow's Gaussian: three passes of a box whose ends carry a fraction, edges repeated."""
+    box = _box_kernel(radius)
+    picture = planes.transpose(1, 2, 0).astype(np.float32)
+    for _ in range(3):
+        picture = cv2.sepFilter2D(picture, -1, box, box, borderType=cv2.BORDER_REPLICATE)
+    return np.ascontiguousarray(np.rint(picture).astype(np.uint8).transpose(2, 0, 1))
+
+
+def _box_kernel(radius: float) -> np.ndarray:
+    """Box of variance radius**2 / 3: ones, and at each end the fraction that makes the variance exact."""
+    variance = radius**2 / 3
+    whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = np.ones(2 * whole + 3)
+    box[[0, -1]] = fraction
+    return box / box.sum()
+
+
+# --- pre-training -----------------------------------------------------------------------------------------------------
+
+
+class PretrainTransform:
+    """`transform(raw, rng)` -> the keys in `views`: "image" (weak), "image_strong" of the same crop, "mask"."""
+
+    def __init__(
+        self,
+        views: tuple[str, ...],
+        size: Pair,
+        interpolation: str,
+        pipeline: str,
+        mask_generator: MaskGenerator | None,
+        crop_scale: tuple[float, float],
+    ):
+        self.views, self.size, self.interpolation, self.crop_scale = views, size, interpolation, crop_scale
+        self.apply = _apply_fast if pipeline == "fast" else _apply_reference
+        self.mask_generator = mask_generator
+
+    def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
+        strong = "image_strong" in self.views
+        draw = functools.partial(
+            draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation, strong=strong
+        )
+        weak, strong_view = self.apply(raw, draw, self.size)
+        sample = {"image": torch.from_numpy(weak)}
+        if strong:
+            sample["image_strong"] = torch.from_numpy(strong_view)
+        if "mask" in self.views:
+            sample["mask"] = torch.from_numpy(self.mask_generator(rng))
+        return sample
+
+
+def _apply_fast(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> tuple[np.ndarray, np.ndarray | None]:
+    picture = decode(raw)
+    draws = draw(size=picture.shape[:2])
+    weak = fast_crop(picture, draws, size)
+    return weak, None if draws.colour is None else fast_colour(weak, draws.colour)
+
+
+def _apply_reference(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> tuple[np.ndarray, np.ndarray | None]:
+    image = decode_pillow(raw)
+    draws = draw(size=(image.height, image.width))
+    weak = reference_crop(image, draws, size)
+    return _planes(weak), None if draws.colour is None else _planes(reference_colour(weak, draws.colour))
+
+
+def _planes(image: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def build_pretrain_transform(
+    views: tuple[str, ...],
+    *,
+    input_size: int | Pair,
+    interpolation: str = "bicubic",
+    pipeline: str = "fast",
+    mask_generator: MaskGenerator | None = None,
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+) -> PretrainTransform:
+    """The transform that makes a method's `views` (see `PretrainTransform`) at `input_size`.
+
+    Raises:
+        ValueError: an interpolation or pipeline that does not exist.
+    """
+    _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
+    _check_choice("--data_pipeline", pipeline, PIPELINES)
+    assert "image" in views and set(views) <= {"image", "image_strong", "mask"}, views
+    assert ("mask" in views) == (mask_generator is not None), "a masked view needs a mask generator, others have none"
+    return PretrainTransform(
+        tuple(views), as_pair(input_size), interpolation, pipeline, mask_generator, tuple(crop_scale)
+    )
+
+
+def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{flag} is '{value}'; it must be one of {', '.join(choices)}")
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+class TrainTransform:
+    """timm's ImageNet training augmentation, without normalisation and erasing, which follow on the device."""
+
+    def __init__(self, size: Pair, augment: Callable[[Image.Image], torch.Tensor]):
+        self.size, self.augment = size, augment
+
+    def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
+        image = Image.fromarray(decode(raw))
+        if max(self.size) <= SMALL_IMAGE:
+            image = _exactly(image, self.size)
+        with seeded_globals(rng):
+            return {"image": self.augment(image)}
+
+
+class EvalTransform:
+    """The centre of the picture: resized to cover `size` / `crop_pct`, cut to `size` (specs/conmim.md 4.7).
+
+    Up to 32 pixels there is no crop; pictures of another size than `size` are resized to it (a repair: upstream's
+    batches could not be stacked).
+    """
+
+    def __init__(self, size: Pair, crop_pct: float | None):
+        self.size = size
+        self.crop_pct = crop_pct or (224 / 256 if max(size) < 384 else 1.0)
+
+    def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
+        image = Image.fromarray(decode(raw))
+        image = _exactly(image, self.size) if max(self.size) <= SMALL_IMAGE else self._centre(image)
+        return {"image": torch.from_numpy(_planes(image))}
+
+    def _centre(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        covered = _cover((image.height, image.width), (int(height / self.crop_pct), int(width / self.crop_pct)))
+        image = _exactly(image, covered)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        return image.crop((left, top, left + width, top + height))
+
+
+def _cover(size: Pair, area: Pair) -> Pair:
+    """The smallest (height, width) with the aspect of `size` that covers `area`."""
+    height, width = size
+    if width * area[0] > height * area[1]:
+        return area[0], int(area[0] * width / height)
+    return int(area[1] * height / width), area[1]
+
+
+def _exactly(image: Image.Image, size: Pair) -> Image.Image:
+    height, width = size
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@contextlib.contextmanager
+def seeded_globals(rng: np.random.Generator) -> Iterator[None]:
+    """Inside, `random`, numpy's and torch's global generators follow from `rng`; afterwards they are as before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(rng.integers(2**32))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def build_finetune_transform(args: argparse.Namespace, train: bool) -> TrainTransform | EvalTransform:
+    """The transform of classification (specs/conmim.md 4.6, 4.7): `transform(raw, rng)` -> {"image": uint8 [3, H, W]}.
+
+    Reads `input_size`, and for training `aa`, `color_jitter` (only used without `aa`), `train_interpolation`,
+    `imagenet_default_mean_and_std` (the colour that fills moved pictures); for evaluation `crop_pct`.
+    """
+    size = as_pair(args.input_size)
+    if not train:
+        return EvalTransform(size, args.crop_pct)
+    _check_choice("--train_interpolation", args.train_interpolation, INTERPOLATIONS)
+    mean, std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
+    augment = create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa or None,
+        interpolation=args.train_interpolation,
+        mean=mean,
+        std=std,
+        normalize=False,
+    )
+    if max(size) <= SMALL_IMAGE:
+        augment.transforms[0] = RandomCrop(size, padding=4)
+    return TrainTransform(size, augment)

@@ -1,0 +1,395 @@
+"""Processes, seeds, logging and meters: what every script needs and no model knows."""
+
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+log = logging.getLogger("unimim")
+
+# Dense bf16/fp16 peak of a device in TFLOP/s, from the makers' data sheets; keys are parts of torch's device names.
+PEAK_TFLOPS = {
+    "H200": 989, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+    "A10G": 70, "A10": 125, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def init_distributed(args: Namespace) -> torch.device:
+    """Finds this process's place among the others, joins the group, and sets args.rank, world_size and local_rank.
+
+    Order (specs/conmim.md 6.7): OpenMPI with --dist_on_itp, torchrun and deepspeed (RANK), SLURM, else one process.
+    """
+    env = os.environ
+    if args.dist_on_itp:
+        place = [int(env[f"OMPI_COMM_WORLD_{key}"]) for key in ("RANK", "SIZE", "LOCAL_RANK")]
+        args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        place = [int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", max(args.local_rank, 0)))]
+    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        rank = int(env["SLURM_PROCID"])
+        place = [rank, int(env["SLURM_NTASKS"]), rank % max(torch.cuda.device_count(), 1)]
+    else:
+        place = [0, 1, 0]
+    args.rank, args.world_size, args.local_rank = place
+    device = choose_device(args)
+    if args.world_size > 1 or args.enable_deepspeed:
+        join_process_group(args, device)
+    return device
+
+
+def choose_device(args: Namespace) -> torch.device:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.device = "cpu"
+    if args.device == "cuda":
+        torch.cuda.set_device(args.local_rank)
+        return torch.device("cuda", args.local_rank)
+    return torch.device(args.device)
+
+
+def join_process_group(args: Namespace, device: torch.device) -> None:
+    """A lone process under DeepSpeed needs the variables of a launcher too (specs/engine.md 1.3)."""
+    defaults = {
+        "RANK": args.rank, "WORLD_SIZE": args.world_size, "LOCAL_RANK": args.local_rank,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port() if args.world_size == 1 else 29500,
+    }  # fmt: skip
+    for name, value in defaults.items():
+        os.environ.setdefault(name, str(value))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=args.dist_url, rank=args.rank, world_size=args.world_size)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def leave_process_group() -> None:
+    if in_group():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if in_group():
+        dist.barrier()
+
+
+def reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    if in_group():
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process; every process must ask."""
+    if not in_group():
+        return flag
+    return bool(reduce_sum(torch.tensor(float(flag), device=device)) > 0)
+
+
+class StopSignal:
+    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a request to stop; the next one ends the process at once."""
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received: str | None = None
+        for number in self.signals:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame) -> None:
+        self.received = signal.Signals(number).name
+        for other in self.signals:
+            signal.signal(other, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeds
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Makes everything drawn on this process from here on a function of (seed, rank, step) alone.
+
+    Called before each optimizer step: a resumed run then draws what the uninterrupted one drew.
+    """
+    state = np.random.SeedSequence([seed, rank, step]).generate_state(2)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(int(state[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logging
+
+
+def setup_logging(rank: int) -> None:
+    """Rank 0 says everything, the others only errors."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    log.propagate = False
+
+
+class RunLog:
+    """Where figures go: log.txt (one JSON object an epoch), tensorboardX and W&B; on rank 0 only."""
+
+    def __init__(self, args: Namespace, config: dict):
+        main = args.rank == 0
+        self.file = Path(args.output_dir) / "log.txt" if main and args.output_dir else None
+        self.board = _tensorboard(args.log_dir) if main and args.log_dir else None
+        self.wandb = _wandb(args, config) if main and args.wandb else None
+
+    def forget_from(self, epoch: int) -> None:
+        """Drops lines of epochs that a resumed run will do again."""
+        if self.file is None or not self.file.exists():
+            return
+        lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["epoch"] < epoch]
+        write_text(self.file, "".join(f"{line}\n" for line in lines))
+
+    def step(self, figures: dict[str, float], step: int) -> None:
+        if self.board is not None:
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(figures, step=step)
+
+    def epoch(self, figures: dict, step: int) -> None:
+        numbers = {f"epoch/{k}": v for k, v in figures.items() if isinstance(v, (int, float))}
+        self.step(numbers, step)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _tensorboard(folder: str):
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(logdir=folder)
+
+
+def _wandb(args: Namespace, config: dict):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--wandb needs the package wandb: pip install wandb, or use --log_dir") from error
+    return wandb.init(project=args.wandb, name=Path(args.output_dir).name or None, config=config, resume="allow")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small text file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meters
+
+
+class NonFiniteError(RuntimeError):
+    """Too many optimizer steps in a row had a loss or a gradient that is not finite."""
+
+
+class StepMonitor:
+    """Keeps each step's figures on the device and reads them together, so that no step waits for the device.
+
+    A step whose loss or gradient was not finite has `applied` 0: it did not change anything. Its batch is written to
+    `folder`, and more than `max_nonfinite` of them in a row raise NonFiniteError. With a loss scaler (`scaled`) a
+    gradient may overflow under a finite loss until the scale has come down: 16 more of those are let pass.
+    """
+
+    scaler_halvings = 16
+
+    def __init__(self, *, folder: str, rank: int, max_nonfinite: int, scaled: bool = False):
+        self.folder, self.rank, self.max_nonfinite, self.scaled = folder, rank, max_nonfinite, scaled
+        self.pending: list[tuple[int, list[Tensor], dict[str, Tensor]]] = []
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.recent: dict[str, float] = {}
+        self.streak = 0
+
+    def push(self, step: int, indices: list[Tensor], figures: dict[str, Tensor]) -> None:
+        """`figures` holds scalar tensors, among them loss, grad_norm and applied; `indices` the samples of the step."""
+        self.pending.append((step, indices, figures))
+
+    def read(self) -> dict[str, float]:
+        """Moves what is pending to the host in one transfer and returns its means (of the steps that were applied)."""
+        if self.pending:
+            names = list(self.pending[0][2])
+            table = torch.stack([torch.stack([f[n].float() for n in names]) for *_, f in self.pending]).tolist()
+            good = [row for row in (dict(zip(names, values, strict=True)) for values in table) if row["applied"]]
+            self._check(table, names)
+            self._add(good)
+            self.recent = {n: sum(row[n] for row in good) / len(good) for n in names} if good else self.recent
+            self.pending.clear()
+        return self.recent
+
+    def _add(self, rows: list[dict[str, float]]) -> None:
+        for row in rows:
+            for name, value in row.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def _check(self, table: list[list[float]], names: list[str]) -> None:
+        for (step, indices, _), values in zip(self.pending, table, strict=True):
+            row = dict(zip(names, values, strict=True))
+            overflow = self.scaled and math.isfinite(row["loss"])
+            self.streak = 0 if row["applied"] else self.streak + 1
+            if not row["applied"] and not overflow:
+                self._report(step, indices, row)
+            if self.streak > self.max_nonfinite + overflow * self.scaler_halvings:
+                raise NonFiniteError(
+                    f"{self.streak} optimizer steps in a row had a loss or gradient that is not finite (--max_nonfinite"
+                    f" {self.max_nonfinite}); weights, optimizer and teacher are as before them. Lower --lr, set "
+                    f"--clip_grad, or look at the batches listed in {self.folder or 'the log'}"
+                )
+
+    def _report(self, step: int, indices: list[Tensor], row: dict[str, float]) -> None:
+        samples = torch.cat(indices).tolist() if indices else []
+        log.warning("step %d skipped: loss %s, grad norm %s", step, row["loss"], row["grad_norm"])
+        if self.folder:
+            report = {"step": step, "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"]), "indices": samples}
+            write_text(Path(self.folder) / f"nonfinite-{step}-rank{self.rank}.json", json.dumps(report))
+
+    def means(self) -> dict[str, float]:
+        """Averages since the last reset."""
+        return {name: self.sums[name] / self.counts[name] for name in self.sums if name != "applied"}
+
+    def state(self) -> dict:
+        return {"sums": dict(self.sums), "counts": dict(self.counts), "streak": self.streak}
+
+    def load(self, state: dict) -> None:
+        self.sums, self.counts, self.streak = dict(state["sums"]), dict(state["counts"]), state["streak"]
+
+    def reset(self) -> None:
+        self.sums, self.counts = {}, {}
+
+
+class Throughput:
+    """Images a second, the share of time spent waiting for data, MFU, and the time left."""
+
+    def __init__(self, images_per_step: int, flops_per_image: float | None, peak: float | None):
+        self.images_per_step, self.flops_per_image, self.peak = images_per_step, flops_per_image, peak
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def timed(self, loader: Iterable) -> Iterable:
+        """Passes batches on and adds up the time that they took to come."""
+        batches = iter(loader)
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - begin
+            yield batch
+
+    def figures(self) -> dict[str, float]:
+        """Since the last call: images/s over all ranks, data wait in percent, MFU in percent if the peak is known."""
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        rate = self.steps * self.images_per_step / elapsed
+        figures = {
+            "images_per_s": rate,
+            "data_wait": 100 * self.waited / elapsed,
+            "s_per_step": elapsed / max(self.steps, 1),
+        }
+        if self.flops_per_image and self.peak:
+            figures["mfu"] = 100 * rate * self.flops_per_image / self.peak
+        self.restart()
+        return figures
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's dense peak in FLOP/s at this precision, None where it is not known."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+
+
+def count_flops(step, *args) -> float:
+    """FLOPs of step(*args) by torch's counter, two for each multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        step(*args)
+    return float(counter.get_total_flops())
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of the device so far; on a CPU the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 of 3723 seconds."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+class Progress:
+    """A bar on a terminal, a plain line every `every` steps elsewhere; silent on ranks other than 0."""
+
+    def __init__(self, title: str, total: int, start: int, *, every: int, rank: int):
+        self.title, self.total, self.every, self.rank = title, total, every, rank
+        self.bar = None
+        if rank == 0 and sys.stdout.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=title, dynamic_ncols=True, file=sys.stdout)
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.total
+
+    def show(self, step: int, figures: dict[str, str]) -> None:
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+        elif self.rank == 0:
+            log.info("%s [%*d/%d]  %s", self.title, len(str(self.total)), step, self.total, text)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
