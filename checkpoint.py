@@ -55,7 +55,7 @@ def save_encoder(path: str | Path, state_dict: StateDict, metadata: dict[str, st
     """Writes a clean encoder (native names) as safetensors in timm's names, atomically; see `to_timm`."""
     if not all(isinstance(text, str) for text in [*metadata, *metadata.values()]):
         raise ValueError(f"safetensors metadata are strings only, got {metadata}")
-    # clones, because safetensors refuses tensors that share memory
+    # clones, because the blocks' tables share memory, which safetensors refuses
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_timm(state_dict).items()}
     _write_atomically(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
@@ -140,7 +140,7 @@ def prune_checkpoints(folder: str | Path, keep_last: int | None) -> None:
     if keep_last is None:
         return
     if keep_last < 1:
-        raise ValueError(f"--keep_last must be at least 1, got {keep_last}")
+        raise ValueError(f"--keep_checkpoints must be at least 1, got {keep_last}")
     old = list_checkpoints(folder)[:-keep_last]
     newest_valid = latest_valid_checkpoint(folder) if old else None
     for path in old:
@@ -179,7 +179,7 @@ def _is_intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except Exception:  # damaged bytes raise anything
         return False
 
 
@@ -339,7 +339,7 @@ def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
 def _expand_to_blocks(state: StateDict, target: StateDict, report: LoadReport) -> StateDict:
     """The shared bias table in every block of a model that has one table a block."""
     tables = [key for key in target if key.startswith("blocks.") and key.endswith(_TABLE)]
-    if _SHARED_TABLE not in state or _SHARED_TABLE in target or not tables:
+    if _SHARED_TABLE not in state or not tables:
         return state
     report.expanded = tables
     return _expand_shared_table(state, len(tables))
@@ -447,13 +447,13 @@ def _rename(state: StateDict, pattern: str, replacement: str) -> StateDict:
 
 
 def _expand_shared_table(state: StateDict, depth: int) -> StateDict:
-    """Gives each block a copy of the shared bias table, added to the block's own: the two biases add in attention."""
+    """Gives each block the shared bias table, added to the block's own if any: the two biases add in attention."""
     state = dict(state)
     shared = state.pop(_SHARED_TABLE, None)
     if shared is not None:
         for block in range(depth):
             key = f"blocks.{block}.attn.{_TABLE}"
-            state[key] = state[key] + shared if key in state else shared.clone()
+            state[key] = state[key] + shared if key in state else shared
     return state
 
 

@@ -257,8 +257,8 @@ def _ends_in_number(name: str) -> bool:
 
 
 def map_source(root: Path, split: str) -> FileSource:
-    """The images of `root/<split>_map.txt`, in the folder `root/<split>`, in `root/<split>.zip`, or in a zip that the map
-    itself names (`train.zip@/path`, Swin's form)."""
+    """The images that `root/<split>_map.txt` lists: in the folder `root/<split>`, in `root/<split>.zip`, or in a zip
+    that the map itself names (`train.zip@/path`, Swin's form)."""
     map_file = root / f"{split}_map.txt"
     names, labels = read_map_file(map_file)
     archive, names = _split_archive(map_file, names)
@@ -294,7 +294,7 @@ def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = 
     unknown = set(class_names(root)) - set(found)
     if need_labels and unknown:
         raise ValueError(f"{root} has class folders that the training folder lacks, such as '{min(unknown)}'")
-    names = sorted(_images_below(root))
+    names = sorted(images_below(root))
     number = {name: label for label, name in enumerate(found)}
     labels = [number.get(name.partition(os.sep)[0], -1) if os.sep in name else -1 for name in names]
     if need_labels:  # as upstream: images outside every class folder belong to no class
@@ -311,7 +311,8 @@ def class_names(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images_below(root: Path) -> Iterator[str]:
+def images_below(root: Path) -> Iterator[str]:
+    """Relative paths of all image files below `root`, links followed, hidden folders left out; in no order."""
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:

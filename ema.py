@@ -49,9 +49,10 @@ class MovingAverage:
 
 def _lerp(mine, theirs, weight: float | Tensor) -> None:
     """A weight on the device (a skipped step is not known to the host yet) takes the list form of the same call."""
+    theirs = [t.to(m.device, m.dtype) for m, t in zip(mine, theirs, strict=True)]
     if isinstance(weight, Tensor):
-        weight = [weight] * len(mine)
-    torch._foreach_lerp_(list(mine), list(theirs), weight)
+        weight = [weight.to(m.device) for m in mine]
+    torch._foreach_lerp_(list(mine), theirs, weight)
 
 
 def _block_of(name: str) -> str:

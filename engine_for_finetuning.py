@@ -24,15 +24,17 @@ class Classification(nn.Module):
         self.model = model
         mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
         self.mixup = make_mixup(args) if mixing else None
-        self.erase = (
-            RandomErasing(args.reprob, args.remode, max_count=args.recount, device=device) if args.reprob else None
-        )
+        self.erase = None
+        if args.reprob:
+            self.erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
         if mixing:
             self.criterion = SoftTargetCrossEntropy()
         else:
             self.criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
         self.average = MovingAverage(model, average_buffers=True) if args.model_ema else None
         self.average_decay = args.model_ema_decay
+        if self.average is not None and args.model_ema_force_cpu:
+            self.average.module.to("cpu")
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, targets = batch["image"], batch["label"]

@@ -47,7 +47,7 @@ class Training:
     task: torch.nn.Module
     normalize: Normalize
     loader: DataLoader
-    steps_per_epoch: int
+    n_parameters: int
     lr: np.ndarray
     weight_decay: np.ndarray
     monitor: StepMonitor
@@ -55,6 +55,10 @@ class Training:
     session: Session
     run_log: RunLog
     stop: StopSignal
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
@@ -170,9 +174,10 @@ def train(run: Training, position: Position, after_epoch) -> None:
         means = train_one_epoch(run, position)
         lr = max(group["lr"] for group in run.runner.optimizer.param_groups)
         figures = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | after_epoch(position)
-        figures |= {"epoch": position.epoch, "n_parameters": utils.count_parameters(run.task)}
+        figures |= {"epoch": position.epoch, "n_parameters": run.n_parameters}
         save_at_epoch_end(run, position)
         run.run_log.epoch(figures, (position.epoch + 1) * run.steps_per_epoch)
         log.info("epoch %d: %s", position.epoch, "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "epoch"))
         run.monitor.reset()
         position.epoch, position.step = position.epoch + 1, 0
+    run.run_log.close()

@@ -10,7 +10,7 @@ import numpy as np
 
 MASK_TYPES = ("block", "random", "random_mps32")
 BLOCK_MASK_FRACTION = 75 / 14**2  # BEiT hides 75 patches of a 14 x 14 grid
-BLOCK_ASPECT = (0.3, 1 / 0.3)
+LOG_BLOCK_ASPECT = math.log(1 / 0.3)  # aspects are log-uniform from 0.3 to 1 / 0.3
 BLOCK_ATTEMPTS = 10
 
 Pair = tuple[int, int]
@@ -58,18 +58,17 @@ class BlockwiseMask:
 
     def _add_block(self, mask: np.ndarray, limit: int, rng: np.random.Generator) -> int:
         """Place one rectangle that hides 1 to `limit` new patches; the number it hides, 0 if every attempt failed."""
-        log_aspect = math.log(BLOCK_ASPECT[0]), math.log(BLOCK_ASPECT[1])
-        for _ in range(BLOCK_ATTEMPTS):
+        rows, columns = mask.shape
+        for area_draw, aspect_draw, top_draw, left_draw in rng.random((BLOCK_ATTEMPTS, 4)).tolist():
             # the published bounds are used as given, also when the minimum exceeds the limit
-            area = self.min_block + (limit - self.min_block) * rng.random()
-            aspect = math.exp(rng.uniform(*log_aspect))
+            area = self.min_block + (limit - self.min_block) * area_draw
+            aspect = math.exp(LOG_BLOCK_ASPECT * (2 * aspect_draw - 1))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if height >= mask.shape[0] or width >= mask.shape[1]:
+            if height >= rows or width >= columns:
                 continue
-            top = rng.integers(mask.shape[0] - height + 1)
-            left = rng.integers(mask.shape[1] - width + 1)
+            top, left = int(top_draw * (rows - height + 1)), int(left_draw * (columns - width + 1))
             block = mask[top : top + height, left : left + width]
-            new = block.size - np.count_nonzero(block)
+            new = block.size - int(np.count_nonzero(block))
             if 0 < new <= limit:
                 block[...] = True
                 return new

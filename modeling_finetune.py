@@ -392,12 +392,11 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 # Registered classifiers
 
 
-def _beit(size: str, input_size: int, **kwargs) -> VisionTransformer:
+def _beit(size: str, **kwargs) -> VisionTransformer:
     """BEiT's classifier: per-block relative position tables, layer scale, mean pooling (specs/conmim.md 1.3)."""
-    beit_form = {"rel_pos_bias": "per_block", "init_values": 0.1, "input_size": input_size}
-    return VisionTransformer(**{**VIT_SIZES[size], **beit_form, **kwargs})
+    return VisionTransformer(**{**VIT_SIZES[size], "rel_pos_bias": "per_block", "init_values": 0.1, **kwargs})
 
 
 for _size in VIT_SIZES:
     for _input_size in (224, 384):
-        register(f"beit_{_size}_patch16_{_input_size}", partial(_beit, _size, _input_size))
+        register(f"beit_{_size}_patch16_{_input_size}", partial(_beit, _size, input_size=_input_size))

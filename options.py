@@ -5,7 +5,6 @@ Flag names are the published ones (specs/conmim.md 7); flags that never had an e
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -338,12 +337,16 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def schedule_summary(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
+def effective_batch(args: argparse.Namespace) -> int:
+    """Images per optimizer step over all processes."""
+    return args.batch_size * args.update_freq * args.world_size
+
+
+def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
     """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
     warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
     return {
-        "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = "
-        f"{math.prod((args.batch_size, args.update_freq, args.world_size))}",
+        "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = {effective_batch(args)}",
         "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
         "lr": f"0 -> {args.lr:g} in {warmup} steps, cosine to {args.min_lr:g}; not scaled by the batch size",
         "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",

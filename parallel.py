@@ -28,8 +28,8 @@ DEEPSPEED_KEYS = {
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast", "bf16",
     "fp16", "steps_per_print", "wall_clock_breakdown", "dump_state", "prescale_gradients", "gradient_predivide_factor",
     "communication_data_type", "seq_parallel_communication_data_type", "activation_checkpointing", "aio",
-    "flops_profiler", "comms_logger", "checkpoint", "data_types", "tensorboard", "wandb", "csv_monitor", "autotuning", "compile",
-    "sparse_gradients", "disable_allgather", "memory_breakdown", "dataloader_drop_last",
+    "flops_profiler", "comms_logger", "checkpoint", "data_types", "tensorboard", "wandb", "csv_monitor", "autotuning",
+    "compile", "sparse_gradients", "disable_allgather", "memory_breakdown", "dataloader_drop_last",
 }  # fmt: skip
 
 

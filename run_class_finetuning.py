@@ -8,17 +8,16 @@ from torch import nn
 
 import checkpoint
 import options
-import utils
 from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate
-from engine_for_pretraining import Normalize, Training, train
+from engine_for_pretraining import Normalize, train
 from modeling_finetune import create_model
 from optim_factory import param_groups
-from parallel import AUTOCAST_DTYPES, check_precision
-from run_pretraining import build_runner, compile_blocks, launch, schedules, train_loader
+from parallel import AUTOCAST_DTYPES
+from run_pretraining import launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
-from transforms import MEAN_STD, build_finetune_transform
-from utils import RunLog, StepMonitor, StopSignal, Throughput, log
+from transforms import build_finetune_transform
+from utils import log
 
 
 def build_classifier(args: Namespace) -> nn.Module:
@@ -59,11 +58,10 @@ def settle_classes(args: Namespace, dataset) -> None:
 
 
 def undecayed(args: Namespace, model: nn.Module) -> set[str]:
-    """Names of parameters without weight decay beside biases and norms."""
-    names = set(model.no_weight_decay())
-    if args.disable_weight_decay_on_rel_pos_bias:
-        names |= {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
-    return names
+    """Names of the tables that --disable_weight_decay_on_rel_pos_bias exempts."""
+    if not args.disable_weight_decay_on_rel_pos_bias:
+        return set()
+    return {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
 
 
 class Evaluator:
@@ -112,65 +110,28 @@ def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loade
 
 
 def main(args: Namespace) -> None:
-    device = utils.init_distributed(args)
-    utils.setup_logging(args.rank)
-    options.resolve_precision(args, device)
-    check_precision(args.precision, device)
-
+    normalize = set_up(args)
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
     if args.finetune:
-        log.info(
-            "%s", checkpoint.load_pretrained(model, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
-        )
-    normalize = Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], device)
+        found = checkpoint.load_pretrained(model, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
+        log.info("%s", found)
     if args.eval:
         return evaluate_only(args, model, normalize, eval_loader)
 
-    stop = StopSignal()
     dataset = build_dataset(args, train=True, transform=build_finetune_transform(args, train=True), need_labels=True)
-    loader, steps_per_epoch = train_loader(args, dataset)
-    lr, weight_decay = schedules(args, steps_per_epoch)
-    derived = {
-        "images": f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation",
-        "classes": args.nb_classes,
-    }
-    options.report(args, options.schedule_summary(args, steps_per_epoch) | derived)
+    loader = train_loader(args, dataset)
+    images = f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, {args.nb_classes} classes"
+    options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": images})
     if args.dry_run:
         return None
-
-    origin = Origin.find(args)
-    model.to(device)
-    task = Classification(model, args, device)
-    if origin is not None:
-        origin.load_weights(model, task.average, "model_ema")
-    if task.average is not None and args.model_ema_force_cpu:
-        task.average.module.to("cpu")
-    if args.compile:
-        compile_blocks(model)
+    task = Classification(model.to(normalize.device), args, normalize.device)
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
-    runner = build_runner(args, task, groups, device)
-    runner.watch(model)
-    if task.average is not None:
-        task.average.read = runner.whole
-    monitor = StepMonitor(
-        folder=args.output_dir, rank=args.rank, max_nonfinite=args.max_nonfinite, scaled=args.precision == "fp16"
-    )
-    session = Session(
-        args, runner, model, monitor, average=task.average, average_key="model_ema", steps_per_epoch=steps_per_epoch
-    )
+    run, position = start_training(args, task, model, loader, groups, normalize, "model_ema")
     evaluator = Evaluator(args, task, eval_loader, normalize)
-    run = Training(
-        args=args, runner=runner, task=task, normalize=normalize, loader=loader, steps_per_epoch=steps_per_epoch,
-        lr=lr, weight_decay=weight_decay, monitor=monitor, session=session, stop=stop,
-        throughput=Throughput(args.batch_size * args.update_freq * args.world_size, None, utils.peak_flops(device, args.precision)),
-        run_log=RunLog(args, options.as_config(args)),
-    )  # fmt: skip
-    position = session.resume(origin)
-    train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, session))
+    train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best acc1 %.3f", position.best)
-    run.run_log.close()
     return None
 
 

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 import options
 import utils
@@ -14,8 +15,8 @@ from masking_generator import build_mask_generator
 from modeling_finetune import Block, create_model
 from modeling_pretrain import MaskedImageModel
 from optim_factory import cosine_schedule, create_optimizer, param_groups
-from parallel import DeepSpeedRunner, Runner, TorchRunner, check_precision, deepspeed_config
-from session import Origin, Session
+from parallel import BatchStatistics, DeepSpeedRunner, Runner, TorchRunner, check_precision, deepspeed_config
+from session import Origin, Position, Session
 from transforms import MEAN_STD, build_pretrain_transform
 from utils import NonFiniteError, RunLog, StepMonitor, StopSignal, Throughput, log
 
@@ -38,7 +39,7 @@ def build_method(args: Namespace) -> MaskedImageModel:
 
 
 def build_data(args: Namespace, method: MaskedImageModel):
-    """The loader of what the method reads, and the optimizer steps that an epoch has."""
+    """The loader of what the method reads."""
     input_size, patch_size = method.patch_embed.img_size, method.patch_embed.patch_size
     generator = build_mask_generator(
         args.mask_type,
@@ -63,13 +64,24 @@ def build_data(args: Namespace, method: MaskedImageModel):
 
 
 def train_loader(args: Namespace, dataset):
-    """Whole optimizer steps only: what is left over of an epoch is dropped."""
-    steps = len(dataset) // (args.batch_size * args.update_freq * args.world_size)
+    """A loader of whole optimizer steps, `steps_per_epoch` of them; what is left over of an epoch is dropped."""
+    steps = len(dataset) // options.effective_batch(args)
+    if steps == 0:
+        raise ValueError(
+            f"{len(dataset)} images do not fill one step of {options.effective_batch(args)}: "
+            "lower --batch_size, --update_freq or the number of processes"
+        )
     sampler = TrainBatchSampler(
-        len(dataset), args.batch_size, batches_per_epoch=steps * args.update_freq, rank=args.rank,
-        world_size=args.world_size, seed=args.seed,
-    )  # fmt: skip
-    return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem), steps
+        len(dataset),
+        args.batch_size,
+        batches_per_epoch=steps * args.update_freq,
+        rank=args.rank,
+        world_size=args.world_size,
+        seed=args.seed,
+    )
+    loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
+    loader.steps_per_epoch = steps
+    return loader
 
 
 def build_runner(args: Namespace, network: nn.Module, groups: list[dict], device: torch.device) -> Runner:
@@ -104,48 +116,89 @@ def compile_blocks(*modules: nn.Module | None) -> None:
                 block.compile(dynamic=False)
 
 
-def main(args: Namespace) -> None:
-    device = utils.init_distributed(args)
-    utils.setup_logging(args.rank)
-    options.resolve_precision(args, device)
-    check_precision(args.precision, device)
-    stop = StopSignal()
+def flops_per_image(task: nn.Module, loader, normalize: Normalize) -> float:
+    """FLOPs of one training step, counted on two images; what that changes in batch statistics is put back."""
+    batch = normalize(default_collate([loader.dataset[0, index] for index in (0, 1)]))
+    statistics = BatchStatistics(task, getattr(task, "teacher", None))
+    statistics.keep()
+    flops = utils.count_flops(lambda: task(batch)["loss"].backward())
+    statistics.put_back_unless(torch.zeros((), device=normalize.device))
+    task.zero_grad(set_to_none=True)
+    return flops / 2
 
-    method = build_method(args)
-    loader, steps_per_epoch = build_data(args, method)
-    lr, weight_decay = schedules(args, steps_per_epoch)
-    options.report(args, options.schedule_summary(args, steps_per_epoch) | {"images": len(loader.dataset)})
-    if args.dry_run:
-        return
 
+def start_training(
+    args: Namespace,
+    task: nn.Module,
+    network: nn.Module,
+    loader,
+    groups: list[dict],
+    normalize: Normalize,
+    average_key: str,
+) -> tuple[Training, Position]:
+    """Resumes weights, wraps the task in its engine, resumes the rest: everything between data and the first step.
+
+    `task` is what is trained, `network` the part of it that checkpoints hold; `average_key` names its average there.
+    """
+    device, average, stop = normalize.device, task.average, StopSignal()
+    lr, weight_decay = schedules(args, loader.steps_per_epoch)
     origin = Origin.find(args)
     if origin is not None:
-        origin.load_weights(method, method.average, "teacher", args.resume_copy)
-    normalize = Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], device)
-    method.to(device)
-    if method.teacher is not None:
-        method.teacher.to(device)
+        origin.load_weights(network, average, average_key, getattr(args, "resume_copy", ""))
+    peak, n_parameters = utils.peak_flops(device, args.precision), utils.count_parameters(network)
+    flops = flops_per_image(task, loader, normalize) if peak else None
     if args.compile:
-        compile_blocks(method, method.teacher)
-    runner = build_runner(args, method, param_groups(method, args.weight_decay), device)
-    runner.watch(method, method.teacher)
-    if method.average is not None:
-        method.average.read = runner.whole
+        compile_blocks(network, average and average.module)
+    runner = build_runner(args, task, groups, device)
+    runner.watch(network, average and average.module)
+    if average is not None:
+        average.read = runner.whole
     monitor = StepMonitor(
         folder=args.output_dir, rank=args.rank, max_nonfinite=args.max_nonfinite, scaled=args.precision == "fp16"
     )
     session = Session(
-        args, runner, method, monitor, average=method.average, average_key="teacher", steps_per_epoch=steps_per_epoch
+        args, runner, network, monitor, average=average, average_key=average_key, steps_per_epoch=loader.steps_per_epoch
     )
-    peak = utils.peak_flops(device, args.precision)
     run = Training(
-        args=args, runner=runner, task=method, normalize=normalize, loader=loader, steps_per_epoch=steps_per_epoch,
-        lr=lr, weight_decay=weight_decay, monitor=monitor, session=session, stop=stop,
-        throughput=Throughput(args.batch_size * args.update_freq * args.world_size, None, peak),
+        args=args,
+        runner=runner,
+        task=task,
+        normalize=normalize,
+        loader=loader,
+        n_parameters=n_parameters,
+        lr=lr,
+        weight_decay=weight_decay,
+        monitor=monitor,
+        throughput=Throughput(options.effective_batch(args), flops, peak),
+        session=session,
         run_log=RunLog(args, options.as_config(args)),
-    )  # fmt: skip
-    train(run, session.resume(origin), after_epoch=lambda position: {})
-    run.run_log.close()
+        stop=stop,
+    )
+    return run, session.resume(origin)
+
+
+def set_up(args: Namespace) -> Normalize:
+    """Joins the other processes, starts the log, settles device and precision."""
+    device = utils.init_distributed(args)
+    utils.setup_logging(args.rank)
+    options.resolve_precision(args, device)
+    check_precision(args.precision, device)
+    return Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], device)
+
+
+def main(args: Namespace) -> None:
+    normalize = set_up(args)
+    method = build_method(args)
+    loader = build_data(args, method)
+    options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": len(loader.dataset)})
+    if args.dry_run:
+        return
+    method.to(normalize.device)
+    if method.teacher is not None:
+        method.teacher.to(normalize.device)
+    groups = param_groups(method, args.weight_decay)
+    run, position = start_training(args, method, method, loader, groups, normalize, "teacher")
+    train(run, position, after_epoch=lambda position: {})
 
 
 def launch(main_function, args: Namespace) -> None:

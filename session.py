@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import checkpoint
 import utils
 from ema import MovingAverage
-from options import as_config
+from options import as_config, effective_batch
 from parallel import DeepSpeedRunner, Runner
 from utils import StepMonitor, log
 
@@ -100,10 +100,7 @@ class Session:
 
     def _engine(self) -> dict[str, Any]:
         kind = {"kind": "deepspeed", "zero_stage": self.runner.stage} if self.sharded else {"kind": "torch"}
-        return kind | {"world_size": self.args.world_size, "global_batch": self._global_batch()}
-
-    def _global_batch(self) -> int:
-        return self.args.batch_size * self.args.update_freq * self.args.world_size
+        return kind | {"world_size": self.args.world_size, "global_batch": effective_batch(self.args)}
 
     def _save_shards(self, stem: str) -> None:
         if self.args.rank == 0:
@@ -146,7 +143,7 @@ class Session:
             origin.path.stem == f"checkpoint-{position.epoch}"
         ):  # a finished epoch, however many steps it has in this run
             return Position(position.epoch + 1, 0, position.best, position.best_average)
-        batch, ours = state["engine"]["global_batch"], self._global_batch()
+        batch, ours = state["engine"]["global_batch"], effective_batch(self.args)
         if batch != ours:
             raise ValueError(
                 f"{origin.path} was saved in mid-epoch with an effective batch of {batch}, this run has {ours}: keep "

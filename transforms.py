@@ -50,7 +50,8 @@ JITTER_PROBABILITY = 0.8
 JITTER_RANGES = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
 GREY_PROBABILITY = 0.2
 BLUR_PROBABILITY, BLUR_RADIUS = 0.1, (0.1, 2.0)
-SOLARISE_PROBABILITY, SOLARISE_THRESHOLD = 0.2, 128
+SOLARISE_PROBABILITY = 0.2
+ROUND_DOWN = -0.4999  # OpenCV rounds where Pillow cuts off
 
 RawImage = bytes | np.ndarray  # an encoded file, or decoded [H, W, 3] uint8
 Sample = dict[str, torch.Tensor]
@@ -141,12 +142,12 @@ def draw_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float]) 
     height, width = size
     log_aspect = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
     for _ in range(CROP_ATTEMPTS):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_aspect))
+        area = height * width * _between(rng, scale)
+        aspect = math.exp(_between(rng, log_aspect))
         crop_w, crop_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_w <= width and 0 < crop_h <= height:
-            top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
-            return int(top), int(left), crop_h, crop_w
+            top, left = int(rng.random() * (height - crop_h + 1)), int(rng.random() * (width - crop_w + 1))
+            return top, left, crop_h, crop_w
     return _central_box(size)
 
 
@@ -167,10 +168,14 @@ def draw_colour(rng: np.random.Generator) -> ColourDraws:
     if rng.random() < JITTER_PROBABILITY:
         names = list(JITTER_RANGES)
         order = rng.permutation(len(names))
-        jitter = tuple((names[i], float(rng.uniform(*JITTER_RANGES[names[i]]))) for i in order)
+        jitter = tuple((names[i], _between(rng, JITTER_RANGES[names[i]])) for i in order)
     grey = bool(rng.random() < GREY_PROBABILITY)
-    blur_radius = float(rng.uniform(*BLUR_RADIUS)) if rng.random() < BLUR_PROBABILITY else None
+    blur_radius = _between(rng, BLUR_RADIUS) if rng.random() < BLUR_PROBABILITY else None
     return ColourDraws(jitter, grey, blur_radius, bool(rng.random() < SOLARISE_PROBABILITY))
+
+
+def _between(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * rng.random()  # a quarter of the time of rng.uniform
 
 
 # --- reference pipeline: Pillow, published order ----------------------------------------------------------------------
@@ -193,7 +198,7 @@ def reference_colour(image: Image.Image, draws: ColourDraws) -> Image.Image:
         image = image.convert("L").convert("RGB")
     if draws.blur_radius is not None:
         image = image.filter(ImageFilter.GaussianBlur(draws.blur_radius))
-    return ImageOps.solarize(image, SOLARISE_THRESHOLD) if draws.solarise else image
+    return ImageOps.solarize(image, threshold=128) if draws.solarise else image
 
 
 def _reference_hue(image: Image.Image, shift: float) -> Image.Image:
@@ -217,22 +222,32 @@ REFERENCE_JITTER: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 def fast_crop(picture: np.ndarray, draws: ViewDraws, size: Pair) -> np.ndarray:
     """`reference_crop` of a picture [H, W, 3], as contiguous colour planes [3, *size].
 
-    The resize is symmetric, so the flip may follow it, where it touches fewer pixels and no copy of the crop is made.
+    The resize is symmetric, so the flip may follow it, where there are fewer pixels and the crop is not yet copied.
     """
     top, left, height, width = draws.box
     if draws.flip:
         left = picture.shape[1] - left - width
-    crop = picture[top : top + height, left : left + width]
-    planes = _resize(crop, size, draws.interpolation)
-    return (planes.flip(-1) if draws.flip else planes).contiguous().numpy()
+    resized = _resize(picture[top : top + height, left : left + width], size, draws.interpolation)
+    return np.stack(cv2.split(cv2.flip(resized, 1) if draws.flip else resized))
 
 
-def _resize(crop: np.ndarray, size: Pair, interpolation: str) -> torch.Tensor:
+def _resize(crop: np.ndarray, size: Pair, interpolation: str) -> np.ndarray:
     if interpolation not in TORCH_FILTERS:
-        resized = Image.fromarray(crop).resize((size[1], size[0]), PILLOW_FILTERS[interpolation])
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-    planes = torch.from_numpy(crop).permute(2, 0, 1)[None]
-    return interpolate(planes, size=size, mode=interpolation, antialias=True)[0]
+        return np.asarray(Image.fromarray(crop).resize((size[1], size[0]), PILLOW_FILTERS[interpolation]))
+    # [1, 3, h, w] with the strides of channels-last memory, for which torch has the fastest kernel
+    pixels = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
+    if _rows_first(crop.shape[:2], size):
+        pixels = interpolate(pixels, size=(size[0], crop.shape[1]), mode=interpolation, antialias=True)
+    return interpolate(pixels, size=size, mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def _rows_first(crop: Pair, size: Pair) -> bool:
+    """Whether Pillow (13) shrinks the height before the width; torch never does.
+
+    Both keep 8 bits between the passes, so the order matters where the first pass runs into black or white.
+    """
+    shrunk_rows, shrunk_columns = crop[0] - size[0], crop[1] - size[1]
+    return shrunk_rows > max(0, 2 * shrunk_columns)
 
 
 def fast_colour(planes: np.ndarray, draws: ColourDraws) -> np.ndarray:
@@ -243,7 +258,7 @@ def fast_colour(planes: np.ndarray, draws: ColourDraws) -> np.ndarray:
         planes = np.stack([_grey(planes)] * 3)
     if draws.blur_radius is not None:
         planes = _blur(planes, draws.blur_radius)
-    return _look_up(planes, _solarise_table()) if draws.solarise else planes
+    return np.minimum(planes, 255 - planes) if draws.solarise else planes  # 128 is the middle: the darker of the two
 
 
 def _grey(planes: np.ndarray) -> np.ndarray:
@@ -253,35 +268,23 @@ def _grey(planes: np.ndarray) -> np.ndarray:
     return cv2.addWeighted(blue, 7471 / 65536, luma, 1 / 65536, 0, dtype=cv2.CV_32F).astype(np.uint8)
 
 
-def _look_up(planes: np.ndarray, table: np.ndarray) -> np.ndarray:
-    return cv2.LUT(planes.reshape(-1, planes.shape[-1]), table).reshape(planes.shape)
-
-
-def _blend_table(anchor: int, factor: float) -> np.ndarray:
-    """Pillow's blend of every level with `anchor`: float32, cut off, not rounded."""
-    levels = np.arange(256, dtype=np.float32)
-    blended = np.float32(anchor) + np.float32(factor) * (levels - np.float32(anchor))
-    return np.clip(blended, 0, 255).astype(np.uint8)
-
-
-@functools.cache
-def _solarise_table() -> np.ndarray:
-    levels = np.arange(256)
-    return np.where(levels < SOLARISE_THRESHOLD, levels, 255 - levels).astype(np.uint8)
+def _blend_level(planes: np.ndarray, level: int, factor: float) -> np.ndarray:
+    """Pillow's blend with one grey level."""
+    flat = planes.reshape(-1, planes.shape[-1])
+    return cv2.addWeighted(flat, factor, flat, 0, (1 - factor) * level + ROUND_DOWN).reshape(planes.shape)
 
 
 def _brightness(planes: np.ndarray, factor: float) -> np.ndarray:
-    return _look_up(planes, _blend_table(0, factor))
+    return _blend_level(planes, 0, factor)
 
 
 def _contrast(planes: np.ndarray, factor: float) -> np.ndarray:
-    return _look_up(planes, _blend_table(int(_grey(planes).mean() + 0.5), factor))
+    return _blend_level(planes, int(_grey(planes).mean() + 0.5), factor)
 
 
 def _saturation(planes: np.ndarray, factor: float) -> np.ndarray:
     grey = _grey(planes)
-    # OpenCV rounds where Pillow cuts off: just under a half less makes them agree
-    return np.stack([cv2.addWeighted(plane, factor, grey, 1 - factor, -0.4999) for plane in planes])
+    return np.stack([cv2.addWeighted(plane, factor, grey, 1 - factor, ROUND_DOWN) for plane in planes])
 
 
 def _hue_steps(shift: float) -> int:
@@ -310,21 +313,20 @@ def _hue_table() -> torch.Tensor:
 
 @functools.cache
 def _chroma_shares() -> np.ndarray:
-    """How much of the chroma each channel lacks, by hue: [3, 256] uint8, 255 = all of it (HSV to RGB)."""
+    """How much of the chroma each channel lacks, by hue: [3, 512] uint8 (twice round), 255 = all of it (HSV to RGB)."""
     angle = np.arange(256) * 6 / 255
     position = (np.array([[5], [3], [1]]) + angle) % 6
-    return np.round(np.clip(np.minimum(position, 4 - position), 0, 1) * 255).astype(np.uint8)
+    shares = np.round(np.clip(np.minimum(position, 4 - position), 0, 1) * 255).astype(np.uint8)
+    return np.concatenate([shares, shares], axis=1)
 
 
 def _hue(planes: np.ndarray, shift: float) -> np.ndarray:
     value = cv2.max(cv2.max(planes[0], planes[1]), planes[2])
     chroma = cv2.subtract(value, cv2.min(cv2.min(planes[0], planes[1]), planes[2]))
     hue = _pillow_hue(planes, value, chroma)
-    out = np.empty_like(planes)
-    for channel, shares in enumerate(np.roll(_chroma_shares(), -_hue_steps(shift), axis=1)):
-        lacking = cv2.multiply(chroma, cv2.LUT(hue, shares), scale=1 / 255)
-        cv2.subtract(value, lacking, dst=out[channel])
-    return out
+    first = _hue_steps(shift)
+    shares = _chroma_shares()[:, first : first + 256]
+    return np.stack([cv2.subtract(value, cv2.multiply(chroma, cv2.LUT(hue, s), scale=1 / 255)) for s in shares])
 
 
 def _pillow_hue(planes: np.ndarray, value: np.ndarray, chroma: np.ndarray) -> np.ndarray:

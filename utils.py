@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import socket
 import sys
@@ -135,9 +136,10 @@ def seed_step(seed: int, rank: int, step: int) -> None:
 
     Called before each optimizer step: a resumed run then draws what the uninterrupted one drew.
     """
-    state = np.random.SeedSequence([seed, rank, step]).generate_state(2)
+    state = np.random.SeedSequence([seed, rank, step]).generate_state(3)
     torch.manual_seed(int(state[0]))
     np.random.seed(int(state[1]))
+    random.seed(int(state[2]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -256,6 +256,21 @@ def test_damaged_newer_checkpoints_are_skipped_and_named(tmp_path, caplog):
     assert "checkpoint-3.pth" in caplog.messages[0] and "checkpoint-2-7.pth" in caplog.messages[1]
 
 
+def test_any_changed_bit_is_either_noticed_or_harmless(tmp_path):
+    (path,) = write(tmp_path, "checkpoint-1.pth")
+    whole, expected, noticed = path.read_bytes(), load_checkpoint(path), 0
+    places = range(0, len(whole), 7)
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        if latest_valid_checkpoint(tmp_path) is None:
+            noticed += 1
+        else:
+            torch.testing.assert_close(load_checkpoint(path)["model"], expected["model"], rtol=0, atol=0)
+    assert noticed > len(places) / 2  # the rest is padding and time stamps
+
+
 def test_a_deepspeed_folder_counts_only_with_its_marker(tmp_path, caplog):
     older, newer = write(tmp_path, "checkpoint-1.pth", "checkpoint-2.pth")
     folder = ckpt.deepspeed_folder(newer)
@@ -280,8 +295,25 @@ def test_pruning_keeps_the_newest_and_takes_what_belongs_to_the_others(tmp_path)
         "checkpoint-1-4.pth", "encoder-1-4.safetensors", "checkpoint-1-4",
         "checkpoint-1.pth", "encoder-1.safetensors", "checkpoint-1", "checkpoint-best.pth",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="--keep_last"):
+    with pytest.raises(ValueError, match="--keep_checkpoints"):
         prune_checkpoints(tmp_path, 0)
+
+
+def test_an_interrupted_deletion_leaves_no_checkpoint_that_looks_whole(tmp_path, monkeypatch):
+    old, new = write(tmp_path, "checkpoint-0.pth", "checkpoint-1.pth")
+    ckpt.deepspeed_folder(old).mkdir()
+    ckpt.finish_deepspeed_folder(ckpt.deepspeed_folder(old))
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ckpt.shutil, "rmtree", interrupted)
+        prune_checkpoints(tmp_path, 1)
+    with pytest.raises(ValueError, match="incomplete"):
+        ckpt.check_checkpoint(old)
+    prune_checkpoints(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == [new]
 
 
 def test_pruning_never_deletes_the_newest_valid_checkpoint(tmp_path):
@@ -533,6 +565,14 @@ def test_an_exported_plain_vit_is_timms_and_loads_back(tmp_path, k_bias, init_va
         report = load_pretrained(back, tmp_path / "encoder-3.safetensors")
         assert report.missing == [] and report.ignored == [] and report.matched == 1.0
         torch.testing.assert_close(features(back, images()), features(model, images()), rtol=0, atol=1e-5)
+
+
+def test_export_gives_keys_no_bias_and_drops_published_index_buffers():
+    state = vit().state_dict() | {"blocks.0.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.int64)}
+    converted = to_timm(state)
+    query, key, value = converted["blocks.0.attn.qkv.bias"].chunk(3)
+    assert torch.equal(query, state["blocks.0.attn.q_bias"]) and torch.equal(value, state["blocks.0.attn.v_bias"])
+    assert not key.any() and "blocks.0.attn.relative_position_index" not in converted
 
 
 def test_an_exported_encoder_fine_tunes_like_its_checkpoint(tmp_path):

@@ -44,6 +44,7 @@ def flags(opt: str, **values) -> Namespace:
 def test_matrices_tokens_and_tables_decay_vectors_and_skipped_names_do_not():
     model = tiny_vit()
     model.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
+    model.extra = nn.ParameterDict({"bias": torch.zeros(2, 2)})  # not one-dimensional, yet a bias by name
     by_name = {g["group_name"]: g for g in param_groups(model, 0.05)}
     assert list(by_name) == ["no_decay", "decay"]
     parts = (
