@@ -8,6 +8,7 @@ import argparse
 import logging
 import mmap
 import os
+import signal
 import struct
 import zipfile
 import zlib
@@ -212,6 +213,35 @@ class ArraySource:
         return self.images[index]
 
 
+class PartSource:
+    """The images of `source` numbered `chosen`, in that order."""
+
+    def __init__(self, source: Source, chosen: np.ndarray):
+        self.source, self.chosen = source, chosen
+        self.labels, self.classes = source.labels[chosen], source.classes
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def path(self, index: int) -> str:
+        return self.source.path(self.chosen[index])
+
+    def read(self, index: int) -> RawImage:
+        return self.source.read(self.chosen[index])
+
+
+def first_of_each_class(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Ascending numbers of the first `fraction` (rounded, at least one image) of each class in `labels` [N].
+
+    Raises:
+        ValueError: a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--label_fraction is {fraction}; it must be above 0 and at most 1")
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.sort(np.concatenate([numbers[: max(1, round(fraction * len(numbers)))] for numbers in members]))
+
+
 def read_map_file(path: Path) -> tuple[list[str], list[int]]:
     """Names and labels of a map file: one "path label" a line, separated by a tab or by the last white space.
 
@@ -369,6 +399,8 @@ def build_source(
         raise ValueError(f"--data_set is '{kind}'; it must be one of {', '.join(DATA_SETS)}")
     root = None if data_path is None else Path(data_path)
     if kind == "digits":
+        if root is not None:
+            raise ValueError(f"--data_set digits comes with scikit-learn; leave --data_path {root} out")
         return digits_source(train=train)
     if kind == "shapes":
         return shapes_source(root, train=train)
@@ -467,6 +499,7 @@ class ImageDataset(Dataset):
 def build_dataset(args: argparse.Namespace, *, train: bool, transform: Transform, need_labels: bool) -> ImageDataset:
     """The data set of the flags `data_set`, `data_path`, `eval_data_path`, `seed`, `max_bad_images`, `strict_data`.
 
+    For training `label_fraction`, where there is such a flag, keeps the first images of each class.
     For evaluation `eval_data_path` replaces `data_path` where it is given; an image_folder needs it unless it is
     divided into `train` and `val`.
     """
@@ -476,6 +509,9 @@ def build_dataset(args: argparse.Namespace, *, train: bool, transform: Transform
     if kind == "image_folder" and not train and not eval_path and _split_folder(Path(path), train) == Path(path):
         raise ValueError(f"evaluation on image folders needs --eval_data_path, or a folder {path}/val")
     source = build_source(kind, path, train=train, need_labels=need_labels, train_path=args.data_path)
+    fraction = getattr(args, "label_fraction", 1.0)
+    if train and fraction != 1.0:
+        source = PartSource(source, first_of_each_class(source.labels, fraction))
     return ImageDataset(source, transform, seed=args.seed, max_bad_images=args.max_bad_images, strict=args.strict_data)
 
 
@@ -573,5 +609,12 @@ def build_loader(
         pin_memory=pin_mem and torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # else every iteration would draw its base seed from the global generator
     )
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """A launcher or a terminal signals the whole group; the parent still needs batches to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -147,7 +147,7 @@ def write_stand_in(root: Path) -> None:
     with zipfile.ZipFile(root / "train.zip", "w") as archive:
         for number in range(STAND_IN_IMAGES):
             picture = background(rng, *STAND_IN_SIZE) + rng.randint(-12, 13, size=(*STAND_IN_SIZE, 3))
-            picture = np.clip(picture, 0, 255).astype(np.uint8)
+            picture = np.ascontiguousarray(np.clip(picture, 0, 255), dtype=np.uint8)
             archive.writestr(f"{number}.jpg", simplejpeg.encode_jpeg(picture, quality=90, colorsubsampling="420"))
     (root / "train_map.txt").write_text("".join(f"{number}.jpg\t0\n" for number in range(STAND_IN_IMAGES)))
 
