@@ -30,9 +30,7 @@ class MovingAverage:
             ([mine[name] for name in names], [follows[name] for name in names])
             for names in (list(group) for _, group in groupby(follows, key=_block_of))
         ]
-        pairs = list(zip(self.module.buffers(), source.buffers(), strict=True)) if average_buffers else []
-        self._averaged = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
-        self._copied = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
+        self._with_buffers = source if average_buffers else None
 
     @torch.no_grad()
     def update(self, momentum: float, applied: float | Tensor = 1.0) -> None:
@@ -41,10 +39,16 @@ class MovingAverage:
         for mine, theirs in self._blocks:
             with self.read(theirs) as whole:
                 _lerp(mine, whole, weight)
-        if self._averaged:
-            _lerp(*zip(*self._averaged, strict=True), weight)
-        for mine, theirs in self._copied:
-            mine.copy_(theirs)
+        if self._with_buffers is not None:
+            self._update_buffers(self._with_buffers, weight)
+
+    def _update_buffers(self, source: nn.Module, weight: float | Tensor) -> None:
+        """Looked up each time: a move to another device or dtype replaces buffers, unlike parameters."""
+        for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
+            if mine.is_floating_point():
+                _lerp([mine], [theirs], weight)
+            else:
+                mine.copy_(theirs)
 
 
 def _lerp(mine, theirs, weight: float | Tensor) -> None:

@@ -148,7 +148,8 @@ def show(run: Training, progress: Progress, position: Position) -> None:
 def save_if_due(run: Training, position: Position) -> None:
     """Checkpoints within an epoch, and the agreed stop of all ranks after a signal on any of them."""
     args = run.args
-    asks = run.normalize.device.type == "cpu" or position.step % args.log_every == 0
+    read_now = position.step % args.log_every == 0 or position.step == run.steps_per_epoch
+    asks = read_now or run.normalize.device.type == "cpu"  # elsewhere asking waits for the device
     stop = asks and utils.any_rank(run.stop.received is not None, run.normalize.device)
     due = args.save_ckpt_steps and position.step % args.save_ckpt_steps == 0
     if stop or due:
@@ -170,14 +171,22 @@ def save_at_epoch_end(run: Training, position: Position) -> None:
 def train(run: Training, position: Position, after_epoch) -> None:
     """Epoch after epoch. `after_epoch(position) -> dict` evaluates, and its figures go into log.txt."""
     run.run_log.forget_from(position.epoch)
-    while position.epoch < run.args.epochs:
-        means = train_one_epoch(run, position)
-        lr = max(group["lr"] for group in run.runner.optimizer.param_groups)
-        figures = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | after_epoch(position)
-        figures |= {"epoch": position.epoch, "n_parameters": run.n_parameters}
-        save_at_epoch_end(run, position)
-        run.run_log.epoch(figures, (position.epoch + 1) * run.steps_per_epoch)
-        log.info("epoch %d: %s", position.epoch, "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "epoch"))
-        run.monitor.reset()
-        position.epoch, position.step = position.epoch + 1, 0
-    run.run_log.close()
+    try:
+        while position.epoch < run.args.epochs:
+            train_and_report(run, position, after_epoch)
+            position.epoch, position.step = position.epoch + 1, 0
+    finally:
+        run.run_log.close()
+
+
+def train_and_report(run: Training, position: Position, after_epoch) -> None:
+    """The rest of one epoch, its evaluation, its line in log.txt and its checkpoint."""
+    means = train_one_epoch(run, position)
+    lr = max(group["lr"] for group in run.runner.optimizer.param_groups)
+    figures = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | after_epoch(position)
+    figures |= {"epoch": position.epoch, "n_parameters": run.n_parameters}
+    # before the checkpoint: a run killed in between does the epoch again, and its line with it
+    run.run_log.epoch(figures, (position.epoch + 1) * run.steps_per_epoch)
+    save_at_epoch_end(run, position)
+    log.info("epoch %d: %s", position.epoch, "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "epoch"))
+    run.monitor.reset()

@@ -169,6 +169,7 @@ _APEX = {
 _ALIASES = {"nvnovograd": "novograd", "fusedmomentum": "fusedsgd"}  # names that timm has under another one
 _SGD = ("sgd", "nesterov", "momentum")
 _LOOKAHEAD = "lookahead_"
+_ELEMENTWISE = {"adam", "adamw", *_SGD, "nadam", "radam", "rmsprop", "adadelta", "adagrad", "fusedadam", "fusedadamw"}
 
 
 def create_optimizer(args: Namespace, groups: Groups, device: torch.device | str) -> torch.optim.Optimizer:
@@ -184,6 +185,20 @@ def create_optimizer(args: Namespace, groups: Groups, device: torch.device | str
     if name.startswith(_LOOKAHEAD):
         return timm.optim.Lookahead(_create(name.removeprefix(_LOOKAHEAD), args, groups, device))
     return _create(name, args, groups, device)
+
+
+def takes_betas(name: str, count: int) -> bool:
+    """Whether the optimizer has betas, `count` of them; an unknown name has (and is refused when it is built)."""
+    name = name.lower().removeprefix(_LOOKAHEAD)
+    if _ALIASES.get(name, name) not in timm.optim.list_optimizers():
+        return True
+    info = timm.optim.get_optimizer_info(_ALIASES.get(name, name))
+    return bool(info.has_betas) and info.num_betas == count
+
+
+def works_on_shards(name: str) -> bool:
+    """Whether the optimizer treats every number alike: ZeRO stages 1 to 3 hand it flat shards, not whole matrices."""
+    return name.lower() in _ELEMENTWISE
 
 
 def needs_create_graph(optimizer: torch.optim.Optimizer) -> bool:

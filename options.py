@@ -13,6 +13,7 @@ import yaml
 
 import utils
 from modeling_finetune import ATTENTION_KERNELS, list_models
+from optim_factory import takes_betas
 from recipes import recipe_for
 from utils import log
 
@@ -34,7 +35,10 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         "finetune": "Fine-tuning and evaluation for classification",
     }
     parser = argparse.ArgumentParser(
-        description=titles[stage], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=titles[stage],
+        usage="%(prog)s [flags]; --help lists them",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     stage_flags = {"pretrain": _pretrain_flags, "finetune": _finetune_flags}
     for add in (_model_flags, _data_flags, _optimizer_flags, stage_flags[stage], _engine_flags, _run_flags):
@@ -261,6 +265,7 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         recipe = recipe_for(parser.parse_known_args(argv)[0].model, stage)
         parser.set_defaults(**{**(recipe.flags if recipe else {}), **overlay})
         args = parser.parse_args(argv)
+        adapt_defaults(args, given=explicit_flags(stage, argv) | overlay.keys())
         validate(args)
     except ValueError as error:
         parser.error(str(error))
@@ -268,16 +273,38 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
+    """Names of the flags that stand on the command line."""
+    parser = build_parser(stage)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def adapt_defaults(args: argparse.Namespace, given: set[str]) -> None:
+    """Defaults that do not fit what was asked for give way; what the user gave stays, and may be refused later."""
+    if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
+        args.warmup_epochs = args.epochs // 5
+    if "opt_betas" not in given and args.opt_betas is not None and not takes_betas(args.opt, len(args.opt_betas)):
+        args.opt_betas = None
+
+
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The values of a YAML file, which must all be flags of this script."""
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist")
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold lines of the form flag: value")
     known = {action.dest for action in parser._actions}
     if unknown := values.keys() - known - {"recipe"}:
         raise ValueError(f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}")
+    for action in parser._actions:  # argparse checks types of defaults, not choices
+        if action.choices and values.get(action.dest, action.default) not in (*action.choices, action.default):
+            raise ValueError(f"--config {path}: --{action.dest} is not one of {', '.join(map(str, action.choices))}")
     return {name: value for name, value in values.items() if name != "recipe"}
 
 

@@ -10,11 +10,13 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -50,6 +52,7 @@ class Runner:
     def __init__(self, network: nn.Module, *, update_freq: int, clip_grad: float | None):
         self.network, self.update_freq, self.clip_grad = network, update_freq, clip_grad
         self.statistics = BatchStatistics()
+        self.dtype: torch.dtype | None = None  # of autocast
 
     def watch(self, *modules: nn.Module | None) -> None:
         """Batch statistics of these modules are put back after a skipped step."""
@@ -94,13 +97,22 @@ def spoil_if_nonfinite(loss: Tensor) -> Tensor:
 
 
 def step_unless_nonfinite(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """Steps where `applied` is 1. Fused optimizers skip on the device; for others the host has to look."""
-    if applied.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, 1.0 - applied
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf
+    """Steps where `applied` is 1. Fused optimizers skip on the device; for others the host has to look.
+
+    It looks before a first step too: a fused SGD that skips that one leaves its momentum uninitialised.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if fused and optimizer.state and applied.device.type != "cpu":
+        step_on_device(optimizer, applied)
     elif applied:
         optimizer.step()
+
+
+def step_on_device(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """The fused kernels read the gradient scaler's flag, and leave everything as it is where it is set."""
+    optimizer.grad_scale, optimizer.found_inf = None, 1.0 - applied
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
 
 
 class TorchRunner(Runner):
@@ -163,7 +175,8 @@ def deepspeed_config(args: Namespace) -> dict[str, Any]:
     """The configuration that the flags ask for, or --deepspeed_config with what it leaves open filled in from them.
 
     `gradient_clipping` is always written: DeepSpeed's default clips at 1.0 (specs/engine.md 0.1).
-    bf16 and fp16 take the `torch_autocast` section: float32 weights and the same numbers as DDP.
+    bf16 takes the `torch_autocast` section: float32 weights and the same numbers as DDP. fp16 takes the section of its
+    own, with BEiT's values: DeepSpeed 0.19 neither lowers nor undoes the scale of autocast's fp16 under ZeRO.
     """
     config = {
         "train_micro_batch_size_per_gpu": args.batch_size,
@@ -173,27 +186,49 @@ def deepspeed_config(args: Namespace) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    given = json.loads(Path(args.deepspeed_config).read_text()) if args.deepspeed_config else {}
+    given = read_deepspeed_config(args.deepspeed_config) if args.deepspeed_config else {}
     check_deepspeed_config(given, config, args)
-    config |= given
-    if args.precision in AUTOCAST_DTYPES and not {"torch_autocast", "bf16", "fp16"} & given.keys():
-        dtype = str(AUTOCAST_DTYPES[args.precision]).removeprefix("torch.")
-        config["torch_autocast"] = {"enabled": True, "dtype": dtype}
-    return config
+    given["zero_optimization"] = config["zero_optimization"] | given.get("zero_optimization", {})
+    if not {"torch_autocast", "bf16", "fp16"} & given.keys():
+        config |= precision_section(args.precision)
+    return config | given
+
+
+def precision_section(precision: str) -> dict[str, Any]:
+    if precision == "fp16":
+        return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 7, "loss_scale_window": 128}}
+    if precision == "bf16":  # no module is named whose gradients and shards could be sent in bf16, as DDP sends none
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
+    return {}
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    try:
+        given = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--deepspeed_config {path} is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--deepspeed_config {path} must hold one JSON object")
+    return given
 
 
 def check_deepspeed_config(given: dict, ours: dict, args: Namespace) -> None:
-    name = args.deepspeed_config
+    name = f"--deepspeed_config {args.deepspeed_config}"
+    if named := {"optimizer", "scheduler"} & given.keys():
+        raise ValueError(f"{name} has the section {min(named)}, which comes from the flags here: leave it out")
     if unknown := given.keys() - DEEPSPEED_KEYS:
         raise ValueError(f"{name}: DeepSpeed does not know the keys {sorted(unknown)}, and would ignore them silently")
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if given.get(key, ours[key]) != ours[key]:
-            raise ValueError(f"{name} says {key} {given[key]}, the flags say {ours[key]}: make them equal")
+    batches = {"train_batch_size": args.batch_size * args.update_freq * args.world_size, **ours}
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+        if given.get(key, batches[key]) != batches[key]:
+            raise ValueError(f"{name} says {key} {given[key]}, the flags say {batches[key]}: make them equal")
     if args.clip_grad and given.get("gradient_clipping", args.clip_grad) != args.clip_grad:
         raise ValueError(f"{name} says gradient_clipping {given['gradient_clipping']}, --clip_grad {args.clip_grad}")
     stage = given.get("zero_optimization", {}).get("stage", args.zero_stage)
     if given.get("bf16", {}).get("enabled") and stage == 0:
         raise ValueError(f"{name}: bf16 with ZeRO stage 0 takes a wrong first step in DeepSpeed; use stage 1 or more")
+    if given.get("torch_autocast", {}).get("dtype") in ("fp16", "float16"):
+        raise ValueError(f"{name}: torch_autocast with fp16 clips scaled gradients in DeepSpeed; use the section fp16")
 
 
 class DeepSpeedRunner(Runner):
@@ -207,18 +242,21 @@ class DeepSpeedRunner(Runner):
         self.config, self.device = config, device
         self.optimizer = optimizer
         self.guard = StepGuard(optimizer)
+        reduced = [dtype for name, dtype in AUTOCAST_DTYPES.items() if config.get(name, {}).get("enabled")]
+        if reduced:
+            run_with_rounded_weights(network, device, reduced[0])
         self.model, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, config=dict(config))
         self.stage = self.model.zero_optimization_stage()
         self.gathered_parameters = deepspeed.zero.GatheredParameters
-        reduced = [name for name in AUTOCAST_DTYPES if config.get(name, {}).get("enabled")]
-        self.reduced = AUTOCAST_DTYPES[reduced[0]] if reduced else None
+        autocast = self.model.torch_autocast_dtype() if self.model.torch_autocast_enabled() else None
+        self.dtype = reduced[0] if reduced else autocast
+        # the weights themselves, or stage 3's gathered copies of them, may then be rounded
+        self.rounded = bool(reduced) or (autocast is not None and self.stage == 3)
 
     def micro_step(self, batch, *, last):
         if not self.statistics.kept:
             self.statistics.keep()
-        # Weights that DeepSpeed itself keeps in bf16 or fp16 meet float32 images: autocast settles the dtypes.
-        with torch.autocast(self.device.type, self.reduced) if self.reduced else nullcontext():
-            out = self.model(batch)
+        out = self.model(batch)
         self.model.set_gradient_accumulation_boundary(last)
         self.model.backward(spoil_if_nonfinite(out["loss"]))  # divides by the accumulation count itself
         if not last:
@@ -231,7 +269,8 @@ class DeepSpeedRunner(Runner):
         self.model.step()
         applied = self.guard.applied * float(self.model.was_step_applied())
         if norm is None:
-            norm = torch.as_tensor(self.model.get_global_grad_norm() or float("nan"), device=self.device)
+            known = self.model.get_global_grad_norm()  # not where the user's configuration switches it off
+            norm = torch.as_tensor(float("nan") if known is None else known, device=self.device)
         self.statistics.put_back_unless(applied)
         self.statistics.kept = []
         return {"grad_norm": norm.float(), "applied": applied}
@@ -249,15 +288,13 @@ class DeepSpeedRunner(Runner):
 
     @contextmanager
     def whole(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-        if self.reduced:
-            from deepspeed.utils import safe_get_full_fp32_param
+        with self.gathered_parameters(parameters, enabled=self.stage == 3):
+            yield [self._master(p) if self.rounded and p.requires_grad else p for p in parameters]
 
-            yield [safe_get_full_fp32_param(p) for p in parameters]
-        elif self.stage == 3:
-            with self.gathered_parameters(parameters):
-                yield parameters
-        else:
-            yield parameters
+    def _master(self, parameter: Tensor) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
 
     def save(self, folder: str, tag: str) -> None:
         """Writes the sharded state for an exact resume; every rank must call."""
@@ -265,6 +302,24 @@ class DeepSpeedRunner(Runner):
 
     def load(self, folder: str, tag: str) -> None:
         self.model.load_checkpoint(folder, tag=tag)
+
+
+def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Lets weights that DeepSpeed keeps in bf16 or fp16 meet float32 images and batch statistics."""
+    # inside the network, because DeepSpeed ends an autocast around it
+    network.forward = torch.autocast(device.type, dtype)(network.forward)
+    for norm in network.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.forward = partial(batch_norm_in_float32, norm)
+
+
+def batch_norm_in_float32(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """torch takes a norm's weights and statistics in one dtype only."""
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
+    own = norm.training or norm.running_mean is None
+    return F.batch_norm(x.float(), norm.running_mean, norm.running_var, weight, bias, own, norm.momentum, norm.eps)
 
 
 class StepGuard:

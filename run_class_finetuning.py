@@ -10,11 +10,11 @@ import checkpoint
 import options
 from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate
-from engine_for_pretraining import Normalize, train
+from engine_for_pretraining import Normalize, Training, train
 from modeling_finetune import create_model
 from optim_factory import param_groups
 from parallel import AUTOCAST_DTYPES
-from run_pretraining import launch, set_up, start_training, train_loader
+from run_pretraining import dry_run, launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
 from transforms import build_finetune_transform
 from utils import log
@@ -67,9 +67,9 @@ def undecayed(args: Namespace, model: nn.Module) -> set[str]:
 class Evaluator:
     """Evaluates the model and its average after each epoch, and keeps the best of either."""
 
-    def __init__(self, args: Namespace, task: Classification, loader, normalize: Normalize):
-        self.args, self.task, self.loader, self.normalize = args, task, loader, normalize
-        self.dtype = AUTOCAST_DTYPES.get(args.precision)
+    def __init__(self, run: Training, loader):
+        self.args, self.task, self.normalize, self.loader = run.args, run.task, run.normalize, loader
+        self.dtype = run.runner.dtype
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
@@ -82,14 +82,14 @@ class Evaluator:
         if self.args.disable_eval_during_finetuning:
             return {}
         figures = {f"test_{k}": v for k, v in self(self.task.model).items()}
-        improved = figures["test_acc1"] > position.best
-        position.best = max(position.best, figures["test_acc1"])
+        if figures["test_acc1"] > position.best:
+            position.best = figures["test_acc1"]
+            session.save_best(position, of_average=False)
         if self.task.average is not None:
             figures |= {f"test_ema_{k}": v for k, v in self(self.task.average.module).items()}
-            improved |= figures["test_ema_acc1"] > position.best_average
-            position.best_average = max(position.best_average, figures["test_ema_acc1"])
-        if improved:
-            session.save_best(position)
+            if figures["test_ema_acc1"] > position.best_average:
+                position.best_average = figures["test_ema_acc1"]
+                session.save_best(position, of_average=True)
         return figures | {"best_acc1": position.best}
 
 
@@ -99,6 +99,8 @@ def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loade
         Origin(Path(args.resume), checkpoint.load_checkpoint(args.resume)).load_weights(model, None, "model_ema")
     elif not args.finetune:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
+    if args.dry_run:
+        return
     model.to(normalize.device)
     dtype = AUTOCAST_DTYPES.get(args.precision)
     result = evaluate(model, loader, normalize, dtype=dtype, shared=args.dist_eval)
@@ -124,12 +126,12 @@ def main(args: Namespace) -> None:
     loader = train_loader(args, dataset)
     images = f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, {args.nb_classes} classes"
     options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": images})
-    if args.dry_run:
-        return None
-    task = Classification(model.to(normalize.device), args, normalize.device)
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
+    if args.dry_run:
+        return dry_run(args, groups, loader.steps_per_epoch, normalize.device)
+    task = Classification(model.to(normalize.device), args, normalize.device)
     run, position = start_training(args, task, model, loader, groups, normalize, "model_ema")
-    evaluator = Evaluator(args, task, eval_loader, normalize)
+    evaluator = Evaluator(run, eval_loader)
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best acc1 %.3f", position.best)
     return None

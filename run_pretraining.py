@@ -1,7 +1,9 @@
 """Pre-trains a masked-image-modelling method; `--help` lists the flags, README.md has examples."""
 
+import json
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from engine_for_pretraining import Normalize, Stopped, Training, train
 from masking_generator import build_mask_generator
 from modeling_finetune import Block, create_model
 from modeling_pretrain import MaskedImageModel
-from optim_factory import cosine_schedule, create_optimizer, param_groups
+from optim_factory import cosine_schedule, create_optimizer, needs_create_graph, param_groups, works_on_shards
 from parallel import BatchStatistics, DeepSpeedRunner, Runner, TorchRunner, check_precision, deepspeed_config
 from session import Origin, Position, Session
 from transforms import MEAN_STD, build_pretrain_transform
@@ -84,11 +86,24 @@ def train_loader(args: Namespace, dataset):
     return loader
 
 
-def build_runner(args: Namespace, network: nn.Module, groups: list[dict], device: torch.device) -> Runner:
-    """Plain, DDP or DeepSpeed, with the optimizer that the flags ask for."""
+def build_optimizer(args: Namespace, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer that the flags ask for, if the engine can run it."""
     optimizer = create_optimizer(args, groups, device)
+    if needs_create_graph(optimizer):
+        raise ValueError(f"--opt {args.opt} needs second derivatives, which these engines do not compute; take another")
+    if args.enable_deepspeed and deepspeed_config(args)["zero_optimization"]["stage"] and not works_on_shards(args.opt):
+        raise ValueError(f"--opt {args.opt} needs whole matrices: use --zero_stage 0, or adamw or sgd with ZeRO")
+    return optimizer
+
+
+def build_runner(args: Namespace, network: nn.Module, groups: list[dict], device: torch.device) -> Runner:
+    """Plain, DDP or DeepSpeed, whose configuration is also written to the output folder."""
+    optimizer = build_optimizer(args, groups, device)
     if args.enable_deepspeed:
-        return DeepSpeedRunner(network, optimizer, config=deepspeed_config(args), device=device)
+        config = deepspeed_config(args)
+        if args.output_dir and args.rank == 0:
+            utils.write_text(Path(args.output_dir) / "deepspeed_config.json", json.dumps(config, indent=2) + "\n")
+        return DeepSpeedRunner(network, optimizer, config=config, device=device)
     return TorchRunner(
         network,
         optimizer,
@@ -106,6 +121,12 @@ def schedules(args: Namespace, steps_per_epoch: int):
     )
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return lr, cosine_schedule(args.weight_decay, end, args.epochs, steps_per_epoch)
+
+
+def dry_run(args: Namespace, groups: list[dict], steps_per_epoch: int, device: torch.device) -> None:
+    """Refuses what a run would refuse when it starts."""
+    schedules(args, steps_per_epoch)
+    build_optimizer(args, groups, device)
 
 
 def compile_blocks(*modules: nn.Module | None) -> None:
@@ -191,12 +212,12 @@ def main(args: Namespace) -> None:
     method = build_method(args)
     loader = build_data(args, method)
     options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": len(loader.dataset)})
+    groups = param_groups(method, args.weight_decay)
     if args.dry_run:
-        return
+        return dry_run(args, groups, loader.steps_per_epoch, normalize.device)
     method.to(normalize.device)
     if method.teacher is not None:
         method.teacher.to(normalize.device)
-    groups = param_groups(method, args.weight_decay)
     run, position = start_training(args, method, method, loader, groups, normalize, "teacher")
     train(run, position, after_epoch=lambda position: {})
 
@@ -208,9 +229,11 @@ def launch(main_function, args: Namespace) -> None:
     except Stopped as stopped:
         log.info("stopped by %s; run the same command to go on", stopped)
     except (ValueError, NonFiniteError, BadImagesError) as error:
-        log.error("error: %s", error)
+        # an error in a loader worker comes with the worker's traceback: the last line is what it says
+        log.error("error: %s", str(error).rstrip().rpartition("\n")[2])
         sys.exit(1)
     finally:
+        utils.end_workers()
         utils.leave_process_group()
 
 

@@ -65,13 +65,15 @@ class Session:
             checkpoint.prune_checkpoints(self.folder, self.args.keep_checkpoints)
         utils.barrier()
 
-    def save_best(self, position: Position) -> None:
-        """Writes checkpoint-best.pth, weights only; all ranks must call."""
+    def save_best(self, position: Position, *, of_average: bool) -> None:
+        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the average; all ranks must call."""
         if self.folder is None:
             return
         state = self._state(position)
+        if of_average:
+            state["model"] = state[self.average_key]
         if self.args.rank == 0:
-            self._write("checkpoint-best", state)
+            self._write("checkpoint-best-ema" if of_average else "checkpoint-best", state | {self.average_key: None})
 
     def _write(self, stem: str, state: dict[str, Any]) -> None:
         checkpoint.save_checkpoint(self.folder / f"{stem}.pth", state)
@@ -162,6 +164,9 @@ class Session:
                         f"{path} was written by DeepSpeed with {key} {engine[key]}, this run has {ours}: its optimizer "
                         "shards cannot be read. Run it the same way, or without --enable_deepspeed to take the weights"
                     )
+            checkpoint.check_checkpoint(path)
+            if not checkpoint.deepspeed_folder(path).is_dir():
+                raise ValueError(f"{path} was written by DeepSpeed and needs the folder {path.stem} beside it")
             self.runner.load(str(path.parent), path.stem)
         elif not self.sharded and engine["kind"] == "torch":
             self.runner.load_state_dict(origin.state)
@@ -180,8 +185,9 @@ class Origin:
     def find(cls, args: Namespace) -> "Origin | None":
         """--resume, else with --auto_resume the newest whole checkpoint of the output folder, else None."""
         path = args.resume
-        if not path and args.auto_resume and args.output_dir and Path(args.output_dir).is_dir():
-            path = checkpoint.latest_valid_checkpoint(args.output_dir)
+        if not path and args.auto_resume and args.output_dir:
+            path = checkpoint.latest_valid_checkpoint(args.output_dir) if args.rank == 0 else None
+            path = utils.from_first_rank(path and str(path))  # the others may see the folder at another time
         return cls(Path(path), checkpoint.load_checkpoint(path)) if path else None
 
     @property
@@ -192,8 +198,9 @@ class Origin:
         """Puts the checkpoint's weights into the network and its average.
 
         A published file holds one network; the teacher is `copy` (--resume_copy), or the student where none is given.
+        An average that the file lacks starts from the weights.
         """
-        states = [self.state.get("model"), self.state.get(average_key)]
+        states = [self.state.get("model"), self.state.get(average_key) or self.state.get("model")]
         if self.published:
             states = [self.state, checkpoint.load_checkpoint(copy) if copy else self.state]
         for module, state in zip((network, average and average.module), states, strict=True):

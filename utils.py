@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -67,6 +68,8 @@ def choose_device(args: Namespace) -> torch.device:
 
 def join_process_group(args: Namespace, device: torch.device) -> None:
     """A lone process under DeepSpeed needs the variables of a launcher too (specs/engine.md 1.3)."""
+    if in_group():  # a second run in the same processes
+        return
     defaults = {
         "RANK": args.rank, "WORLD_SIZE": args.world_size, "LOCAL_RANK": args.local_rank,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port() if args.world_size == 1 else 29500,
@@ -92,6 +95,13 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
+def end_workers() -> None:
+    """Ends loader workers that an error left behind: they ignore SIGTERM, after which Python would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for an accident
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def barrier() -> None:
     if in_group():
         dist.barrier()
@@ -102,6 +112,20 @@ def reduce_sum(values: Tensor) -> Tensor:
     if in_group():
         dist.all_reduce(values)
     return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean over all processes, in a new tensor."""
+    return reduce_sum(values.clone()) / (dist.get_world_size() if in_group() else 1)
+
+
+def from_first_rank(value):
+    """Rank 0's value of a plain object, on every process."""
+    if not in_group():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -208,6 +232,7 @@ def _wandb(args: Namespace, config: dict):
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a small text file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
@@ -223,6 +248,8 @@ class NonFiniteError(RuntimeError):
 
 class StepMonitor:
     """Keeps each step's figures on the device and reads them together, so that no step waits for the device.
+
+    Figures are means over all processes, so that every rank counts, stops and resumes with the same ones.
 
     A step whose loss or gradient was not finite has `applied` 0: it did not change anything. Its batch is written to
     `folder`, and more than `max_nonfinite` of them in a row raise NonFiniteError. With a loss scaler (`scaled`) a
@@ -244,12 +271,13 @@ class StepMonitor:
         self.pending.append((step, indices, figures))
 
     def read(self) -> dict[str, float]:
-        """Moves what is pending to the host in one transfer and returns its means (of the steps that were applied)."""
+        """Moves what is pending to the host and returns its means (of the steps that were applied); all ranks call."""
         if self.pending:
             names = list(self.pending[0][2])
-            table = torch.stack([torch.stack([f[n].float() for n in names]) for *_, f in self.pending]).tolist()
-            good = [row for row in (dict(zip(names, values, strict=True)) for values in table) if row["applied"]]
-            self._check(table, names)
+            own = torch.stack([torch.stack([f[n].float() for n in names]) for *_, f in self.pending])
+            rows = [dict(zip(names, values, strict=True)) for values in mean_over_ranks(own).tolist()]
+            good = [row for row in rows if row["applied"]]
+            self._check(rows, own)
             self._add(good)
             self.recent = {n: sum(row[n] for row in good) / len(good) for n in names} if good else self.recent
             self.pending.clear()
@@ -261,13 +289,13 @@ class StepMonitor:
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
 
-    def _check(self, table: list[list[float]], names: list[str]) -> None:
-        for (step, indices, _), values in zip(self.pending, table, strict=True):
-            row = dict(zip(names, values, strict=True))
+    def _check(self, rows: list[dict[str, float]], own: Tensor) -> None:
+        """`own` are this rank's figures, for the report of what happened here."""
+        for (step, indices, _), row, values in zip(self.pending, rows, own, strict=True):
             overflow = self.scaled and math.isfinite(row["loss"])
             self.streak = 0 if row["applied"] else self.streak + 1
             if not row["applied"] and not overflow:
-                self._report(step, indices, row)
+                self._report(step, indices, dict(zip(row, values.tolist(), strict=True)))
             if self.streak > self.max_nonfinite + overflow * self.scaler_halvings:
                 raise NonFiniteError(
                     f"{self.streak} optimizer steps in a row had a loss or gradient that is not finite (--max_nonfinite"

@@ -1,0 +1,206 @@
+"""What the engine's tests share: tiny runs of the scripts, in this process, in spawned ranks or as subprocesses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import options
+import run_class_finetuning
+import run_pretraining
+import utils
+from engine_for_finetuning import Classification
+from engine_for_pretraining import Training, grouped, train_one_step
+from optim_factory import param_groups
+from session import Position
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--input_size", "16", "--patch_size", "4", "--data_set", "digits", "--num_workers", "0", "--device", "cpu"]
+SIZE = ["embed_dim=32", "depth=2", "num_heads=2"]
+PRETRAIN = [
+    *("--model", "conmim_tiny_patch16_224", *TINY, "--mask_type", "random", "--mask_ratio", "0.5"),
+    *("--model_kwargs", *SIZE, "projector_hidden_dim=32", "projector_out_dim=16"),
+    *("--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--clip_grad", "3.0"),
+]
+FINETUNE = [
+    *("--model", "beit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE, "init_scale=1.0"),
+    *("--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--layer_decay", "0.75"),
+]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs in this process
+
+
+def arguments(stage: str, folder: Path | str, *flags: str) -> Namespace:
+    """The flags of a tiny run of `stage` ("pretrain" or "finetune") that writes to `folder`."""
+    base = {"pretrain": PRETRAIN, "finetune": FINETUNE}[stage]
+    return options.parse(stage, [*base, "--output_dir", str(folder), *flags])
+
+
+def start(stage: str, folder: Path | str, *flags: str) -> tuple[Training, Position]:
+    """What the script's main() does up to the first step."""
+    args = arguments(stage, folder, *flags)
+    args.nb_classes = 10
+    before = {number: signal.getsignal(number) for number in utils.StopSignal.signals}
+    try:
+        return (_start_pretraining if stage == "pretrain" else _start_finetuning)(args)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start_pretraining(args: Namespace) -> tuple[Training, Position]:
+    normalize = run_pretraining.set_up(args)
+    method = run_pretraining.build_method(args)
+    loader = run_pretraining.build_data(args, method)
+    groups = param_groups(method, args.weight_decay)
+    return run_pretraining.start_training(args, method, method, loader, groups, normalize, "teacher")
+
+
+def _start_finetuning(args: Namespace) -> tuple[Training, Position]:
+    normalize = run_pretraining.set_up(args)
+    model = run_class_finetuning.build_classifier(args)
+    transform = run_class_finetuning.build_finetune_transform(args, train=True)
+    dataset = run_class_finetuning.build_dataset(args, train=True, transform=transform, need_labels=True)
+    loader = run_pretraining.train_loader(args, dataset)
+    task = Classification(model, args, normalize.device)
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    return run_pretraining.start_training(args, task, model, loader, groups, normalize, "model_ema")
+
+
+def train_steps(run: Training, first: int, last: int, spoil: Callable[[int, list], None] | None = None) -> list[dict]:
+    """Updates first ... last - 1 of epoch 0: the figures of each. `spoil(update, micro_batches)` may damage a batch."""
+    run.task.train()
+    run.loader.batch_sampler.set_position(0, first * run.args.update_freq)
+    figures = []
+    for update, micro_batches in zip(range(first, last), grouped(run.loader, run.args.update_freq), strict=False):
+        if spoil is not None:
+            spoil(update, micro_batches)
+        train_one_step(run, update, micro_batches)
+        figures.append(dict(run.monitor.recent))
+    return figures
+
+
+def column(figures: list[dict], name: str) -> list[float]:
+    return [row[name] for row in figures]
+
+
+def whole_weights(run: Training) -> dict[str, Tensor]:
+    """The trained network's whole float32 weights and buffers; every rank must call."""
+    return {name: value.clone() for name, value in run.runner.full_state_dict().items()}
+
+
+def average_weights(run: Training) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in run.task.average.module.state_dict().items()}
+
+
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Over the parameters of two networks.
+
+    A constant added to every token drops out in the projector's batch normalisation, so `norm.bias` has no gradient
+    but rounding noise, of which AdamW makes whole steps (specs/conmim.md 1.2). Running statistics are of each process.
+    """
+    assert ours.keys() == theirs.keys()
+    kept_apart = ("running_mean", "running_var", "num_batches_tracked")
+    names = [name for name in ours if name != "norm.bias" and not name.endswith(kept_apart)]
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in names)
+
+
+def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
+    """Where two nested states are not equal to the last bit."""
+    if isinstance(ours, Tensor):
+        same = isinstance(theirs, Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        return [] if same else [place]
+    if isinstance(ours, dict):
+        if not isinstance(theirs, dict) or ours.keys() != theirs.keys():
+            return [place]
+        return [where for key in ours for where in differing(ours[key], theirs[key], f"{place}/{key}")]
+    if isinstance(ours, (list, tuple)):
+        if len(ours) != len(theirs):
+            return [place]
+        pairs = zip(ours, theirs, strict=True)
+        return [where for k, pair in enumerate(pairs) for where in differing(*pair, f"{place}/{k}")]
+    return [] if ours == theirs else [place]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spawned ranks
+
+
+def in_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments) -> list[Any]:
+    """function(folder, *arguments) in `ranks` fresh processes under a launcher's variables: what each returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.start_processes(
+        _rank, (ranks, utils.free_port(), function, folder, arguments), nprocs=ranks, start_method="spawn"
+    )
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, port: int, function: Callable, folder: Path, arguments: tuple) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    torch.save(function(folder, *arguments), folder / f"result-{rank}.pt")
+    utils.leave_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Subprocesses
+
+
+def environment() -> dict[str, str]:
+    """Ours without the variables of a launcher."""
+    hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONUNBUFFERED": "1"}
+
+
+def script(stage: str, folder: Path | str, *flags: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    """The command line of a tiny run."""
+    name, base = {
+        "pretrain": ("run_pretraining.py", PRETRAIN),
+        "finetune": ("run_class_finetuning.py", FINETUNE),
+    }[stage]
+    return [*launcher, str(ROOT / name), *base, "--output_dir", str(folder), *flags]
+
+
+def run_command(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+    )
+
+
+def start_command(command: list[str]) -> subprocess.Popen:
+    """In a session of its own, so that a signal to its group reaches its loader workers and nothing else."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 120) -> None:
+    """Until the condition holds; fails if the process ends before."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}:\n{process.stdout.read()}"
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)

@@ -1,0 +1,361 @@
+"""Flags: which there are, which value wins, what a mistake says; launchers; the README's commands."""
+
+import contextlib
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import FINETUNE, PRETRAIN, ROOT, arguments, in_ranks, run_command, script
+
+import checkpoint
+import options
+import run_class_finetuning
+import run_pretraining
+from datasets import digits_source
+from modeling_finetune import create_model
+from recipes import recipe_for
+from utils import free_port
+
+# Names and defaults are what users' commands stand on: a change of them is a decision.
+BOTH = {
+    "list_models": False, "input_size": None, "patch_size": None, "model_kwargs": [], "layer_scale_init_value": 0.1,
+    "abs_pos_emb": False, "rel_pos_bias": True, "disable_rel_pos_bias": True, "attn": "auto",
+    "grad_checkpointing": False, "compile": False, "data_set": None, "data_path": None,
+    "imagenet_default_mean_and_std": False, "no_imagenet_default_mean_and_std": False,
+    "train_interpolation": "bicubic", "num_workers": 10, "pin_mem": True, "no_pin_mem": True, "max_bad_images": 100,
+    "strict_data": False, "batch_size": 64, "update_freq": 1, "opt": "adamw", "opt_eps": 1e-08, "momentum": 0.9,
+    "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005, "warmup_epochs": 5,
+    "warmup_steps": -1, "device": "cuda", "precision": "auto", "enable_deepspeed": False, "zero_stage": 1,
+    "deepspeed_config": None, "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
+    "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None, "output_dir": "", "log_dir": None,
+    "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0, "resume": "", "auto_resume": True,
+    "no_auto_resume": True, "save_ckpt": True, "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0,
+    "keep_checkpoints": None, "dry_run": False, "warmup_lr": None,
+}  # fmt: skip
+PRETRAIN_ONLY = {
+    "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0), "data_pipeline": "fast",
+    "epochs": 300, "opt_betas": (0.9, 0.98), "min_lr": 1e-05, "mask_type": "block", "mask_ratio": 0.75,
+    "mask_patch_size": None, "num_mask_patches": None, "max_mask_patches_per_block": None,
+    "min_mask_patches_per_block": 16, "temp": 0.1, "t_momentum": 0.996, "resume_copy": "",
+    "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
+    "second_interpolation": None, "no_loss_masked": None,
+}  # fmt: skip
+FINETUNE_ONLY = {
+    "model": "beit_base_patch16_224", "drop_path": 0.1, "eval_data_path": None, "nb_classes": None,
+    "label_fraction": 1.0, "epochs": 30, "opt_betas": None, "min_lr": 1e-06, "layer_decay": 0.9,
+    "disable_weight_decay_on_rel_pos_bias": False, "finetune": "", "model_key": "model|module", "model_prefix": "",
+    "init_scale": 0.001, "use_mean_pooling": True, "use_cls": True, "drop": 0.0, "attn_drop_rate": 0.0,
+    "smoothing": 0.1, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel",
+    "recount": 1, "mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch", "model_ema": False, "model_ema_decay": 0.9999, "model_ema_force_cpu": False, "eval": False,
+    "dist_eval": False, "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,
+}  # fmt: skip
+# specs/conmim.md 7.1 and 7.2: what published commands pass
+PUBLISHED_PRETRAIN = """
+--batch_size 64 --epochs 300 --save_ckpt_freq 20 --discrete_vae_weight_path x --discrete_vae_type dall-e
+--model conmim_base_patch16_224 --rel_pos_bias --disable_rel_pos_bias --abs_pos_emb --layer_scale_init_value 0.1
+--temp 0.1 --num_mask_patches 75 --max_mask_patches_per_block 80 --min_mask_patches_per_block 16 --mask_ratio 0.75
+--mask_type block --input_size 224 --second_input_size 112 --drop_path 0 --opt adamw --opt_eps 1e-8
+--opt_betas 0.9 0.98 --clip_grad 3 --momentum 0.9 --weight_decay 0.05 --weight_decay_end 0.1 --lr 5e-4
+--warmup_lr 1e-6 --min_lr 1e-5 --warmup_epochs 5 --warmup_steps -1 --no_loss_masked --t_momentum 0.996
+--train_interpolation bicubic --second_interpolation lanczos --data_path /data --imagenet_default_mean_and_std
+--data_set IMNET --output_dir out --log_dir out --device cuda --seed 0 --resume a --resume_copy b --auto_resume
+--no_auto_resume --start_epoch 0 --num_workers 10 --pin_mem --no_pin_mem --world_size 1 --local_rank -1
+--dist_on_itp --dist_url env://
+"""
+PUBLISHED_FINETUNE = """
+--batch_size 64 --epochs 30 --update_freq 1 --save_ckpt_freq 20 --model beit_base_patch16_224 --rel_pos_bias
+--disable_rel_pos_bias --abs_pos_emb --layer_scale_init_value 0.1 --input_size 224 --drop 0 --attn_drop_rate 0
+--drop_path 0.1 --disable_eval_during_finetuning --model_ema --model_ema_decay 0.9999 --model_ema_force_cpu
+--opt adamw --opt_eps 1e-8 --opt_betas 0.9 0.999 --clip_grad 1 --momentum 0.9 --weight_decay 0.05
+--weight_decay_end 0.1 --lr 5e-4 --layer_decay 0.9 --warmup_lr 1e-6 --min_lr 1e-6 --warmup_epochs 5
+--warmup_steps -1 --color_jitter 0.4 --aa rand-m9-mstd0.5-inc1 --smoothing 0.1 --train_interpolation bicubic
+--crop_pct 0.9 --reprob 0.25 --remode pixel --recount 1 --resplit --mixup 0 --cutmix 0 --cutmix_minmax 0.2 0.8
+--mixup_prob 1 --mixup_switch_prob 0.5 --mixup_mode batch --finetune x --model_key model|module --model_prefix p
+--init_scale 0.001 --use_mean_pooling --use_cls --disable_weight_decay_on_rel_pos_bias --data_path /data
+--eval_data_path /val --nb_classes 1000 --imagenet_default_mean_and_std --data_set IMNET --output_dir out
+--log_dir out --device cuda --seed 0 --resume a --auto_resume --no_auto_resume --save_ckpt --no_save_ckpt
+--start_epoch 0 --eval --dist_eval --num_workers 10 --pin_mem --no_pin_mem --world_size 1 --local_rank -1
+--dist_on_itp --dist_url env:// --enable_deepspeed
+"""
+MAINS = {"pretrain": run_pretraining.main, "finetune": run_class_finetuning.main}
+
+
+def flags_of(stage: str) -> dict:
+    actions = options.build_parser(stage)._actions
+    return {name.removeprefix("--"): a.default for a in actions for name in a.option_strings if a.dest != "help"}
+
+
+@pytest.mark.parametrize(("stage", "own"), [("pretrain", PRETRAIN_ONLY), ("finetune", FINETUNE_ONLY)])
+def test_flags_and_defaults_are_frozen(stage, own):
+    assert flags_of(stage) == BOTH | own
+
+
+@pytest.mark.parametrize(("stage", "command"), [("pretrain", PUBLISHED_PRETRAIN), ("finetune", PUBLISHED_FINETUNE)])
+def test_published_flags_are_accepted(stage, command):
+    args = options.parse(stage, command.split())
+    assert args.rel_pos_bias is False and args.auto_resume is False and args.weight_decay_end == 0.1
+    if stage == "finetune":
+        assert args.cutmix_minmax == [0.2, 0.8] and args.use_mean_pooling is False and args.save_ckpt is False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which value wins
+
+
+def test_defaults_recipe_file_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-2\nepochs: 7\nmask_ratio: 0.6\n")
+    base = options.parse("pretrain", ["--model", "conmim_base_patch16_224"])
+    plain = options.parse("pretrain", ["--model", "beit_tiny_patch16_224"])
+    assert (plain.lr, plain.epochs, plain.recipe) == (5e-4, 300, None)
+    assert (base.lr, base.epochs, base.clip_grad, base.recipe) == (1.5e-3, 800, 3.0, "conmim_base_pretrain")
+    overlaid = options.parse("pretrain", ["--config", str(file), "--epochs", "9"])
+    assert (overlaid.lr, overlaid.epochs, overlaid.mask_ratio, overlaid.clip_grad) == (1e-2, 9, 0.6, 3.0)
+
+
+def test_model_of_the_file_chooses_the_recipe(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: conmim_large_patch16_224\nclip_grad: null\n")
+    args = options.parse("pretrain", ["--config", str(file)])
+    assert args.recipe == "conmim_large_pretrain" and args.clip_grad is None
+    assert args.lr == recipe_for("conmim_large_patch16_224", "pretrain").flags["lr"]
+    args = options.parse("pretrain", ["--config", str(file), "--model", "conmim_small_patch16_224"])
+    assert args.recipe == "conmim_small_pretrain"
+
+
+@pytest.mark.parametrize(("stage", "base"), [("pretrain", PRETRAIN), ("finetune", FINETUNE)])
+def test_saved_configuration_gives_the_same_run(tmp_path, stage, base):
+    flags = ["--opt_betas", "0.8", "0.9", "--no_pin_mem", "--save_ckpt_steps", "5", "--output_dir", str(tmp_path)]
+    with dry_run_folder(tmp_path):
+        args = options.parse(stage, [*base, *flags, "--dry_run"])
+        MAINS[stage](args)
+        saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        again = options.parse(stage, ["--config", str(tmp_path / "config.yaml"), "--dry_run"])
+        MAINS[stage](again)
+    assert saved["opt_betas"] == [0.8, 0.9] and saved["precision"] == "fp32" and saved["pin_mem"] is False
+    assert options.as_config(again) == options.as_config(args) == saved
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+MISTAKES = [
+    ("pretrain", "--model nope", "--model nope"),
+    ("pretrain", "--model_kwargs depth", "--model_kwargs"),
+    ("pretrain", "--model_kwargs deph=3", "deph"),
+    ("pretrain", "--data_set IMNET --data_path {tmp}/missing", "{tmp}/missing"),
+    ("pretrain", "--data_set image_folder --data_path {tmp}/missing", "{tmp}/missing"),
+    ("pretrain", "--data_set IMNET", "--data_path"),
+    ("pretrain", "--patch_size 5", "--patch_size"),
+    ("pretrain", "--warmup_epochs 9", "--warmup_epochs"),
+    ("pretrain", "--precision fp16", "--precision fp16"),
+    ("pretrain", "--mask_ratio 0.01", "--mask_ratio"),
+    ("pretrain", "--opt adamv", "--opt adamv"),
+    ("pretrain", "--opt lamb --enable_deepspeed", "--zero_stage"),
+    ("pretrain", "--opt adahessian", "--opt adahessian"),
+    ("pretrain", "--batch_size 0", "--batch_size"),
+    ("pretrain", "--batch_size 5000", "--batch_size"),
+    ("pretrain", "--batch_sise 4", "--batch_sise"),
+    ("pretrain", "--zero_stage 4", "--zero_stage"),
+    ("pretrain", "--deepspeed_config x.json", "--enable_deepspeed"),
+    ("pretrain", "--enable_deepspeed --deepspeed_config x.json", "x.json"),
+    ("pretrain", "--keep_checkpoints 0", "--keep_checkpoints"),
+    ("pretrain", "--config {tmp}/missing.yaml", "--config"),
+    ("pretrain", "--config {tmp}/unknown.yaml", "learning_rate"),
+    ("pretrain", "--config {tmp}/broken.yaml", "--config"),
+    ("pretrain", "--config {tmp}/choice.yaml", "--mask_type"),
+    ("pretrain", "--config {tmp}/type.yaml", "--opt_eps"),
+    ("finetune", "--finetune {tmp}/missing.pth", "{tmp}/missing.pth"),
+    ("finetune", "--nb_classes 3", "--nb_classes"),
+    ("finetune", "--mixup 0.8 --batch_size 7", "--batch_size"),
+    ("finetune", "--eval", "--resume"),
+    ("finetune", "--opt_betas 0.9", "--opt_betas"),
+    ("finetune", "--label_fraction 0", "--label_fraction"),
+]
+
+
+@pytest.mark.parametrize(("stage", "flags", "named"), MISTAKES)
+def test_mistake_is_named_in_one_line(tmp_path, capfd, stage, flags, named):
+    files = {
+        "unknown": "learning_rate: 1\n",
+        "broken": "a: [1\nb: }\n",
+        "choice": "mask_type: x\n",
+        "type": "opt_eps: abc\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    argv = [*(PRETRAIN if stage == "pretrain" else FINETUNE), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    with dry_run_folder(tmp_path), pytest.raises(SystemExit) as stopped:
+        argv += flags.format(tmp=tmp_path).split()
+        run_pretraining.launch(MAINS[stage], options.parse(stage, argv))
+    said = capfd.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if "error: " in line]
+    assert stopped.value.code in (1, 2)
+    assert len(lines) == 1 and named.format(tmp=tmp_path) in lines[0]
+    assert "Traceback" not in said.out + said.err
+
+
+@contextlib.contextmanager
+def dry_run_folder(folder: Path):
+    """Works in `folder`, and takes back what a lone DeepSpeed process puts into the environment."""
+    before, there = dict(os.environ), Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(there)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_error_in_a_loader_worker_is_one_line(tmp_path, capfd):
+    """It arrives with the worker's traceback."""
+    imagenet_stand_in(tmp_path / "data")
+    (tmp_path / "data" / "train" / "3.png").write_bytes(b"no image")
+    flags = ("--data_set", "IMNET", "--data_path", str(tmp_path / "data"), "--strict_data", "--num_workers", "2")
+    with pytest.raises(SystemExit) as stopped:
+        run_pretraining.launch(run_pretraining.main, arguments("pretrain", tmp_path, *flags))
+    said = capfd.readouterr().out
+    assert stopped.value.code == 1 and "Traceback" not in said
+    assert re.search(r"^error: .*1 of 30 images are broken.*3\.png$", said, re.MULTILINE)
+
+
+def test_unforeseen_error_ends_the_process(tmp_path):
+    """Its traceback keeps the loader alive, whose workers leave signals to their parent; no rank may hang on them."""
+    program = "import engine_for_pretraining as e, options, run_pretraining as r, sys\n"
+    program += "e.train_one_step = lambda *args: 1 / 0\n"
+    program += "r.launch(r.main, options.parse('pretrain', sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *PRETRAIN, "--output_dir", str(tmp_path), "--num_workers", "2"]
+    result = run_command(command, timeout=120)
+    assert result.returncode == 1 and result.stdout.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_leftovers_are_named(tmp_path, capfd):
+    with dry_run_folder(tmp_path):
+        run_pretraining.main(options.parse("pretrain", [*PRETRAIN, "--warmup_lr", "1e-6", "--dry_run"]))
+    assert "--warmup_lr is accepted" in capfd.readouterr().out
+
+
+def test_error_of_any_rank_is_printed(tmp_path, capfd):
+    """Ranks above 0 are silent but for errors."""
+    args = arguments("pretrain", tmp_path, "--patch_size", "5")
+    run_pretraining.utils.setup_logging(1)
+    run_pretraining.log.info("quiet")
+
+    def main(_):
+        raise ValueError("--patch_size is wrong")
+
+    with pytest.raises(SystemExit):
+        run_pretraining.launch(main, args)
+    assert capfd.readouterr().out == "[rank 1] error: --patch_size is wrong\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+PORT = f"--master_port={free_port()}"
+LAUNCHERS = {
+    "python": (sys.executable,),
+    "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", PORT),
+    "launch": (sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", PORT),
+    "launch_use_env": (sys.executable, "-m", "torch.distributed.launch", "--use_env", "--nproc_per_node=2", PORT),
+    "deepspeed": (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", PORT),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launcher_starts_the_script(tmp_path, name):
+    """An epoch of two steps; DeepSpeed under its own launcher and in a lone process."""
+    stage, ranks = "finetune" if name == "launch" else "pretrain", 1 if name == "python" else 2
+    flags = ["--epochs", "1", "--batch_size", str(700 // ranks)]
+    if stage == "finetune":
+        flags += ["--disable_eval_during_finetuning"]
+    if name in ("deepspeed", "python"):
+        flags += ["--enable_deepspeed", "--zero_stage", "2"]
+    result = run_command(script(stage, tmp_path, *flags, launcher=LAUNCHERS[name]))
+    assert result.returncode == 0, result.stdout
+    assert "epoch 0 [2/2]" in result.stdout
+    state = checkpoint.load_checkpoint(tmp_path / "checkpoint-0.pth")
+    assert state["engine"]["world_size"] == ranks and state["rng"]["updates"] == 2
+    assert (tmp_path / "deepspeed_config.json").exists() == ("--enable_deepspeed" in flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+def readme_commands() -> list[str]:
+    """The commands of the README's bash blocks that run one of the two scripts, line continuations joined."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if re.search(r"\brun_(pretraining|class_finetuning)\.py\b", line)]
+
+
+def imagenet_stand_in(folder: Path) -> None:
+    """Thirty images in ImageNet's layout: map files beside train/ and val/."""
+    from PIL import Image
+
+    source = digits_source(train=True)
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for i in range(30):
+            Image.fromarray(source.read(i)).save(folder / split / f"{i}.png")
+        (folder / f"{split}_map.txt").write_text("".join(f"{i}.png {i % 10}\n" for i in range(30)))
+
+
+def make_inputs(args) -> None:
+    """What a command reads and an earlier one would have written: data and checkpoints."""
+    for path in filter(None, (args.data_path, getattr(args, "eval_data_path", None))):
+        imagenet_stand_in(Path(path))
+    if getattr(args, "finetune", ""):
+        name = f"conmim_{args.model.split('_')[1]}_patch16_224"
+        method = create_model(name, **options.model_kwargs(args), projector_hidden_dim=8)
+        checkpoint.save_checkpoint(
+            args.finetune, {"model": method.state_dict(), "teacher": method.teacher.state_dict()}
+        )
+    if args.resume and getattr(args, "eval", False):
+        args.nb_classes = args.nb_classes or 10
+        model = run_class_finetuning.build_classifier(args)
+        checkpoint.save_checkpoint(args.resume, {"model": model.state_dict(), "engine": {}})
+
+
+def dry_run_all(folder: Path, commands: list[str]) -> list[str]:
+    """Each command's script in this process: what the failing ones said."""
+    os.chdir(folder)
+    failures = []
+    for command in commands:
+        words = shlex.split(command.split("#")[0])
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        stage = "pretrain" if words[at].endswith("run_pretraining.py") else "finetune"
+        data = {"--data_path": "/", "--eval_data_path": "/"}
+        argv = [
+            str(folder / word.lstrip("/$")) if before in data else word
+            for before, word in zip(words[at:], words[at + 1 :], strict=False)
+        ]
+        try:
+            args = options.parse(
+                stage, [*argv, "--device", "cpu", "--batch_size", "2", "--update_freq", "1", "--dry_run"]
+            )
+            make_inputs(args)
+            MAINS[stage](args)
+        except (Exception, SystemExit) as error:
+            failures.append(f"{command}: {error!r}")
+    return failures
+
+
+@pytest.mark.slow
+def test_every_readme_command_dry_runs(tmp_path):
+    commands = readme_commands()
+    assert len(commands) >= 4
+    assert {"run_pretraining.py", "run_class_finetuning.py"} == {
+        word for command in commands for word in command.split() if word.endswith(".py")
+    }
+    assert in_ranks(1, dry_run_all, tmp_path, commands) == [[]]

@@ -1,0 +1,383 @@
+"""Plain torch, DDP and DeepSpeed ZeRO 0 to 3 compute the same, resume exactly, and skip what is not finite.
+
+All engines run one after another in the same spawned processes, once on one rank and once on two.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import (
+    SIZE,
+    average_weights,
+    column,
+    differing,
+    in_ranks,
+    largest_difference,
+    start,
+    train_steps,
+    whole_weights,
+)
+
+import checkpoint
+from datasets import EvalBatchSampler, build_dataset, build_loader
+from engine_for_finetuning import evaluate
+from modeling_finetune import create_model, sincos_pos_embed
+from run_class_finetuning import Evaluator, build_classifier
+from transforms import build_finetune_transform
+
+pytestmark = pytest.mark.slow
+STEPS, SAVED = 6, 3
+ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+TOLERANCE = {"torch": 1e-6, "zero0": 1e-6, "zero1": 1e-6, "zero2": 1e-6, "zero3": 2e-5}
+ACCUMULATED = ("--update_freq", "2", "--batch_size", "4", "--clip_grad", "0.5")
+MIXED = ("--update_freq", "2", "--batch_size", "4", "--mixup", "0.8", "--cutmix", "1.0", "--drop_path", "0.1")
+AVERAGED = ("--model_ema", "--model_ema_decay", "0.9", "--clip_grad", "3.0")
+EVALUATED = 101  # odd, and no multiple of the batch
+
+
+def engine_flags(engine: str) -> list[str]:
+    return [] if engine == "torch" else ["--enable_deepspeed", "--zero_stage", engine.removeprefix("zero")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the ranks do
+
+
+def outcome(run, figures: list[dict]) -> dict:
+    return {
+        "loss": column(figures, "loss"),
+        "norm": column(figures, "grad_norm"),
+        "weights": whole_weights(run),
+        "teacher": average_weights(run),
+    }
+
+
+def train_save_resume(stage: str, folder: Path, *flags: str) -> dict:
+    """Six steps with a checkpoint after three, and the last three again from it; then damaged steps."""
+    run, position = start(stage, folder, *flags)
+    figures = train_steps(run, 0, SAVED)
+    first, position.step = outcome(run, figures), SAVED
+    run.session.save(position, finished=False)
+    figures += train_steps(run, SAVED, STEPS)
+    resumed, there = start(stage, folder, *flags)
+    again = outcome(resumed, train_steps(resumed, SAVED, STEPS))
+    whole = outcome(run, figures)
+    return {
+        "first": first,
+        "whole": whole,
+        "position": vars(there),
+        "resumed": differing({**whole, "loss": whole["loss"][SAVED:], "norm": whole["norm"][SAVED:]}, again),
+        "skipped": damaged_steps(resumed),
+    }
+
+
+def damaged_steps(run) -> dict:
+    """On the last rank: a batch of NaNs, then a gradient that is not finite under a finite loss; then a good step."""
+    at_fault = dist.get_rank() == dist.get_world_size() - 1 if dist.is_initialized() else True
+    seen = {}
+
+    def spoil(update, micro_batches):
+        seen[update] = torch.cat([batch["index"] for batch in micro_batches]).tolist()
+        for name in ("image", "image_strong") if at_fault and update == STEPS else ():
+            micro_batches[0][name] = micro_batches[0][name].float() * float("nan")
+
+    before, report = everything(run), {}
+    train_steps(run, STEPS, STEPS + 1, spoil)
+    report["loss"] = differing(before, everything(run))
+    hook = run.task.cls_token.register_hook(lambda grad: grad * float("inf")) if at_fault else None
+    train_steps(run, STEPS + 1, STEPS + 2, spoil)
+    report["gradient"] = differing(before, everything(run))
+    if hook is not None:
+        hook.remove()
+    report["streak"] = run.monitor.streak
+    last = train_steps(run, STEPS + 2, STEPS + 3, spoil)[-1]
+    report |= {"last": last, "indices": seen, "moved": largest_difference(before["weights"], whole_weights(run))}
+    return report
+
+
+def everything(run) -> dict:
+    """Weights, batch statistics, teacher and this rank's optimizer state."""
+    return {
+        "weights": whole_weights(run),
+        "teacher": average_weights(run),
+        "optimizer": copy.deepcopy(list(run.runner.optimizer.state.values())),
+    }
+
+
+def pretrain_all(folder: Path) -> dict[str, dict]:
+    return {
+        engine: train_save_resume("pretrain", folder / engine, *engine_flags(engine), *ACCUMULATED)
+        for engine in ENGINES
+    }
+
+
+def finetune_all(folder: Path) -> dict[str, dict]:
+    """Three steps of fine-tuning with an average under each engine, and what evaluation makes of the result."""
+    results = {}
+    for engine in ("torch", "zero2", "zero3"):
+        run, _ = start("finetune", folder / engine, *engine_flags(engine), *MIXED, *AVERAGED)
+        figures = train_steps(run, 0, 3)
+        results[engine] = outcome(run, figures) | {"evaluation": evaluations(run)}
+    return results
+
+
+def evaluations(run) -> dict:
+    """The same images on every rank and shared among them, and which images this rank counted."""
+    args = run.args
+    dataset = build_dataset(args, train=False, transform=build_finetune_transform(args, train=False), need_labels=True)
+    found = {}
+    for name, place in (("whole", (0, 1)), ("shared", (args.rank, args.world_size))):
+        sampler = EvalBatchSampler(EVALUATED, 12, rank=place[0], world_size=place[1])
+        loader = build_loader(dataset, sampler, num_workers=0, pin_mem=False)
+        found[name] = evaluate(run.task.model, loader, run.normalize, shared=name == "shared")
+        found[f"{name}_indices"] = [i for batch in loader for i in batch["index"].tolist()]
+    return found
+
+
+def one_rank(folder: Path) -> dict:
+    results = {"pretrain": pretrain_all(folder)}
+    results["refused"] = {engine: refusal_by(folder, folder / "zero1", engine) for engine in ("zero2", "torch")}
+    results["half"] = half_precision(folder)
+    results["user"] = {stage: users_config(folder / f"user{stage}", stage) for stage in (1, 3)}
+    results["rounded"] = evaluate_rounded(folder / "rounded")
+    results["frozen"] = keep_frozen(folder / "frozen")
+    return results
+
+
+def refusal_by(_, folder: Path, engine: str, *flags: str) -> str:
+    """What resuming the folder's run under another engine says; empty if it goes on."""
+    try:
+        start("pretrain", folder, *engine_flags(engine), *ACCUMULATED, *flags)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def half_precision(folder: Path) -> dict[str, list[float]]:
+    losses = {}
+    for engine in ENGINES:
+        run, _ = start("pretrain", folder / "bf16" / engine, *engine_flags(engine), "--precision", "bf16")
+        losses[engine] = column(train_steps(run, 0, 5), "loss")
+    run, _ = start("pretrain", folder / "fp32")
+    losses["fp32"] = column(train_steps(run, 0, 5), "loss")
+    return losses
+
+
+def bf16_config(folder: Path, stage: int) -> list[str]:
+    folder.mkdir()
+    (folder / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}))
+    return ["--enable_deepspeed", "--deepspeed_config", str(folder / "ds.json")]
+
+
+def users_config(folder: Path, stage: int) -> dict:
+    """bf16 weights by the user's own configuration: losses, and the teacher beside an average kept by hand."""
+    flags = (*bf16_config(folder, stage), "--t_momentum", "0.9", "--lr", "1e-4")
+    run, position = start("pretrain", folder, *flags)
+    expected = {name: p.clone() for name, p in run.task.teacher.named_parameters()}
+    losses = []
+    for step in range(16):
+        losses += column(train_steps(run, step, step + 1), "loss")
+        momentum = 1 - 0.05 * (1 + math.cos(math.pi * step / run.total_steps))
+        weights = whole_weights(run)
+        for name, value in expected.items():
+            value.lerp_(weights[name], 1 - momentum)
+    parameters = {name: weights[name] for name in expected}
+    position.step = 16
+    run.session.save(position, finished=False)
+    resumed, _ = start("pretrain", folder, *flags)
+    return {
+        "losses": losses,
+        "rounded": largest_difference(parameters, {name: p.bfloat16().float() for name, p in parameters.items()}),
+        "teacher": largest_difference(expected, dict(run.task.teacher.named_parameters())),
+        "dtypes": {p.dtype for p in run.task.teacher.parameters()},
+        "live": {p.dtype for p in run.task.parameters()},
+        "resumed": differing(train_steps(run, 16, 18), train_steps(resumed, 16, 18)),
+    }
+
+
+def evaluate_rounded(folder: Path) -> dict[str, float]:
+    """What the run's own evaluation makes of sharded bf16 weights, and of the whole float32 ones."""
+    run, position = start("finetune", folder, *bf16_config(folder, 3), "--label_fraction", "0.2")
+    train_steps(run, 0, 5)
+    transform = build_finetune_transform(run.args, train=False)
+    dataset = build_dataset(run.args, train=False, transform=transform, need_labels=True)
+    loader = build_loader(dataset, EvalBatchSampler(EVALUATED, 12), num_workers=0, pin_mem=False)
+    found = Evaluator(run, loader).after_epoch(position, run.session)
+    whole = build_classifier(run.args)
+    whole.load_state_dict(checkpoint.load_checkpoint(folder / "checkpoint-best.pth")["model"])
+    return {"rounded": found["test_loss"], "whole": evaluate(whole, loader, run.normalize)["loss"]}
+
+
+def keep_frozen(folder: Path) -> bool:
+    """Whether a parameter that is not trained comes whole out of sharded bf16 weights."""
+    flags = (*bf16_config(folder, 3), "--model_kwargs", *SIZE, "projector_hidden_dim=32", "pos_embed=sincos")
+    run, position = start("pretrain", folder, *flags)
+    train_steps(run, 0, 2)
+    run.session.save(position, finished=True)
+    saved = checkpoint.load_checkpoint(folder / "checkpoint-0.pth")["model"]["pos_embed"]
+    return torch.equal(saved, sincos_pos_embed(32, (4, 4)).bfloat16().float())
+
+
+def two_ranks(folder: Path) -> dict:
+    return {"pretrain": pretrain_all(folder / "pretrain"), "finetune": finetune_all(folder / "finetune")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asserted
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[int, Path]:
+    return {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def alone(folders) -> dict:
+    return in_ranks(1, one_rank, folders[1])[0]
+
+
+@pytest.fixture(scope="module")
+def pair(folders) -> list[dict]:
+    return in_ranks(2, two_ranks, folders[2])
+
+
+@pytest.fixture(scope="module")
+def runs(alone, pair) -> dict[int, list[dict[str, dict]]]:
+    """Number of ranks -> rank -> engine -> result of pre-training."""
+    return {1: [alone["pretrain"]], 2: [rank["pretrain"] for rank in pair]}
+
+
+def assert_equal_runs(ours: dict, theirs: dict, tolerance: float) -> None:
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance)
+    assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-4)
+    assert largest_difference(ours["weights"], theirs["weights"]) <= tolerance
+    assert largest_difference(ours["teacher"], theirs["teacher"]) <= tolerance
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_zero_equals_torch(runs, ranks, engine):
+    ours, plain = runs[ranks][0][engine]["whole"], runs[ranks][0]["torch"]["whole"]
+    assert max(plain["norm"]) > 0.5, "nothing is clipped"
+    assert_equal_runs(ours, plain, TOLERANCE[engine])
+
+
+def test_ranks_agree(runs):
+    first, second = runs[2]
+    for engine in ENGINES:
+        ours, theirs = first[engine]["whole"], second[engine]["whole"]
+        assert ours["loss"] == theirs["loss"] and largest_difference(ours["weights"], theirs["weights"]) == 0
+        assert largest_difference(ours["teacher"], theirs["teacher"]) == 0
+
+
+def accumulated(folder: Path) -> dict:
+    run, _ = start("pretrain", folder, "--update_freq", "4", "--batch_size", "4", "--clip_grad", "0.5")
+    first = outcome(run, train_steps(run, 0, 1))
+    return {"first": first, "rest": column(train_steps(run, 1, SAVED), "loss")}
+
+
+def test_one_process_with_accumulation_equals_two_ranks(tmp_path, runs):
+    """Four micro-batches in one process are two on each of two ranks: the sampler deals them in this order."""
+    alone, pair = accumulated(tmp_path), runs[2][0]["torch"]["first"]
+    assert alone["first"]["loss"] + alone["rest"] == pytest.approx(pair["loss"], abs=1e-6)
+    assert alone["first"]["norm"][0] == pytest.approx(pair["norm"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_is_bit_exact(runs, ranks, engine):
+    for rank in runs[ranks]:
+        assert rank[engine]["position"] == {"epoch": 0, "step": SAVED, "best": 0.0, "best_average": 0.0}
+    assert runs[ranks][0][engine]["resumed"] == []
+    if ranks == 2:  # the other rank's own batch statistics are not kept, and do not matter for the weights
+        assert [where for where in runs[2][1][engine]["resumed"] if "running_" not in where] == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_plain_file_holds_the_live_weights(runs, folders, ranks, engine):
+    folder = folders[1] / engine if ranks == 1 else folders[2] / "pretrain" / engine
+    live = runs[ranks][0][engine]["first"]
+    saved = checkpoint.load_checkpoint(folder / f"checkpoint-0-{SAVED}.pth")
+    assert (
+        differing({"model": live["weights"], "teacher": live["teacher"]}, {k: saved[k] for k in ("model", "teacher")})
+        == []
+    )
+    assert (folder / f"checkpoint-0-{SAVED}").is_dir() == (engine != "torch")
+    sizes = {k: int(v) for k, v in (item.split("=") for item in SIZE)}
+    model = create_model("beit_tiny_patch16_224", **sizes, input_size=16, patch_size=4, num_classes=10)
+    report = checkpoint.load_pretrained(model, folder / f"checkpoint-0-{SAVED}.pth")
+    assert report.matched == 1.0
+    assert torch.equal(model.blocks[1].attn.qkv.weight, live["teacher"]["blocks.1.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nonfinite_steps_leave_no_trace(runs, folders, ranks, engine):
+    folder = folders[1] / engine if ranks == 1 else folders[2] / "pretrain" / engine
+    for number, rank in enumerate(runs[ranks]):
+        skipped = rank[engine]["skipped"]
+        assert skipped["loss"] == [] and skipped["gradient"] == []
+        assert skipped["streak"] == 2
+        assert skipped["last"]["applied"] == 1.0 and skipped["last"]["loss"] < 10
+        assert 1e-5 < skipped["moved"] < 1e-2  # a step of AdamW at this learning rate
+        for step in (STEPS, STEPS + 1):
+            report = json.loads((folder / f"nonfinite-{step}-rank{number}.json").read_text())
+            assert report["indices"] == skipped["indices"][step]
+
+
+def test_bf16_equals_torch_autocast(alone):
+    losses = alone["half"]
+    assert losses["torch"] != pytest.approx(losses["fp32"], abs=1e-5), "bf16 changes nothing"
+    assert losses["torch"][:2] == pytest.approx(losses["fp32"][:2], rel=0.02)
+    for engine in ENGINES[1:]:
+        assert losses[engine] == pytest.approx(losses["torch"], abs=1e-6), engine
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_users_bf16_section(alone, stage):
+    found = alone["user"][stage]
+    assert sum(found["losses"][-4:]) < sum(found["losses"][:4])
+    assert found["live"] == {torch.bfloat16} and found["dtypes"] == {torch.float32}
+    assert found["rounded"] > 1e-5, "the weights read are not the float32 masters"
+    assert found["teacher"] < 1e-6
+    assert found["resumed"] == []
+
+
+def test_rounded_weights_are_evaluated(alone):
+    found = alone["rounded"]
+    assert found["rounded"] == pytest.approx(found["whole"], rel=0.01) and found["rounded"] != found["whole"]
+
+
+def test_frozen_parameter_is_saved_whole(alone):
+    assert alone["frozen"]
+
+
+def test_resuming_another_way(alone, folders, tmp_path):
+    """Another stage or number of ranks is refused in a sentence, another engine takes the weights."""
+    assert "zero_stage 1, this run has 2" in alone["refused"]["zero2"]
+    assert alone["refused"]["torch"] == ""
+    # one rank with the global batch of two, so that only the shards do not fit
+    said = in_ranks(1, refusal_by, tmp_path, folders[2] / "pretrain" / "zero1", "zero1", "--update_freq", "4")[0]
+    assert "world_size 2, this run has 1" in said
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_finetuning_equals_ddp(pair, engine):
+    for rank in pair:
+        assert_equal_runs(rank["finetune"][engine], rank["finetune"]["torch"], TOLERANCE[engine])
+
+
+def test_shared_evaluation_counts_every_image_once(pair):
+    indices = [i for rank in pair for i in rank["finetune"]["torch"]["evaluation"]["shared_indices"]]
+    assert sorted(i for i in indices if i >= 0) == list(range(EVALUATED))
+    assert [i for i in indices if i < 0] == [-1]
+    for rank in pair:
+        for engine in ("torch", "zero3"):
+            found = rank["finetune"][engine]["evaluation"]
+            assert found["shared"] == pytest.approx(found["whole"], rel=1e-6)

@@ -1,0 +1,391 @@
+"""One process: steps, skipped steps, moving averages, batch statistics, evaluation, DeepSpeed's configuration."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import arguments, average_weights, column, differing, start, train_steps
+from torch import nn
+
+import parallel
+from datasets import EvalBatchSampler, build_dataset, build_loader
+from ema import MovingAverage
+from engine_for_finetuning import evaluate
+from engine_for_pretraining import Normalize
+from parallel import deepspeed_config
+from run_class_finetuning import Evaluator
+from transforms import MEAN_STD, build_finetune_transform
+from utils import NonFiniteError, StepMonitor
+
+CPU = torch.device("cpu")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_every_trainable_parameter_gets_a_gradient(tmp_path, stage):
+    run, _ = start(stage, tmp_path)
+    run.loader.batch_sampler.set_position(0)
+    run.runner.micro_step(run.normalize(next(iter(run.loader))), last=True)
+    without = [name for name, p in run.task.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert sum(p.requires_grad for p in run.task.parameters()) == sum(
+        len(g["params"]) for g in run.runner.optimizer.param_groups
+    )
+
+
+def test_step_is_clipped_adamw_on_the_mean_gradient(tmp_path):
+    """Two micro-batches by the runner against the same by hand."""
+    flags = ("--update_freq", "2", "--clip_grad", "0.5", "--weight_decay", "0.1", "--lr", "1e-2")
+    run, _ = start("pretrain", tmp_path, *flags)
+    run.loader.batch_sampler.set_position(0)
+    batches = [run.normalize(batch) for batch, _ in zip(run.loader, range(2), strict=False)]
+    twin = copy.deepcopy(run.task)
+    losses = [twin(batch)["loss"] for batch in batches]
+    (sum(losses) / 2).backward()
+    gradients = {name: p.grad for name, p in twin.named_parameters()}
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    expected = {}
+    for name, p in twin.named_parameters():
+        decay = 0.0 if p.ndim == 1 or name == "cls_token" else 0.1
+        step = gradients[name] * (0.5 / (norm + 1e-6))
+        expected[name] = p.detach() * (1 - 1e-2 * decay) - 1e-2 * step / (step.abs() + 1e-8)
+
+    figures = train_steps(run, 0, 1)[0]
+
+    assert norm > 0.5
+    assert figures["loss"] == pytest.approx((sum(losses) / 2).item(), abs=1e-6)
+    assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for name, p in run.task.named_parameters():
+        clear = gradients[name].abs() > 1e-5 * norm  # elsewhere Adam's first step is the sign of rounding noise
+        torch.testing.assert_close(p.detach()[clear], expected[name][clear], atol=1e-4, rtol=0)
+
+
+def test_schedules_reach_the_optimizer(tmp_path):
+    run, _ = start("finetune", tmp_path, "--warmup_epochs", "1", "--weight_decay_end", "0.5")
+    train_steps(run, 0, 3)
+    groups = {group["group_name"]: group for group in run.runner.optimizer.param_groups}
+    assert groups["layer_3_decay"]["lr"] == run.lr[2] == pytest.approx(1e-3 * 2 / (run.steps_per_epoch - 1))
+    assert groups["layer_0_decay"]["lr"] == pytest.approx(run.lr[2] * 0.75**3)
+    assert groups["layer_1_decay"]["weight_decay"] == run.weight_decay[2] > 0.05
+    assert groups["layer_1_no_decay"]["weight_decay"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not finite
+
+OPTIMIZERS = ["adamw", "sgd", "lamb", "lars", "lookahead_adamw", "adafactor"]
+
+
+def snapshot(run):
+    return copy.deepcopy((run.task.state_dict(), average_weights(run), list(run.runner.optimizer.state.values())))
+
+
+def nan_images(update, micro_batches):
+    for name in ("image", "image_strong"):
+        micro_batches[-1][name] = micro_batches[-1][name].float() * float("nan")
+
+
+@pytest.mark.parametrize("opt", OPTIMIZERS)
+def test_nonfinite_step_leaves_no_trace(tmp_path, opt):
+    run, _ = start("pretrain", tmp_path, "--opt", opt, "--update_freq", "2")
+    train_steps(run, 0, 2)
+    before = snapshot(run)
+    train_steps(run, 2, 3, nan_images)
+    hook = run.task.projectors[3].weight.register_hook(lambda grad: grad * float("inf"))
+    train_steps(run, 3, 4)
+    hook.remove()
+    assert differing(before, snapshot(run)) == []
+    assert train_steps(run, 4, 5)[0]["applied"] == 1.0
+    assert "/0/blocks.0.attn.qkv.weight" in differing(before, snapshot(run))
+
+
+def test_infinite_loss_with_finite_gradients_is_skipped(tmp_path):
+    run, _ = start("pretrain", tmp_path)
+    train_steps(run, 0, 1)
+    before, contrast = snapshot(run), run.task.contrast
+    run.task.contrast = lambda *args: {"loss": contrast(*args)["loss"] + math.inf}
+    train_steps(run, 1, 2)
+    assert differing(before, snapshot(run)) == [] and run.monitor.streak == 1
+
+
+def test_nonfinite_first_step_leaves_no_trace(tmp_path):
+    run, _ = start("pretrain", tmp_path / "spoilt")
+    initial = copy.deepcopy(run.task.state_dict())
+    train_steps(run, 0, 1, nan_images)
+    assert differing(initial, run.task.state_dict()) == []
+    twin, _ = start("pretrain", tmp_path / "twin")
+    assert column(train_steps(run, 1, 3), "loss") == column(train_steps(twin, 1, 3), "loss")
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+def test_skipping_on_the_device_equals_skipping_on_the_host(tmp_path, monkeypatch, opt):
+    """On a GPU fused optimizers are told to skip; the same kernels exist on the CPU."""
+    spoilt = {2, 3}
+    ways = {}
+    for way in ("host", "device"):
+        run, _ = start("pretrain", tmp_path / way, "--opt", opt)
+        assert run.runner.optimizer._step_supports_amp_scaling
+        train_steps(run, 0, 2)
+        if way == "device":
+            monkeypatch.setattr(parallel, "step_unless_nonfinite", parallel.step_on_device)
+        train_steps(run, 2, 6, lambda update, batches: nan_images(update, batches) if update in spoilt else None)
+        ways[way] = snapshot(run)
+    assert differing(ways["host"], ways["device"]) == []
+
+
+def test_average_takes_the_flag_from_the_device():
+    """There `applied` is a tensor that the host has not read."""
+    source = nn.Linear(3, 2)
+    ours, theirs = MovingAverage(source), MovingAverage(source)
+    with torch.no_grad():
+        source.weight.add_(1.0)
+    for applied in (1.0, 0.0, 1.0):
+        ours.update(0.9, applied)
+        theirs.update(0.9, torch.tensor(applied))
+    assert differing(dict(ours.module.state_dict()), dict(theirs.module.state_dict())) == []
+    assert torch.allclose(ours.module.weight, source.weight - 0.81)
+
+
+def test_run_stops_after_too_many_and_not_before(tmp_path):
+    run, _ = start("pretrain", tmp_path, "--max_nonfinite", "2")
+    before = snapshot(run)
+    train_steps(run, 0, 2, nan_images)
+    train_steps(run, 2, 3)  # a good step ends the streak
+    assert run.monitor.streak == 0
+    after = snapshot(run)
+    assert differing(before, after) != []
+    with pytest.raises(NonFiniteError, match=r"3 optimizer steps in a row.*--max_nonfinite 2"):
+        train_steps(run, 3, 9, nan_images)
+    assert differing(after, snapshot(run)) == []
+    assert sorted(path.name for path in tmp_path.glob("nonfinite-*")) == [
+        f"nonfinite-{step}-rank0.json" for step in (0, 1, 3, 4, 5)
+    ]
+
+
+def test_indices_of_the_bad_batch_are_written(tmp_path):
+    run, _ = start("pretrain", tmp_path, "--update_freq", "2")
+    seen = []
+    train_steps(run, 0, 1, lambda update, batches: seen.extend(batches) or nan_images(update, batches))
+    report = json.loads((tmp_path / "nonfinite-0-rank0.json").read_text())
+    assert report["indices"] == torch.cat([batch["index"] for batch in seen]).tolist()
+    assert report["loss"] == "nan" and len(set(report["indices"])) == 16
+
+
+def figures(loss: float, applied: float) -> dict:
+    return {name: torch.tensor(v) for name, v in {"loss": loss, "grad_norm": 1.0, "applied": applied}.items()}
+
+
+def test_monitor_averages_applied_steps_only():
+    monitor = StepMonitor(folder="", rank=0, max_nonfinite=3)
+    for step, (loss, applied) in enumerate([(1.0, 1), (math.nan, 0), (4.0, 1)]):
+        monitor.push(step, [], figures(loss, applied))
+    assert monitor.read()["loss"] == 2.5
+    monitor.push(3, [], figures(7.0, 1))
+    assert monitor.read()["loss"] == 7.0
+    assert monitor.means() == {"loss": 4.0, "grad_norm": 1.0}
+    other = StepMonitor(folder="", rank=0, max_nonfinite=3)
+    other.load(json.loads(json.dumps(monitor.state())))
+    assert other.means() == monitor.means()
+
+
+def test_monitor_lets_a_loss_scale_come_down():
+    """fp16 starts with a scale that overflows; that is no reason to stop, a loss that is not finite is."""
+    monitor = StepMonitor(folder="", rank=0, max_nonfinite=1, scaled=True)
+    for step in range(17):
+        monitor.push(step, [], figures(2.0, 0))
+    monitor.read()
+    monitor.push(17, [], figures(2.0, 0))
+    with pytest.raises(NonFiniteError, match="18 optimizer steps"):
+        monitor.read()
+    monitor = StepMonitor(folder="", rank=0, max_nonfinite=1, scaled=True)
+    for step in range(2):
+        monitor.push(step, [], figures(math.nan, 0))
+    with pytest.raises(NonFiniteError, match="2 optimizer steps"):
+        monitor.read()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averages and evaluation
+
+
+class WithBuffers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.frozen = nn.Linear(4, 4), nn.Parameter(torch.ones(2), requires_grad=False)
+        self.register_buffer("statistic", torch.zeros(3))
+        self.register_buffer("index", torch.arange(3))
+
+
+def test_moving_average_against_a_plain_loop():
+    source = WithBuffers()
+    average = MovingAverage(source, average_buffers=True)
+    expected = {name: value.double().clone() for name, value in source.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        momentum = 0.9 + 0.005 * step
+        with torch.no_grad():
+            for value in (source.linear.weight, source.linear.bias, source.statistic):
+                value.copy_(torch.randn(value.shape, generator=generator))
+            source.index.add_(7)
+        for name in ("linear.weight", "linear.bias", "statistic"):
+            expected[name] = momentum * expected[name] + (1 - momentum) * source.state_dict()[name].double()
+        average.update(momentum)
+    state = average.module.state_dict()
+    for name in ("linear.weight", "linear.bias", "statistic", "frozen"):
+        torch.testing.assert_close(state[name].double(), expected[name], atol=1e-6, rtol=0)
+    assert torch.equal(state["index"], source.index)
+    assert not any(p.requires_grad for p in average.module.parameters())
+
+
+def test_moving_average_follows_replaced_buffers():
+    """A change of dtype or device puts new buffers in the place of the old ones."""
+    source = WithBuffers()
+    average = MovingAverage(source, average_buffers=True)
+    for module in (source, average.module):
+        module.statistic, module.index = module.statistic.double(), module.index.int()
+    source.statistic.fill_(1.0)
+    source.index.fill_(5)
+    average.update(0.75)
+    assert average.module.statistic.tolist() == [0.25] * 3 and average.module.index.tolist() == [5] * 3
+
+
+def test_average_stays_in_float32():
+    average = MovingAverage(nn.Linear(3, 2).bfloat16())
+    assert {p.dtype for p in average.module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("flags", [(), ("--model_ema_force_cpu",)])
+def test_averaged_classifier_follows_and_is_evaluated(tmp_path, flags):
+    run, position = start("finetune", tmp_path, "--model_ema", "--model_ema_decay", "0.5", *flags)
+    expected = {name: p.detach().double().clone() for name, p in run.task.model.named_parameters()}
+    for step in range(3):
+        train_steps(run, step, step + 1)
+        for name, p in run.task.model.named_parameters():
+            expected[name] = 0.5 * expected[name] + 0.5 * p.detach().double()
+    for name, p in run.task.average.module.named_parameters():
+        torch.testing.assert_close(p.double(), expected[name], atol=1e-6, rtol=0)
+
+    evaluator = Evaluator(run, eval_loader(run.args))
+    position.step = 3
+    found = evaluator.after_epoch(position, run.session)
+    for name, model in (("test_loss", run.task.model), ("test_ema_loss", run.task.average.module)):
+        assert found[name] == pytest.approx(evaluate(model, eval_loader(run.args), run.normalize)["loss"])
+    assert found["test_loss"] != found["test_ema_loss"]
+    run.session.save(position, finished=False)
+    resumed, _ = start("finetune", tmp_path, "--model_ema", "--model_ema_decay", "0.5", *flags)
+    assert differing(average_weights(run), average_weights(resumed)) == []
+
+
+def test_average_that_a_checkpoint_lacks_starts_from_its_weights(tmp_path):
+    run, position = start("finetune", tmp_path)
+    train_steps(run, 0, 2)
+    position.step = 2
+    run.session.save(position, finished=False)
+    resumed, _ = start("finetune", tmp_path, "--model_ema")
+    assert differing(dict(run.task.model.state_dict()), average_weights(resumed)) == []
+
+
+def eval_loader(args, size: int = 101):
+    transform = build_finetune_transform(args, train=False)
+    dataset = build_dataset(args, train=False, transform=transform, need_labels=True)
+    return build_loader(dataset, EvalBatchSampler(size, 12), num_workers=0, pin_mem=False)
+
+
+class Scripted(nn.Module):
+    """Answers with the logits of the images in their order."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.seen = logits, 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        return self.logits[self.seen - len(images) : self.seen]
+
+
+def test_evaluation_counts_hits_and_ignores_padding():
+    logits = torch.randn(7, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+    index = torch.tensor([0, 2, 4, 6, 8, -1, -3])
+    image = torch.zeros(7, 3, 4, 4, dtype=torch.uint8)
+    loader = [
+        {"image": image[part], "label": labels[part], "index": index[part]} for part in (slice(0, 4), slice(4, 7))
+    ]
+    result = evaluate(Scripted(logits), loader, Normalize(MEAN_STD["inception"], CPU))
+    ranks = [(logits[i] > logits[i, labels[i]]).sum().item() for i in range(5)]
+    assert result["acc1"] == pytest.approx(100 * sum(rank < 1 for rank in ranks) / 5)
+    assert result["acc5"] == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 5)
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits[:5], labels[:5]).item())
+
+
+def test_normalize_is_the_published_one():
+    batch = {"image": torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2), "index": 0}
+    moved = Normalize(MEAN_STD["imagenet"], CPU)(batch)
+    assert moved.keys() == {"image"}
+    low = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
+    assert moved["image"][0, :, 0, 0].tolist() == pytest.approx(low)
+    assert Normalize(MEAN_STD["inception"], CPU)(batch)["image"].unique().tolist() == [-1.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed's configuration
+
+
+def deepspeed_args(tmp_path, given: dict | None = None, *flags: str):
+    extra = []
+    if given is not None:
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps(given))
+        extra = ["--deepspeed_config", str(file)]
+    return arguments("pretrain", tmp_path, "--enable_deepspeed", *extra, *flags)
+
+
+@pytest.mark.parametrize("clip", ["0.0", "0.7"])
+@pytest.mark.parametrize("given", [None, {"zero_optimization": {"overlap_comm": False}}])
+def test_clipping_is_always_written(tmp_path, clip, given):
+    config = deepspeed_config(deepspeed_args(tmp_path, given, "--clip_grad", clip, "--zero_stage", "2"))
+    assert config["gradient_clipping"] == float(clip)
+    assert config["zero_optimization"]["stage"] == 2, "a section without a stage must not fall back to stage 0"
+
+
+def test_configuration_follows_the_flags(tmp_path):
+    config = deepspeed_config(deepspeed_args(tmp_path, None, "--update_freq", "3", "--zero_stage", "3"))
+    assert config["train_micro_batch_size_per_gpu"] == 8 and config["gradient_accumulation_steps"] == 3
+    assert config["zero_optimization"] == {"stage": 3} and config["gradient_clipping"] == 3.0
+    assert not {"bf16", "fp16", "torch_autocast"} & config.keys()
+    bf16 = deepspeed_config(deepspeed_args(tmp_path, None, "--precision", "bf16"))
+    assert bf16["torch_autocast"]["enabled"] and bf16["torch_autocast"]["dtype"] == "bfloat16" and "bf16" not in bf16
+    fp16 = deepspeed_config(deepspeed_args(tmp_path, None, "--precision", "fp16"))
+    assert fp16["fp16"]["loss_scale"] == 0 and "torch_autocast" not in fp16
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"gradient_cliping": 1.0}, "gradient_cliping"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "stage 0"),
+        ({"train_micro_batch_size_per_gpu": 16}, "train_micro_batch_size_per_gpu 16, the flags say 8"),
+        ({"train_batch_size": 64}, "train_batch_size 64, the flags say 8"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4, the flags say 1"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, --clip_grad 3.0"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer, which comes from the flags"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "section fp16"),
+        ([], "one JSON object"),
+    ],
+)
+def test_unusable_configuration_is_refused(tmp_path, given, says):
+    with pytest.raises(ValueError, match=r"ds\.json.*") as caught:
+        deepspeed_config(deepspeed_args(tmp_path, given))
+    assert says in str(caught.value)
+
+
+def test_half_written_configuration_is_refused(tmp_path):
+    args = deepspeed_args(tmp_path, {})
+    (tmp_path / "ds.json").write_text('{"bf16": ')
+    with pytest.raises(ValueError, match=r"--deepspeed_config .*ds\.json is not JSON"):
+        deepspeed_config(args)

@@ -1,0 +1,285 @@
+"""A run that was killed or asked to stop goes on as if nothing had happened, to the last bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    arguments,
+    differing,
+    environment,
+    script,
+    start,
+    start_command,
+    train_steps,
+    wait_for,
+    whole_weights,
+)
+
+import checkpoint
+from utils import RunLog
+
+WORKERS = ("--num_workers", "2", "--update_freq", "2")
+AUGMENTED = (
+    *("--mixup", "0.8", "--cutmix", "1.0", "--drop_path", "0.2", "--reprob", "0.5", "--model_ema"),
+    *("--model_ema_decay", "0.99", "--label_fraction", "0.5", "--log_every", "1"),
+)
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """The last checkpoints, tensor for tensor, and every line of log.txt."""
+    states = [checkpoint.load_checkpoint(folder / "checkpoint-1.pth") for folder in (ours, theirs)]
+    for state in states:
+        assert state.pop("args")["update_freq"] == 2
+    assert len(states[0]["optimizer"]["state"]) > 20
+    assert differing(*states) == []
+    assert (ours / "log.txt").read_text() == (theirs / "log.txt").read_text()
+    assert [json.loads(line)["epoch"] for line in (ours / "log.txt").read_text().splitlines()] == [0, 1]
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed
+
+
+@pytest.mark.slow
+def test_killed_pretraining_resumes_bit_exactly(tmp_path):
+    """Killed at a random moment of either epoch, with loader workers, accumulation and deletion of old checkpoints."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = (*WORKERS, "--save_ckpt_steps", "4", "--save_ckpt_freq", "1", "--keep_checkpoints", "3")
+    uninterrupted = start_command(script("pretrain", whole, *flags))
+    rng = random.Random()
+    for epoch in (0, 1):
+        process = start_command(script("pretrain", killed, *flags))
+        step = 4 * rng.randint(2, 12)
+        wait_for(lambda epoch=epoch, step=step: written_beyond(killed, epoch, step), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        print(f"killed in epoch {epoch} after step {step}")
+        assert not (killed / "checkpoint-1.pth").exists()
+    output = finish(start_command(script("pretrain", killed, *flags)))
+    assert re.search(r"resumed .*checkpoint-1-\d+.pth: at epoch 1, step \d+ of", output), output
+    finish(uninterrupted)
+    assert_same_run(killed, whole)
+
+
+def written_beyond(folder: Path, epoch: int, step: int) -> bool:
+    steps = [int(path.stem.split("-")[2]) for path in folder.glob(f"checkpoint-{epoch}-*.pth")]
+    return any(done >= step for done in steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asked to stop
+
+
+def stop_at(process: subprocess.Popen, epoch: int, step: int, number: signal.Signals) -> str:
+    """Sends the signal to the process and its workers when the log reaches the step; the rest of the output."""
+    for line in process.stdout:
+        found = re.match(rf"epoch {epoch} \[ *(\d+)/", line)
+        if found and int(found.group(1)) >= step:
+            os.killpg(process.pid, number)
+            return process.communicate(timeout=120)[0]
+    raise AssertionError(f"ended with {process.wait()} before epoch {epoch}, step {step}")
+
+
+@pytest.mark.slow
+def test_stopped_finetuning_resumes_bit_exactly(tmp_path):
+    """Three signals in a row, under every source of randomness that fine-tuning has."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    uninterrupted = start_command(script("finetune", whole, *WORKERS, *AUGMENTED))
+    for number, epoch, step in ((signal.SIGTERM, 0, 3), (signal.SIGINT, 0, 20), (signal.SIGUSR1, 1, 8)):
+        process = start_command(script("finetune", stopped, *WORKERS, *AUGMENTED))
+        output = stop_at(process, epoch, step, number)
+        assert process.returncode == 0, output
+        said = re.search(rf"^stopped by {number.name} after step (\d+) of epoch {epoch}; .*$", output, re.MULTILINE)
+        assert said and output.rstrip().endswith(said.group(0)) and "Traceback" not in output
+        assert checkpoint.latest_valid_checkpoint(stopped).name == f"checkpoint-{epoch}-{said.group(1)}.pth"
+    finish(start_command(script("finetune", stopped, *WORKERS, *AUGMENTED)))
+    finish(uninterrupted)
+    assert_same_run(stopped, whole)
+    best = [checkpoint.load_checkpoint(folder / "checkpoint-best.pth") for folder in (stopped, whole)]
+    assert differing(*({k: v for k, v in state.items() if k != "args"} for state in best)) == []
+
+
+@pytest.mark.slow
+def test_torchrun_stops_all_ranks_with_a_checkpoint(tmp_path):
+    """torchrun passes the signal to each rank's whole group, loader workers included."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
+    process = start_command(script("pretrain", tmp_path, "--num_workers", "1", "--log_every", "1", launcher=launcher))
+    for line in process.stdout:
+        if line.startswith("epoch 0 [ 5/"):
+            process.terminate()
+            break
+    output = process.communicate(timeout=120)[0]
+    said = re.search(r"stopped by SIGTERM after step (\d+) of epoch 0", output)
+    assert said, output
+    path = tmp_path / f"checkpoint-0-{said.group(1)}.pth"
+    assert checkpoint.load_checkpoint(path)["engine"]["world_size"] == 2
+    assert "DataLoader worker" not in output
+
+
+def free_port() -> int:
+    from utils import free_port
+
+    return free_port()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_second_signal_ends_at_once(second):
+    """A step that never ends, in which only the second signal can help."""
+    program = "import time, utils; s = utils.StopSignal(); print('ready', flush=True)\n"
+    program += "while True:\n    time.sleep(0.01)\n    if s.received: print(s.received, flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGTERM\n"
+    process.send_signal(second)
+    assert process.wait(timeout=60) == -second
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In this process
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lars", "lookahead_adamw", "adafactor", "radam"])
+def test_every_kind_of_optimizer_resumes_bit_exactly(tmp_path, opt):
+    flags = ("--opt", opt, "--lr", "1e-3")
+    run, position = start("pretrain", tmp_path, *flags)
+    train_steps(run, 0, 7)
+    position.step = 7
+    run.session.save(position, finished=False)
+    resumed, there = start("pretrain", tmp_path, *flags)
+    assert (there.epoch, there.step) == (0, 7)
+    assert differing(train_steps(run, 7, 12), train_steps(resumed, 7, 12)) == []
+    assert differing(whole_weights(run), whole_weights(resumed)) == []
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A folder with a checkpoint in mid-epoch."""
+    run, position = start("pretrain", tmp_path)
+    train_steps(run, 0, 2)
+    position.step = 2
+    run.session.save(position, finished=False)
+    return tmp_path
+
+
+def test_checkpoint_in_mid_epoch_needs_the_same_global_batch(saved):
+    with pytest.raises(ValueError, match="effective batch of 8, this run has 16: keep --batch_size"):
+        start("pretrain", saved, "--update_freq", "2")
+    _, position = start("pretrain", saved, "--update_freq", "2", "--batch_size", "4")
+    assert position.step == 2
+
+
+def test_finished_epoch_resumes_with_another_batch(tmp_path):
+    run, position = start("pretrain", tmp_path)
+    train_steps(run, 0, 2)
+    position.step = run.steps_per_epoch
+    run.session.save(position, finished=True)
+    _, there = start("pretrain", tmp_path, "--update_freq", "2")
+    assert (there.epoch, there.step) == (1, 0)
+
+
+def test_flags_that_build_another_model_are_named(saved):
+    with pytest.raises(ValueError, match=r"checkpoint-0-2\.pth does not fit the model .* rel_pos_bias"):
+        start("pretrain", saved, "--patch_size", "8")
+
+
+def test_no_auto_resume_and_start_epoch(saved):
+    _, position = start("pretrain", saved, "--no_auto_resume", "--start_epoch", "1")
+    assert (position.epoch, position.step) == (1, 0)
+
+
+def test_resume_flag_wins_over_the_folder(saved, tmp_path):
+    run, position = start("pretrain", saved)
+    train_steps(run, 2, 4)
+    position.step = 4
+    run.session.save(position, finished=False)
+    assert start("pretrain", saved)[1].step == 4
+    assert start("pretrain", saved, "--resume", str(saved / "checkpoint-0-2.pth"))[1].step == 2
+
+
+def test_weights_only_file_is_no_place_to_resume_from(tmp_path):
+    run, position = start("finetune", tmp_path)
+    run.session.save_best(position, of_average=False)
+    with pytest.raises(ValueError, match=r"checkpoint-best\.pth holds weights only: give it to --finetune"):
+        start("finetune", tmp_path, "--resume", str(tmp_path / "checkpoint-best.pth"))
+
+
+def test_damaged_newest_checkpoint_is_passed_over(saved):
+    (saved / "checkpoint-0-3.pth").write_bytes((saved / "checkpoint-0-2.pth").read_bytes()[:-100])
+    assert start("pretrain", saved)[1].step == 2
+
+
+def test_log_forgets_epochs_that_are_done_again(tmp_path):
+    args = arguments("pretrain", tmp_path)
+    args.rank = 0
+    log = RunLog(args, {})
+    for epoch in range(3):
+        log.epoch({"epoch": epoch, "train_loss": 1.0}, epoch)
+    log.forget_from(1)
+    log.epoch({"epoch": 1, "train_loss": 2.0}, 1)
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines == [{"epoch": 0, "train_loss": 1.0}, {"epoch": 1, "train_loss": 2.0}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published checkpoints
+
+
+def published(network: torch.nn.Module, epoch: int, prefix: str = "") -> dict:
+    """A file as ConMIM's release writes it: dead weights and index buffers included (specs/conmim.md 1.2, 2.5)."""
+    state = {
+        prefix + name: value + 0.25 if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+    }
+    state[f"{prefix}lm_head.weight"] = torch.zeros(8192, 32)
+    state[f"{prefix}lm_head.bias"] = torch.zeros(8192)
+    state[f"{prefix}rel_pos_bias.relative_position_index"] = torch.zeros(17, 17, dtype=torch.int64)
+    state[f"{prefix}rel_pos_bias2.relative_position_bias_table"] = torch.zeros(124, 2)
+    return {"model": state, "epoch": epoch, "scaler": {}, "optimizer": {"state": {}, "param_groups": []}}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_student_and_teacher_resume(tmp_path, prefix):
+    run, _ = start("pretrain", tmp_path / "source")
+    student, teacher = tmp_path / "checkpoint-7.pth", tmp_path / "checkpoint_copy-7.pth"
+    torch.save(published(run.task, 7, prefix), student)
+    with torch.no_grad():
+        for p in run.task.teacher.parameters():
+            p.mul_(2)
+    torch.save(published(run.task.teacher, 7, prefix), teacher)
+
+    resumed, position = start(
+        "pretrain", tmp_path / "run", "--epochs", "9", "--resume", str(student), "--resume_copy", str(teacher)
+    )
+    assert (position.epoch, position.step) == (8, 0)
+    for ours, file in ((resumed.task, student), (resumed.task.teacher, teacher)):
+        weights = torch.load(file, weights_only=True)["model"]
+        assert differing(dict(ours.state_dict()), {name: weights[prefix + name] for name in ours.state_dict()}) == []
+
+    alone, _ = start("pretrain", tmp_path / "alone", "--resume", str(student))
+    assert differing(dict(alone.task.state_dict()), dict(alone.task.teacher.state_dict())) == []
+
+
+def test_published_file_of_another_size_is_refused(tmp_path):
+    run, _ = start("pretrain", tmp_path / "source", "--model_kwargs", "embed_dim=16", "depth=2", "num_heads=2")
+    torch.save(published(run.task, 7), tmp_path / "checkpoint-7.pth")
+    with pytest.raises(ValueError, match=r"checkpoint-7\.pth does not fit the model that these flags build"):
+        start("pretrain", tmp_path / "run", "--resume", str(tmp_path / "checkpoint-7.pth"))
