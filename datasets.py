@@ -10,6 +10,7 @@ import mmap
 import os
 import signal
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -616,5 +617,14 @@ def build_loader(
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """A launcher or a terminal signals the whole group; the parent still needs batches to finish its step."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    """Waits for a SIGTERM from the parent, which Python sends to leftover workers when it ends."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

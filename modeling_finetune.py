@@ -283,7 +283,8 @@ class VisionTransformer(nn.Module):
             Block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, init_values=init_values, qkv_bias=qkv_bias,
             k_bias=k_bias, attn_drop=attn_drop, grid=grid if rel_pos_bias == "per_block" else None, kernel=attn,
         )  # fmt: skip
-        self.blocks = nn.ModuleList(block(drop_path=p) for p in torch.linspace(0, drop_path, depth).tolist())
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if global_pool == "token" else nn.Identity()
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if global_pool == "avg" else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()

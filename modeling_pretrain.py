@@ -50,10 +50,11 @@ class MaskedImageModel(VisionTransformer):
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         return self.norm(self.run_blocks(self.embed(x)))
 
-    def encoder_state_dict(self) -> dict[str, Tensor]:
-        """The clean encoder that the published recipe fine-tunes: the teacher's where there is one."""
-        source = self if self.teacher is None else self.teacher
-        return {k: v for k, v in source.state_dict().items() if not k.startswith(self.not_exported)}
+    def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The clean encoder in `weights`, by default in what the published recipe fine-tunes: the teacher, if any."""
+        if weights is None:
+            weights = (self if self.teacher is None else self.teacher).state_dict()
+        return {k: v for k, v in weights.items() if not k.startswith(self.not_exported)}
 
     # Pre-training cuts the normal distribution at one standard deviation, and the convolution follows it too.
 

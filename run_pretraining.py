@@ -233,7 +233,6 @@ def launch(main_function, args: Namespace) -> None:
         log.error("error: %s", str(error).rstrip().rpartition("\n")[2])
         sys.exit(1)
     finally:
-        utils.end_workers()
         utils.leave_process_group()
 
 

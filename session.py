@@ -60,7 +60,7 @@ class Session:
         if self.sharded:
             self._save_shards(stem)
         if self.args.rank == 0:
-            self._save_encoder(stem)
+            self._save_encoder(stem, state[self.average_key] or state["model"])
             self._write(stem, state)
             checkpoint.prune_checkpoints(self.folder, self.args.keep_checkpoints)
         utils.barrier()
@@ -113,11 +113,12 @@ class Session:
         if self.args.rank == 0:
             checkpoint.finish_deepspeed_folder(self.folder / stem)
 
-    def _save_encoder(self, stem: str) -> None:
+    def _save_encoder(self, stem: str, weights: dict[str, Tensor]) -> None:
+        """`weights` are whole ones: an engine may have sharded or rounded the network's own."""
         if hasattr(self.network, "encoder_state_dict"):
             path = checkpoint.encoder_file(self.folder / f"{stem}.pth")
             metadata = {"model": self.args.model, "format": "timm"}
-            checkpoint.save_encoder(path, self.network.encoder_state_dict(), metadata)
+            checkpoint.save_encoder(path, self.network.encoder_state_dict(weights), metadata)
 
     # -- resuming
 

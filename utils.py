@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -93,13 +92,6 @@ def in_group() -> bool:
 def leave_process_group() -> None:
     if in_group():
         dist.destroy_process_group()
-
-
-def end_workers() -> None:
-    """Ends loader workers that an error left behind: they ignore SIGTERM, after which Python would wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for an accident
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 def barrier() -> None:
@@ -192,7 +184,8 @@ class RunLog:
         """Drops lines of epochs that a resumed run will do again."""
         if self.file is None or not self.file.exists():
             return
-        lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["epoch"] < epoch]
+        whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a crash may cut the last
+        lines = [line for line in whole if json.loads(line)["epoch"] < epoch]
         write_text(self.file, "".join(f"{line}\n" for line in lines))
 
     def step(self, figures: dict[str, float], step: int) -> None:

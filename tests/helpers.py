@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,23 @@ def arguments(stage: str, folder: Path | str, *flags: str) -> Namespace:
     return options.parse(stage, [*base, "--output_dir", str(folder), *flags])
 
 
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """A run listens to signals; afterwards they mean again what they mean to pytest."""
+    before = {number: signal.getsignal(number) for number in (*utils.StopSignal.signals, signal.SIGCHLD)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def start(stage: str, folder: Path | str, *flags: str) -> tuple[Training, Position]:
     """What the script's main() does up to the first step."""
     args = arguments(stage, folder, *flags)
     args.nb_classes = 10
-    before = {number: signal.getsignal(number) for number in utils.StopSignal.signals}
-    try:
+    with own_signals():
         return (_start_pretraining if stage == "pretrain" else _start_finetuning)(args)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _start_pretraining(args: Namespace) -> tuple[Training, Position]:
