@@ -112,6 +112,20 @@ def cosine_schedule(
     return np.concatenate([ramp, final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))])
 
 
+def cosine_at(epoch: np.ndarray, base: float, final: float, epochs: float, warmup_epochs: float = 0.0) -> np.ndarray:
+    """MAE's learning rate at fractional epochs, float64 (spec SemMAE A.8).
+
+    From 0 straight up to `base`, which is reached after `warmup_epochs`, then half a cosine to `final`, reached after
+    `epochs`. `cosine_schedule` ends its warm-up one step earlier.
+    """
+    if warmup_epochs >= epochs:
+        raise ValueError(f"--warmup_epochs {warmup_epochs:g} leaves nothing of --epochs {epochs:g}: lower it")
+    epoch = np.asarray(epoch, dtype=np.float64)
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    falling = final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))
+    return np.where(epoch < warmup_epochs, base * epoch / max(warmup_epochs, 1e-9), falling)
+
+
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose gradients are rescaled, per matrix, to the size of the weights (spec SemMAE A.10).
 
