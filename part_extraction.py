@@ -149,7 +149,8 @@ def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
 
 
 def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source) -> PartMeta:
-    map_file = Path(args.data_path or "") / f"{args.split}_map.txt"
+    folder = data_folder(args)
+    map_file = folder / f"{args.split}_map.txt" if folder else None
     return PartMeta(
         num_parts=make.num_parts,
         grid=make.grid,
@@ -158,10 +159,17 @@ def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source
         part_source=args.part_source,
         teacher=" ".join(filter(None, (args.teacher, args.teacher_checkpoint))),
         checkpoint_sha256=weights_sha256(task.learner if args.part_source == "learned" else task.teacher),
-        map_file_sha256=file_sha256(map_file) if map_file.is_file() else None,
+        map_file_sha256=file_sha256(map_file) if map_file and map_file.is_file() else None,
         names_sha256=names_sha256(image_names(source)),
         scores=SCORES if args.save_scores else None,
     )
+
+
+def data_folder(args: Namespace) -> Path | None:
+    """--data_path, or where the shapes lie without one."""
+    if args.data_set == "shapes":
+        return cached_shapes(None if args.data_path is None else Path(args.data_path))
+    return None if args.data_path is None else Path(args.data_path)
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -191,7 +199,8 @@ def evaluate(args: Namespace, task: PartLearning, normalize: Normalize) -> list[
 
     Every process measures everything; the first one writes.
     """
-    dataset, folder, view = whole_images(args, train=False), mask_folder(args), Viewer(args, task, normalize)
+    dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
+    folder = Path(args.mask_path) if args.mask_path else data_folder(args) / "annotations" / FOLDERS["val"]
     makers = {source: MapMaker(args, source, task) for source in PART_SOURCES}
     qualities = {source: PartQuality(make.num_parts, MASK_IDS) for source, make in makers.items()}
     for batch in batches_of(args, dataset, list(range(len(dataset)))):
@@ -204,12 +213,6 @@ def evaluate(args: Namespace, task: PartLearning, normalize: Normalize) -> list[
     if args.rank == 0:
         write_table(Path(args.evaluate), rows)
     return rows
-
-
-def mask_folder(args: Namespace) -> Path:
-    if args.mask_path is not None:
-        return Path(args.mask_path)
-    return cached_shapes(None if args.data_path is None else Path(args.data_path)) / "annotations" / FOLDERS["val"]
 
 
 def read_mask(folder: Path, image_path: str) -> np.ndarray:
@@ -235,23 +238,25 @@ def write_table(file: Path, rows: list[dict[str, float | str]]) -> None:
 
 
 def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
-    """Writes --visualize: image, its parts, the class token's attention and the decoder's picture, a row an image."""
+    """Writes --visualize: a row for each image with itself, its parts and the class token's attention.
+
+    For learned parts the picture that the decoder makes of them comes last.
+    """
     dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
     make, rows = MapMaker(args, args.part_source, task), []
     for batch in batches_of(args, dataset, list(range(min(args.visualize_images, len(dataset))))):
-        features = view(batch)
-        images = batch["image"].permute(0, 2, 3, 1).numpy()
-        maps = PALETTE[make(features, batch["index"].tolist()).numpy()]
-        attention = _grey(attention_scores(features, task.teacher.grid, make.grid))
-        painted = (255 * task.learner.reconstruct(features)).byte().permute(0, 2, 3, 1).cpu().numpy()
-        rows += [
-            [_panel(image), _blended(image, parts), _panel(looks), _panel(picture)]
-            for image, parts, looks, picture in zip(images, maps, attention, painted, strict=True)
-        ]
-    sheet = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
+        features, images = view(batch), batch["image"].permute(0, 2, 3, 1).numpy()
+        colours = PALETTE[make(features, batch["index"].tolist()).numpy()]
+        parts = [_blended(image, colour) for image, colour in zip(images, colours, strict=True)]
+        columns = [images, parts, _grey(attention_scores(features, task.teacher.grid, make.grid))]
+        if args.part_source == "learned":
+            painted = (255 * task.learner.reconstruct(features)).byte()
+            columns.append(painted.permute(0, 2, 3, 1).cpu().numpy())
+        rows += [np.concatenate([_panel(picture) for picture in row], axis=1) for row in zip(*columns, strict=True)]
+    titles = ("image", f"parts: {args.part_source}", "attention", "reconstruction")
     file = Path(args.visualize)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _with_titles(sheet, ("image", f"parts: {args.part_source}", "attention", "reconstruction")).save(file)
+    _with_titles(Image.fromarray(np.concatenate(rows)), titles[: len(columns)]).save(file)
     log.info("contact sheet written to %s", file)
 
 

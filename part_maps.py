@@ -220,7 +220,10 @@ class PartMaps:
 
 
 class _ArrayRows:
-    """Rows of an array [N, Hp, Wp] that is mapped, not loaded: N * Hp * Wp bytes of shared page cache at most."""
+    """Rows of an array [N, Hp, Wp] that is mapped, not loaded.
+
+    All processes share its pages: for ImageNet's 1.28 M images 251 MB at 14 x 14 and 1.0 GB at 28 x 28, at most.
+    """
 
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: type):
         self.file = file

@@ -29,7 +29,7 @@ from run_pretraining import launch, set_up, start_training, train_loader
 from session import Position
 from transforms import MEAN_STD, build_pretrain_transform
 
-STATISTICS_BATCHES = 50  # from which the features' mean and deviation are taken
+STATISTICS_BATCHES = 50  # of optimizer steps, from which the features' mean and deviation are taken
 WARMUP_SHARE = 0.05  # of the steps, where the flags give no warm-up
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def train_learner(args: Namespace, task: PartLearning, normalize: Normalize) -> 
     run, position = start_training(args, task, task.learner, loader, groups, normalize, "average")
     if position == Position():
         loader.batch_sampler.set_position(0)
-        first = islice(loader, STATISTICS_BATCHES)
+        first = islice(loader, STATISTICS_BATCHES * args.update_freq)
         task.learner.standardise(task.teacher(normalize(batch)["image"]) for batch in first)
     done = position.epoch * loader.steps_per_epoch + position.step
     task.after_step(max(done - 1, 0) / steps)  # the temperature that the last step left
@@ -200,7 +200,7 @@ def main(args: Namespace) -> None:
     task = PartLearning(build_learner(args, teacher), teacher, mean_std, (args.tau_start, args.tau_end))
     teacher.to(normalize.device)
     task.to(normalize.device)
-    if args.part_source == "learned" or args.evaluate or args.visualize:
+    if args.part_source == "learned" or args.evaluate:
         train_learner(args, task, normalize)
     if args.dry_run:
         return
