@@ -371,6 +371,9 @@ class PartLearning(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.learner(self.teacher(batch["image"]), batch["image"] * self.std + self.mean)
 
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        """Nothing changes with the epochs: the temperature falls step by step."""
+
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         self.learner.temperature = temperature_at(progress, *self.temperatures)
 
