@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 Groups = list[dict[str, Any]]
+LR_SCHEDULES = ("cosine", "mae")
 
 _EMBEDDING_NAMES = {"cls_token", "mask_token", "pos_embed"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
