@@ -397,7 +397,7 @@ def _fold_blocks(names: Collection[str]) -> list[str]:
     """blocks.0.x, blocks.1.x, blocks.2.x, blocks.5.x -> blocks.0-2,5.x"""
     numbers: dict[str, list[int]] = {}
     for name in names:
-        found = re.search(r"\bblocks\.(\d+)\.", name)
+        found = re.search(r"blocks\.(\d+)\.", name)
         pattern = name if found is None else f"{name[: found.start(1)]}{{}}{name[found.end(1) :]}"
         numbers.setdefault(pattern, []).extend([] if found is None else [int(found.group(1))])
     return [pattern.format(_ranges(blocks)) if blocks else pattern for pattern, blocks in numbers.items()]

@@ -32,10 +32,10 @@ DIGITS_SIZE = 32
 DIGITS_VAL_EVERY = 5  # each class's every fifth digit is held out
 
 Key = tuple[int, int]  # (epoch, index); a negative index -1-i loads image i as padding
-Transform = Callable[[RawImage, np.random.Generator], dict[str, torch.Tensor]]
+Transform = Callable[..., dict[str, torch.Tensor]]  # (raw, rng), and the image's maps where there are some
 
 # what a generator is for: without it, (seed, a) and (seed, a, 0) would be the same stream
-_SAMPLE_STREAM, _ORDER_STREAM, _REPLACEMENT_STREAM = range(3)
+_SAMPLE_STREAM, _ORDER_STREAM, _REPLACEMENT_STREAM, _PARTS_STREAM = range(4)
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -447,12 +447,14 @@ class ImageDataset(Dataset):
     A sample is the transform's dict plus "label" and "index", the number of the image that was really used. A broken
     image is logged once and replaced by another, which depends on (seed, index) only; all workers share the set of
     broken images. More than `max_bad_images` of them, or the first if `strict`, raise BadImagesError.
+    `maps` reads what else belongs to an image, by the name of the view that the transform makes of it.
     """
 
     def __init__(
         self, source: Source, transform: Transform, *, seed: int, max_bad_images: int = 100, strict: bool = False
     ):
         self.source, self.transform, self.seed = source, transform, seed
+        self.maps: dict[str, Callable[[int], np.ndarray]] = {}
         self.max_bad_images = 0 if strict else max_bad_images
         self.bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
 
@@ -464,7 +466,9 @@ class ImageDataset(Dataset):
         wanted = -1 - index if index < 0 else index
         for used in self._candidates(wanted):
             try:
-                sample = self.transform(self.source.read(used), sample_rng(self.seed, epoch, wanted))
+                raw, rng = self.source.read(used), sample_rng(self.seed, epoch, wanted)
+                maps = {view: read(used) for view, read in self.maps.items()}
+                sample = self.transform(raw, rng, maps) if maps else self.transform(raw, rng)
             except BrokenImageError as error:
                 self._report(used, error)
                 continue
@@ -495,6 +499,23 @@ class ImageDataset(Dataset):
         listed = ", ".join(self.source.path(index) for index in broken[:10])
         allowed = f"{self.max_bad_images} allowed by --max_bad_images or --strict_data"
         return f"{len(broken)} of {len(self)} images are broken ({allowed}): {listed}{' ...' * (len(broken) > 10)}"
+
+
+class RandomParts:
+    """Part maps [rows, columns] without meaning: each cell's part is drawn uniformly, the same for an image each time.
+
+    In the place of real maps they show what these are worth.
+    """
+
+    def __init__(self, num_parts: int, grid: tuple[int, int], seed: int):
+        self.num_parts, self.grid, self.seed = num_parts, grid, seed
+
+    def read(self, index: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, index, 0, _PARTS_STREAM))
+        return rng.integers(self.num_parts, size=self.grid, dtype=np.uint8)
+
+    def read_scores(self, index: int) -> np.ndarray:
+        raise ValueError("--part_source random has no scores: take token_selection=random")
 
 
 def build_dataset(args: argparse.Namespace, *, train: bool, transform: Transform, need_labels: bool) -> ImageDataset:

@@ -48,6 +48,9 @@ class Classification(nn.Module):
             out["class_acc"] = (logits.detach().argmax(-1) == targets).float().mean()
         return out
 
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        """Nothing changes with the epochs."""
+
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         if self.average is not None:
             self.average.update(self.average_decay, applied)

@@ -1,7 +1,7 @@
 """The training loop, for every method and for fine-tuning alike: one optimizer step after another, whatever is trained.
 
-A task is a module with `forward(batch) -> {"loss": ...}` and `after_step(progress, applied)`; a pre-training method is
-one, a classifier with its criterion (engine_for_finetuning.py) another.
+A task is a module with `forward(batch) -> {"loss": ...}`, `before_epoch(epoch, epochs)` and
+`after_step(progress, applied)`: a pre-training method, or a classifier with its criterion (engine_for_finetuning.py).
 """
 
 from argparse import Namespace
@@ -76,6 +76,7 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
     """
     args, epoch = run.args, position.epoch
     run.task.train()
+    run.task.before_epoch(epoch, args.epochs)
     run.loader.batch_sampler.set_position(epoch, position.step * args.update_freq)
     progress = Progress(f"epoch {epoch}", run.steps_per_epoch, position.step, every=args.log_every, rank=args.rank)
     run.throughput.restart()

@@ -1,12 +1,17 @@
-"""Which patches a masked method hides: pure functions of a generator and a grid (specs/conmim.md, section 3).
+"""Which patches a masked method hides: pure functions of random draws and a grid.
 
-Every generator is called with a `np.random.Generator` and returns a bool array [grid_h, grid_w], True = masked.
+Masks that come with the data (specs/conmim.md, section 3): a generator is called with a `np.random.Generator` and
+returns a bool array [grid_h, grid_w], True = masked. Masks that a method draws on its device (specs/semmae.md, A.3 and
+B.1): orders of the tokens [B, L], the visible ones first.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 MASK_TYPES = ("block", "random", "random_mps32")
 BLOCK_MASK_FRACTION = 75 / 14**2  # BEiT hides 75 patches of a 14 x 14 grid
@@ -166,3 +171,170 @@ def _check_count(count: int, grid: Pair, flag: str) -> None:
         raise ValueError(
             f"{flag} hides {count} of {cells} cells ({grid[0]}x{grid[1]}); hide at least 1, leave 1 visible"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orders of tokens
+
+
+COUNT_FIXES = ("parity", "apportion")
+LAMBDA_SCHEDULES = ("power", "increasing", "cosine")
+
+
+def num_visible(tokens: int, mask_ratio: float) -> int:
+    """How many of `tokens` stay visible: truncated in double precision, as published (19 of 100 at a ratio of 0.8).
+
+    Raises:
+        ValueError: none or all of them.
+    """
+    _check_ratio(mask_ratio)
+    visible = int(tokens * (1 - mask_ratio))
+    if not 0 < visible < tokens:
+        raise ValueError(f"--mask_ratio {mask_ratio} leaves {visible} of {tokens} patches visible; leave at least 1")
+    return visible
+
+
+def mask_lambda_schedule(
+    epoch: np.ndarray | float, epochs: int, power: float = 2.0, kind: str = "power"
+) -> np.ndarray | float:
+    """SemMAE's weight of intra-part against inter-part masking in `epoch`, from 0, of `epochs` (specs/semmae.md B.2).
+
+    kind: "power" falls as 1 - t ** power to 0 in the last epoch, "cosine" falls too, "increasing" is t; t is the share
+    of epochs begun. Clipped to [0, 1], which the published code, made for 800 epochs, leaves when it trains longer.
+
+    Raises:
+        ValueError: an unknown kind, or a power that is not positive.
+    """
+    if kind not in LAMBDA_SCHEDULES:
+        raise ValueError(f"mask_lambda_schedule={kind} is unknown; take one of {', '.join(LAMBDA_SCHEDULES)}")
+    if power <= 0:
+        raise ValueError(f"--mask_lambda_power is {power}; it must be positive")
+    share = (epoch + 1) / epochs
+    value = {"power": 1 - share**power, "increasing": share, "cosine": (1 + np.cos(np.pi * share)) / 2}[kind]
+    return np.clip(value, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SemanticMask:
+    """What `semantic_mask` found, for B images of L tokens in K parts.
+
+    order: int64 [B, L], the tokens, visible ones first, in the order in which the encoder takes them.
+    visible: how many of them are.
+    shuffle: int64 [B, L], the random order of the tokens; part_order: int64 [B, K], that of the parts.
+    intra, inter, count: float32 [B, K], tokens to mask of each part: its share, whole parts, and what lies between.
+    selected: bool [B, L], the choice by `count`, in shuffled order; the masked tokens if `count` adds up exactly.
+    """
+
+    order: Tensor
+    visible: int
+    shuffle: Tensor
+    part_order: Tensor
+    intra: Tensor
+    inter: Tensor
+    count: Tensor
+    selected: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """float32 [B, L] in the order of the tokens, 1 = masked."""
+        return torch.ones_like(self.order, dtype=torch.float32).scatter_(1, self.order[:, : self.visible], 0.0)
+
+
+def semantic_mask(
+    part_ids: Tensor,
+    mask_ratio: float,
+    mask_lambda: float,
+    num_parts: int,
+    noise_tokens: Tensor | None = None,
+    noise_parts: Tensor | None = None,
+    *,
+    count_fix: str = "parity",
+) -> SemanticMask:
+    """SemMAE's masks from the parts of an image's tokens (specs/semmae.md B.1).
+
+    With `mask_lambda` 1 a share `mask_ratio` of every part is hidden, with 0 whole parts one after another until the
+    budget is spent, in between the rounded mean of the two counts. A part hides its first tokens in a random order.
+    Rounding leaves the sum of the counts a few tokens off. count_fix "parity": as published, a surplus comes back from
+    the front of the random order and a lack is filled from its end; "apportion": the exact sum is divided among the
+    parts by largest remainders, so that there is nothing to mend.
+
+    Args:
+        part_ids: integers [B, L], each below `num_parts`; parts may be empty.
+        mask_ratio, mask_lambda: shares; `mask_lambda` is clipped to [0, 1].
+        noise_tokens, noise_parts: [B, L] and [B, K], drawn uniformly in this order where not given; their ascending
+            orders are the random orders.
+
+    Raises:
+        ValueError: an unknown `count_fix`, or a ratio that hides nothing or everything.
+    """
+    if count_fix not in COUNT_FIXES:
+        raise ValueError(f"count_fix={count_fix} is unknown; take one of {', '.join(COUNT_FIXES)}")
+    images, tokens = part_ids.shape
+    visible, mask_lambda = num_visible(tokens, mask_ratio), min(max(float(mask_lambda), 0.0), 1.0)
+    if noise_tokens is None:
+        noise_tokens = torch.rand(images, tokens, device=part_ids.device)
+    if noise_parts is None:
+        noise_parts = torch.rand(images, num_parts, device=part_ids.device)
+    shuffle, part_order = ascending(noise_tokens), ascending(noise_parts)
+
+    shuffled = part_ids.long().gather(1, shuffle)
+    rank, sizes = rank_in_part(shuffled, num_parts)
+    intra = (sizes * mask_ratio).round()  # half to even, in float32, as published
+    inter = whole_parts_first(sizes, tokens * mask_ratio, part_order)
+    if count_fix == "parity":
+        count = (mask_lambda * intra + (1 - mask_lambda) * inter).round()
+    else:
+        wanted = mask_lambda * mask_ratio * sizes.double() + (1 - mask_lambda) * inter
+        count = apportion(wanted, sizes, tokens - visible, part_order)
+    selected = rank < count.gather(1, shuffled)
+    order = shuffle.gather(1, others_first(selected))
+    return SemanticMask(order, visible, shuffle, part_order, intra, inter, count, selected)
+
+
+def ascending(noise: Tensor) -> Tensor:
+    """Positions int64 [B, L] in ascending order of noise [B, L]. numpy's sort takes a sixth of torch's time."""
+    if noise.device.type == "cpu":
+        return torch.from_numpy(np.argsort(noise.numpy(), axis=1))
+    return noise.argsort(dim=1)
+
+
+def rank_in_part(parts: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
+    """Of parts int64 [B, L]: how many tokens of the same part come before each [B, L], and the sizes [B, K] float32."""
+    members = parts.unsqueeze(1) == torch.arange(num_parts, device=parts.device)[:, None]  # [B, K, L]
+    before = members.cumsum(2, dtype=torch.int32)
+    return before.gather(1, parts.unsqueeze(1)).squeeze(1) - 1, before[..., -1].float()
+
+
+def whole_parts_first(sizes: Tensor, budget: float, part_order: Tensor) -> Tensor:
+    """Tokens [B, K] that a budget takes from parts of these sizes, which are emptied in `part_order`."""
+    ordered = sizes.gather(1, part_order)
+    before = ordered.cumsum(1) - ordered
+    taken = (budget - before).trunc().clamp(min=0).minimum(ordered)
+    return torch.empty_like(taken).scatter_(1, part_order, taken)
+
+
+def apportion(wanted: Tensor, sizes: Tensor, total: int, part_order: Tensor) -> Tensor:
+    """Whole numbers [B, K] near `wanted`, none above its size, that add up to `total`: by largest remainders.
+
+    Equal remainders are served in `part_order`. `wanted` adds up to less than two short of `total`, so that no part
+    needs more than two tokens beyond its whole ones.
+    """
+    wanted, sizes = wanted.gather(1, part_order), sizes.gather(1, part_order)
+    whole = wanted.floor()
+    offers = torch.stack([wanted - whole, wanted - whole - 1], 1)  # [B, 2, K]: the first token more, and the second
+    room = whole.unsqueeze(1) + torch.tensor([[1], [2]], device=sizes.device) <= sizes.unsqueeze(1)
+    ranked = offers.masked_fill(~room, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
+    lacking = total - whole.sum(1, keepdim=True)
+    served = torch.arange(ranked.shape[1], device=sizes.device) < lacking
+    extra = torch.zeros_like(ranked).scatter_(1, ranked, served.long()).view_as(offers).sum(1)
+    return torch.empty_like(sizes).scatter_(1, part_order, (whole + extra).to(sizes.dtype))
+
+
+def others_first(selected: Tensor) -> Tensor:
+    """Positions int64 [B, L] of what is not selected, then of what is, each in order: a stable sort, in linear time."""
+    behind = selected.cumsum(1)
+    ahead = torch.arange(1, selected.shape[1] + 1, device=selected.device) - behind
+    place = torch.where(selected, ahead[:, -1:] + behind, ahead) - 1
+    return torch.empty_like(place).scatter_(
+        1, place, torch.arange(place.shape[1], device=place.device).expand_as(place)
+    )

@@ -5,6 +5,7 @@ tables, layer scale, mean pooling) and MAE's form (full bias, sine-cosine positi
 Shapes in comments: B images, N patches, T = 1 + N tokens (class token first), C channels, h heads, d = C / h.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -22,15 +23,16 @@ VIT_SIZES = {
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
+MAE_SIZES = VIT_SIZES | {"huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16}}
 ATTENTION_KERNELS = ("auto", "sdpa", "eager")
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register(name: str, factory: Callable[..., nn.Module]) -> None:
-    """Makes `factory` the model called `name` here, and in timm too where timm has no model of that name."""
-    _MODELS[name] = factory
+def register(name: str, cls: type[nn.Module], **defaults) -> None:
+    """Makes `cls(**defaults)` the model called `name` here, and in timm too where timm has no model of that name."""
+    _MODELS[name] = partial(cls, **defaults)
     if not timm.is_model(name):
-        named = partial(factory)
+        named = partial(_MODELS[name])
         named.__name__, named.__module__ = name, __name__
         timm.models.register_model(named)
 
@@ -49,12 +51,50 @@ def create_model(name: str, **kwargs) -> nn.Module:
         raise ValueError(f"--model {name} does not take one of the options {sorted(kwargs)}: {error}") from error
 
 
+def options_of(name: str) -> set[str]:
+    """Names of the options that the constructor of a registered model takes; none for an unknown model."""
+    found: set[str] = set()
+    for cls in _MODELS[name].func.__mro__ if name in _MODELS else ():
+        parameters = inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
+        found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):  # hands nothing on to its base
+            break
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces
 
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images [B, c, H, W] cut into patches of ph x pw pixels: [B, N, ph * pw * c], in the order row, column, colour."""
+    ph, pw = patch
+    cut = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # [B, c, gh, ph, gw, pw]
+    return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: patches [B, N, ph * pw * c] of a grid (rows, columns) to images [B, c, H, W]."""
+    cut = patches.unflatten(1, grid).unflatten(3, (*patch, -1))  # [B, gh, gw, ph, pw, c]
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def take(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Rows of tokens [B, N, D] at positions [B, M]: [B, M, D]."""
+    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+class PatchProjection(nn.Conv2d):
+    """The patches' convolution, which also takes patches [B, M, p * p * c] that `patchify` has cut already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return super().forward(x)
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -67,12 +107,20 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"--input_size {self.img_size} is not a multiple of --patch_size {self.patch_size}")
         self.grid_size = tuple(side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True))
         self.num_patches = math.prod(self.grid_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size)
+        self.proj = PatchProjection(in_chans, embed_dim, self.patch_size, stride=self.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The patches themselves, [B, N, p * p * 3], which `proj` takes too."""
+        self.check(x)
+        return patchify(x, self.patch_size)
+
+    def check(self, x: Tensor) -> None:
         if x.shape[-2:] != self.img_size:
             raise ValueError(f"images are {tuple(x.shape[-2:])}, the model was built for --input_size {self.img_size}")
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
@@ -109,10 +157,19 @@ class RelativePositionBias(nn.Module):
 
 
 class QKVLinear(nn.Linear):
-    """A projection that can be lent a bias, so that keys go without one."""
+    """The joint projection to queries, keys and values, each [B, T, C].
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight, self.bias if bias is None else bias)
+    It can be lent a `bias`, so that keys go without one, and makes queries of the `last` tokens only if that is given.
+    """
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, last: int | None = None) -> tuple[Tensor, ...]:
+        bias = self.bias if bias is None else bias
+        if last is None:
+            return F.linear(x, self.weight, bias).chunk(3, dim=-1)
+        dims = [self.in_features, 2 * self.in_features]
+        biases = (None, None) if bias is None else bias.split(dims)
+        query_weight, other_weight = self.weight.split(dims)
+        return F.linear(x[:, -last:], query_weight, biases[0]), *F.linear(x, other_weight, biases[1]).chunk(2, dim=-1)
 
 
 class Attention(nn.Module):
@@ -137,8 +194,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x)  # each [B, h, T, d]
+    def forward(self, x: Tensor, bias: Tensor | None = None, last: int | None = None) -> Tensor:
+        q, k, v = self.project(x, last)  # each [B, h, T, d]
         bias = self.position_bias(bias)
         if self.choose_kernel(q, bias) == "sdpa":
             x = self.fused(q, k, v, bias)
@@ -146,13 +203,12 @@ class Attention(nn.Module):
             x = F.dropout(self.probabilities(q, k, bias), self.attn_drop, self.training).to(v.dtype) @ v
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, T, C] to queries, keys, values, each [B, h, T, d]."""
+    def project(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+        """Tokens [B, T, C] to queries (of the `last` ones, if that is given), keys, values, each [B, h, T, d]."""
         bias = None
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
-        qkv = self.qkv(x, bias)
-        return qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x, bias, last)]
 
     def position_bias(self, shared: Tensor | None) -> Tensor | None:
         """The block's own bias plus the shared one, as far as they exist: [h, T, T]."""
@@ -193,7 +249,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic depth."""
+    """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic depth.
+
+    With `last` only that many tokens at the end are computed and returned; of the others only keys and values are.
+    """
 
     def __init__(self, dim, num_heads, *, mlp_ratio, drop, drop_path, init_values, **attention):
         super().__init__()
@@ -207,8 +266,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(scaled(self.attn(self.norm1(x), bias), self.gamma_1))
+    def forward(self, x: Tensor, bias: Tensor | None = None, last: int | None = None) -> Tensor:
+        attended = self.drop_path(scaled(self.attn(self.norm1(x), bias, last), self.gamma_1))
+        x = (x if last is None else x[:, -last:]) + attended
         return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
 
 
@@ -225,6 +285,11 @@ def sincos_pos_embed(embed_dim: int, grid: tuple[int, int]) -> Tensor:
     angles = [axis.flatten()[:, None] * omega for axis in (x, y)]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     return F.pad(table, (0, 0, 1, 0)).float().unsqueeze(0)
+
+
+def positions_of(table: Tensor, cells: Tensor) -> Tensor:
+    """Rows of a table [1, 1 + N, C] for the class token and the patches at cells [B, M]: [B, 1 + M, C]."""
+    return table[0, F.pad(cells + 1, (1, 0))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,18 +396,24 @@ class VisionTransformer(nn.Module):
 
     # -- forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to logits [B, num_classes]."""
-        return self.head(self.pool(self.forward_features(x)))
+    def forward(self, x: Tensor, cells: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] to logits [B, num_classes]; with `cells` int64 [B, M] only those patches are seen."""
+        return self.head(self.pool(self.forward_features(x, cells)))
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, cells: Tensor | None = None) -> Tensor:
         """Images to the last block's tokens [B, T, C], before any final norm."""
-        return self.run_blocks(self.embed(self.patch_embed(x)))
+        patches = self.patch_embed(x)
+        if cells is None:
+            return self.run_blocks(self.embed(patches, self.pos_embed))
+        assert self.pos_embed is not None and self.rel_pos_bias is None, "listed patches need absolute positions only"
+        # the class token goes without a position, as published; the row of a sine-cosine table is 0 anyway
+        listed = F.pad(self.pos_embed[0, 1 + cells], (0, 0, 1, 0))
+        return self.run_blocks(self.embed(take(patches, cells), listed))
 
-    def embed(self, patches: Tensor) -> Tensor:
-        """Puts the class token in front of patch embeddings [B, N, C] and adds positions: [B, T, C]."""
+    def embed(self, patches: Tensor, positions: Tensor | None) -> Tensor:
+        """Puts the class token in front of patch embeddings [B, M, C] and adds positions [1 or B, 1 + M, C]."""
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
-        return self.pos_drop(x if self.pos_embed is None else x + self.pos_embed)
+        return self.pos_drop(x if positions is None else x + positions)
 
     def run_blocks(self, x: Tensor) -> Tensor:
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
@@ -350,10 +421,10 @@ class VisionTransformer(nn.Module):
             x = self._run_block(block, x, bias)
         return x
 
-    def _run_block(self, block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _run_block(self, block: Block, x: Tensor, bias: Tensor | None = None, last: int | None = None) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, bias, use_reentrant=False)
-        return block(x, bias)
+            return checkpoint(block, x, bias, last, use_reentrant=False)
+        return block(x, bias, last)
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens [B, T, C] to the vector the head sees [B, C]."""
@@ -366,7 +437,7 @@ class VisionTransformer(nn.Module):
     def get_intermediate_layers(self, x: Tensor) -> list[Tensor]:
         """The output of every block, each [B, T, C], without the final norm."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        x, outputs = self.embed(self.patch_embed(x)), []
+        x, outputs = self.embed(self.patch_embed(x), self.pos_embed), []
         for block in self.blocks:
             outputs.append(x := block(x, bias))
         return outputs
@@ -376,7 +447,7 @@ class VisionTransformer(nn.Module):
         """Attention probabilities of one block: [B, h, T, T]."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         layer %= len(self.blocks)
-        x = self.embed(self.patch_embed(x))
+        x = self.embed(self.patch_embed(x), self.pos_embed)
         for block in self.blocks[:layer]:
             x = block(x, bias)
         block = self.blocks[layer]
@@ -393,11 +464,15 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 # Registered classifiers
 
 
-def _beit(size: str, **kwargs) -> VisionTransformer:
-    """BEiT's classifier: per-block relative position tables, layer scale, mean pooling (specs/conmim.md 1.3)."""
-    return VisionTransformer(**{**VIT_SIZES[size], "rel_pos_bias": "per_block", "init_values": 0.1, **kwargs})
-
-
-for _size in VIT_SIZES:
+for _size, _options in VIT_SIZES.items():
     for _input_size in (224, 384):
-        register(f"beit_{_size}_patch16_{_input_size}", partial(_beit, _size, input_size=_input_size))
+        # BEiT's: a relative position table in each block, layer scale, mean pooling (specs/conmim.md 1.3)
+        _beit = {**_options, "input_size": _input_size, "rel_pos_bias": "per_block", "init_values": 0.1}
+        register(f"beit_{_size}_patch16_{_input_size}", VisionTransformer, **_beit)
+
+for _size, _options in MAE_SIZES.items():
+    for _patch_size in (16, 14, 8):
+        # MAE's: sine-cosine positions that train on, keys with a bias; the head's deviation is 0.02 * `init_scale`
+        # (specs/semmae.md A.9)
+        _vit = {**_options, "patch_size": _patch_size, "k_bias": True, "pos_embed": "sincos_trainable"}
+        register(f"vit_{_size}_patch{_patch_size}_224", VisionTransformer, **_vit)

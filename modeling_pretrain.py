@@ -1,60 +1,85 @@
 """Every pre-training method of the repository: mask, encode, (decode,) loss, top-down on one screen each.
 
-A method is a `MaskedImageModel`: it names the batch keys it reads (`views`), computes a loss from a batch, and may move
+A method is a `PretrainMethod`: it names the batch keys it reads (`views`), computes a loss from a batch, and may move
 a teacher after each optimizer step. It knows nothing of flags, data sets, optimizers, devices and engines.
-Shapes in comments: B images, N patches, T = 1 + N tokens, C channels, M masked patches an image, D projected width.
+Shapes in comments: B images, N patches, T = 1 + N tokens, C channels, M masked patches an image, D projected width;
+L tokens that take part, P = patch height * patch width * 3 numbers of a patch.
 """
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ema import MovingAverage
-from modeling_finetune import VIT_SIZES, VisionTransformer, register
+from masking_generator import COUNT_FIXES, ascending, mask_lambda_schedule, num_visible, semantic_mask
+from modeling_finetune import (
+    MAE_SIZES,
+    VIT_SIZES,
+    Block,
+    VisionTransformer,
+    check_choice,
+    positions_of,
+    register,
+    sincos_pos_embed,
+    take,
+    unpatchify,
+)
 
 
-class MaskedImageModel(VisionTransformer):
-    """A ViT with a mask token, and what the engine asks of every method.
+class PretrainMethod(nn.Module):
+    """What the engine asks of every method; its other base is the network that it trains.
 
     `views`: the batch keys that `forward` reads. `teacher`: an average of the network that is no submodule, so that
-    neither DDP nor DeepSpeed wraps, casts or optimizes it; None without one.
+    neither DDP nor DeepSpeed wraps, casts or optimizes it; None without one. `not_exported`: beginnings of the names of
+    what is no part of the encoder.
     """
 
-    views: tuple[str, ...] = ("image", "mask")
-    not_exported = ("mask_token",)
-
-    def __init__(self, **vit):
-        super().__init__(**{**vit, "num_classes": 0, "global_pool": "token"})
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-        self._init_token(self.mask_token)
-        self.average: MovingAverage | None = None
+    views: tuple[str, ...] = ("image",)
+    not_exported: tuple[str, ...] = ()
+    average: MovingAverage | None = None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss": scalar, ...}; further entries are detached figures for the log."""
         raise NotImplementedError
 
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        """Called when epoch number `epoch`, from 0, of a run of `epochs` begins or is resumed."""
+
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         """Called after each optimizer step with the share of the run that lay before it, in [0, 1)."""
 
     @property
-    def teacher(self) -> "MaskedImageModel | None":
+    def teacher(self) -> nn.Module | None:
         return None if self.average is None else self.average.module
-
-    def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Images [B, 3, H, W], with the mask token where mask [B, gh, gw] is True, to normed tokens [B, T, C]."""
-        x = self.patch_embed(images)
-        if mask is not None:
-            x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        return self.norm(self.run_blocks(self.embed(x)))
 
     def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The clean encoder in `weights`, by default in what the published recipe fine-tunes: the teacher, if any."""
         if weights is None:
             weights = (self if self.teacher is None else self.teacher).state_dict()
         return {k: v for k, v in weights.items() if not k.startswith(self.not_exported)}
+
+
+class MaskedImageModel(PretrainMethod, VisionTransformer):
+    """BEiT's form: a ViT that sees every patch, the masked ones as a learned token."""
+
+    views = ("image", "mask")
+    not_exported = ("mask_token",)
+
+    def __init__(self, **vit):
+        super().__init__(**{**vit, "num_classes": 0, "global_pool": "token"})
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self._init_token(self.mask_token)
+
+    def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Images [B, 3, H, W], with the mask token where mask [B, gh, gw] is True, to normed tokens [B, T, C]."""
+        x = self.patch_embed(images)
+        if mask is not None:
+            x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        return self.norm(self.run_blocks(self.embed(x, self.pos_embed)))
 
     # Pre-training cuts the normal distribution at one standard deviation, and the convolution follows it too.
 
@@ -77,11 +102,6 @@ def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Te
     count = int(mask.sum(1).max()) if count is None else count
     positions = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
     return positions, mask.gather(1, positions)
-
-
-def take(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Rows of tokens [B, N, D] at positions [B, M]: [B, M, D]."""
-    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,9 +191,254 @@ def without_dropout(module: nn.Module) -> None:
                 setattr(part, rate, 0.0)
 
 
-def _conmim(size: str, **kwargs) -> ConMIM:
-    return ConMIM(**{**VIT_SIZES[size], "rel_pos_bias": "shared", "init_values": 0.1, **kwargs})
+# ---------------------------------------------------------------------------------------------------------------------
+# MAE
 
 
-for _size in VIT_SIZES:
-    register(f"conmim_{_size}_patch16_224", partial(_conmim, _size))
+class Reconstruction(NamedTuple):
+    """Pictures [B, 3, H, W] in the units of the normalised images; what a picture does not show is 0, the mean colour.
+
+    masked: the visible patches; predicted: the decoder's output; pasted: the visible patches and what is predicted
+    elsewhere.
+    """
+
+    original: Tensor
+    masked: Tensor
+    predicted: Tensor
+    pasted: Tensor
+
+
+class MAE(PretrainMethod, VisionTransformer):
+    """Masked autoencoder (CVPR 2022, arXiv 2111.06377; specs/semmae.md A).
+
+    The encoder sees the visible patches only; a narrow decoder predicts the pixels of the others.
+    Differences from the published code, all without effect on the numbers: only visible patches are projected; tokens
+    carry their positions, so that the decoder takes them in the shuffled order and nothing is put back; its last block
+    computes the masked tokens only, the others being keys and values; any grid, also one that is not square.
+    """
+
+    not_exported = ("mask_token", "decoder_")
+
+    def __init__(
+        self,
+        *,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = False,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        attn: str = "auto",
+        **vit,
+    ):
+        fixed = {
+            "pos_embed": "sincos",
+            "rel_pos_bias": "none",
+            "k_bias": True,
+            "global_pool": "token",
+            "num_classes": 0,
+        }
+        super().__init__(mlp_ratio=mlp_ratio, attn=attn, **vit, **fixed)
+        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        num_visible(self.patch_embed.num_patches, mask_ratio)  # refuses a ratio that cannot be
+        self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        positions = sincos_pos_embed(decoder_embed_dim, self.patch_embed.grid_size)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        block = partial(
+            Block, decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, k_bias=True, kernel=attn,
+            drop=0.0, attn_drop=0.0, drop_path=0.0, init_values=None,
+        )  # fmt: skip
+        self.decoder_blocks = nn.ModuleList(block() for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, 3 * math.prod(self.patch_embed.patch_size))
+        for decoder in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            decoder.apply(self._init_module)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, batch: dict[str, Tensor], noise=None) -> dict[str, Tensor]:
+        """`noise` replaces the random draws of `random_masking`."""
+        patches, order, visible = self.mask_patches(batch, noise)
+        latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
+        predicted = self.forward_decoder(latent, order, order.shape[1] - visible)
+        return {"loss": self.forward_loss(predicted, take(patches, order[:, visible:]))}
+
+    def mask_patches(self, batch: dict[str, Tensor], noise=None) -> tuple[Tensor, Tensor, int]:
+        """Patches [B, N, P], cells of the tokens that take part [B, L], visible ones first, and how many those are."""
+        order = self.random_masking(batch, noise)
+        return self.patch_embed.cut(batch["image"]), order, num_visible(order.shape[1], self.mask_ratio)
+
+    def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
+        """A random order of the grid's cells, int64 [B, N]: ascending in noise [B, N], drawn uniformly if not given."""
+        images = batch["image"]
+        if noise is None:
+            noise = torch.rand(len(images), self.patch_embed.num_patches, device=images.device)
+        return ascending(noise)
+
+    def forward_encoder(self, patches: Tensor, cells: Tensor) -> Tensor:
+        """Visible patches [B, V, P] at cells [B, V] to normed tokens [B, 1 + V, C]."""
+        x = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, cells))
+        return self.norm(self.run_blocks(x))
+
+    def forward_decoder(self, latent: Tensor, cells: Tensor, count: int) -> Tensor:
+        """Predictions [B, count, P] for the last `count` of the tokens at cells [B, L], the visible ones first."""
+        x = self.decoder_embed(latent)
+        masked = self.mask_token.to(x.dtype).expand(len(x), 1 + cells.shape[1] - x.shape[1], -1)
+        x = torch.cat((x, masked), dim=1) + positions_of(self.decoder_pos_embed, cells)
+        *blocks, last_block = self.decoder_blocks
+        for block in blocks:
+            x = self._run_block(block, x)
+        return self.decoder_pred(self.decoder_norm(self._run_block(last_block, x, last=count)))
+
+    def forward_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error over masked patches [B, M, P], in float32; every image has as many of them."""
+        target = target.float()
+        if self.norm_pix_loss:
+            mean, deviation = pixel_statistics(target)
+            target = (target - mean) / deviation
+        return F.mse_loss(predicted.float(), target)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: dict[str, Tensor], noise=None) -> Reconstruction:
+        """Predicts every patch. Predictions of normalised pixels get the mean and deviation of the true patch."""
+        patches, order, visible = self.mask_patches(batch, noise)
+        latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
+        predicted = self.forward_decoder(latent, order, order.shape[1]).float()
+        if self.norm_pix_loss:
+            mean, deviation = pixel_statistics(take(patches, order))
+            predicted = predicted * deviation + mean
+        seen, blank = order[:, :visible], torch.zeros_like(patches)
+        masked, predicted = put(blank, seen, take(patches, seen)), put(blank, order, predicted)
+        panels = masked, predicted, put(predicted, seen, take(patches, seen))
+        grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
+        return Reconstruction(batch["image"], *(unpatchify(panel, grid, patch) for panel in panels))
+
+    def no_weight_decay(self) -> set[str]:
+        return set()  # the class and the mask token are decayed, the positions are not trained (A.8)
+
+    # Initialisation (A.7)
+
+    def init_weights(self, init_scale: float) -> None:
+        self.apply(self._init_module)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def _init_module(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        if isinstance(module, nn.Linear) and module.bias is not None:  # the convolution's keeps torch's default
+            nn.init.zeros_(module.bias)
+
+
+def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (unbiased variance + 1e-6) of each patch [B, M, P]: two tensors [B, M, 1]."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """A copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of `take`."""
+    return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SemMAE
+
+
+class SemMAE(MAE):
+    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207; specs/semmae.md B).
+
+    "part_ids" of a batch holds the part of each patch, integers [B, gh, gw] below `num_parts`. `mask_lambda` goes from
+    nearly 1, a share of every part, to 0, whole parts, as 1 - (share of epochs begun) ** `mask_lambda_power`; a number
+    given for it stays. `token_share` below 1 leaves all but that share of the patches out of encoder and loss: chosen
+    for each image at random, or the best by `token_selection` "score"; a batch may also list them as "cells" [B, L].
+    Differences from the published code: images and part maps in place of packed tokens, so that crops are possible; any
+    patch size and grid; the schedule's length is the run's, not 800; the sort that mends the counts is stable;
+    `count_fix` "apportion" needs no mending.
+    """
+
+    views = ("image", "part_ids")
+
+    def __init__(
+        self,
+        *,
+        num_parts: int = 7,
+        mask_lambda: float | None = None,
+        mask_lambda_power: float = 2.0,
+        lambda_schedule: str = "power",
+        count_fix: str = "parity",
+        token_share: float = 1.0,
+        token_selection: str = "random",
+        **mae,
+    ):
+        super().__init__(**mae)
+        check_choice("count_fix", count_fix, COUNT_FIXES)
+        check_choice("token_selection", token_selection, ("random", "score"))
+        if mask_lambda is not None and not 0 <= mask_lambda <= 1:
+            raise ValueError(f"--mask_lambda is {mask_lambda}; it must lie between 0 and 1")
+        self.num_parts, self.count_fix, self.token_selection = num_parts, count_fix, token_selection
+        self.num_tokens = int(token_share * self.patch_embed.num_patches)
+        num_visible(self.num_tokens, self.mask_ratio)
+        if token_selection == "score":
+            self.views = (*self.views, "part_scores")
+        self.mask_lambda = 1.0 if mask_lambda is None else mask_lambda
+        self.schedule = None
+        if mask_lambda is None:
+            self.schedule = partial(mask_lambda_schedule, power=mask_lambda_power, kind=lambda_schedule)
+            self.before_epoch(0, 1)  # refuses a schedule that cannot be
+
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        if self.schedule is not None:
+            self.mask_lambda = float(self.schedule(epoch, epochs))
+
+    def forward(self, batch: dict[str, Tensor], noise=None) -> dict[str, Tensor]:
+        """`noise` replaces the random draws of `random_masking`."""
+        out = super().forward(batch, noise)
+        return out | {"mask_lambda": torch.full_like(out["loss"].detach(), self.mask_lambda)}
+
+    def random_masking(self, batch: dict[str, Tensor], noise: tuple[Tensor, ...] | None = None) -> Tensor:
+        """Cells of the tokens that take part, int64 [B, L], visible ones first.
+
+        `noise`: uniform draws for the order of the tokens [B, L], of the parts [B, K], and for the choice of the tokens
+        [B, N]; the last is drawn first, and only where tokens are chosen at random.
+        """
+        noise_tokens, noise_parts, noise_choice = (*(noise or ()), None, None, None)[:3]
+        cells = self.choose_tokens(batch, noise_choice)
+        parts = batch["part_ids"].flatten(1).long()
+        masks = semantic_mask(
+            parts if cells is None else parts.gather(1, cells), self.mask_ratio, self.mask_lambda, self.num_parts,
+            noise_tokens, noise_parts, count_fix=self.count_fix,
+        )  # fmt: skip
+        return masks.order if cells is None else cells.gather(1, masks.order)
+
+    def choose_tokens(self, batch: dict[str, Tensor], noise: Tensor | None) -> Tensor | None:
+        """Cells of the tokens that take part, int64 [B, L]; None: all of them in row-major order."""
+        if "cells" in batch:
+            return batch["cells"]
+        if self.num_tokens == self.patch_embed.num_patches:
+            return None
+        if self.token_selection == "score":
+            order = batch["part_scores"].flatten(1).argsort(dim=1, descending=True, stable=True)
+        else:
+            order = super().random_masking(batch, noise)
+        return order[:, : self.num_tokens]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registered methods
+
+# The published decoder has 8 blocks of width 512; those of the small encoders are ours, with its 32 channels a head.
+_DECODERS = {
+    "tiny": {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3},
+    "small": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
+}
+
+for _size, _options in VIT_SIZES.items():
+    register(f"conmim_{_size}_patch16_224", ConMIM, **{**_options, "rel_pos_bias": "shared", "init_values": 0.1})
+    register(f"semmae_{_size}_patch16_224", SemMAE, **_options, **_DECODERS.get(_size, {}))
+
+for _size, _options in MAE_SIZES.items():
+    _patch_size = 14 if _size == "huge" else 16
+    register(f"mae_{_size}_patch{_patch_size}_224", MAE, **_options, patch_size=_patch_size, **_DECODERS.get(_size, {}))
+
+for _size in ("base", "large"):  # a quarter of the 28 x 28 patches, as many tokens as with patches of 16 pixels
+    register(f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 Groups = list[dict[str, Any]]
+LR_SCHEDULES = ("cosine", "mae")
 
 _EMBEDDING_NAMES = {"cls_token", "mask_token", "pos_embed"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -110,6 +111,20 @@ def cosine_schedule(
     ramp = np.linspace(start_warmup, base, ramp_steps)
     progress = np.arange(steps - ramp_steps) / max(steps - ramp_steps, 1)
     return np.concatenate([ramp, final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))])
+
+
+def cosine_at(epoch: np.ndarray, base: float, final: float, epochs: float, warmup_epochs: float = 0.0) -> np.ndarray:
+    """MAE's learning rate at fractional epochs, float64 (spec SemMAE A.8).
+
+    From 0 straight up to `base`, which is reached after `warmup_epochs`, then half a cosine to `final`, reached after
+    `epochs`. `cosine_schedule` ends its warm-up one step earlier.
+    """
+    if warmup_epochs >= epochs:
+        raise ValueError(f"--warmup_epochs {warmup_epochs:g} leaves nothing of --epochs {epochs:g}: lower it")
+    epoch = np.asarray(epoch, dtype=np.float64)
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    falling = final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))
+    return np.where(epoch < warmup_epochs, base * epoch / max(warmup_epochs, 1e-9), falling)
 
 
 class LARS(torch.optim.Optimizer):

@@ -13,7 +13,7 @@ import yaml
 
 import utils
 from modeling_finetune import ATTENTION_KERNELS, list_models
-from optim_factory import takes_betas
+from optim_factory import LR_SCHEDULES, takes_betas
 from recipes import recipe_for
 from utils import log
 
@@ -50,7 +50,15 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _switch(group, name: str, off: str, *, default: bool = True, help: str) -> None:
+class _Rate(argparse.Action):
+    """--lr and --blr replace each other: the one that comes later counts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.lr = namespace.blr = None
+        setattr(namespace, self.dest, values)
+
+
+def _switch(group, name: str, off: str, *, default: bool | None = True, help: str) -> None:
     group.add_argument(f"--{name}", dest=name, action="store_true", default=default, help=help)
     group.add_argument(f"--{off}", dest=name, action="store_false", default=default, help=f"switches --{name} off")
 
@@ -65,11 +73,16 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--model_kwargs", nargs="*", default=[], metavar="K=V", help="any constructor option of the model"
     )
-    group.add_argument("--layer_scale_init_value", type=float, default=0.1, help="0 disables layer scale")
+    group.add_argument(
+        "--layer_scale_init_value", type=float, default=None, help="0 disables layer scale; None: the model's own"
+    )
     group.add_argument("--drop_path", type=float, default={"pretrain": 0.0, "finetune": 0.1}[stage])
     group.add_argument("--abs_pos_emb", action="store_true", help="learned absolute positions")
     placement = {"pretrain": "one shared table", "finetune": "one table per block"}[stage]
-    _switch(group, "rel_pos_bias", "disable_rel_pos_bias", help=f"relative position bias, {placement}")
+    _switch(
+        group, "rel_pos_bias", "disable_rel_pos_bias", default=None,
+        help=f"relative position bias, {placement}; None: the model's own",
+    )  # fmt: skip
     group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel")
     group.add_argument(
         "--grad_checkpointing", action="store_true", help="recompute activations: less memory, 1.3x time"
@@ -138,7 +151,16 @@ def _optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument("--weight_decay", type=float, default=0.05)
     group.add_argument("--weight_decay_end", type=float, default=None, help="cosine to this value; None: constant")
-    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate, not scaled by the batch size")
+    group.add_argument(
+        "--lr", type=float, default=5e-4, action=_Rate, help="peak learning rate, not scaled by the batch size"
+    )
+    group.add_argument(
+        "--blr", type=float, default=None, action=_Rate, help="in place of --lr: the peak for 256 images a step"
+    )
+    group.add_argument(
+        "--lr_schedule", choices=LR_SCHEDULES, default="cosine",
+        help="mae: its warm-up reaches the peak one step later, as in MAE's code",
+    )  # fmt: skip
     group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
     group.add_argument("--warmup_epochs", type=int, default=5)
     group.add_argument("--warmup_steps", type=int, default=-1, help="overrides --warmup_epochs if positive")
@@ -159,10 +181,25 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument("--max_mask_patches_per_block", type=int, default=None)
     group.add_argument("--min_mask_patches_per_block", type=int, default=16)
-    group = parser.add_argument_group("ConMIM")
-    group.add_argument("--temp", type=float, default=0.1, help="temperature of the contrast")
+    group = parser.add_argument_group("ConMIM; None: the model's own")
+    group.add_argument("--temp", type=float, default=None, help="temperature of the contrast")
     group.add_argument(
-        "--t_momentum", type=float, default=0.996, help="teacher momentum at the first step; 1 at the last"
+        "--t_momentum", type=float, default=None, help="teacher momentum at the first step; 1 at the last"
+    )
+    group = parser.add_argument_group("MAE and SemMAE; None: the model's own")
+    _switch(group, "norm_pix_loss", "no_norm_pix_loss", default=None, help="predict each patch normalised by itself")
+    group.add_argument(
+        "--part_maps", default=None, metavar="PATH", help="folder, zip or array of the images' part maps"
+    )
+    group.add_argument(
+        "--part_source", choices=("maps", "random"), default="maps", help="random: maps without meaning, for comparison"
+    )
+    group.add_argument("--num_parts", type=int, default=None, help="number of parts, the background among them")
+    group.add_argument(
+        "--mask_lambda", type=float, default=None, help="constant: 1 a share of each part, 0 whole parts"
+    )
+    group.add_argument(
+        "--mask_lambda_power", type=float, default=None, help="from shares to whole parts: 1 - t ** POWER"
     )
 
 
@@ -299,6 +336,8 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold lines of the form flag: value")
+    if ("lr" in values) != ("blr" in values):  # one of them replaces what the recipe says of either
+        values = {"lr": None, "blr": None} | values
     known = {action.dest for action in parser._actions}
     if unknown := values.keys() - known - {"recipe"}:
         raise ValueError(f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}")
@@ -337,6 +376,17 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those flags that have a value; for the others the model's own holds."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def resolve_lr(args: argparse.Namespace) -> None:
+    """--blr is for 256 images a step and grows with the effective batch."""
+    if args.lr is None:
+        args.lr = args.blr * effective_batch(args) / 256
+
+
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
     """Settles --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only sometimes faster)."""
     if args.precision == "auto":
@@ -372,10 +422,11 @@ def effective_batch(args: argparse.Namespace) -> int:
 def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
     """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
     warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+    scaled = f"--blr {args.blr:g} x {effective_batch(args)} / 256" if args.blr else "not scaled by the batch size"
     return {
         "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = {effective_batch(args)}",
         "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
-        "lr": f"0 -> {args.lr:g} in {warmup} steps, cosine to {args.min_lr:g}; not scaled by the batch size",
+        "lr": f"0 -> {args.lr:g} in {warmup} steps, cosine to {args.min_lr:g}; {scaled}",
         "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",
         "precision": args.precision,
     }

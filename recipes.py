@@ -152,6 +152,93 @@ NOTE_384 = (
     "after its ImageNet-22K stage; batch and warm-up are ours; mixup, cutmix and smoothing stay as at 224 px."
 )
 
+# MAE and SemMAE. `blr` is the peak for 256 images a step (specs/semmae.md A.8, A.9, B.6).
+MAE_README = "MAE README (facebookresearch/mae efb2a80)"
+SEMMAE_README = "SemMAE README (ucasligang/SemMAE 95b39ff)"
+SEMMAE_PAPER = "SemMAE, arXiv 2206.10207"
+
+PRETRAIN_MAE = {
+    "batch_size": 64,
+    "update_freq": 1,
+    "epochs": 1600,
+    "warmup_epochs": 40,
+    "lr": None,
+    "blr": 1.5e-4,
+    "lr_schedule": "mae",
+    "min_lr": 0.0,
+    "weight_decay": 0.05,
+    "opt_betas": (0.9, 0.95),
+    "clip_grad": None,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": True,
+    "crop_scale": (0.2, 1.0),
+    "imagenet_default_mean_and_std": True,
+    "save_ckpt_freq": 20,
+}
+PRETRAIN_SEMMAE = PRETRAIN_MAE | {"batch_size": 256, "epochs": 800, "mask_lambda_power": 2.0}
+PRETRAIN_MAE_TINY = PRETRAIN_MAE | {"batch_size": 256, "epochs": 300, "warmup_epochs": 10, "blr": 5e-4}
+PRETRAIN_SEMMAE_TINY = PRETRAIN_MAE_TINY | {"mask_lambda_power": 2.0}
+
+FINETUNE_MAE_BASE = {
+    "batch_size": 32,
+    "update_freq": 1,
+    "epochs": 100,
+    "warmup_epochs": 5,
+    "lr": None,
+    "blr": 5e-4,
+    "lr_schedule": "mae",
+    "min_lr": 1e-6,
+    "weight_decay": 0.05,
+    "layer_decay": 0.65,
+    "opt_betas": (0.9, 0.999),
+    "clip_grad": None,
+    "drop_path": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "imagenet_default_mean_and_std": True,
+}
+FINETUNE_MAE_LARGE = FINETUNE_MAE_BASE | {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2}
+FINETUNE_MAE_HUGE = FINETUNE_MAE_LARGE | {"drop_path": 0.3}
+FINETUNE_MAE_TINY = FINETUNE_MAE_BASE | {"batch_size": 256, "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0}
+
+SPLIT_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs."
+PARTS_NOTE = "Unverified: crops, which the published code has none of. The part maps come from run_part_learning.py."
+MAE_TINY_NOTE = "Ours, not published: a small model for small data on one device, derived from the ViT-B recipe."
+
+
+def _mae(size: str, patch: int, published: float, finetune: Mapping[str, Any]) -> tuple[Recipe, Recipe]:
+    """Pre-training for 1600 epochs with normalised pixels, and the fine-tuning after it."""
+    model, note = f"{size}_patch{patch}_224", SPLIT_NOTE
+    return (
+        Recipe(
+            f"mae_{size}_pretrain", "pretrain", f"mae_{model}", 64, PRETRAIN_MAE, MAE_README, published,
+            note.format(4096),
+        ),
+        Recipe(
+            f"mae_{size}_finetune", "finetune", f"vit_{model}", 32, finetune, MAE_README, published, note.format(1024)
+        ),
+    )  # fmt: skip
+
+
+def _semmae(name: str, patch: int, published: float) -> tuple[Recipe, Recipe]:
+    """Pre-training on part maps for 800 epochs, and MAE's fine-tuning after it."""
+    model, source = f"base_patch{patch}_224", f"{SEMMAE_README}; {SEMMAE_PAPER}"
+    return (
+        Recipe(
+            f"semmae_{name}_pretrain", "pretrain", f"semmae_{model}", 16, PRETRAIN_SEMMAE, source, published, PARTS_NOTE
+        ),
+        Recipe(
+            f"semmae_{name}_finetune", "finetune", f"vit_{model}", 32, FINETUNE_MAE_BASE, SEMMAE_README, published,
+            SPLIT_NOTE.format(1024),
+        ),
+    )  # fmt: skip
+
+
+def _own(name: str, stage: str, model: str, flags: Mapping[str, Any]) -> Recipe:
+    return Recipe(f"{name}_{stage}", stage, f"{model}_patch16_224", 1, flags, OURS, note=MAE_TINY_NOTE)
+
+
 _RECIPES = (
     Recipe("conmim_tiny_pretrain", "pretrain", "conmim_tiny_patch16_224", 1, PRETRAIN_TINY, OURS, note=TINY_NOTE),
     Recipe(
@@ -245,9 +332,18 @@ _RECIPES = (
         published=IMAGENET_TOP1["large"][1600][384],
         note=NOTE_384,
     ),
+    *_mae("base", 16, 83.6, FINETUNE_MAE_BASE),
+    *_mae("large", 16, 85.9, FINETUNE_MAE_LARGE),
+    *_mae("huge", 14, 86.9, FINETUNE_MAE_HUGE),
+    *_semmae("base", 16, 83.352),
+    *_semmae("base_patch8", 8, 84.444),
+    *(_own(f"mae_{size}", "pretrain", f"mae_{size}", PRETRAIN_MAE_TINY) for size in ("tiny", "small")),
+    *(_own(f"semmae_{size}", "pretrain", f"semmae_{size}", PRETRAIN_SEMMAE_TINY) for size in ("tiny", "small")),
+    *(_own(f"mae_{size}", "finetune", f"vit_{size}", FINETUNE_MAE_TINY) for size in ("tiny", "small")),
 )
 
-_BY_MODEL = {(recipe.model, recipe.stage): recipe for recipe in _RECIPES}
+# of several recipes for a model and stage, which differ in their source only, the first
+_BY_MODEL = {(recipe.model, recipe.stage): recipe for recipe in reversed(_RECIPES)}
 
 
 def all_recipes() -> tuple[Recipe, ...]:

@@ -22,22 +22,21 @@ from utils import log
 
 def build_classifier(args: Namespace) -> nn.Module:
     """The classifier that --model names."""
-    given = options.model_kwargs(args)
-    defaults = {
+    flags = {
         "num_classes": args.nb_classes,
         "init_values": args.layer_scale_init_value,
         "drop": args.drop,
         "attn_drop": args.attn_drop_rate,
         "drop_path": args.drop_path,
-        "pos_embed": "learned" if args.abs_pos_emb else "none",
-        "rel_pos_bias": "per_block" if args.rel_pos_bias else "none",
+        "pos_embed": "learned" if args.abs_pos_emb else None,
+        "rel_pos_bias": {None: None, True: "per_block", False: "none"}[args.rel_pos_bias],
         "global_pool": "avg" if args.use_mean_pooling else "token",
         "init_scale": args.init_scale,
         "attn": args.attn,
         "grad_checkpointing": args.grad_checkpointing,
     }
     torch.manual_seed(args.seed)
-    return create_model(args.model, **{**defaults, **given})
+    return create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
 
 
 def build_eval_loader(args: Namespace, transform):

@@ -5,64 +5,103 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import default_collate
 
 import options
 import utils
-from datasets import BadImagesError, TrainBatchSampler, build_dataset, build_loader
+from datasets import BadImagesError, RandomParts, TrainBatchSampler, build_dataset, build_loader
 from engine_for_pretraining import Normalize, Stopped, Training, train
 from masking_generator import build_mask_generator
-from modeling_finetune import Block, create_model
-from modeling_pretrain import MaskedImageModel
-from optim_factory import cosine_schedule, create_optimizer, needs_create_graph, param_groups, works_on_shards
+from modeling_finetune import Block, create_model, options_of
+from modeling_pretrain import PretrainMethod
+from optim_factory import (
+    cosine_at,
+    cosine_schedule,
+    create_optimizer,
+    needs_create_graph,
+    param_groups,
+    works_on_shards,
+)
 from parallel import BatchStatistics, DeepSpeedRunner, Runner, TorchRunner, check_precision, deepspeed_config
+from part_maps import PartMaps, image_names
 from session import Origin, Position, Session
 from transforms import MEAN_STD, build_pretrain_transform
 from utils import NonFiniteError, RunLog, StepMonitor, StopSignal, Throughput, log
 
 
-def build_method(args: Namespace) -> MaskedImageModel:
-    """The method that --model names; a flag that its constructor has is passed on."""
-    given = options.model_kwargs(args)
-    defaults = {
+def build_method(args: Namespace) -> PretrainMethod:
+    """The method that --model names, with the flags that were given."""
+    flags = {
         "init_values": args.layer_scale_init_value,
         "drop_path": args.drop_path,
-        "pos_embed": "learned" if args.abs_pos_emb else "none",
-        "rel_pos_bias": "shared" if args.rel_pos_bias else "none",
+        "pos_embed": "learned" if args.abs_pos_emb else None,
+        "rel_pos_bias": {None: None, True: "shared", False: "none"}[args.rel_pos_bias],
         "temperature": args.temp,
         "t_momentum": args.t_momentum,
+        "mask_ratio": args.mask_ratio if "mask_ratio" in options_of(args.model) else None,
+        "norm_pix_loss": args.norm_pix_loss,
+        "num_parts": args.num_parts,
+        "mask_lambda": args.mask_lambda,
+        "mask_lambda_power": args.mask_lambda_power,
         "attn": args.attn,
         "grad_checkpointing": args.grad_checkpointing,
     }
     torch.manual_seed(args.seed)
-    return create_model(args.model, **{**defaults, **given})
+    return create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
 
 
-def build_data(args: Namespace, method: MaskedImageModel):
-    """The loader of what the method reads."""
-    input_size, patch_size = method.patch_embed.img_size, method.patch_embed.patch_size
-    generator = build_mask_generator(
+def mask_generator(args: Namespace, method: PretrainMethod):
+    """The masks that come with the data, for a method that reads them."""
+    return build_mask_generator(
         args.mask_type,
-        input_size=input_size,
-        patch_size=patch_size,
+        input_size=method.patch_embed.img_size,
+        patch_size=method.patch_embed.patch_size,
         mask_ratio=args.mask_ratio,
         num_mask_patches=args.num_mask_patches,
         min_mask_patches_per_block=args.min_mask_patches_per_block,
         max_mask_patches_per_block=args.max_mask_patches_per_block,
         mask_patch_size=args.mask_patch_size,
     )
+
+
+def build_data(args: Namespace, method: PretrainMethod):
+    """The loader of what the method reads."""
     transform = build_pretrain_transform(
         method.views,
-        input_size=input_size,
+        input_size=method.patch_embed.img_size,
+        grid=method.patch_embed.grid_size,
         interpolation=args.train_interpolation,
         pipeline=args.data_pipeline,
-        mask_generator=generator,
+        mask_generator=mask_generator(args, method) if "mask" in method.views else None,
         crop_scale=tuple(args.crop_scale),
     )
     dataset = build_dataset(args, train=True, transform=transform, need_labels=False)
+    if "part_ids" in method.views:
+        parts = open_parts(args, dataset.source, method)
+        readers = {"part_ids": parts.read, "part_scores": parts.read_scores}
+        dataset.maps = {view: read for view, read in readers.items() if view in method.views}
     return train_loader(args, dataset)
+
+
+def open_parts(args: Namespace, source, method: PretrainMethod) -> PartMaps | RandomParts:
+    """The part maps of the images in `source`, as many parts as the method expects."""
+    if args.part_source == "random":
+        log.warning("--part_source random: the parts have no meaning; this is a run for comparison")
+        return RandomParts(method.num_parts, method.patch_embed.grid_size, args.seed)
+    if args.part_maps is None:
+        raise ValueError(f"--model {args.model} needs --part_maps, as run_part_learning.py writes them")
+    map_file = Path(args.data_path or "", "train_map.txt")
+    parts = PartMaps.open(
+        args.part_maps, paths=image_names(source), map_file=map_file if args.data_path and map_file.is_file() else None
+    )
+    if parts.num_parts > method.num_parts:
+        raise ValueError(
+            f"--part_maps {args.part_maps} has {parts.num_parts} parts: give --num_parts {parts.num_parts}"
+        )
+    return parts
 
 
 def train_loader(args: Namespace, dataset):
@@ -116,9 +155,14 @@ def build_runner(args: Namespace, network: nn.Module, groups: list[dict], device
 
 def schedules(args: Namespace, steps_per_epoch: int):
     """Learning rate and weight decay of every step."""
-    lr = cosine_schedule(
-        args.lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs, warmup_steps=args.warmup_steps
-    )
+    if args.lr_schedule == "mae":
+        epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
+        warmup = args.warmup_steps / steps_per_epoch if args.warmup_steps > 0 else args.warmup_epochs
+        lr = cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup)
+    else:
+        lr = cosine_schedule(
+            args.lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs, warmup_steps=args.warmup_steps
+        )
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return lr, cosine_schedule(args.weight_decay, end, args.epochs, steps_per_epoch)
 
@@ -203,6 +247,7 @@ def set_up(args: Namespace) -> Normalize:
     device = utils.init_distributed(args)
     utils.setup_logging(args.rank)
     options.resolve_precision(args, device)
+    options.resolve_lr(args)
     check_precision(args.precision, device)
     return Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], device)
 

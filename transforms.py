@@ -13,8 +13,9 @@ import math
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -46,6 +47,7 @@ SMALL_IMAGE = 32  # up to this size images are neither resized for evaluation no
 
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+POINTS_PER_CELL = 4  # along each side of a patch, where a map of the picture is looked up
 JITTER_PROBABILITY = 0.8
 JITTER_RANGES = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
 GREY_PROBABILITY = 0.2
@@ -358,11 +360,57 @@ def _box_kernel(radius: float) -> np.ndarray:
     return box / box.sum()
 
 
+# --- maps that cover a picture ----------------------------------------------------------------------------------------
+
+
+def crop_map(cells: np.ndarray, draws: ViewDraws, picture: Pair, grid: Pair) -> np.ndarray:
+    """What a map of the whole picture says at 4 x 4 points in each patch of the view: [rows, columns, 16].
+
+    The view's crop and flip are applied to the map [any size] as to the picture of `picture` (height, width) pixels;
+    `grid` is the view's (rows, columns) of patches (specs/semmae.md B.5).
+    """
+    top, left, height, width = draws.box
+    if draws.flip:  # the box is one of the mirrored picture
+        left = picture[1] - left - width
+    rows = _points(top, height, picture[0], grid[0], cells.shape[0])
+    columns = _points(left, width, picture[1], grid[1], cells.shape[1])
+    points = cells[np.ix_(rows, columns[::-1] if draws.flip else columns)]
+    shape = grid[0], POINTS_PER_CELL, grid[1], POINTS_PER_CELL
+    return points.reshape(shape).swapaxes(1, 2).reshape(*grid, -1)
+
+
+def _points(start: int, length: int, picture: int, patches: int, cells: int) -> np.ndarray:
+    """Cells of the map, along one axis, at equally spaced points of the crop."""
+    share = (np.arange(patches * POINTS_PER_CELL) + 0.5) / POINTS_PER_CELL / patches
+    return np.minimum(cells - 1, ((start + share * length) / picture * cells).astype(np.int64))
+
+
+def majority(points: np.ndarray) -> np.ndarray:
+    """The most frequent of the small numbers in the last axis, of equally frequent ones the smallest: uint8."""
+    votes = points.reshape(-1, points.shape[-1]).astype(np.int64)
+    kinds = int(votes.max()) + 1
+    votes += kinds * np.arange(len(votes))[:, None]
+    counts = np.bincount(votes.ravel(), minlength=kinds * len(votes)).reshape(-1, kinds)
+    return counts.argmax(1).reshape(points.shape[:-1]).astype(np.uint8)
+
+
+def mean_score(points: np.ndarray) -> np.ndarray:
+    """The mean over the last axis, float32."""
+    return points.mean(-1, dtype=np.float32)
+
+
+MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"part_ids": majority, "part_scores": mean_score}
+
+
 # --- pre-training -----------------------------------------------------------------------------------------------------
 
 
 class PretrainTransform:
-    """`transform(raw, rng)` -> the keys in `views`: "image" (weak), "image_strong" of the same crop, "mask"."""
+    """`transform(raw, rng, maps)` -> the keys in `views`.
+
+    "image" (weak), "image_strong" of the same crop, "mask"; of the same crop and flip of `maps`, arrays [any size] that
+    cover the picture: "part_ids" uint8, "part_scores" float32, both [rows, columns] of `grid`.
+    """
 
     def __init__(
         self,
@@ -372,37 +420,48 @@ class PretrainTransform:
         pipeline: str,
         mask_generator: MaskGenerator | None,
         crop_scale: tuple[float, float],
+        grid: Pair | None,
     ):
         self.views, self.size, self.interpolation, self.crop_scale = views, size, interpolation, crop_scale
+        self.grid = grid
         self.apply = _apply_fast if pipeline == "fast" else _apply_reference
         self.mask_generator = mask_generator
 
-    def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
+    def __call__(
+        self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray] = MappingProxyType({})
+    ) -> Sample:
         strong = "image_strong" in self.views
         draw = functools.partial(
             draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation, strong=strong
         )
-        weak, strong_view = self.apply(raw, draw, self.size)
+        picture, draws, weak, strong_view = self.apply(raw, draw, self.size)
         sample = {"image": torch.from_numpy(weak)}
         if strong:
             sample["image_strong"] = torch.from_numpy(strong_view)
         if "mask" in self.views:
             sample["mask"] = torch.from_numpy(self.mask_generator(rng))
+        for name, reduce in MAP_VIEWS.items():
+            if name in self.views:
+                sample[name] = torch.from_numpy(reduce(crop_map(maps[name], draws, picture, self.grid)))
         return sample
 
 
-def _apply_fast(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> tuple[np.ndarray, np.ndarray | None]:
+Views = tuple[Pair, ViewDraws, np.ndarray, np.ndarray | None]  # the picture's size, what was drawn, weak, strong
+
+
+def _apply_fast(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> Views:
     picture = decode(raw)
     draws = draw(size=picture.shape[:2])
     weak = fast_crop(picture, draws, size)
-    return weak, None if draws.colour is None else fast_colour(weak, draws.colour)
+    return picture.shape[:2], draws, weak, None if draws.colour is None else fast_colour(weak, draws.colour)
 
 
-def _apply_reference(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> tuple[np.ndarray, np.ndarray | None]:
+def _apply_reference(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> Views:
     image = decode_pillow(raw)
     draws = draw(size=(image.height, image.width))
     weak = reference_crop(image, draws, size)
-    return _planes(weak), None if draws.colour is None else _planes(reference_colour(weak, draws.colour))
+    strong = None if draws.colour is None else _planes(reference_colour(weak, draws.colour))
+    return (image.height, image.width), draws, _planes(weak), strong
 
 
 def _planes(image: Image.Image) -> np.ndarray:
@@ -417,18 +476,20 @@ def build_pretrain_transform(
     pipeline: str = "fast",
     mask_generator: MaskGenerator | None = None,
     crop_scale: tuple[float, float] = (0.08, 1.0),
+    grid: Pair | None = None,
 ) -> PretrainTransform:
-    """The transform that makes a method's `views` (see `PretrainTransform`) at `input_size`.
+    """The transform that makes a method's `views` (see `PretrainTransform`) at `input_size`, cut into `grid` patches.
 
     Raises:
         ValueError: an interpolation or pipeline that does not exist.
     """
     _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
     _check_choice("--data_pipeline", pipeline, PIPELINES)
-    assert "image" in views and set(views) <= {"image", "image_strong", "mask"}, views
+    assert "image" in views and set(views) <= {"image", "image_strong", "mask", *MAP_VIEWS}, views
+    assert grid is not None or not MAP_VIEWS.keys() & set(views), "maps are cropped to a grid"
     assert ("mask" in views) == (mask_generator is not None), "a masked view needs a mask generator, others have none"
     return PretrainTransform(
-        tuple(views), as_pair(input_size), interpolation, pipeline, mask_generator, tuple(crop_scale)
+        tuple(views), as_pair(input_size), interpolation, pipeline, mask_generator, tuple(crop_scale), grid
     )
 
 

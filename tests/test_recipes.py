@@ -15,16 +15,18 @@ PUBLISHED = [recipe for recipe in all_recipes() if recipe.published is not None]
 PROGRAMS = {"pretrain": "run_pretraining.py", "finetune": "run_class_finetuning.py"}
 # What a script adds to its recipe: where things are, and what they are.
 PLACES = {
-    "pretrain": {"model", "data_set", "data_path", "output_dir", "log_dir"},
+    "pretrain": {"model", "data_set", "data_path", "output_dir", "log_dir", "part_maps"},
     "finetune": {"model", "data_set", "data_path", "output_dir", "log_dir", "finetune", "nb_classes"},
 }
 # The published command lines, and --update_freq, which ours has for pre-training too.
 COMMON_FLAGS = {
     "batch_size", "update_freq", "epochs", "warmup_epochs", "input_size", "lr", "min_lr", "weight_decay", "opt_betas",
-    "clip_grad", "drop_path", "layer_scale_init_value", "imagenet_default_mean_and_std", "save_ckpt_freq",
+    "clip_grad", "drop_path", "layer_scale_init_value", "imagenet_default_mean_and_std", "save_ckpt_freq", "blr",
+    "lr_schedule",
 }  # fmt: skip
+METHOD_FLAGS = {"mask_type", "mask_ratio", "temp", "t_momentum", "norm_pix_loss", "mask_lambda_power", "crop_scale"}
 STAGE_FLAGS = {
-    "pretrain": COMMON_FLAGS | {"mask_type", "mask_ratio", "temp", "t_momentum"},
+    "pretrain": COMMON_FLAGS | METHOD_FLAGS,
     "finetune": COMMON_FLAGS | {"layer_decay", "mixup", "cutmix", "smoothing"},
 }
 
@@ -93,9 +95,9 @@ def as_values(words: list[str]) -> list[object]:
 
 
 def test_every_published_recipe_has_a_script_and_every_script_a_recipe() -> None:
-    scripts = {path.stem for path in (ROOT / "scripts").glob("conmim_*.sh")}
+    scripts = {path.stem for stage in PROGRAMS for path in (ROOT / "scripts").glob(f"*_{stage}*.sh")}
     assert scripts == {recipe.name for recipe in PUBLISHED}
-    assert len(scripts) == 9
+    assert len(scripts) == 9 + 6 + 4
 
 
 @each_published
@@ -105,7 +107,8 @@ def test_script_passes_the_flags_of_its_recipe(launch: Launch, recipe: Recipe) -
     assert passed["model"] == [recipe.model]
     flags = {name: as_words(value) for name, value in recipe.flags.items() if value is not None}
     assert {name: as_values(words) for name, words in passed.items() if name not in PLACES[recipe.stage]} == flags
-    assert passed.keys() - flags.keys() == PLACES[recipe.stage]
+    places = PLACES[recipe.stage] - (set() if recipe.model.startswith("semmae") else {"part_maps"})
+    assert passed.keys() - flags.keys() == places
 
 
 @each_published
@@ -161,6 +164,39 @@ def test_scripts_hand_their_checkpoints_on(launch: Launch, size: str) -> None:
     assert runs[2]["finetune"] == [f"{runs[1]['output_dir'][0]}/checkpoint-best.pth"]
 
 
+@pytest.mark.parametrize("name", ["mae_base", "mae_large", "mae_huge", "semmae_base", "semmae_base_patch8"])
+def test_masked_autoencoders_hand_their_checkpoints_on(launch: Launch, name: str) -> None:
+    pretrain, finetune = (
+        next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_{stage}") for stage in PROGRAMS
+    )
+    first, second = (launched(launch, recipe)[2] for recipe in (pretrain, finetune))
+    last_epoch = pretrain.flags["epochs"] - 1
+    assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{last_epoch}.safetensors"]
+    assert pretrain.published == finetune.published
+    assert pretrain.model.partition("_")[2] == finetune.model.partition("_")[2]
+
+
+def test_what_is_published_of_the_masked_autoencoders() -> None:
+    """specs/semmae.md A.8, A.9 and B.6."""
+    for model in ("mae_base_patch16_224", "mae_large_patch16_224", "mae_huge_patch14_224"):
+        recipe = recipe_for(model, "pretrain")
+        assert recipe.effective_batch == 4096
+        assert {name: recipe.flags[name] for name in ("epochs", "warmup_epochs", "blr", "min_lr", "weight_decay")} == {
+            "epochs": 1600, "warmup_epochs": 40, "blr": 1.5e-4, "min_lr": 0.0, "weight_decay": 0.05,
+        }  # fmt: skip
+        assert (recipe.flags["opt_betas"], recipe.flags["crop_scale"]) == ((0.9, 0.95), (0.2, 1.0))
+        assert (recipe.flags["mask_ratio"], recipe.flags["norm_pix_loss"]) == (0.75, True)
+    for model in ("semmae_base_patch16_224", "semmae_base_patch8_224"):
+        recipe = recipe_for(model, "pretrain")
+        assert (recipe.effective_batch, recipe.flags["epochs"], recipe.flags["mask_lambda_power"]) == (4096, 800, 2.0)
+    settings = {"base_patch16": (100, 5e-4, 0.65, 0.1), "large_patch16": (50, 1e-3, 0.75, 0.2)}
+    settings |= {"huge_patch14": (50, 1e-3, 0.75, 0.3), "base_patch8": (100, 5e-4, 0.65, 0.1)}
+    for size, expected in settings.items():
+        recipe = recipe_for(f"vit_{size}_224", "finetune")
+        assert tuple(recipe.flags[name] for name in ("epochs", "blr", "layer_decay", "drop_path")) == expected
+        assert (recipe.effective_batch, recipe.flags["min_lr"], recipe.flags["warmup_epochs"]) == (1024, 1e-6, 5)
+
+
 def test_the_published_commands() -> None:
     """ConMIM's README (ViT-L pre-training, ViT-B fine-tuning) and BEiT's documentation (ViT-L fine-tuning)."""
     pretrain = recipe_for("conmim_large_patch16_224", "pretrain")
@@ -214,6 +250,16 @@ def test_published_accuracies() -> None:
         "conmim_large_pretrain": 85.5,
         "conmim_large_finetune": 85.5,
         "conmim_large_finetune_384": 86.5,
+        "mae_base_pretrain": 83.6,
+        "mae_base_finetune": 83.6,
+        "mae_large_pretrain": 85.9,
+        "mae_large_finetune": 85.9,
+        "mae_huge_pretrain": 86.9,
+        "mae_huge_finetune": 86.9,
+        "semmae_base_pretrain": 83.352,
+        "semmae_base_finetune": 83.352,
+        "semmae_base_patch8_pretrain": 84.444,
+        "semmae_base_patch8_finetune": 84.444,
     }
 
 
@@ -226,10 +272,11 @@ def test_only_the_two_recipes_of_the_readme_are_free_of_guesses() -> None:
 
 @each_recipe
 def test_recipe_is_found_by_model_and_uses_known_flags(recipe: Recipe) -> None:
-    assert recipe_for(recipe.model, recipe.stage) is recipe
+    assert recipe_for(recipe.model, recipe.stage).flags == recipe.flags
     assert recipe.flags.keys() <= STAGE_FLAGS[recipe.stage]
     assert recipe.flags["warmup_epochs"] < recipe.flags["epochs"]
-    assert recipe.flags["min_lr"] < recipe.flags["lr"]
+    assert recipe.flags["min_lr"] < (recipe.flags["lr"] or recipe.flags["blr"])
+    assert recipe.flags["lr"] is None or "blr" not in recipe.flags
 
 
 def test_recipe_for_a_model_without_one_and_for_a_wrong_stage() -> None:

@@ -20,9 +20,11 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from checkpoint import geometric_ratio, interpolate_pos_embed, interpolate_rel_pos_bias, source_coordinates
-from modeling_finetune import VisionTransformer
-from modeling_pretrain import ConMIM, masked_positions, take
-from optim_factory import cosine_schedule, layer_scales, param_groups, set_schedule
+from masking_generator import mask_lambda_schedule, others_first, semantic_mask
+from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
+from modeling_pretrain import MAE, ConMIM, SemMAE, masked_positions, put, take
+from optim_factory import cosine_at, cosine_schedule, layer_scales, param_groups, set_schedule
+from transforms import MEAN_STD
 
 CASES = Path(os.environ.get("REFERENCE_CASES", Path(__file__).parent / "reference_cases"))
 FOLDERS = sorted(file.parent for file in CASES.glob("*/*/case.json"))
@@ -225,10 +227,235 @@ def pos_embed_interp(case: Case) -> dict[str, Tensor]:
     return {"pos_embed": interpolate_pos_embed(case.inputs()["pos_embed"], (grid, grid), extra)}
 
 
+# -- MAE and SemMAE
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] as the models see it."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in MEAN_STD["imagenet"])
+    return (images.float() / 255 - mean) / std
+
+
+def mae_options(config: dict) -> dict:
+    names = (
+        "mask_ratio", "norm_pix_loss", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "in_chans",
+        "qkv_bias",
+    )  # fmt: skip
+    options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
+    return options | {key: config[key] for key in names if key in config}
+
+
+def mae(case: Case) -> dict[str, Tensor]:
+    if "tables" in case.config:
+        return sincos_tables(case)
+    model = MAE(**mae_options(case.config))
+    load_weights(model, case.inputs("weights/"))
+    batch, noise = {"image": normalised(case.inputs()["image"])}, case.inputs()["noise"]
+    loss = model(batch, noise)["loss"]
+    loss.backward()
+    computed, order, visible = autoencoder_parts(model, batch, noise)
+    ids_restore = order.argsort(1)
+    mask = (ids_restore >= visible).float()
+    return {"loss": loss.view(1), "mask": mask, "ids_restore": ids_restore} | computed | gradients(model)
+
+
+def autoencoder_parts(model: MAE, batch: dict, noise) -> tuple[dict[str, Tensor], Tensor, int]:
+    """Latent tokens, and the predictions of all tokens at their cells: what the forward pass needs only in part."""
+    patches, order, visible = model.mask_patches(batch, noise)
+    latent = model.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
+    predicted = model.forward_decoder(latent, order, order.shape[1])
+    return {"latent": latent, "pred": put(torch.zeros_like(patches), order, predicted)}, order, visible
+
+
+def sincos_tables(case: Case) -> dict[str, Tensor]:
+    """Named as in the family `mae` or as in `sincos_pos_embed`; without a class token its row is left out."""
+    computed = {}
+    for table in case.config["tables"]:
+        width, side, has_class = table["embed_dim"], table.get("grid", table.get("grid_size")), table["cls_token"]
+        sides = (side, side) if isinstance(side, int) else tuple(side)
+        positions = sincos_pos_embed(width, sides)
+        computed[f"pos_embed_d{width}_g{side}"] = positions
+        computed[f"table_{width}_{side}_{int(has_class)}"] = positions[0, 0 if has_class else 1 :]
+    return computed
+
+
+def mae_classifier(config: dict, pos_embed: str = "sincos_trainable") -> VisionTransformer:
+    options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
+    pool = "avg" if config["global_pool"] else "token"
+    return VisionTransformer(
+        **options, num_classes=config["num_classes"], k_bias=True, pos_embed=pos_embed, global_pool=pool
+    )
+
+
+def mae_finetune(case: Case) -> dict[str, Tensor]:
+    config, inputs = case.config, case.inputs()
+    model = mae_classifier(config)
+    load_weights(model, case.inputs("weights/"))
+    features = model.pool(model.forward_features(normalised(inputs["image"])))
+    logits = model.head(features)
+    loss = F.cross_entropy(logits, inputs["target"])
+    loss.backward()
+    assert groups_by_name(model, config) == {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in case.spec["expected_param_groups"]
+        for name in group["names"]
+    }
+    return {"features": features, "logits": logits, "loss": loss.view(1)} | gradients(model)
+
+
+def groups_by_name(model: nn.Module, config: dict) -> dict[str, tuple[float, float]]:
+    """Each trainable parameter's scale of the learning rate and its weight decay."""
+    groups = param_groups(model, config["weight_decay"], config["layer_decay"])
+    found = {id(p): (pytest.approx(g["lr_scale"]), g["weight_decay"]) for g in groups for p in g["params"]}
+    return {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def mae_layer_decay(case: Case) -> dict[str, Tensor]:
+    """Groups in the published order of the parameters, which is not quite ours."""
+    config, expected = case.config, case.spec["expected"]
+    model = mae_classifier(config)
+    parameters = dict(model.named_parameters())
+    for name in config["frozen"]:
+        parameters[name].requires_grad_(False)
+    assert {name for name, p in parameters.items() if p.requires_grad} == set(expected)
+    groups = param_groups(model, config["weight_decay"], config["layer_decay"])
+    group_of = {id(p): g["group_name"] for g in groups for p in g["params"]}
+    order = list(dict.fromkeys(group_of[id(parameters[name])] for name in expected))
+    by_name = {g["group_name"]: g for g in groups}
+    return {
+        "group_index": torch.tensor([order.index(group_of[id(parameters[name])]) for name in expected]),
+        "group_lr_scale": torch.tensor([by_name[name]["lr_scale"] for name in order], dtype=torch.float64),
+        "group_weight_decay": torch.tensor([by_name[name]["weight_decay"] for name in order], dtype=torch.float64),
+    }
+
+
+def mae_lr_schedule(case: Case) -> dict[str, Tensor]:
+    config = case.config
+    rates = cosine_at(
+        case.inputs()["epoch"].numpy(), config["lr"], config["min_lr"], config["epochs"], config["warmup_epochs"]
+    )
+    scale = config["lr_scale_of_second_output"]
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": scale}])
+    scaled = []
+    for rate in rates:
+        set_schedule(optimizer, rate, 0.0)
+        scaled.append(optimizer.param_groups[0]["lr"])
+    return {"lr": torch.from_numpy(rates), "lr_scaled": torch.tensor(scaled, dtype=torch.float64)}
+
+
+def mae_pos_interp(case: Case) -> dict[str, Tensor]:
+    computed, extra = {}, case.config["extra_tokens"]
+    for sizes in case.config["cases"]:
+        old, new = sizes["old_grid"], sizes["new_grid"]
+        table = case.inputs()[f"pos_embed_{old}"]
+        computed[f"pos_embed_{old}_to_{new}"] = interpolate_pos_embed(table, (new, new), extra)
+    return computed
+
+
+def semmae(case: Case) -> dict[str, Tensor]:
+    """On the ordinary image and part map, and the same again on the tokens that upstream's layout lists."""
+    config, inputs = case.config, case.inputs()
+    options = {"num_parts": config["num_parts"], "mask_lambda": config["mask_lambda"]}
+    model = SemMAE(**mae_options(config), **options)
+    load_weights(model, case.inputs("weights/"))
+    cells, noise = inputs["sorted_index"], (inputs["noise_tokens"], inputs["noise_parts"])
+    batch = {"image": normalised(inputs["image"]), "part_ids": inputs["part_map"]}
+    if cells.tolist() != [list(range(model.patch_embed.num_patches))] * len(cells):
+        batch["cells"] = cells
+    loss = model(batch, noise)["loss"]
+    loss.backward()
+    computed, order, visible = autoencoder_parts(model, batch, noise)
+    masks = semantic_mask(inputs["part_ids"], config["mask_ratio"], config["mask_lambda"], config["num_parts"], *noise)
+    assert torch.equal(order, cells.gather(1, masks.order)) and masks.visible == visible
+    packed_image = unpack(inputs["packed"], model.patch_embed.grid_size, config)
+    shown = cells.unsqueeze(-1).expand(-1, -1, computed["pred"].shape[-1])
+    torch.testing.assert_close(model(batch | {"image": packed_image}, noise)["loss"], loss)
+    return (
+        {"loss": loss.view(1), "latent": computed["latent"], "pred": computed["pred"].gather(1, shown)}
+        | {"mask": masks.mask, "sorted_index_shuffled": cells.gather(1, masks.shuffle)}
+        | in_shuffled_order(masks)
+        | gradients(model)
+    )
+
+
+def unpack(packed: Tensor, grid: tuple[int, int], config: dict) -> Tensor:
+    """The listed patches of upstream's samples at their cells of an image that is 0 elsewhere."""
+    parts = config["num_parts"]
+    pixels, cells = packed[..., 2 * parts + 1 :], packed[..., 2 * parts].long()
+    canvas = torch.zeros(len(packed), grid[0] * grid[1], pixels.shape[-1])
+    return unpatchify(put(canvas, cells, pixels), grid, (config["patch_size"],) * 2)
+
+
+def in_shuffled_order(masks) -> dict[str, Tensor]:
+    """The published outputs refer to positions in the shuffled order of the tokens."""
+    ids_shuffle = others_first(masks.selected)
+    ids_restore = ids_shuffle.argsort(1)
+    return {
+        "mask_shuffled": (ids_restore >= masks.visible).float(),
+        "ids_keep": ids_shuffle[:, : masks.visible],
+        "ids_restore": ids_restore,
+    }
+
+
+def semmae_mask(case: Case) -> dict[str, Tensor]:
+    config, inputs = case.config, case.inputs()
+    masks = semantic_mask(
+        inputs["part_ids"], config["mask_ratio"], config["mask_lambda"], config["num_parts"],
+        inputs["noise_tokens"], inputs["noise_parts"],
+    )  # fmt: skip
+    return in_shuffled_order(masks) | {
+        "token_perm": masks.shuffle,
+        "part_perm": masks.part_order,
+        "intra_count": masks.intra,
+        "inter_count": masks.inter,
+        "mask_count": masks.count,
+        "selected": masks.selected.float(),
+        "mask": masks.mask,
+        "kept_tokens": masks.order[:, : masks.visible],
+    }
+
+
+def semmae_flip(case: Case) -> dict[str, Tensor]:
+    """A packed sample flipped as our data path does it: the whole image and the grid of cells are mirrored."""
+    config, packed = case.config, case.inputs()["packed"]
+    side, patch = config["grid"], config["patch_size"]
+    first_pixel = packed.shape[-1] - 3 * patch * patch
+    cells, pixels = packed[None, :, first_pixel - 1].long(), packed[None, :, first_pixel:]
+    canvas = put(torch.zeros(1, side * side, pixels.shape[-1]), cells, pixels)
+    mirrored = unpatchify(canvas, (side, side), (patch, patch)).flip(-1)
+    seat = torch.arange(side * side).view(side, side).flip(-1).flatten()[cells]
+    pixels = take(patchify(mirrored, (patch, patch)), seat)
+    return {"packed_flipped": torch.cat((packed[:, : first_pixel - 1], seat[0, :, None].float(), pixels[0]), 1)}
+
+
+def semmae_finetune_tokens(case: Case) -> dict[str, Tensor]:
+    inputs = case.inputs()
+    model = mae_classifier(case.config, pos_embed="sincos")
+    load_weights(model, case.inputs("weights/"))
+    logits = model(normalised(inputs["image"]), cells=inputs["sorted_index"])
+    loss = F.cross_entropy(logits, inputs["target"])
+    loss.backward()
+    return {"logits": logits, "loss": loss.view(1)} | gradients(model)
+
+
+def lambda_schedule(case: Case) -> dict[str, Tensor]:
+    config, epoch = case.config, case.inputs()["epoch"].numpy()
+    total = config["total_epochs"]
+    values = {
+        f"power_{power}".replace(".", "p"): mask_lambda_schedule(epoch, total, power) for power in config["powers"]
+    }
+    values |= {kind: mask_lambda_schedule(epoch, total, kind=kind) for kind in ("increasing", "cosine")}
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
 ADAPTERS = {
     adapter.__name__: adapter
-    for adapter in (conmim, beit_finetune, layer_decay, schedules, rel_pos_bias_interp, pos_embed_interp)
-}
+    for adapter in (
+        conmim, beit_finetune, layer_decay, schedules, rel_pos_bias_interp, pos_embed_interp,
+        mae, mae_finetune, mae_layer_decay, mae_lr_schedule, mae_pos_interp,
+        semmae, semmae_mask, semmae_flip, semmae_finetune_tokens,
+    )
+} | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

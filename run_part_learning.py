@@ -1,0 +1,216 @@
+"""Learns SemMAE's semantic parts and writes part maps for a data set; `--help` lists the flags, README.md has examples.
+
+One command does one or more of: train (resumed where it stopped; a finished run is not trained again), --extract,
+--evaluate, --visualize.
+"""
+
+import argparse
+from argparse import Namespace
+from itertools import islice
+from typing import Any
+
+import torch
+
+import options
+from datasets import build_dataset
+from engine_for_pretraining import Normalize, train
+from optim_factory import param_groups
+from part_extraction import contact_sheet, evaluate, extract
+from part_learning import (
+    BACKGROUNDS,
+    PART_SOURCES,
+    RECONSTRUCTIONS,
+    PartLearner,
+    PartLearning,
+    Teacher,
+    load_teacher,
+)
+from run_pretraining import launch, set_up, start_training, train_loader
+from session import Position
+from transforms import MEAN_STD, build_pretrain_transform
+
+STATISTICS_BATCHES = 50  # of optimizer steps, from which the features' mean and deviation are taken
+WARMUP_SHARE = 0.05  # of the steps, where the flags give no warm-up
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    _teacher_flags(parser)
+    _part_flags(parser)
+    _map_flags(parser)
+    # those of pre-training, but for --resume_copy, which has no meaning here
+    for add, stage in ((options._data_flags, "pretrain"), (options._optimizer_flags, "pretrain"),
+                       (options._engine_flags, "pretrain"), (options._run_flags, "finetune")):  # fmt: skip
+        add(parser, stage)
+    # spec C.3, step 6; the teachers of C.4 expect ImageNet's mean and deviation
+    parser.set_defaults(
+        batch_size=256, epochs=3, lr=1e-3, min_lr=0.0, opt_betas=(0.9, 0.99), weight_decay=0.01, clip_grad=1.0,
+        warmup_epochs=0, crop_scale=(0.5, 1.0), imagenet_default_mean_and_std=True, save_ckpt_freq=1,
+    )  # fmt: skip
+    return parser
+
+
+def _teacher_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--teacher", default="vit_small_patch16_224.dino",
+        help="checkpoint file of a ViT (timm's, DINO's, iBOT's or this repository's naming), or timm's name of one",
+    )  # fmt: skip
+    group.add_argument("--teacher_checkpoint", default="", help="weights for a timm name; empty: timm's hub")
+    group.add_argument("--teacher_kwargs", nargs="*", default=[], metavar="K=V", help="constructor options of it")
+    group.add_argument("--allow_random_teacher", action="store_true", help="a timm name without its weights, for tests")
+    group.add_argument("--input_size", type=int, default=224, help="image side in pixels, for teacher and learner")
+
+
+def _part_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parts")
+    group.add_argument("--num_parts", type=int, default=6, help="foreground parts; the background comes on top")
+    group.add_argument("--background", choices=BACKGROUNDS, default="token", help="what makes part 0")
+    group.add_argument(
+        "--decoder_widths", type=int, nargs="+", default=[256, 128, 64, 32], metavar="W", help="each next one doubles"
+    )
+    group.add_argument("--reconstruction", choices=tuple(RECONSTRUCTIONS), default="mse")
+    group.add_argument(
+        "--loss_weights", type=float, nargs=3, default=(10.0, 0.1, 0.1), metavar=("R", "D", "B"),
+        help="of reconstruction, diversity and balance; B = 0 is the paper's two-term form",
+    )  # fmt: skip
+    group.add_argument("--tau_start", type=float, default=0.2, help="temperature of the part softmax at first")
+    group.add_argument("--tau_end", type=float, default=0.07, help="and from 70 %% of the steps on")
+
+
+def _map_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("part maps")
+    group.add_argument(
+        "--part_source", choices=PART_SOURCES, default="learned", help="all but learned are baselines without training"
+    )
+    group.add_argument("--extract", default="", metavar="FOLDER", help="write part maps of the data set; resumable")
+    group.add_argument("--split", choices=("train", "val"), default="train", help="of --extract")
+    group.add_argument("--part_grid", type=int, default=None, help="side of the maps in cells; None: the teacher's")
+    group.add_argument("--save_scores", action="store_true", help="of --extract: class attention beside the maps")
+    group.add_argument("--no_clean", dest="clean", action="store_false", help="keep single cells of another part")
+    group.add_argument(
+        "--evaluate", default="", metavar="FILE.csv", help="agreement of all part sources with the val split's masks"
+    )
+    group.add_argument(
+        "--mask_path", default=None, help="of --evaluate: folder of masks, named as images; None: those of shapes"
+    )
+    group.add_argument("--visualize", default="", metavar="FILE.png", help="contact sheet of the val split")
+    group.add_argument("--visualize_images", type=int, default=8, help="rows of the contact sheet")
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    """Defaults < --config < command line. Exits with argparse's message on bad flags."""
+    parser = build_parser()
+    config = parser.parse_known_args(argv)[0].config
+    try:
+        if config:
+            parser.set_defaults(**options.read_config(config, parser))
+        args = parser.parse_args(argv)
+        options.validate(args)
+        validate(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.model, args.recipe, args.compile = "semmae_parts", "SemMAE stage 1 (specs/semmae.md C.3)", False
+    return args
+
+
+def teacher_kwargs(args: Namespace) -> dict[str, Any]:
+    """Constructor options from --teacher_kwargs (YAML values)."""
+    return options.model_kwargs(Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None))
+
+
+def validate(args: Namespace) -> None:
+    for name in ("num_parts", "input_size", "visualize_images"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.num_parts > 250:
+        raise ValueError(f"--num_parts {args.num_parts} is more than the 250 that a part map can hold")
+    if not 0 < args.tau_end <= args.tau_start:
+        raise ValueError(f"--tau_end {args.tau_end} must be positive and at most --tau_start {args.tau_start}")
+    if args.evaluate and args.mask_path is None and args.data_set != "shapes":
+        raise ValueError("--evaluate compares with masks: give --mask_path, or --data_set shapes, which has some")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def build_learner(args: Namespace, teacher: Teacher) -> PartLearner:
+    torch.manual_seed(args.seed)
+    return PartLearner(
+        teacher.dim,
+        teacher.grid,
+        num_parts=args.num_parts,
+        background=args.background,
+        widths=tuple(args.decoder_widths),
+        reconstruction=args.reconstruction,
+        weights=tuple(args.loss_weights),
+    )
+
+
+def train_learner(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
+    """Trains to the last epoch, from wherever an earlier run stopped."""
+    transform = build_pretrain_transform(
+        ("image",),
+        input_size=args.input_size,
+        interpolation=args.train_interpolation,
+        pipeline=args.data_pipeline,
+        crop_scale=tuple(args.crop_scale),
+    )
+    loader = train_loader(args, build_dataset(args, train=True, transform=transform, need_labels=False))
+    steps = args.epochs * loader.steps_per_epoch
+    if args.warmup_steps < 0 and not args.warmup_epochs:
+        args.warmup_steps = max(1, round(WARMUP_SHARE * steps))
+    options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": len(loader.dataset)})
+    if args.dry_run:
+        return
+    groups = param_groups(task.learner, args.weight_decay)
+    run, position = start_training(args, task, task.learner, loader, groups, normalize, "average")
+    if position == Position():
+        loader.batch_sampler.set_position(0)
+        first = islice(loader, STATISTICS_BATCHES * args.update_freq)
+        task.learner.standardise(task.teacher(normalize(batch)["image"]) for batch in first)
+    done = position.epoch * loader.steps_per_epoch + position.step
+    task.after_step(max(done - 1, 0) / steps)  # the temperature that the last step left
+    train(run, position, after_epoch=lambda position: {})
+    task.after_step(1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: Namespace) -> None:
+    normalize = set_up(args)
+    torch.manual_seed(args.seed)  # of a random teacher, which must be the same in every call
+    teacher = load_teacher(
+        args.teacher,
+        image_size=args.input_size,
+        checkpoint=args.teacher_checkpoint,
+        allow_random=args.allow_random_teacher,
+        model_kwargs=options.model_kwargs(
+            Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None)
+        ),
+    )
+    mean_std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
+    task = PartLearning(build_learner(args, teacher), teacher, mean_std, (args.tau_start, args.tau_end))
+    teacher.to(normalize.device)
+    task.to(normalize.device)
+    if args.part_source == "learned" or args.evaluate:
+        train_learner(args, task, normalize)
+    if args.dry_run:
+        return
+    if args.extract:
+        extract(args, task, normalize)
+    if args.evaluate:
+        evaluate(args, task, normalize)
+    if args.visualize and args.rank == 0:
+        contact_sheet(args, task, normalize)
+
+
+if __name__ == "__main__":
+    launch(main, parse())
