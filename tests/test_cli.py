@@ -22,8 +22,8 @@ from utils import free_port
 
 # Names and defaults are what users' commands stand on: a change of them is a decision.
 BOTH = {
-    "list_models": False, "input_size": None, "patch_size": None, "model_kwargs": [], "layer_scale_init_value": 0.1,
-    "abs_pos_emb": False, "rel_pos_bias": True, "disable_rel_pos_bias": True, "attn": "auto",
+    "list_models": False, "input_size": None, "patch_size": None, "model_kwargs": [], "layer_scale_init_value": None,
+    "abs_pos_emb": False, "rel_pos_bias": None, "disable_rel_pos_bias": None, "attn": "auto",
     "grad_checkpointing": False, "compile": False, "data_set": None, "data_path": None,
     "imagenet_default_mean_and_std": False, "no_imagenet_default_mean_and_std": False,
     "train_interpolation": "bicubic", "num_workers": 10, "pin_mem": True, "no_pin_mem": True, "max_bad_images": 100,
@@ -34,13 +34,15 @@ BOTH = {
     "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None, "output_dir": "", "log_dir": None,
     "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0, "resume": "", "auto_resume": True,
     "no_auto_resume": True, "save_ckpt": True, "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0,
-    "keep_checkpoints": None, "dry_run": False, "warmup_lr": None,
+    "keep_checkpoints": None, "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine",
 }  # fmt: skip
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0), "data_pipeline": "fast",
     "epochs": 300, "opt_betas": (0.9, 0.98), "min_lr": 1e-05, "mask_type": "block", "mask_ratio": 0.75,
     "mask_patch_size": None, "num_mask_patches": None, "max_mask_patches_per_block": None,
-    "min_mask_patches_per_block": 16, "temp": 0.1, "t_momentum": 0.996, "resume_copy": "",
+    "min_mask_patches_per_block": 16, "temp": None, "t_momentum": None, "resume_copy": "",
+    "norm_pix_loss": None, "no_norm_pix_loss": None, "part_maps": None, "part_source": "maps", "num_parts": None,
+    "mask_lambda": None, "mask_lambda_power": None,
     "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
     "second_interpolation": None, "no_loss_masked": None,
 }  # fmt: skip
