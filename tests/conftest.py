@@ -1,5 +1,6 @@
-"""Test set-up: the repository root on the path, one thread per process, and the two-rank launcher."""
+"""Test set-up: the repository root on the path, one thread per process, a log of its own for each test."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,16 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """A script run in this process sets the log up for itself; the next test must not inherit that."""
+    log = logging.getLogger("unimim")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
