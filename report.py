@@ -1,0 +1,113 @@
+"""What reports of finished runs share: their logs, learning curves, and a page that stands alone."""
+
+import base64
+import html
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+# Colour-blind safe; the first entry is the method, the second what it is compared with.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+Logs = Sequence[list[dict]]
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
+img { max-width: 100% } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc }
+th { text-align: left } td:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
+"""
+
+
+def read_log(folder: Path) -> list[dict]:
+    """A run's log.txt: one dict an epoch."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation; a single value is given alone."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+def contrast_curves(log: list[dict], patches: int) -> Figure:
+    """Loss and accuracy of ConMIM's contrast among `patches` patches by epoch, beside what guessing gives."""
+    figure = Figure(figsize=(8.4, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = range(1, len(log) + 1)
+    left.plot(epochs, [epoch["train_loss"] for epoch in log], color=COLOURS[0])
+    right.plot(epochs, [100 * epoch["train_contrast_acc"] for epoch in log], color=COLOURS[0])
+    _guessing(left, math.log(patches), f"guessing: ln {patches} = {math.log(patches):.2f}")
+    _guessing(right, 100 / patches, f"guessing: 1 of {patches}")
+    left.set(xlabel="epoch", ylabel="contrast loss (nats)")
+    right.set(xlabel="epoch", ylabel="right patch picked (%)", ylim=(0, None))
+    return figure
+
+
+def _guessing(axis, level: float, text: str) -> None:
+    axis.axhline(level, color="#888", linewidth=0.9, linestyle="--")
+    axis.annotate(text, (0.98, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+
+
+def accuracy_curves(arms: Mapping[str, Logs]) -> Figure:
+    """Validation accuracy by epoch: the mean of each arm's seeds as a line over the range of its seeds."""
+    figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for (name, logs), colour in zip(arms.items(), COLOURS, strict=False):
+        by_epoch = list(zip(*([epoch["test_acc1"] for epoch in log] for log in logs), strict=True))
+        epochs = range(1, len(by_epoch) + 1)
+        axis.plot(epochs, [statistics.mean(values) for values in by_epoch], color=colour, label=name)
+        axis.fill_between(epochs, *zip(*((min(v), max(v)) for v in by_epoch), strict=True), color=colour, alpha=0.2)
+    axis.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages and tables
+
+
+def picture(source: Figure | Path, caption: str) -> str:
+    """An <img> that carries a figure, or a PNG file, inside it."""
+    if isinstance(source, Figure):
+        buffer = io.BytesIO()
+        source.savefig(buffer, format="png", dpi=110)
+        data = buffer.getvalue()
+    else:
+        data = source.read_bytes()
+    encoded = base64.b64encode(data).decode()
+    return f'<figure><img src="data:image/png;base64,{encoded}" alt="{html.escape(caption)}"></figure>'
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
+    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    return "\n".join(lines)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole HTML document that needs no other file."""
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{html.escape(title)}</h1>\n{body}</body></html>\n'
+    )

@@ -1,0 +1,201 @@
+"""The demo's report against the files of its runs, the pictures against the tensors that they show, the README."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import report
+import visualize
+from checkpoint import save_checkpoint
+from datasets import digits_source, map_source
+from modeling_finetune import create_model
+from recipes import Recipe, all_recipes
+from transforms import decode
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Page(HTMLParser):
+    """Tables, images and preformatted text of a report, and every address that it refers to."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables, self.images, self.addresses, self.tags, self.commands = [], [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag == "img":
+            self.images.append(Image.open(io.BytesIO(base64.b64decode(dict(attributes)["src"].partition(",")[2]))))
+        elif tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        while self.tags and self.tags.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        elif self.tags and self.tags[-1] == "pre":
+            self.commands += data
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A few steps of everything: the folder and what was printed."""
+    folder = tmp_path_factory.mktemp("demo") / "with space"
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--fast", "--output", str(folder)]
+    result = subprocess.run(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout
+    return folder, result.stdout, Page((folder / "report.html").read_text())
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_demo_trains_on_all_digits_from_the_zip(demo):
+    folder = demo[0]
+    for train in (True, False):
+        exported, digits = map_source(folder / "data", "train" if train else "val"), digits_source(train=train)
+        assert len(exported) == len(digits)
+        exported_sums = [(label, int(decode(exported.read(i)).sum())) for i, label in enumerate(exported.labels)]
+        sums = [(label, int(digits.read(i).sum())) for i, label in enumerate(digits.labels)]
+        assert sorted(exported_sums) == sorted(sums)
+
+
+@pytest.mark.slow
+def test_the_tables_repeat_logs_and_evaluations(demo):
+    folder, printed, page = demo
+    header, *rows = page.tables[0]
+    assert header[:3] == ["start", "best epoch, %", "last epoch, %"]
+    for arm, row in zip(("pretrained", "random"), rows, strict=True):
+        log = log_of(folder / f"{arm}-0")
+        said = re.search(rf"^{arm} 0 \| .*checkpoint-best.pth: acc1 ([\d.]+)", printed, re.MULTILINE).group(1)
+        assert float(said) == pytest.approx(max(epoch["test_acc1"] for epoch in log), abs=1e-3)
+        assert row[1:] == [f"{float(said):.1f}", f"{log[-1]['test_acc1']:.1f}", f"{float(said):.1f}"]
+        assert re.search(rf"^{row[0]} +{row[1]} +{row[2]} +{row[3]}$", printed, re.MULTILINE)
+    facts = dict(page.tables[1][1:])
+    loss = log_of(folder / "pretrain")[-1]["train_loss"]
+    assert facts["contrast loss, last epoch"].startswith(f"{loss:.3f} (guessing: ")
+
+
+@pytest.mark.slow
+def test_both_starts_are_fine_tuned_alike_on_a_tenth_of_the_labels(demo):
+    printed, page = demo[1:]
+    commands = [line for line in page.commands.splitlines() if "finetuning" in line and "--eval" not in line]
+    teacher = r"--finetune \S+with space\S+pretrain/checkpoint-1.pth "
+    with_it, without = (re.sub(r"(pretrained|random)-0", "ARM", re.sub(teacher, "", line)) for line in commands)
+    assert with_it == without and sum("--finetune " in line for line in commands) == 1
+    # 1,442 training images: round(n / 10) of each class
+    assert printed.count("143 for training, 355 for validation, 10 classes") == 2
+    assert "checkpoint-1.pth[teacher]: 100% of the encoder matched" in printed
+
+
+@pytest.mark.slow
+def test_the_report_stands_alone(demo):
+    page = demo[2]
+    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert len(page.images) == 4  # contrast, masks, accuracies, attention
+    for image in page.images:
+        assert min(image.size) > 200 and np.asarray(image.convert("L")).std() > 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_hidden_patches_are_grey_and_the_others_as_they_were():
+    images = torch.randint(200, 256, (2, 3, 8, 12), dtype=torch.uint8)
+    mask = torch.zeros(2, 2, 3, dtype=torch.bool)
+    mask[0, 1, 2] = mask[1, 0, 0] = True
+    hidden = visualize.hide(images, mask)
+    expected = images.clone()
+    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = visualize.MASKED_GREY
+    assert torch.equal(hidden, expected)
+
+
+def pictures(figure) -> list[np.ndarray]:
+    return [axis.images[0].get_array().data for axis in figure.axes]
+
+
+def test_attention_of_a_checkpoint_is_that_of_its_teacher(tmp_path):
+    size = {"input_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    method = create_model("conmim_tiny_patch16_224", **size, projector_hidden_dim=8)
+    torch.nn.init.normal_(method.teacher.blocks[-1].attn.qkv.weight, std=0.3)
+    flags = {
+        "model": "conmim_tiny_patch16_224", "input_size": 16, "patch_size": 4, "mask_type": "random",
+        "model_kwargs": ["embed_dim=32", "depth=2", "num_heads=2", "projector_hidden_dim=8"],
+    }  # fmt: skip
+    state = {"model": method.state_dict(), "teacher": method.teacher.state_dict(), "args": flags}
+    save_checkpoint(tmp_path / "checkpoint-0.pth", state)
+    shown = {}
+    for key in ("model|module", "model"):
+        own = visualize.parse(
+            [
+                "attention",
+                "--checkpoint",
+                f"{tmp_path}/checkpoint-0.pth",
+                "--images",
+                "2",
+                "--output",
+                "x",
+                "--model_key",
+                key,
+            ]
+        )
+        shown[key] = pictures(visualize.attention(*own))
+    image, mean, *heads = shown["model|module"][:4]
+    assert image.shape == (16, 16, 3) and [m.shape for m in (mean, *heads)] == [(4, 4)] * 3
+    x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+    expected = method.teacher.eval().attention_maps(x)[0, :, 0, 1:].view(2, 4, 4).numpy()
+    np.testing.assert_allclose(np.stack(heads), expected, atol=1e-6)
+    np.testing.assert_allclose(mean, expected.mean(0), atol=1e-6)
+    assert np.abs(shown["model"][2] - heads[0]).max() > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers in words
+
+
+def test_spread_is_mean_and_sample_deviation():
+    assert report.spread([1.0, 2.0, 6.0]) == "3.0 ± 2.6"
+    assert report.spread([41.96]) == "42.0"
+
+
+def peak_lr(recipe: Recipe) -> float:
+    """The rate itself, or from the base rate for 256 images."""
+    given = recipe.flags.get("lr")
+    return recipe.flags["blr"] * recipe.effective_batch / 256 if given is None else given
+
+
+def test_readme_lists_every_published_recipe_with_its_numbers():
+    readme = (ROOT / "README.md").read_text()
+    published = [recipe for recipe in all_recipes() if recipe.published is not None]
+    rows = re.findall(r"^\| \[`(\w+)\.sh`\]\((\S+)\) \| (\d+) \| (.*?) \| (\S+) \| (\S+) \|", readme, re.MULTILINE)
+    assert {row[0]: row[1:] for row in rows} == {
+        r.name: (
+            f"scripts/{r.name}.sh", str(r.flags["epochs"]), r.hardware, f"{peak_lr(r):g}",
+            str(r.published),
+        )
+        for r in published
+    }  # fmt: skip
+    assert all((ROOT / "scripts" / f"{recipe.name}.sh").is_file() for recipe in published)

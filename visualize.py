@@ -1,0 +1,160 @@
+"""Pictures of what a model sees and where it looks. `python visualize.py attention --help`, `... masks --help`.
+
+Every picture is a grid: a row for an image, a column for one way of looking at it.
+"""
+
+import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+import checkpoint
+import options
+import utils
+from datasets import ImageDataset, build_source
+from engine_for_pretraining import Normalize
+from run_class_finetuning import build_classifier
+from run_pretraining import build_data, build_method
+from transforms import MEAN_STD, build_finetune_transform
+from utils import log
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+
+MASKED_GREY = 128
+
+
+def draw_grid(rows: Iterable[list[np.ndarray]], titles: list[str], *, cell: float = 1.1) -> Figure:
+    """A figure with one picture per row and title: [H, W, 3] uint8 is shown as it is, [h, w] floats as a map.
+
+    Each map's colours run from 0 to its own largest value. `cell` is a picture's side in inches.
+    """
+    rows = list(rows)
+    figure = Figure(figsize=(cell * len(titles), cell * (len(rows) + 0.25)), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for row, line in zip(rows, axes, strict=True):
+        for picture, axis in zip(row, line, strict=True):
+            axis.imshow(picture, cmap="viridis", vmin=0, interpolation="nearest")
+            axis.set_axis_off()
+    for title, axis in zip(titles, axes[0], strict=True):
+        axis.set_title(title, fontsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_grid(model: nn.Module, images: Tensor, normalize: Normalize, layer: int = -1) -> Figure:
+    """Where the class token of images uint8 [B, 3, H, W] looks in a block: mean over heads, then each head."""
+    model.eval()
+    maps = model.attention_maps(normalize({"image": images})["image"], layer)[:, :, 0, model.num_prefix_tokens :]
+    maps = maps.unflatten(-1, model.patch_embed.grid_size).float().cpu().numpy()
+    rows = ([as_picture(image), heads.mean(0), *heads] for image, heads in zip(images, maps, strict=True))
+    return draw_grid(rows, ["image", "mean of heads", *(f"head {head}" for head in range(maps.shape[1]))])
+
+
+def as_picture(image: Tensor) -> np.ndarray:
+    """uint8 [3, H, W] to [H, W, 3]."""
+    return image.permute(1, 2, 0).numpy()
+
+
+def load_model(path: str, model_key: str, flags: list[str]) -> tuple[nn.Module, Namespace]:
+    """The model of a checkpoint with its weights, and the flags of its run, over which the given `flags` win.
+
+    A file without flags of its own (an encoder export) is taken for a classifier that `flags` describe.
+    """
+    saved = checkpoint.load_checkpoint(path).get("args") or {}
+    stage = "pretrain" if "mask_type" in saved else "finetune"
+    parser = options.build_parser(stage)
+    parser.set_defaults(**saved)
+    args = parser.parse_args(flags)
+    model = (build_method if stage == "pretrain" else build_classifier)(args)
+    log.info("%s", checkpoint.load_pretrained(model, path, model_key=model_key))
+    return model, args
+
+
+def validation_images(args: Namespace, size: tuple[int, int], count: int) -> Tensor:
+    """The first `count` images of the flags' data set, as evaluation sees them: uint8 [count, 3, H, W]."""
+    path = getattr(args, "eval_data_path", None) or args.data_path
+    source = build_source(args.data_set, path, train=False, need_labels=False)
+    transform = build_finetune_transform(Namespace(input_size=size, crop_pct=None), train=False)
+    dataset = ImageDataset(source, transform, seed=args.seed)
+    return torch.stack([dataset[0, index]["image"] for index in range(min(count, len(dataset)))])
+
+
+def attention(own: Namespace, flags: list[str]) -> Figure:
+    model, args = load_model(own.checkpoint, own.model_key, flags)
+    normalize = Normalize(
+        MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], torch.device("cpu")
+    )
+    return attention_grid(model, validation_images(args, model.patch_embed.img_size, own.images), normalize, own.layer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def mask_grid(samples: Iterable[dict[str, Tensor]]) -> Figure:
+    """What pre-training reads of each sample: the image, the same with its masked patches grey, the teacher's view."""
+    batch = default_collate(list(samples))
+    columns = {"image": batch["image"], "student sees": hide(batch["image"], batch["mask"])}
+    if "image_strong" in batch:
+        columns["teacher sees"] = batch["image_strong"]
+    return draw_grid(zip(*([as_picture(i) for i in images] for images in columns.values()), strict=True), [*columns])
+
+
+def hide(images: Tensor, mask: Tensor) -> Tensor:
+    """Images [B, 3, H, W] with the patches where mask [B, gh, gw] is True in grey."""
+    height, width = (side // cells for side, cells in zip(images.shape[-2:], mask.shape[-2:], strict=True))
+    pixels = mask.repeat_interleave(height, 1).repeat_interleave(width, 2)
+    return images.masked_fill(pixels.unsqueeze(1), MASKED_GREY)
+
+
+def masks(own: Namespace, flags: list[str]) -> Figure:
+    args = options.parse("pretrain", [*flags, "--num_workers", "0"])
+    args.rank, args.world_size = 0, 1
+    dataset = build_data(args, build_method(args)).dataset
+    return mask_grid(dataset[0, index] for index in range(own.images))
+
+
+def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
+    """This script's own flags, and what is left over for the flags of the run scripts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shared.add_argument("--output", type=Path, required=True, metavar="FILE", help="PNG, PDF or SVG to write")
+    shared.add_argument("--images", type=int, default=6, help="number of images")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    looks = kinds.add_parser(
+        "attention", parents=[shared], help="where the class token looks; further flags win over those of the run"
+    )
+    looks.add_argument("--checkpoint", required=True, help="any checkpoint of a ViT")
+    looks.add_argument("--model_key", default=checkpoint.PUBLISHED_KEYS, help="'model' for the student instead")
+    looks.add_argument("--layer", type=int, default=-1, help="block, counted from 0 or from the end")
+    kinds.add_parser(
+        "masks", parents=[shared], help="what student and teacher see; further flags as for run_pretraining.py"
+    )
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    own, flags = parse(argv)
+    utils.setup_logging(rank=0)
+    try:
+        figure = {"attention": attention, "masks": masks}[own.kind](own, flags)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    own.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(own.output, dpi=150)
+    log.info("wrote %s", own.output)
+
+
+if __name__ == "__main__":
+    main()
