@@ -65,6 +65,13 @@ Sample = dict[str, torch.Tensor]
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_TAIL = 64  # bytes that may follow the end, as some cameras write them
+JPEG_SCAN = 0xDA
+JPEG_SEQUENTIAL, JPEG_OTHER_FRAMES = (0xC0, 0xC1), frozenset(range(0xC2, 0xD0)) - {0xC4, 0xC8, 0xCC}
+CHROMA_ROWS = 8  # that a row's colours may depend on, below it
+
+
 class BrokenImageError(Exception):
     """The bytes of one sample cannot be read or decoded; the message says why."""
 
@@ -79,11 +86,56 @@ def decode(raw: RawImage) -> np.ndarray:
     """
     if isinstance(raw, np.ndarray):
         return raw
-    if raw[:2] == b"\xff\xd8":
+    if raw[:2] == JPEG_START:
         with contextlib.suppress(ValueError):  # damaged: Pillow forgives it or names the reason
             if simplejpeg.decode_jpeg_header(raw)[2] not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(raw)
     return np.array(decode_pillow(raw))
+
+
+def open_picture(raw: RawImage) -> tuple[Pair, Callable[[int], np.ndarray]]:
+    """A picture's (height, width), and a function that decodes at least its first n rows, [>= n, W, 3] as `decode`.
+
+    A crop needs no rows below it, and most of a view's time is decoding.
+    """
+    height_at = cuttable_height(raw) if isinstance(raw, bytes) else None
+    if height_at is None:
+        picture = decode(raw)
+        return picture.shape[:2], lambda rows: picture
+    return struct.unpack_from(">HH", raw, height_at), functools.partial(_decode_top, raw, height_at)
+
+
+def cuttable_height(raw: bytes) -> int | None:
+    """Where a JPEG's height is written, if its rows can be decoded without those below them; None for other files.
+
+    They can in sequential files with all of their one or three components in one scan. Whether a file is whole is only
+    noticed at its end: those that do not end as they should are for `decode` to judge.
+    """
+    if raw[:2] != JPEG_START or JPEG_END not in raw[-JPEG_TAIL:]:
+        return None
+    at, height_at, components = 2, None, 0
+    while at + 10 < len(raw) and raw[at] == 0xFF:
+        kind = raw[at + 1]
+        if kind in JPEG_SEQUENTIAL:
+            height_at, components = at + 5, raw[at + 9]
+        elif kind in JPEG_OTHER_FRAMES:
+            return None
+        elif kind == JPEG_SCAN:
+            whole = components in (1, 3) and raw[at + 4] == components
+            return height_at if whole and any(raw[height_at : height_at + 2]) else None
+        at += 1 if kind == 0xFF else 2 + int.from_bytes(raw[at + 2 : at + 4])
+    return None
+
+
+def _decode_top(raw: bytes, height_at: int, rows: int) -> np.ndarray:
+    """The decoder stops where the header says that the picture ends, so the header is told to end it earlier."""
+    rows += CHROMA_ROWS
+    if rows < struct.unpack_from(">H", raw, height_at)[0]:
+        shortened = bytearray(raw)
+        struct.pack_into(">H", shortened, height_at, rows)
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg(shortened, strict=False)  # it complains of the data that is left over
+    return decode(raw)
 
 
 def decode_pillow(raw: RawImage) -> Image.Image:
@@ -450,10 +502,11 @@ Views = tuple[Pair, ViewDraws, np.ndarray, np.ndarray | None]  # the picture's s
 
 
 def _apply_fast(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> Views:
-    picture = decode(raw)
-    draws = draw(size=picture.shape[:2])
-    weak = fast_crop(picture, draws, size)
-    return picture.shape[:2], draws, weak, None if draws.colour is None else fast_colour(weak, draws.colour)
+    whole, decode_rows = open_picture(raw)
+    draws = draw(size=whole)
+    top, _, height, _ = draws.box
+    weak = fast_crop(decode_rows(top + height), draws, size)
+    return whole, draws, weak, None if draws.colour is None else fast_colour(weak, draws.colour)
 
 
 def _apply_reference(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> Views:

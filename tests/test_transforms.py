@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
@@ -65,6 +66,56 @@ def test_decode_equals_pillow(kind):
     for picture in (decode(ENCODED[kind]), np.asarray(transforms.decode_pillow(ENCODED[kind]))):
         assert picture.shape == (40, 60, 3) and picture.dtype == np.uint8
         assert (picture == expected).all()
+
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (67, 45, 3), dtype=np.uint8)  # nothing in common from row to row
+SEQUENTIAL = {
+    **{name: simplejpeg.encode_jpeg(COLOURS, colorsubsampling=name) for name in ("444", "422", "420", "440", "411")},
+    "grey": encode(Image.fromarray(COLOURS).convert("L")),
+    "restart markers": encode(Image.fromarray(COLOURS), restart_marker_rows=1),
+    "a few bytes after the end": simplejpeg.encode_jpeg(COLOURS) + bytes(20),
+    "an end inside, of a thumbnail": encode(Image.fromarray(COLOURS), comment=b"\xff\xd9\xff\xc2 thumbnail"),
+    "filling before a segment": simplejpeg.encode_jpeg(COLOURS).replace(b"\xff\xc0", b"\xff\xff\xff\xc0", 1),
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENTIAL)
+def test_the_first_rows_of_a_jpeg_are_exact_without_those_below(kind):
+    raw, whole = SEQUENTIAL[kind], decode(SEQUENTIAL[kind])
+    size, decode_rows = transforms.open_picture(raw)
+    assert size == (67, 45)
+    for rows in range(1, 68):
+        top = decode_rows(rows)
+        assert rows <= len(top) <= rows + transforms.CHROMA_ROWS and (top[:rows] == whole[:rows]).all()
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_a_picture_that_is_opened_first_is_the_same(kind):
+    size, decode_rows = transforms.open_picture(ENCODED[kind])
+    assert size == (40, 60)
+    assert all((decode_rows(rows)[:rows] == decode(ENCODED[kind])[:rows]).all() for rows in (1, 20, 40))
+
+
+def test_only_whole_sequential_jpegs_are_decoded_in_part():
+    not_whole = [SEQUENTIAL["420"][:-400], SEQUENTIAL["420"] + bytes(200), b"\xff\xd8\xff\xd9", COLOURS.tobytes()]
+    for raw in (ENCODED["progressive jpeg"], ENCODED["cmyk jpeg"], ENCODED["png"], *not_whole):
+        assert transforms.cuttable_height(raw) is None
+    assert all(transforms.cuttable_height(raw) for raw in SEQUENTIAL.values())
+
+
+def test_a_truncated_jpeg_is_broken_also_where_the_crop_needs_none_of_what_is_lost():
+    """Whether a file counts as broken must not depend on the draws."""
+    for lost in (3, 100, 1000):
+        with pytest.raises(BrokenImageError):
+            transforms.open_picture(SEQUENTIAL["420"][:-lost])
+
+
+def test_damage_within_a_jpeg_is_forgiven_as_by_pillow():
+    raw = bytearray(SEQUENTIAL["420"])
+    raw[-500:-450] = bytes(50)
+    expected = np.asarray(transforms.decode_pillow(bytes(raw)))
+    for rows in (40, 67):
+        assert (transforms.open_picture(bytes(raw))[1](rows)[:rows] == expected[:rows]).all()
 
 
 def test_exif_orientation_is_ignored():
