@@ -1,4 +1,4 @@
-"""Pictures of what a model sees and where it looks. `python visualize.py attention --help`, `... masks --help`.
+"""Pictures of what a model sees, predicts and looks at: `python visualize.py {attention,masks,reconstruct} --help`.
 
 Every picture is a grid: a row for an image, a column for one way of looking at it.
 """
@@ -20,6 +20,7 @@ import options
 import utils
 from datasets import ImageDataset, build_source
 from engine_for_pretraining import Normalize
+from modeling_pretrain import MAE, PretrainMethod
 from run_class_finetuning import build_classifier
 from run_pretraining import build_data, build_method
 from transforms import MEAN_STD, build_finetune_transform
@@ -82,20 +83,27 @@ def load_model(path: str, model_key: str, flags: list[str]) -> tuple[nn.Module, 
 
 
 def validation_images(args: Namespace, size: tuple[int, int], count: int) -> Tensor:
-    """The first `count` images of the flags' data set, as evaluation sees them: uint8 [count, 3, H, W]."""
+    """Images from all over the flags' data set, as evaluation sees them: uint8 [count, 3, H, W]."""
     path = getattr(args, "eval_data_path", None) or args.data_path
     source = build_source(args.data_set, path, train=False, need_labels=False)
     transform = build_finetune_transform(Namespace(input_size=size, crop_pct=None), train=False)
     dataset = ImageDataset(source, transform, seed=args.seed)
-    return torch.stack([dataset[0, index]["image"] for index in range(min(count, len(dataset)))])
+    return torch.stack([dataset[0, index]["image"] for index in spread(len(dataset), count)])
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of `total` indices at equal distances: data sets are often in the order of their classes."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+
+
+def normalization(args: Namespace) -> Normalize:
+    return Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], torch.device("cpu"))
 
 
 def attention(own: Namespace, flags: list[str]) -> Figure:
     model, args = load_model(own.checkpoint, own.model_key, flags)
-    normalize = Normalize(
-        MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], torch.device("cpu")
-    )
-    return attention_grid(model, validation_images(args, model.patch_embed.img_size, own.images), normalize, own.layer)
+    images = validation_images(args, model.patch_embed.img_size, own.images)
+    return attention_grid(model, images, normalization(args), own.layer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,11 +126,46 @@ def hide(images: Tensor, mask: Tensor) -> Tensor:
     return images.masked_fill(pixels.unsqueeze(1), MASKED_GREY)
 
 
+def training_samples(args: Namespace, method: PretrainMethod, count: int) -> list[dict]:
+    """What pre-training reads of images from all over its data, in epoch 0."""
+    args.rank, args.world_size, args.batch_size, args.update_freq, args.num_workers = 0, 1, 1, 1, 0
+    dataset = build_data(args, method).dataset
+    return [dataset[0, index] for index in spread(len(dataset), count)]
+
+
 def masks(own: Namespace, flags: list[str]) -> Figure:
-    args = options.parse("pretrain", [*flags, "--num_workers", "0"])
-    args.rank, args.world_size = 0, 1
-    dataset = build_data(args, build_method(args)).dataset
-    return mask_grid(dataset[0, index] for index in range(own.images))
+    args = options.parse("pretrain", flags)
+    method = build_method(args)
+    if "mask" not in method.views:
+        raise ValueError(f"{args.model} draws its masks itself: visualize.py reconstruct shows them")
+    return mask_grid(training_samples(args, method, own.images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+
+
+@torch.no_grad()
+def reconstruction_grid(method: MAE, batch: dict[str, Tensor], normalize: Normalize, seed: int) -> Figure:
+    """What the encoder sees of each image, what the decoder makes of it, and both put together."""
+    method.eval()
+    torch.manual_seed(seed)
+    panels = method.reconstruct(normalize(batch))
+    pixels = [(panel.float() * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte() for panel in panels]
+    rows = zip(*([as_picture(image) for image in panel] for panel in pixels), strict=True)
+    return draw_grid(rows, ["image", "encoder sees", "predicted", "predicted where masked"])
+
+
+def reconstruct(own: Namespace, flags: list[str]) -> Figure:
+    method, args = load_model(own.checkpoint, "model", flags)
+    if not isinstance(method, MAE):
+        raise ValueError(f"{own.checkpoint} holds {args.model}, which predicts no pixels")
+    batch = default_collate(training_samples(args, method, own.images))
+    return reconstruction_grid(method, batch, normalization(args), args.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
@@ -141,6 +184,10 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     kinds.add_parser(
         "masks", parents=[shared], help="what student and teacher see; further flags as for run_pretraining.py"
     )
+    predicts = kinds.add_parser(
+        "reconstruct", parents=[shared], help="what MAE or SemMAE predicts; further flags win over those of the run"
+    )
+    predicts.add_argument("--checkpoint", required=True, help="a checkpoint-<epoch>.pth of pre-training")
     return parser.parse_known_args(argv)
 
 
@@ -148,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     own, flags = parse(argv)
     utils.setup_logging(rank=0)
     try:
-        figure = {"attention": attention, "masks": masks}[own.kind](own, flags)
+        figure = {"attention": attention, "masks": masks, "reconstruct": reconstruct}[own.kind](own, flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
     own.output.parent.mkdir(parents=True, exist_ok=True)

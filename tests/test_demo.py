@@ -172,6 +172,37 @@ def test_attention_of_a_checkpoint_is_that_of_its_teacher(tmp_path):
     assert np.abs(shown["model"][2] - heads[0]).max() > 1e-4
 
 
+def test_pictured_images_come_from_all_over_the_data_set():
+    assert visualize.spread(100, 4) == [0, 33, 66, 99]
+    assert visualize.spread(3, 6) == [0, 1, 2]
+
+
+def test_reconstruction_keeps_the_visible_patches_and_predicts_the_others(tmp_path):
+    size = {"input_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    method = create_model("mae_tiny_patch16_224", **size)
+    with torch.no_grad():  # a decoder that predicts pure green, in units of the pixels scaled to [-1, 1]
+        method.decoder_pred.weight.zero_()
+        method.decoder_pred.bias.view(-1, 3).copy_(torch.tensor([-1.0, 1.0, -1.0]))
+    flags = {
+        "model": "mae_tiny_patch16_224", "data_set": "digits", "input_size": 32, "patch_size": 8, "mask_type": "random",
+        "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
+    }  # fmt: skip
+    save_checkpoint(tmp_path / "checkpoint-0.pth", {"model": method.state_dict(), "args": flags})
+    line = f"reconstruct --checkpoint {tmp_path}/checkpoint-0.pth --images 1 --output x"
+    image, seen, predicted, pasted = pictures(visualize.reconstruct(*visualize.parse(line.split())))
+    assert (predicted == [0, 255, 0]).all()
+    green, grey = (pasted == [0, 255, 0]).all(-1), (seen == 128).all(-1)
+    assert green.mean() == 0.75 and (green == grey).all()
+    assert (pasted[~green] == image[~green]).all() and (seen[~green] == image[~green]).all()
+
+
+def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
+    flags = ["--model", "mae_tiny_patch16_224", "--input_size", "32", "--patch_size", "8"]
+    with pytest.raises(ValueError, match=r"mae_tiny_patch16_224 draws its masks itself: visualize\.py reconstruct"):
+        visualize.masks(*visualize.parse(["masks", "--output", "x", *flags]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers in words
 
