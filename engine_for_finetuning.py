@@ -25,7 +25,7 @@ class Classification(nn.Module):
         mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
         self.mixup = make_mixup(args) if mixing else None
         self.erase = None
-        if args.reprob:
+        if args.reprob and not args.no_aug:
             self.erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
         if mixing:
             self.criterion = SoftTargetCrossEntropy()

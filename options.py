@@ -219,6 +219,9 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--reprob", type=float, default=0.25, help="random erasing")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
     group.add_argument("--recount", type=int, default=1)
+    group.add_argument(
+        "--no_aug", action="store_true", help="no crop, flip, --aa, --color_jitter, --reprob: images as for evaluation"
+    )
     group.add_argument("--mixup", type=float, default=0.0)
     group.add_argument("--cutmix", type=float, default=0.0)
     group.add_argument("--cutmix_minmax", type=float, nargs=2, default=None)

@@ -121,7 +121,9 @@ def main(args: Namespace) -> None:
     if args.eval:
         return evaluate_only(args, model, normalize, eval_loader)
 
-    dataset = build_dataset(args, train=True, transform=build_finetune_transform(args, train=True), need_labels=True)
+    dataset = build_dataset(
+        args, train=True, transform=build_finetune_transform(args, train=not args.no_aug), need_labels=True
+    )
     loader = train_loader(args, dataset)
     images = f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, {args.nb_classes} classes"
     options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": images})

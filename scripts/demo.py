@@ -44,8 +44,8 @@ PRETRAIN = (
     "--t_momentum 0.99 --clip_grad 3.0 --num_workers 0 --save_ckpt_freq 1000 --log_every 22"
 )
 FINETUNE = (
-    f"--label_fraction {LABEL_FRACTION} --batch_size 16 --lr 5e-3 --layer_decay 0.3 --init_scale 1.0 "
-    "--smoothing 0 --color_jitter 0 --reprob 0 --num_workers 0 --save_ckpt_freq 1000 --log_every 8"
+    f"--label_fraction {LABEL_FRACTION} --batch_size 16 --lr 5e-4 --layer_decay 1.0 --init_scale 1.0 "
+    "--smoothing 0 --no_aug --num_workers 0 --save_ckpt_freq 1000 --log_every 8"
 )
 ARMS = {"pretrained": "pre-trained teacher", "random": "random weights"}
 
@@ -59,7 +59,7 @@ class Plan:
     seeds: tuple[int, ...]
 
 
-FULL = Plan(pretrain_epochs=40, finetune_epochs=15, seeds=(0, 1, 2, 3, 4))
+FULL = Plan(pretrain_epochs=40, finetune_epochs=20, seeds=(0, 1, 2, 3, 4))
 FAST = Plan(pretrain_epochs=2, finetune_epochs=2, seeds=(0,))
 
 
@@ -159,7 +159,7 @@ class Demo:
         start = f"--finetune {self.teacher} " if arm == "pretrained" else ""
         folder = f"{self.folder}/{arm}-{seed}"
         train = (
-            f"{base} {start}{FINETUNE} --aa '' {length(self.plan.finetune_epochs)} --seed {seed} "
+            f"{base} {start}{FINETUNE} {length(self.plan.finetune_epochs)} --seed {seed} "
             f"--no_auto_resume --output_dir {folder}"
         )
         trained = run(f"{arm} {seed}", train)

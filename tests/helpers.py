@@ -77,7 +77,7 @@ def _start_pretraining(args: Namespace) -> tuple[Training, Position]:
 def _start_finetuning(args: Namespace) -> tuple[Training, Position]:
     normalize = run_pretraining.set_up(args)
     model = run_class_finetuning.build_classifier(args)
-    transform = run_class_finetuning.build_finetune_transform(args, train=True)
+    transform = run_class_finetuning.build_finetune_transform(args, train=not args.no_aug)
     dataset = run_class_finetuning.build_dataset(args, train=True, transform=transform, need_labels=True)
     loader = run_pretraining.train_loader(args, dataset)
     task = Classification(model, args, normalize.device)

@@ -11,7 +11,7 @@ from helpers import arguments, average_weights, column, differing, start, train_
 from torch import nn
 
 import parallel
-from datasets import EvalBatchSampler, build_dataset, build_loader
+from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from ema import MovingAverage
 from engine_for_finetuning import evaluate
 from engine_for_pretraining import Normalize
@@ -288,6 +288,17 @@ def test_average_that_a_checkpoint_lacks_starts_from_its_weights(tmp_path):
     run.session.save(position, finished=False)
     resumed, _ = start("finetune", tmp_path, "--model_ema")
     assert differing(dict(run.task.model.state_dict()), average_weights(resumed)) == []
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees(tmp_path):
+    augmented, _ = start("finetune", tmp_path / "augmented", "--reprob", "1")
+    plain, _ = start("finetune", tmp_path / "plain", "--reprob", "1", "--no_aug")
+    expected = ImageDataset(plain.loader.dataset.source, build_finetune_transform(plain.args, train=False), seed=0)
+    for epoch, index in ((0, 3), (1, 3), (2, 50)):
+        picture = plain.loader.dataset[epoch, index]["image"]
+        assert torch.equal(picture, expected[0, index]["image"])
+        assert not torch.equal(picture, augmented.loader.dataset[epoch, index]["image"])
+    assert plain.task.erase is None and augmented.task.erase is not None
 
 
 def eval_loader(args, size: int = 101):
