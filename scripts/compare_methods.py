@@ -1,0 +1,217 @@
+"""Pre-training methods against each other and against random weights, on the same small data sets.
+
+    python scripts/compare_methods.py [--data cifar10 shapes] [--methods mae semmae] [--seeds 0 1 2]
+
+Every method is pre-trained for the same epochs with an encoder of the same size and fine-tuned by the same recipe on a
+tenth of the labels. Runs that are finished below --output are kept; interrupted ones go on. Writes results.csv there
+and prints a Markdown table for each data set. Another method is one more line of METHODS.
+"""
+
+import argparse
+import csv
+import io
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import report  # noqa: E402
+import utils  # noqa: E402
+
+SHARED = ROOT.parent / "shared" / "data"
+ENCODER = "embed_dim=192 depth=6 num_heads=3"
+DECODER = "decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained first: no `pretrain` flags are random weights; `parts` names the source of part maps."""
+
+    label: str
+    pretrain: str = ""
+    classifier: str = "vit_tiny_patch16_224"
+    parts: str = ""
+
+
+MAE = f"--model_kwargs {ENCODER} {DECODER} --norm_pix_loss --lr 2e-3 --opt_betas 0.9 0.95"
+METHODS = {
+    "random": Method("random weights"),
+    "mae": Method("MAE", f"--model mae_tiny_patch16_224 {MAE}"),
+    "semmae": Method("SemMAE, learned parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="learned"),
+    "semmae_kmeans": Method("SemMAE, k-means parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="kmeans"),
+    "semmae_random": Method("SemMAE, random parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="random"),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Flags of a data set, and the length of each stage on it."""
+
+    source: str
+    pretrain: str
+    finetune: str
+    parts: str
+
+
+DATA = {
+    "cifar10": Data(
+        source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32",
+        pretrain="--patch_size 4 --batch_size 256 --epochs 8 --warmup_steps 62 --crop_scale 0.2 1",
+        finetune="--patch_size 4 --batch_size 64 --epochs 5 --warmup_epochs 1",
+        parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
+    ),
+    "shapes": Data(
+        source="--data_set shapes --input_size 64",
+        pretrain="--patch_size 8 --batch_size 64 --epochs 60 --warmup_steps 190 --crop_scale 0.2 1",
+        finetune="--patch_size 8 --batch_size 32 --epochs 60 --warmup_epochs 5",
+        parts="--batch_size 64 --epochs 12 --decoder_widths 64 48 32 24 --part_grid 16",
+    ),
+}
+COMMON = "--imagenet_default_mean_and_std --num_workers 0 --save_ckpt_freq 1000 --min_lr 0"
+FINETUNE = (
+    "--label_fraction 0.1 --lr 5e-4 --layer_decay 1 --drop_path 0 --init_scale 1e-3 --aa= --color_jitter 0 --reprob 0 "
+    "--smoothing 0 --weight_decay 0.05 --min_lr 1e-6"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of results.csv: accuracies in percent, of the last epoch; nan where nothing was pre-trained."""
+
+    data: str
+    method: str
+    seed: int
+    pretrain_loss: float
+    finetune_acc1: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+class Comparison:
+    """The runs of one data set and seed, each in a folder of its own below `folder`."""
+
+    def __init__(self, name: str, seed: int, output: Path, precision: str, threads: int):
+        self.name, self.data, self.seed = name, DATA[name], seed
+        self.folder, self.threads = output / name / f"seed{seed}", threads
+        self.common = f"{COMMON} --precision {precision} --seed {seed}"
+
+    def run(self, command: str, folder: Path) -> Path:
+        """Runs a script of the repository unless it has finished in `folder`; its output goes to output.txt there."""
+        done = folder / "finished"
+        if not done.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            print(f"{folder}: python {command}", flush=True)
+            arguments = [*shlex.split(command), "--output_dir", str(folder)]
+            with (folder / "output.txt").open("a") as log:
+                environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+                ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            last_line = (folder / "output.txt").read_text().rstrip().rpartition("\n")[2]
+            if ended.returncode or "stopped by" in last_line:
+                raise SystemExit(f"{folder}: not finished: {last_line}")
+            done.touch()
+        return folder
+
+    def pretrain(self, key: str) -> Path:
+        method = METHODS[key]
+        command = f"run_pretraining.py {self.data.source} {self.data.pretrain} {self.common} {method.pretrain}"
+        if method.parts == "random":
+            command += " --part_source random"
+        elif method.parts:
+            command += f" --part_maps {shlex.quote(str(self.part_maps(method.parts) / 'maps'))}"
+        return self.run(command, self.folder / key / "pretrain")
+
+    def part_maps(self, source: str) -> Path:
+        """Stage 1 of SemMAE; its teacher is MAE, pre-trained with this seed."""
+        folder = self.folder / f"parts_{source}"
+        teacher = shlex.quote(str(encoder_of(self.pretrain("mae"))))
+        command = (
+            f"run_part_learning.py {self.data.source} {self.common} {self.data.parts} --teacher {teacher} "
+            f"--part_source {source} --extract {shlex.quote(str(folder / 'maps'))}"
+        )
+        return self.run(command, folder)
+
+    def finetune(self, key: str) -> Result:
+        method, loss, start = METHODS[key], float("nan"), ""
+        if method.pretrain:
+            pretrained = self.pretrain(key)
+            loss = report.read_log(pretrained)[-1]["train_loss"]
+            start = f"--finetune {shlex.quote(str(encoder_of(pretrained)))}"
+        command = (
+            f"run_class_finetuning.py --model {method.classifier} --model_kwargs {ENCODER} {self.data.source} "
+            f"{self.common} {self.data.finetune} {FINETUNE} {start}"
+        )
+        log = report.read_log(self.run(command, self.folder / key / "finetune"))
+        return Result(self.name, key, self.seed, loss, log[-1]["test_acc1"])
+
+    def results(self, keys: Iterable[str]) -> list[Result]:
+        return [self.finetune(key) for key in keys]
+
+
+def encoder_of(folder: Path) -> Path:
+    """The newest encoder of a pre-training."""
+    return max(folder.glob("encoder-*.safetensors"), key=lambda path: int(path.stem.rpartition("-")[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Result)])
+    writer.writeheader()
+    writer.writerows(asdict(result) for result in results)
+    utils.write_text(path, text.getvalue())
+
+
+def table(results: Sequence[Result], data: str) -> str:
+    """Markdown: a row for each method with mean and deviation over the seeds, then each seed."""
+    rows = [result for result in results if result.data == data]
+    seeds = sorted({row.seed for row in rows})
+    lines = [
+        f"| {data} | pre-training loss | fine-tuned, % | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+        "|---" * (3 + len(seeds)) + "|",
+    ]
+    for key, method in METHODS.items():
+        own = {row.seed: row for row in rows if row.method == key}
+        if own:
+            losses = report.spread([row.pretrain_loss for row in own.values()], digits=3) if method.pretrain else ""
+            mean = report.spread([row.finetune_acc1 for row in own.values()])
+            each = [f"{own[seed].finetune_acc1:.1f}" if seed in own else "" for seed in seeds]
+            lines.append(f"| {method.label} | {losses} | {mean} | {' | '.join(each)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare", help="folder of all runs")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of all runs")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="seeds at a time")
+    args = parser.parse_args(argv)
+    if "cifar10" in args.data and not (SHARED / "cifar10").is_dir():
+        parser.error(f"{SHARED / 'cifar10'} is absent: take --data shapes")
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    chains = [
+        Comparison(name, seed, args.output.resolve(), args.precision, threads)
+        for name in args.data
+        for seed in args.seeds
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = [row for rows in pool.map(lambda chain: chain.results(args.methods), chains) for row in rows]
+    write_csv(results, args.output / "results.csv")
+    print("\n\n".join(table(results, name) for name in args.data))
+
+
+if __name__ == "__main__":
+    main()
