@@ -29,16 +29,20 @@ from modeling_finetune import (
     unpatchify,
 )
 
+Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
+
 
 class PretrainMethod(nn.Module):
     """What the engine asks of every method; its other base is the network that it trains.
 
-    `views`: the batch keys that `forward` reads. `teacher`: an average of the network that is no submodule, so that
-    neither DDP nor DeepSpeed wraps, casts or optimizes it; None without one. `not_exported`: beginnings of the names of
-    what is no part of the encoder.
+    `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view "noise" [B, noise_size]
+    holds for each image, so that what is random follows from seed, epoch and image, not from processes and batches.
+    `teacher`: an average of the network that is no submodule, so that neither DDP nor DeepSpeed wraps, casts or
+    optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder.
     """
 
     views: tuple[str, ...] = ("image",)
+    noise_size: int = 0
     not_exported: tuple[str, ...] = ()
     average: MovingAverage | None = None
 
@@ -217,6 +221,7 @@ class MAE(PretrainMethod, VisionTransformer):
     computes the masked tokens only, the others being keys and values; any grid, also one that is not square.
     """
 
+    views = ("image", "noise")
     not_exported = ("mask_token", "decoder_")
 
     def __init__(
@@ -240,6 +245,7 @@ class MAE(PretrainMethod, VisionTransformer):
         }
         super().__init__(mlp_ratio=mlp_ratio, attn=attn, **vit, **fixed)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self.noise_size = self.patch_embed.num_patches
         num_visible(self.patch_embed.num_patches, mask_ratio)  # refuses a ratio that cannot be
         self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -256,24 +262,26 @@ class MAE(PretrainMethod, VisionTransformer):
             decoder.apply(self._init_module)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, batch: dict[str, Tensor], noise=None) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
         """`noise` replaces the random draws of `random_masking`."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
         predicted = self.forward_decoder(latent, order, order.shape[1] - visible)
         return {"loss": self.forward_loss(predicted, take(patches, order[:, visible:]))}
 
-    def mask_patches(self, batch: dict[str, Tensor], noise=None) -> tuple[Tensor, Tensor, int]:
+    def mask_patches(self, batch: dict[str, Tensor], noise: Noise = None) -> tuple[Tensor, Tensor, int]:
         """Patches [B, N, P], cells of the tokens that take part [B, L], visible ones first, and how many those are."""
         order = self.random_masking(batch, noise)
         return self.patch_embed.cut(batch["image"]), order, num_visible(order.shape[1], self.mask_ratio)
 
     def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """A random order of the grid's cells, int64 [B, N]: ascending in noise [B, N], drawn uniformly if not given."""
+        """A random order of the grid's cells, int64 [B, N]: ascending in noise [B, N]."""
+        return ascending(self.draws(batch) if noise is None else noise)
+
+    def draws(self, batch: dict[str, Tensor]) -> Tensor:
+        """The noise that came with the images, [B, noise_size], drawn here if there is none."""
         images = batch["image"]
-        if noise is None:
-            noise = torch.rand(len(images), self.patch_embed.num_patches, device=images.device)
-        return ascending(noise)
+        return batch["noise"] if "noise" in batch else torch.rand(len(images), self.noise_size, device=images.device)
 
     def forward_encoder(self, patches: Tensor, cells: Tensor) -> Tensor:
         """Visible patches [B, V, P] at cells [B, V] to normed tokens [B, 1 + V, C]."""
@@ -299,7 +307,7 @@ class MAE(PretrainMethod, VisionTransformer):
         return F.mse_loss(predicted.float(), target)
 
     @torch.no_grad()
-    def reconstruct(self, batch: dict[str, Tensor], noise=None) -> Reconstruction:
+    def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
         """Predicts every patch. Predictions of normalised pixels get the mean and deviation of the true patch."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
@@ -356,7 +364,7 @@ class SemMAE(MAE):
     `count_fix` "apportion" needs no mending.
     """
 
-    views = ("image", "part_ids")
+    views = ("image", "part_ids", "noise")
 
     def __init__(
         self,
@@ -378,8 +386,12 @@ class SemMAE(MAE):
         self.num_parts, self.count_fix, self.token_selection = num_parts, count_fix, token_selection
         self.num_tokens = int(token_share * self.patch_embed.num_patches)
         num_visible(self.num_tokens, self.mask_ratio)
+        self.choice_size = 0  # draws for the choice of tokens
         if token_selection == "score":
             self.views = (*self.views, "part_scores")
+        elif self.num_tokens < self.patch_embed.num_patches:
+            self.choice_size = self.patch_embed.num_patches
+        self.noise_size = self.num_tokens + num_parts + self.choice_size
         self.mask_lambda = 1.0 if mask_lambda is None else mask_lambda
         self.schedule = None
         if mask_lambda is None:
@@ -390,18 +402,20 @@ class SemMAE(MAE):
         if self.schedule is not None:
             self.mask_lambda = float(self.schedule(epoch, epochs))
 
-    def forward(self, batch: dict[str, Tensor], noise=None) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
         """`noise` replaces the random draws of `random_masking`."""
         out = super().forward(batch, noise)
         return out | {"mask_lambda": torch.full_like(out["loss"].detach(), self.mask_lambda)}
 
-    def random_masking(self, batch: dict[str, Tensor], noise: tuple[Tensor, ...] | None = None) -> Tensor:
+    def random_masking(self, batch: dict[str, Tensor], noise: tuple[Tensor | None, ...] | None = None) -> Tensor:
         """Cells of the tokens that take part, int64 [B, L], visible ones first.
 
-        `noise`: uniform draws for the order of the tokens [B, L], of the parts [B, K], and for the choice of the tokens
-        [B, N]; the last is drawn first, and only where tokens are chosen at random.
+        `noise`: uniform draws for the order of the tokens [B, L], of the parts [B, K], and, where tokens are chosen at
+        random, for their choice [B, N]. The view "noise" holds them one after another.
         """
-        noise_tokens, noise_parts, noise_choice = (*(noise or ()), None, None, None)[:3]
+        if noise is None:
+            noise = self.draws(batch).split((self.num_tokens, self.num_parts, self.choice_size), dim=1)
+        noise_tokens, noise_parts, noise_choice = (*noise, None)[:3]
         cells = self.choose_tokens(batch, noise_choice)
         parts = batch["part_ids"].flatten(1).long()
         masks = semantic_mask(
@@ -419,7 +433,7 @@ class SemMAE(MAE):
         if self.token_selection == "score":
             order = batch["part_scores"].flatten(1).argsort(dim=1, descending=True, stable=True)
         else:
-            order = super().random_masking(batch, noise)
+            order = ascending(noise)
         return order[:, : self.num_tokens]
 
 

@@ -73,6 +73,7 @@ def build_data(args: Namespace, method: PretrainMethod):
         method.views,
         input_size=method.patch_embed.img_size,
         grid=method.patch_embed.grid_size,
+        noise_size=method.noise_size,
         interpolation=args.train_interpolation,
         pipeline=args.data_pipeline,
         mask_generator=mask_generator(args, method) if "mask" in method.views else None,

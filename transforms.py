@@ -460,8 +460,9 @@ MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"part_ids": majority
 class PretrainTransform:
     """`transform(raw, rng, maps)` -> the keys in `views`.
 
-    "image" (weak), "image_strong" of the same crop, "mask"; of the same crop and flip of `maps`, arrays [any size] that
-    cover the picture: "part_ids" uint8, "part_scores" float32, both [rows, columns] of `grid`.
+    "image" (weak), "image_strong" of the same crop, "mask", "noise" (`noise_size` uniform float32 draws); of the same
+    crop and flip of `maps`, arrays [any size] that cover the picture: "part_ids" uint8, "part_scores" float32, both
+    [rows, columns] of `grid`.
     """
 
     def __init__(
@@ -473,9 +474,10 @@ class PretrainTransform:
         mask_generator: MaskGenerator | None,
         crop_scale: tuple[float, float],
         grid: Pair | None,
+        noise_size: int,
     ):
         self.views, self.size, self.interpolation, self.crop_scale = views, size, interpolation, crop_scale
-        self.grid = grid
+        self.grid, self.noise_size = grid, noise_size
         self.apply = _apply_fast if pipeline == "fast" else _apply_reference
         self.mask_generator = mask_generator
 
@@ -492,6 +494,8 @@ class PretrainTransform:
             sample["image_strong"] = torch.from_numpy(strong_view)
         if "mask" in self.views:
             sample["mask"] = torch.from_numpy(self.mask_generator(rng))
+        if "noise" in self.views:
+            sample["noise"] = torch.from_numpy(rng.random(self.noise_size, dtype=np.float32))
         for name, reduce in MAP_VIEWS.items():
             if name in self.views:
                 sample[name] = torch.from_numpy(reduce(crop_map(maps[name], draws, picture, self.grid)))
@@ -530,6 +534,7 @@ def build_pretrain_transform(
     mask_generator: MaskGenerator | None = None,
     crop_scale: tuple[float, float] = (0.08, 1.0),
     grid: Pair | None = None,
+    noise_size: int = 0,
 ) -> PretrainTransform:
     """The transform that makes a method's `views` (see `PretrainTransform`) at `input_size`, cut into `grid` patches.
 
@@ -538,11 +543,11 @@ def build_pretrain_transform(
     """
     _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
     _check_choice("--data_pipeline", pipeline, PIPELINES)
-    assert "image" in views and set(views) <= {"image", "image_strong", "mask", *MAP_VIEWS}, views
+    assert "image" in views and set(views) <= {"image", "image_strong", "mask", "noise", *MAP_VIEWS}, views
     assert grid is not None or not MAP_VIEWS.keys() & set(views), "maps are cropped to a grid"
     assert ("mask" in views) == (mask_generator is not None), "a masked view needs a mask generator, others have none"
     return PretrainTransform(
-        tuple(views), as_pair(input_size), interpolation, pipeline, mask_generator, tuple(crop_scale), grid
+        tuple(views), as_pair(input_size), interpolation, pipeline, mask_generator, tuple(crop_scale), grid, noise_size
     )
 
 

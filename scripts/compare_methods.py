@@ -111,7 +111,7 @@ class Comparison:
             print(f"{folder}: python {command}", flush=True)
             arguments = [*shlex.split(command), "--output_dir", str(folder)]
             with (folder / "output.txt").open("a") as log:
-                environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+                environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
                 ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
             last_line = (folder / "output.txt").read_text().rstrip().rpartition("\n")[2]
             if ended.returncode or "stopped by" in last_line:

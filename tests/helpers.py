@@ -27,11 +27,19 @@ from session import Position
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--input_size", "16", "--patch_size", "4", "--data_set", "digits", "--num_workers", "0", "--device", "cpu"]
 SIZE = ["embed_dim=32", "depth=2", "num_heads=2"]
+DECODER = ["decoder_embed_dim=24", "decoder_depth=2", "decoder_num_heads=2"]
 PRETRAIN = [
     *("--model", "conmim_tiny_patch16_224", *TINY, "--mask_type", "random", "--mask_ratio", "0.5"),
     *("--model_kwargs", *SIZE, "projector_hidden_dim=32", "projector_out_dim=16"),
     *("--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--clip_grad", "3.0"),
 ]
+METHODS = {  # flags over those of PRETRAIN
+    "mae": ("--model", "mae_tiny_patch16_224", "--model_kwargs", *SIZE, *DECODER),
+    "semmae": (
+        *("--model", "semmae_tiny_patch16_224", "--part_source", "random", "--num_parts", "3"),
+        *("--model_kwargs", *SIZE, *DECODER),
+    ),
+}
 FINETUNE = [
     *("--model", "beit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE, "init_scale=1.0"),
     *("--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--layer_decay", "0.75"),
@@ -108,19 +116,30 @@ def whole_weights(run: Training) -> dict[str, Tensor]:
 
 
 def average_weights(run: Training) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in run.task.average.module.state_dict().items()}
+    """Of the teacher or of the averaged model; empty without one."""
+    average = run.task.average
+    return {} if average is None else {name: value.clone() for name, value in average.module.state_dict().items()}
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Over the parameters of two networks.
 
-    A constant added to every token drops out in the projector's batch normalisation, so `norm.bias` has no gradient
-    but rounding noise, of which AdamW makes whole steps (specs/conmim.md 1.2). Running statistics are of each process.
+    Without what has no gradient but rounding noise, of which AdamW makes whole steps: ConMIM's `norm.bias` (a constant
+    added to every token drops out in the projector's batch normalisation, specs/conmim.md 1.2) and the keys' bias (one
+    added to every logit of a softmax). Running statistics are of each process.
     """
     assert ours.keys() == theirs.keys()
     kept_apart = ("running_mean", "running_var", "num_batches_tracked")
-    names = [name for name in ours if name != "norm.bias" and not name.endswith(kept_apart)]
-    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in names)
+    is_conmim = any(name.startswith("projectors.") for name in ours)
+    largest = 0.0
+    for name in ours:
+        if name.endswith(kept_apart) or (is_conmim and name == "norm.bias"):
+            continue
+        apart = (ours[name].double() - theirs[name].double()).abs()
+        if name.endswith("attn.qkv.bias"):
+            apart = apart.unflatten(0, (3, -1))[::2]  # queries and values
+        largest = max(largest, float(apart.max()))
+    return largest
 
 
 def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import (
+    METHODS,
     SIZE,
     average_weights,
     column,
@@ -33,6 +34,7 @@ from transforms import build_finetune_transform
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 6, 3
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+SHARDED = ("torch", "zero2", "zero3")  # DDP, and what takes it apart
 TOLERANCE = {"torch": 1e-6, "zero0": 1e-6, "zero1": 1e-6, "zero2": 1e-6, "zero3": 2e-5}
 ACCUMULATED = ("--update_freq", "2", "--batch_size", "4", "--clip_grad", "0.5")
 MIXED = ("--update_freq", "2", "--batch_size", "4", "--mixup", "0.8", "--cutmix", "1.0", "--drop_path", "0.1")
@@ -83,7 +85,8 @@ def damaged_steps(run) -> dict:
 
     def spoil(update, micro_batches):
         seen[update] = torch.cat([batch["index"] for batch in micro_batches]).tolist()
-        for name in ("image", "image_strong") if at_fault and update == STEPS else ():
+        spoiled = {"image", "image_strong"} & micro_batches[0].keys()
+        for name in spoiled if at_fault and update == STEPS else ():
             micro_batches[0][name] = micro_batches[0][name].float() * float("nan")
 
     before, report = everything(run), {}
@@ -109,10 +112,10 @@ def everything(run) -> dict:
     }
 
 
-def pretrain_all(folder: Path) -> dict[str, dict]:
+def pretrain_all(folder: Path, engines: tuple[str, ...] = ENGINES, flags: tuple[str, ...] = ()) -> dict[str, dict]:
     return {
-        engine: train_save_resume("pretrain", folder / engine, *engine_flags(engine), *ACCUMULATED)
-        for engine in ENGINES
+        engine: train_save_resume("pretrain", folder / engine, *engine_flags(engine), *ACCUMULATED, *flags)
+        for engine in engines
     }
 
 
@@ -224,7 +227,11 @@ def keep_frozen(folder: Path) -> bool:
 
 
 def two_ranks(folder: Path) -> dict:
-    return {"pretrain": pretrain_all(folder / "pretrain"), "finetune": finetune_all(folder / "finetune")}
+    return {
+        "pretrain": pretrain_all(folder / "pretrain"),
+        "methods": {name: pretrain_all(folder / name, SHARDED, flags) for name, flags in METHODS.items()},
+        "finetune": finetune_all(folder / "finetune"),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,8 +282,20 @@ def test_ranks_agree(runs):
         assert largest_difference(ours["teacher"], theirs["teacher"]) == 0
 
 
-def accumulated(folder: Path) -> dict:
-    run, _ = start("pretrain", folder, "--update_freq", "4", "--batch_size", "4", "--clip_grad", "0.5")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_the_same_on_all_engines(pair, method):
+    """Losses and weights, exact resume, and steps that are not finite."""
+    for number, rank in enumerate(pair):
+        runs = rank["methods"][method]
+        for engine, run in runs.items():
+            assert_equal_runs(run["whole"], runs["torch"]["whole"], TOLERANCE[engine])
+            assert run["resumed"] == [], engine
+            assert run["skipped"]["loss"] == run["skipped"]["gradient"] == [], (engine, number)
+            assert 1e-5 < run["skipped"]["moved"] < 1e-2
+
+
+def accumulated(folder: Path, *flags: str) -> dict:
+    run, _ = start("pretrain", folder, "--update_freq", "4", "--batch_size", "4", "--clip_grad", "0.5", *flags)
     first = outcome(run, train_steps(run, 0, 1))
     return {"first": first, "rest": column(train_steps(run, 1, SAVED), "loss")}
 
@@ -286,6 +305,12 @@ def test_one_process_with_accumulation_equals_two_ranks(tmp_path, runs):
     alone, pair = accumulated(tmp_path), runs[2][0]["torch"]["first"]
     assert alone["first"]["loss"] + alone["rest"] == pytest.approx(pair["loss"], abs=1e-6)
     assert alone["first"]["norm"][0] == pytest.approx(pair["norm"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_of_every_method_follow_the_images_not_the_processes(tmp_path, pair, method):
+    alone, ranks = accumulated(tmp_path, *METHODS[method]), pair[0]["methods"][method]["torch"]["first"]
+    assert alone["first"]["loss"] + alone["rest"] == pytest.approx(ranks["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    METHODS,
     ROOT,
     arguments,
     differing,
@@ -56,10 +57,11 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.slow
-def test_killed_pretraining_resumes_bit_exactly(tmp_path):
+@pytest.mark.parametrize("method", [(), METHODS["semmae"]], ids=["conmim", "semmae"])
+def test_killed_pretraining_resumes_bit_exactly(tmp_path, method):
     """Killed at a random moment of either epoch, with loader workers, accumulation and deletion of old checkpoints."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = (*WORKERS, "--save_ckpt_steps", "4", "--save_ckpt_freq", "1", "--keep_checkpoints", "3")
+    flags = (*method, *WORKERS, "--save_ckpt_steps", "4", "--save_ckpt_freq", "1", "--keep_checkpoints", "3")
     uninterrupted = start_command(script("pretrain", whole, *flags))
     rng = random.Random()
     for epoch in (0, 1):
