@@ -363,10 +363,23 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def count_flops(step, *args) -> float:
-    """FLOPs of step(*args) by torch's counter, two for each multiply-add."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of step(*args) by torch's counter, two for each multiply-add.
+
+    The counter does not know the fused attention of CPUs: it is given the products of the explicit form.
+    """
+    aten = torch.ops.aten
+    on_cpu = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *qkv, **_: 2 * _attention_flops(*qkv),
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         step(*args)
     return float(counter.get_total_flops())
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
+    """Of q k^T and its product with v; shapes [B, h, T, d]."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
 def memory_gib(device: torch.device) -> float:

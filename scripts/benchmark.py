@@ -13,52 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from modeling_finetune import Block, create_model
-from modeling_pretrain import ConMIM
+from modeling_finetune import create_model
+from modeling_pretrain import PretrainMethod
 from optim_factory import param_groups
+from options import model_kwargs
 from parallel import AUTOCAST_DTYPES, TorchRunner
+from run_pretraining import compile_blocks
 from scripts import bench_data
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The straightforward form, kept here and not in the product
-
-
-class Straightforward(ConMIM):
-    """ConMIM as the published loop computes it: explicit attention, all N x N logits, then a choice of rows."""
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = batch["mask"].flatten(1)
-        with torch.no_grad():
-            keys = self.teacher.project(batch["image_strong"], None)
-        queries = self.project(batch["image"], mask)
-        logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).transpose(1, 2) / self.temperature
-        labels = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        return {"loss": F.cross_entropy(logits[mask].float(), labels[mask])}
-
-    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """One multiplication and one addition for each parameter, with the names matched anew at each step."""
-        teacher, student = dict(self.teacher.named_parameters()), dict(self.named_parameters())
-        with torch.no_grad():
-            for name in teacher.keys() & student.keys():
-                teacher[name].mul_(self.t_momentum).add_(student[name], alpha=1 - self.t_momentum)
-
-
-def product_optimizer(model: ConMIM, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(param_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-
-
-def straightforward_optimizer(model: ConMIM, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(param_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+from scripts.straightforward import straightforward_form
 
 
 @dataclass
@@ -67,6 +34,8 @@ class Variant:
 
     name: str
     step: Callable[[], Tensor]
+    precision: str
+    flops: float = 0.0
     seconds: list[float] = field(default_factory=list)
     memory_mib: float = 0.0
 
@@ -128,8 +97,10 @@ def step_memory(step: Callable[[], Tensor], device: torch.device) -> float:
     return sum(kept.values()) / 2**20
 
 
-def make_variant(name: str, model: ConMIM, optimizer: torch.optim.Optimizer, batch: dict, precision: str) -> Variant:
+def make_variant(name: str, model: PretrainMethod, batch: dict, precision: str, *, fused: bool) -> Variant:
     """A whole training step through the product's runner: forward, backward, norm, optimizer, moving average."""
+    groups = param_groups(model, 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0, fused=fused or None)
     runner = TorchRunner(
         model, optimizer, device=batch["image"].device, precision=precision, update_freq=1, clip_grad=None
     )
@@ -141,45 +112,44 @@ def make_variant(name: str, model: ConMIM, optimizer: torch.optim.Optimizer, bat
         model.after_step(0.5, float(applied) if applied.device.type == "cpu" else applied)
         return loss
 
-    return Variant(name, step)
+    return Variant(name, step, precision)
 
 
-def random_batch(model: ConMIM, size: int, device: torch.device) -> dict[str, Tensor]:
+def random_batch(model: PretrainMethod, size: int, device: torch.device) -> dict[str, Tensor]:
     """Normalised images and the published recipe's share of masked patches, at random."""
-    shape, patches = (size, 3, *model.patch_embed.img_size), model.patch_embed.num_patches
-    count = round(0.75 * patches)
-    order = torch.rand(size, patches).argsort(1)
-    mask = (order < count).view(size, *model.patch_embed.grid_size)
-    batch = {"image": torch.randn(shape), "image_strong": torch.randn(shape), "mask": mask}
-    return {name: value.to(device) for name, value in batch.items()} | {"max_masked": count}
+    shape, noise = (size, 3, *model.patch_embed.img_size), torch.rand(size, model.patch_embed.num_patches)
+    count = round(0.75 * noise.shape[1])
+    mask = noise.argsort(1).argsort(1) < count
+    views = {
+        "image": torch.randn(shape),
+        "image_strong": torch.randn(shape),
+        "mask": mask.view(size, *model.patch_embed.grid_size),
+        "noise": noise,
+    }
+    return {name: views[name].to(device) for name in model.views} | {"max_masked": count}
+
+
+def build_model(args: argparse.Namespace, device: torch.device, **options) -> PretrainMethod:
+    model = create_model(args.model, **model_kwargs(args), **options).to(device)
+    if model.teacher is not None:
+        model.teacher.to(device)
+    return model
 
 
 def build_variants(args: argparse.Namespace, device: torch.device) -> list[Variant]:
     """The straightforward form first, then ours in each precision asked for."""
     torch.manual_seed(0)
-    options = {"input_size": args.input_size}
-    plain = create_model(args.model, attn="eager", **options)
-    plain.__class__ = Straightforward
-    batch, variants = None, []
-    jobs = [(f"straightforward {args.precision[0]}", plain, straightforward_optimizer, args.precision[0], False)]
-    jobs += [(f"ours {precision}", None, product_optimizer, precision, False) for precision in args.precision]
+    plain = build_model(args, device, attn="eager")
+    plain.__class__ = straightforward_form(plain)
+    batch, first = random_batch(plain, args.batch_size, device), args.precision[0]
+    variants = [make_variant(f"straightforward {first}", plain, batch, first, fused=False)]
+    for precision in args.precision:
+        variants.append(make_variant(f"ours {precision}", build_model(args, device), batch, precision, fused=True))
     if args.compile:
-        jobs.append((f"ours {args.precision[-1]} compiled", None, product_optimizer, args.precision[-1], True))
-    for name, model, optimizer, precision, compiled in jobs:
-        model = model or create_model(args.model, **options)
-        model.to(device)
-        model.teacher.to(device)
-        if compiled:
-            compile_all(model)
-        batch = batch or random_batch(model, args.batch_size, device)
-        variants.append(make_variant(name, model, optimizer(model, device), batch, precision))
+        model, last = build_model(args, device), args.precision[-1]
+        compile_blocks(model, model.teacher)
+        variants.append(make_variant(f"ours {last} compiled", model, batch, last, fused=True))
     return variants
-
-
-def compile_all(model: ConMIM) -> None:
-    for block in (*model.modules(), *model.teacher.modules()):
-        if isinstance(block, Block):
-            block.compile(dynamic=False)
 
 
 def run_step(args: argparse.Namespace) -> None:
@@ -190,30 +160,31 @@ def run_step(args: argparse.Namespace) -> None:
     dtypes = {"fp32": torch.float32} | AUTOCAST_DTYPES
     peaks = {p: gemm_peak(device, dtypes[p], size) for p in args.precision}
     variants = build_variants(args, device)
-    flops = utils.count_flops(variants[1].step)
+    for variant in variants:
+        variant.flops = utils.count_flops(variant.step)
     interleave(variants, args.rounds, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
     print(f"{args.model}, {args.input_size} px, batch {args.batch_size}, torch {torch.__version__}, {name}")
     print("GEMM peak: " + ", ".join(f"{p} {rate / 1e9:.0f} GFLOP/s" for p, rate in peaks.items()))
-    print(f"{flops / 1e9:.0f} GFLOP per step of {variants[1].name}")
-    print(f"{'variant':28s} {'s/step':>8s} {'img/s':>8s} {'of peak':>8s} {'speed-up':>9s} {'MiB':>8s}")
+    print(f"{'variant':28s} {'GFLOP':>8s} {'s/step':>8s} {'img/s':>8s} {'of peak':>8s} {'speed-up':>9s} {'MiB':>8s}")
     for variant in variants:
         variant.memory_mib = step_memory(variant.step, device)
-        precision = next(p for p in args.precision if p in variant.name)
         median = statistics.median(variant.seconds)
-        share, ratio = flops / median / peaks[precision], speedup(variants[0], variant)
+        share, ratio = variant.flops / median / peaks[variant.precision], speedup(variants[0], variant)
         print(
-            f"{variant.name:28s} {median:8.3f} {args.batch_size / median:8.2f} {share:8.2f} {ratio:9.2f} "
-            f"{variant.memory_mib:8.0f}"
+            f"{variant.name:28s} {variant.flops / 1e9:8.0f} {median:8.3f} {args.batch_size / median:8.2f} "
+            f"{share:8.2f} {ratio:9.2f} {variant.memory_mib:8.0f}"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="a ConMIM training step", formatter_class=parser.formatter_class)
+    step = commands.add_parser("step", help="a training step of ConMIM or MAE", formatter_class=parser.formatter_class)
     step.add_argument("--model", default="conmim_small_patch16_224")
     step.add_argument("--input_size", type=int, default=224)
+    step.add_argument("--patch_size", type=int, default=None, help="None: the model's own")
+    step.add_argument("--model_kwargs", nargs="*", default=[], metavar="K=V", help="constructor options of the model")
     step.add_argument("--batch_size", type=int, default=8)
     step.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
     step.add_argument("--compile", action="store_true", help="also ours with compiled blocks")

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
-from masking_generator import num_visible, semantic_mask
+from masking_generator import semantic_mask
 from modeling_finetune import create_model, list_models, patchify, take, unpatchify
 from modeling_pretrain import MAE, SemMAE, pixel_statistics
 from optim_factory import param_groups
+from scripts.straightforward import StraightforwardMAE
 from utils import count_flops
 
 SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -33,24 +34,8 @@ def pictures(count: int = 3, size: tuple[int, int] = (16, 24)) -> Tensor:
 
 
 def straightforward(model: MAE, images: Tensor, noise: Tensor) -> Tensor:
-    """The published course of things: every patch projected, tokens put back in place, every one predicted (A.4)."""
-    tokens = model.patch_embed(images) + model.pos_embed[:, 1:]
-    shuffle = noise.argsort(1)
-    keep = shuffle[:, : num_visible(noise.shape[1], model.mask_ratio)]
-    cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1)
-    x = model.norm(model.run_blocks(torch.cat((cls_token, take(tokens, keep)), 1)))
-    x = model.decoder_embed(x)
-    masked = model.mask_token.expand(len(images), noise.shape[1] - keep.shape[1], -1)
-    restored = take(torch.cat((x[:, 1:], masked), 1), shuffle.argsort(1))
-    x = torch.cat((x[:, :1], restored), 1) + model.decoder_pos_embed
-    for block in model.decoder_blocks:
-        x = block(x)
-    predicted = model.decoder_pred(model.decoder_norm(x))[:, 1:]
-    target = patchify(images, model.patch_embed.patch_size)
-    if model.norm_pix_loss:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    mask = torch.ones_like(noise).scatter_(1, keep, 0.0)
-    return ((predicted - target).square().mean(-1) * mask).sum() / mask.sum()
+    """The loss by the published course of things."""
+    return StraightforwardMAE.forward(model, {"image": images}, noise)["loss"]
 
 
 def gradients(loss: Tensor, model: MAE) -> dict[str, Tensor]:

@@ -1,0 +1,64 @@
+"""The published computations written plainly: what `benchmark.py` measures against and tests compare numbers with.
+
+They live here and not in the product. An object of the product's class becomes one by `model.__class__ = ...`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from masking_generator import num_visible
+from modeling_finetune import patchify, take
+from modeling_pretrain import MAE, ConMIM, PretrainMethod
+
+
+class StraightforwardConMIM(ConMIM):
+    """Explicit attention, all N x N logits, then a choice of rows; the teacher moves parameter by parameter."""
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = batch["mask"].flatten(1)
+        with torch.no_grad():
+            keys = self.teacher.project(batch["image_strong"], None)
+        queries = self.project(batch["image"], mask)
+        logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).transpose(1, 2) / self.temperature
+        labels = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        return {"loss": F.cross_entropy(logits[mask].float(), labels[mask])}
+
+    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
+        """One multiplication and one addition for each parameter, with the names matched anew at each step."""
+        teacher, student = dict(self.teacher.named_parameters()), dict(self.named_parameters())
+        with torch.no_grad():
+            for name in teacher.keys() & student.keys():
+                teacher[name].mul_(self.t_momentum).add_(student[name], alpha=1 - self.t_momentum)
+
+
+class StraightforwardMAE(MAE):
+    """Every patch is projected, tokens are put back in place, and every one is predicted (specs/semmae.md A.4)."""
+
+    def forward(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
+        images, noise = batch["image"], self.draws(batch) if noise is None else noise
+        tokens = self.patch_embed(images) + self.pos_embed[:, 1:]
+        shuffle = noise.argsort(1)
+        keep = shuffle[:, : num_visible(noise.shape[1], self.mask_ratio)]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        x = self.norm(self.run_blocks(torch.cat((cls_token, take(tokens, keep)), 1)))
+        x = self.decoder_embed(x)
+        masked = self.mask_token.expand(len(images), noise.shape[1] - keep.shape[1], -1)
+        restored = take(torch.cat((x[:, 1:], masked.to(x.dtype)), 1), shuffle.argsort(1))
+        x = torch.cat((x[:, :1], restored), 1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        predicted = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        target = patchify(images, self.patch_embed.patch_size)
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        mask = torch.ones_like(noise).scatter_(1, keep, 0.0)
+        return {"loss": ((predicted - target).square().mean(-1) * mask).sum() / mask.sum()}
+
+
+def straightforward_form(method: PretrainMethod) -> type[PretrainMethod]:
+    """ValueError for a method whose plain form is not written here."""
+    forms = {ConMIM: StraightforwardConMIM, MAE: StraightforwardMAE}
+    if type(method) not in forms:
+        raise ValueError(f"{type(method).__name__} has no straightforward form to be measured against")
+    return forms[type(method)]
