@@ -41,7 +41,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     stage_flags = {"pretrain": _pretrain_flags, "finetune": _finetune_flags}
-    for add in (_model_flags, _data_flags, _optimizer_flags, stage_flags[stage], _engine_flags, _run_flags):
+    for add in (_model_flags, add_data_flags, add_optimizer_flags, stage_flags[stage], add_engine_flags, add_run_flags):
         add(parser, stage)
     group = parser.add_argument_group("published flags without effect")
     for name in LEFTOVERS[stage]:
@@ -90,7 +90,8 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
 
 
-def _data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """Where the images come from and how they are read."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_set", default=None, choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes"),
@@ -132,7 +133,8 @@ def _data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
 
 
-def _optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """Batch, optimizer and schedules."""
     pretrain = stage == "pretrain"
     group = parser.add_argument_group("optimizer and schedule")
     group.add_argument("--batch_size", type=int, default=64, help="images per process and micro-step")
@@ -192,8 +194,9 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--part_maps", default=None, metavar="PATH", help="folder, zip or array of the images' part maps"
     )
     group.add_argument(
-        "--part_source", choices=("maps", "random"), default="maps", help="random: maps without meaning, for comparison"
-    )
+        "--part_source", choices=("maps", "attention_heads", "kmeans", "random"), default="maps",
+        help="maps: any that --part_maps holds; attention_heads, kmeans: maps of that kind; random: without meaning",
+    )  # fmt: skip
     group.add_argument("--num_parts", type=int, default=None, help="number of parts, the background among them")
     group.add_argument(
         "--mask_lambda", type=float, default=None, help="constant: 1 a share of each part, 0 whole parts"
@@ -238,7 +241,8 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--crop_pct", type=float, default=None)
 
 
-def _engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """Device, precision, DeepSpeed and the processes."""
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="cuda", help="cuda (falls back to cpu where there is none) or cpu")
     group.add_argument(
@@ -265,7 +269,8 @@ def _engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
 
 
-def _run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """Output, log, checkpoints and resuming."""
     group = parser.add_argument_group("run")
     group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
     group.add_argument("--output_dir", default="", help="empty: nothing is saved")

@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     _part_flags(parser)
     _map_flags(parser)
     # those of pre-training, but for --resume_copy, which has no meaning here
-    for add, stage in ((options._data_flags, "pretrain"), (options._optimizer_flags, "pretrain"),
-                       (options._engine_flags, "pretrain"), (options._run_flags, "finetune")):  # fmt: skip
+    for add, stage in ((options.add_data_flags, "pretrain"), (options.add_optimizer_flags, "pretrain"),
+                       (options.add_engine_flags, "pretrain"), (options.add_run_flags, "finetune")):  # fmt: skip
         add(parser, stage)
     # spec C.3, step 6; the teachers of C.4 expect ImageNet's mean and deviation
     parser.set_defaults(
@@ -192,9 +192,7 @@ def main(args: Namespace) -> None:
         image_size=args.input_size,
         checkpoint=args.teacher_checkpoint,
         allow_random=args.allow_random_teacher,
-        model_kwargs=options.model_kwargs(
-            Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None)
-        ),
+        model_kwargs=teacher_kwargs(args),
     )
     mean_std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
     task = PartLearning(build_learner(args, teacher), teacher, mean_std, (args.tau_start, args.tau_end))

@@ -88,7 +88,7 @@ def build_data(args: Namespace, method: PretrainMethod):
 
 
 def open_parts(args: Namespace, source, method: PretrainMethod) -> PartMaps | RandomParts:
-    """The part maps of the images in `source`, as many parts as the method expects."""
+    """The part maps of the images in `source`, of the kind and with as many parts as the flags and the method say."""
     if args.part_source == "random":
         log.warning("--part_source random: the parts have no meaning; this is a run for comparison")
         return RandomParts(method.num_parts, method.patch_embed.grid_size, args.seed)
@@ -98,6 +98,12 @@ def open_parts(args: Namespace, source, method: PretrainMethod) -> PartMaps | Ra
     parts = PartMaps.open(
         args.part_maps, paths=image_names(source), map_file=map_file if args.data_path and map_file.is_file() else None
     )
+    if args.part_source not in ("maps", parts.meta.part_source):
+        raise ValueError(
+            f"--part_maps {args.part_maps} holds {parts.meta.part_source} parts, not {args.part_source}: "
+            f"run_part_learning.py --part_source {args.part_source} --extract FOLDER makes these"
+        )
+    log.info("part maps: %s, %d parts", parts.meta.part_source, parts.num_parts)
     if parts.num_parts > method.num_parts:
         raise ValueError(
             f"--part_maps {args.part_maps} has {parts.num_parts} parts: give --num_parts {parts.num_parts}"

@@ -126,6 +126,7 @@ class Comparison:
             command += " --part_source random"
         elif method.parts:
             command += f" --part_maps {shlex.quote(str(self.part_maps(method.parts) / 'maps'))}"
+            command += " --part_source kmeans" if method.parts == "kmeans" else ""
         return self.run(command, self.folder / key / "pretrain")
 
     def part_maps(self, source: str) -> Path:

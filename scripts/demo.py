@@ -3,9 +3,9 @@
     python scripts/demo.py [--output output/demo] [--fast]
 
 scikit-learn's digits are packed as zip and map file; a tiny ConMIM is pre-trained on them; its teacher and the same
-model from random weights are fine-tuned alike on a tenth of the labels, with several seeds, and evaluated. All of that
-is done by the command lines that the report lists. `--fast` shows in a minute that the parts fit together; nothing is
-learned then.
+model from random weights are fine-tuned alike on a tenth of the labels, with several seeds, and evaluated; a tiny MAE
+learns to complete them. All of that is done by the command lines that the report lists. `--fast` shows in a minute that
+the parts fit together; nothing is learned then.
 """
 
 import argparse
@@ -46,6 +46,10 @@ PRETRAIN = (
 FINETUNE = (
     f"--label_fraction {LABEL_FRACTION} --batch_size 16 --lr 5e-4 --layer_decay 1.0 --init_scale 1.0 "
     "--smoothing 0 --no_aug --num_workers 0 --save_ckpt_freq 1000 --log_every 8"
+)
+MAE = (
+    f"--model mae_tiny_patch16_224 --input_size {INPUT_SIZE} --patch_size 4 --model_kwargs {SIZE} --batch_size 64 "
+    "--lr 2e-3 --crop_scale 0.5 1.0 --no_norm_pix_loss --num_workers 0 --save_ckpt_freq 1000 --log_every 22"
 )
 ARMS = {"pretrained": "pre-trained teacher", "random": "random weights"}
 
@@ -149,9 +153,17 @@ class Demo:
         )
         return run("pre-training", command)
 
+    def pretrain_mae(self) -> Run:
+        flags = f"{MAE} {self.data} {length(self.plan.pretrain_epochs)}"
+        return run("MAE", f"run_pretraining.py {flags} --no_auto_resume --output_dir {self.folder}/mae")
+
     @property
     def teacher(self) -> str:
-        return f"{self.folder}/pretrain/checkpoint-{self.plan.pretrain_epochs - 1}.pth"
+        return f"{self.folder}/pretrain/{self.last_checkpoint}"
+
+    @property
+    def last_checkpoint(self) -> str:
+        return f"checkpoint-{self.plan.pretrain_epochs - 1}.pth"
 
     def finetune(self, arm: str, seed: int) -> tuple[Run, Run]:
         """Fine-tunes from the teacher or from random weights, then evaluates the best checkpoint."""
@@ -169,21 +181,24 @@ class Demo:
         return run(kind, f"visualize.py {kind} {flags} --output {self.folder}/{kind}.png")
 
     def execute(self) -> tuple[Run, dict[str, list[tuple[Run, Run]]], list[Run]]:
-        """Pre-training, each arm's fine-tunings with their evaluations, pictures: one process on each core.
+        """Pre-training, each arm's fine-tunings with their evaluations, MAE and pictures: one process on each core.
 
         The random starts do not wait for the pre-training, so that no core is idle meanwhile.
         """
         with ThreadPoolExecutor(self.cores) as pool:
-            pretraining = pool.submit(self.pretrain)
+            pretraining, mae = pool.submit(self.pretrain), pool.submit(self.pretrain_mae)
             jobs = {"random": [pool.submit(self.finetune, "random", seed) for seed in self.plan.seeds]}
             pretraining.result()
             jobs["pretrained"] = [pool.submit(self.finetune, "pretrained", seed) for seed in self.plan.seeds]
+            mae.result()
+            checkpoint = f"{self.folder}/mae/{self.last_checkpoint}"
             pictures = [
                 pool.submit(self.draw, "masks", f"--config {self.folder}/pretrain/config.yaml"),
                 pool.submit(self.draw, "attention", f"--checkpoint {self.teacher}"),
+                pool.submit(self.draw, "reconstruct", f"--checkpoint {checkpoint}"),
             ]
             arms = {arm: [job.result() for job in jobs[arm]] for arm in ARMS}
-            return pretraining.result(), arms, [job.result() for job in pictures]
+            return pretraining.result(), arms, [mae.result(), *(job.result() for job in pictures)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,6 +317,9 @@ def build_page(output, plan, log, arms, accuracies, facts, outcome, commands) ->
             "<h2>Attention of the teacher</h2>",
             "<p>Where the class token looks in the last block, on validation images. Each map has its own scale.</p>",
             report.picture(output / "attention.png", "attention maps of the teacher's class token"),
+            "<h2>A masked autoencoder</h2>",
+            "<p>What MAE, trained as long on the same images, makes of a quarter of the patches.</p>",
+            report.picture(output / "reconstruct.png", "image, visible patches, prediction, both"),
             "<h2>Commands</h2>",
             f"<pre>{html.escape(chr(10).join(run.command for run in commands))}</pre>",
         ],

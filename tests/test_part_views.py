@@ -147,13 +147,17 @@ def method_of(parts: int) -> SemMAE:
 
 def test_opening_part_maps(tmp_path):
     source = ArraySource("zeros", np.zeros((4, 8, 8, 3), dtype=np.uint8), [0] * 4, ["0"])
-    PartMapWriter.create(tmp_path / "maps", PartMeta(num_parts=6, grid=(2, 2), num_images=4))
+    PartMapWriter.create(tmp_path / "maps", PartMeta(num_parts=6, grid=(2, 2), num_images=4, part_source="kmeans"))
     writer = PartMapWriter(tmp_path / "maps")
     for index in range(4):
         writer.write(index, np.full((2, 2), index, dtype=np.uint8))
     writer.flush()
     given = part_flags(part_maps=str(tmp_path / "maps"))
     assert open_parts(given, source, method_of(7)).read(3).tolist() == [[3, 3], [3, 3]]
+    same = part_flags(part_maps=given.part_maps, part_source="kmeans")
+    assert open_parts(same, source, method_of(7)).read(1).tolist() == [[1, 1], [1, 1]]
+    with pytest.raises(ValueError, match="holds kmeans parts, not attention_heads: run_part_learning"):
+        open_parts(part_flags(part_maps=given.part_maps, part_source="attention_heads"), source, method_of(7))
     with pytest.raises(ValueError, match="has 6 parts: give --num_parts 6"):
         open_parts(given, source, method_of(5))
     with pytest.raises(ValueError, match="needs --part_maps"):
