@@ -320,11 +320,11 @@ def make_inputs(args) -> None:
     for path in filter(None, (args.data_path, getattr(args, "eval_data_path", None))):
         imagenet_stand_in(Path(path))
     if getattr(args, "finetune", ""):
-        name = f"conmim_{args.model.split('_')[1]}_patch16_224"
-        method = create_model(name, **options.model_kwargs(args), projector_hidden_dim=8)
-        checkpoint.save_checkpoint(
-            args.finetune, {"model": method.state_dict(), "teacher": method.teacher.state_dict()}
-        )
+        form, size = args.model.split("_")[:2]
+        name = f"{'conmim' if form == 'beit' else 'mae'}_{size}_patch16_224"
+        method = create_model(name, **options.model_kwargs(args))
+        teacher = {} if method.teacher is None else {"teacher": method.teacher.state_dict()}
+        checkpoint.save_checkpoint(args.finetune, {"model": method.state_dict(), **teacher})
     if args.resume and getattr(args, "eval", False):
         args.nb_classes = args.nb_classes or 10
         model = run_class_finetuning.build_classifier(args)
