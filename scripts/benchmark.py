@@ -1,7 +1,8 @@
 """Speed, always as A against B in one process: interleaved, medians of ratios.
 
 `benchmark.py step` measures a training step as a share of the machine's matrix-multiplication peak, against the
-straightforward form of the same computation. `benchmark.py data` measures the loading of images.
+straightforward form of the same computation. `benchmark.py masks` measures SemMAE's masks, `benchmark.py data` the
+loading of images.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from masking_generator import semantic_mask
 from modeling_finetune import create_model
 from modeling_pretrain import PretrainMethod
 from optim_factory import param_groups
@@ -25,7 +27,7 @@ from options import model_kwargs
 from parallel import AUTOCAST_DTYPES, TorchRunner
 from run_pretraining import compile_blocks
 from scripts import bench_data
-from scripts.straightforward import straightforward_form
+from scripts.straightforward import semantic_mask_of_one, straightforward_form
 
 
 @dataclass
@@ -177,6 +179,25 @@ def run_step(args: argparse.Namespace) -> None:
         )
 
 
+def run_masks(args: argparse.Namespace) -> None:
+    """Prints the time of SemMAE's masks for a batch, and for one image after another."""
+    torch.set_num_threads(1)
+    parts = torch.randint(args.num_parts, (args.batch_size, args.tokens))
+    noise = torch.rand(args.batch_size, args.tokens), torch.rand(args.batch_size, args.num_parts)
+
+    def each() -> None:
+        for row in range(args.batch_size):
+            semantic_mask_of_one(parts[row], 0.75, 0.5, noise[0][row], noise[1][row])
+
+    plain = Variant("image by image", each, "fp32")
+    ours = Variant("ours", lambda: semantic_mask(parts, 0.75, 0.5, args.num_parts, *noise), "fp32")
+    interleave([plain, ours], args.rounds, torch.device("cpu"))
+    print(f"SemMAE masks, {args.batch_size} x {args.tokens} tokens, {args.num_parts} parts, one CPU thread")
+    for variant in (plain, ours):
+        median = 1e3 * statistics.median(variant.seconds)
+        print(f"{variant.name:16s} {median:9.2f} ms {speedup(plain, variant):9.1f}x")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -191,6 +212,12 @@ def main(argv: list[str] | None = None) -> None:
     step.add_argument("--threads", type=int, default=2)
     step.add_argument("--rounds", type=int, default=7)
     step.set_defaults(run=run_step)
+    masks = commands.add_parser("masks", help="SemMAE's masks of a batch", formatter_class=parser.formatter_class)
+    masks.add_argument("--batch_size", type=int, default=256)
+    masks.add_argument("--tokens", type=int, default=196)
+    masks.add_argument("--num_parts", type=int, default=7)
+    masks.add_argument("--rounds", type=int, default=15)
+    masks.set_defaults(run=run_masks)
     data = commands.add_parser("data", help="two-view and one-view loading", formatter_class=parser.formatter_class)
     bench_data.add_arguments(data)
     data.set_defaults(run=bench_data.run)

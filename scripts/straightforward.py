@@ -3,6 +3,8 @@
 They live here and not in the product. An object of the product's class becomes one by `model.__class__ = ...`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,6 +56,31 @@ class StraightforwardMAE(MAE):
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         mask = torch.ones_like(noise).scatter_(1, keep, 0.0)
         return {"loss": ((predicted - target).square().mean(-1) * mask).sum() / mask.sum()}
+
+
+def semantic_mask_of_one(
+    ids: Tensor, ratio: float, weight: float, tokens: Tensor, parts: Tensor
+) -> tuple[list, list, list]:
+    """SemMAE's mask of one image, token by token (specs/semmae.md B.1).
+
+    From part ids [L] and noise for tokens [L] and parts [K]: counts, visible tokens as the encoder takes them, masked
+    ones.
+    """
+    order, part_order = tokens.argsort().tolist(), parts.argsort().tolist()
+    sizes = torch.bincount(ids, minlength=len(parts)).float()
+    budget, inter = torch.tensor(len(ids) * ratio, dtype=torch.float32), torch.zeros(len(parts))
+    for part in part_order:
+        inter[part] = min(float(sizes[part]), max(0.0, math.trunc(float(budget))))
+        budget = budget - sizes[part]
+    counts = torch.round(weight * torch.round(sizes * ratio) + (1 - weight) * inter)
+    left, selected = counts.clone(), []
+    for token in order:
+        if left[ids[token]] > 0:
+            left[ids[token]] -= 1
+            selected.append(token)
+    line = [token for token in order if token not in selected] + selected
+    visible = int(len(ids) * (1 - ratio))
+    return counts.tolist(), line[:visible], line[visible:]
 
 
 def straightforward_form(method: PretrainMethod) -> type[PretrainMethod]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from masking_generator import mask_lambda_schedule, num_visible, others_first, semantic_mask
+from scripts.straightforward import semantic_mask_of_one
 
 cases = st.tuples(
     st.integers(2, 80),  # tokens
@@ -29,25 +30,6 @@ def drawn(tokens: int, parts: int, seed: int, images: int = 3) -> tuple[Tensor, 
     return torch.from_numpy(ids), *noises
 
 
-def written_out(ids: Tensor, ratio: float, weight: float, tokens: Tensor, parts: Tensor) -> tuple[list, list, list]:
-    """One image by the text of the specification: counts, visible tokens in the encoder's order, masked ones."""
-    order, part_order = tokens.argsort().tolist(), parts.argsort().tolist()
-    sizes = torch.bincount(ids, minlength=len(parts)).float()
-    budget, inter = torch.tensor(len(ids) * ratio, dtype=torch.float32), torch.zeros(len(parts))
-    for part in part_order:
-        inter[part] = min(float(sizes[part]), max(0.0, math.trunc(float(budget))))
-        budget = budget - sizes[part]
-    counts = torch.round(weight * torch.round(sizes * ratio) + (1 - weight) * inter)
-    left, selected = counts.clone(), []
-    for token in order:
-        if left[ids[token]] > 0:
-            left[ids[token]] -= 1
-            selected.append(token)
-    line = [token for token in order if token not in selected] + selected
-    visible = int(len(ids) * (1 - ratio))
-    return counts.tolist(), line[:visible], line[visible:]
-
-
 @settings(max_examples=60, deadline=None)
 @given(cases)
 def test_masks_follow_the_rule(case):
@@ -57,7 +39,7 @@ def test_masks_follow_the_rule(case):
     ids, noise_tokens, noise_parts = drawn(tokens, parts, seed)
     found = semantic_mask(ids, ratio, weight, parts, noise_tokens, noise_parts)
     for row in range(len(ids)):
-        counts, visible, masked = written_out(ids[row], ratio, weight, noise_tokens[row], noise_parts[row])
+        counts, visible, masked = semantic_mask_of_one(ids[row], ratio, weight, noise_tokens[row], noise_parts[row])
         assert found.count[row].tolist() == counts
         assert found.order[row].tolist() == visible + masked
         assert sorted(found.mask[row].nonzero().flatten().tolist()) == sorted(masked)
