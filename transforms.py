@@ -68,7 +68,7 @@ PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 JPEG_TAIL = 64  # bytes that may follow the end, as some cameras write them
 JPEG_SCAN = 0xDA
-JPEG_SEQUENTIAL, JPEG_OTHER_FRAMES = (0xC0, 0xC1), frozenset(range(0xC2, 0xD0)) - {0xC4, 0xC8, 0xCC}
+JPEG_SEQUENTIAL, JPEG_OTHER_FRAMES = b"\xc0\xc1", b"\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
 CHROMA_ROWS = 8  # that a row's colours may depend on, below it
 
 
