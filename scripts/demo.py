@@ -63,7 +63,7 @@ class Plan:
     seeds: tuple[int, ...]
 
 
-FULL = Plan(pretrain_epochs=40, finetune_epochs=20, seeds=(0, 1, 2, 3, 4))
+FULL = Plan(pretrain_epochs=40, finetune_epochs=20, seeds=(0, 1, 2))
 FAST = Plan(pretrain_epochs=2, finetune_epochs=2, seeds=(0,))
 
 
