@@ -153,7 +153,7 @@ def reconstruction_grid(method: MAE, batch: dict[str, Tensor], normalize: Normal
     panels = method.reconstruct(normalize(batch))
     pixels = [(panel.float() * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte() for panel in panels]
     rows = zip(*([as_picture(image) for image in panel] for panel in pixels), strict=True)
-    return draw_grid(rows, ["image", "encoder sees", "predicted", "predicted where masked"])
+    return draw_grid(rows, ["image", "encoder sees", "predicted", "put together"])
 
 
 def reconstruct(own: Namespace, flags: list[str]) -> Figure:
