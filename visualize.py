@@ -146,10 +146,9 @@ def masks(own: Namespace, flags: list[str]) -> Figure:
 
 
 @torch.no_grad()
-def reconstruction_grid(method: MAE, batch: dict[str, Tensor], normalize: Normalize, seed: int) -> Figure:
+def reconstruction_grid(method: MAE, batch: dict[str, Tensor], normalize: Normalize) -> Figure:
     """What the encoder sees of each image, what the decoder makes of it, and both put together."""
     method.eval()
-    torch.manual_seed(seed)
     panels = method.reconstruct(normalize(batch))
     pixels = [(panel.float() * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte() for panel in panels]
     rows = zip(*([as_picture(image) for image in panel] for panel in pixels), strict=True)
@@ -161,7 +160,7 @@ def reconstruct(own: Namespace, flags: list[str]) -> Figure:
     if not isinstance(method, MAE):
         raise ValueError(f"{own.checkpoint} holds {args.model}, which predicts no pixels")
     batch = default_collate(training_samples(args, method, own.images))
-    return reconstruction_grid(method, batch, normalization(args), args.seed)
+    return reconstruction_grid(method, batch, normalization(args))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
