@@ -30,12 +30,15 @@ from scripts import bench_data
 from scripts.straightforward import semantic_mask_of_one, straightforward_form
 
 
+GEMMS = 4  # in a row
+
+
 @dataclass
 class Variant:
     """One way to do the step, and what was measured of it."""
 
     name: str
-    step: Callable[[], Tensor]
+    step: Callable[[], object]
     precision: str
     flops: float = 0.0
     seconds: list[float] = field(default_factory=list)
@@ -68,17 +71,17 @@ def speedup(base: Variant, other: Variant) -> float:
     return statistics.median(a / b for a, b in zip(base.seconds, other.seconds, strict=True))
 
 
-def gemm_peak(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 5) -> float:
-    """Best rate of one large matrix product in FLOP/s."""
+def gemm(device: torch.device, precision: str) -> Variant:
+    """A few large matrix products: what the machine can do at best, and at the time of each round."""
+    size = 8192 if device.type == "cuda" else 2048
+    dtype = ({"fp32": torch.float32} | AUTOCAST_DTYPES)[precision]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times[1:])
+
+    def step() -> None:
+        for _ in range(GEMMS):
+            torch.mm(a, b)
+
+    return Variant(f"GEMM {precision}", step, precision, flops=2.0 * size**3 * GEMMS)
 
 
 def step_memory(step: Callable[[], Tensor], device: torch.device) -> float:
@@ -158,21 +161,21 @@ def run_step(args: argparse.Namespace) -> None:
     """Prints peak, FLOPs, and a row for each variant."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
-    size = 8192 if device.type == "cuda" else 2048
-    dtypes = {"fp32": torch.float32} | AUTOCAST_DTYPES
-    peaks = {p: gemm_peak(device, dtypes[p], size) for p in args.precision}
+    peaks = {precision: gemm(device, precision) for precision in args.precision}
     variants = build_variants(args, device)
     for variant in variants:
         variant.flops = utils.count_flops(variant.step)
-    interleave(variants, args.rounds, device)
+    interleave([*peaks.values(), *variants], args.rounds, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
     print(f"{args.model}, {args.input_size} px, batch {args.batch_size}, torch {torch.__version__}, {name}")
-    print("GEMM peak: " + ", ".join(f"{p} {rate / 1e9:.0f} GFLOP/s" for p, rate in peaks.items()))
+    rates = {precision: peak.flops / statistics.median(peak.seconds) / 1e9 for precision, peak in peaks.items()}
+    print("GEMM peak: " + ", ".join(f"{precision} {rate:.0f} GFLOP/s" for precision, rate in rates.items()))
     print(f"{'variant':28s} {'GFLOP':>8s} {'s/step':>8s} {'img/s':>8s} {'of peak':>8s} {'speed-up':>9s} {'MiB':>8s}")
     for variant in variants:
         variant.memory_mib = step_memory(variant.step, device)
         median = statistics.median(variant.seconds)
-        share, ratio = variant.flops / median / peaks[variant.precision], speedup(variants[0], variant)
+        peak, ratio = peaks[variant.precision], speedup(variants[0], variant)
+        share = variant.flops / peak.flops * speedup(peak, variant)
         print(
             f"{variant.name:28s} {variant.flops / 1e9:8.0f} {median:8.3f} {args.batch_size / median:8.2f} "
             f"{share:8.2f} {ratio:9.2f} {variant.memory_mib:8.0f}"
