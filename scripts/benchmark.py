@@ -29,7 +29,6 @@ from run_pretraining import compile_blocks
 from scripts import bench_data
 from scripts.straightforward import semantic_mask_of_one, straightforward_form
 
-
 GEMMS = 4  # in a row
 
 
