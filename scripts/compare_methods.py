@@ -68,9 +68,9 @@ DATA = {
     ),
     "shapes": Data(
         source="--data_set shapes --input_size 64",
-        pretrain="--patch_size 8 --batch_size 64 --epochs 30 --warmup_steps 93 --crop_scale 0.2 1",
-        finetune="--patch_size 8 --batch_size 32 --epochs 30 --warmup_epochs 3",
-        parts="--batch_size 64 --epochs 8 --decoder_widths 64 48 32 24 --part_grid 16",
+        pretrain="--patch_size 8 --batch_size 64 --epochs 15 --warmup_steps 46 --crop_scale 0.2 1",
+        finetune="--patch_size 8 --batch_size 32 --epochs 20 --warmup_epochs 2",
+        parts="--batch_size 64 --epochs 5 --decoder_widths 64 48 32 24 --part_grid 16",
     ),
 }
 COMMON = "--imagenet_default_mean_and_std --num_workers 0 --save_ckpt_freq 1000 --min_lr 0"
