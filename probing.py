@@ -11,7 +11,7 @@ import utils
 from engine_for_finetuning import averages, tally
 from engine_for_pretraining import Normalize
 from features import Backbone
-from optim_factory import Groups, param_groups
+from optim_factory import Groups
 
 
 class LinearHead(nn.Sequential):
@@ -25,26 +25,38 @@ class LinearHead(nn.Sequential):
         nn.init.trunc_normal_(self[1].weight, std=0.01)
         nn.init.zeros_(self[1].bias)
 
-    def no_weight_decay(self) -> set[str]:
-        return set()
+
+def head_names(rates: Sequence[float]) -> list[str]:
+    """`head`, as published, for a single one; of several each is called after its learning rate."""
+    if len(rates) == 1:
+        return ["head"]
+    return [f"lr_{rate:g}".replace(".", "p") for rate in rates]
 
 
-def side_by_side(count: int, dim: int, num_classes: int, seed: int) -> nn.ModuleList:
-    """`count` heads that all start as a single one with this seed would."""
-    heads = nn.ModuleList()
-    for _ in range(count):
+def side_by_side(rates: Sequence[float], dim: int, num_classes: int, seed: int) -> nn.ModuleDict:
+    """A head for each learning rate; all start as a single one with this seed would."""
+    heads = nn.ModuleDict()
+    for name in head_names(rates):
         torch.manual_seed(seed)
-        heads.append(LinearHead(dim, num_classes))
+        heads[name] = LinearHead(dim, num_classes)
     return heads
 
 
 def head_groups(heads: Iterable[LinearHead], rates: Sequence[float], weight_decay: float) -> Groups:
-    """Optimizer groups in which each head's learning rate is its own of `rates`, as a share of the largest."""
-    groups = []
-    for head, rate in zip(heads, rates, strict=True):
-        for group in param_groups(head, weight_decay):
-            groups.append(group | {"lr_scale": rate / max(rates), "group_name": f"lr_{rate:g}_{group['group_name']}"})
-    return groups
+    """An optimizer group for each head, whose learning rate is its own of `rates`, as a share of the largest.
+
+    The bias decays too, as published, unless the optimizer leaves it out (LARS).
+    """
+    return [
+        {
+            "params": list(head.parameters()),
+            "weight_decay": weight_decay,
+            "lr_scale": rate / max(rates),
+            "group_name": f"lr_{rate:g}",
+            "decay": True,
+        }
+        for head, rate in zip(heads, rates, strict=True)
+    ]
 
 
 class Probe(nn.Module):
@@ -56,9 +68,9 @@ class Probe(nn.Module):
 
     average = None
 
-    def __init__(self, heads: nn.ModuleList, backbone: Backbone, names: Sequence[str]):
+    def __init__(self, heads: nn.ModuleDict, backbone: Backbone):
         super().__init__()
-        self.heads, self.names, self._backbone = heads, names, (backbone,)
+        self.heads, self._backbone = heads, (backbone,)
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Those of the batch [B, C], or the backbone's of its images."""
@@ -68,7 +80,7 @@ class Probe(nn.Module):
         """Of every head, float32 [B, classes]."""
         features = self.features(batch)
         with torch.autocast(features.device.type, enabled=False):
-            return [head(features.float()) for head in self.heads]
+            return [head(features.float()) for head in self.heads.values()]
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, labels = self.logits(batch), batch["label"]
@@ -76,7 +88,7 @@ class Probe(nn.Module):
         accuracies = [(own.detach().argmax(-1) == labels).float().mean() for own in logits]
         figures = {"loss": torch.stack(losses).sum(), "class_acc": torch.stack(accuracies).amax()}
         if len(losses) > 1:
-            figures |= {f"loss_{name}": loss.detach() for name, loss in zip(self.names, losses, strict=True)}
+            figures |= {f"loss_{name}": loss.detach() for name, loss in zip(self.heads, losses, strict=True)}
         return figures
 
     def before_epoch(self, epoch: int, epochs: int) -> None:

@@ -13,7 +13,7 @@ from datasets import EvalBatchSampler, ImageDataset, build_loader
 from engine_for_pretraining import Normalize, train
 from features import Backbone, FeatureDataset, add_backbone_flags, build_backbone, evaluation_images, features_of
 from parallel import AUTOCAST_DTYPES
-from probing import Probe, evaluate_heads, head_groups, side_by_side
+from probing import Probe, evaluate_heads, head_groups, head_names, side_by_side
 from run_class_finetuning import settle_classes
 from run_pretraining import dry_run, launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
@@ -81,16 +81,17 @@ def parse(argv: list[str] | None = None) -> Namespace:
     """Defaults < --config < command line. Exits with argparse's message on bad flags."""
     args = options.parse_flags(build_parser(), argv, options.validate, validate)
     if args.lr_sweep:
+        args.lr_sweep = sorted(args.lr_sweep)  # the optimizer's state goes by position
         args.lr, args.blr = max(args.lr_sweep), None
     if args.warmup_epochs is None:
         args.warmup_epochs = round(args.epochs / 9)
-    args.recipe, args.compile = "linear probing (specs/semaim.md 9)", False
+    args.recipe = "linear probing (specs/semaim.md 9)"
     return args
 
 
 def validate(args: Namespace) -> None:
     if args.lr_sweep:
-        if min(args.lr_sweep) <= 0 or len(set(args.lr_sweep)) < len(args.lr_sweep):
+        if min(args.lr_sweep) <= 0 or len(set(head_names(args.lr_sweep))) < len(args.lr_sweep):
             raise ValueError(f"--lr_sweep takes different positive rates, not {args.lr_sweep}")
         if args.lr is not None and args.lr != max(args.lr_sweep):
             raise ValueError(f"--lr_sweep {args.lr_sweep} says every rate: leave --lr {args.lr:g} out")
@@ -133,11 +134,11 @@ class Evaluator:
             session.save_best(position, of_average=False)
         figures = {f"test_{name}": getattr(best, name) for name in ("acc1", "acc5", "loss")}
         if len(results) > 1:
-            figures |= {f"test_acc1_lr_{result.lr:g}": result.acc1 for result in results}
+            figures |= {f"test_acc1_{name}": r.acc1 for name, r in zip(self.probe.heads, results, strict=True)}
         return figures | {"best_acc1": position.best}
 
 
-def evaluate_only(args: Namespace, heads: nn.ModuleList, evaluator: Evaluator) -> list[Result]:
+def evaluate_only(args: Namespace, heads: nn.ModuleDict, evaluator: Evaluator) -> list[Result]:
     """--eval: the accuracies of --resume, or of the newest checkpoint of --output_dir."""
     origin = Origin.find(args)
     if origin is None:
@@ -183,9 +184,9 @@ def main(args: Namespace) -> list[Result]:
     backbone = build_backbone(args).to(normalize.device)
     data = build_images(args, backbone)
     rates = args.lr_sweep or [args.lr]
-    heads = side_by_side(len(rates), backbone.dim, args.nb_classes, args.seed).to(normalize.device)
-    probe = Probe(heads, backbone, [f"lr_{rate:g}" for rate in rates])
-    groups = head_groups(heads, rates, args.weight_decay)
+    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed).to(normalize.device)
+    probe = Probe(heads, backbone)
+    groups = head_groups(heads.values(), rates, args.weight_decay)
     if args.no_aug and not args.dry_run:
         data = in_features(args, data, backbone, normalize)
     evaluator = Evaluator(args, probe, rates, shared_loader(args, data["val"]), normalize)

@@ -35,7 +35,7 @@ from optim_factory import (
     param_groups,
     set_schedule,
 )
-from probing import LinearHead
+from probing import LinearHead, head_groups
 from transforms import MEAN_STD
 
 CASES = Path(os.environ.get("REFERENCE_CASES", Path(__file__).parent / "reference_cases"))
@@ -484,7 +484,7 @@ def linprobe_head(case: Case) -> dict[str, Tensor]:
     head = LinearHead(config["embed_dim"], config["num_classes"])
     weights = {name.removeprefix("head."): value for name, value in case.inputs("weights/").items()}
     load_weights(head, weights)
-    optimizer = probe_optimizer(config, param_groups(head, config["weight_decay"]))
+    optimizer = probe_optimizer(config, head_groups([head], [config["lr"]], config["weight_decay"]))
     losses = []
     for features, labels in zip(inputs["features"], inputs["labels"], strict=True):
         losses.append(F.cross_entropy(head(features), labels))
