@@ -153,6 +153,34 @@ def test_no_untrained_norm_is_used(tmp_path, trained_with, pool, norm, expected)
     assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
 
 
+@pytest.mark.parametrize(
+    ("method", "classifier"),
+    [
+        ("conmim_tiny_patch16_224", "beit_tiny_patch16_224"),
+        ("mae_tiny_patch16_224", "vit_tiny_patch16_224"),
+        ("semmae_tiny_patch16_224", "vit_tiny_patch16_224"),
+    ],
+)
+@pytest.mark.parametrize("form", ["checkpoint.pth", "encoder.safetensors"])
+def test_features_of_every_method(tmp_path, method, classifier, form):
+    """The tokens of its encoder (ConMIM's teacher), all seen, behind its final norm."""
+    torch.manual_seed(3)
+    network = create_model(method, input_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    for parameter in network.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    encoder, file = network.teacher or network, tmp_path / form
+    if form == "checkpoint.pth":
+        teacher = {"teacher": network.teacher.state_dict()} if network.teacher else {}
+        checkpoint.save_checkpoint(file, {"model": network.state_dict(), **teacher})
+    else:
+        checkpoint.save_encoder(file, network.encoder_state_dict(), {"format": "timm"})
+    with torch.no_grad():
+        tokens = encoder.norm(encoder.eval().forward_features(images()))
+    for flag, expected in (("--cls_token", tokens[:, 0]), ("--global_pool", tokens[:, 1:].mean(1))):
+        backbone = build_backbone(parse("--model", classifier, "--finetune", str(file), flag))
+        torch.testing.assert_close(backbone(images()), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_broken_images_have_no_features(tmp_path):
     for name in ("train", "val"):
         for number in range(6):
@@ -207,10 +235,11 @@ def test_the_table_holds_every_evaluation(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path):
-    """355 images of validation are an odd number: one rank's share is padded."""
+    """355 images of validation are an odd number: one rank's share is padded. What two cache, one can read."""
+    cache = ("--feature_cache", str(tmp_path / "cache"))
     one = run_here(tmp_path / "one")
-    two = in_ranks(2, run_here, tmp_path / "two")
-    assert two[0] == two[1] == one
+    two = in_ranks(2, run_here, tmp_path / "two", *cache)
+    assert two[0] == two[1] == one == run_here(tmp_path / "read", *cache)
     assert (tmp_path / "two/knn.csv").read_text() == (tmp_path / "one/knn.csv").read_text()
 
 
