@@ -195,7 +195,8 @@ def main(args: Namespace) -> list[Result]:
 
     loader = train_loader(args, data["train"])
     sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
-    options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": sizes})
+    derived = options.derived(args, loader.steps_per_epoch) | {"images": sizes, "heads": ", ".join(heads)}
+    options.report(args, derived)
     if args.dry_run:
         dry_run(args, groups, loader.steps_per_epoch, normalize.device)
         return []
