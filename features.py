@@ -101,7 +101,9 @@ def build_backbone(args: Namespace) -> Backbone:
     vit = create_model(args.model, **{**options.model_kwargs(args), **form})
     if args.finetune:
         vit.fc_norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)  # fine-tuned classifiers may have it in place of `norm`
-        found = checkpoint.load_pretrained(vit, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
+        found = checkpoint.load_pretrained(
+            vit, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
+        )  # unlike in fine-tuning nothing would repair what is missing
         log.info("%s", found)
         for name in ("norm", "fc_norm"):
             if f"{name}.weight" in found.missing:

@@ -153,6 +153,15 @@ def test_no_untrained_norm_is_used(tmp_path, trained_with, pool, norm, expected)
     assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
 
 
+def test_a_checkpoint_with_a_gap_is_refused(tmp_path):
+    file = classifier_file(tmp_path / "a.pth", "token")
+    state = torch.load(file)["model"]
+    del state["blocks.1.mlp.fc2.bias"]
+    checkpoint.save_checkpoint(file, {"model": state})
+    with pytest.raises(ValueError, match=r"100% are needed: the model has blocks\.1\.mlp\.fc2\.bias"):
+        build_backbone(parse("--finetune", file))
+
+
 @pytest.mark.parametrize(
     ("method", "classifier"),
     [
