@@ -91,10 +91,20 @@ def evaluate(
         moved = normalize(batch)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             logits = model(moved["image"]).float()
-        sums += torch.stack([*(row[counts].double().sum() for row in scores(logits, moved["label"])), counts.sum()])
+        sums += tally(logits, moved["label"], counts)
     model.train(was_training)
     if shared:
         utils.reduce_sum(sums)
+    return averages(sums)
+
+
+def tally(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """Sums over the images of a batch that count (bool [B]): loss, top-1 hits, top-5 hits, images; float64 [4]."""
+    return torch.stack([*(row[counts].double().sum() for row in scores(logits, labels)), counts.sum()])
+
+
+def averages(sums: Tensor) -> dict[str, float]:
+    """{"loss", "acc1", "acc5"} (percent) of sums by `tally`."""
     loss, top1, top5, images = sums.tolist()
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
 

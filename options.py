@@ -5,6 +5,7 @@ Flag names are the published ones (specs/conmim.md 7); flags that never had an e
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,10 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
         help="ImageNet mean and standard deviation instead of 0.5",
     )  # fmt: skip
-    group.add_argument(
-        "--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "lanczos", "hamming", "random")
-    )
+    if stage != "knn":
+        group.add_argument(
+            "--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "lanczos", "hamming", "random")
+        )
     group.add_argument("--num_workers", type=int, default=10)
     _switch(group, "pin_mem", "no_pin_mem", help="pinned host memory for faster copies to a GPU")
     group.add_argument(
@@ -241,8 +243,8 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--crop_pct", type=float, default=None)
 
 
-def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Device, precision, DeepSpeed and the processes."""
+def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Device, precision and the processes: all that a script without training needs of the engine."""
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="cuda", help="cuda (falls back to cpu where there is none) or cpu")
     group.add_argument(
@@ -251,6 +253,16 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default="auto",
         help="auto: bf16 where the hardware has it",
     )
+    group.add_argument("--dist_on_itp", action="store_true", help="read the process's place from OpenMPI")
+    group.add_argument("--dist_url", default="env://")
+    group.add_argument("--world_size", type=int, default=1, help=argparse.SUPPRESS)
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return group
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """Device, precision, DeepSpeed and the processes."""
+    group = add_process_flags(parser)
     group.add_argument("--enable_deepspeed", action="store_true")
     group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)
     group.add_argument(
@@ -263,10 +275,6 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=3,
         help="steps in a row that may be skipped for a non-finite loss or gradient",
     )
-    group.add_argument("--dist_on_itp", action="store_true", help="read the process's place from OpenMPI")
-    group.add_argument("--dist_url", default="env://")
-    group.add_argument("--world_size", type=int, default=1, help=argparse.SUPPRESS)
-    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
@@ -315,6 +323,25 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     args.recipe = recipe.name if recipe else None
+    return args
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: list[str] | None, *checks: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    """Of a script without recipes: defaults < --config < command line, then the checks.
+
+    Exits with argparse's message on bad flags.
+    """
+    config = parser.parse_known_args(argv)[0].config
+    try:
+        if config:
+            parser.set_defaults(**read_config(config, parser))
+        args = parser.parse_args(argv)
+        for check in checks:
+            check(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -390,8 +417,8 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_lr(args: argparse.Namespace) -> None:
-    """--blr is for 256 images a step and grows with the effective batch."""
-    if args.lr is None:
+    """--blr is for 256 images a step and grows with the effective batch. A script without training has no --lr."""
+    if "lr" in args and args.lr is None:
         args.lr = args.blr * effective_batch(args) / 256
 
 

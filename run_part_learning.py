@@ -104,17 +104,7 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    """Defaults < --config < command line. Exits with argparse's message on bad flags."""
-    parser = build_parser()
-    config = parser.parse_known_args(argv)[0].config
-    try:
-        if config:
-            parser.set_defaults(**options.read_config(config, parser))
-        args = parser.parse_args(argv)
-        options.validate(args)
-        validate(args)
-    except ValueError as error:
-        parser.error(str(error))
+    args = options.parse_flags(build_parser(), argv, options.validate, validate)
     args.model, args.recipe, args.compile = "semmae_parts", "SemMAE stage 1 (specs/semmae.md C.3)", False
     return args
 

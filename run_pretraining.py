@@ -219,7 +219,7 @@ def start_training(
         origin.load_weights(network, average, average_key, getattr(args, "resume_copy", ""))
     peak, n_parameters = utils.peak_flops(device, args.precision), utils.count_parameters(network)
     flops = flops_per_image(task, loader, normalize) if peak else None
-    if args.compile:
+    if getattr(args, "compile", False):
         compile_blocks(network, average and average.module)
     runner = build_runner(args, task, groups, device)
     runner.watch(network, average and average.module)

@@ -13,7 +13,7 @@ import math
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -174,11 +174,19 @@ class ViewDraws:
 
 
 def draw_view(
-    rng: np.random.Generator, size: Pair, crop_scale: tuple[float, float], interpolation: str, strong: bool
+    rng: np.random.Generator,
+    size: Pair,
+    crop_scale: tuple[float, float],
+    interpolation: str,
+    strong: bool,
+    crop: Callable[..., tuple[int, int, int, int]] | None = None,
 ) -> ViewDraws:
-    """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colours if `strong` (spec 2.1)."""
+    """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colours if `strong` (spec 2.1).
+
+    `crop(rng, size, crop_scale)` draws the box; None: `draw_crop`.
+    """
     flip = bool(rng.random() < 0.5)
-    box = draw_crop(rng, size, crop_scale)
+    box = (crop or draw_crop)(rng, size, crop_scale)
     if interpolation == "random":
         interpolation = TORCH_FILTERS[rng.integers(2)]
     return ViewDraws(flip, box, interpolation, draw_colour(rng) if strong else None)
@@ -196,6 +204,17 @@ def draw_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float]) 
             top, left = int(rng.random() * (height - crop_h + 1)), int(rng.random() * (width - crop_w + 1))
             return top, left, crop_h, crop_w
     return _central_box(size)
+
+
+def draw_clipped_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Box (top, left, height, width) of linear probing: as `draw_crop`, but at the first try, each side cut down to
+    the picture's (spec SemMAE A.10)."""
+    height, width = size
+    area = height * width * _between(rng, scale)
+    aspect = math.exp(_between(rng, (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))))
+    crop_w = min(max(round(math.sqrt(area * aspect)), 1), width)
+    crop_h = min(max(round(math.sqrt(area / aspect)), 1), height)
+    return int(rng.random() * (height - crop_h + 1)), int(rng.random() * (width - crop_w + 1)), crop_h, crop_w
 
 
 def _central_box(size: Pair) -> tuple[int, int, int, int]:
@@ -554,6 +573,25 @@ def build_pretrain_transform(
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{flag} is '{value}'; it must be one of {', '.join(choices)}")
+
+
+# --- linear probing ---------------------------------------------------------------------------------------------------
+
+
+class ProbeTransform:
+    """A crop by `draw_clipped_crop` and a flip, nothing else: `transform(raw, rng)` -> {"image": uint8 [3, H, W]}."""
+
+    def __init__(self, input_size: int | Pair, interpolation: str = "bicubic", crop_scale: Sequence[float] = (0.08, 1)):
+        _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
+        self.size, self.interpolation, self.crop_scale = as_pair(input_size), interpolation, tuple(crop_scale)
+
+    def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
+        draw = functools.partial(
+            draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation, strong=False,
+            crop=draw_clipped_crop,
+        )  # fmt: skip
+        _, _, image, _ = _apply_fast(raw, draw, self.size)
+        return {"image": torch.from_numpy(image)}
 
 
 # --- fine-tuning ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Processes, seeds, logging and meters: what every script needs and no model knows."""
 
+import csv
+import io
 import json
 import logging
 import math
@@ -10,8 +12,10 @@ import socket
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -229,6 +233,15 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Replaces a CSV file by dataclass instances of one kind, a row for each, under their fields' names."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(path, text.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

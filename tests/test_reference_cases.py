@@ -8,6 +8,7 @@ fails.
 import json
 import math
 import os
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,13 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from checkpoint import geometric_ratio, interpolate_pos_embed, interpolate_rel_pos_bias, source_coordinates
+from features import Features
+from knn import evaluate_knn
 from masking_generator import mask_lambda_schedule, others_first, semantic_mask
 from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
 from modeling_pretrain import MAE, ConMIM, SemMAE, masked_positions, put, take
-from optim_factory import cosine_at, cosine_schedule, layer_scales, param_groups, set_schedule
+from optim_factory import LARS, cosine_at, cosine_schedule, create_optimizer, layer_scales, param_groups, set_schedule
+from probing import LinearHead, head_groups
 from transforms import MEAN_STD
 
 CASES = Path(os.environ.get("REFERENCE_CASES", Path(__file__).parent / "reference_cases"))
@@ -225,6 +229,60 @@ def rel_pos_bias_interp(case: Case) -> dict[str, Tensor]:
 def pos_embed_interp(case: Case) -> dict[str, Tensor]:
     grid, extra = case.config["dst_grid"], case.config["num_extra_tokens"]
     return {"pos_embed": interpolate_pos_embed(case.inputs()["pos_embed"], (grid, grid), extra)}
+
+
+# -- k-NN and linear probing
+
+
+def knn(case: Case) -> dict[str, Tensor]:
+    config, inputs = case.config, case.inputs()
+    bank, queries = (Features(inputs[f"{name}_features"], inputs[f"{name}_labels"]) for name in ("train", "test"))
+    found = evaluate_knn(bank, queries, config["k"], config["temperature"], config["num_classes"])
+    shape = len(config["k"]), len(config["temperature"])
+    tables = {top: torch.tensor([getattr(f, f"acc{top}") for f in found], dtype=torch.float64) for top in (1, 5)}
+    return {f"top{top}": table.view(shape) for top, table in tables.items()}
+
+
+def probe_optimizer(config: dict, groups: list[dict]) -> torch.optim.Optimizer:
+    """`sgd` is plain momentum upstream."""
+    name = {"sgd": "momentum"}.get(config["optimizer"], config["optimizer"])
+    args = Namespace(opt=name, lr=config["lr"], momentum=0.9, opt_eps=None, opt_betas=None)
+    return create_optimizer(args, groups, "cpu")
+
+
+def linprobe_head(case: Case) -> dict[str, Tensor]:
+    config, inputs = case.config, case.inputs()
+    head = LinearHead(config["embed_dim"], config["num_classes"])
+    weights = {name.removeprefix("head."): value for name, value in case.inputs("weights/").items()}
+    load_weights(head, weights)
+    optimizer = probe_optimizer(config, head_groups([head], [config["lr"]], config["weight_decay"]))
+    losses = []
+    for features, labels in zip(inputs["features"], inputs["labels"], strict=True):
+        losses.append(F.cross_entropy(head(features), labels))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    logits = head.eval()(inputs["features"][0])
+    final = {f"final/{name}": value for name, value in head.state_dict().items()}
+    return {"losses": torch.stack(losses), "eval_logits": logits} | final
+
+
+def lars(case: Case) -> dict[str, Tensor]:
+    """Two families state the same rule with other names for parameters, gradients and results."""
+    config, inputs = case.config, case.inputs()
+    prefix = "param_" if any(name.startswith("param_") for name in inputs) else ""
+    first = {name.removeprefix(prefix): value for name, value in inputs.items() if not name.startswith("grad")}
+    parameters = {name: nn.Parameter(value.clone()) for name, value in first.items()}
+    names = ("lr", "weight_decay", "momentum", "trust_coefficient")
+    optimizer = LARS(parameters.values(), **{name: config[name] for name in names})
+    computed = {}
+    for step in range(len({name.partition("_")[0] for name in inputs if name.startswith("grad")})):
+        for name, parameter in parameters.items():
+            parameter.grad = inputs[f"grad{step}_{name}"]
+        optimizer.step()
+        for name, parameter in parameters.items():
+            computed[f"step{step}_{name}"] = computed[f"param_{name}_after{step + 1}"] = parameter.detach().clone()
+    return computed | {f"momentum_{name}": optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
 
 
 # -- MAE and SemMAE
@@ -452,10 +510,11 @@ ADAPTERS = {
     adapter.__name__: adapter
     for adapter in (
         conmim, beit_finetune, layer_decay, schedules, rel_pos_bias_interp, pos_embed_interp,
+        knn, linprobe_head, lars,
         mae, mae_finetune, mae_layer_decay, mae_lr_schedule, mae_pos_interp,
         semmae, semmae_mask, semmae_flip, semmae_finetune_tokens,
     )
-} | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables}  # fmt: skip
+} | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

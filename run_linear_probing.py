@@ -1,0 +1,210 @@
+"""Linear probing of a pre-trained ViT, for one learning rate or several at once; `--help` lists the flags."""
+
+import argparse
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import options
+from datasets import EvalBatchSampler, ImageDataset, build_loader
+from engine_for_pretraining import Normalize, train
+from features import Backbone, FeatureDataset, add_backbone_flags, build_backbone, evaluation_images, features_of
+from parallel import AUTOCAST_DTYPES
+from probing import Probe, evaluate_heads, head_groups, head_names, side_by_side
+from run_class_finetuning import settle_classes
+from run_pretraining import dry_run, launch, set_up, start_training, train_loader
+from session import Origin, Position, Session
+from transforms import ProbeTransform
+from utils import log, write_rows
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of linear.csv: a head after an epoch (numbered from 0), accuracies in percent."""
+
+    lr: float
+    acc1: float
+    acc5: float
+    loss: float
+    epoch: int
+    model: str
+    finetune: str
+    pool: str
+    feature_norm: str
+    opt: str
+    seed: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add_backbone_flags(parser)
+    _probe_flags(parser)
+    # those of pre-training where the others have what a linear layer does not: layer decay
+    for add, stage in ((options.add_data_flags, "finetune"), (options.add_optimizer_flags, "pretrain"),
+                       (options.add_engine_flags, "finetune"), (options.add_run_flags, "finetune")):  # fmt: skip
+        add(parser, stage)
+    # specs/semaim.md 9; without --warmup_epochs the warm-up is the published 10 of 90 epochs
+    parser.set_defaults(
+        batch_size=512, epochs=90, opt="momentum", opt_betas=None, lr=None, blr=0.1, lr_schedule="mae", min_lr=0.0,
+        warmup_epochs=None, weight_decay=0.0, imagenet_default_mean_and_std=True,
+    )  # fmt: skip
+    return parser
+
+
+def _probe_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("linear probe")
+    group.add_argument(
+        "--lr_sweep", type=float, nargs="+", default=None, metavar="LR",
+        help="in place of --lr: one head for each rate, trained side by side; --min_lr is that of the largest rate, "
+        "the others fall to the same share of theirs",
+    )  # fmt: skip
+    group.add_argument(
+        "--crop_scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"),
+        help="share of the area that a training crop keeps",
+    )  # fmt: skip
+    group.add_argument(
+        "--no_aug", action="store_true", help="train on features of images as for evaluation, computed once"
+    )
+    group.add_argument("--eval", action="store_true", help="evaluate --resume and exit")
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    """Defaults < --config < command line. Exits with argparse's message on bad flags."""
+    args = options.parse_flags(build_parser(), argv, options.validate, validate)
+    if args.lr_sweep:
+        args.lr_sweep = sorted(args.lr_sweep)  # the optimizer's state goes by position
+        args.lr, args.blr = max(args.lr_sweep), None
+    if args.warmup_epochs is None:
+        args.warmup_epochs = round(args.epochs / 9)
+    args.recipe = "linear probing (specs/semaim.md 9)"
+    return args
+
+
+def validate(args: Namespace) -> None:
+    if args.lr_sweep:
+        if min(args.lr_sweep) <= 0 or len(set(head_names(args.lr_sweep))) < len(args.lr_sweep):
+            raise ValueError(f"--lr_sweep takes different positive rates, not {args.lr_sweep}")
+        if args.lr is not None and args.lr != max(args.lr_sweep):
+            raise ValueError(f"--lr_sweep {args.lr_sweep} says every rate: leave --lr {args.lr:g} out")
+        if args.clip_grad and len(args.lr_sweep) > 1:
+            raise ValueError("--clip_grad would clip the heads of --lr_sweep together: run them one by one")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise ValueError(f"--crop_scale takes MIN <= MAX, both above 0 and at most 1, not {args.crop_scale}")
+    if args.feature_cache and not args.no_aug:
+        raise ValueError("--feature_cache holds features of images without augmentation: give --no_aug too")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and evaluation
+
+
+class Evaluator:
+    """Evaluates all heads, writes linear.csv, and keeps the checkpoint of the best head's best epoch."""
+
+    def __init__(self, args: Namespace, probe: Probe, rates: list[float], loader: DataLoader, normalize: Normalize):
+        self.args, self.probe, self.rates, self.loader, self.normalize = args, probe, rates, loader, normalize
+        self.results: list[Result] = []  # the latest
+
+    def __call__(self, epoch: int) -> list[Result]:
+        args = self.args
+        found = evaluate_heads(self.probe, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision))
+        names = ("model", "finetune", "pool", "feature_norm", "opt", "seed")
+        about = {"epoch": epoch} | {name: getattr(args, name) for name in names}
+        self.results = [Result(lr=rate, **own, **about) for rate, own in zip(self.rates, found, strict=True)]
+        if args.output_dir and args.rank == 0:
+            write_rows(Path(args.output_dir) / "linear.csv", self.results)
+        for r in self.results:
+            log.info("lr %g: acc1 %.3f  acc5 %.3f  loss %.4f", r.lr, r.acc1, r.acc5, r.loss)
+        return self.results
+
+    def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
+        results = self(position.epoch)
+        best = max(results, key=lambda result: result.acc1)
+        if best.acc1 > position.best:
+            position.best = best.acc1
+            session.save_best(position, of_average=False)
+        figures = {f"test_{name}": getattr(best, name) for name in ("acc1", "acc5", "loss")}
+        if len(results) > 1:
+            figures |= {f"test_acc1_{name}": r.acc1 for name, r in zip(self.probe.heads, results, strict=True)}
+        return figures | {"best_acc1": position.best}
+
+
+def evaluate_only(args: Namespace, heads: nn.ModuleDict, evaluator: Evaluator) -> list[Result]:
+    """--eval: the accuracies of --resume, or of the newest checkpoint of --output_dir."""
+    origin = Origin.find(args)
+    if origin is None:
+        raise ValueError("--eval needs a checkpoint: --resume FILE")
+    origin.load_weights(heads, None, "average")
+    return evaluator(origin.state["epoch"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]:
+    """{"train", "val"}; with --no_aug both as for evaluation. Settles --nb_classes."""
+    images = {name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")}
+    for dataset in images.values():
+        settle_classes(args, dataset)
+    if not args.no_aug:
+        images["train"].transform = ProbeTransform(backbone.image_size, args.train_interpolation, args.crop_scale)
+    return images
+
+
+def in_features(
+    args: Namespace, images: dict[str, ImageDataset], backbone: Backbone, normalize: Normalize
+) -> dict[str, FeatureDataset]:
+    """--no_aug: what the backbone makes of the images, once for all epochs."""
+    return {
+        name: FeatureDataset(features_of(args, dataset, backbone, normalize, name)) for name, dataset in images.items()
+    }
+
+
+def shared_loader(args: Namespace, dataset: Dataset) -> DataLoader:
+    """Every image once, shared among the ranks."""
+    sampler = EvalBatchSampler(len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size)
+    return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: Namespace) -> list[Result]:
+    normalize = set_up(args)
+    backbone = build_backbone(args).to(normalize.device)
+    data = build_images(args, backbone)
+    rates = args.lr_sweep or [args.lr]
+    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed).to(normalize.device)
+    probe = Probe(heads, backbone)
+    groups = head_groups(heads.values(), rates, args.weight_decay)
+    if args.no_aug and not args.dry_run:
+        data = in_features(args, data, backbone, normalize)
+    evaluator = Evaluator(args, probe, rates, shared_loader(args, data["val"]), normalize)
+    if args.eval and not args.dry_run:
+        return evaluate_only(args, heads, evaluator)
+
+    loader = train_loader(args, data["train"])
+    sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
+    derived = options.derived(args, loader.steps_per_epoch) | {"images": sizes, "heads": ", ".join(heads)}
+    options.report(args, derived)
+    if args.dry_run:
+        dry_run(args, groups, loader.steps_per_epoch, normalize.device)
+        return []
+    run, position = start_training(args, probe, heads, loader, groups, normalize, "average")
+    train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
+    log.info("best acc1 %.3f", position.best)
+    return evaluator.results or evaluator(args.epochs - 1)  # a finished run has trained nothing
+
+
+if __name__ == "__main__":
+    launch(main, parse())
