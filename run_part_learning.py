@@ -105,7 +105,7 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     args = options.parse_flags(build_parser(), argv, options.validate, validate)
-    args.model, args.recipe, args.compile = "semmae_parts", "SemMAE stage 1 (specs/semmae.md C.3)", False
+    args.recipe = "SemMAE stage 1 (specs/semmae.md C.3)"
     return args
 
 

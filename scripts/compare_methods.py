@@ -2,21 +2,21 @@
 
     python scripts/compare_methods.py [--data cifar10 shapes] [--methods mae semmae] [--seeds 0 1 2]
 
-Every method is pre-trained for the same epochs with an encoder of the same size and fine-tuned by the same recipe on a
-tenth of the labels. Runs that are finished below --output are kept; interrupted ones go on. Writes results.csv there
-and prints a Markdown table for each data set. Another method is one more line of METHODS.
+Every method is pre-trained for the same epochs with an encoder of the same size; its averaged tokens are classified by
+k-NN and a linear probe, and it is fine-tuned by the same recipe on a tenth of the labels. Runs that are finished below
+--output are kept; interrupted ones go on. Writes results.csv there and prints a Markdown table for each data set.
+Another method is one more line of METHODS.
 """
 
 import argparse
 import csv
-import io
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,11 +49,15 @@ METHODS = {
 }
 
 
+COMMON = "--imagenet_default_mean_and_std --num_workers 0"
+
+
 @dataclass(frozen=True)
 class Data:
     """Flags of a data set, and the length of each stage on it."""
 
     source: str
+    patches: str
     pretrain: str
     finetune: str
     parts: str
@@ -61,19 +65,22 @@ class Data:
 
 DATA = {
     "cifar10": Data(
-        source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32",
-        pretrain="--patch_size 4 --batch_size 256 --epochs 8 --warmup_steps 62 --crop_scale 0.2 1",
-        finetune="--patch_size 4 --batch_size 64 --epochs 5 --warmup_epochs 1",
+        source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32 {COMMON}",
+        patches="--patch_size 4",
+        pretrain="--min_lr 0 --batch_size 256 --epochs 8 --warmup_steps 62 --crop_scale 0.2 1",
+        finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
         parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
     ),
     "shapes": Data(
-        source="--data_set shapes --input_size 64",
-        pretrain="--patch_size 8 --batch_size 64 --epochs 15 --warmup_steps 46 --crop_scale 0.2 1",
-        finetune="--patch_size 8 --batch_size 32 --epochs 20 --warmup_epochs 2",
+        source=f"--data_set shapes --input_size 64 {COMMON}",
+        patches="--patch_size 8",
+        pretrain="--min_lr 0 --batch_size 64 --epochs 15 --warmup_steps 46 --crop_scale 0.2 1",
+        finetune="--batch_size 32 --epochs 20 --warmup_epochs 2",
         parts="--batch_size 64 --epochs 5 --decoder_widths 64 48 32 24 --part_grid 16",
     ),
 }
-COMMON = "--imagenet_default_mean_and_std --num_workers 0 --save_ckpt_freq 1000 --min_lr 0"
+PROBE = "--global_pool --batch_size 256"
+LINEAR = "--no_aug --epochs 30 --warmup_epochs 0 --lr 0.1"
 FINETUNE = (
     "--label_fraction 0.1 --lr 5e-4 --layer_decay 1 --drop_path 0 --init_scale 1e-3 --aa= --color_jitter 0 --reprob 0 "
     "--smoothing 0 --weight_decay 0.05 --min_lr 1e-6"
@@ -82,12 +89,14 @@ FINETUNE = (
 
 @dataclass(frozen=True)
 class Result:
-    """One row of results.csv: accuracies in percent, of the last epoch; nan where nothing was pre-trained."""
+    """One row of results.csv: accuracies in percent, of last epochs; nan where nothing was pre-trained."""
 
     data: str
     method: str
     seed: int
     pretrain_loss: float
+    knn_acc1: float
+    linear_acc1: float
     finetune_acc1: float
 
 
@@ -101,7 +110,8 @@ class Comparison:
     def __init__(self, name: str, seed: int, output: Path, precision: str, threads: int):
         self.name, self.data, self.seed = name, DATA[name], seed
         self.folder, self.threads = output / name / f"seed{seed}", threads
-        self.common = f"{COMMON} --precision {precision} --seed {seed}"
+        self.precision = precision
+        self.common = f"--save_ckpt_freq 1000 --precision {precision} --seed {seed}"
 
     def run(self, command: str, folder: Path) -> Path:
         """Runs a script of the repository unless it has finished in `folder`; its output goes to output.txt there."""
@@ -121,7 +131,8 @@ class Comparison:
 
     def pretrain(self, key: str) -> Path:
         method = METHODS[key]
-        command = f"run_pretraining.py {self.data.source} {self.data.pretrain} {self.common} {method.pretrain}"
+        data = f"{self.data.source} {self.data.patches}"
+        command = f"run_pretraining.py {data} {self.data.pretrain} {self.common} {method.pretrain}"
         if method.parts == "random":
             command += " --part_source random"
         elif method.parts:
@@ -139,21 +150,31 @@ class Comparison:
         )
         return self.run(command, folder)
 
-    def finetune(self, key: str) -> Result:
+    def evaluate(self, key: str) -> Result:
         method, loss, start = METHODS[key], float("nan"), ""
         if method.pretrain:
             pretrained = self.pretrain(key)
             loss = report.read_log(pretrained)[-1]["train_loss"]
             start = f"--finetune {shlex.quote(str(encoder_of(pretrained)))}"
-        command = (
-            f"run_class_finetuning.py --model {method.classifier} --model_kwargs {ENCODER} {self.data.source} "
-            f"{self.common} {self.data.finetune} {FINETUNE} {start}"
-        )
-        log = report.read_log(self.run(command, self.folder / key / "finetune"))
-        return Result(self.name, key, self.seed, loss, log[-1]["test_acc1"])
+        network = f"--model {method.classifier} --model_kwargs {ENCODER} {self.data.source} {self.data.patches} {start}"
+        return Result(
+            self.name, key, self.seed, loss, *self.probe(key, network),
+            self.accuracy(f"run_class_finetuning.py {network} {FINETUNE} {self.data.finetune}", key, "finetune"),
+        )  # fmt: skip
+
+    def probe(self, key: str, network: str) -> tuple[float, float]:
+        """k-NN and linear accuracy of the same features."""
+        features = f"{network} {PROBE} --feature_cache {shlex.quote(str(self.folder / key / 'features'))}"
+        knn = f"run_knn.py {features} --knn_k 20 --seed {self.seed} --precision {self.precision}"
+        rows = list(csv.DictReader((self.run(knn, self.folder / key / "knn") / "knn.csv").open()))
+        return float(rows[0]["acc1"]), self.accuracy(f"run_linear_probing.py {features} {LINEAR}", key, "linear")
+
+    def accuracy(self, command: str, key: str, stage: str) -> float:
+        """Of the last epoch of a run."""
+        return report.read_log(self.run(f"{command} {self.common}", self.folder / key / stage))[-1]["test_acc1"]
 
     def results(self, keys: Iterable[str]) -> list[Result]:
-        return [self.finetune(key) for key in keys]
+        return [self.evaluate(key) for key in keys]
 
 
 def encoder_of(folder: Path) -> Path:
@@ -165,29 +186,24 @@ def encoder_of(folder: Path) -> Path:
 # Tables
 
 
-def write_csv(results: Sequence[Result], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Result)])
-    writer.writeheader()
-    writer.writerows(asdict(result) for result in results)
-    utils.write_text(path, text.getvalue())
-
-
 def table(results: Sequence[Result], data: str) -> str:
     """Markdown: a row for each method with mean and deviation over the seeds, then each seed."""
     rows = [result for result in results if result.data == data]
     seeds = sorted({row.seed for row in rows})
     lines = [
-        f"| {data} | pre-training loss | fine-tuned, % | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
-        "|---" * (3 + len(seeds)) + "|",
+        f"| {data} | pre-training loss | k-NN, % | linear, % | fine-tuned, % | "
+        + " | ".join(f"seed {seed}, fine-tuned" for seed in seeds)
+        + " |",
+        "|---" * (5 + len(seeds)) + "|",
     ]
     for key, method in METHODS.items():
         own = {row.seed: row for row in rows if row.method == key}
         if own:
             losses = report.spread([row.pretrain_loss for row in own.values()], digits=3) if method.pretrain else ""
-            mean = report.spread([row.finetune_acc1 for row in own.values()])
+            kinds = ("knn_acc1", "linear_acc1", "finetune_acc1")
+            means = " | ".join(report.spread([getattr(row, kind) for row in own.values()]) for kind in kinds)
             each = [f"{own[seed].finetune_acc1:.1f}" if seed in own else "" for seed in seeds]
-            lines.append(f"| {method.label} | {losses} | {mean} | {' | '.join(each)} |")
+            lines.append(f"| {method.label} | {losses} | {means} | {' | '.join(each)} |")
     return "\n".join(lines)
 
 
@@ -210,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = [row for rows in pool.map(lambda chain: chain.results(args.methods), chains) for row in rows]
-    write_csv(results, args.output / "results.csv")
+    utils.write_rows(args.output / "results.csv", results)
     print("\n\n".join(table(results, name) for name in args.data))
 
 

@@ -372,6 +372,12 @@ def run(data: Path, folder: Path, *flags: str) -> None:
     run_part_learning.main(parse(data, folder, *flags))
 
 
+def test_the_saved_configuration_can_be_given_again(data, tmp_path):
+    run(data, tmp_path, "--dry_run", "--num_parts", "3", "--tau_end", "0.1")
+    again = run_part_learning.parse(["--config", str(tmp_path / "config.yaml")])
+    assert (again.num_parts, again.tau_end, again.teacher, again.epochs) == (3, 0.1, TIMM, 2)
+
+
 def trained(folder: Path):
     """Teacher and learner of a finished run, built and loaded without the script."""
     torch.manual_seed(0)
