@@ -42,7 +42,7 @@ from modeling_finetune import (
     take,
     unpatchify,
 )
-from modeling_targets import TEACHERS, Teacher, build_blur, build_target
+from modeling_targets import PREDICTED_FEATURES, TEACHERS, Teacher, build_blur, build_target
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
@@ -538,7 +538,7 @@ class SemAIM(PlainViT):
         check_choice("attention_type", attention_type, ("cls", "gap", "self"))
         check_choice("order_precision", order_precision, ("fp32", "auto"))
         check_choice("prediction_head_type", prediction_head_type, ("MLP", "LINEAR"))
-        check_choice("predict_feature", predict_feature, ("none", "inference", "ema", *TEACHERS))
+        check_choice("predict_feature", predict_feature, PREDICTED_FEATURES)
         check_choice("loss_type", loss_type, ("L1", "L2"))
         if predict_feature == "ema" and not use_ema_model:
             raise ValueError("--predict_feature ema needs the average that --use_ema_model keeps")

@@ -37,6 +37,8 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
 
 
 TEACHERS = ("dino", "clip")
+PREDICTED_FEATURES = ("none", "inference", "ema", *TEACHERS)
+TARGET_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class Teacher:

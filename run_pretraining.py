@@ -31,6 +31,12 @@ from session import Origin, Position, Session
 from transforms import MEAN_STD, build_pretrain_transform
 from utils import NonFiniteError, RunLog, StepMonitor, StopSignal, Throughput, log
 
+SEMAIM_FLAGS = (  # named as the options of the model
+    "permutation_type", "attention_type", "order_precision", "query_depth", "share_weight", "prediction_head_type",
+    "gaussian_kernel_size", "gaussian_sigma", "loss_type", "predict_feature", "target_model", "target_precision",
+    "use_ema_model",
+)  # fmt: skip
+
 
 def build_method(args: Namespace) -> PretrainMethod:
     """The method that --model names, with the flags that were given."""
@@ -46,6 +52,7 @@ def build_method(args: Namespace) -> PretrainMethod:
         "num_parts": args.num_parts,
         "mask_lambda": args.mask_lambda,
         "mask_lambda_power": args.mask_lambda_power,
+        **{name: getattr(args, name) for name in SEMAIM_FLAGS},
         "attn": args.attn,
         "grad_checkpointing": args.grad_checkpointing,
     }

@@ -43,6 +43,10 @@ PRETRAIN_ONLY = {
     "min_mask_patches_per_block": 16, "temp": None, "t_momentum": None, "resume_copy": "",
     "norm_pix_loss": None, "no_norm_pix_loss": None, "part_maps": None, "part_source": "maps", "num_parts": None,
     "mask_lambda": None, "mask_lambda_power": None,
+    "permutation_type": None, "attention_type": None, "order_precision": None, "query_depth": None,
+    "share_weight": None, "no_share_weight": None, "prediction_head_type": None, "gaussian_kernel_size": None,
+    "gaussian_sigma": None, "loss_type": None, "predict_feature": None, "target_model": None,
+    "target_precision": None, "use_ema_model": None, "no_use_ema_model": None,
     "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
     "second_interpolation": None, "no_loss_masked": None,
 }  # fmt: skip
