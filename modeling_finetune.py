@@ -249,6 +249,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between; dropout comes after the second only (specs/conmim.md 1.1)."""
 
+    act = staticmethod(F.gelu)
+
     def __init__(self, dim: int, hidden_dim: int, drop: float, out_dim: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -256,7 +258,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(F.gelu(self.fc1(x))))
+        return self.drop(self.fc2(self.act(self.fc1(x))))
 
 
 class Block(nn.Module):

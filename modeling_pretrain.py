@@ -42,7 +42,7 @@ from modeling_finetune import (
     take,
     unpatchify,
 )
-from modeling_targets import PREDICTED_FEATURES, TEACHERS, Teacher, build_blur, build_target
+from modeling_targets import PREDICTED_FEATURES, TEACHERS, Teacher, build_blur, load_teacher
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
@@ -562,7 +562,7 @@ class SemAIM(PlainViT):
         query_blocks = nn.ModuleList(block(drop_path=rate) for rate in rates[: depth if share_weight else query_depth])
         setattr(self, "blocks" if share_weight else "query_blocks", query_blocks)
         self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
-        target = build_target(predict_feature, target_model, target_precision)
+        target = self.load_target(target_model, target_precision)
         pixels = 3 * math.prod(self.patch_embed.patch_size)
         width = target_width(predict_feature, target, pixels, self.embed_dim, out_dim)
         self.prediction_head = (
@@ -576,6 +576,14 @@ class SemAIM(PlainViT):
         self.average = MovingAverage(self) if use_ema_model else None
         self.target = target  # after the copy for the average, which needs none
         self.before_epoch(0, 1)
+
+    def load_target(self, source: str | None, precision: str) -> Teacher | None:
+        """The model whose features are predicted, if that is neither the network nor its average."""
+        if source is None:
+            return None
+        if self.predict_feature not in TEACHERS:
+            raise ValueError(f"--target_model is of no use without --predict_feature {' or '.join(TEACHERS)}")
+        return load_teacher(self.predict_feature, source, self.patch_embed.grid_size, precision)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
         """`noise` replaces the random draws of `order_of`."""

@@ -40,6 +40,10 @@ METHODS = {  # flags over those of PRETRAIN
         *("--model_kwargs", *SIZE, *DECODER),
     ),
     "semaim": ("--model", "semaim_tiny_patch16_224", "--use_ema_model", "--model_kwargs", *SIZE, "query_depth=2"),
+    "saim": (
+        *("--model", "semaim_tiny_patch16_224", "--permutation_type", "stochastic", "--share_weight"),
+        *("--model_kwargs", *SIZE, "query_depth=2"),
+    ),
 }
 FINETUNE = [
     *("--model", "beit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE, "init_scale=1.0"),

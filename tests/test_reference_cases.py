@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from checkpoint import fuse_qkv, geometric_ratio, interpolate_pos_embed, interpolate_rel_pos_bias, source_coordinates
 from masking_generator import mask_lambda_schedule, others_first, patch_order, semantic_mask, visible_patches
 from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
-from modeling_pretrain import MAE, ConMIM, SemAIM, SemMAE, masked_positions, put, take
-from modeling_targets import TEACHERS
+from modeling_pretrain import MAE, ConMIM, SemAIM, SemMAE, masked_positions, put, similarity, stretched, take
+from modeling_targets import TEACHERS, Teacher, build_tower, from_openai, visual_weights
 from optim_factory import cosine_at, cosine_schedule, layer_scales, param_groups, set_schedule
 from transforms import MEAN_STD
 
@@ -548,6 +548,16 @@ def semaim_attention(case: Case) -> dict[str, Tensor]:
     return {"tokens": tokens, "feature_attention": attention, "self_attention": self_attention}
 
 
+def semaim_clip_teacher(case: Case) -> dict[str, Tensor]:
+    """The visual tower of OpenAI's file, and the map that SemAIM makes of its tokens."""
+    config = case.config
+    weights = from_openai(visual_weights(case.inputs("weights/")))
+    side = config["input_resolution"] // config["patch_size"]
+    teacher = Teacher(build_tower(weights, (side, side), quick_gelu=True, num_heads=config["heads"]))
+    tokens = teacher(case.inputs()["imgs"])
+    return {"tokens": tokens, "similarity": stretched(similarity(tokens[:, :1], tokens[:, 1:]))}
+
+
 def semaim_weight_decay(case: Case) -> dict[str, Tensor]:
     """The published order of the groups: first what is not decayed."""
     config, expected = case.config, case.spec["expected"]
@@ -642,8 +652,8 @@ ADAPTERS = {
         conmim, beit_finetune, layer_decay, schedules, rel_pos_bias_interp, pos_embed_interp,
         mae, mae_finetune, mae_layer_decay, mae_lr_schedule, mae_pos_interp,
         semmae, semmae_mask, semmae_flip, semmae_finetune_tokens,
-        semaim, semaim_masks, semaim_attention, semaim_weight_decay, semaim_lr_schedule, semaim_train_steps,
-        gaussian_blur, vit_finetune,
+        semaim, semaim_masks, semaim_attention, semaim_clip_teacher, semaim_weight_decay, semaim_lr_schedule,
+        semaim_train_steps, gaussian_blur, vit_finetune,
     )
 } | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables}  # fmt: skip
 
