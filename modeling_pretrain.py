@@ -781,5 +781,10 @@ for _size, _options in MAE_SIZES.items():
     _options = {**_options, "patch_size": _patch_size, "query_depth": 16 if _size == "huge" else 12}
     register(f"semaim_{_size}_patch{_patch_size}_224", SemAIM, **_options)
 
+for _size, _options in VIT_SIZES.items():  # SemAIM's ancestors, and its form with CLIP's features for pixels
+    register(f"saim_{_size}_patch16_224", SemAIM, **_options, permutation_type="stochastic")
+    register(f"igpt_{_size}_patch16_224", SemAIM, **_options, permutation_type="zigzag")
+    register(f"semaim_clip_{_size}_patch16_224", SemAIM, **_options, predict_feature="clip")
+
 for _size in ("base", "large"):  # a quarter of the 28 x 28 patches, as many tokens as with patches of 16 pixels
     register(f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25)
