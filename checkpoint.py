@@ -296,8 +296,9 @@ def load_pretrained(
 
     Which weights: the first key of `model_key` (split at "|") that the checkpoint has, else the checkpoint itself. With
     the default key a checkpoint of this repository that has a `teacher` gives the teacher, which is what the published
-    recipe fine-tunes. `prefix` selects the keys under it. The naming is recognised by content; a shared bias table is
-    copied into every block, bias tables and positions are resized, a head of another shape is left out.
+    recipe fine-tunes, and SemAIM's "state_dict" is a key too. `prefix` selects the keys under it. The naming is
+    recognised by content; a shared bias table is copied into every block, bias tables and positions are resized, a head
+    of another shape is left out.
 
     Raises ValueError, with the model untouched, for a shape that no rule repairs and where less than `min_matched` of
     the encoder's parameter tensors (all but head.*, fc_norm.*, norm.*) are found.
@@ -318,7 +319,8 @@ def load_pretrained(
 def _select_weights(checkpoint: dict[str, Any], model_key: str, name: str) -> tuple[str, dict[str, Any]]:
     if model_key == PUBLISHED_KEYS and checkpoint.get("teacher"):
         return "teacher", checkpoint["teacher"]
-    for key in model_key.split("|"):
+    # SemAIM's files have the weights under a key of its own
+    for key in (*model_key.split("|"), *(["state_dict"] if model_key == PUBLISHED_KEYS else [])):
         if isinstance(checkpoint.get(key), dict):
             return key, checkpoint[key]
     if not any(isinstance(value, Tensor) for value in checkpoint.values()):

@@ -542,40 +542,49 @@ class SemAIM(PlainViT):
         check_choice("loss_type", loss_type, ("L1", "L2"))
         if predict_feature == "ema" and not use_ema_model:
             raise ValueError("--predict_feature ema needs the average that --use_ema_model keeps")
-        self.permutation_type, self.attention_type, self.order_precision = (
-            permutation_type, attention_type, order_precision,
-        )  # fmt: skip
-        self.predict_feature, self.norm_pix_loss, self.loss_type = predict_feature, norm_pix_loss, loss_type
+        self.permutation_type, self.attention_type = permutation_type, attention_type
+        self.order_precision, self.predict_feature = order_precision, predict_feature
+        self.norm_pix_loss, self.loss_type, self.dense = norm_pix_loss, loss_type, attn == "eager"
         self.has_map, self.has_features = permutation_type.startswith("attention"), predict_feature != "none"
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
         self.noise_size = sum(self.noise_sizes)
         self.views = ("image", "noise") if self.noise_size else ("image",)
-        self.dense, self.share_weight = attn == "eager", share_weight
-
-        depth = len(self.blocks)
-        self.blocks_per_query = blocks_per_query(depth, query_depth)
-        block = partial(
-            QueryBlock, self.embed_dim, self.blocks[0].attn.num_heads, mlp_ratio=mlp_ratio, drop=0.0, attn_drop=0.0,
-            init_values=None, qkv_bias=True, k_bias=True, kernel=attn,
-        )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        query_blocks = nn.ModuleList(block(drop_path=rate) for rate in rates[: depth if share_weight else query_depth])
-        setattr(self, "blocks" if share_weight else "query_blocks", query_blocks)
-        self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
-        target = self.load_target(target_model, target_precision)
-        pixels = 3 * math.prod(self.patch_embed.patch_size)
-        width = target_width(predict_feature, target, pixels, self.embed_dim, out_dim)
-        self.prediction_head = (
-            Mlp(self.embed_dim, int(self.embed_dim * mlp_ratio), 0.0, width)
-            if prediction_head_type == "MLP"
-            else nn.Linear(self.embed_dim, width)
-        )
+        self.share_weight = share_weight
+        self.build_query_blocks(query_depth, drop_path, mlp_ratio=mlp_ratio, kernel=attn)
         self.gaussian_blur = None if self.has_features else build_blur(gaussian_kernel_size, gaussian_sigma)
-        query_blocks.apply(self._init_module)
-        self.prediction_head.apply(self._init_module)
+        target = self.load_target(target_model, target_precision)
+        self.build_head(prediction_head_type, mlp_ratio, self.target_width(target, out_dim))
         self.average = MovingAverage(self) if use_ema_model else None
         self.target = target  # after the copy for the average, which needs none
         self.before_epoch(0, 1)
+
+    def build_query_blocks(self, query_depth: int, drop_path: float, **options) -> None:
+        """The blocks of the query stream; shared ones take the place of the encoder's."""
+        depth, heads = len(self.blocks), self.blocks[0].attn.num_heads
+        self.blocks_per_query = blocks_per_query(depth, query_depth)
+        block = partial(
+            QueryBlock, self.embed_dim, heads, drop=0.0, attn_drop=0.0, init_values=None, qkv_bias=True, k_bias=True,
+            **options,
+        )  # fmt: skip
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()[
+            : depth if self.share_weight else query_depth
+        ]
+        made = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
+        setattr(self, "blocks" if self.share_weight else "query_blocks", made)
+        self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
+
+    def build_head(self, kind: str, mlp_ratio: float, width: int) -> None:
+        hidden = int(self.embed_dim * mlp_ratio)
+        head = Mlp(self.embed_dim, hidden, 0.0, width) if kind == "MLP" else nn.Linear(self.embed_dim, width)
+        self.prediction_head = head.apply(self._init_module)
+
+    def target_width(self, target: Teacher | None, out_dim: int | None) -> int:
+        """Numbers that are predicted of each patch."""
+        if self.predict_feature not in TEACHERS:
+            return self.embed_dim if self.has_features else 3 * math.prod(self.patch_embed.patch_size)
+        if target is None and out_dim is None:
+            raise ValueError(f"--predict_feature {self.predict_feature} needs --target_model: a file or timm's name")
+        return out_dim if target is None else target.width
 
     def load_target(self, source: str | None, precision: str) -> Teacher | None:
         """The model whose features are predicted, if that is neither the network nor its average."""
@@ -633,12 +642,13 @@ class SemAIM(PlainViT):
         for block in blocks:
             x = block(x)
         attention = class_attention(last_block, x) if self.has_map and self.attention_type == "self" else None
-        if not self.has_features and attention is not None:
+        if attention is not None and not self.has_features:
             return None, attention
-        by_class = self.has_features or self.attention_type == "cls"
-        tokens = self.norm(last_block(x) if by_class else last_block(x, last=x.shape[1] - 1))
+        count = self.patch_embed.num_patches
+        without_class = self.attention_type == "gap" and not self.has_features
+        tokens = self.norm(last_block(x, last=count if without_class else None))
+        patches = tokens[:, -count:]
         if attention is None:
-            patches = tokens[:, 1:] if by_class else tokens
             query = tokens[:, :1] if self.attention_type == "cls" else patches.mean(1, keepdim=True)
             attention = similarity(query, patches).softmax(-1)
         return tokens if self.has_features else None, attention
@@ -717,15 +727,6 @@ def blocks_per_query(depth: int, query_depth: int) -> int:
     if step == 0 or depth // step > query_depth:
         raise ValueError(f"--query_depth {query_depth} does not share out {depth} blocks: take a divisor of {depth}")
     return step
-
-
-def target_width(feature: str, target: Teacher | None, pixels: int, embed_dim: int, out_dim: int | None) -> int:
-    """Numbers that are predicted of each patch."""
-    if feature not in TEACHERS:
-        return pixels if feature == "none" else embed_dim
-    if target is None and out_dim is None:
-        raise ValueError(f"--predict_feature {feature} needs its weights: give --target_model, a file or a timm name")
-    return out_dim if target is None else target.width
 
 
 def class_attention(block: Block, x: Tensor) -> Tensor:

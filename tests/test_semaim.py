@@ -44,8 +44,9 @@ def pictures(count: int = 3, size: tuple[int, int] = (16, 24)) -> Tensor:
 
 
 def batch_for(model: SemAIM, count: int = 3) -> dict[str, Tensor]:
+    """Draws far enough apart that rounding makes no two order values equal."""
     generator = torch.Generator().manual_seed(2)
-    noise = torch.rand(count, model.noise_size, generator=generator)
+    noise = torch.rand(count, model.noise_size, generator=generator).argsort(1) / max(model.noise_size, 1)
     tokens = torch.randn(count, 25, 20, generator=generator)
     return {"image": pictures(count), "noise": noise, "target_tokens": tokens}
 
@@ -192,6 +193,7 @@ def test_sorted_tokens_compute_what_masks_do_for_every_target(variant):
 def equal_in_loss_and_gradients(**options) -> None:
     swift, dense = small(**options), small(**options, attn="eager")
     batch = batch_for(swift)
+    assert (dense.order_of(batch, dense.look_ahead(batch)[1]).sort(1).values.diff(dim=1) > 0).all(), "no ties"
     loss, found = loss_and_gradients(swift, batch)
     expected_loss, expected = loss_and_gradients(dense, batch)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
@@ -407,7 +409,7 @@ def test_query_blocks_share_out_the_encoder(depth, query_depth, step):
         ({"permutation_type": "saliency"}, "permutation_type=saliency is unknown"),
         ({"attention_type": "map"}, "attention_type=map is unknown"),
         ({"predict_feature": "ema"}, "needs the average that --use_ema_model keeps"),
-        ({"predict_feature": "clip"}, "give --target_model"),
+        ({"predict_feature": "clip"}, "needs --target_model"),
         ({"gaussian_sigma": 1.0}, "given together"),
         ({"gaussian_kernel_size": 4, "gaussian_sigma": 1.0}, "must be odd"),
     ],
@@ -430,11 +432,17 @@ def test_the_exported_encoder_is_timms(tmp_path, share_weight):
 
 
 @pytest.mark.parametrize("share_weight", [False, True])
-def test_a_checkpoint_is_fine_tuned(share_weight):
+@pytest.mark.parametrize("published", [False, True])
+def test_a_checkpoint_is_fine_tuned(share_weight, published):
+    """The published file names the model's factory under `model` and has the weights as DDP names them."""
     model = small(input_size=16, share_weight=share_weight)
     options = {"patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "input_size": 16, "num_classes": 5}
     classifier = create_model("vit_tiny_patch16_224", **options)
-    report = checkpoint.load_pretrained(classifier, {"model": model.state_dict()})
+    state = {"model": model.state_dict()}
+    if published:
+        wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
+        state = {"epoch": 800, "state_dict": wrapped, "model": "aim_base"}
+    report = checkpoint.load_pretrained(classifier, state)
     assert report.matched == 1.0
     own = model.blocks[2].attn
     expected = torch.cat((own.q.weight, own.k.weight, own.v.weight)) if share_weight else own.qkv.weight
