@@ -42,7 +42,7 @@ from modeling_finetune import (
     take,
     unpatchify,
 )
-from modeling_targets import PREDICTED_FEATURES, TEACHERS, Teacher, build_blur, load_teacher
+from modeling_targets import PREDICTED_FEATURES, TEACHERS, MeanStd, Teacher, build_blur, load_teacher
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
@@ -499,7 +499,8 @@ class SemAIM(PlainViT):
     g knows positions and looks at what of h is earlier, and predicts each patch from that. An order with "attention"
     follows a map of the network itself, of its average (`use_ema_model`) or of the features' teacher.
     `predict_feature`: "none" are pixels; "inference" and "ema" the unmasked tokens of the network or its average;
-    "clip" and "dino" those of `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim].
+    "clip" and "dino" those of `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published
+    that model sees images normalised for ours, or with `image_mean_std`, which names that normalisation, by its own.
     Differences from the published code: tokens are sorted by the order, which makes both streams causal attention
     without masks; of order values that rounding made equal, the patch with the lower number is first. With `attn`
     "eager" nothing is sorted, masks are explicit, and ties see each other as published. The map passes the last block
@@ -526,6 +527,7 @@ class SemAIM(PlainViT):
         loss_type: str = "L2",
         target_model: str | None = None,
         target_precision: str = "auto",
+        image_mean_std: MeanStd | None = None,
         out_dim: int | None = None,
         use_ema_model: bool = False,
         mlp_ratio: float = 4.0,
@@ -552,7 +554,7 @@ class SemAIM(PlainViT):
         self.share_weight = share_weight
         self.build_query_blocks(query_depth, drop_path, mlp_ratio=mlp_ratio, kernel=attn)
         self.gaussian_blur = None if self.has_features else build_blur(gaussian_kernel_size, gaussian_sigma)
-        target = self.load_target(target_model, target_precision)
+        target = self.load_target(target_model, target_precision, image_mean_std)
         self.build_head(prediction_head_type, mlp_ratio, self.target_width(target, out_dim))
         self.average = MovingAverage(self) if use_ema_model else None
         self.target = target  # after the copy for the average, which needs none
@@ -586,13 +588,13 @@ class SemAIM(PlainViT):
             raise ValueError(f"--predict_feature {self.predict_feature} needs --target_model: a file or timm's name")
         return out_dim if target is None else target.width
 
-    def load_target(self, source: str | None, precision: str) -> Teacher | None:
+    def load_target(self, source: str | None, precision: str, image_mean_std: MeanStd | None) -> Teacher | None:
         """The model whose features are predicted, if that is neither the network nor its average."""
         if source is None:
             return None
         if self.predict_feature not in TEACHERS:
             raise ValueError(f"--target_model is of no use without --predict_feature {' or '.join(TEACHERS)}")
-        return load_teacher(self.predict_feature, source, self.patch_embed.grid_size, precision)
+        return load_teacher(self.predict_feature, source, self.patch_embed.grid_size, precision, image_mean_std)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
         """`noise` replaces the random draws of `order_of`."""

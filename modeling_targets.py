@@ -19,6 +19,11 @@ from modeling_finetune import VisionTransformer, check_choice
 TEACHERS = ("dino", "clip")
 PREDICTED_FEATURES = ("none", "inference", "ema", *TEACHERS)
 TARGET_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+OWN_MEAN_STD: dict[str, MeanStd] = {  # of the images that the teachers were trained on
+    "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
 
 
 class GaussianBlur(nn.Module):
@@ -82,12 +87,14 @@ class Teacher:
     """A frozen tower. It is no submodule of what it teaches, so that no engine wraps, saves or trains it.
 
     precision "auto" leaves float32 weights to the autocast around a call; else the tower runs in that dtype.
+    mean_std: what the images that it is given are normalised by, and what it wants; None leaves them as they are.
     """
 
-    def __init__(self, tower: VisualTower, precision: str = "auto"):
+    def __init__(self, tower: VisualTower, precision: str = "auto", mean_std: tuple[MeanStd, MeanStd] | None = None):
         check_choice("target_precision", precision, TARGET_PRECISIONS)
         self.dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.tower = tower.to(self.dtype).eval().requires_grad_(False)
+        self.mean_std = None if mean_std is None else torch.tensor(mean_std).view(2, 2, 3, 1, 1)
 
     @property
     def width(self) -> int:
@@ -100,6 +107,9 @@ class Teacher:
         """Tokens float32 [B, T, D] of images [B, 3, H, W], which are brought to the size that gives T."""
         if self.tower.cls_token.device != images.device:
             self.tower.to(images.device)
+        if self.mean_std is not None:
+            (mean, std), (own_mean, own_std) = self.mean_std.to(images.device)
+            images = (images * std + mean - own_mean) / own_std
         size = self.tower.patch_embed.img_size
         if images.shape[-2:] != size:
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
@@ -109,12 +119,14 @@ class Teacher:
             return self.tower(images.to(self.dtype)).float()
 
 
-def load_teacher(kind: str, source: str, grid: tuple[int, int], precision: str = "auto") -> Teacher:
+def load_teacher(
+    kind: str, source: str, grid: tuple[int, int], precision: str = "auto", image_mean_std: MeanStd | None = None
+) -> Teacher:
     """The `kind` ("clip" or "dino") of teacher in a file, or under timm's name, for images of `grid` patches.
 
     Files: OpenAI's archives and state dicts of CLIP, whole or the visual tower alone; DINO's checkpoints; the weights
     of timm's models of either. Positions are resized to the grid. In timm's names the activation does not show: files
-    and models tagged "openai" get OpenAI's.
+    and models tagged "openai" get OpenAI's. Given the images' mean and deviation, they get the teacher's own.
 
     Raises:
         ValueError: no such file and no such name, or weights of another kind.
@@ -128,7 +140,8 @@ def load_teacher(kind: str, source: str, grid: tuple[int, int], precision: str =
         raise ValueError(f"--target_model {source} holds no vision transformer in names of OpenAI, DINO or timm")
     if ("norm_pre.weight" in weights) != (kind == "clip"):
         raise ValueError(f"--target_model {source} is not of the kind that --predict_feature {kind} needs")
-    return Teacher(build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision)
+    mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD[kind])
+    return Teacher(build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision, mean_std)
 
 
 def build_tower(

@@ -238,6 +238,10 @@ def _semaim_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target_precision", choices=TARGET_PRECISIONS, default=None, help="of that model; auto: --precision"
     )
+    group.add_argument(
+        "--target_mean_std", choices=("images", "own"), default="images",
+        help="what that model's images are normalised by: as all images, which is as published, or by its own values",
+    )  # fmt: skip
     _switch(group, "use_ema_model", "no_use_ema_model", default=None, help="keep an average, which gives the map")
 
 

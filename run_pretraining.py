@@ -53,6 +53,7 @@ def build_method(args: Namespace) -> PretrainMethod:
         "mask_lambda": args.mask_lambda,
         "mask_lambda_power": args.mask_lambda_power,
         **{name: getattr(args, name) for name in SEMAIM_FLAGS},
+        "image_mean_std": image_mean_std(args) if args.target_mean_std == "own" else None,
         "attn": args.attn,
         "grad_checkpointing": args.grad_checkpointing,
     }
@@ -256,6 +257,10 @@ def start_training(
     return run, session.resume(origin)
 
 
+def image_mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
+
+
 def set_up(args: Namespace) -> Normalize:
     """Joins the other processes, starts the log, settles device and precision."""
     device = utils.init_distributed(args)
@@ -263,7 +268,7 @@ def set_up(args: Namespace) -> Normalize:
     options.resolve_precision(args, device)
     options.resolve_lr(args)
     check_precision(args.precision, device)
-    return Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], device)
+    return Normalize(image_mean_std(args), device)
 
 
 def main(args: Namespace) -> None:

@@ -46,7 +46,7 @@ PRETRAIN_ONLY = {
     "permutation_type": None, "attention_type": None, "order_precision": None, "query_depth": None,
     "share_weight": None, "no_share_weight": None, "prediction_head_type": None, "gaussian_kernel_size": None,
     "gaussian_sigma": None, "loss_type": None, "predict_feature": None, "target_model": None,
-    "target_precision": None, "use_ema_model": None, "no_use_ema_model": None,
+    "target_precision": None, "target_mean_std": "images", "use_ema_model": None, "no_use_ema_model": None,
     "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
     "second_interpolation": None, "no_loss_masked": None,
 }  # fmt: skip
@@ -178,6 +178,9 @@ MISTAKES = [
     ("pretrain", "--config {tmp}/broken.yaml", "--config"),
     ("pretrain", "--config {tmp}/choice.yaml", "--mask_type"),
     ("pretrain", "--config {tmp}/type.yaml", "--opt_eps"),
+    ("pretrain", "--model semaim_tiny_patch16_224 --model_kwargs --predict_feature clip", "--target_model"),
+    ("pretrain", "--model semaim_clip_tiny_patch16_224 --model_kwargs --target_model {tmp}/no.pt", "{tmp}/no.pt"),
+    ("pretrain", "--model semaim_tiny_patch16_224 --model_kwargs --query_depth 5", "--query_depth"),
     ("finetune", "--finetune {tmp}/missing.pth", "{tmp}/missing.pth"),
     ("finetune", "--nb_classes 3", "--nb_classes"),
     ("finetune", "--mixup 0.8 --batch_size 7", "--batch_size"),

@@ -13,6 +13,8 @@ from modeling_pretrain import SemAIM
 from modeling_targets import GaussianBlur, Teacher, build_tower, load_teacher, near_gelu
 
 GRID = (4, 4)
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP = (timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD)
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
 
 
@@ -171,6 +173,16 @@ def test_precision(tmp_path):
     torch.testing.assert_close(found["fp32"], exact, rtol=1e-4, atol=1e-5)
     for precision in ("auto", "bf16"):
         assert 1e-3 < (found[precision] - exact).abs().max() < 0.2
+
+
+def test_images_in_the_teachers_own_normalisation(tmp_path):
+    torch.save(timm_clip().state_dict(), tmp_path / "weights.pth")
+    raw = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    ours, own = ((raw - torch.tensor(m).view(3, 1, 1)) / torch.tensor(s).view(3, 1, 1) for m, s in (HALF, CLIP))
+    teacher = load_teacher("clip", str(tmp_path / "weights.pth"), GRID, image_mean_std=HALF)
+    torch.testing.assert_close(teacher(ours), tokens_of(timm_clip(), own), rtol=1e-4, atol=2e-5)
+    as_published = load_teacher("clip", str(tmp_path / "weights.pth"), GRID)
+    torch.testing.assert_close(as_published(ours), tokens_of(timm_clip(), ours), rtol=1e-4, atol=2e-5)
 
 
 def test_a_method_with_a_teacher(tmp_path):

@@ -460,20 +460,25 @@ def semaim_options(config: dict) -> dict:
     options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
     options |= {key: config[key] for key in names if key in config}
     if config.get("predict_feature") in TEACHERS:
-        options["out_dim"] = config["out_dim"]
-    return options
+        options["out_dim"] = config["out_dim"] if config["predict_feature"] == "clip" else config["embed_dim"]
+    return options | ({"use_ema_model": True} if config.get("predict_feature") == "ema" else {})
 
 
 def load_semaim(case: Case, attn: str) -> SemAIM:
     """Published weights by name; SAIM's separate projections are joined unless the blocks are shared, which it lists
     twice."""
     options, weights = semaim_options(case.config), case.inputs("weights/")
+    tokens = case.inputs().get("teacher_tokens")
+    if tokens is not None:  # whoever made them
+        options |= {"predict_feature": "clip", "out_dim": tokens.shape[-1]}
     model = SemAIM(**options, attn=attn)
     if options.get("share_weight"):
         weights = {name: value for name, value in weights.items() if not name.startswith("query_blocks.")}
     else:
         weights = fuse_qkv(weights)
     load_weights(model, weights)
+    if model.teacher is not None:
+        model.teacher.load_state_dict(model.state_dict())
     return model
 
 
@@ -540,6 +545,7 @@ def semaim_masks(case: Case) -> dict[str, Tensor]:
 def semaim_attention(case: Case) -> dict[str, Tensor]:
     """Each map by the pass that computes no more than it needs, the tokens by the one that predicts them."""
     model, batch = load_semaim(case, "auto"), {"image": case.inputs()["imgs"]}
+    model.has_map, model.attention_type = True, "gap" if case.config["attention_type"] == "gap" else "cls"
     _, attention = model.look_ahead(batch)
     model.attention_type = "self"
     _, self_attention = model.look_ahead(batch)
@@ -604,8 +610,6 @@ def semaim_epoch(case: Case, attn: str) -> dict[str, Tensor]:
     """Scheduled AdamW with accumulation and clipping, then the moving average."""
     config, inputs = case.config, case.inputs()
     model = load_semaim(case, attn)
-    if model.average is not None:
-        model.teacher.load_state_dict(model.state_dict())
     model.before_epoch(config["epoch"], config["epochs"])
     groups = param_groups(model, config["weight_decay"])
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
