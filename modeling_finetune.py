@@ -200,13 +200,13 @@ class Attention(nn.Module):
         return self.attend(*self.project(x, last), bias, causal)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
-        """Queries, keys and values, each [B, h, T, d], to tokens [B, T, C]; `causal` is always the fused kernel."""
+        """Queries, keys and values, each [B, h, T, d], to tokens [B, T, C]; `causal` ones take no bias."""
         bias = self.position_bias(bias)
-        if causal:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop * self.training, is_causal=True)
-        elif self.choose_kernel(q, bias) == "sdpa":
-            x = self.fused(q, k, v, bias)
+        if self.choose_kernel(q, bias) == "sdpa":
+            x = self.fused(q, k, v, bias, causal)
         else:
+            if causal:
+                bias = torch.full(q.shape[2:3] * 2, -math.inf, device=q.device, dtype=q.dtype).triu(1)  # [T, T]
             x = F.dropout(self.probabilities(q, k, bias), self.attn_drop, self.training).to(v.dtype) @ v
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
@@ -235,10 +235,10 @@ class Attention(nn.Module):
         trains_bias = torch.is_grad_enabled() and bias is not None and bias.requires_grad
         return "eager" if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32) else "sdpa"
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
         dropout = self.attn_drop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
     def probabilities(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """softmax(q k^T / sqrt(d) + bias) over keys: [B, h, T, T]. The bias is [h, T, T], or a mask [B, 1, T, T]."""

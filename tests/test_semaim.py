@@ -202,6 +202,22 @@ def equal_in_loss_and_gradients(**options) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: name + text)
 
 
+def test_reduced_precision_keeps_the_causal_form():
+    """On a CPU bf16 takes the explicit kernel, with one small mask for all images and heads."""
+    swift = small()
+    batch = batch_for(swift)
+    exact, _ = loss_and_gradients(swift, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, found = loss_and_gradients(swift, batch)
+    assert 0 < abs(exact - rounded) < 0.02 * exact
+    assert found.keys() == {name for name, p in swift.named_parameters() if p.requires_grad}
+    attention, x = swift.blocks[0].attn, torch.randn(2, 9, 32)
+    fused = attention(x, causal=True)
+    attention.kernel = "eager"
+    torch.testing.assert_close(attention(x, causal=True), fused)
+    torch.testing.assert_close(attention(x[:, :5], causal=True), fused[:, :5])
+
+
 def test_recomputed_activations_change_nothing():
     plain, saving = small(), small(grad_checkpointing=True)
     for name, gradient in loss_and_gradients(plain, batch_for(plain))[1].items():
