@@ -296,8 +296,9 @@ def load_pretrained(
 
     Which weights: the first key of `model_key` (split at "|") that the checkpoint has, else the checkpoint itself. With
     the default key a checkpoint of this repository that has a `teacher` gives the teacher, which is what the published
-    recipe fine-tunes. `prefix` selects the keys under it. The naming is recognised by content; a shared bias table is
-    copied into every block, bias tables and positions are resized, a head of another shape is left out.
+    recipe fine-tunes, and SemAIM's "state_dict" is a key too. `prefix` selects the keys under it. The naming is
+    recognised by content; a shared bias table is copied into every block, bias tables and positions are resized, a head
+    of another shape is left out.
 
     Raises ValueError, with the model untouched, for a shape that no rule repairs and where less than `min_matched` of
     the encoder's parameter tensors (all but head.*, fc_norm.*, norm.*) are found.
@@ -318,7 +319,8 @@ def load_pretrained(
 def _select_weights(checkpoint: dict[str, Any], model_key: str, name: str) -> tuple[str, dict[str, Any]]:
     if model_key == PUBLISHED_KEYS and checkpoint.get("teacher"):
         return "teacher", checkpoint["teacher"]
-    for key in model_key.split("|"):
+    # SemAIM's files have the weights under a key of its own
+    for key in (*model_key.split("|"), *(["state_dict"] if model_key == PUBLISHED_KEYS else [])):
         if isinstance(checkpoint.get(key), dict):
             return key, checkpoint[key]
     if not any(isinstance(value, Tensor) for value in checkpoint.values()):
@@ -424,6 +426,7 @@ def to_timm(state_dict: StateDict) -> StateDict:
     gets whole qkv biases and timm's layer-scale names. The features are the same. A converted dict stays as it is.
     """
     state = {key: value for key, value in state_dict.items() if not key.endswith("relative_position_index")}
+    state = fuse_qkv(state)
     if _has(state, _TABLE) or (_has(state, ".q_bias") and _has(state, ".gamma_1")):
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         return _expand_shared_table(_split_qkv_bias(state), depth)
@@ -479,11 +482,25 @@ def _fuse_qkv_bias(state: StateDict) -> StateDict:
     return fused
 
 
+def fuse_qkv(state: StateDict) -> StateDict:
+    """SAIM's separate projections to queries, keys and values of the encoder's blocks as joint ones."""
+    fused = {}
+    for key, value in state.items():
+        found = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", key)
+        if found is None:
+            fused[key] = value
+        elif found[2] == "q":
+            fused[f"{found[1]}qkv.{found[3]}"] = torch.cat([state[f"{found[1]}{part}.{found[3]}"] for part in "qkv"])
+    return fused
+
+
 # (recognise(names, names the model has), convert): a further naming is one more line
 _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...] = (
     # DistributedDataParallel and torch.compile
     (lambda names, _: all(name.startswith("module.") for name in names), lambda s: _rename(s, r"^module\.", "")),
     (lambda names, _: all(name.startswith("_orig_mod.") for name in names), lambda s: _rename(s, r"^_orig_mod\.", "")),
+    # SAIM's blocks
+    (lambda names, wanted: _has(names, ".attn.q.weight") and _has(wanted, ".attn.qkv.weight"), fuse_qkv),
     # timm's ViT, our own export among them
     (
         lambda names, wanted: _has(names, ".ls1.gamma") and _has(wanted, ".gamma_1"),

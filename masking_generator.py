@@ -2,7 +2,7 @@
 
 Masks that come with the data (specs/conmim.md, section 3): a generator is called with a `np.random.Generator` and
 returns a bool array [grid_h, grid_w], True = masked. Masks that a method draws on its device (specs/semmae.md, A.3 and
-B.1): orders of the tokens [B, L], the visible ones first.
+B.1): orders of the tokens [B, L], the visible ones first. Orders in which patches are predicted (specs/semaim.md, 3).
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MASK_TYPES = ("block", "random", "random_mps32")
@@ -338,3 +339,127 @@ def others_first(selected: Tensor) -> Tensor:
     return torch.empty_like(place).scatter_(
         1, place, torch.arange(place.shape[1], device=place.device).expand_as(place)
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orders in which patches are predicted
+
+
+PATCH_ORDERS = (
+    "zigzag", "raster", "stochastic", "stochastic_center", "center2out", "attention", "attention_guided",
+    "attention_center",
+)  # fmt: skip
+ORDERS_WITHOUT_NOISE = ("zigzag", "raster", "attention")
+WINDOW_SIDES = (2, 6, 10)
+TABLE_SIDE = 14  # the published table of windows is for this grid, and takes it for one patch smaller
+
+
+def patch_order(
+    kind: str,
+    grid: Pair,
+    noise: Tensor | None = None,
+    attention: Tensor | None = None,
+    center_noise: Tensor | None = None,
+) -> Tensor:
+    """SemAIM's order values float32 [B, N] of a grid's patches: smaller is earlier (specs/semaim.md 3.2).
+
+    "zigzag" is row-major and "raster" serpentine, as published; both are [1, N]. Equal values are ties: such patches
+    are neither before nor behind each other.
+
+    Args:
+        noise: uniform draws [B, N], for all but `ORDERS_WITHOUT_NOISE`.
+        attention: a map [B, N], for the orders that are called so; its first maximum is the centre.
+        center_noise: uniform draws [B, 2] for the row and column of stochastic_center's centre.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in PATCH_ORDERS:
+        raise ValueError(f"--permutation_type {kind} is unknown; take one of {', '.join(PATCH_ORDERS)}")
+    if kind in ("zigzag", "raster"):
+        return rows_one_by_one(grid, serpentine=kind == "raster")
+    if kind == "stochastic":
+        return noise
+    if kind == "attention":
+        return 1 - attention
+    if kind == "center2out":
+        return noise - windows_around_middle(grid, noise.device)
+    if kind == "stochastic_center":
+        last = torch.tensor(grid, device=noise.device) - 1  # never a centre
+        return noise - windows_around((center_noise * last).long(), grid)
+    center = cells_to_places(attention.argmax(1), grid)
+    if kind == "attention_guided":
+        return noise - windows_around(center, grid)
+    return distances_to(center, grid) + 0.001 * noise
+
+
+def rows_one_by_one(grid: Pair, serpentine: bool) -> Tensor:
+    """Row after row, [1, N]; if `serpentine`, every second one backwards."""
+    order = torch.arange(math.prod(grid), dtype=torch.float32).view(grid)
+    if serpentine:
+        order[1::2] = order[1::2].flip(1)
+    return order.view(1, -1)
+
+
+def cells_to_places(cells: Tensor, grid: Pair) -> Tensor:
+    """Row and column, int64 [..., 2], of cells [...]."""
+    return torch.stack((cells // grid[1], cells % grid[1]), dim=-1)
+
+
+def distances_to(center: Tensor, grid: Pair) -> Tensor:
+    """Euclidean distances [B, N], in patches, to places [B, 2]."""
+    places = cells_to_places(torch.arange(math.prod(grid), device=center.device), grid)
+    return (places - center.unsqueeze(1)).float().square().sum(-1).sqrt()
+
+
+def windows_around_middle(grid: Pair, device: torch.device) -> Tensor:
+    """How many of three windows around the middle of the grid hold each patch, [1, N]."""
+    starts = [[side // 2 - width // 2 for side in grid] for width in WINDOW_SIDES]
+    return sum(
+        in_window(torch.tensor([start], device=device), width, grid)
+        for start, width in zip(starts, WINDOW_SIDES, strict=True)
+    )
+
+
+def windows_around(center: Tensor, grid: Pair) -> Tensor:
+    """How many of three windows hold each patch, [B, N]; they lie around places [B, 2], moved into the grid.
+
+    A window as large as the grid would be the same for every patch and is left out.
+    """
+    count = torch.zeros(len(center), math.prod(grid), device=center.device)
+    for width in WINDOW_SIDES:
+        if width < max(grid):
+            starts = [window_start(c, width, side) for c, side in zip(center.unbind(1), grid, strict=True)]
+            count += in_window(torch.stack(starts, 1), width, grid)
+    return count
+
+
+def window_start(center: Tensor, width: int, side: int) -> Tensor:
+    """First row (or column) of a window of `width` around `center`, both int64 [B], in a grid of `side` of them."""
+    if side != TABLE_SIDE:
+        return (center - width // 2).clamp(0, max(side - width, 0))
+    last = side - 1 - width
+    start = (center - width // 2).clamp(0, last)
+    if width == WINDOW_SIDES[0]:  # next to the border, the table takes the window at the border
+        start = start.where(start != 1, 0).where(start != last - 1, last)
+    return start
+
+
+def in_window(start: Tensor, width: int, grid: Pair) -> Tensor:
+    """1 for each patch inside the square window of `width` whose first row and column are start [B, 2]: [B, N]."""
+    places = cells_to_places(torch.arange(math.prod(grid), device=start.device), grid)
+    inside = (places >= start.unsqueeze(1)) & (places < start.unsqueeze(1) + width)
+    return inside.all(-1).float()
+
+
+def visible_patches(order: Tensor, *, itself: bool) -> Tensor:
+    """Which tokens (last axis) each token may attend to under order values [B, N]: bool [B, T, T].
+
+    The class token sees itself only and is seen by all. A patch sees those before it in the order; with `itself` also
+    itself and those level with it.
+    """
+    mine, theirs = order.unsqueeze(2), order.unsqueeze(1)
+    earlier = theirs <= mine if itself else theirs < mine
+    visible = F.pad(earlier, (1, 0, 1, 0))
+    visible[:, :, 0] = True
+    return visible

@@ -194,12 +194,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, last: int | None = None) -> Tensor:
-        q, k, v = self.project(x, last)  # each [B, h, T, d]
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, last: int | None = None, *, causal: bool = False
+    ) -> Tensor:
+        return self.attend(*self.project(x, last), bias, causal)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
+        """Queries, keys and values, each [B, h, T, d], to tokens [B, T, C]; `causal` ones take no bias."""
         bias = self.position_bias(bias)
         if self.choose_kernel(q, bias) == "sdpa":
-            x = self.fused(q, k, v, bias)
+            x = self.fused(q, k, v, bias, causal)
         else:
+            if causal:
+                bias = torch.full(q.shape[2:3] * 2, -math.inf, device=q.device, dtype=q.dtype).triu(1)  # [T, T]
             x = F.dropout(self.probabilities(q, k, bias), self.attn_drop, self.training).to(v.dtype) @ v
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
@@ -208,7 +215,11 @@ class Attention(nn.Module):
         bias = None
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
-        return [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x, bias, last)]
+        return [self.split_heads(t) for t in self.qkv(x, bias, last)]
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, T, C] to [B, h, T, d]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def position_bias(self, shared: Tensor | None) -> Tensor | None:
         """The block's own bias plus the shared one, as far as they exist: [h, T, T]."""
@@ -224,13 +235,13 @@ class Attention(nn.Module):
         trains_bias = torch.is_grad_enabled() and bias is not None and bias.requires_grad
         return "eager" if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32) else "sdpa"
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
         dropout = self.attn_drop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
     def probabilities(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(d) + bias) over keys: [B, h, T, T]."""
+        """softmax(q k^T / sqrt(d) + bias) over keys: [B, h, T, T]. The bias is [h, T, T], or a mask [B, 1, T, T]."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
 
@@ -238,21 +249,26 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between; dropout comes after the second only (specs/conmim.md 1.1)."""
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float):
+    act = staticmethod(F.gelu)
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float, out_dim: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(F.gelu(self.fc1(x))))
+        return self.drop(self.fc2(self.act(self.fc1(x))))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic depth.
 
     With `last` only that many tokens at the end are computed and returned; of the others only keys and values are.
+    With `causal` no token sees a later one.
     """
+
+    attention = Attention
 
     def __init__(self, dim, num_heads, *, mlp_ratio, drop, drop_path, init_values, **attention):
         super().__init__()
@@ -261,14 +277,20 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((dim,), float(init_values)))
             self.gamma_2 = nn.Parameter(torch.full((dim,), float(init_values)))
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, proj_drop=drop, **attention)
+        self.attn = self.attention(dim, num_heads, proj_drop=drop, **attention)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, last: int | None = None) -> Tensor:
-        attended = self.drop_path(scaled(self.attn(self.norm1(x), bias, last), self.gamma_1))
-        x = (x if last is None else x[:, -last:]) + attended
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, last: int | None = None, *, causal: bool = False
+    ) -> Tensor:
+        attended = self.attn(self.norm1(x), bias, last, causal=causal)
+        return self.add(x if last is None else x[:, -last:], attended)
+
+    def add(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block after its attention, both [B, T, C]."""
+        x = x + self.drop_path(scaled(attended, self.gamma_1))
         return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
 
 
@@ -421,10 +443,10 @@ class VisionTransformer(nn.Module):
             x = self._run_block(block, x, bias)
         return x
 
-    def _run_block(self, block: Block, x: Tensor, bias: Tensor | None = None, last: int | None = None) -> Tensor:
+    def _run_block(self, block: Block, x: Tensor, bias: Tensor | None = None, **options) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, bias, last, use_reentrant=False)
-        return block(x, bias, last)
+            return checkpoint(block, x, bias, use_reentrant=False, **options)
+        return block(x, bias, **options)
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens [B, T, C] to the vector the head sees [B, C]."""

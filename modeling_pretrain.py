@@ -7,6 +7,8 @@ L tokens that take part, P = patch height * patch width * 3 numbers of a patch.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -15,11 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ema import MovingAverage
-from masking_generator import COUNT_FIXES, ascending, mask_lambda_schedule, num_visible, semantic_mask
+from masking_generator import (
+    COUNT_FIXES,
+    ORDERS_WITHOUT_NOISE,
+    PATCH_ORDERS,
+    ascending,
+    mask_lambda_schedule,
+    num_visible,
+    patch_order,
+    semantic_mask,
+    visible_patches,
+)
 from modeling_finetune import (
     MAE_SIZES,
     VIT_SIZES,
+    Attention,
     Block,
+    Mlp,
     VisionTransformer,
     check_choice,
     positions_of,
@@ -28,6 +42,7 @@ from modeling_finetune import (
     take,
     unpatchify,
 )
+from modeling_targets import PREDICTED_FEATURES, TEACHERS, MeanStd, Teacher, build_blur, load_teacher
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
@@ -199,6 +214,32 @@ def without_dropout(module: nn.Module) -> None:
 # MAE
 
 
+class PlainViT(PretrainMethod, VisionTransformer):
+    """MAE's form: fixed sine-cosine positions, keys with a bias, and its start (specs/semmae.md A.7, semaim.md 2.8)."""
+
+    def __init__(self, **vit):
+        form = {"pos_embed": "sincos", "rel_pos_bias": "none", "k_bias": True, "global_pool": "token", "num_classes": 0}
+        super().__init__(**vit, **form)
+
+    def draws(self, batch: dict[str, Tensor]) -> Tensor:
+        """The noise that came with the images, [B, noise_size], drawn here if there is none."""
+        images = batch["image"]
+        return batch["noise"] if "noise" in batch else torch.rand(len(images), self.noise_size, device=images.device)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()  # the class and the mask token are decayed, the positions are not trained (A.8)
+
+    def init_weights(self, init_scale: float) -> None:
+        self.apply(self._init_module)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def _init_module(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        if isinstance(module, nn.Linear) and module.bias is not None:  # the convolution's keeps torch's default
+            nn.init.zeros_(module.bias)
+
+
 class Reconstruction(NamedTuple):
     """Pictures [B, 3, H, W] in the units of the normalised images; what a picture does not show is 0, the mean colour.
 
@@ -212,7 +253,7 @@ class Reconstruction(NamedTuple):
     pasted: Tensor
 
 
-class MAE(PretrainMethod, VisionTransformer):
+class MAE(PlainViT):
     """Masked autoencoder (CVPR 2022, arXiv 2111.06377; specs/semmae.md A).
 
     The encoder sees the visible patches only; a narrow decoder predicts the pixels of the others.
@@ -236,14 +277,7 @@ class MAE(PretrainMethod, VisionTransformer):
         attn: str = "auto",
         **vit,
     ):
-        fixed = {
-            "pos_embed": "sincos",
-            "rel_pos_bias": "none",
-            "k_bias": True,
-            "global_pool": "token",
-            "num_classes": 0,
-        }
-        super().__init__(mlp_ratio=mlp_ratio, attn=attn, **vit, **fixed)
+        super().__init__(mlp_ratio=mlp_ratio, attn=attn, **vit)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         self.noise_size = self.patch_embed.num_patches
         num_visible(self.patch_embed.num_patches, mask_ratio)  # refuses a ratio that cannot be
@@ -277,11 +311,6 @@ class MAE(PretrainMethod, VisionTransformer):
     def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """A random order of the grid's cells, int64 [B, N]: ascending in noise [B, N]."""
         return ascending(self.draws(batch) if noise is None else noise)
-
-    def draws(self, batch: dict[str, Tensor]) -> Tensor:
-        """The noise that came with the images, [B, noise_size], drawn here if there is none."""
-        images = batch["image"]
-        return batch["noise"] if "noise" in batch else torch.rand(len(images), self.noise_size, device=images.device)
 
     def forward_encoder(self, patches: Tensor, cells: Tensor) -> Tensor:
         """Visible patches [B, V, P] at cells [B, V] to normed tokens [B, 1 + V, C]."""
@@ -320,21 +349,6 @@ class MAE(PretrainMethod, VisionTransformer):
         panels = masked, predicted, put(predicted, seen, take(patches, seen))
         grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
         return Reconstruction(batch["image"], *(unpatchify(panel, grid, patch) for panel in panels))
-
-    def no_weight_decay(self) -> set[str]:
-        return set()  # the class and the mask token are decayed, the positions are not trained (A.8)
-
-    # Initialisation (A.7)
-
-    def init_weights(self, init_scale: float) -> None:
-        self.apply(self._init_module)
-        nn.init.normal_(self.cls_token, std=0.02)
-
-    def _init_module(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        if isinstance(module, nn.Linear) and module.bias is not None:  # the convolution's keeps torch's default
-            nn.init.zeros_(module.bias)
 
 
 def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -438,6 +452,319 @@ class SemMAE(MAE):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SemAIM, SAIM, ViT-iGPT
+
+
+class QueryAttention(Attention):
+    """Attention with three projections in place of the joint one, so that keys and values can come from elsewhere."""
+
+    def __init__(self, dim: int, num_heads: int, **options):
+        super().__init__(dim, num_heads, **options)
+        del self.qkv
+        self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+        return self.attend(*self.project(x, context=context), mask, causal)
+
+    def project(self, x: Tensor, last: int | None = None, context: Tensor | None = None) -> list[Tensor]:
+        queries, context = x if last is None else x[:, -last:], x if context is None else context
+        return [self.split_heads(t) for t in (self.q(queries), self.k(context), self.v(context))]
+
+
+class QueryBlock(Block):
+    """A block whose tokens [B, T, C] look at `context` [B, S, C], by default themselves; both pass the same norm."""
+
+    attention = QueryAttention
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        last: int | None = None,
+        *,
+        context: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        keys = self.norm1(x if context is None else context)
+        x = x if last is None else x[:, -last:]
+        queries = keys[:, -x.shape[1] :] if context is None else self.norm1(x)
+        return self.add(x, self.attn(queries, keys, mask, causal=causal))
+
+
+class SemAIM(PlainViT):
+    """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457; specs/semaim.md) and its ancestors:
+    SAIM is the order "stochastic", ViT-iGPT the order "zigzag".
+
+    Every image has an order of its patches. The content stream h sees of each patch what is not later; the query stream
+    g knows positions and looks at what of h is earlier, and predicts each patch from that. An order with "attention"
+    follows a map of the network itself, of its average (`use_ema_model`) or of the features' teacher.
+    `predict_feature`: "none" are pixels; "inference" and "ema" the unmasked tokens of the network or its average;
+    "clip" and "dino" those of `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published
+    that model sees images normalised for ours, or with `image_mean_std`, which names that normalisation, by its own.
+    Differences from the published code: tokens are sorted by the order, which makes both streams causal attention
+    without masks; of order values that rounding made equal, the patch with the lower number is first. With `attn`
+    "eager" nothing is sorted, masks are explicit, and ties see each other as published. The map passes the last block
+    once, and only what is asked of it; `order_precision` "auto" lets it be autocast. `share_weight` and "ema" with an
+    attention order work; the head has the teacher's width; targets are float32; blocks behind the last one that a
+    query block looks at are frozen; any grid.
+    """
+
+    not_exported = ("query_blocks.", "prediction_head.", "gaussian_blur.")
+
+    def __init__(
+        self,
+        *,
+        permutation_type: str = "attention_center",
+        attention_type: str = "cls",
+        order_precision: str = "fp32",
+        query_depth: int = 12,
+        share_weight: bool = False,
+        prediction_head_type: str = "MLP",
+        predict_feature: str = "none",
+        gaussian_kernel_size: int | None = None,
+        gaussian_sigma: float | None = None,
+        norm_pix_loss: bool = True,
+        loss_type: str = "L2",
+        target_model: str | None = None,
+        target_precision: str = "auto",
+        image_mean_std: MeanStd | None = None,
+        out_dim: int | None = None,
+        use_ema_model: bool = False,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        attn: str = "auto",
+        **vit,
+    ):
+        super().__init__(mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, **vit)
+        check_choice("permutation_type", permutation_type, PATCH_ORDERS)
+        check_choice("attention_type", attention_type, ("cls", "gap", "self"))
+        check_choice("order_precision", order_precision, ("fp32", "auto"))
+        check_choice("prediction_head_type", prediction_head_type, ("MLP", "LINEAR"))
+        check_choice("predict_feature", predict_feature, PREDICTED_FEATURES)
+        check_choice("loss_type", loss_type, ("L1", "L2"))
+        if predict_feature == "ema" and not use_ema_model:
+            raise ValueError("--predict_feature ema needs the average that --use_ema_model keeps")
+        self.permutation_type, self.attention_type = permutation_type, attention_type
+        self.order_precision, self.predict_feature = order_precision, predict_feature
+        self.norm_pix_loss, self.loss_type, self.dense = norm_pix_loss, loss_type, attn == "eager"
+        self.has_map, self.has_features = permutation_type.startswith("attention"), predict_feature != "none"
+        self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
+        self.noise_size = sum(self.noise_sizes)
+        self.views = ("image", "noise") if self.noise_size else ("image",)
+        self.share_weight = share_weight
+        self.build_query_blocks(query_depth, drop_path, mlp_ratio=mlp_ratio, kernel=attn)
+        self.gaussian_blur = None if self.has_features else build_blur(gaussian_kernel_size, gaussian_sigma)
+        target = self.load_target(target_model, target_precision, image_mean_std)
+        self.build_head(prediction_head_type, mlp_ratio, self.target_width(target, out_dim))
+        self.average = MovingAverage(self) if use_ema_model else None
+        self.target = target  # after the copy for the average, which needs none
+        self.before_epoch(0, 1)
+
+    def build_query_blocks(self, query_depth: int, drop_path: float, **options) -> None:
+        """The blocks of the query stream; shared ones take the place of the encoder's."""
+        depth, heads = len(self.blocks), self.blocks[0].attn.num_heads
+        self.blocks_per_query = blocks_per_query(depth, query_depth)
+        block = partial(
+            QueryBlock, self.embed_dim, heads, drop=0.0, attn_drop=0.0, init_values=None, qkv_bias=True, k_bias=True,
+            **options,
+        )  # fmt: skip
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()[
+            : depth if self.share_weight else query_depth
+        ]
+        made = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
+        setattr(self, "blocks" if self.share_weight else "query_blocks", made)
+        self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
+
+    def build_head(self, kind: str, mlp_ratio: float, width: int) -> None:
+        hidden = int(self.embed_dim * mlp_ratio)
+        head = Mlp(self.embed_dim, hidden, 0.0, width) if kind == "MLP" else nn.Linear(self.embed_dim, width)
+        self.prediction_head = head.apply(self._init_module)
+
+    def target_width(self, target: Teacher | None, out_dim: int | None) -> int:
+        """Numbers that are predicted of each patch."""
+        if self.predict_feature not in TEACHERS:
+            return self.embed_dim if self.has_features else 3 * math.prod(self.patch_embed.patch_size)
+        if target is None and out_dim is None:
+            raise ValueError(f"--predict_feature {self.predict_feature} needs --target_model: a file or timm's name")
+        return out_dim if target is None else target.width
+
+    def load_target(self, source: str | None, precision: str, image_mean_std: MeanStd | None) -> Teacher | None:
+        """The model whose features are predicted, if that is neither the network nor its average."""
+        if source is None:
+            return None
+        if self.predict_feature not in TEACHERS:
+            raise ValueError(f"--target_model is of no use without --predict_feature {' or '.join(TEACHERS)}")
+        return load_teacher(self.predict_feature, source, self.patch_embed.grid_size, precision, image_mean_std)
+
+    def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
+        """`noise` replaces the random draws of `order_of`."""
+        images = batch["image"]
+        features, attention = self.look_ahead(batch)
+        order = self.order_of(batch, attention, noise)  # [B, N], smaller is earlier
+        target = self.pixel_target(images) if features is None else features[:, 1:]  # [B, N, P]
+        if self.dense:
+            _, g = self.masked_streams(images, order)
+            g = g[:, 1:]
+        else:
+            cells = order.argsort(dim=1, stable=True)
+            _, g = self.sorted_streams(images, cells)
+            target = take(target, cells)
+        return {"loss": self.loss_map(self.prediction_head(self.norm(g)), target).mean()}
+
+    # -- the order
+
+    def order_of(self, batch: dict[str, Tensor], attention: Tensor | None, noise: Noise = None) -> Tensor:
+        """Order values [B, N]. `noise`: uniform draws [B, N], for "stochastic_center" a pair with others [B, 2]."""
+        if noise is None and self.noise_size:
+            noise = self.draws(batch).split(self.noise_sizes, dim=1)
+        draws = noise if isinstance(noise, tuple) else (noise,)
+        noise, center_noise = (*draws, None, None)[:2]
+        order = patch_order(self.permutation_type, self.patch_embed.grid_size, noise, attention, center_noise)
+        return order.to(batch["image"].device).expand(len(batch["image"]), -1)
+
+    @torch.no_grad()
+    def look_ahead(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Features to predict [B, T, D] and the map of the order [B, N], from whole images; each None if not needed."""
+        if self.predict_feature in TEACHERS:
+            features = batch["target_tokens"] if self.target is None else self.target(batch["image"])
+            return features, stretched(similarity(features[:, :1], features[:, 1:]))
+        if not (self.has_map or self.has_features):
+            return None, None
+        network = self if self.teacher is None or self.predict_feature == "inference" else self.teacher
+        # the published pass for the map alone is in float32; weights that an engine has rounded stay as they are
+        weight = network.patch_embed.proj.weight
+        whole = not self.has_features and self.order_precision == "fp32" and weight.dtype == torch.float32
+        with evaluating(network), torch.autocast(weight.device.type, enabled=False) if whole else nullcontext():
+            return network.unmasked(batch["image"])
+
+    def unmasked(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Normed tokens [B, T, C] if features are predicted, and the map [B, N]; of the last block what that takes."""
+        x = self.embed(self.patch_embed(images), self.pos_embed)
+        *blocks, last_block = self.blocks
+        for block in blocks:
+            x = block(x)
+        attention = class_attention(last_block, x) if self.has_map and self.attention_type == "self" else None
+        if attention is not None and not self.has_features:
+            return None, attention
+        count = self.patch_embed.num_patches
+        without_class = self.attention_type == "gap" and not self.has_features
+        tokens = self.norm(last_block(x, last=count if without_class else None))
+        patches = tokens[:, -count:]
+        if attention is None:
+            query = tokens[:, :1] if self.attention_type == "cls" else patches.mean(1, keepdim=True)
+            attention = similarity(query, patches).softmax(-1)
+        return tokens if self.has_features else None, attention
+
+    # -- the two streams
+
+    def sorted_streams(self, images: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """h [B, N, C] of the class token and all patches but the last, g [B, N, C]; cells [B, N] in ascending order.
+
+        Row r of h is the r-th patch, 0 the class token, and row r of g the (r + 1)-th: both see rows 0 ... r of h. The
+        last patch is seen by none.
+        """
+        patches = take(self.patch_embed.cut(images), cells[:, :-1])
+        h = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, cells[:, :-1]))
+        return self.run_streams(h, self.pos_embed[0, 1 + cells])
+
+    def masked_streams(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """h and g, [B, T, C] each, in row-major order; under explicit masks made of order values [B, N]."""
+        h = self.embed(self.patch_embed(images), self.pos_embed)
+        masks = (additive_mask(visible_patches(order, itself=itself)) for itself in (True, False))
+        return self.run_streams(h, self.pos_embed.expand_as(h), *masks)
+
+    def run_streams(
+        self, h: Tensor, g: Tensor, mask_h: Tensor | None = None, mask_g: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams after the last block, without norm; masks [B, 1, T, T], none for causal attention."""
+        query_blocks = self.blocks if self.share_weight else self.query_blocks
+        for depth, block in enumerate(self.blocks, 1):
+            h = self._run_block(block, h, mask_h, causal=mask_h is None)
+            query, rest = divmod(depth, self.blocks_per_query)
+            if rest == 0:
+                g = self._run_block(query_blocks[query - 1], g, mask_g, context=h, causal=mask_g is None)
+        return h, g
+
+    # -- target and loss
+
+    def pixel_target(self, images: Tensor) -> Tensor:
+        """Patches [B, N, P] of the blurred images, each normalised by itself if so asked, in float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float() if self.gaussian_blur is None else self.gaussian_blur(images.float())
+        patches = self.patch_embed.cut(images)
+        if not self.norm_pix_loss:
+            return patches
+        mean, deviation = pixel_statistics(patches)
+        return (patches - mean) / deviation
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Loss of each patch [B, N], in float32, from two tensors [B, N, P]: every patch counts."""
+        predicted, target = predicted.float(), target.float()
+        if self.has_features:
+            return (F.normalize(predicted, dim=-1) - F.normalize(target, dim=-1)).square().sum(-1)
+        error = predicted - target
+        return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
+
+    # -- the average
+
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        """The average's decay rises for a hundred epochs, however long the run (specs/semaim.md 6)."""
+        self.ema_decay = 0.999 + 0.0009 * min(epoch / 100, 1.0)
+
+    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
+        if self.average is not None:
+            self.average.update(self.ema_decay, applied)
+
+
+def order_noise_sizes(kind: str, patches: int) -> tuple[int, ...]:
+    """How many draws an order takes for each image: for its patches, and for the row and column of its centre."""
+    if kind in ORDERS_WITHOUT_NOISE:
+        return ()
+    return (patches, 2) if kind == "stochastic_center" else (patches,)
+
+
+def blocks_per_query(depth: int, query_depth: int) -> int:
+    """How many encoder blocks lie between two query blocks, which must not outnumber them."""
+    step = depth // query_depth if query_depth > 0 else 0
+    if step == 0 or depth // step > query_depth:
+        raise ValueError(f"--query_depth {query_depth} does not share out {depth} blocks: take a divisor of {depth}")
+    return step
+
+
+def class_attention(block: Block, x: Tensor) -> Tensor:
+    """How much the class token of x [B, T, C] attends to each patch in this block, mean over heads: [B, N]."""
+    q, k, _ = block.attn.project(block.norm1(x.roll(-1, dims=1)), last=1)  # the class token comes last
+    return block.attn.probabilities(q, k, None)[:, :, 0, :-1].mean(1)
+
+
+def similarity(query: Tensor, patches: Tensor) -> Tensor:
+    """Cosine of [B, 1, C] with each of [B, N, C]: [B, N], in float32."""
+    return (F.normalize(query.float(), dim=-1) * F.normalize(patches.float(), dim=-1)).sum(-1)
+
+
+def stretched(x: Tensor) -> Tensor:
+    """Each row of [B, N] moved and scaled to [0, 1)."""
+    low, high = x.aminmax(dim=1, keepdim=True)
+    return (x - low) / (high - low + 1e-6)
+
+
+def additive_mask(visible: Tensor) -> Tensor:
+    """0 where bool [B, T, T] is True, else -inf, for all heads: [B, 1, T, T]."""
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, -math.inf).unsqueeze(1)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout and stochastic depth for a while."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Registered methods
 
 # The published decoder has 8 blocks of width 512; those of the small encoders are ours, with its 32 channels a head.
@@ -453,6 +780,14 @@ for _size, _options in VIT_SIZES.items():
 for _size, _options in MAE_SIZES.items():
     _patch_size = 14 if _size == "huge" else 16
     register(f"mae_{_size}_patch{_patch_size}_224", MAE, **_options, patch_size=_patch_size, **_DECODERS.get(_size, {}))
+    # the published query stream has 12 blocks, but those of the huge encoder's 32 must share them out
+    _options = {**_options, "patch_size": _patch_size, "query_depth": 16 if _size == "huge" else 12}
+    register(f"semaim_{_size}_patch{_patch_size}_224", SemAIM, **_options)
+
+for _size, _options in VIT_SIZES.items():  # SemAIM's ancestors, and its form with CLIP's features for pixels
+    register(f"saim_{_size}_patch16_224", SemAIM, **_options, permutation_type="stochastic")
+    register(f"igpt_{_size}_patch16_224", SemAIM, **_options, permutation_type="zigzag")
+    register(f"semaim_clip_{_size}_patch16_224", SemAIM, **_options, predict_feature="clip")
 
 for _size in ("base", "large"):  # a quarter of the 28 x 28 patches, as many tokens as with patches of 16 pixels
     register(f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25)

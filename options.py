@@ -13,7 +13,9 @@ import torch
 import yaml
 
 import utils
+from masking_generator import PATCH_ORDERS
 from modeling_finetune import ATTENTION_KERNELS, list_models
+from modeling_targets import PREDICTED_FEATURES, TARGET_PRECISIONS
 from optim_factory import LR_SCHEDULES, takes_betas
 from recipes import recipe_for
 from utils import log
@@ -206,6 +208,43 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--mask_lambda_power", type=float, default=None, help="from shares to whole parts: 1 - t ** POWER"
     )
+    _semaim_flags(parser)
+
+
+def _semaim_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("SemAIM; None: the model's own")
+    group.add_argument(
+        "--permutation_type", choices=PATCH_ORDERS, default=None,
+        help="order of the patches; zigzag is row-major, raster serpentine; attention_center is SemAIM's",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention_type", choices=("cls", "gap", "self"), default=None,
+        help="the map that an attention order follows: similarity to the class token or the mean, or self-attention",
+    )  # fmt: skip
+    group.add_argument(
+        "--order_precision", choices=("fp32", "auto"), default=None, help="of the pass for the map; auto: --precision"
+    )
+    group.add_argument("--query_depth", type=int, default=None, help="blocks of the query stream")
+    _switch(group, "share_weight", "no_share_weight", default=None, help="encoder blocks serve as query blocks")
+    group.add_argument("--prediction_head_type", choices=("MLP", "LINEAR"), default=None)
+    group.add_argument("--gaussian_kernel_size", type=int, default=None, help="of the blur of the pixels to predict")
+    group.add_argument("--gaussian_sigma", type=float, default=None)
+    group.add_argument("--loss_type", choices=("L1", "L2"), default=None, help="of pixels")
+    group.add_argument(
+        "--predict_feature", choices=PREDICTED_FEATURES, default=None,
+        help="in place of pixels: features of the network, of its average, of a DINO or a CLIP model",
+    )  # fmt: skip
+    group.add_argument(
+        "--target_model", default=None, metavar="PATH", help="the DINO or CLIP model: a file, or timm's name of it"
+    )
+    group.add_argument(
+        "--target_precision", choices=TARGET_PRECISIONS, default=None, help="of that model; auto: --precision"
+    )
+    group.add_argument(
+        "--target_mean_std", choices=("images", "own"), default="images",
+        help="what that model's images are normalised by: as all images, which is as published, or by its own values",
+    )  # fmt: skip
+    _switch(group, "use_ema_model", "no_use_ema_model", default=None, help="keep an average, which gives the map")
 
 
 def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:

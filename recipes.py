@@ -206,6 +206,61 @@ SPLIT_NOTE = "Unverified: how the published effective batch of {} was shared amo
 PARTS_NOTE = "Unverified: crops, which the published code has none of. The part maps come from run_part_learning.py."
 MAE_TINY_NOTE = "Ours, not published: a small model for small data on one device, derived from the ViT-B recipe."
 
+# SemAIM and its ancestors (specs/semaim.md 7, 8, 12)
+SEMAIM_README = "SemAIM README (skyoux/SemAIM ade770f6)"
+SAIM_README = "SAIM README (qiy20/SAIM 08d36c3e)"
+
+PRETRAIN_SAIM = {
+    "batch_size": 64,
+    "update_freq": 1,
+    "epochs": 800,
+    "warmup_epochs": 30,
+    "lr": None,
+    "blr": 2e-4,
+    "lr_schedule": "mae",
+    "min_lr": 0.0,
+    "weight_decay": 0.5,
+    "opt_betas": (0.9, 0.95),
+    "clip_grad": None,
+    "permutation_type": "stochastic",
+    "query_depth": 12,
+    "prediction_head_type": "MLP",
+    "gaussian_kernel_size": 9,
+    "gaussian_sigma": 1.0,
+    "norm_pix_loss": True,
+    "crop_scale": (0.2, 1.0),
+    "imagenet_default_mean_and_std": True,
+    "save_ckpt_freq": 20,
+}
+PRETRAIN_IGPT = PRETRAIN_SAIM | {"epochs": 300, "permutation_type": "zigzag"}
+PRETRAIN_SEMAIM = PRETRAIN_SAIM | {
+    "weight_decay": 0.05,
+    "clip_grad": 3.0,
+    "permutation_type": "attention_center",
+    "attention_type": "cls",
+}
+PRETRAIN_SEMAIM_CLIP = PRETRAIN_SEMAIM | {
+    "predict_feature": "clip",
+    "gaussian_kernel_size": None,
+    "gaussian_sigma": None,
+    "norm_pix_loss": None,
+    "attention_type": None,
+}
+PRETRAIN_SEMAIM_TINY = PRETRAIN_SEMAIM | {
+    "batch_size": 256,
+    "epochs": 300,
+    "warmup_epochs": 10,
+    "blr": 5e-4,
+    "query_depth": 6,
+}
+FINETUNE_SEMAIM = FINETUNE_MAE_BASE | {"batch_size": 64, "warmup_epochs": 20}
+FINETUNE_SEMAIM_LARGE = FINETUNE_MAE_LARGE | {"batch_size": 64}
+FINETUNE_SAIM = FINETUNE_SEMAIM | {"batch_size": 32, "use_mean_pooling": False}
+
+SEMAIM_LARGE_NOTE = "Unverified: every setting; pre-training is as for ViT-B, fine-tuning as MAE's."
+SEMAIM_CLIP_NOTE = "Unverified: every setting but epochs and target; the rest is as for pixels."
+IGPT_NOTE = "Unverified: every setting but epochs and order; the rest is SAIM's."
+
 
 def _mae(size: str, patch: int, published: float, finetune: Mapping[str, Any]) -> tuple[Recipe, Recipe]:
     """Pre-training for 1600 epochs with normalised pixels, and the fine-tuning after it."""
@@ -231,6 +286,21 @@ def _semmae(name: str, patch: int, published: float) -> tuple[Recipe, Recipe]:
         Recipe(
             f"semmae_{name}_finetune", "finetune", f"vit_{model}", 32, FINETUNE_MAE_BASE, SEMMAE_README, published,
             SPLIT_NOTE.format(1024),
+        ),
+    )  # fmt: skip
+
+
+def _semaim(name: str, model: str, size: str, published: float, flags: Mapping[str, Any], note: str = ""):
+    """Pre-training on 32 GPUs and fine-tuning on 16, as published for ViT-B."""
+    finetune = FINETUNE_SEMAIM if size == "base" else FINETUNE_SEMAIM_LARGE
+    return (
+        Recipe(
+            f"{name}_{size}_pretrain", "pretrain", f"{model}_{size}_patch16_224", 32, flags, SEMAIM_README, published,
+            note,
+        ),
+        Recipe(
+            f"{name}_{size}_finetune", "finetune", f"vit_{size}_patch16_224", 16, finetune, SEMAIM_README, published,
+            note,
         ),
     )  # fmt: skip
 
@@ -339,10 +409,18 @@ _RECIPES = (
     *_semmae("base_patch8", 8, 84.444),
     *(_own(f"mae_{size}", "pretrain", f"mae_{size}", PRETRAIN_MAE_TINY) for size in ("tiny", "small")),
     *(_own(f"semmae_{size}", "pretrain", f"semmae_{size}", PRETRAIN_SEMMAE_TINY) for size in ("tiny", "small")),
+    *_semaim("semaim", "semaim", "base", 84.1, PRETRAIN_SEMAIM),
+    *_semaim("semaim", "semaim", "large", 85.8, PRETRAIN_SEMAIM, SEMAIM_LARGE_NOTE),
+    *_semaim("semaim_clip", "semaim_clip", "base", 85.3, PRETRAIN_SEMAIM_CLIP, SEMAIM_CLIP_NOTE),
+    *_semaim("semaim_clip", "semaim_clip", "large", 86.5, PRETRAIN_SEMAIM_CLIP, SEMAIM_CLIP_NOTE),
+    Recipe("saim_base_pretrain", "pretrain", "saim_base_patch16_224", 32, PRETRAIN_SAIM, SAIM_README, 83.9),
+    Recipe("saim_base_finetune", "finetune", "vit_base_patch16_224", 32, FINETUNE_SAIM, SAIM_README, 83.9),
+    Recipe("igpt_base_pretrain", "pretrain", "igpt_base_patch16_224", 32, PRETRAIN_IGPT, SAIM_README, 82.7, IGPT_NOTE),
+    *(_own(f"semaim_{size}", "pretrain", f"semaim_{size}", PRETRAIN_SEMAIM_TINY) for size in ("tiny", "small")),
     *(_own(f"mae_{size}", "finetune", f"vit_{size}", FINETUNE_MAE_TINY) for size in ("tiny", "small")),
 )
 
-# of several recipes for a model and stage, which differ in their source only, the first
+# of several recipes for a model and stage, which differ in their values only, the first; scripts pass all of them
 _BY_MODEL = {(recipe.model, recipe.stage): recipe for recipe in reversed(_RECIPES)}
 
 

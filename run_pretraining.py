@@ -31,6 +31,12 @@ from session import Origin, Position, Session
 from transforms import MEAN_STD, build_pretrain_transform
 from utils import NonFiniteError, RunLog, StepMonitor, StopSignal, Throughput, log
 
+SEMAIM_FLAGS = (  # named as the options of the model
+    "permutation_type", "attention_type", "order_precision", "query_depth", "share_weight", "prediction_head_type",
+    "gaussian_kernel_size", "gaussian_sigma", "loss_type", "predict_feature", "target_model", "target_precision",
+    "use_ema_model",
+)  # fmt: skip
+
 
 def build_method(args: Namespace) -> PretrainMethod:
     """The method that --model names, with the flags that were given."""
@@ -46,6 +52,8 @@ def build_method(args: Namespace) -> PretrainMethod:
         "num_parts": args.num_parts,
         "mask_lambda": args.mask_lambda,
         "mask_lambda_power": args.mask_lambda_power,
+        **{name: getattr(args, name) for name in SEMAIM_FLAGS},
+        "image_mean_std": image_mean_std(args) if args.target_mean_std == "own" else None,
         "attn": args.attn,
         "grad_checkpointing": args.grad_checkpointing,
     }
@@ -249,6 +257,10 @@ def start_training(
     return run, session.resume(origin)
 
 
+def image_mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
+
+
 def set_up(args: Namespace) -> Normalize:
     """Joins the other processes, starts the log, settles device and precision."""
     device = utils.init_distributed(args)
@@ -256,7 +268,7 @@ def set_up(args: Namespace) -> Normalize:
     options.resolve_precision(args, device)
     options.resolve_lr(args)
     check_precision(args.precision, device)
-    return Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], device)
+    return Normalize(image_mean_std(args), device)
 
 
 def main(args: Namespace) -> None:

@@ -39,6 +39,11 @@ METHODS = {  # flags over those of PRETRAIN
         *("--model", "semmae_tiny_patch16_224", "--part_source", "random", "--num_parts", "3"),
         *("--model_kwargs", *SIZE, *DECODER),
     ),
+    "semaim": ("--model", "semaim_tiny_patch16_224", "--use_ema_model", "--model_kwargs", *SIZE, "query_depth=2"),
+    "saim": (
+        *("--model", "semaim_tiny_patch16_224", "--permutation_type", "stochastic", "--share_weight"),
+        *("--model_kwargs", *SIZE, "query_depth=2"),
+    ),
 }
 FINETUNE = [
     *("--model", "beit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE, "init_scale=1.0"),
@@ -136,6 +141,8 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
         if name.endswith(kept_apart) or (is_conmim and name == "norm.bias"):
             continue
         apart = (ours[name].double() - theirs[name].double()).abs()
+        if name.endswith("attn.k.bias"):
+            continue
         if name.endswith("attn.qkv.bias"):
             apart = apart.unflatten(0, (3, -1))[::2]  # queries and values
         largest = max(largest, float(apart.max()))
