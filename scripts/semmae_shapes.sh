@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SemMAE in both stages on the generated `shapes` scenes: a teacher, its parts, their quality, and pre-training by them.
 # Source:   ours (docs/results.md has the numbers); the teacher is a small MAE, as no published one sees 64 pixels
-# Hardware: one CPU core. Time: about 15 minutes alone
+# Hardware: one CPU core. Time: 24 minutes beside other runs
 # Usage:    scripts/semmae_shapes.sh [OUTPUT_DIR] [flags of the last pre-training]
 # Gives:    OUTPUT_DIR/parts.csv (agreement with objects), parts.png (contact sheet), parts/ (part maps), semmae/
 set -euo pipefail
