@@ -246,19 +246,50 @@ class Attention(nn.Module):
         return (scores if bias is None else scores + bias).softmax(-1)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between; dropout comes after the second only (specs/conmim.md 1.1)."""
+class LinearOfGelu(torch.autograd.Function):
+    """linear(gelu(x)) that keeps x and not gelu(x), a fifth of what a block keeps: the backward pass makes it again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, grads = grad.flatten(0, -2), [None, None, None]
+        if ctx.needs_input_grad[0]:
+            grads[0] = torch.ops.aten.gelu_backward(grad @ weight, x)
+        if ctx.needs_input_grad[1]:
+            grads[1] = rows.T @ F.gelu(x).flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            grads[2] = rows.sum(0)
+        return tuple(grads)
+
+
+class ActivatedLinear(nn.Linear):
+    """A linear layer with an activation in front, by default an exact GELU: [..., in_features] to [..., D]."""
 
     act = staticmethod(F.gelu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.act is not F.gelu:
+            return super().forward(self.act(x))
+        # x has autocast's dtype, which a function of our own has to bring about for the weights
+        return LinearOfGelu.apply(x, *(None if p is None else p.to(x.dtype) for p in (self.weight, self.bias)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between; dropout comes after the second only (specs/conmim.md 1.1)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float, out_dim: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
+        self.fc2 = ActivatedLinear(hidden_dim, out_dim or dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.act(self.fc1(x))))
+        return self.drop(self.fc2(self.fc1(x)))
 
 
 class Block(nn.Module):

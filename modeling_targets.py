@@ -71,7 +71,7 @@ class VisualTower(VisionTransformer):
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5
         for block in self.blocks if quick_gelu else ():
-            block.mlp.act = near_gelu
+            block.mlp.fc2.act = near_gelu
 
     def forward(self, images: Tensor) -> Tensor:
         """Normed tokens, of CLIP projected ones, with the class token: [B, T, D]."""

@@ -265,6 +265,8 @@ def set_up(args: Namespace) -> Normalize:
     """Joins the other processes, starts the log, settles device and precision."""
     device = utils.init_distributed(args)
     utils.setup_logging(args.rank)
+    if device.type == "cpu":
+        utils.keep_freed_memory()
     options.resolve_precision(args, device)
     options.resolve_lr(args)
     check_precision(args.precision, device)

@@ -2,8 +2,8 @@
 
     python scripts/compare_methods.py [--data cifar10 shapes] [--methods mae semmae] [--seeds 0 1 2]
 
-Every method is pre-trained for the same epochs with an encoder of the same size; its averaged tokens are classified by
-k-NN and a linear probe, and it is fine-tuned by the same recipe on a tenth of the labels. Runs that are finished below
+Every method of the same length is pre-trained for the same epochs, with an encoder of the same size; its averaged
+tokens are classified by k-NN and a linear probe, and it is fine-tuned by the same recipe. Runs that are finished below
 --output are kept; interrupted ones go on. Writes results.csv there and prints a Markdown table for each data set.
 Another method is one more line of METHODS.
 """
@@ -31,21 +31,32 @@ DECODER = "decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3"
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained first: no `pretrain` flags are random weights; `parts` names the source of part maps."""
+    """What is trained first: no `pretrain` flags are random weights; `parts` names the source of part maps.
+
+    `length` is the name of a schedule below: methods whose step takes much longer get fewer epochs.
+    """
 
     label: str
     pretrain: str = ""
     classifier: str = "vit_tiny_patch16_224"
     parts: str = ""
+    length: str = "long"
 
 
 MAE = f"--model_kwargs {ENCODER} {DECODER} --norm_pix_loss --lr 2e-3 --opt_betas 0.9 0.95"
+SEMAIM = (
+    f"--model semaim_tiny_patch16_224 --model_kwargs {ENCODER} --query_depth 6 --norm_pix_loss --lr 5e-4 "
+    "--opt_betas 0.9 0.95 --clip_grad 3 --permutation_type"
+)
 METHODS = {
     "random": Method("random weights"),
     "mae": Method("MAE", f"--model mae_tiny_patch16_224 {MAE}"),
     "semmae": Method("SemMAE, learned parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="learned"),
     "semmae_kmeans": Method("SemMAE, k-means parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="kmeans"),
     "semmae_random": Method("SemMAE, random parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="random"),
+    "semaim": Method("SemAIM, semantic order", f"{SEMAIM} attention_center", length="short"),
+    "semaim_raster": Method("SemAIM, raster order", f"{SEMAIM} raster", length="short"),
+    "saim": Method("SAIM, random order", f"{SEMAIM} stochastic", length="short"),
 }
 
 
@@ -59,6 +70,7 @@ class Data:
     source: str
     patches: str
     pretrain: str
+    schedules: dict[str, str]
     finetune: str
     parts: str
 
@@ -67,15 +79,17 @@ DATA = {
     "cifar10": Data(
         source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32 {COMMON}",
         patches="--patch_size 4",
-        pretrain="--min_lr 0 --batch_size 256 --epochs 8 --warmup_steps 62 --crop_scale 0.2 1",
+        pretrain="--min_lr 0 --batch_size 256 --crop_scale 0.2 1",
+        schedules={"long": "--epochs 7 --warmup_steps 54", "short": "--epochs 2 --warmup_steps 15"},
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
         parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
     ),
     "shapes": Data(
         source=f"--data_set shapes --input_size 64 {COMMON}",
         patches="--patch_size 8",
-        pretrain="--min_lr 0 --batch_size 64 --epochs 15 --warmup_steps 46 --crop_scale 0.2 1",
-        finetune="--batch_size 32 --epochs 20 --warmup_epochs 2",
+        pretrain="--min_lr 0 --batch_size 64 --crop_scale 0.2 1",
+        schedules={"long": "--epochs 40 --warmup_steps 124", "short": "--epochs 10 --warmup_steps 31"},
+        finetune="--batch_size 64 --epochs 20 --warmup_epochs 2 --label_fraction 1",
         parts="--batch_size 64 --epochs 5 --decoder_widths 64 48 32 24 --part_grid 16",
     ),
 }
@@ -132,7 +146,8 @@ class Comparison:
     def pretrain(self, key: str) -> Path:
         method = METHODS[key]
         data = f"{self.data.source} {self.data.patches}"
-        command = f"run_pretraining.py {data} {self.data.pretrain} {self.common} {method.pretrain}"
+        schedule = f"{self.data.pretrain} {self.data.schedules[method.length]}"
+        command = f"run_pretraining.py {data} {schedule} {self.common} {method.pretrain}"
         if method.parts == "random":
             command += " --part_source random"
         elif method.parts:

@@ -1,17 +1,18 @@
 """The published computations written plainly: what `benchmark.py` measures against and tests compare numbers with.
 
-They live here and not in the product. An object of the product's class becomes one by `model.__class__ = ...`.
+They live here and not in the product. `make_straightforward` turns an object of the product's class into one.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from masking_generator import num_visible
-from modeling_finetune import patchify, take
-from modeling_pretrain import MAE, ConMIM, PretrainMethod
+from modeling_finetune import ActivatedLinear, patchify, take
+from modeling_pretrain import MAE, ConMIM, PretrainMethod, SemAIM, similarity
 
 
 class StraightforwardConMIM(ConMIM):
@@ -58,6 +59,23 @@ class StraightforwardMAE(MAE):
         return {"loss": ((predicted - target).square().mean(-1) * mask).sum() / mask.sum()}
 
 
+class StraightforwardSemAIM(SemAIM):
+    """Made with `attn` "eager", so with dense masks; every map is made, from a last block that is attended in twice."""
+
+    def unmasked(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x = self.embed(self.patch_embed(images), self.pos_embed)
+        *blocks, last_block = self.blocks
+        for block in blocks:
+            x = block(x)
+        q, k, _ = last_block.attn.project(last_block.norm1(x))
+        maps = {"self": last_block.attn.probabilities(q, k, None)[:, :, 0, 1:].mean(1)}
+        tokens = self.norm(last_block(x))
+        patches = tokens[:, 1:]
+        maps["cls"] = similarity(tokens[:, :1], patches).softmax(-1)
+        maps["gap"] = similarity(patches.mean(1, keepdim=True), patches).softmax(-1)
+        return tokens if self.has_features else None, maps[self.attention_type]
+
+
 def semantic_mask_of_one(
     ids: Tensor, ratio: float, weight: float, tokens: Tensor, parts: Tensor
 ) -> tuple[list, list, list]:
@@ -83,9 +101,15 @@ def semantic_mask_of_one(
     return counts.tolist(), line[:visible], line[visible:]
 
 
-def straightforward_form(method: PretrainMethod) -> type[PretrainMethod]:
-    """ValueError for a method whose plain form is not written here."""
-    forms = {ConMIM: StraightforwardConMIM, MAE: StraightforwardMAE}
+def make_straightforward(method: PretrainMethod) -> None:
+    """Turns a method made with `attn` "eager" into its plain form, whose blocks keep what they computed.
+
+    ValueError for a method whose plain form is not written here.
+    """
+    forms = {ConMIM: StraightforwardConMIM, MAE: StraightforwardMAE, SemAIM: StraightforwardSemAIM}
     if type(method) not in forms:
         raise ValueError(f"{type(method).__name__} has no straightforward form to be measured against")
-    return forms[type(method)]
+    method.__class__ = forms[type(method)]
+    for layer in method.modules():
+        if isinstance(layer, ActivatedLinear):
+            layer.act = partial(F.gelu)  # not the function itself, which is computed again
