@@ -258,12 +258,13 @@ class LinearOfGelu(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, grads = grad.flatten(0, -2), [None, None, None]
-        if ctx.needs_input_grad[0]:
-            grads[0] = torch.ops.aten.gelu_backward(grad @ weight, x)
-        if ctx.needs_input_grad[1]:
-            grads[1] = rows.T @ F.gelu(x).flatten(0, -2)
-        if ctx.needs_input_grad[2]:
-            grads[2] = rows.sum(0)
+        with torch.autocast(x.device.type, enabled=False):  # DeepSpeed's is still on here
+            if ctx.needs_input_grad[0]:
+                grads[0] = torch.ops.aten.gelu_backward(grad @ weight, x)
+            if ctx.needs_input_grad[1]:
+                grads[1] = rows.T @ F.gelu(x).flatten(0, -2)
+            if ctx.needs_input_grad[2]:
+                grads[2] = rows.sum(0)
         return tuple(grads)
 
 
