@@ -193,8 +193,8 @@ class Comparison:
 
 
 def encoder_of(folder: Path) -> Path:
-    """The newest encoder of a pre-training."""
-    return max(folder.glob("encoder-*.safetensors"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    """The last epoch's encoder of a pre-training; interrupted ones leave others beside it."""
+    return folder / f"encoder-{report.read_log(folder)[-1]['epoch']}.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
