@@ -196,11 +196,13 @@ def test_saved_configuration_gives_the_same_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_evaluate_as_one(tmp_path):
+@pytest.mark.parametrize(("zero_stage", "opt"), [(None, "momentum"), ("0", "lars"), ("3", "momentum")])
+def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt):
     """One process that accumulates the ranks' batches; 355 images of validation cannot be halved."""
-    flags = ("--batch_size", "64", *SWEEP, "--no_auto_resume")
+    flags = ("--batch_size", "64", *SWEEP, "--no_auto_resume", "--opt", opt)
+    engine = ("--enable_deepspeed", "--zero_stage", zero_stage) if zero_stage else ()
     run_here(tmp_path / "one", *flags, "--update_freq", "2")
-    first, second = in_ranks(2, run_here, tmp_path / "two", *flags)
+    first, second = in_ranks(2, run_here, tmp_path / "two", *flags, *engine)
     assert first == second
     alone, heads = heads_of(tmp_path / "one"), heads_of(tmp_path / "two")
     for name in (name for name in alone if name.endswith(("weight", "bias"))):
@@ -230,6 +232,7 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path):
         ("--nb_classes 3", "--nb_classes 3 is too few"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--batch_size 5000", "--batch_size"),
+        ("--opt lars --enable_deepspeed", "--opt lars needs whole matrices: use --zero_stage 0"),
         ("--opt nope", "--opt nope is unknown"),
         ("--finetune nowhere.pth", "checkpoint nowhere.pth does not exist"),
         ("--warmup_epochs 3", "--warmup_epochs 3 leaves nothing of --epochs 3"),
