@@ -16,7 +16,7 @@ from features import build_backbone, evaluation_images, extract
 from optim_factory import cosine_at
 from probing import LinearHead
 from run_pretraining import launch, set_up
-from transforms import ProbeTransform, draw_clipped_crop
+from transforms import ProbeTransform, draw_clipped_crop, draw_short_side_crop
 
 BASE = [
     *("--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE),
@@ -81,6 +81,19 @@ def test_square_crops_have_uniform_areas():
     boxes = np.array([draw_clipped_crop(rng, (500, 500), (0.08, 0.7)) for _ in range(4000)])
     shares = np.sort(boxes[:, 2] * boxes[:, 3] / 500**2)
     assert np.abs(shares - np.linspace(0.08, 0.7, 4000)).max() < 0.03
+
+
+@pytest.mark.parametrize(("target", "sides"), [((16, 16), (30, 30)), ((16, 24), (20, 30)), ((24, 8), (40, 13))])
+def test_crops_of_the_short_side(target, sides):
+    rng = np.random.default_rng(2)
+    boxes = np.array([draw_short_side_crop(rng, (40, 30), (0.08, 1.0), target) for _ in range(400)])
+    assert (boxes[:, 2:] == sides).all()
+    for start, side, length in zip(boxes[:, :2].T, sides, (40, 30), strict=True):
+        assert sorted(set(start)) == list(range(length - side + 1))
+    picture = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
+    view = ProbeTransform((30, 30), crop="short_side")(picture, np.random.default_rng(3))["image"].permute(1, 2, 0)
+    assert any(torch.equal(view, torch.from_numpy(turned[top : top + 30].copy()))
+               for turned in (picture, picture[:, ::-1]) for top in range(11))  # fmt: skip
 
 
 def test_views_follow_from_the_generator():
