@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ema import MovingAverage
 from masking_generator import (
     COUNT_FIXES,
+    ORDERS_WITH_TIES,
     ORDERS_WITHOUT_NOISE,
     PATCH_ORDERS,
     ascending,
@@ -514,8 +515,9 @@ class SemAIM(PlainViT):
     "clip" and "dino" those of `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published
     that model sees images normalised for ours, or with `image_mean_std`, which names that normalisation, by its own.
     Differences from the published code: tokens are sorted by the order, which makes both streams causal attention
-    without masks; of order values that rounding made equal, the patch with the lower number is first. With `attn`
-    "eager" nothing is sorted, masks are explicit, and ties see each other as published. The map passes the last block
+    without masks; of order values that rounding made equal, the patch with the lower number is first. With the order
+    "attention", in which ties are the rule, and with `attn` "eager" nothing is sorted, masks are explicit, and ties
+    see each other as published. The map passes the last block
     once, and only what is asked of it; `order_precision` "auto" lets it be autocast. `share_weight` and "ema" with an
     attention order work; the head has the teacher's width; targets are float32; blocks behind the last one that a
     query block looks at are frozen; any grid.
@@ -559,7 +561,8 @@ class SemAIM(PlainViT):
             raise ValueError("--predict_feature ema needs the average that --use_ema_model keeps")
         self.permutation_type, self.attention_type = permutation_type, attention_type
         self.order_precision, self.predict_feature = order_precision, predict_feature
-        self.norm_pix_loss, self.loss_type, self.dense = norm_pix_loss, loss_type, attn == "eager"
+        self.norm_pix_loss, self.loss_type = norm_pix_loss, loss_type
+        self.dense = attn == "eager" or permutation_type in ORDERS_WITH_TIES
         self.has_map, self.has_features = permutation_type.startswith("attention"), predict_feature != "none"
         self.predicts_pixels = not self.has_features
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)

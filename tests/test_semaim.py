@@ -13,6 +13,7 @@ import visualize
 from masking_generator import ORDERS_WITHOUT_NOISE, PATCH_ORDERS, patch_order, visible_patches
 from modeling_finetune import create_model, list_models, patchify, take, unpatchify
 from modeling_pretrain import SemAIM, pixel_statistics
+from scripts.straightforward import make_straightforward
 from utils import count_flops
 
 GRIDS = [(side, side) for side in range(6, 21)] + [(6, 9), (14, 7)]
@@ -203,6 +204,19 @@ def equal_in_loss_and_gradients(**options) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
+def test_the_plain_form_of_the_benchmark_computes_the_same(attention_type):
+    swift, plain = (small(attention_type=attention_type, **options, **BLUR) for options in ({}, {"attn": "eager"}))
+    make_straightforward(plain)
+    batch = batch_for(swift)
+    (loss, gradients), (plain_loss, plain_gradients) = (loss_and_gradients(m, batch) for m in (swift, plain))
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-6, atol=1e-6)
+    assert gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert count_flops(lambda: swift(batch)) < count_flops(lambda: plain(batch))
+
+
 def test_reduced_precision_keeps_the_causal_form():
     """On a CPU bf16 takes the explicit kernel, with one small mask for all images and heads."""
     swift = small()
@@ -269,9 +283,10 @@ def test_no_prediction_depends_on_what_is_not_earlier(kind, attn):
     assert moved[changed < seen].min() > 1e-5
 
 
+@pytest.mark.parametrize("options", [{"attn": "eager"}, {"permutation_type": "attention"}])
 @torch.no_grad()
-def test_tied_patches_do_not_predict_one_another_under_masks():
-    model = small(attn="eager")
+def test_tied_patches_do_not_predict_one_another_under_masks(options):
+    model = small(**options)
     order = torch.zeros(1, 24)
     order[:, 12:] = 1.0
     images, changed = pictures(1), pictures(1)
