@@ -14,6 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from shapes import TRAIN_IMAGES, VAL_IMAGES, cached_shapes, write_shapes
 
 
+def voc_shapes(folder: Path, train: int, val: int) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; give --voc a new or empty folder")
+    write_shapes(folder, train, val, voc=True)
+    return folder
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="new or empty folder (default: the cache)")
@@ -24,9 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.voc and args.folder is None:
         parser.error("--voc needs a folder")
     try:
-        if args.voc:
-            write_shapes(args.folder, args.train, args.val, voc=True)
-        folder = args.folder if args.voc else cached_shapes(args.folder, args.train, args.val)
+        folder = (voc_shapes if args.voc else cached_shapes)(args.folder, args.train, args.val)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"the shapes data set is in {folder}")

@@ -30,7 +30,7 @@ from modeling_finetune import VisionTransformer
 from parallel import AUTOCAST_DTYPES
 from run_pretraining import dry_run, launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
-from transforms import BrokenImageError, RawImage, Sample, ViewDraws, decode, draw_view, fast_crop
+from transforms import PILLOW_ERRORS, BrokenImageError, RawImage, Sample, ViewDraws, decode, draw_view, fast_crop
 from utils import log, write_rows
 
 CLASSES = (
@@ -117,7 +117,7 @@ def read_mask(path: Path, num_classes: int) -> np.ndarray:
     try:
         picture = Image.open(path)
         mask = np.array(picture)
-    except OSError as error:
+    except PILLOW_ERRORS as error:
         raise BrokenImageError(f"mask {path}: {error}") from error
     if picture.mode not in ("P", "L"):
         raise ValueError(f"mask {path} is no palette or grey image, but of mode {picture.mode}")

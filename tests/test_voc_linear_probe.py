@@ -14,9 +14,11 @@ from helpers import in_ranks, own_signals, run_command
 from PIL import Image
 
 from checkpoint import save_checkpoint
+from datasets import BadImagesError
 from features import build_vit
-from modeling_finetune import create_model
+from modeling_finetune import create_model, options_of
 from run_pretraining import launch, schedules
+from scripts import make_shapes
 from semantic_segmentation import voc_linear_probe as voc
 from shapes import make_scene, with_edges, write_shapes
 from transforms import ViewDraws
@@ -69,6 +71,16 @@ def test_shapes_in_the_layout_of_voc(root):
         assert np.array_equal(mask, with_edges(make_scene("train", index)))
         assert set(np.unique(mask)) <= {*range(11), 255} and (mask == 255).any()
     assert not (root / "SegmentationClassAug" / "train_000003.png").exists()
+
+
+def test_script_writes_that_layout_to_a_new_folder_only(root, tmp_path, capsys):
+    make_shapes.main(["--voc", str(tmp_path / "new"), "--train", "3", "--val", "1"])
+    for path in (tmp_path / "new").rglob("*.png"):
+        assert path.read_bytes() == (root / path.relative_to(tmp_path / "new")).read_bytes()
+    for flags, named in ((["--voc"], "--voc needs a folder"), (["--voc", str(root)], f"{root} is there already")):
+        with pytest.raises(SystemExit):
+            make_shapes.main(flags)
+        assert named in capsys.readouterr().err
 
 
 def test_palette_indices_are_the_classes(tmp_path):
@@ -159,6 +171,20 @@ def test_another_size_for_evaluation_is_the_same_network(root, tmp_path):
         assert backbones["val"](torch.randn(1, 3, 48, 48)).shape == (1, 32, 12, 12)
 
 
+@pytest.mark.skipif("num_cls_tokens" not in options_of("vit_tiny_patch16_224"), reason="models have one class token")
+def test_class_tokens_are_as_many_as_the_checkpoint_has(root, tmp_path):
+    saved = create_model(
+        "vit_tiny_patch16_224", input_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_cls_tokens=3
+    )
+    torch.nn.init.normal_(saved.cls_token)
+    save_checkpoint(tmp_path / "a.pth", {"model": saved.state_dict()})
+    flags = ("--finetune", str(tmp_path / "a.pth"), "--eval_size", "48")
+    backbones, images = voc.build_backbones(parse(root, "", *flags), torch.device("cpu")), torch.randn(2, 3, 32, 32)
+    expected = saved.eval().get_intermediate_layers(images)[1][:, 3:].detach()
+    torch.testing.assert_close(backbones["train"](images).flatten(2).transpose(1, 2), expected)
+    assert backbones["val"](torch.randn(1, 3, 48, 48)).shape == (1, 32, 12, 12)
+
+
 def test_published_settings(root):
     args = voc.parse(["--data_path", str(root)])
     assert (args.input_size, args.eval_size, args.train_mask_size, args.layer_indices) == (448, 448, 100, -5)
@@ -239,10 +265,11 @@ def test_evaluation_is_as_often_as_asked(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_evaluate_as_one(root, tmp_path):
-    flags = ("--lr", "0.5", "--no_auto_resume")
-    one = run_here(tmp_path / "one", root, *flags, "--batch_size", "2", "--update_freq", "2")
-    first, second = in_ranks(2, run_here, tmp_path / "two", root, *flags, "--batch_size", "2")
+@pytest.mark.parametrize("engine", [(), ("--enable_deepspeed", "--zero_stage", "3")], ids=["ddp", "zero3"])
+def test_two_ranks_train_and_evaluate_as_one(root, tmp_path, engine):
+    flags = ("--lr", "0.5", "--no_auto_resume", "--batch_size", "2")
+    one = run_here(tmp_path / "one", root, *flags, "--update_freq", "2")
+    first, second = in_ranks(2, run_here, tmp_path / "two", root, *flags, *engine)
     assert first == second
     for name, value in head_of(tmp_path / "one").items():
         torch.testing.assert_close(head_of(tmp_path / "two")[name], value, rtol=1e-3, atol=1e-5)
@@ -272,6 +299,9 @@ def test_it_runs_from_the_command_line(root, tmp_path):
         ("--data_path nowhere", "nowhere has no ImageSets/Segmentation/trainaug.txt: it must be VOC's folder VOC2012"),
         ("--eval", "--eval needs a checkpoint: --resume FILE"),
         ("--nb_classes 2", "--nb_classes 2 is too few"),
+        ("--nb_classes 2 --num_workers 1", "--nb_classes 2 is too few"),
+        ("--batch_size 12", "11 images do not fill one step of 12: lower --batch_size"),
+        ("--finetune nowhere.pth", "checkpoint nowhere.pth does not exist"),
         ("--input_size 33", "--input_size (33, 33) is not a multiple of --patch_size (4, 4)"),
     ],
 )
@@ -293,3 +323,21 @@ def test_listed_files_that_are_missing_are_named(root, tmp_path):
     (lists / "val.txt").write_text("/JPEGImages/a.jpg /SegmentationClass/a.png\n")
     with pytest.raises(ValueError, match=r"JPEGImages/a\.jpg, .*a\.png exists, but a is listed"):
         voc.voc_images(tmp_path, "val", ("SegmentationClass",), 21, args)
+
+
+def test_broken_masks_are_replaced_and_counted(tmp_path, caplog):
+    """One cut off, one of another size: the rest takes their places, until there are more than allowed."""
+    root = tmp_path / "VOC2012"
+    write_shapes(root, train=2, val=4, voc=True)
+    masks = root / "SegmentationClass"
+    (masks / "val_000000.png").write_bytes((masks / "val_000000.png").read_bytes()[:60])
+    Image.new("L", (5, 5)).save(masks / "val_000001.png")
+    args = parse(root, "", "--max_bad_images", "2")
+    backbones = voc.build_backbones(args, torch.device("cpu"))
+    data = voc.build_data(args, backbones)["val"]
+    assert [data[0, index]["index"] >= 2 for index in range(4)] == [True] * 4
+    assert "val_000000.png" in caplog.text and "its mask (5, 5)" in caplog.text
+    args.max_bad_images = 1
+    data = voc.build_data(args, backbones)["val"]
+    with pytest.raises(BadImagesError, match="2 of 4 images are broken"):
+        [data[0, index] for index in range(4)]
