@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -236,6 +237,90 @@ def _read_pickle(path: Path, mmap: bool = False) -> Any:
         if code:
             raise ValueError(f"{path} is refused: unpickling it would run {code.group(1)}") from error
         raise ValueError(f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})") from error
+
+
+def load_module_state(path: str | Path) -> StateDict:
+    """The tensors of a file that `load_checkpoint` reads, or of a pickled module, by their names in it.
+
+    Nothing of a pickled module is executed: of what its pickle names, only tensors are made, everything else becomes an
+    inert record. Raises ValueError for a file that is missing or damaged.
+    """
+    try:
+        return _tensors(load_checkpoint(path))
+    except ValueError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+    path = _download(str(path)) if str(path).startswith("https://") else path
+    try:
+        with warnings.catch_warnings():  # that records are not the classes they stand for
+            warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
+            found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes raise anything
+        raise ValueError(f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})") from error
+    return _tensors(found)
+
+
+class _Record:
+    """Stands for an object of any class in a pickle: keeps what the object would have been given, and does nothing."""
+
+    dump_patches = False  # torch's old format asks modules' classes
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        self.items: dict[Any, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.items = state if isinstance(state, dict) else {}
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def append(self, value: Any) -> None:
+        pass
+
+    extend = add = append
+
+
+_TENSOR_MAKERS = {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name, _Record)
+        return _TENSOR_MAKERS.get((module, name), _Record)
+
+
+class _InertPickle:
+    """What torch.load asks of a pickle module."""
+
+    Unpickler = _InertUnpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _InertUnpickler(file, **options).load()
+
+
+def _tensors(value: Any, name: str = "") -> StateDict:
+    """Every tensor in nested dicts and modules' records; names of records are those of their state dict."""
+    if isinstance(value, Tensor):
+        return {name: value.detach()}
+    parts = value.items if isinstance(value, _Record) else value
+    if not isinstance(parts, dict):
+        return {}
+    found: StateDict = {}
+    for key, part in parts.items():
+        inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}".lstrip(".")
+        found |= _tensors(part, inner)
+    return found
 
 
 def _download(url: str) -> Path:

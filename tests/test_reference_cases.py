@@ -8,6 +8,7 @@ fails.
 import json
 import math
 import os
+import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,17 @@ from knn import evaluate_knn
 from masking_generator import mask_lambda_schedule, others_first, patch_order, semantic_mask, visible_patches
 from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
 from modeling_pretrain import MAE, ConMIM, SemAIM, SemMAE, masked_positions, put, similarity, stretched, take
-from modeling_targets import TEACHERS, Teacher, build_tower, from_openai, visual_weights
+from modeling_targets import (
+    HOG,
+    TEACHERS,
+    Teacher,
+    VisualTokenizer,
+    build_tower,
+    dalle_pixels,
+    from_openai,
+    load_tokenizer,
+    visual_weights,
+)
 from optim_factory import LARS, cosine_at, cosine_schedule, create_optimizer, layer_scales, param_groups, set_schedule
 from probing import LinearHead, head_groups
 from transforms import MEAN_STD
@@ -717,6 +728,32 @@ def vit_finetune(case: Case) -> dict[str, Tensor]:
     return {"features": features, "logits": logits, "loss": loss} | gradients(model)
 
 
+# -- BEiT, MaskFeat and SemanticMIM
+
+
+def hog(case: Case) -> dict[str, Tensor]:
+    config, images = case.config, case.inputs()["image"]
+    patch = images.shape[-1] // config["grid"]
+    target = HOG((config["grid"],) * 2, (patch,) * 2, config["nbins"], config["pool"], config["gaussian_window"])
+    return {"hog_map": target.histograms(images), "target": target(images)}
+
+
+def tokenizer_of(weights: dict[str, Tensor], folder: Path) -> VisualTokenizer:
+    """By the file that a user would have."""
+    torch.save({"state_dict": weights}, folder / "encoder.pth")
+    return load_tokenizer(str(folder / "encoder.pth"))
+
+
+def dalle_encoder(case: Case) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokenizer_of(case.inputs("weights/"), Path(folder))
+    pictures = case.inputs()["image_uint8"]
+    mapped = dalle_pixels(pictures)
+    features = tokenizer.encoder(mapped)
+    logits = tokenizer.encoder.logits(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return {"mapped": mapped, "logits": logits, "ids": tokenizer(pictures)}
+
+
 ADAPTERS = {
     adapter.__name__: adapter
     for adapter in (
@@ -726,6 +763,7 @@ ADAPTERS = {
         semmae, semmae_mask, semmae_flip, semmae_finetune_tokens,
         semaim, semaim_masks, semaim_attention, semaim_clip_teacher, semaim_weight_decay, semaim_lr_schedule,
         semaim_train_steps, gaussian_blur, vit_finetune,
+        hog, dalle_encoder,
     )
 } | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars}  # fmt: skip
 
