@@ -579,11 +579,45 @@ def fuse_qkv(state: StateDict) -> StateDict:
     return fused
 
 
+def from_mmpretrain(state: StateDict) -> StateDict:
+    """OpenMMLab's names of a ViT, and SemanticMIM's, as native ones (spec SemanticMIM 8)."""
+    native: StateDict = {}
+    for name, value in state.items():
+        for pattern, replacement in _MMPRETRAIN_NAMES:
+            name = re.sub(pattern, replacement, name)
+        native[name] = value
+    return _join_key_values(native)
+
+
+_MMPRETRAIN_NAMES = (
+    (r"^backbone\.", ""), (r"^extra_layers\.", "mask_blocks."), (r"^layers\.", "blocks."),
+    (r"(blocks\.\d+)\.ln(\d)\.", r"\1.norm\2."), (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^ln1\.", "norm."),
+    (r"^ln2\.", "fc_norm."), (r"^head\.cls_head\.", "lm_head."), (r"^neck\.fc\.", "hog_head."),
+    (r"^head\.fc\.", "head."),
+)  # fmt: skip
+
+
+def _join_key_values(state: StateDict) -> StateDict:
+    """A projection to queries and one to keys and values (`q` and `kv`, `q_proj` and `kv_proj`) as one to all three."""
+    joined = {}
+    for name, value in state.items():
+        found = re.fullmatch(r"(.*\.attn\.)(q|kv)(_proj)?\.(weight|bias)", name)
+        if found is None:
+            joined[name] = value
+        elif found[2] == "q":
+            others = state[f"{found[1]}kv{found[3] or ''}.{found[4]}"]
+            joined[f"{found[1]}qkv.{found[4]}"] = torch.cat((value, others))
+    return joined
+
+
 # (recognise(names, names the model has), convert): a further naming is one more line
 _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...] = (
     # DistributedDataParallel and torch.compile
     (lambda names, _: all(name.startswith("module.") for name in names), lambda s: _rename(s, r"^module\.", "")),
     (lambda names, _: all(name.startswith("_orig_mod.") for name in names), lambda s: _rename(s, r"^_orig_mod\.", "")),
+    # OpenMMLab's ViTs
+    (lambda names, _: any(re.match(r"(backbone\.)?layers\.0\.ln1\.", name) for name in names), from_mmpretrain),
     # SAIM's blocks
     (lambda names, wanted: _has(names, ".attn.q.weight") and _has(wanted, ".attn.qkv.weight"), fuse_qkv),
     # timm's ViT, our own export among them

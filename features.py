@@ -1,7 +1,7 @@
 """One vector for each image from a frozen ViT: what k-NN and linear probing look at.
 
-A feature is the class token or the mean of the patch tokens, after a norm that was trained with them, or after none: a
-norm that the checkpoint lacks is left out, never used as it was initialised.
+A feature is the class token (the mean of several) or the mean of the patch tokens, after a norm that was trained with
+them, or after none: a norm that the checkpoint lacks is left out, never used as it was initialised.
 """
 
 import argparse
@@ -86,12 +86,12 @@ class Backbone(nn.Module):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """The last block's tokens [B, T, C] to [B, C]. Norms without trained weights are identities here."""
-        prefix, vit = self.vit.num_prefix_tokens, self.vit
+        tokens = tokens if self.plain else self.vit.norm(tokens)
+        prefix = self.vit.num_prefix_tokens
+        vector = (tokens[:, :prefix] if self.pool == "cls" else tokens[:, prefix:]).mean(1)
         if self.plain:
-            vector = tokens[:, 0] if self.pool == "cls" else tokens[:, prefix:].mean(1)
             return F.layer_norm(vector, vector.shape[-1:], eps=1e-6)
-        tokens = vit.norm(tokens)
-        return tokens[:, 0] if self.pool == "cls" else vit.fc_norm(tokens[:, prefix:].mean(1))
+        return vector if self.pool == "cls" else self.vit.fc_norm(vector)
 
 
 def build_backbone(args: Namespace) -> Backbone:
