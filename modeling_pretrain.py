@@ -64,13 +64,15 @@ class PretrainMethod(nn.Module):
     `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view "noise" [B, noise_size]
     holds for each image, so that what is random follows from seed, epoch and image, not from processes and batches.
     `teacher`: an average of the network that is no submodule, so that neither DDP nor DeepSpeed wraps, casts or
-    optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder.
+    optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder. `frozen`:
+    a network beside it that makes targets and can be compiled.
     """
 
     views: tuple[str, ...] = ("image",)
     noise_size: int = 0
     not_exported: tuple[str, ...] = ()
     average: MovingAverage | None = None
+    frozen: nn.Module | None = None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss": scalar, ...}; further entries are detached figures for the log."""
@@ -234,7 +236,7 @@ class PlainViT(PretrainMethod, VisionTransformer):
 
     def __init__(self, **vit):
         form = {"pos_embed": "sincos", "rel_pos_bias": "none", "k_bias": True, "global_pool": "token", "num_classes": 0}
-        super().__init__(**vit, **form)
+        super().__init__(**vit, **form, num_cls_tokens=1)
 
     def draws(self, batch: dict[str, Tensor]) -> Tensor:
         """The noise that came with the images, [B, noise_size], drawn here if there is none."""
@@ -858,6 +860,10 @@ class WordPredictor(PretrainMethod):
                 f"--discrete_vae_weight_path {path} has {self.tokenizer.vocab_size} words, the model {vocab_size}: "
                 f"give --model_kwargs vocab_size={self.tokenizer.vocab_size}"
             )
+
+    @property
+    def frozen(self) -> nn.Module | None:
+        return None if self.tokenizer is None else self.tokenizer.encoder
 
     def words_at(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
         """Words int64 [B, M] of the patches at these positions."""

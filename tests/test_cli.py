@@ -48,7 +48,8 @@ PRETRAIN_ONLY = {
     "gaussian_sigma": None, "loss_type": None, "predict_feature": None, "target_model": None,
     "target_precision": None, "target_mean_std": "images", "use_ema_model": None, "no_use_ema_model": None,
     "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
-    "second_interpolation": None, "no_loss_masked": None,
+    "second_interpolation": "lanczos", "no_loss_masked": None, "color_jitter": 0.0, "separate_mask_ratio": None,
+    "num_cls_tokens": None, "use_bottleneck": None, "no_bottleneck": None,
 }  # fmt: skip
 FINETUNE_ONLY = {
     "model": "beit_base_patch16_224", "drop_path": 0.1, "eval_data_path": None, "nb_classes": None,
