@@ -395,10 +395,30 @@ def load_pretrained(
     report = LoadReport(source=f"{name}[{key}]" if key else name)
     target = model.state_dict()
     state = _to_native(_below(state, prefix, report), target)
+    if "pos_embed" in state and "pos_embed" not in target:
+        log.warning(
+            "the positions in %s are not used: this --model has none, --abs_pos_emb gives it some", report.source
+        )
     fitted = _fit(_expand_to_blocks(state, target, report), model, target, report)
     _check_matched(model, state, min_matched, report)
     model.load_state_dict(fitted, strict=False)
     return report
+
+
+def class_tokens(
+    path_or_state: str | Path | dict[str, Any], *, model_key: str = PUBLISHED_KEYS, prefix: str = ""
+) -> int | None:
+    """How many class tokens these weights have, for a model that is to take them; None: one, as usual, or none.
+
+    A model with fewer would lose them and the positions (spec SemanticMIM 3.4). Arguments and errors are those of
+    `load_pretrained`.
+    """
+    from_file = not isinstance(path_or_state, dict)
+    name = str(path_or_state) if from_file else "a state dict"
+    checkpoint = load_checkpoint(path_or_state) if from_file else path_or_state
+    _, state = _select_weights(checkpoint, model_key, name)
+    token = _to_native(_below(state, prefix, LoadReport(name)), ()).get("cls_token")
+    return token.shape[1] if token is not None and token.ndim == 3 and token.shape[1] > 1 else None
 
 
 def _select_weights(checkpoint: dict[str, Any], model_key: str, name: str) -> tuple[str, dict[str, Any]]:
@@ -508,11 +528,19 @@ def to_timm(state_dict: StateDict) -> StateDict:
     """An encoder in native names under timm's: `Beit` for the BEiT form, else `VisionTransformer`; both load strictly.
 
     The BEiT form (bias tables, or query and value biases with layer scale) gets one bias table a block; a plain ViT
-    gets whole qkv biases and timm's layer-scale names. The features are the same. A converted dict stays as it is.
+    gets whole qkv biases and timm's layer-scale names, as does any with several class tokens, which are timm's class
+    token and `reg_tokens` registers. The features are the same. A converted dict stays as it is.
     """
     state = {key: value for key, value in state_dict.items() if not key.endswith("relative_position_index")}
     state = fuse_qkv(state)
-    if _has(state, _TABLE) or (_has(state, ".q_bias") and _has(state, ".gamma_1")):
+    several = "cls_token" in state and state["cls_token"].shape[1] > 1
+    if several:
+        state["cls_token"], state["reg_token"] = state["cls_token"].tensor_split([1], dim=1)
+    if (
+        not several
+        and "reg_token" not in state
+        and (_has(state, _TABLE) or (_has(state, ".q_bias") and _has(state, ".gamma_1")))
+    ):
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         return _expand_shared_table(_split_qkv_bias(state), depth)
     return _rename(_fuse_qkv_bias(state), r"\.gamma_(\d)$", r".ls\1.gamma")
@@ -555,6 +583,12 @@ def _split_qkv_bias(state: StateDict) -> StateDict:
         else:
             split[key] = value
     return split
+
+
+def _join_registers(state: StateDict) -> StateDict:
+    """timm's class token and registers as class tokens."""
+    joined = {key: value for key, value in state.items() if key != "reg_token"}
+    return joined | {"cls_token": torch.cat((state["cls_token"], state["reg_token"]), dim=1)}
 
 
 def _fuse_qkv_bias(state: StateDict) -> StateDict:
@@ -621,6 +655,7 @@ _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Cal
     # SAIM's blocks
     (lambda names, wanted: _has(names, ".attn.q.weight") and _has(wanted, ".attn.qkv.weight"), fuse_qkv),
     # timm's ViT, our own export among them
+    (lambda names, wanted: "reg_token" in names and "reg_token" not in wanted, _join_registers),
     (
         lambda names, wanted: _has(names, ".ls1.gamma") and _has(wanted, ".gamma_1"),
         lambda s: _rename(s, r"\.ls(\d)\.gamma$", r".gamma_\1"),

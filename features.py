@@ -98,12 +98,13 @@ def build_backbone(args: Namespace) -> Backbone:
     """The network that the flags name, with the weights of --finetune."""
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
-    vit = create_model(args.model, **{**options.model_kwargs(args), **form})
+    source = {"model_key": args.model_key, "prefix": args.model_prefix}
+    found = checkpoint.class_tokens(args.finetune, **source) if args.finetune else None
+    vit = create_model(args.model, **{**options.given({"num_cls_tokens": found}), **options.model_kwargs(args), **form})
     if args.finetune:
         vit.fc_norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)  # fine-tuned classifiers may have it in place of `norm`
-        found = checkpoint.load_pretrained(
-            vit, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
-        )  # unlike in fine-tuning nothing would repair what is missing
+        # unlike in fine-tuning nothing would repair what is missing
+        found = checkpoint.load_pretrained(vit, args.finetune, **source, min_matched=1.0)
         log.info("%s", found)
         for name in ("norm", "fc_norm"):
             if f"{name}.weight" in found.missing:

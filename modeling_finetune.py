@@ -545,6 +545,9 @@ for _size, _options in VIT_SIZES.items():
         # BEiT's: a relative position table in each block, layer scale, mean pooling (specs/conmim.md 1.3)
         _beit = {**_options, "input_size": _input_size, "rel_pos_bias": "per_block", "init_values": 0.1}
         register(f"beit_{_size}_patch16_{_input_size}", VisionTransformer, **_beit)
+        # SemanticMIM's in that form: absolute positions (specs/semanticmim.md 1.1)
+        _beit |= {"rel_pos_bias": "none", "pos_embed": "learned"}
+        register(f"beit_{_size}_patch16_{_input_size}_abs_pos", VisionTransformer, **_beit)
 
 for _size, _options in MAE_SIZES.items():
     for _patch_size in (16, 14, 8):

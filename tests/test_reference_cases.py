@@ -21,12 +21,15 @@ from safetensors.torch import load_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from attention_maps import class_maps, patch_maps
 from checkpoint import (
+    class_tokens,
     from_mmpretrain,
     fuse_qkv,
     geometric_ratio,
     interpolate_pos_embed,
     interpolate_rel_pos_bias,
+    load_pretrained,
     source_coordinates,
 )
 from features import Features
@@ -872,6 +875,44 @@ def semanticmim_maskfeat(case: Case) -> dict[str, Tensor]:
     return computed | {"pred": model.hog_head(computed["mask_features"]), "target": target}
 
 
+def semanticmim_attention(case: Case) -> dict[str, Tensor]:
+    """The encoder of a published checkpoint in a classifier, as evaluation loads it, at the image's size."""
+    config, images = case.config, case.inputs()["image"]
+    weights = {"state_dict": case.inputs("weights/")}
+    beit = config["form"] == "beit"
+    model = VisionTransformer(
+        **{key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")},
+        input_size=tuple(images.shape[-2:]),
+        num_cls_tokens=class_tokens(weights) or 1,
+        init_values=config["layer_scale_init_value"],
+        k_bias=not beit,
+        pos_embed="learned",
+        num_classes=0,
+    )
+    model.norm = nn.LayerNorm(config["embed_dim"], eps=1e-6)
+    report = load_pretrained(model, weights, min_matched=1.0)
+    if not config["final_norm"]:
+        model.norm = nn.Identity()
+    assert "fc_norm.weight" in report.loaded
+    num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    layers = model.get_intermediate_layers(images)
+    layers[-1] = model.norm(layers[-1])
+    featmaps = [tokens[:, num_cls:].mT.unflatten(2, grid) for tokens in layers]
+    computed = {f"featmap_layer{layer}": featmap for layer, featmap in enumerate(featmaps)}
+    computed["avg_featmap"] = model.fc_norm(layers[-1][:, num_cls:].mean(1))
+    computed["cls_token"] = model.fc_norm(layers[-1][:, :num_cls].mean(1))
+    cells = config["token_indices"]
+    for layer in config["layer_indices"]:
+        attention = model.attention_maps(images, layer)
+        computed |= {
+            f"attn_layer{layer}": attention,
+            f"vis_cls_layer{layer}": class_maps(attention[0], num_cls, grid),
+            f"vis_patch_layer{layer}": patch_maps(attention[0], num_cls, grid, cells),
+            f"vis_patch_reduced_layer{layer}": patch_maps(attention[0], num_cls, grid, cells, reduce_mean=True),
+        }
+    return computed
+
+
 ADAPTERS = {
     adapter.__name__: adapter
     for adapter in (
@@ -882,6 +923,7 @@ ADAPTERS = {
         semaim, semaim_masks, semaim_attention, semaim_clip_teacher, semaim_weight_decay, semaim_lr_schedule,
         semaim_train_steps, gaussian_blur, vit_finetune,
         hog, dalle_encoder, beit_pretrain, semanticmim_beit, semanticmim_maskfeat,
+        semanticmim_attention,
     )
 } | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars}  # fmt: skip
 
