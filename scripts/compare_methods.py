@@ -48,8 +48,13 @@ SEMAIM = (
     f"--model semaim_tiny_patch16_224 --model_kwargs {ENCODER} --query_depth 6 --norm_pix_loss --lr 5e-4 "
     "--opt_betas 0.9 0.95 --clip_grad 3 --permutation_type"
 )
+CONMIM = (
+    f"--model conmim_tiny_patch16_224 --model_kwargs {ENCODER} projector_hidden_dim=256 --layer_scale_init_value 0.1 "
+    "--mask_type random --mask_ratio 0.5 --t_momentum 0.999 --lr 2e-3 --clip_grad 3"
+)
 METHODS = {
     "random": Method("random weights"),
+    "conmim": Method("ConMIM", CONMIM, classifier="beit_tiny_patch16_224", length="small_batches"),
     "mae": Method("MAE", f"--model mae_tiny_patch16_224 {MAE}"),
     "semmae": Method("SemMAE, learned parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="learned"),
     "semmae_kmeans": Method("SemMAE, k-means parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="kmeans"),
@@ -80,7 +85,11 @@ DATA = {
         source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32 {COMMON}",
         patches="--patch_size 4",
         pretrain="--min_lr 0 --batch_size 256 --crop_scale 0.2 1",
-        schedules={"long": "--epochs 7 --warmup_steps 54", "short": "--epochs 1 --warmup_steps 8"},
+        schedules={
+            "long": "--epochs 7 --warmup_steps 54",
+            "short": "--epochs 1 --warmup_steps 8",
+            "small_batches": "--batch_size 64 --epochs 2 --warmup_steps 60",
+        },
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
         parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
     ),
@@ -88,7 +97,11 @@ DATA = {
         source=f"--data_set shapes --input_size 64 {COMMON}",
         patches="--patch_size 8",
         pretrain="--min_lr 0 --batch_size 64 --crop_scale 0.2 1",
-        schedules={"long": "--epochs 30 --warmup_steps 93", "short": "--epochs 5 --warmup_steps 16"},
+        schedules={
+            "long": "--epochs 30 --warmup_steps 93",
+            "short": "--epochs 5 --warmup_steps 16",
+            "small_batches": "--epochs 20 --warmup_steps 62",
+        },
         finetune="--batch_size 64 --epochs 20 --warmup_epochs 2 --label_fraction 1",
         parts="--batch_size 64 --epochs 5 --decoder_widths 64 48 32 24 --part_grid 16",
     ),
