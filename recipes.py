@@ -313,13 +313,12 @@ PRETRAIN_BEIT = {
     "drop_path": 0.1,
     "layer_scale_init_value": 0.1,
     "mask_type": "block",
-    "num_mask_patches": 75,
     "color_jitter": 0.4,
     "imagenet_default_mean_and_std": True,
     "save_ckpt_freq": 20,
 }
 PRETRAIN_BEIT_LARGE = PRETRAIN_BEIT | {"batch_size": 64, "layer_scale_init_value": 1e-5}
-UNIFORM_MASKS = {"mask_type": "random_mps32", "mask_patch_size": 16, "num_mask_patches": None}  # rounds their number up
+UNIFORM_MASKS = {"mask_type": "random_mps32", "mask_patch_size": 16}  # rounds their number up
 PRETRAIN_SEMANTIC_BEIT = (
     PRETRAIN_BEIT
     | UNIFORM_MASKS

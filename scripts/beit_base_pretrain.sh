@@ -19,7 +19,7 @@ exec "$(dirname "${BASH_SOURCE[0]}")/launch.sh" run_pretraining.py \
   --batch_size 128 --update_freq 1 --epochs 800 --warmup_epochs 10 \
   --lr 1.5e-3 --min_lr 1e-5 --weight_decay 0.05 --opt_betas 0.9 0.999 --clip_grad 3 \
   --drop_path 0.1 --layer_scale_init_value 0.1 \
-  --mask_type block --num_mask_patches 75 \
+  --mask_type block \
   --color_jitter 0.4 \
   --imagenet_default_mean_and_std --save_ckpt_freq 20 \
   "$@"

@@ -1,5 +1,6 @@
 """Flags: which there are, which value wins, what a mistake says; launchers; the README's commands."""
 
+import argparse
 import contextlib
 import os
 import re
@@ -335,7 +336,7 @@ def make_inputs(args) -> None:
         checkpoint.save_checkpoint(args.finetune, {"model": method.state_dict(), **teacher})
     if args.resume and getattr(args, "eval", False):
         args.nb_classes = args.nb_classes or 10
-        model = run_class_finetuning.build_classifier(args)
+        model = run_class_finetuning.build_classifier(argparse.Namespace(**{**vars(args), "resume": ""}))
         checkpoint.save_checkpoint(args.resume, {"model": model.state_dict(), "engine": {}})
 
 

@@ -44,7 +44,7 @@ COMMON_FLAGS = {
 METHOD_FLAGS = {
     "mask_type", "mask_ratio", "temp", "t_momentum", "norm_pix_loss", "mask_lambda_power", "crop_scale",
     "permutation_type", "attention_type", "query_depth", "prediction_head_type", "gaussian_kernel_size",
-    "gaussian_sigma", "predict_feature", "num_mask_patches", "mask_patch_size", "color_jitter", "num_cls_tokens",
+    "gaussian_sigma", "predict_feature", "mask_patch_size", "color_jitter", "num_cls_tokens",
     "use_bottleneck",
 }  # fmt: skip
 STAGE_FLAGS = {
@@ -307,7 +307,7 @@ def test_what_is_published_of_semanticmim_and_its_baselines() -> None:
         assert tuple(recipe.flags.get(flag) for flag in names) == values
     for size, layer_scale in (("base", 0.1), ("large", 1e-5)):
         recipe = recipes[f"beit_{size}_pretrain"]
-        assert (recipe.effective_batch, recipe.flags["epochs"], recipe.flags["num_mask_patches"]) == (2048, 800, 75)
+        assert (recipe.effective_batch, recipe.flags["epochs"], recipe.flags["mask_type"]) == (2048, 800, "block")
         assert tuple(recipe.flags.get(flag) for flag in names[2:8]) == (*beit[:-1], layer_scale)
     for name, batch, lr, scale in (("beit", 1024, 4e-3, 1.0), ("maskfeat", 2048, 8e-3, None)):
         recipe, probe = (recipes[f"semanticmim_{name}_base_{stage}"] for stage in ("finetune", "linear"))
