@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -238,6 +239,90 @@ def _read_pickle(path: Path, mmap: bool = False) -> Any:
         raise ValueError(f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})") from error
 
 
+def load_module_state(path: str | Path) -> StateDict:
+    """The tensors of a file that `load_checkpoint` reads, or of a pickled module, by their names in it.
+
+    Nothing of a pickled module is executed: of what its pickle names, only tensors are made, everything else becomes an
+    inert record. Raises ValueError for a file that is missing or damaged.
+    """
+    try:
+        return _tensors(load_checkpoint(path))
+    except ValueError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+    path = _download(str(path)) if str(path).startswith("https://") else path
+    try:
+        with warnings.catch_warnings():  # that records are not the classes they stand for
+            warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
+            found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes raise anything
+        raise ValueError(f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})") from error
+    return _tensors(found)
+
+
+class _Record:
+    """Stands for an object of any class in a pickle: keeps what the object would have been given, and does nothing."""
+
+    dump_patches = False  # torch's old format asks modules' classes
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        self.items: dict[Any, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.items = state if isinstance(state, dict) else {}
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def append(self, value: Any) -> None:
+        pass
+
+    extend = add = append
+
+
+_TENSOR_MAKERS = {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name, _Record)
+        return _TENSOR_MAKERS.get((module, name), _Record)
+
+
+class _InertPickle:
+    """What torch.load asks of a pickle module."""
+
+    Unpickler = _InertUnpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _InertUnpickler(file, **options).load()
+
+
+def _tensors(value: Any, name: str = "") -> StateDict:
+    """Every tensor in nested dicts and modules' records; names of records are those of their state dict."""
+    if isinstance(value, Tensor):
+        return {name: value.detach()}
+    parts = value.items if isinstance(value, _Record) else value
+    if not isinstance(parts, dict):
+        return {}
+    found: StateDict = {}
+    for key, part in parts.items():
+        inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}".lstrip(".")
+        found |= _tensors(part, inner)
+    return found
+
+
 def _download(url: str) -> Path:
     """The file behind `url`, fetched once into torch.hub's cache; a name like x-0123abcd.pth states its SHA-256."""
     name = Path(url.split("?")[0]).name
@@ -310,10 +395,30 @@ def load_pretrained(
     report = LoadReport(source=f"{name}[{key}]" if key else name)
     target = model.state_dict()
     state = _to_native(_below(state, prefix, report), target)
+    if "pos_embed" in state and "pos_embed" not in target:
+        log.warning(
+            "the positions in %s are not used: this --model has none, --abs_pos_emb gives it some", report.source
+        )
     fitted = _fit(_expand_to_blocks(state, target, report), model, target, report)
     _check_matched(model, state, min_matched, report)
     model.load_state_dict(fitted, strict=False)
     return report
+
+
+def class_tokens(
+    path_or_state: str | Path | dict[str, Any], *, model_key: str = PUBLISHED_KEYS, prefix: str = ""
+) -> int | None:
+    """How many class tokens these weights have, for a model that is to take them; None: one, as usual, or none.
+
+    A model with fewer would lose them and the positions (spec SemanticMIM 3.4). Arguments and errors are those of
+    `load_pretrained`.
+    """
+    from_file = not isinstance(path_or_state, dict)
+    name = str(path_or_state) if from_file else "a state dict"
+    checkpoint = load_checkpoint(path_or_state) if from_file else path_or_state
+    _, state = _select_weights(checkpoint, model_key, name)
+    token = _to_native(_below(state, prefix, LoadReport(name)), ()).get("cls_token")
+    return token.shape[1] if token is not None and token.ndim == 3 and token.shape[1] > 1 else None
 
 
 def _select_weights(checkpoint: dict[str, Any], model_key: str, name: str) -> tuple[str, dict[str, Any]]:
@@ -423,11 +528,19 @@ def to_timm(state_dict: StateDict) -> StateDict:
     """An encoder in native names under timm's: `Beit` for the BEiT form, else `VisionTransformer`; both load strictly.
 
     The BEiT form (bias tables, or query and value biases with layer scale) gets one bias table a block; a plain ViT
-    gets whole qkv biases and timm's layer-scale names. The features are the same. A converted dict stays as it is.
+    gets whole qkv biases and timm's layer-scale names, as does any with several class tokens, which are timm's class
+    token and `reg_tokens` registers. The features are the same. A converted dict stays as it is.
     """
     state = {key: value for key, value in state_dict.items() if not key.endswith("relative_position_index")}
     state = fuse_qkv(state)
-    if _has(state, _TABLE) or (_has(state, ".q_bias") and _has(state, ".gamma_1")):
+    several = "cls_token" in state and state["cls_token"].shape[1] > 1
+    if several:
+        state["cls_token"], state["reg_token"] = state["cls_token"].tensor_split([1], dim=1)
+    if (
+        not several
+        and "reg_token" not in state
+        and (_has(state, _TABLE) or (_has(state, ".q_bias") and _has(state, ".gamma_1")))
+    ):
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         return _expand_shared_table(_split_qkv_bias(state), depth)
     return _rename(_fuse_qkv_bias(state), r"\.gamma_(\d)$", r".ls\1.gamma")
@@ -472,6 +585,12 @@ def _split_qkv_bias(state: StateDict) -> StateDict:
     return split
 
 
+def _join_registers(state: StateDict) -> StateDict:
+    """timm's class token and registers as class tokens."""
+    joined = {key: value for key, value in state.items() if key != "reg_token"}
+    return joined | {"cls_token": torch.cat((state["cls_token"], state["reg_token"]), dim=1)}
+
+
 def _fuse_qkv_bias(state: StateDict) -> StateDict:
     """Whole qkv biases from query and value biases, with zeros for the keys."""
     fused = {key: value for key, value in state.items() if not key.endswith((".q_bias", ".v_bias"))}
@@ -494,14 +613,49 @@ def fuse_qkv(state: StateDict) -> StateDict:
     return fused
 
 
+def from_mmpretrain(state: StateDict) -> StateDict:
+    """OpenMMLab's names of a ViT, and SemanticMIM's, as native ones (spec SemanticMIM 8)."""
+    native: StateDict = {}
+    for name, value in state.items():
+        for pattern, replacement in _MMPRETRAIN_NAMES:
+            name = re.sub(pattern, replacement, name)
+        native[name] = value
+    return _join_key_values(native)
+
+
+_MMPRETRAIN_NAMES = (
+    (r"^backbone\.", ""), (r"^extra_layers\.", "mask_blocks."), (r"^layers\.", "blocks."),
+    (r"(blocks\.\d+)\.ln(\d)\.", r"\1.norm\2."), (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^ln1\.", "norm."),
+    (r"^ln2\.", "fc_norm."), (r"^head\.cls_head\.", "lm_head."), (r"^neck\.fc\.", "hog_head."),
+    (r"^head\.fc\.", "head."),
+)  # fmt: skip
+
+
+def _join_key_values(state: StateDict) -> StateDict:
+    """A projection to queries and one to keys and values (`q` and `kv`, `q_proj` and `kv_proj`) as one to all three."""
+    joined = {}
+    for name, value in state.items():
+        found = re.fullmatch(r"(.*\.attn\.)(q|kv)(_proj)?\.(weight|bias)", name)
+        if found is None:
+            joined[name] = value
+        elif found[2] == "q":
+            others = state[f"{found[1]}kv{found[3] or ''}.{found[4]}"]
+            joined[f"{found[1]}qkv.{found[4]}"] = torch.cat((value, others))
+    return joined
+
+
 # (recognise(names, names the model has), convert): a further naming is one more line
 _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...] = (
     # DistributedDataParallel and torch.compile
     (lambda names, _: all(name.startswith("module.") for name in names), lambda s: _rename(s, r"^module\.", "")),
     (lambda names, _: all(name.startswith("_orig_mod.") for name in names), lambda s: _rename(s, r"^_orig_mod\.", "")),
+    # OpenMMLab's ViTs
+    (lambda names, _: any(re.match(r"(backbone\.)?layers\.0\.ln1\.", name) for name in names), from_mmpretrain),
     # SAIM's blocks
     (lambda names, wanted: _has(names, ".attn.q.weight") and _has(wanted, ".attn.qkv.weight"), fuse_qkv),
     # timm's ViT, our own export among them
+    (lambda names, wanted: "reg_token" in names and "reg_token" not in wanted, _join_registers),
     (
         lambda names, wanted: _has(names, ".ls1.gamma") and _has(wanted, ".gamma_1"),
         lambda s: _rename(s, r"\.ls(\d)\.gamma$", r".gamma_\1"),

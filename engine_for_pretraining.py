@@ -22,7 +22,10 @@ from utils import Progress, RunLog, StepMonitor, StopSignal, Throughput, log
 
 
 class Normalize:
-    """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalised floats."""
+    """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalised floats.
+
+    "image_second" stays as it is: it is for a network that normalises in its own way.
+    """
 
     def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device):
         self.device = device
@@ -31,10 +34,13 @@ class Normalize:
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "index"}
         for name, value in moved.items():
-            if value.dtype == torch.uint8 and value.ndim == 4:
+            if value.dtype == torch.uint8 and value.ndim == 4 and name != "image_second":
                 moved[name] = value.float().div_(255).sub_(self.mean).div_(self.std)
-        if "mask" in batch:  # counted on the host, where it costs no wait for the device
-            moved["max_masked"] = int(batch["mask"].flatten(1).sum(1).max())
+        for name in {"mask", "target_mask"} & batch.keys():  # counted on the host: no wait for the device
+            counts = batch[name].flatten(1).sum(1)
+            moved[f"{name}_counts"] = int(counts.min()), int(counts.max())
+        if "mask" in batch:
+            moved["max_masked"] = moved["mask_counts"][1]
         return moved
 
 

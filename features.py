@@ -1,7 +1,7 @@
 """One vector for each image from a frozen ViT: what k-NN and linear probing look at.
 
-A feature is the class token or the mean of the patch tokens, after a norm that was trained with them, or after none: a
-norm that the checkpoint lacks is left out, never used as it was initialised.
+A feature is the class token (the mean of several) or the mean of the patch tokens, after a norm that was trained with
+them, or after none: a norm that the checkpoint lacks is left out, never used as it was initialised.
 """
 
 import argparse
@@ -92,12 +92,12 @@ class Backbone(nn.Module):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """The last block's tokens [B, T, C] to [B, C]. Norms without trained weights are identities here."""
-        prefix, vit = self.vit.num_prefix_tokens, self.vit
+        tokens = tokens if self.plain else self.vit.norm(tokens)
+        prefix = self.vit.num_prefix_tokens
+        vector = (tokens[:, :prefix] if self.pool == "cls" else tokens[:, prefix:]).mean(1)
         if self.plain:
-            vector = tokens[:, 0] if self.pool == "cls" else tokens[:, prefix:].mean(1)
             return F.layer_norm(vector, vector.shape[-1:], eps=1e-6)
-        tokens = vit.norm(tokens)
-        return tokens[:, 0] if self.pool == "cls" else vit.fc_norm(tokens[:, prefix:].mean(1))
+        return vector if self.pool == "cls" else self.vit.fc_norm(vector)
 
 
 def build_backbone(args: Namespace) -> Backbone:
@@ -109,12 +109,13 @@ def build_vit(args: Namespace) -> VisionTransformer:
     """The ViT of --model with the weights of --finetune; norms that these lack are identities."""
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
-    vit = create_model(args.model, **{**options.model_kwargs(args), **form})
+    source = {"model_key": args.model_key, "prefix": args.model_prefix}
+    found = checkpoint.class_tokens(args.finetune, **source) if args.finetune else None
+    vit = create_model(args.model, **{**options.given({"num_cls_tokens": found}), **options.model_kwargs(args), **form})
     if args.finetune:
         vit.fc_norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)  # fine-tuned classifiers may have it in place of `norm`
-        found = checkpoint.load_pretrained(
-            vit, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
-        )  # unlike in fine-tuning nothing would repair what is missing
+        # unlike in fine-tuning nothing would repair what is missing
+        found = checkpoint.load_pretrained(vit, args.finetune, **source, min_matched=1.0)
         log.info("%s", found)
         for name in ("norm", "fc_norm"):
             if f"{name}.weight" in found.missing:

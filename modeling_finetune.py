@@ -2,7 +2,8 @@
 
 One `Attention`, one `Block` and one `VisionTransformer` cover BEiT's form (query and value bias, relative position
 tables, layer scale, mean pooling) and MAE's form (full bias, sine-cosine positions, class token or mean pooling).
-Shapes in comments: B images, N patches, T = 1 + N tokens (class token first), C channels, h heads, d = C / h.
+Shapes in comments: B images, N patches, T = 1 + N tokens (class token first), C channels, h heads, d = C / h. There may
+be n class tokens; T is n + N then.
 """
 
 import inspect
@@ -297,7 +298,8 @@ class Block(nn.Module):
     """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic depth.
 
     With `last` only that many tokens at the end are computed and returned; of the others only keys and values are.
-    With `causal` no token sees a later one.
+    With `rows` int64 [B, M] only those tokens go through the MLP and are returned. With `causal` no token sees a later
+    one.
     """
 
     attention = Attention
@@ -315,9 +317,17 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(
-        self, x: Tensor, bias: Tensor | None = None, last: int | None = None, *, causal: bool = False
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        last: int | None = None,
+        *,
+        rows: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
         attended = self.attn(self.norm1(x), bias, last, causal=causal)
+        if rows is not None:
+            return self.add(take(x, rows), take(attended, rows))
         return self.add(x if last is None else x[:, -last:], attended)
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -341,9 +351,10 @@ def sincos_pos_embed(embed_dim: int, grid: tuple[int, int]) -> Tensor:
     return F.pad(table, (0, 0, 1, 0)).float().unsqueeze(0)
 
 
-def positions_of(table: Tensor, cells: Tensor) -> Tensor:
-    """Rows of a table [1, 1 + N, C] for the class token and the patches at cells [B, M]: [B, 1 + M, C]."""
-    return table[0, F.pad(cells + 1, (1, 0))]
+def positions_of(table: Tensor, cells: Tensor, num_cls: int = 1) -> Tensor:
+    """Rows of a table [1, n + N, C] for n class tokens and the patches at cells [B, M]: [B, n + M, C]."""
+    first = torch.arange(num_cls, device=cells.device).expand(len(cells), -1)
+    return table[0, torch.cat((first, cells + num_cls), dim=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,10 +364,11 @@ def positions_of(table: Tensor, cells: Tensor) -> Tensor:
 class VisionTransformer(nn.Module):
     """A ViT with a class token whose options give BEiT's or MAE's form.
 
+    num_cls_tokens: how many class tokens there are, each with a position of its own, if there are learned ones.
     pos_embed: "none", "learned", "sincos" (fixed) or "sincos_trainable".
     rel_pos_bias: "none", "shared" (one table, BEiT pre-training) or "per_block" (BEiT fine-tuning).
     k_bias: keys have a bias too (MAE's form); without it only queries and values do (BEiT's form).
-    global_pool: "avg" (mean of patch tokens, then `fc_norm`), "token" (`norm`, then the class token).
+    global_pool: "avg" (mean of patch tokens, then `fc_norm`), "token" (class token, or the mean of several; `norm`).
     num_classes 0 leaves the head out: `forward` then returns the pooled vector [B, C].
     """
 
@@ -370,6 +382,7 @@ class VisionTransformer(nn.Module):
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
+        num_cls_tokens: int = 1,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         k_bias: bool = False,
@@ -390,11 +403,13 @@ class VisionTransformer(nn.Module):
         check_choice("global_pool", global_pool, ("avg", "token"))
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-        self.embed_dim, self.num_prefix_tokens, self.global_pool = embed_dim, 1, global_pool
+        if num_cls_tokens < 1 or (num_cls_tokens > 1 and rel_pos_bias != "none"):
+            raise ValueError(f"num_cls_tokens={num_cls_tokens} must be 1 or more, and 1 with a relative position bias")
+        self.embed_dim, self.num_prefix_tokens, self.global_pool = embed_dim, num_cls_tokens, global_pool
         self.grad_checkpointing = grad_checkpointing
         self.patch_embed = PatchEmbed(input_size, patch_size, in_chans, embed_dim)
         grid = self.patch_embed.grid_size
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
         self.pos_embed = self._make_pos_embed(pos_embed)
         self.pos_drop = nn.Dropout(drop)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if rel_pos_bias == "shared" else None
@@ -413,8 +428,9 @@ class VisionTransformer(nn.Module):
         if kind == "none":
             return None
         if kind == "learned":
-            return nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, self.embed_dim))
+            return nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.patch_embed.num_patches, self.embed_dim))
         table = sincos_pos_embed(self.embed_dim, self.patch_embed.grid_size)
+        table = F.pad(table, (0, 0, self.num_prefix_tokens - 1, 0))
         return nn.Parameter(table, requires_grad=kind == "sincos_trainable")
 
     # -- initialisation (specs/conmim.md 1.3)
@@ -424,9 +440,7 @@ class VisionTransformer(nn.Module):
         self._init_token(self.cls_token)
         if self.pos_embed is not None and not self.pos_embed.any():
             self._init_token(self.pos_embed)
-        for layer, block in enumerate(self.blocks, 1):
-            block.attn.proj.weight.data.div_(math.sqrt(2 * layer))
-            block.mlp.fc2.weight.data.div_(math.sqrt(2 * layer))
+        self._rescale(self.blocks)
         if isinstance(self.head, nn.Linear):
             self.head.weight.data.mul_(init_scale)
             self.head.bias.data.mul_(init_scale)
@@ -439,6 +453,12 @@ class VisionTransformer(nn.Module):
 
     def _init_token(self, weight: Tensor) -> None:
         nn.init.trunc_normal_(weight, std=0.02)
+
+    def _rescale(self, blocks: nn.ModuleList) -> None:
+        """The deeper a block, the less it adds at the start."""
+        for layer, block in enumerate(blocks, 1):
+            block.attn.proj.weight.data.div_(math.sqrt(2 * layer))
+            block.mlp.fc2.weight.data.div_(math.sqrt(2 * layer))
 
     # -- what optimizers, loaders and exporters ask
 
@@ -461,19 +481,22 @@ class VisionTransformer(nn.Module):
             return self.run_blocks(self.embed(patches, self.pos_embed))
         assert self.pos_embed is not None and self.rel_pos_bias is None, "listed patches need absolute positions only"
         # the class token goes without a position, as published; the row of a sine-cosine table is 0 anyway
-        listed = F.pad(self.pos_embed[0, 1 + cells], (0, 0, 1, 0))
+        prefix = self.num_prefix_tokens
+        listed = F.pad(self.pos_embed[0, prefix + cells], (0, 0, prefix, 0))
         return self.run_blocks(self.embed(take(patches, cells), listed))
 
     def embed(self, patches: Tensor, positions: Tensor | None) -> Tensor:
-        """Puts the class token in front of patch embeddings [B, M, C] and adds positions [1 or B, 1 + M, C]."""
+        """Puts the class tokens in front of patch embeddings [B, M, C] and adds positions [1 or B, n + M, C]."""
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
         return self.pos_drop(x if positions is None else x + positions)
 
-    def run_blocks(self, x: Tensor) -> Tensor:
+    def run_blocks(self, x: Tensor, **last_options) -> Tensor:
+        """Tokens [B, T, C] after all blocks; the options are those of the last block's forward."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        for block in self.blocks:
+        *blocks, last_block = self.blocks
+        for block in blocks:
             x = self._run_block(block, x, bias)
-        return x
+        return self._run_block(last_block, x, bias, **last_options)
 
     def _run_block(self, block: Block, x: Tensor, bias: Tensor | None = None, **options) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
@@ -484,7 +507,7 @@ class VisionTransformer(nn.Module):
         """Tokens [B, T, C] to the vector the head sees [B, C]."""
         if self.global_pool == "avg":
             return self.fc_norm(x[:, self.num_prefix_tokens :].mean(1))
-        return self.norm(x)[:, 0]
+        return self.norm(x[:, : self.num_prefix_tokens].mean(1))
 
     # -- looking inside
 
@@ -523,6 +546,9 @@ for _size, _options in VIT_SIZES.items():
         # BEiT's: a relative position table in each block, layer scale, mean pooling (specs/conmim.md 1.3)
         _beit = {**_options, "input_size": _input_size, "rel_pos_bias": "per_block", "init_values": 0.1}
         register(f"beit_{_size}_patch16_{_input_size}", VisionTransformer, **_beit)
+        # SemanticMIM's in that form: absolute positions (specs/semanticmim.md 1.1)
+        _beit |= {"rel_pos_bias": "none", "pos_embed": "learned"}
+        register(f"beit_{_size}_patch16_{_input_size}_abs_pos", VisionTransformer, **_beit)
 
 for _size, _options in MAE_SIZES.items():
     for _patch_size in (16, 14, 8):

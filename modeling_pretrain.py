@@ -3,7 +3,8 @@
 A method is a `PretrainMethod`: it names the batch keys it reads (`views`), computes a loss from a batch, and may move
 a teacher after each optimizer step. It knows nothing of flags, data sets, optimizers, devices and engines.
 Shapes in comments: B images, N patches, T = 1 + N tokens, C channels, M masked patches an image, D projected width;
-L tokens that take part, P = patch height * patch width * 3 numbers of a patch.
+L tokens that take part, P = patch height * patch width * 3 numbers of a patch; n class tokens, V visible patches, K
+visual words.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ema import MovingAverage
 from masking_generator import (
@@ -43,7 +45,16 @@ from modeling_finetune import (
     take,
     unpatchify,
 )
-from modeling_targets import PREDICTED_FEATURES, TEACHERS, MeanStd, Teacher, build_blur, load_teacher
+from modeling_targets import (
+    HOG,
+    PREDICTED_FEATURES,
+    TEACHERS,
+    MeanStd,
+    Teacher,
+    build_blur,
+    load_teacher,
+    load_tokenizer,
+)
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
@@ -67,14 +78,16 @@ class PretrainMethod(nn.Module):
     `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view "noise" [B, noise_size]
     holds for each image, so that what is random follows from seed, epoch and image, not from processes and batches.
     `teacher`: an average of the network that is no submodule, so that neither DDP nor DeepSpeed wraps, casts or
-    optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder.
-    `predicts_pixels`: whether `reconstruct` can show what is predicted.
+    optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder. `frozen`:
+    a network beside it that makes targets and can be compiled. `predicts_pixels`: whether `reconstruct` can show what
+    is predicted.
     """
 
     views: tuple[str, ...] = ("image",)
     noise_size: int = 0
     not_exported: tuple[str, ...] = ()
     average: MovingAverage | None = None
+    frozen: nn.Module | None = None
     predicts_pixels: bool = False
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,10 +128,14 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
 
     def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """Images [B, 3, H, W], with the mask token where mask [B, gh, gw] is True, to normed tokens [B, T, C]."""
+        return self.norm(self.run_blocks(self.embed_masked(images, mask)))
+
+    def embed_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """What the first block sees of them: [B, T, C]."""
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        return self.norm(self.run_blocks(self.embed(x, self.pos_embed)))
+        return self.embed(x, self.pos_embed)
 
     # Pre-training cuts the normal distribution at one standard deviation, and the convolution follows it too.
 
@@ -239,7 +256,7 @@ class PlainViT(PretrainMethod, VisionTransformer):
 
     def __init__(self, **vit):
         form = {"pos_embed": "sincos", "rel_pos_bias": "none", "k_bias": True, "global_pool": "token", "num_classes": 0}
-        super().__init__(**vit, **form)
+        super().__init__(**vit, **form, num_cls_tokens=1)
 
     def draws(self, batch: dict[str, Tensor]) -> Tensor:
         """The noise that came with the images, [B, noise_size], drawn here if there is none."""
@@ -806,6 +823,290 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# BEiT
+
+
+class WordLoss(torch.autograd.Function):
+    """Sum of the cross entropies of linear(x), and how many words are hit, without the logits of all rows at once.
+
+    x [R, C], weight [K, C], bias [K], words int64 [R], counts float32 [R]: 0 leaves a row out. The gradients are made
+    with the logits of a few rows at a time, which costs no more products than keeping the logits.
+    """
+
+    rows = 4096
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, words: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        total, hits = counts.new_zeros(()), counts.new_zeros(())
+        wanted = any(ctx.needs_input_grad)
+        grads = [torch.empty_like(x), *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias))]
+        for start in range(0, len(x), WordLoss.rows):
+            few = slice(start, start + WordLoss.rows)
+            logits = F.linear(x[few], weight, bias)
+            dtype, word, count = logits.dtype, words[few, None], counts[few, None]
+            hits += ((logits.argmax(-1, keepdim=True) == word) * count).sum()
+            slope = logits.float().log_softmax(-1)
+            del logits
+            total -= (slope.gather(1, word) * count).sum()
+            if wanted:
+                slope = slope.exp_().scatter_add_(1, word, torch.full_like(count, -1.0)).mul_(count).to(dtype)
+                grads[0][few] = slope @ weight.to(dtype)
+                grads[1] += slope.T @ x[few].to(dtype)
+                grads[2] += slope.sum(0)
+        ctx.save_for_backward(*(grads if wanted else ()))
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        return (
+            *(g * grad if n else None for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)),
+            None,
+            None,
+        )
+
+
+class WordHead(nn.Linear):
+    """Predicts the visual words of tokens, and says how well."""
+
+    def forward(self, tokens: Tensor, words: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean loss and share of hits of tokens [B, M, C] against words int64 [B, M]; those count where bool [B, M]."""
+        counts = torch.ones_like(words, dtype=torch.float32) if counts is None else counts.float()
+        loss, hits = WordLoss.apply(tokens.flatten(0, 1), self.weight, self.bias, words.flatten(), counts.flatten())
+        total = counts.sum().clamp(min=1)
+        return loss / total, hits / total
+
+
+class WordPredictor(PretrainMethod):
+    """A method whose target are the visual words of its patches (specs/semanticmim.md 2.1).
+
+    They come from the tokenizer in `discrete_vae_weight_path`, which sees the same crop as "image_second", or without
+    one with the batch, as "target_ids" [B, N].
+    """
+
+    not_exported = ("mask_token", "lm_head.")
+
+    def build_words(self, vocab_size: int, path: str | None, precision: str) -> None:
+        """Call at the end of the constructor."""
+        self.lm_head = WordHead(self.embed_dim, vocab_size)
+        self.lm_head.apply(self._init_module)
+        self.tokenizer = None if path is None else load_tokenizer(path, precision)
+        self.views = ("image", "target_ids" if path is None else "image_second", *self.views[1:])
+        if path is None:
+            return
+        self.second_size = tuple(self.tokenizer.encoder.stride * side for side in self.patch_embed.grid_size)
+        if self.tokenizer.vocab_size != vocab_size:
+            raise ValueError(
+                f"--discrete_vae_weight_path {path} has {self.tokenizer.vocab_size} words, the model {vocab_size}: "
+                f"give --model_kwargs vocab_size={self.tokenizer.vocab_size}"
+            )
+
+    @property
+    def frozen(self) -> nn.Module | None:
+        return None if self.tokenizer is None else self.tokenizer.encoder
+
+    def words_at(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
+        """Words int64 [B, M] of the patches at these positions."""
+        if "target_ids" in batch:
+            return batch["target_ids"].flatten(1).gather(1, positions)
+        return self.tokenizer(batch["image_second"], positions)
+
+    def compare(
+        self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor, counts: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The loss of tokens [B, M, C] of the patches at these positions."""
+        loss, hits = self.lm_head(tokens, self.words_at(batch, positions), counts)
+        return {"loss": loss, "mlm_acc": hits}
+
+
+class BEiT(WordPredictor, MaskedImageModel):
+    """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254; specs/semanticmim.md 1.7).
+
+    Every patch passes the blocks, the masked ones as a mask token; of these the visual word is predicted.
+    Differences from the published code, without effect on the numbers: the MLP of the last block, the last norm and the
+    head see masked patches only; so does the tokenizer's last layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 8192,
+        discrete_vae_weight_path: str | None = None,
+        target_precision: str = "auto",
+        **vit,
+    ):
+        super().__init__(**vit)
+        self.build_words(vocab_size, discrete_vae_weight_path, target_precision)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = batch["mask"].flatten(1)
+        positions, counts = masked_positions(mask, batch.get("max_masked"))
+        x = self.embed_masked(batch["image"], mask)
+        tokens = self.norm(self.run_blocks(x, rows=positions + self.num_prefix_tokens))
+        return self.compare(tokens, batch, positions, counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SemanticMIM and its baselines
+
+
+class SemanticMIM(PretrainMethod, VisionTransformer):
+    """Masked image modelling through a bottleneck (arXiv 2406.10673; specs/semanticmim.md): what its two forms share.
+
+    The encoder sees class tokens and visible patches. With `use_bottleneck` mask tokens pass blocks of their own, in
+    which they look at the class tokens, of the encoder's block of the same depth, and at each other: what they learn of
+    the image has to pass the class tokens. Without it all tokens pass the same blocks, which is the baseline.
+    Where "mask" [B, gh, gw] is True a patch is not visible; predicted are the same patches or, with `separate_mask`,
+    those of "target_mask". Every image must have as many of either.
+    Differences from the published code, without effect on the numbers: only visible patches are projected; the
+    encoder's last block computes no more than what is looked at; stochastic depth acts once on the MLP, not twice; any
+    grid.
+    """
+
+    views = ("image", "mask")
+    not_exported = ("mask_token", "mask_blocks.")
+
+    def __init__(
+        self,
+        *,
+        use_bottleneck: bool = True,
+        separate_mask: bool = False,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        init_values: float | None = None,
+        attn: str = "auto",
+        **vit,
+    ):
+        form = {"pos_embed": "learned", "rel_pos_bias": "none", "global_pool": "token", "num_classes": 0}
+        shared = {"mlp_ratio": mlp_ratio, "init_values": init_values}
+        super().__init__(drop_path=drop_path, attn=attn, **shared, **vit, **form)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self._init_token(self.mask_token)
+        self.mask_blocks = None
+        if use_bottleneck:
+            own = self.blocks[0].attn
+            block = partial(
+                Block, self.embed_dim, own.num_heads, drop=0.0, attn_drop=0.0, kernel=attn, qkv_bias=True,
+                k_bias=own.q_bias is None, **shared,
+            )  # fmt: skip
+            rates = torch.linspace(0, drop_path, len(self.blocks), device="cpu").tolist()
+            self.mask_blocks = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
+            self._rescale(self.mask_blocks)
+        self.views = (*self.views, "target_mask") if separate_mask else self.views
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        visible, predicted = self.cells(batch)
+        return self.compare(self.encode(batch["image"], visible, predicted), batch, predicted)
+
+    def compare(self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        """The loss of tokens [B, M, C] of the patches at positions [B, M], and further figures."""
+        raise NotImplementedError
+
+    def cells(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cells of the visible patches, int64 [B, V], and of those that are predicted, [B, M], in row-major order."""
+        hidden, count = common_count(batch, "mask")
+        visible, _ = masked_positions(~hidden, hidden.shape[1] - count)
+        predicted, _ = masked_positions(*common_count(batch, "target_mask" if "target_mask" in batch else "mask"))
+        return visible, predicted
+
+    def encode(self, images: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
+        """Normed mask tokens [B, M, C] of the cells `predicted`, from the patches in the cells `visible`."""
+        patches = self.patch_embed.proj(take(self.patch_embed.cut(images), visible))
+        x = self.embed(patches, positions_of(self.pos_embed, visible, self.num_prefix_tokens))
+        masked = self.mask_token + self.pos_embed[0, self.num_prefix_tokens + predicted]
+        if self.mask_blocks is None:
+            return self.norm(self.run_blocks(torch.cat((x, masked), dim=1), last=masked.shape[1]))
+        return self.norm(self.run_bottleneck(x, masked))
+
+    def run_bottleneck(self, x: Tensor, masked: Tensor) -> Tensor:
+        """Class and visible tokens [B, n + V, C] and mask tokens [B, M, C] to mask tokens after the last block.
+
+        Inside, the class tokens come last among the visible ones and first among the mask tokens, so that in both
+        streams what is wanted of a block is at the end.
+        """
+        num_cls, count = self.num_prefix_tokens, masked.shape[1]
+        x, last_block = x.roll(-num_cls, dims=1), self.blocks[-1]
+        for block, mask_block in zip(self.blocks, self.mask_blocks, strict=True):
+            x = self._run_block(block, x, last=num_cls if block is last_block else None)
+            masked = self._run_block(mask_block, torch.cat((x[:, -num_cls:], masked), dim=1), last=count)
+        return masked
+
+
+def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
+    """Mask bool [B, N] of this name, and of how many patches it is True in every image.
+
+    ValueError: not of the same number. The counts come with the batch from the host, where there is an engine.
+    """
+    mask = batch[name].flatten(1)
+    counts = mask.sum(1)
+    low, high = batch.get(f"{name}_counts") or (int(counts.min()), int(counts.max()))
+    if low != high:
+        raise ValueError(
+            f"{name} selects {low} patches of one image and {high} of another, but every image needs as many: use "
+            "--mask_type random or random_mps32"
+        )
+    return mask, low
+
+
+class SemanticBEiT(WordPredictor, SemanticMIM):
+    """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual words."""
+
+    not_exported = (*SemanticMIM.not_exported, *WordPredictor.not_exported)
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 8192,
+        discrete_vae_weight_path: str | None = None,
+        target_precision: str = "auto",
+        **semantic,
+    ):
+        super().__init__(**semantic)
+        self.build_words(vocab_size, discrete_vae_weight_path, target_precision)
+
+    def _init_module(self, module: nn.Module) -> None:
+        super()._init_module(module)
+        if isinstance(module, nn.Conv2d):
+            self._init_token(module.weight)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Mlp):  # after its layers, whose start it replaces
+            for layer in (module.fc1, module.fc2):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.normal_(layer.bias, std=1e-6)
+
+
+class MaskFeat(SemanticMIM):
+    """Masked feature prediction (CVPR 2022, arXiv 2112.09133), the baseline, and SemanticMIM in its form: keys with a
+    bias, no layer scale, histograms of oriented gradients of the normalised image (specs/semanticmim.md 2.2)."""
+
+    not_exported = (*SemanticMIM.not_exported, "hog_head.")
+
+    def __init__(self, *, hog_nbins: int = 9, hog_pool: int | None = None, hog_window: int | None = None, **semantic):
+        super().__init__(**semantic, k_bias=True)
+        grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
+        pool = max(patch[0] // 2, 1) if hog_pool is None else hog_pool
+        self.hog = HOG(grid, patch, hog_nbins, pool, patch[0] if hog_window is None else hog_window)
+        self.hog_head = nn.Linear(self.embed_dim, self.hog.width).apply(self._init_module)
+
+    def compare(self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        """Mean squared error in float32."""
+        target = take(self.hog(batch["image"]), positions)
+        return {"loss": F.mse_loss(self.hog_head(tokens).float(), target)}
+
+    def no_weight_decay(self) -> set[str]:
+        return {"mask_token"}  # class tokens and positions are decayed (3.1)
+
+    def _init_module(self, module: nn.Module) -> None:
+        super()._init_module(module)
+        if isinstance(module, nn.Conv2d):  # its bias keeps torch's start
+            self._init_token(module.weight)
+
+    def _rescale(self, blocks: nn.ModuleList) -> None:
+        """Not in this form."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Registered methods
 
 # The published decoder has 8 blocks of width 512; those of the small encoders are ours, with its 32 channels a head.
@@ -816,6 +1117,11 @@ _DECODERS = {
 
 for _size, _options in VIT_SIZES.items():
     register(f"conmim_{_size}_patch16_224", ConMIM, **{**_options, "rel_pos_bias": "shared", "init_values": 0.1})
+    _beit = {**_options, "init_values": 0.1}
+    register(f"beit_{_size}_patch16_224_8k_vocab", BEiT, **_beit, rel_pos_bias="shared")
+    register(f"semanticmim_beit_{_size}_patch16_224", SemanticBEiT, **_beit)
+    register(f"semanticmim_maskfeat_{_size}_patch16_224", MaskFeat, **_options, num_cls_tokens=8)
+    register(f"maskfeat_{_size}_patch16_224", MaskFeat, **_options, use_bottleneck=False)
     register(f"semmae_{_size}_patch16_224", SemMAE, **_options, **_DECODERS.get(_size, {}))
 
 for _size, _options in MAE_SIZES.items():

@@ -1,10 +1,14 @@
-"""What methods predict, as far as it is more than cutting an image into patches: blurred pixels, teachers' features.
+"""What methods predict, as far as it is more than cutting an image into patches: blurred pixels, histograms of oriented
+gradients, the ids of a tokenizer, teachers' features.
 
-Shapes in comments: B images, T = 1 + N tokens (class token first), C channels of the tower, D of what it gives.
+Shapes in comments: B images, T = 1 + N tokens (class token first), C channels of the tower, D of what it gives;
+M masked patches, G channels of the tokenizer's first layer.
 """
 
+import math
 import re
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import StateDict, interpolate_pos_embed, load_checkpoint
-from modeling_finetune import VisionTransformer, check_choice
+from checkpoint import StateDict, interpolate_pos_embed, load_checkpoint, load_module_state
+from modeling_finetune import VisionTransformer, check_choice, take
 
 TEACHERS = ("dino", "clip")
 PREDICTED_FEATURES = ("none", "inference", "ema", *TEACHERS)
-TARGET_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TARGET_PRECISIONS = tuple(DTYPES)
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 OWN_MEAN_STD: dict[str, MeanStd] = {  # of the images that the teachers were trained on
     "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -52,6 +57,212 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
     if (kernel_size is None) != (sigma is None):
         raise ValueError("--gaussian_kernel_size and --gaussian_sigma are given together or not at all")
     return None if kernel_size is None else GaussianBlur(kernel_size, sigma)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Histograms of oriented gradients
+
+
+class HOG:
+    """MaskFeat's target: how much gradient each cell has in each direction, by colour (specs/semanticmim.md 2.2).
+
+    A cell is `pool` x `pool` pixels; each of its pixels counts by the size of its gradient, under a Gaussian `window`
+    (0: none) that is repeated over the image. Directions are unsigned. Given normalised images the result is that of
+    the published code, given uint8 ones it is the same but where the horizontal gradient is exactly 0: there the
+    rounding of normalised images decides between the first and the last bin, the raw ones always take the first.
+    """
+
+    def __init__(self, grid: tuple[int, int], patch: tuple[int, int], nbins: int = 9, pool: int = 8, window: int = 16):
+        if nbins < 1 or pool < 1 or any(side % pool for side in patch):
+            raise ValueError(
+                f"hog_pool={pool} must divide patches of {patch[0]} x {patch[1]} pixels, hog_nbins={nbins} be 1 or more"
+            )
+        if window and any(count * side % window for count, side in zip(grid, patch, strict=True)):
+            raise ValueError(f"hog_window={window} does not divide images of {grid} patches of {patch} pixels")
+        self.grid, self.cells = grid, (patch[0] // pool, patch[1] // pool)
+        self.nbins, self.pool, self.window = nbins, pool, window
+
+    @property
+    def width(self) -> int:
+        """Numbers of a patch."""
+        return 3 * self.nbins * math.prod(self.cells)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to float32 [B, N, width], in the order colour, bin, cell row, cell column."""
+        cut = self.histograms(images).unflatten(4, (-1, self.cells[1])).unflatten(3, (-1, self.cells[0]))
+        return cut.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)
+
+    @torch.no_grad()
+    def histograms(self, images: Tensor) -> Tensor:
+        """Normalised histograms of the cells, float32 [B, 3, nbins, H / pool, W / pool].
+
+        A few images at a time: what they need while they are at work is a small multiple of the result.
+        """
+        window = gaussian_window(self.window, images.device) if self.window else None
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([self._histograms(few, window) for few in images.split(max(1, len(images) // 32))])
+
+    def _histograms(self, images: Tensor, window: Tensor | None) -> Tensor:
+        magnitude, bins = oriented_gradients(images.float(), self.nbins)
+        if window is not None:
+            tiled = magnitude.unflatten(3, (-1, self.window)).unflatten(2, (-1, self.window))
+            tiled.mul_(window[:, None])  # writes to `magnitude`
+        rows, columns = images.shape[2] // self.pool, images.shape[3] // self.pool
+        y, x = (torch.arange(side, device=images.device) // self.pool for side in images.shape[2:])
+        place = bins.mul_(rows * columns).add_(y[:, None] * columns + x)
+        found = magnitude.new_zeros(*images.shape[:2], self.nbins * rows * columns)
+        found.scatter_add_(2, place.flatten(2), magnitude.flatten(2))
+        return F.normalize(found.view(*images.shape[:2], self.nbins, rows, columns), dim=2)
+
+
+def oriented_gradients(images: Tensor, nbins: int) -> tuple[Tensor, Tensor]:
+    """Size, float32, and direction, int64 below `nbins`, of the gradient at each pixel; all [B, 3, H, W].
+
+    Plain sums in place of convolutions, which a GPU would compute in TF32 or half precision.
+    """
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    across, down = padded[..., :-2] - padded[..., 2:], padded[..., :-2, :] - padded[..., 2:, :]
+    gx = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    gy = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
+    bins = (torch.atan2(gx, gy) / math.pi * nbins).floor_().remainder_(nbins).long()
+    return torch.hypot(gx, gy), bins
+
+
+def gaussian_window(side: int, device: torch.device) -> Tensor:
+    """[side, side], adds up to 1."""
+    offsets = torch.arange(side, device=device) - (side - 1) / 2
+    row = torch.exp(-0.5 * (offsets / (side // 2)).square())
+    window = torch.outer(row, row)
+    return window / window.sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+class EncoderBlock(nn.Module):
+    """Residual block of DALL-E's encoder: [B, dim_in, h, w] to [B, dim_out, h, w]."""
+
+    def __init__(self, dim_in: int, dim_out: int, gain: float):
+        super().__init__()
+        hidden = dim_out // 4
+        self.gain = gain
+        self.id_path = nn.Identity() if dim_in == dim_out else nn.Conv2d(dim_in, dim_out, 1)
+        self.res_path = nn.ModuleDict({
+            "conv_1": nn.Conv2d(dim_in, hidden, 3, padding=1),
+            "conv_2": nn.Conv2d(hidden, hidden, 3, padding=1),
+            "conv_3": nn.Conv2d(hidden, hidden, 3, padding=1),
+            "conv_4": nn.Conv2d(hidden, dim_out, 1),
+        })  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.id_path(x)
+        for conv in self.res_path.values():
+            x = conv(F.relu(x))
+        return shortcut + self.gain * x
+
+
+class DalleEncoder(nn.Module):
+    """DALL-E's encoder of pictures to visual tokens (specs/semanticmim.md 2.1): groups of blocks, halved in between."""
+
+    def __init__(self, n_hid: int = 256, blocks_per_group: int = 2, vocab_size: int = 8192, groups: int = 4):
+        super().__init__()
+        self.stride = 2 ** (groups - 1)
+        gain = (groups * blocks_per_group) ** -2
+        widths = [n_hid] + [n_hid * 2**group for group in range(groups)]
+        self.blocks = nn.ModuleDict({"input": nn.Conv2d(3, n_hid, 7, padding=3)})
+        for group, (dim_in, dim_out) in enumerate(pairwise(widths), 1):
+            self.blocks[f"group_{group}"] = nn.ModuleDict({
+                f"block_{block}": EncoderBlock(dim_in if block == 1 else dim_out, dim_out, gain)
+                for block in range(1, blocks_per_group + 1)
+            })  # fmt: skip
+        self.blocks["output"] = nn.ModuleDict({"conv": nn.Conv2d(widths[-1], vocab_size, 1)})
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures in [0.1, 0.9], [B, 3, H, W], to what the last convolution sees: [B, 8 G, H / stride, W / stride]."""
+        x = self.blocks["input"](pictures)
+        groups = [group for name, group in self.blocks.items() if name.startswith("group_")]
+        for number, group in enumerate(groups):
+            x = F.max_pool2d(x, 2) if number else x
+            for block in group.values():
+                x = block(x)
+        return F.relu(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [..., 8 G] of single places, channels last, to the logits of the tokens [..., vocab_size]."""
+        output = self.blocks["output"]["conv"]
+        return F.linear(features, output.weight.flatten(1), output.bias)
+
+
+class VisualTokenizer:
+    """The frozen encoder and what it needs around it. It is no submodule: no engine wraps, saves or trains it.
+
+    precision "auto" leaves float32 weights to the autocast around a call; else the encoder runs in that dtype.
+    """
+
+    rows = 4096  # places whose logits are held at once
+
+    def __init__(self, encoder: DalleEncoder, precision: str = "auto"):
+        check_choice("target_precision", precision, TARGET_PRECISIONS)
+        self.dtype = DTYPES[precision]
+        self.encoder = encoder.to(self.dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.encoder.blocks["output"]["conv"].out_channels
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Ids int64 of uint8 pictures [B, 3, H, W], or of floats that `dalle_pixels` has mapped: [B, M] at the places
+        `positions` int64 [B, M], of all without them."""
+        if self.encoder.blocks["input"].weight.device != pictures.device:
+            self.encoder.to(pictures.device)
+        if not pictures.is_floating_point():
+            pictures = dalle_pixels(pictures)
+        if self.dtype is None:
+            features = self.encoder(pictures)
+            return self.choose(features, positions)
+        with torch.autocast(pictures.device.type, enabled=False):
+            return self.choose(self.encoder(pictures.to(self.dtype)), positions)
+
+    def choose(self, features: Tensor, positions: Tensor | None) -> Tensor:
+        """Of features [B, 8 G, h, w] only the listed places need logits, a few thousand of them at a time."""
+        places = features.flatten(2).transpose(1, 2)
+        places = places if positions is None else take(places, positions)
+        ids = [self.encoder.logits(few).argmax(-1) for few in places.flatten(0, 1).split(self.rows)]
+        return torch.cat(ids).view(places.shape[:2])
+
+
+def dalle_pixels(pictures: Tensor) -> Tensor:
+    """uint8 to the encoder's range: [0.1, 0.9]."""
+    return 0.8 / 255 * pictures.float() + 0.1
+
+
+def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
+    """The tokenizer in a file: OpenAI's encoder.pkl, whose pickle is read and not executed, OpenMMLab's state dict, or
+    safetensors, under any prefix.
+
+    Raises:
+        ValueError: no such file, or no such encoder in it.
+    """
+    found = load_module_state(source)
+    prefix = next((name.removesuffix("blocks.input.w") for name in found if name.endswith("blocks.input.w")), None)
+    if prefix is None:
+        raise ValueError(f"--discrete_vae_weight_path {source} holds no encoder of DALL-E: blocks.input.w is missing")
+    names = {name: name.removeprefix(prefix) for name in found if name.startswith(f"{prefix}blocks.")}
+    weights = {re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", ours)): found[name] for name, ours in names.items()}
+    encoder = DalleEncoder(
+        n_hid=len(weights["blocks.input.weight"]),
+        blocks_per_group=len({name for name in weights if re.fullmatch(r"blocks\.group_1\..*conv_1\.weight", name)}),
+        vocab_size=len(weights.get("blocks.output.conv.weight", ())),
+        groups=len({name.split(".")[1] for name in weights if ".group_" in name}),
+    )
+    try:
+        encoder.load_state_dict({name: value.float() for name, value in weights.items()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--discrete_vae_weight_path {source} is not whole: {reason}") from error
+    return VisualTokenizer(encoder, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +303,7 @@ class Teacher:
 
     def __init__(self, tower: VisualTower, precision: str = "auto", mean_std: tuple[MeanStd, MeanStd] | None = None):
         check_choice("target_precision", precision, TARGET_PRECISIONS)
-        self.dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.dtype = DTYPES[precision]
         self.tower = tower.to(self.dtype).eval().requires_grad_(False)
         self.mean_std = None if mean_std is None else torch.tensor(mean_std).view(2, 2, 3, 1, 1)
 

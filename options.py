@@ -18,14 +18,12 @@ from modeling_finetune import ATTENTION_KERNELS, list_models
 from modeling_targets import PREDICTED_FEATURES, TARGET_PRECISIONS
 from optim_factory import LR_SCHEDULES, takes_betas
 from recipes import recipe_for
+from transforms import INTERPOLATIONS
 from utils import log
 
 # Accepted because published commands carry them; they had no effect there either.
 LEFTOVERS = {
-    "pretrain": (
-        "discrete_vae_weight_path", "discrete_vae_type", "second_input_size", "second_interpolation", "warmup_lr",
-        "no_loss_masked",
-    ),
+    "pretrain": ("discrete_vae_type", "warmup_lr", "no_loss_masked"),
     "finetune": ("warmup_lr", "resplit"),
 }  # fmt: skip
 _LEFTOVER_SWITCHES = ("no_loss_masked", "resplit")
@@ -102,9 +100,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage != "knn":
-        group.add_argument(
-            "--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "lanczos", "hamming", "random")
-        )
+        group.add_argument("--train_interpolation", default="bicubic", choices=INTERPOLATIONS)
     add_loader_flags(group)
     if stage == "pretrain":
         group.add_argument(
@@ -115,6 +111,10 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             metavar=("MIN", "MAX"),
             help="share of the area that a crop keeps",
         )
+        group.add_argument(
+            "--color_jitter", type=float, default=0.0,
+            help="range of brightness, contrast and saturation of the whole picture, before the crop; BEiT: 0.4",
+        )  # fmt: skip
         group.add_argument(
             "--data_pipeline", choices=("fast", "reference"), default="fast", help="reference: PIL, as published"
         )
@@ -193,6 +193,11 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument("--max_mask_patches_per_block", type=int, default=None)
     group.add_argument("--min_mask_patches_per_block", type=int, default=16)
+    group.add_argument(
+        "--separate_mask_ratio", type=float, default=None, metavar="RATIO",
+        help="SemanticMIM: predict this share of the patches, drawn by itself; None: the hidden ones",
+    )  # fmt: skip
+    _semanticmim_flags(parser)
     group = parser.add_argument_group("ConMIM; None: the model's own")
     group.add_argument("--temp", type=float, default=None, help="temperature of the contrast")
     group.add_argument(
@@ -215,6 +220,23 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--mask_lambda_power", type=float, default=None, help="from shares to whole parts: 1 - t ** POWER"
     )
     _semaim_flags(parser)
+
+
+def _semanticmim_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("BEiT, MaskFeat and SemanticMIM; None: the model's own")
+    group.add_argument(
+        "--discrete_vae_weight_path", default=None, metavar="FILE",
+        help="DALL-E's encoder, which gives the visual words: OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
+    )  # fmt: skip
+    group.add_argument(
+        "--second_input_size", type=int, default=None, help="side of its pictures; None: one word for each patch"
+    )
+    group.add_argument("--second_interpolation", choices=INTERPOLATIONS, default="lanczos")
+    group.add_argument("--num_cls_tokens", type=int, default=None, help="class tokens, through which all has to pass")
+    _switch(
+        group, "use_bottleneck", "no_bottleneck", default=None,
+        help="mask tokens see class tokens only; without, SemanticMIM's baseline",
+    )  # fmt: skip
 
 
 def _semaim_flags(parser: argparse.ArgumentParser) -> None:
@@ -434,6 +456,9 @@ def validate(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.enable_deepspeed and not args.output_dir and args.save_ckpt:
         raise ValueError("--enable_deepspeed writes its configuration and checkpoints: give --output_dir")
+    separate = getattr(args, "separate_mask_ratio", None)
+    if separate is not None and (not 0 < separate < 1 or args.mask_type == "block"):
+        raise ValueError(f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random --mask_type")
     if args.deepspeed_config and not args.enable_deepspeed:
         raise ValueError("--deepspeed_config needs --enable_deepspeed")
     if args.deepspeed_config and not Path(args.deepspeed_config).is_file():

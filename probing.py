@@ -15,13 +15,15 @@ from optim_factory import Groups
 
 
 class LinearHead(nn.Sequential):
-    """Features [B, C] to logits [B, classes]: batch normalisation without weights, then a linear layer.
+    """Features [B, C] to logits [B, classes]: batch normalisation without weights, unless it is left out, then a linear
+    layer.
 
     Its names, `0.running_mean` and `1.weight`, are the published ones after `head.` (specs/semaim.md 9).
     """
 
-    def __init__(self, dim: int, num_classes: int):
-        super().__init__(nn.BatchNorm1d(dim, affine=False, eps=1e-6), nn.Linear(dim, num_classes))
+    def __init__(self, dim: int, num_classes: int, batch_norm: bool = True):
+        normalize = nn.BatchNorm1d(dim, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+        super().__init__(normalize, nn.Linear(dim, num_classes))
         nn.init.trunc_normal_(self[1].weight, std=0.01)
         nn.init.zeros_(self[1].bias)
 
@@ -33,12 +35,14 @@ def head_names(rates: Sequence[float]) -> list[str]:
     return [f"lr_{rate:g}".replace(".", "p") for rate in rates]
 
 
-def side_by_side(rates: Sequence[float], dim: int, num_classes: int, seed: int) -> nn.ModuleDict:
+def side_by_side(
+    rates: Sequence[float], dim: int, num_classes: int, seed: int, batch_norm: bool = True
+) -> nn.ModuleDict:
     """A head for each learning rate; all start as a single one with this seed would."""
     heads = nn.ModuleDict()
     for name in head_names(rates):
         torch.manual_seed(seed)
-        heads[name] = LinearHead(dim, num_classes)
+        heads[name] = LinearHead(dim, num_classes, batch_norm)
     return heads
 
 

@@ -296,6 +296,98 @@ KNN_SEMAIM = {
 }
 KNN_NOTE = "Unverified: the number of GPUs, which does not change the result."
 
+# BEiT, MaskFeat and SemanticMIM (specs/semanticmim.md 1.7, 3)
+SEMANTICMIM = "SemanticMIM code (yyk-wew/SemanticMIM)"
+MMPRETRAIN = "mmpretrain 1.2.0 (open-mmlab/mmpretrain)"
+
+PRETRAIN_BEIT = {
+    "batch_size": 128,
+    "update_freq": 1,
+    "epochs": 800,
+    "warmup_epochs": 10,
+    "lr": 1.5e-3,
+    "min_lr": 1e-5,
+    "weight_decay": 0.05,
+    "opt_betas": (0.9, 0.999),
+    "clip_grad": 3.0,
+    "drop_path": 0.1,
+    "layer_scale_init_value": 0.1,
+    "mask_type": "block",
+    "color_jitter": 0.4,
+    "imagenet_default_mean_and_std": True,
+    "save_ckpt_freq": 20,
+}
+PRETRAIN_BEIT_LARGE = PRETRAIN_BEIT | {"batch_size": 64, "layer_scale_init_value": 1e-5}
+UNIFORM_MASKS = {"mask_type": "random_mps32", "mask_patch_size": 16}  # rounds their number up
+PRETRAIN_SEMANTIC_BEIT = (
+    PRETRAIN_BEIT
+    | UNIFORM_MASKS
+    | {
+        "batch_size": 256,
+        "epochs": 300,
+        "mask_ratio": 0.6,
+        "num_cls_tokens": 1,
+        "use_bottleneck": None,
+    }
+)
+PRETRAIN_BEIT_ABS_POS = PRETRAIN_SEMANTIC_BEIT | {"mask_ratio": 0.4, "use_bottleneck": False}
+PRETRAIN_SEMANTIC_MASKFEAT = PRETRAIN_SEMANTIC_BEIT | {
+    "warmup_epochs": 30,
+    "lr": 1.6e-3,
+    "min_lr": 1e-6,
+    "clip_grad": 0.02,
+    "drop_path": 0.0,
+    "layer_scale_init_value": None,
+    "mask_ratio": 0.8,
+    "num_cls_tokens": 8,
+    "color_jitter": 0.0,
+    "crop_scale": (0.5, 1.0),
+}
+PRETRAIN_MASKFEAT = PRETRAIN_SEMANTIC_MASKFEAT | {"mask_ratio": 0.4, "num_cls_tokens": 1}
+_OWN_BATCH = {"mask_type": "random", "mask_patch_size": None, "batch_size": 256, "warmup_epochs": 10}
+PRETRAIN_BEIT_TINY = PRETRAIN_BEIT | {"batch_size": 256, "epochs": 300, "drop_path": 0.0}
+PRETRAIN_SEMANTIC_BEIT_TINY = PRETRAIN_SEMANTIC_BEIT | _OWN_BATCH | {"drop_path": 0.0}
+PRETRAIN_SEMANTIC_MASKFEAT_TINY = PRETRAIN_SEMANTIC_MASKFEAT | _OWN_BATCH | {"clip_grad": None}
+PRETRAIN_MASKFEAT_TINY = PRETRAIN_MASKFEAT | _OWN_BATCH | {"clip_grad": None}
+
+FINETUNE_SEMANTIC_BEIT = FINETUNE_BASE | {"init_scale": 1.0}
+FINETUNE_MASKFEAT = FINETUNE_BASE | {
+    "batch_size": 256, "lr": 8e-3, "lr_schedule": "cosine", "layer_scale_init_value": None,
+}  # fmt: skip
+LINEAR_SEMANTIC = {
+    "batch_size": 128,
+    "update_freq": 1,
+    "epochs": 100,
+    "warmup_epochs": 0,
+    "lr": 4e-3,
+    "lr_schedule": "cosine",
+    "min_lr": 0.0,
+    "weight_decay": 1e-4,
+    "opt": "adamw",
+    "global_pool": True,
+    "feature_norm": "plain",
+    "batch_norm": False,
+    "crop_scale": (0.08, 1.0),
+    "imagenet_default_mean_and_std": True,
+}
+
+BEIT_NOTE = "Unverified: how the published batch of 2048 was shared among GPUs."
+BEIT_LARGE_NOTE = (
+    "Published are the figure, from ConMIM's table 1, 800 epochs and layer scale. Unverified: all else is ViT-B's."
+)
+WARMUP_NOTE = "The published warm-up starts from 1/10000 of the peak, here it starts from 0."
+ABS_POS_NOTE = (
+    f"SemanticMIM's baseline in BEiT's form: scripts/semanticmim_beit_base_finetune.sh fine-tunes it. {WARMUP_NOTE}"
+)
+MASKFEAT_NOTE = (
+    "The figure is mmpretrain's, whose masks were block-wise. Unverified: what SemanticMIM's settings reach. "
+    "The published warm-up starts from a millionth of the peak, here from 0."
+)
+CLS_NOTE = f"The released setting has 1 class token; the authors trained 8 too (--num_cls_tokens 8). {WARMUP_NOTE}"
+MEAN_STD_NOTE = "The published normalisation is not that of pre-training but 0.5; here it is the same."
+JITTER_NOTE = "Published with a colour jitter after RandAugment and bilinear test images, which are not made here."
+BORROWED_NOTE = "Unverified: every setting is SemanticMIM's for its own models."
+
 SEMAIM_LARGE_NOTE = "Unverified: every setting; pre-training is as for ViT-B, fine-tuning as MAE's."
 SEMAIM_CLIP_NOTE = "Unverified: every setting but epochs and target; the rest is as for pixels."
 IGPT_NOTE = "Unverified: every setting but epochs and order; the rest is SAIM's."
@@ -344,6 +436,28 @@ def _semaim(name: str, model: str, size: str, published: float, flags: Mapping[s
     )  # fmt: skip
 
 
+def _beit(size: str, gpus: int, published: float, flags: Mapping, finetune: Mapping, notes: tuple[str, str]):
+    """BEiT's pre-training on ImageNet-1K, its fine-tuning, and a probe that is not BEiT's own."""
+    model, sources = f"beit_{size}_patch16_224", f"{BEIT_DOCS}; {PAPER}"
+    return (
+        Recipe(
+            f"beit_{size}_pretrain", "pretrain", f"{model}_8k_vocab", gpus, flags, sources, published, notes[0]
+        ),
+        Recipe(f"beit_{size}_finetune", "finetune", model, 8, finetune, sources, published, notes[1]),
+        Recipe(f"beit_{size}_linear", "linear", model, 8, LINEAR_SEMANTIC, SEMANTICMIM, note=BORROWED_NOTE),
+    )  # fmt: skip
+
+
+def _semantic(name: str, classifier: str, flags: Mapping, finetune: Mapping, published: float | None, *notes: str):
+    """SemanticMIM or a baseline of ViT-B on 8 GPUs; notes for pre-training, fine-tuning and probing."""
+    model, source = f"{name}_base_patch16_224", SEMANTICMIM if published is None else f"{SEMANTICMIM}; {MMPRETRAIN}"
+    return (
+        Recipe(f"{name}_base_pretrain", "pretrain", model, 8, flags, source, published, notes[0]),
+        Recipe(f"{name}_base_finetune", "finetune", classifier, 8, finetune, source, published, notes[1]),
+        Recipe(f"{name}_base_linear", "linear", classifier, 8, LINEAR_SEMANTIC, SEMANTICMIM, note=notes[2]),
+    )
+
+
 def _linear(
     name: str, gpus: int, flags: Mapping[str, Any], source: str, published: float | None = None, note: str = ""
 ) -> Recipe:
@@ -352,8 +466,8 @@ def _linear(
     return Recipe(f"{name}_linear", "linear", f"vit_{size}_patch16_224", gpus, flags, source, published, note)
 
 
-def _own(name: str, stage: str, model: str, flags: Mapping[str, Any]) -> Recipe:
-    return Recipe(f"{name}_{stage}", stage, f"{model}_patch16_224", 1, flags, OURS, note=MAE_TINY_NOTE)
+def _own(name: str, stage: str, model: str, flags: Mapping[str, Any], suffix: str = "") -> Recipe:
+    return Recipe(f"{name}_{stage}", stage, f"{model}_patch16_224{suffix}", 1, flags, OURS, note=MAE_TINY_NOTE)
 
 
 _RECIPES = (
@@ -468,6 +582,64 @@ _RECIPES = (
     _linear("semaim_base", 8, LINEAR_SEMAIM, SEMAIM_README),
     _linear("saim_base", 32, LINEAR_SAIM, SAIM_README, 62.5),
     Recipe("semaim_large_knn", "knn", "vit_large_patch16_224", 8, KNN_SEMAIM, SEMAIM_README, note=KNN_NOTE),
+    *_beit(
+        "base",
+        16,
+        83.2,
+        PRETRAIN_BEIT,
+        FINETUNE_BASE,
+        (BEIT_NOTE, "Unverified: every setting is that of ConMIM's README for ViT-B."),
+    ),
+    *_beit(
+        "large",
+        32,
+        85.2,
+        PRETRAIN_BEIT_LARGE,
+        FINETUNE_LARGE,
+        (BEIT_LARGE_NOTE, "Unverified: mean and std; the figure is from ConMIM's table 1."),
+    ),
+    *_semantic(
+        "semanticmim_beit",
+        "beit_base_patch16_224_abs_pos",
+        PRETRAIN_SEMANTIC_BEIT,
+        FINETUNE_SEMANTIC_BEIT,
+        None,
+        CLS_NOTE,
+        MEAN_STD_NOTE,
+        MEAN_STD_NOTE,
+    ),
+    Recipe(
+        "beit_abs_pos_base_pretrain",
+        "pretrain",
+        "semanticmim_beit_base_patch16_224",
+        8,
+        PRETRAIN_BEIT_ABS_POS,
+        SEMANTICMIM,
+        note=ABS_POS_NOTE,
+    ),
+    *_semantic(
+        "maskfeat", "vit_base_patch16_224", PRETRAIN_MASKFEAT, FINETUNE_MASKFEAT, 83.4, MASKFEAT_NOTE, JITTER_NOTE, ""
+    ),
+    *_semantic(
+        "semanticmim_maskfeat",
+        "vit_base_patch16_224",
+        PRETRAIN_SEMANTIC_MASKFEAT,
+        FINETUNE_MASKFEAT,
+        None,
+        "The published warm-up starts from a millionth of the peak, here from 0.",
+        JITTER_NOTE,
+        "",
+    ),
+    *(
+        _own(name.format(size), "pretrain", name.format(size), flags, suffix)
+        for name, flags, suffix in (
+            ("beit_{}", PRETRAIN_BEIT_TINY, "_8k_vocab"),
+            ("semanticmim_beit_{}", PRETRAIN_SEMANTIC_BEIT_TINY, ""),
+            ("maskfeat_{}", PRETRAIN_MASKFEAT_TINY, ""),
+            ("semanticmim_maskfeat_{}", PRETRAIN_SEMANTIC_MASKFEAT_TINY, ""),
+        )
+        for size in ("tiny", "small")
+    ),
     *(_own(f"semaim_{size}", "pretrain", f"semaim_{size}", PRETRAIN_SEMAIM_TINY) for size in ("tiny", "small")),
     *(_own(f"mae_{size}", "finetune", f"vit_{size}", FINETUNE_MAE_TINY) for size in ("tiny", "small")),
 )

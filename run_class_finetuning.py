@@ -32,11 +32,21 @@ def build_classifier(args: Namespace) -> nn.Module:
         "rel_pos_bias": {None: None, True: "per_block", False: "none"}[args.rel_pos_bias],
         "global_pool": "avg" if args.use_mean_pooling else "token",
         "init_scale": args.init_scale,
+        "num_cls_tokens": weights_class_tokens(args),
         "attn": args.attn,
         "grad_checkpointing": args.grad_checkpointing,
     }
     torch.manual_seed(args.seed)
     return create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
+
+
+def weights_class_tokens(args: Namespace) -> int | None:
+    """How many class tokens the model must have for the weights that it will get; None: its own number."""
+    if args.resume:
+        return checkpoint.class_tokens(args.resume)
+    if args.finetune:
+        return checkpoint.class_tokens(args.finetune, model_key=args.model_key, prefix=args.model_prefix)
+    return None
 
 
 def build_eval_loader(args: Namespace, transform):

@@ -78,6 +78,10 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no_aug", action="store_true", help="train on features of images as for evaluation, computed once"
     )
+    group.add_argument(
+        "--no_batch_norm", dest="batch_norm", action="store_false",
+        help="no batch normalisation in front of the linear layer: SemanticMIM's probe",
+    )  # fmt: skip
     group.add_argument("--eval", action="store_true", help="evaluate --resume and exit")
 
 
@@ -190,7 +194,7 @@ def main(args: Namespace) -> list[Result]:
     backbone = build_backbone(args).to(normalize.device)
     data = build_images(args, backbone)
     rates = args.lr_sweep or [args.lr]
-    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed).to(normalize.device)
+    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed, args.batch_norm).to(normalize.device)
     probe = Probe(heads, backbone)
     groups = head_groups(heads.values(), rates, args.weight_decay)
     if args.no_aug and not args.dry_run:

@@ -17,6 +17,7 @@ from engine_for_pretraining import Normalize, Stopped, Training, train
 from masking_generator import build_mask_generator
 from modeling_finetune import Block, create_model, options_of
 from modeling_pretrain import PretrainMethod
+from modeling_targets import EncoderBlock
 from optim_factory import (
     cosine_at,
     cosine_schedule,
@@ -54,6 +55,10 @@ def build_method(args: Namespace) -> PretrainMethod:
         "mask_lambda": args.mask_lambda,
         "mask_lambda_power": args.mask_lambda_power,
         **{name: getattr(args, name) for name in SEMAIM_FLAGS},
+        "num_cls_tokens": args.num_cls_tokens,
+        "use_bottleneck": args.use_bottleneck,
+        "separate_mask": None if args.separate_mask_ratio is None else True,
+        "discrete_vae_weight_path": args.discrete_vae_weight_path if takes_words(args) else None,
         "image_mean_std": image_mean_std(args) if args.target_mean_std == "own" else None,
         "attn": args.attn,
         "grad_checkpointing": args.grad_checkpointing,
@@ -62,13 +67,20 @@ def build_method(args: Namespace) -> PretrainMethod:
     return create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
 
 
-def mask_generator(args: Namespace, method: PretrainMethod):
-    """The masks that come with the data, for a method that reads them."""
+def takes_words(args: Namespace) -> bool:
+    """Whether the method predicts visual words; published commands of others name a tokenizer too."""
+    return "discrete_vae_weight_path" in options_of(args.model)
+
+
+def mask_generator(args: Namespace, method: PretrainMethod, view: str):
+    """The masks that come with the data, None for a method that does not read this view."""
+    if view not in method.views:
+        return None
     return build_mask_generator(
         args.mask_type,
         input_size=method.patch_embed.img_size,
         patch_size=method.patch_embed.patch_size,
-        mask_ratio=args.mask_ratio,
+        mask_ratio=args.mask_ratio if view == "mask" else args.separate_mask_ratio,
         num_mask_patches=args.num_mask_patches,
         min_mask_patches_per_block=args.min_mask_patches_per_block,
         max_mask_patches_per_block=args.max_mask_patches_per_block,
@@ -78,6 +90,8 @@ def mask_generator(args: Namespace, method: PretrainMethod):
 
 def build_data(args: Namespace, method: PretrainMethod):
     """The loader of what the method reads."""
+    if "target_ids" in method.views:
+        raise ValueError(f"--model {args.model} needs --discrete_vae_weight_path: DALL-E's encoder, encoder.pkl")
     transform = build_pretrain_transform(
         method.views,
         input_size=method.patch_embed.img_size,
@@ -85,8 +99,12 @@ def build_data(args: Namespace, method: PretrainMethod):
         noise_size=method.noise_size,
         interpolation=args.train_interpolation,
         pipeline=args.data_pipeline,
-        mask_generator=mask_generator(args, method) if "mask" in method.views else None,
+        mask_generator=mask_generator(args, method, "mask"),
+        target_mask_generator=mask_generator(args, method, "target_mask"),
         crop_scale=tuple(args.crop_scale),
+        color_jitter=args.color_jitter,
+        second_size=second_size(args, method),
+        second_interpolation=args.second_interpolation,
     )
     dataset = build_dataset(args, train=True, transform=transform, need_labels=False)
     if "part_ids" in method.views:
@@ -94,6 +112,17 @@ def build_data(args: Namespace, method: PretrainMethod):
         readers = {"part_ids": parts.read, "part_scores": parts.read_scores}
         dataset.maps = {view: read for view, read in readers.items() if view in method.views}
     return train_loader(args, dataset)
+
+
+def second_size(args: Namespace, method: PretrainMethod) -> tuple[int, int] | None:
+    """(height, width) of the pictures for the tokenizer: one word for each patch."""
+    if "image_second" not in method.views:
+        return None
+    if args.second_input_size is not None and {args.second_input_size} != {*method.second_size}:
+        raise ValueError(
+            f"--second_input_size {args.second_input_size}: with one word a patch it is {method.second_size}"
+        )
+    return method.second_size
 
 
 def open_parts(args: Namespace, source, method: PretrainMethod) -> PartMaps | RandomParts:
@@ -196,7 +225,7 @@ def compile_blocks(*modules: nn.Module | None) -> None:
     """Equal blocks share one compilation (specs/engine.md 2)."""
     for module in modules:
         for block in module.modules() if module is not None else ():
-            if isinstance(block, Block):
+            if isinstance(block, Block | EncoderBlock):
                 block.compile(dynamic=False)
 
 
@@ -232,7 +261,7 @@ def start_training(
     peak, n_parameters = utils.peak_flops(device, args.precision), utils.count_parameters(network)
     flops = flops_per_image(task, loader, normalize) if peak else None
     if getattr(args, "compile", False):
-        compile_blocks(network, average and average.module)
+        compile_blocks(network, average and average.module, getattr(task, "frozen", None))
     runner = build_runner(args, task, groups, device)
     runner.watch(network, average and average.module)
     if average is not None:

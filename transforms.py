@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -50,6 +51,7 @@ CROP_ATTEMPTS = 10
 POINTS_PER_CELL = 4  # along each side of a patch, where a map of the picture is looked up
 JITTER_PROBABILITY = 0.8
 JITTER_RANGES = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+BEIT_JITTER = ("brightness", "contrast", "saturation")
 GREY_PROBABILITY = 0.2
 BLUR_PROBABILITY, BLUR_RADIUS = 0.1, (0.1, 2.0)
 SOLARISE_PROBABILITY = 0.2
@@ -165,12 +167,17 @@ class ColourDraws:
 
 @dataclass(frozen=True)
 class ViewDraws:
-    """One image's random choices: `box` is (top, left, height, width) in pixels of the picture after the flip."""
+    """One image's random choices: `box` is (top, left, height, width) in pixels of the picture after the flip.
+
+    `jitter`: steps (name, factor) on the whole picture, before the crop; `second`: how the second view is resized.
+    """
 
     flip: bool
     box: tuple[int, int, int, int]
     interpolation: str
     colour: ColourDraws | None
+    jitter: tuple[tuple[str, float], ...] = ()
+    second: str = "lanczos"
 
 
 def draw_view(
@@ -180,16 +187,26 @@ def draw_view(
     interpolation: str,
     strong: bool,
     crop: Callable[..., tuple[int, int, int, int]] | None = None,
+    jitter: float = 0.0,
+    second: str = "lanczos",
 ) -> ViewDraws:
     """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colours if `strong` (spec 2.1).
 
-    `crop(rng, size, crop_scale)` draws the box; None: `draw_crop`.
+    `crop(rng, size, crop_scale)` draws the box; None: `draw_crop`. `jitter`: half the range of the factors.
     """
+    steps = draw_jitter(rng, jitter) if jitter else ()
     flip = bool(rng.random() < 0.5)
     box = (crop or draw_crop)(rng, size, crop_scale)
-    if interpolation == "random":
-        interpolation = TORCH_FILTERS[rng.integers(2)]
-    return ViewDraws(flip, box, interpolation, draw_colour(rng) if strong else None)
+    interpolation, second = (
+        TORCH_FILTERS[rng.integers(2)] if name == "random" else name for name in (interpolation, second)
+    )
+    return ViewDraws(flip, box, interpolation, draw_colour(rng) if strong else None, steps, second)
+
+
+def draw_jitter(rng: np.random.Generator, strength: float) -> tuple[tuple[str, float], ...]:
+    """BEiT's: brightness, contrast and saturation in random order, always (specs/semanticmim.md 2.4)."""
+    bounds = max(0.0, 1 - strength), 1 + strength
+    return tuple((BEIT_JITTER[step], _between(rng, bounds)) for step in rng.permutation(len(BEIT_JITTER)))
 
 
 def draw_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float]) -> tuple[int, int, int, int]:
@@ -256,19 +273,24 @@ def _between(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
 # --- reference pipeline: Pillow, published order ----------------------------------------------------------------------
 
 
-def reference_crop(image: Image.Image, draws: ViewDraws, size: Pair) -> Image.Image:
+def reference_crop(image: Image.Image, draws: ViewDraws, size: Pair, interpolation: str | None = None) -> Image.Image:
     """Flip the whole picture, cut the box out, resize it to `size` (height, width)."""
     if draws.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     top, left, height, width = draws.box
     crop = image.crop((left, top, left + width, top + height))
-    return crop.resize((size[1], size[0]), PILLOW_FILTERS[draws.interpolation])
+    return crop.resize((size[1], size[0]), PILLOW_FILTERS[interpolation or draws.interpolation])
+
+
+def reference_jitter(image: Image.Image, steps: tuple[tuple[str, float], ...]) -> Image.Image:
+    for name, factor in steps:
+        image = REFERENCE_JITTER[name](image, factor)
+    return image
 
 
 def reference_colour(image: Image.Image, draws: ColourDraws) -> Image.Image:
     """The strong view of an RGB picture by Pillow's own operations."""
-    for name, factor in draws.jitter:
-        image = REFERENCE_JITTER[name](image, factor)
+    image = reference_jitter(image, draws.jitter)
     if draws.grey:
         image = image.convert("L").convert("RGB")
     if draws.blur_radius is not None:
@@ -294,7 +316,7 @@ REFERENCE_JITTER: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 # --- fast pipeline: colour planes [3, H, W] uint8 ---------------------------------------------------------------------
 
 
-def fast_crop(picture: np.ndarray, draws: ViewDraws, size: Pair) -> np.ndarray:
+def fast_crop(picture: np.ndarray, draws: ViewDraws, size: Pair, interpolation: str | None = None) -> np.ndarray:
     """`reference_crop` of a picture [H, W, 3], as contiguous colour planes [3, *size].
 
     The resize is symmetric, so the flip may follow it, where there are fewer pixels and the crop is not yet copied.
@@ -302,7 +324,7 @@ def fast_crop(picture: np.ndarray, draws: ViewDraws, size: Pair) -> np.ndarray:
     top, left, height, width = draws.box
     if draws.flip:
         left = picture.shape[1] - left - width
-    resized = _resize(picture[top : top + height, left : left + width], size, draws.interpolation)
+    resized = _resize(picture[top : top + height, left : left + width], size, interpolation or draws.interpolation)
     planes = np.empty((3, *size), dtype=np.uint8)
     cv2.split(cv2.flip(resized, 1) if draws.flip else resized, list(planes))
     return planes
@@ -317,10 +339,15 @@ def _resize(crop: np.ndarray, size: Pair, interpolation: str) -> np.ndarray:
     return interpolate(pixels, size=size, mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
 
 
+def fast_jitter(planes: np.ndarray, steps: tuple[tuple[str, float], ...]) -> np.ndarray:
+    for name, factor in steps:
+        planes = FAST_JITTER[name](planes, factor)
+    return planes
+
+
 def fast_colour(planes: np.ndarray, draws: ColourDraws) -> np.ndarray:
     """`reference_colour` on colour planes; the argument is left as it is."""
-    for name, factor in draws.jitter:
-        planes = FAST_JITTER[name](planes, factor)
+    planes = fast_jitter(planes, draws.jitter)
     if draws.grey:
         planes = np.stack([_grey(planes)] * 3)
     if draws.blur_radius is not None:
@@ -479,6 +506,7 @@ def mean_score(points: np.ndarray) -> np.ndarray:
     return points.mean(-1, dtype=np.float32)
 
 
+PLAIN_VIEWS = ("image", "image_strong", "image_second", "mask", "target_mask", "noise")
 MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"part_ids": majority, "part_scores": mean_score}
 
 
@@ -488,9 +516,9 @@ MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"part_ids": majority
 class PretrainTransform:
     """`transform(raw, rng, maps)` -> the keys in `views`.
 
-    "image" (weak), "image_strong" of the same crop, "mask", "noise" (`noise_size` uniform float32 draws); of the same
-    crop and flip of `maps`, arrays [any size] that cover the picture: "part_ids" uint8, "part_scores" float32, both
-    [rows, columns] of `grid`.
+    "image" (weak), "image_strong" and "image_second" (of `second_size`) of the same crop, "mask", "target_mask",
+    "noise" (`noise_size` uniform float32 draws); of the same crop and flip of `maps`, arrays [any size] that cover the
+    picture: "part_ids" uint8, "part_scores" float32, both [rows, columns] of `grid`.
     """
 
     def __init__(
@@ -499,54 +527,76 @@ class PretrainTransform:
         size: Pair,
         interpolation: str,
         pipeline: str,
-        mask_generator: MaskGenerator | None,
+        masks: Mapping[str, MaskGenerator],
         crop_scale: tuple[float, float],
         grid: Pair | None,
         noise_size: int,
+        color_jitter: float,
+        second_size: Pair | None,
+        second_interpolation: str,
     ):
         self.views, self.size, self.interpolation, self.crop_scale = views, size, interpolation, crop_scale
         self.grid, self.noise_size = grid, noise_size
+        self.color_jitter, self.second_interpolation = color_jitter, second_interpolation
+        self.second_size = second_size if "image_second" in views else None
         self.apply = _apply_fast if pipeline == "fast" else _apply_reference
-        self.mask_generator = mask_generator
+        self.masks = masks
 
     def __call__(
         self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray] = MappingProxyType({})
     ) -> Sample:
-        strong = "image_strong" in self.views
         draw = functools.partial(
-            draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation, strong=strong
-        )
-        picture, draws, weak, strong_view = self.apply(raw, draw, self.size)
-        sample = {"image": torch.from_numpy(weak)}
-        if strong:
-            sample["image_strong"] = torch.from_numpy(strong_view)
-        if "mask" in self.views:
-            sample["mask"] = torch.from_numpy(self.mask_generator(rng))
+            draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation,
+            strong="image_strong" in self.views, jitter=self.color_jitter, second=self.second_interpolation,
+        )  # fmt: skip
+        found = self.apply(raw, draw, self.size, self.second_size)
+        views = {"image": found.weak, "image_strong": found.strong, "image_second": found.second}
+        sample = {name: torch.from_numpy(view) for name, view in views.items() if name in self.views}
+        sample |= {name: torch.from_numpy(generate(rng)) for name, generate in self.masks.items()}
         if "noise" in self.views:
             sample["noise"] = torch.from_numpy(rng.random(self.noise_size, dtype=np.float32))
         for name, reduce in MAP_VIEWS.items():
             if name in self.views:
-                sample[name] = torch.from_numpy(reduce(crop_map(maps[name], draws, picture, self.grid)))
+                sample[name] = torch.from_numpy(reduce(crop_map(maps[name], found.draws, found.picture, self.grid)))
         return sample
 
 
-Views = tuple[Pair, ViewDraws, np.ndarray, np.ndarray | None]  # the picture's size, what was drawn, weak, strong
+class Views(NamedTuple):
+    """The picture's size, what was drawn, and the views [3, H, W], None where not asked for."""
+
+    picture: Pair
+    draws: ViewDraws
+    weak: np.ndarray
+    strong: np.ndarray | None
+    second: np.ndarray | None
 
 
-def _apply_fast(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> Views:
+def _apply_fast(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair, second_size: Pair | None = None) -> Views:
     whole, decode_rows = open_picture(raw)
     draws = draw(size=whole)
     top, _, height, _ = draws.box
-    weak = fast_crop(decode_rows(top + height), draws, size)
-    return whole, draws, weak, None if draws.colour is None else fast_colour(weak, draws.colour)
+    if draws.jitter:  # contrast depends on the whole picture
+        planes = np.ascontiguousarray(decode_rows(whole[0])[: whole[0]].transpose(2, 0, 1))
+        picture = np.ascontiguousarray(fast_jitter(planes, draws.jitter).transpose(1, 2, 0))
+    else:
+        picture = decode_rows(top + height)
+    weak = fast_crop(picture, draws, size)
+    strong = None if draws.colour is None else fast_colour(weak, draws.colour)
+    second = None if second_size is None else fast_crop(picture, draws, second_size, draws.second)
+    return Views(whole, draws, weak, strong, second)
 
 
-def _apply_reference(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair) -> Views:
+def _apply_reference(
+    raw: RawImage, draw: Callable[..., ViewDraws], size: Pair, second_size: Pair | None = None
+) -> Views:
     image = decode_pillow(raw)
-    draws = draw(size=(image.height, image.width))
+    whole = image.height, image.width
+    draws = draw(size=whole)
+    image = reference_jitter(image, draws.jitter)
     weak = reference_crop(image, draws, size)
     strong = None if draws.colour is None else _planes(reference_colour(weak, draws.colour))
-    return (image.height, image.width), draws, _planes(weak), strong
+    second = None if second_size is None else _planes(reference_crop(image, draws, second_size, draws.second))
+    return Views(whole, draws, _planes(weak), strong, second)
 
 
 def _planes(image: Image.Image) -> np.ndarray:
@@ -560,23 +610,34 @@ def build_pretrain_transform(
     interpolation: str = "bicubic",
     pipeline: str = "fast",
     mask_generator: MaskGenerator | None = None,
+    target_mask_generator: MaskGenerator | None = None,
     crop_scale: tuple[float, float] = (0.08, 1.0),
     grid: Pair | None = None,
     noise_size: int = 0,
+    color_jitter: float = 0.0,
+    second_size: Pair | None = None,
+    second_interpolation: str = "lanczos",
 ) -> PretrainTransform:
     """The transform that makes a method's `views` (see `PretrainTransform`) at `input_size`, cut into `grid` patches.
 
     Raises:
-        ValueError: an interpolation or pipeline that does not exist.
+        ValueError: an interpolation or pipeline that does not exist, or a jitter that cannot be.
     """
     _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
+    _check_choice("--second_interpolation", second_interpolation, INTERPOLATIONS)
     _check_choice("--data_pipeline", pipeline, PIPELINES)
-    assert "image" in views and set(views) <= {"image", "image_strong", "mask", "noise", *MAP_VIEWS}, views
+    if not 0 <= color_jitter <= 1:
+        raise ValueError(f"--color_jitter is {color_jitter}; it must lie between 0 and 1")
+    assert "image" in views and set(views) <= {*PLAIN_VIEWS, *MAP_VIEWS}, views
     assert grid is not None or not MAP_VIEWS.keys() & set(views), "maps are cropped to a grid"
-    assert ("mask" in views) == (mask_generator is not None), "a masked view needs a mask generator, others have none"
+    assert "image_second" not in views or second_size is not None, "a second picture needs a size"
+    generators = {"mask": mask_generator, "target_mask": target_mask_generator}
+    masks = {name: generate for name, generate in generators.items() if generate is not None}
+    assert masks.keys() == {"mask", "target_mask"} & set(views), "masked views need mask generators, others have none"
     return PretrainTransform(
-        tuple(views), as_pair(input_size), interpolation, pipeline, mask_generator, tuple(crop_scale), grid, noise_size
-    )
+        tuple(views), as_pair(input_size), interpolation, pipeline, masks, tuple(crop_scale), grid, noise_size,
+        color_jitter, second_size, second_interpolation,
+    )  # fmt: skip
 
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
@@ -614,8 +675,7 @@ class ProbeTransform:
             draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation, strong=False,
             crop=self.crop,
         )  # fmt: skip
-        _, _, image, _ = _apply_fast(raw, draw, self.size)
-        return {"image": torch.from_numpy(image)}
+        return {"image": torch.from_numpy(_apply_fast(raw, draw, self.size).weak)}
 
 
 # --- fine-tuning ------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ CONMIM = (
     f"--model conmim_tiny_patch16_224 --model_kwargs {ENCODER} projector_hidden_dim=256 --layer_scale_init_value 0.1 "
     "--mask_type random --mask_ratio 0.5 --t_momentum 0.999 --lr 2e-3 --clip_grad 3"
 )
+MASKFEAT = f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --mask_type random --lr 2e-3 --opt_betas 0.9 0.95"
 METHODS = {
     "random": Method("random weights"),
     "conmim": Method("ConMIM", CONMIM, classifier="beit_tiny_patch16_224", length="small_batches"),
@@ -62,6 +63,10 @@ METHODS = {
     "semaim": Method("SemAIM, semantic order", f"{SEMAIM} attention_center", length="short"),
     "semaim_raster": Method("SemAIM, raster order", f"{SEMAIM} raster", length="short"),
     "saim": Method("SAIM, random order", f"{SEMAIM} stochastic", length="short"),
+    "maskfeat": Method("MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1"),
+    "semanticmim_maskfeat": Method(
+        "SemanticMIM in MaskFeat's form", f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8"
+    ),
 }
 
 

@@ -45,6 +45,20 @@ METHODS = {  # flags over those of PRETRAIN
         *("--model_kwargs", *SIZE, "query_depth=2"),
     ),
 }
+TOKENIZER = ROOT / "tests/reference_cases/dalle_encoder/tiny_hid8/tensors.safetensors"
+WORDS = ("--discrete_vae_weight_path", str(TOKENIZER), "--color_jitter", "0.4")
+METHODS |= {
+    "beit": (
+        *("--model", "beit_tiny_patch16_224_8k_vocab", "--mask_type", "block", *WORDS),
+        *("--model_kwargs", *SIZE, "vocab_size=64"),
+    ),
+    "maskfeat": ("--model", "maskfeat_tiny_patch16_224", "--model_kwargs", *SIZE),
+    "semanticmim_beit": (
+        *("--model", "semanticmim_beit_tiny_patch16_224", "--num_cls_tokens", "3", "--separate_mask_ratio", "0.6"),
+        *(*WORDS, "--model_kwargs", *SIZE, "vocab_size=64"),
+    ),
+    "semanticmim_maskfeat": ("--model", "semanticmim_maskfeat_tiny_patch16_224", "--model_kwargs", *SIZE),
+}
 FINETUNE = [
     *("--model", "beit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE, "init_scale=1.0"),
     *("--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--layer_decay", "0.75"),

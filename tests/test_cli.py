@@ -1,5 +1,6 @@
 """Flags: which there are, which value wins, what a mistake says; launchers; the README's commands."""
 
+import argparse
 import contextlib
 import os
 import re
@@ -49,7 +50,8 @@ PRETRAIN_ONLY = {
     "gaussian_sigma": None, "loss_type": None, "predict_feature": None, "target_model": None,
     "target_precision": None, "target_mean_std": "images", "use_ema_model": None, "no_use_ema_model": None,
     "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
-    "second_interpolation": None, "no_loss_masked": None,
+    "second_interpolation": "lanczos", "no_loss_masked": None, "color_jitter": 0.0, "separate_mask_ratio": None,
+    "num_cls_tokens": None, "use_bottleneck": None, "no_bottleneck": None,
 }  # fmt: skip
 FINETUNE_ONLY = {
     "model": "beit_base_patch16_224", "drop_path": 0.1, "eval_data_path": None, "nb_classes": None,
@@ -335,7 +337,7 @@ def make_inputs(args) -> None:
         checkpoint.save_checkpoint(args.finetune, {"model": method.state_dict(), **teacher})
     if args.resume and getattr(args, "eval", False):
         args.nb_classes = args.nb_classes or 10
-        model = run_class_finetuning.build_classifier(args)
+        model = run_class_finetuning.build_classifier(argparse.Namespace(**{**vars(args), "resume": ""}))
         checkpoint.save_checkpoint(args.resume, {"model": model.state_dict(), "engine": {}})
 
 

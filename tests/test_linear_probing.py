@@ -55,6 +55,9 @@ def test_the_head_by_hand():
     running_mean, running_var = 0.1 * mean, 0.9 + 0.1 * x.var(0)
     expected = (x - running_mean) / (running_var + 1e-6).sqrt() @ head[1].weight.T
     torch.testing.assert_close(head.eval()(x), expected)
+    plain = LinearHead(300, 200, batch_norm=False)
+    assert list(plain.state_dict()) == ["1.weight", "1.bias"]
+    torch.testing.assert_close(plain(x), x @ plain[1].weight.T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The recipes hold the published numbers, and each shell script passes exactly what its recipe says."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,16 @@ PROGRAMS = {
 }  # fmt: skip
 # What a script adds to its recipe: where things are, and what they are.
 PLACES = {
-    "pretrain": {"model", "data_set", "data_path", "output_dir", "log_dir", "part_maps", "target_model"},
+    "pretrain": {
+        "model",
+        "data_set",
+        "data_path",
+        "output_dir",
+        "log_dir",
+        "part_maps",
+        "target_model",
+        "discrete_vae_weight_path",
+    },
     "finetune": {"model", "data_set", "data_path", "output_dir", "log_dir", "finetune", "nb_classes"},
     "linear": {"model", "data_set", "data_path", "output_dir", "log_dir", "finetune", "nb_classes"},
     "knn": {"model", "data_set", "data_path", "output_dir", "finetune", "nb_classes"},
@@ -34,13 +44,16 @@ COMMON_FLAGS = {
 METHOD_FLAGS = {
     "mask_type", "mask_ratio", "temp", "t_momentum", "norm_pix_loss", "mask_lambda_power", "crop_scale",
     "permutation_type", "attention_type", "query_depth", "prediction_head_type", "gaussian_kernel_size",
-    "gaussian_sigma", "predict_feature",
+    "gaussian_sigma", "predict_feature", "mask_patch_size", "color_jitter", "num_cls_tokens",
+    "use_bottleneck",
 }  # fmt: skip
 STAGE_FLAGS = {
     "pretrain": COMMON_FLAGS | METHOD_FLAGS,
-    "finetune": COMMON_FLAGS | {"layer_decay", "mixup", "cutmix", "smoothing", "use_mean_pooling"},
+    "finetune": COMMON_FLAGS | {"layer_decay", "mixup", "cutmix", "smoothing", "use_mean_pooling", "init_scale"},
 }
-OFF = {"use_mean_pooling": "use_cls"}  # what switches a flag off that is on by default
+OFF = {  # what switches a flag off that is on by default
+    "use_mean_pooling": "use_cls", "use_bottleneck": "no_bottleneck", "batch_norm": "no_batch_norm",
+}  # fmt: skip
 
 each_published = pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.name)
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -108,7 +121,7 @@ def as_values(words: list[str]) -> list[object]:
 def test_every_published_recipe_has_a_script_and_every_script_a_recipe() -> None:
     scripts = {path.stem for stage in PROGRAMS for path in (ROOT / "scripts").glob(f"*_{stage}*.sh")}
     assert scripts == {recipe.name for recipe in PUBLISHED}
-    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1
+    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1 + 16
 
 
 @each_published
@@ -119,7 +132,11 @@ def test_script_passes_the_flags_of_its_recipe(launch: Launch, recipe: Recipe) -
     switched = {OFF[name] if value is False else name: value is False or value for name, value in recipe.flags.items()}
     flags = {name: as_words(value) for name, value in switched.items() if value is not None}
     assert {name: as_values(words) for name, words in passed.items() if name not in PLACES[recipe.stage]} == flags
-    own = {"part_maps": recipe.model.startswith("semmae"), "target_model": recipe.model.startswith("semaim_clip")}
+    own = {
+        "part_maps": recipe.model.startswith("semmae"),
+        "target_model": recipe.model.startswith("semaim_clip"),
+        "discrete_vae_weight_path": recipe.model.endswith("8k_vocab") or recipe.model.startswith("semanticmim_beit"),
+    }
     assert passed.keys() - flags.keys() == PLACES[recipe.stage] - {name for name, needed in own.items() if not needed}
 
 
@@ -178,22 +195,34 @@ def test_scripts_hand_their_checkpoints_on(launch: Launch, size: str) -> None:
     assert runs[2]["finetune"] == [f"{runs[1]['output_dir'][0]}/checkpoint-best.pth"]
 
 
+BEIT = ("beit_base", "beit_large")
+SEMANTICMIM = ("maskfeat_base", "semanticmim_maskfeat_base", "semanticmim_beit_base")
 SEMAIM = ("semaim_base", "semaim_large", "semaim_clip_base", "semaim_clip_large", "saim_base")
 
 
-@pytest.mark.parametrize("name", ["mae_base", "mae_large", "mae_huge", "semmae_base", "semmae_base_patch8", *SEMAIM])
-def test_plain_vits_hand_their_checkpoints_on(launch: Launch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["mae_base", "mae_large", "mae_huge", "semmae_base", "semmae_base_patch8", *SEMAIM, *BEIT, *SEMANTICMIM],
+)
+def test_pre_trained_models_hand_their_checkpoints_on(launch: Launch, name: str) -> None:
     pretrain, finetune = (next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_{stage}") for stage in STAGES)
     first, second = (launched(launch, recipe)[2] for recipe in (pretrain, finetune))
     last_epoch = pretrain.flags["epochs"] - 1
     assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{last_epoch}.safetensors"]
     assert pretrain.published == finetune.published
-    assert pretrain.model.endswith(finetune.model.removeprefix("vit"))
+    assert same_size(pretrain.model, finetune.model)
 
 
-@pytest.mark.parametrize(
-    "name", ["mae_base_linear", "mae_large_linear", "semaim_base_linear", "saim_base_linear", "semaim_large_knn"]
-)
+def same_size(pretrained: str, classifier: str) -> bool:
+    """Of `semanticmim_beit_base_patch16_224` and `beit_base_patch16_224_abs_pos`: base_patch16_224."""
+    sizes = [re.search(r"_([a-z]+_patch\d+_\d+)", name)[1] for name in (pretrained, classifier)]
+    return sizes[0] == sizes[1]
+
+
+PROBES = [recipe.name for recipe in PUBLISHED if recipe.stage not in STAGES]
+
+
+@pytest.mark.parametrize("name", PROBES)
 def test_probes_take_the_checkpoints_of_pre_training_and_their_programs_take_their_flags(
     launch: Launch, name: str
 ) -> None:
@@ -201,15 +230,16 @@ def test_probes_take_the_checkpoints_of_pre_training_and_their_programs_take_the
     before = next(recipe for recipe in PUBLISHED if recipe.name == f"{name.rpartition('_')[0]}_pretrain")
     first, second = (launched(launch, recipe)[2] for recipe in (before, probe))
     assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{before.flags['epochs'] - 1}.safetensors"]
-    assert before.model.endswith(probe.model.removeprefix("vit"))
+    assert same_size(before.model, probe.model)
     program = {"linear": run_linear_probing, "knn": run_knn}[probe.stage]
     args = program.parse([word for flag, words in second.items() for word in (f"--{flag}", *words)])
+    assert len(PROBES) == 5 + 5
     same = probe.flags.keys() - {"cls_token", "global_pool"}
     found = {flag: getattr(args, flag) for flag in same if probe.flags[flag] is not None}
     assert {flag: value[0] if flag == "temperature" else value for flag, value in found.items()} == {
         flag: list(probe.flags[flag]) if isinstance(probe.flags[flag], tuple) else probe.flags[flag] for flag in found
     }
-    assert args.pool == ("cls" if probe.stage == "linear" else "avg")
+    assert args.pool == ("avg" if probe.flags.get("global_pool") else "cls")
 
 
 def test_what_is_published_of_probing() -> None:
@@ -256,6 +286,35 @@ def test_what_is_published_of_semaim_and_its_ancestors() -> None:
         values = tuple(recipe.flags[name] for name in ("epochs", "warmup_epochs", "blr", "layer_decay", "drop_path"))
         assert (recipe.gpus, recipe.effective_batch, values) == (gpus, 1024, (100, 20, 5e-4, 0.65, 0.1))
         assert recipe.flags.get("use_mean_pooling") is pooled
+
+
+def test_what_is_published_of_semanticmim_and_its_baselines() -> None:
+    """specs/semanticmim.md 1.7, 3.1 to 3.3."""
+    names = ("mask_ratio", "num_cls_tokens", "lr", "warmup_epochs", "min_lr", "clip_grad", "drop_path")
+    names = (*names, "layer_scale_init_value", "use_bottleneck", "color_jitter", "crop_scale")
+    beit, maskfeat = (1.5e-3, 10, 1e-5, 3.0, 0.1, 0.1), (1.6e-3, 30, 1e-6, 0.02, 0.0, None)
+    expected = {
+        "beit_abs_pos_base": (0.4, 1, *beit, False, 0.4, None),
+        "semanticmim_beit_base": (0.6, 1, *beit, None, 0.4, None),
+        "maskfeat_base": (0.4, 1, *maskfeat, None, 0.0, (0.5, 1.0)),
+        "semanticmim_maskfeat_base": (0.8, 8, *maskfeat, None, 0.0, (0.5, 1.0)),
+    }
+    recipes = {recipe.name: recipe for recipe in PUBLISHED}
+    for name, values in expected.items():
+        recipe = recipes[f"{name}_pretrain"]
+        assert (recipe.gpus, recipe.effective_batch, recipe.flags["epochs"]) == (8, 2048, 300)
+        assert (recipe.flags["mask_type"], recipe.flags["mask_patch_size"]) == ("random_mps32", 16)
+        assert tuple(recipe.flags.get(flag) for flag in names) == values
+    for size, layer_scale in (("base", 0.1), ("large", 1e-5)):
+        recipe = recipes[f"beit_{size}_pretrain"]
+        assert (recipe.effective_batch, recipe.flags["epochs"], recipe.flags["mask_type"]) == (2048, 800, "block")
+        assert tuple(recipe.flags.get(flag) for flag in names[2:8]) == (*beit[:-1], layer_scale)
+    for name, batch, lr, scale in (("beit", 1024, 4e-3, 1.0), ("maskfeat", 2048, 8e-3, None)):
+        recipe, probe = (recipes[f"semanticmim_{name}_base_{stage}"] for stage in ("finetune", "linear"))
+        assert (recipe.effective_batch, recipe.flags["lr"], recipe.flags.get("init_scale")) == (batch, lr, scale)
+        values = tuple(recipe.flags[flag] for flag in ("epochs", "warmup_epochs", "layer_decay", "drop_path", "min_lr"))
+        assert values == (100, 20, 0.65, 0.1, 1e-6)
+        assert (probe.effective_batch, probe.flags["lr"], probe.flags["weight_decay"]) == (1024, 4e-3, 1e-4)
 
 
 def test_what_is_published_of_the_masked_autoencoders() -> None:
@@ -358,6 +417,15 @@ def test_published_accuracies() -> None:
         "semaim_base_linear": None,
         "saim_base_linear": 62.5,
         "semaim_large_knn": None,
+        "beit_base_pretrain": 83.2,
+        "beit_base_finetune": 83.2,
+        "beit_large_pretrain": 85.2,
+        "beit_large_finetune": 85.2,
+        "maskfeat_base_pretrain": 83.4,
+        "maskfeat_base_finetune": 83.4,
+        "beit_abs_pos_base_pretrain": None,
+        **{f"semanticmim_{form}_base_{stage}": None for form in ("beit", "maskfeat") for stage in STAGES},
+        **{f"{name}_linear": None for name in (*BEIT, *SEMANTICMIM)},
     }
 
 
@@ -366,18 +434,20 @@ def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:
         recipe.name for recipe in all_recipes() if "Unverified" not in recipe.note and "Ours" not in recipe.note
     }
     semaim = {f"{name}_base_{stage}" for name in ("semaim", "saim") for stage in (*STAGES, "linear")}
-    assert verified == {"conmim_large_pretrain", "conmim_base_finetune"} | semaim
+    semantic = {f"semanticmim_{form}_base_{stage}" for form in ("beit", "maskfeat") for stage in (*STAGES, "linear")}
+    semantic |= {"beit_abs_pos_base_pretrain", "maskfeat_base_finetune", "maskfeat_base_linear"}
+    assert verified == {"conmim_large_pretrain", "conmim_base_finetune"} | semaim | semantic
 
 
 # Fine-tuning of a ViT is MAE's unless a script says otherwise, which says all of it.
-ONLY_BY_SCRIPT = {f"{name}_finetune" for name in SEMAIM}
+ONLY_BY_SCRIPT = {f"{name}_finetune" for name in (*SEMAIM, *SEMANTICMIM)} | {"beit_abs_pos_base_pretrain"}
 
 
 @pytest.mark.parametrize("recipe", [r for r in all_recipes() if r.stage in STAGES], ids=lambda recipe: recipe.name)
 def test_recipe_is_found_by_model_and_uses_known_flags(recipe: Recipe) -> None:
     first = recipe_for(recipe.model, recipe.stage)
     same = first.flags == recipe.flags
-    assert same or (recipe.name in ONLY_BY_SCRIPT and first.flags.keys() <= recipe.flags.keys())
+    assert same or (recipe.name in ONLY_BY_SCRIPT and first.flags.keys() - {"blr"} <= recipe.flags.keys())
     assert recipe.flags.keys() <= STAGE_FLAGS[recipe.stage]
     assert recipe.flags["warmup_epochs"] < recipe.flags["epochs"]
     assert recipe.flags["min_lr"] < (recipe.flags["lr"] or recipe.flags["blr"])

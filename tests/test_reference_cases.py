@@ -8,6 +8,7 @@ fails.
 import json
 import math
 import os
+import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,47 @@ from safetensors.torch import load_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from checkpoint import fuse_qkv, geometric_ratio, interpolate_pos_embed, interpolate_rel_pos_bias, source_coordinates
+from attention_maps import class_maps, patch_maps
+from checkpoint import (
+    class_tokens,
+    from_mmpretrain,
+    fuse_qkv,
+    geometric_ratio,
+    interpolate_pos_embed,
+    interpolate_rel_pos_bias,
+    load_pretrained,
+    source_coordinates,
+)
 from features import Features
 from knn import evaluate_knn
 from masking_generator import mask_lambda_schedule, others_first, patch_order, semantic_mask, visible_patches
 from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
-from modeling_pretrain import MAE, ConMIM, SemAIM, SemMAE, masked_positions, put, similarity, stretched, take
-from modeling_targets import TEACHERS, Teacher, build_tower, from_openai, visual_weights
+from modeling_pretrain import (
+    MAE,
+    BEiT,
+    ConMIM,
+    MaskFeat,
+    SemAIM,
+    SemanticBEiT,
+    SemanticMIM,
+    SemMAE,
+    masked_positions,
+    put,
+    similarity,
+    stretched,
+    take,
+)
+from modeling_targets import (
+    HOG,
+    TEACHERS,
+    Teacher,
+    VisualTokenizer,
+    build_tower,
+    dalle_pixels,
+    from_openai,
+    load_tokenizer,
+    visual_weights,
+)
 from optim_factory import LARS, cosine_at, cosine_schedule, create_optimizer, layer_scales, param_groups, set_schedule
 from probing import LinearHead, head_groups
 from semantic_segmentation.voc_linear_probe import class_iou, confusion_matrix
@@ -726,6 +761,167 @@ def voc_miou(case: Case) -> dict[str, Tensor]:
     return {"miou": iou.mean(), "confusion": confusion, "class_iou": iou}
 
 
+# -- BEiT, MaskFeat and SemanticMIM
+
+
+def hog(case: Case) -> dict[str, Tensor]:
+    config, images = case.config, case.inputs()["image"]
+    patch = images.shape[-1] // config["grid"]
+    target = HOG((config["grid"],) * 2, (patch,) * 2, config["nbins"], config["pool"], config["gaussian_window"])
+    return {"hog_map": target.histograms(images), "target": target(images)}
+
+
+def tokenizer_of(weights: dict[str, Tensor], folder: Path) -> VisualTokenizer:
+    """By the file that a user would have."""
+    torch.save({"state_dict": weights}, folder / "encoder.pth")
+    return load_tokenizer(str(folder / "encoder.pth"))
+
+
+def dalle_encoder(case: Case) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokenizer_of(case.inputs("weights/"), Path(folder))
+    pictures = case.inputs()["image_uint8"]
+    mapped = dalle_pixels(pictures)
+    features = tokenizer.encoder(mapped)
+    logits = tokenizer.encoder.logits(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return {"mapped": mapped, "logits": logits, "ids": tokenizer(pictures)}
+
+
+def beit_pretrain(case: Case) -> dict[str, Tensor]:
+    config, inputs = case.config, case.inputs()
+    model = BEiT(**vit_options(config), vocab_size=config["vocab_size"], qkv_bias=config["qkv_bias"])
+    load_weights(model, case.inputs("weights/"))
+    mask = inputs["bool_masked_pos"].bool()
+    out = model({"image": inputs["image"], "mask": mask, "target_ids": inputs["target_ids"]})
+    out["loss"].backward()
+    tokens = model.encode_masked(inputs["image"], mask)
+    return {**out, "tokens": tokens, "logits": logits_of(model, tokens[:, 1:][mask.flatten(1)]), **gradients(model)}
+
+
+def logits_of(model: BEiT | SemanticBEiT, tokens: Tensor) -> Tensor:
+    return F.linear(tokens, model.lm_head.weight, model.lm_head.bias)
+
+
+def semanticmim_model(case: Case, form: type[SemanticMIM], **own) -> SemanticMIM:
+    """The case's network with its weights, which come in OpenMMLab's names."""
+    config = case.config
+    options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
+    options |= {key: config[key] for key in ("num_cls_tokens", "use_bottleneck", "in_chans") if key in config}
+    model = form(**options, init_values=config["layer_scale_init_value"], **own)
+    weights = {k: v for k, v in case.inputs("weights/").items() if not k.startswith("target_generator.")}
+    load_weights(model, from_mmpretrain(weights))
+    return model
+
+
+def semanticmim_outputs(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One step and what happens on its way; of the bottleneck's stream the class tokens first."""
+    seen: dict[str, Tensor] = {}
+    keep = {"stream_layer0": model.blocks[0], "mask_features": model.norm}
+    keep |= {} if model.mask_blocks is None else {"mask_stream_layer0": model.mask_blocks[0]}
+    for name, module in keep.items():
+        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+    out = model(batch)
+    out["loss"].backward()
+    if model.mask_blocks is not None:
+        seen["stream_layer0"] = seen["stream_layer0"].roll(model.num_prefix_tokens, 1)
+    return out | seen | published_gradients(model)
+
+
+def published_gradients(model: SemanticMIM) -> dict[str, Tensor]:
+    """Under OpenMMLab's names."""
+    names = {
+        "mask_blocks.": "extra_layers.", "blocks.": "layers.", ".norm": ".ln", ".mlp.fc1.": ".ffn.layers.0.0.",
+        ".mlp.fc2.": ".ffn.layers.1.", "patch_embed.proj.": "patch_embed.projection.",
+    }  # fmt: skip
+    heads = {"grad/lm_head.": "grad/head.cls_head.", "grad/hog_head.": "grad/neck.fc."}
+    found = {}
+    for name, value in gradients(model).items():
+        head = next((head for head in heads if name.startswith(head)), None)
+        theirs = name.replace(head, heads[head]) if head else name.replace("grad/", "grad/backbone.")
+        for old, new in names.items():
+            theirs = theirs.replace(old, new)
+        if ".attn.qkv." in theirs:
+            part = "_proj" if model.blocks[0].attn.q_bias is not None else ""
+            width = len(value) // 3
+            for short, own in zip(("q", "kv"), value.split((width, 2 * width)), strict=True):
+                found[theirs.replace(".qkv.", f".{short}{part}.")] = own
+        found[theirs] = value
+    return found
+
+
+def semanticmim_batch(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        "image": inputs["image"],
+        "mask": ~inputs["img_index"].bool(),
+        "target_mask": inputs["mask_index"].bool(),
+    }
+
+
+def semanticmim_beit(case: Case) -> dict[str, Tensor]:
+    inputs, config = case.inputs(), case.config
+    model = semanticmim_model(case, SemanticBEiT, vocab_size=config["vocab_size"])
+    batch = semanticmim_batch(inputs)
+    computed = {}
+    if "target_image" in inputs:
+        with tempfile.TemporaryDirectory() as folder:
+            model.tokenizer = tokenizer_of(case.inputs("weights/"), Path(folder))
+        batch["image_second"] = inputs["target_image"]
+        computed["target_ids"] = model.tokenizer(inputs["target_image"])
+    else:
+        batch["target_ids"] = inputs["target_ids"]
+    computed |= semanticmim_outputs(model, batch)
+    return computed | {"logits": logits_of(model, computed["mask_features"].flatten(0, 1))}
+
+
+def semanticmim_maskfeat(case: Case) -> dict[str, Tensor]:
+    names = ("hog_nbins", "hog_pool")
+    own = {name: case.config[name] for name in names if name in case.config}
+    model = semanticmim_model(case, MaskFeat, hog_window=case.config["hog_gaussian_window"], **own)
+    batch = semanticmim_batch(case.inputs())
+    computed = semanticmim_outputs(model, batch)
+    predicted = model.cells(batch)[1]
+    target = take(model.hog(batch["image"]), predicted)
+    return computed | {"pred": model.hog_head(computed["mask_features"]), "target": target}
+
+
+def semanticmim_attention(case: Case) -> dict[str, Tensor]:
+    """The encoder of a published checkpoint in a classifier, as evaluation loads it, at the image's size."""
+    config, images = case.config, case.inputs()["image"]
+    weights = {"state_dict": case.inputs("weights/")}
+    beit = config["form"] == "beit"
+    model = VisionTransformer(
+        **{key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")},
+        input_size=tuple(images.shape[-2:]),
+        num_cls_tokens=class_tokens(weights) or 1,
+        init_values=config["layer_scale_init_value"],
+        k_bias=not beit,
+        pos_embed="learned",
+        num_classes=0,
+    )
+    model.norm = nn.LayerNorm(config["embed_dim"], eps=1e-6)
+    report = load_pretrained(model, weights, min_matched=1.0)
+    if not config["final_norm"]:
+        model.norm = nn.Identity()
+    assert "fc_norm.weight" in report.loaded
+    num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    layers = model.get_intermediate_layers(images)
+    layers[-1] = model.norm(layers[-1])
+    featmaps = [tokens[:, num_cls:].mT.unflatten(2, grid) for tokens in layers]
+    computed = {f"featmap_layer{layer}": featmap for layer, featmap in enumerate(featmaps)}
+    computed["avg_featmap"] = model.fc_norm(layers[-1][:, num_cls:].mean(1))
+    computed["cls_token"] = model.fc_norm(layers[-1][:, :num_cls].mean(1))
+    cells = config["token_indices"]
+    for layer in config["layer_indices"]:
+        attention = model.attention_maps(images, layer)
+        computed |= {
+            f"attn_layer{layer}": attention,
+            f"vis_cls_layer{layer}": class_maps(attention[0], num_cls, grid),
+            f"vis_patch_layer{layer}": patch_maps(attention[0], num_cls, grid, cells),
+            f"vis_patch_reduced_layer{layer}": patch_maps(attention[0], num_cls, grid, cells, reduce_mean=True),
+        }
+    return computed
+
+
 ADAPTERS = {
     adapter.__name__: adapter
     for adapter in (
@@ -736,6 +932,8 @@ ADAPTERS = {
         semaim, semaim_masks, semaim_attention, semaim_clip_teacher, semaim_weight_decay, semaim_lr_schedule,
         semaim_train_steps, gaussian_blur, vit_finetune,
         voc_miou,
+        hog, dalle_encoder, beit_pretrain, semanticmim_beit, semanticmim_maskfeat,
+        semanticmim_attention,
     )
 } | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars}  # fmt: skip
 

@@ -57,7 +57,9 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [(), METHODS["semmae"]], ids=["conmim", "semmae"])
+@pytest.mark.parametrize(
+    "method", [(), METHODS["semmae"], METHODS["semanticmim_beit"]], ids=["conmim", "semmae", "semanticmim_beit"]
+)
 def test_killed_pretraining_resumes_bit_exactly(tmp_path, method):
     """Killed at a random moment of either epoch, with loader workers, accumulation and deletion of old checkpoints."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -270,6 +270,71 @@ def test_the_weak_view_does_not_depend_on_the_other_views():
         assert torch.equal(alone(picture, rngs[0])["image"], full(picture, rngs[1])["image"])
 
 
+@pytest.mark.parametrize("pipeline", transforms.PIPELINES)
+def test_the_second_picture_is_the_same_crop_in_another_size(pipeline):
+    """Both sizes are those of Pillow after jitter, flip and crop of the whole picture, in BEiT's order."""
+    transform = build_pretrain_transform(
+        ("image", "image_second"), input_size=64, second_size=(32, 32), color_jitter=0.4, pipeline=pipeline
+    )
+    picture = photo(0, 90, 120)
+    orders = set()
+    for seed in range(12):
+        draws = transforms.draw_view(
+            np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=False, jitter=0.4
+        )
+        orders.add(tuple(name for name, _ in draws.jitter))
+        assert all(0.6 <= factor <= 1.4 for _, factor in draws.jitter) and len(draws.jitter) == 3
+        sample = transform(picture, np.random.default_rng(seed))
+        whole = Image.fromarray(picture)
+        for name, factor in draws.jitter:
+            whole = transforms.REFERENCE_JITTER[name](whole, factor)
+        if draws.flip:
+            whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        top, left, height, width = draws.box
+        crop = whole.crop((left, top, left + width, top + height))
+        for name, side, resample in (("image", 64, "bicubic"), ("image_second", 32, "lanczos")):
+            expected = np.asarray(crop.resize((side, side), transforms.PILLOW_FILTERS[resample])).transpose(2, 0, 1)
+            assert sample[name].shape == (3, side, side) and sample[name].dtype == torch.uint8
+            apart = levels_apart(sample[name], expected)
+            assert apart.mean() < 0.5 and apart.max() <= (0 if pipeline == "reference" else 4)
+    assert len(orders) > 2
+
+
+def test_jpegs_are_jittered_whole():
+    """Contrast is about the mean of the whole picture: rows below the crop count."""
+    views = [
+        build_pretrain_transform(("image",), input_size=64, color_jitter=0.4, pipeline=pipeline)
+        for pipeline in transforms.PIPELINES
+    ]
+    for seed in range(8):
+        fast, reference = (view(jpeg(seed, 150, 200), np.random.default_rng(seed))["image"] for view in views)
+        assert levels_apart(fast, reference).mean() < 1
+
+
+def test_views_without_jitter_are_drawn_as_before():
+    plain = transforms.draw_view(np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True)
+    also = transforms.draw_view(
+        np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True, second="bilinear"
+    )
+    assert (plain.flip, plain.box, plain.colour, plain.jitter) == (also.flip, also.box, also.colour, ())
+
+
+def test_two_masks_are_drawn_one_after_the_other():
+    first, second = (
+        build_mask_generator("random", input_size=64, patch_size=16, mask_ratio=ratio) for ratio in (0.5, 0.25)
+    )
+    views = ("image", "mask", "target_mask")
+    both = build_pretrain_transform(views, input_size=64, mask_generator=first, target_mask_generator=second)
+    alone = build_pretrain_transform(views[:2], input_size=64, mask_generator=first)
+    picture, overlaps = photo(0, 90, 120), 0
+    for seed in range(10):
+        sample = both(picture, np.random.default_rng(seed))
+        assert (int(sample["mask"].sum()), int(sample["target_mask"].sum())) == (8, 4)
+        assert torch.equal(sample["mask"], alone(picture, np.random.default_rng(seed))["mask"])
+        overlaps += int((sample["mask"] & sample["target_mask"]).sum())
+    assert 0 < overlaps < 40
+
+
 def test_random_interpolation_uses_both_filters():
     rng = np.random.default_rng(0)
     drawn = {transforms.draw_view(rng, (50, 50), (0.08, 1.0), "random", strong=False).interpolation for _ in range(30)}
@@ -280,6 +345,8 @@ def test_random_interpolation_uses_both_filters():
     "options, message",
     [
         ({"interpolation": "cubic"}, "--train_interpolation is 'cubic'; it must be one of bicubic, bilinear"),
+        ({"second_interpolation": "cubic"}, "--second_interpolation is 'cubic'"),
+        ({"color_jitter": -0.1}, "--color_jitter is -0.1; it must lie between 0 and 1"),
         ({"pipeline": "slow"}, "--data_pipeline is 'slow'; it must be one of fast, reference"),
     ],
 )

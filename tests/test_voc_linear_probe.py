@@ -16,7 +16,7 @@ from PIL import Image
 from checkpoint import save_checkpoint
 from datasets import BadImagesError
 from features import build_vit
-from modeling_finetune import create_model, options_of
+from modeling_finetune import create_model
 from run_pretraining import launch, schedules
 from scripts import make_shapes
 from semantic_segmentation import voc_linear_probe as voc
@@ -171,7 +171,6 @@ def test_another_size_for_evaluation_is_the_same_network(root, tmp_path):
         assert backbones["val"](torch.randn(1, 3, 48, 48)).shape == (1, 32, 12, 12)
 
 
-@pytest.mark.skipif("num_cls_tokens" not in options_of("vit_tiny_patch16_224"), reason="models have one class token")
 def test_class_tokens_are_as_many_as_the_checkpoint_has(root, tmp_path):
     saved = create_model(
         "vit_tiny_patch16_224", input_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_cls_tokens=3
