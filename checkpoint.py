@@ -494,11 +494,70 @@ def fuse_qkv(state: StateDict) -> StateDict:
     return fused
 
 
+# OpenMixup's names (specs/a2mim.md 6): what its ViT, Swin and ConvNeXt are known by, and how their names change into
+# timm's, one rule after another. Its ResNet has timm's names but for the classifier.
+_OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], ...]] = {
+    ".ln1.weight": (
+        (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^layers\.", "blocks."), (r"\.ln(\d)\.", r".norm\1."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^ln1\.", "norm."),
+        (r"^head\.fc\.", "head."),
+    ),
+    ".w_msa.": (
+        (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"\.attn\.w_msa\.", ".attn."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^norm3\.", "norm."),
+        (r"^stages\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) + 1}.downsample."),
+        (r"^stages\.", "layers."),
+    ),
+    ".depthwise_conv.": (
+        (r"^downsample_layers\.0\.", "stem."), (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."), (r"\.depthwise_conv\.", ".conv_dw."),
+        (r"\.pointwise_conv(\d)\.", r".mlp.fc\1."), (r"^norm3\.", "head.norm."),
+    ),
+    "layer1.0.conv1.": ((r"^head\.fc\.", "fc."),),
+}  # fmt: skip
+
+
+def openmixup_rules(names: Collection[str]) -> tuple[tuple[str, str | Callable[[re.Match], str]], ...]:
+    """The rules for a model of these names, which have no "backbone." in front; none for another naming."""
+    return next((rules for mark, rules in _OPENMIXUP_NAMES.items() if _has(names, mark)), ())
+
+
+def from_openmixup(state: StateDict) -> StateDict:
+    """OpenMixup's ViT, Swin, ConvNeXt or ResNet, "backbone." in front or not, under timm's names.
+
+    A neck, averages, indices and masks are left out, a classifier is kept. Swin's patch merging is brought into timm's
+    order of columns.
+    """
+    inside = {name.removeprefix("backbone."): value for name, value in state.items() if not _is_openmixup_extra(name)}
+    converted = inside
+    for pattern, replacement in openmixup_rules(inside):
+        converted = _rename(converted, pattern, replacement)
+    if not _has(inside, ".w_msa."):
+        return converted
+    merging = re.compile(r"\.downsample\.(norm\.(weight|bias)|reduction\.weight)$")
+    return {name: _columns_first(value) if merging.search(name) else value for name, value in converted.items()}
+
+
+def _is_openmixup_extra(name: str) -> bool:
+    is_index = name.endswith(("relative_position_index", "attn_mask"))
+    return is_index or name.startswith(("neck.", "ema_")) or "momentum" in name
+
+
+def _columns_first(value: Tensor) -> Tensor:
+    """The last axis of patch merging from (C, row, column) to (column, row, C)."""
+    return value.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
+
+
 # (recognise(names, names the model has), convert): a further naming is one more line
 _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...] = (
     # DistributedDataParallel and torch.compile
     (lambda names, _: all(name.startswith("module.") for name in names), lambda s: _rename(s, r"^module\.", "")),
     (lambda names, _: all(name.startswith("_orig_mod.") for name in names), lambda s: _rename(s, r"^_orig_mod\.", "")),
+    # OpenMixup's files, whole or the backbone alone, and those of SimMIM and A2MIM, whose backbones have timm's names
+    (
+        lambda names, _: any(name.startswith("backbone.") for name in names) or bool(openmixup_rules(names)),
+        from_openmixup,
+    ),
     # SAIM's blocks
     (lambda names, wanted: _has(names, ".attn.q.weight") and _has(wanted, ".attn.qkv.weight"), fuse_qkv),
     # timm's ViT, our own export among them

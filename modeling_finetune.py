@@ -26,6 +26,7 @@ VIT_SIZES = {
 MAE_SIZES = VIT_SIZES | {"huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16}}
 ATTENTION_KERNELS = ("auto", "sdpa", "eager")
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
+_FAMILIES: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register(name: str, cls: type[nn.Module], **defaults) -> None:
@@ -37,16 +38,30 @@ def register(name: str, cls: type[nn.Module], **defaults) -> None:
         timm.models.register_model(named)
 
 
+def register_family(prefix: str, cls: type[nn.Module], **defaults) -> None:
+    """Makes `cls(backbone=rest, **defaults)` the model called `prefix` + rest, for every model of timm called rest."""
+    _FAMILIES[prefix] = partial(cls, **defaults)
+
+
+def builder_of(name: str) -> Callable[..., nn.Module] | None:
+    """What builds the model of that name; None if there is no such model."""
+    if name in _MODELS:
+        return _MODELS[name]
+    families = ((prefix, name.removeprefix(prefix)) for prefix in _FAMILIES if name.startswith(prefix))
+    return next((partial(_FAMILIES[p], backbone=rest) for p, rest in families if timm.is_model(rest)), None)
+
+
 def list_models(prefix: str = "") -> list[str]:
     return sorted(name for name in _MODELS if name.startswith(prefix))
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
     """Builds a registered model of this repository. ValueError: an unknown name, or an option that it does not take."""
-    if name not in _MODELS:
+    builder = builder_of(name)
+    if builder is None:
         raise ValueError(f"--model {name} is unknown here; the models are: {', '.join(list_models())}")
     try:
-        return _MODELS[name](**kwargs)
+        return builder(**kwargs)
     except TypeError as error:
         raise ValueError(f"--model {name} does not take one of the options {sorted(kwargs)}: {error}") from error
 
@@ -54,7 +69,8 @@ def create_model(name: str, **kwargs) -> nn.Module:
 def options_of(name: str) -> set[str]:
     """Names of the options that the constructor of a registered model takes; none for an unknown model."""
     found: set[str] = set()
-    for cls in _MODELS[name].func.__mro__ if name in _MODELS else ():
+    builder = builder_of(name)
+    for cls in builder.func.__mro__ if builder else ():
         parameters = inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
         found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):  # hands nothing on to its base

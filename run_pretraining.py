@@ -65,8 +65,8 @@ def mask_generator(args: Namespace, method: PretrainMethod):
     """The masks that come with the data, for a method that reads them."""
     return build_mask_generator(
         args.mask_type,
-        input_size=method.patch_embed.img_size,
-        patch_size=method.patch_embed.patch_size,
+        input_size=method.image_size,
+        patch_size=method.cell_size,
         mask_ratio=args.mask_ratio,
         num_mask_patches=args.num_mask_patches,
         min_mask_patches_per_block=args.min_mask_patches_per_block,
@@ -77,10 +77,11 @@ def mask_generator(args: Namespace, method: PretrainMethod):
 
 def build_data(args: Namespace, method: PretrainMethod):
     """The loader of what the method reads."""
+    sides = zip(method.image_size, method.cell_size, strict=True)
     transform = build_pretrain_transform(
         method.views,
-        input_size=method.patch_embed.img_size,
-        grid=method.patch_embed.grid_size,
+        input_size=method.image_size,
+        grid=tuple(side // cell for side, cell in sides),
         noise_size=method.noise_size,
         interpolation=args.train_interpolation,
         pipeline=args.data_pipeline,

@@ -20,12 +20,40 @@ from safetensors.torch import load_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from checkpoint import fuse_qkv, geometric_ratio, interpolate_pos_embed, interpolate_rel_pos_bias, source_coordinates
+from backbones import PixelNeck
+from checkpoint import (
+    from_openmixup,
+    fuse_qkv,
+    geometric_ratio,
+    interpolate_pos_embed,
+    interpolate_rel_pos_bias,
+    source_coordinates,
+)
 from features import Features
 from knn import evaluate_knn
-from masking_generator import mask_lambda_schedule, others_first, patch_order, semantic_mask, visible_patches
+from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, mean_filled
+from masking_generator import (
+    build_mask_generator,
+    mask_lambda_schedule,
+    others_first,
+    patch_order,
+    semantic_mask,
+    visible_patches,
+)
 from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
-from modeling_pretrain import MAE, ConMIM, SemAIM, SemMAE, masked_positions, put, similarity, stretched, take
+from modeling_pretrain import (
+    A2MIM,
+    MAE,
+    ConMIM,
+    SemAIM,
+    SemMAE,
+    SimMIM,
+    masked_positions,
+    put,
+    similarity,
+    stretched,
+    take,
+)
 from modeling_targets import TEACHERS, Teacher, build_tower, from_openai, visual_weights
 from optim_factory import LARS, cosine_at, cosine_schedule, create_optimizer, layer_scales, param_groups, set_schedule
 from probing import LinearHead, head_groups
@@ -717,6 +745,170 @@ def vit_finetune(case: Case) -> dict[str, Tensor]:
     return {"features": features, "logits": logits, "loss": loss} | gradients(model)
 
 
+# -- SimMIM and A2MIM
+
+
+def focal_frequency_loss(case: Case) -> dict[str, Tensor]:
+    """And the same again from the weights of all frequencies, given as a matrix."""
+    inputs, computed = case.inputs(), {}
+    for name, options in case.config["variants"].items():
+        predicted = inputs["pred"].clone().requires_grad_()
+        criterion = FocalFrequencyLoss(**options)
+        loss = criterion(predicted - inputs["target"])
+        loss.backward()
+        computed |= {f"{name}/loss": loss, f"{name}/grad/pred": predicted.grad}
+        difference = (predicted - inputs["target"]).detach()
+        spectrum = torch.fft.fft2(
+            difference.mean(0, keepdim=True) if criterion.ave_spectrum else difference, norm="ortho"
+        )
+        torch.testing.assert_close(criterion(difference, criterion.weights(spectrum.abs() ** 2)), loss.detach())
+    return computed
+
+
+def reconstruction_loss(head: dict) -> ReconstructionLoss:
+    """Of a published configuration of a head: SimMIM's has no options but the number of colours."""
+    loss = {key: value for key, value in head.get("loss", {}).items() if key not in ("type", "mode", "reduction")}
+    mode = head.get("loss", {"mode": "l1_loss"})["mode"].removesuffix("_loss")
+    names = ("unmask_weight", "fft_weight", "fft_focal", "fft_unmask_weight", "fft_unmask_replace", "fft_reweight")
+    return ReconstructionLoss(Regression(mode, **loss), **{key: head[key] for key in names if key in head})
+
+
+def a2mim_head(case: Case) -> dict[str, Tensor]:
+    inputs, computed = case.inputs(), {}
+    for name, head in case.config["variants"].items():
+        predicted = inputs["pred"].clone().requires_grad_()
+        out = reconstruction_loss(head)(predicted, inputs["image"], inputs["mask"])
+        out["loss"].backward()
+        computed |= {f"{name}/{key}": value for key, value in (out | {"grad/pred": predicted.grad}).items()}
+    return computed
+
+
+NECK_NAMES = (
+    ("decoder_pred.0.", "pred."), ("decoder.0.", "pred."), ("decoder.conv.0.conv.", "decoder.conv."),
+    ("decoder.conv.0.ln.", "decoder.norm."),
+)  # fmt: skip
+
+
+def neck_name(name: str) -> str:
+    for theirs, ours in NECK_NAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def neck_options(config: dict) -> dict[str, int]:
+    decoder = config.get("decoder_cfg")
+    return {"kernel": config.get("kernel_size", 1), "decoder_kernel": decoder and decoder["kernel_size"]}
+
+
+def mim_neck(case: Case) -> dict[str, Tensor]:
+    config, inputs = case.config, case.inputs()
+    neck = PixelNeck(config["in_channels"], config["encoder_stride"], **neck_options(config))
+    load_weights(neck, {neck_name(name): value for name, value in case.inputs("weights/").items()})
+    x = inputs["x"].requires_grad_()
+    output = neck(x)
+    output.backward(inputs["cotangent"])
+    return {"output": output, "grad/x": x.grad}
+
+
+def blockwise_mask(case: Case) -> dict[str, Tensor]:
+    """The generator by what the case says of its masks, and by the permutations that it gives."""
+    computed, inputs = {}, case.inputs()
+    for number, expected in enumerate(case.config["invariants"]):
+        config = expected["config"]
+        generator = build_mask_generator(
+            "random_mps32", input_size=config["input_size"], patch_size=config["model_patch_size"],
+            mask_ratio=config["mask_ratio"], mask_patch_size=config["mask_patch_size"],
+        )  # fmt: skip
+        mask = generator(np.random.default_rng(number))
+        assert list(mask.shape) == expected["mask_shape"] and mask.sum() == expected["ones_in_mask"]
+        coarse = mask[:: expected["upsample"], :: expected["upsample"]]
+        assert coarse.shape == (expected["coarse_grid"],) * 2 and coarse.sum() == expected["masked_coarse_cells"]
+        if f"c{number}/image" in inputs:
+            order, image = inputs[f"c{number}/permutation"], inputs[f"c{number}/image"]
+            mask = torch.from_numpy(generator.first_of(order.numpy()))
+            assert torch.equal(mask, inputs[f"c{number}/mask"].bool())
+            filled = mean_filled(image[None], mask[None])[0]
+            computed[f"c{number}/image_out"] = filled if config["mask_color"] == "mean" else image
+    return computed
+
+
+def backbone_options(config: dict) -> dict:
+    """A published configuration of a backbone in this repository's and timm's words."""
+    arch = config.get("arch", {})
+    if config["type"].endswith("ResNet"):
+        channels = [config["base_channels"] * 2**stage for stage in range(4)]
+        return {"backbone": f"resnet{config['depth']}", "channels": channels}
+    if config["type"].endswith("ConvNeXt"):
+        return {"backbone": "convnext_tiny", "depths": arch["depths"], "dims": arch["channels"]}
+    names = {"embed_dims": "embed_dim", "num_layers": "depth"}
+    sizes = {names.get(key, key): value for key, value in arch.items() if key != "feedforward_channels"}
+    if config["type"].endswith("SwinTransformer"):
+        window = config["stage_cfgs"]["block_cfgs"]["window_size"]
+        return {"backbone": "swin_tiny_patch4_window7_224", "window_size": window, **sizes}
+    return {
+        "backbone": "vit_base",
+        "patch_size": config["patch_size"],
+        "mlp_ratio": arch["feedforward_channels"] / arch["embed_dims"],
+        "init_values": config["init_values"],
+        "qkv_bias": config["qkv_bias"],
+        "rel_pos_bias": "per_block" if config["use_window"] else "none",
+        "k_bias": not config["use_window"],
+        **sizes,
+    }
+
+
+def reconstruction_model(case: Case) -> SimMIM:
+    config, backbone = case.config, case.config["backbone"]
+    names = ("replace", "detach", "mask_layer", "mask_token", "mask_init")
+    model = (A2MIM if config["method"] == "a2mim" else SimMIM)(
+        **backbone_options(backbone),
+        **{name: backbone[name] for name in names if name in backbone},
+        **neck_options(config["neck"]),
+        input_size=tuple(case.inputs()["image"].shape[-2:]),
+    )
+    model.loss = reconstruction_loss(config["head"])
+    return model
+
+
+def by_published_names(weights: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Our name of each published tensor, and where in it each number of ours is, flat."""
+    places = {name: torch.arange(value.numel()).view(value.shape) for name, value in weights.items()}
+    inside = {name: value for name, value in places.items() if name.startswith("backbone.") and ".mask_" not in name}
+    found = {
+        theirs: (f"backbone.{ours}", value)
+        for theirs, (ours, value) in zip(inside, from_openmixup(inside).items(), strict=True)
+    }
+    for name, value in places.items():
+        if name.startswith("neck."):
+            found[name] = neck_name(name), value
+        elif ".mask_" in name:
+            found[name] = name.replace("backbone.", "inject."), value
+    return found
+
+
+def masked_reconstruction(case: Case) -> dict[str, Tensor]:
+    """One training forward and its gradients, of a backbone, token, neck and head in published names."""
+    config, inputs = case.config, case.inputs()
+    model = reconstruction_model(case).train(config.get("train_mode", True))
+    weights = case.inputs("weights/")
+    weights = {name: value for name, value in weights.items() if not name.endswith(("position_index", "attn_mask"))}
+    names, shapes = by_published_names(weights), {name: value.shape for name, value in model.state_dict().items()}
+    load_weights(model, {ours: weights[name].flatten()[at].view(shapes[ours]) for name, (ours, at) in names.items()})
+    features = model.features(inputs["image"], inputs["mask"])
+    predicted = model.predict(features, inputs["image"])
+    loss = model.loss(predicted, inputs["image"], inputs["mask"])["loss"]
+    loss.backward()
+    computed = {"loss": loss, "features": features, "reconstruction_0": predicted[:1]}
+    if "image_filled_0" in inputs:
+        torch.testing.assert_close(model.seen(inputs["image"], inputs["mask"])[:1], inputs["image_filled_0"])
+    gradient_of, state = gradients(model), model.state_dict()
+    for name, (ours, at) in names.items():
+        for kind, values in (("grad", gradient_of.get(f"grad/{ours}")), ("after", state[ours])):
+            if values is not None:
+                computed[f"{kind}/{name}"] = values.flatten()[at.flatten().argsort()].view(at.shape)
+    return computed
+
+
 ADAPTERS = {
     adapter.__name__: adapter
     for adapter in (
@@ -726,8 +918,11 @@ ADAPTERS = {
         semmae, semmae_mask, semmae_flip, semmae_finetune_tokens,
         semaim, semaim_masks, semaim_attention, semaim_clip_teacher, semaim_weight_decay, semaim_lr_schedule,
         semaim_train_steps, gaussian_blur, vit_finetune,
+        focal_frequency_loss, a2mim_head, mim_neck, blockwise_mask,
     )
-} | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars}  # fmt: skip
+} | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars} | dict.fromkeys(
+    ("a2mim_resnet", "a2mim_vit", "a2mim_convnext", "simmim"), masked_reconstruction
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
