@@ -165,7 +165,13 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="cosine",
-        help="mae: its warm-up reaches the peak one step later, as in MAE's code",
+        help="mae: its warm-up reaches the peak one step later, as in MAE's code; the others are A2MIM's",
+    )  # fmt: skip
+    group.add_argument("--lr_steps", type=int, nargs="*", default=(), help="of --lr_schedule step: epochs of its steps")
+    group.add_argument("--lr_gamma", type=float, default=0.1, help="of --lr_schedule step: factor of each step")
+    group.add_argument(
+        "--warmup_ratio", type=float, default=0.0,
+        help="of --lr_schedule step, cosine_iters, cosine_epochs: what share of the rate the warm-up begins with",
     )  # fmt: skip
     group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
     group.add_argument("--warmup_epochs", type=int, default=5)

@@ -18,6 +18,8 @@ from masking_generator import build_mask_generator
 from modeling_finetune import Block, create_model, options_of
 from modeling_pretrain import PretrainMethod
 from optim_factory import (
+    ANNEALINGS,
+    annealing,
     cosine_at,
     cosine_schedule,
     create_optimizer,
@@ -175,6 +177,12 @@ def schedules(args: Namespace, steps_per_epoch: int):
         epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
         warmup = args.warmup_steps / steps_per_epoch if args.warmup_steps > 0 else args.warmup_epochs
         lr = cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup)
+    elif args.lr_schedule in ANNEALINGS:
+        warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+        lr = annealing(
+            args.lr_schedule, args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup,
+            warmup_ratio=args.warmup_ratio, milestones=args.lr_steps, gamma=args.lr_gamma,
+        )  # fmt: skip
     else:
         lr = cosine_schedule(
             args.lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs, warmup_steps=args.warmup_steps

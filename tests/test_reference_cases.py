@@ -5,6 +5,7 @@ under the names of the case's outputs; `check` compares with the tolerances the 
 fails.
 """
 
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -55,7 +57,19 @@ from modeling_pretrain import (
     take,
 )
 from modeling_targets import TEACHERS, Teacher, build_tower, from_openai, visual_weights
-from optim_factory import LARS, cosine_at, cosine_schedule, create_optimizer, layer_scales, param_groups, set_schedule
+from optim_factory import (
+    LARS,
+    annealing,
+    by_rules,
+    cosine_at,
+    cosine_schedule,
+    create_optimizer,
+    layer_id,
+    layer_scales,
+    param_groups,
+    set_schedule,
+    stage_layer_id,
+)
 from probing import LinearHead, head_groups
 from transforms import MEAN_STD
 
@@ -95,7 +109,7 @@ def position_options(config: dict) -> dict:
     """The published switches of a ViT's positions in this repository's words."""
     kind = "shared" if config.get("use_shared_rel_pos_bias") else "none"
     return {
-        "pos_embed": "learned" if config.get("use_abs_pos_emb") else "none",
+        "pos_embed": "learned" if config.get("use_abs_pos_emb", config.get("use_abs_pos_embed")) else "none",
         "rel_pos_bias": "per_block" if config.get("use_rel_pos_bias") else kind,
     }
 
@@ -909,6 +923,122 @@ def masked_reconstruction(case: Case) -> dict[str, Tensor]:
     return computed
 
 
+ANNEALING_NAMES = {
+    ("StepFixCosineAnnealing", False): "stepfix_cosine", ("CosineAnnealing", False): "cosine_iters",
+    ("CosineAnnealing", True): "cosine_epochs", ("step", True): "step",
+}  # fmt: skip
+
+
+def a2mim_lr_schedule(case: Case) -> dict[str, Tensor]:
+    """Upstream's schedules go by epochs unless they say otherwise; a step does so in any case."""
+    computed = {}
+    for name, config in case.config["variants"].items():
+        by_epoch = config.get("by_epoch", True) or config["policy"] == "step"
+        kind, steps = ANNEALING_NAMES[config["policy"], by_epoch], config["iters_per_epoch"]
+        warmup = config.get("warmup_iters", 0) if config.get("warmup") else 0
+        rates = annealing(
+            kind, config["base_lrs"][0], config.get("min_lr", 0.0), config["epochs"], steps,
+            warmup * (steps if config.get("warmup_by_epoch") else 1), warmup_ratio=config.get("warmup_ratio", 0.1),
+            milestones=config.get("step", ()), gamma=config.get("gamma", 0.1),
+        )  # fmt: skip
+        scales = [rate / config["base_lrs"][0] for rate in config["base_lrs"]]
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": scale} for scale in scales])
+        rows = []
+        for rate in rates:
+            set_schedule(optimizer, rate, 0.0)
+            rows.append([group["lr"] for group in optimizer.param_groups])
+        computed[name] = torch.tensor(rows, dtype=torch.float64)
+    return computed
+
+
+def a2mim_param_groups(case: Case) -> dict[str, Tensor]:
+    """The given rules on the published names; layers by the names that these tensors have here."""
+    config, optimizer = case.config, case.config["optimizer"]
+    names = config["param_names"]
+    values = [
+        by_rules(name, optimizer.get("paramwise_options") or {}, optimizer["lr"], optimizer["weight_decay"])
+        for name in names
+    ]
+    scales = np.ones(len(names))
+    if "model_type" in optimizer:
+        depths = tuple(config["depths"]) if "depths" in config else config["depth"]
+        ours = from_openmixup({name: torch.zeros(1, 4) for name in names})
+        scales = [stage_layer_scale(name, optimizer["layer_decay"], depths) for name in ours]
+    return {
+        "lr": torch.tensor([lr * scale for (lr, _), scale in zip(values, scales, strict=True)], dtype=torch.float64),
+        "weight_decay": torch.tensor([decay for _, decay in values], dtype=torch.float64),
+    }
+
+
+def stage_layer_scale(name: str, layer_decay: float, depths: int | tuple[int, ...]) -> float:
+    if isinstance(depths, int):
+        return layer_scales(layer_decay, depths)[layer_id(name, depths)]
+    layer, last = stage_layer_id(name, depths)
+    return layer_decay ** (last - layer)
+
+
+def resnet_key_map(case: Case) -> dict[str, Tensor]:
+    """Published names are timm's: of the whole ResNet-50, and of a small network with its features."""
+    config = case.config
+    theirs = config["resnet50_full_shapes"]
+    assert {
+        name: list(value.shape) for name, value in timm.create_model("resnet50", num_classes=0).state_dict().items()
+    } == theirs
+    assert list(from_openmixup({f"backbone.{name}": torch.zeros(1) for name in theirs})) == list(
+        config["resnet50_full_key_map"].values()
+    )
+    channels = [config["base_channels"] * 2**stage for stage in range(4)]
+    resnet = timm.create_model(f"resnet{config['depth']}", num_classes=0, channels=channels)
+    load_weights(resnet, from_openmixup(case.inputs("weights/")))
+    x = resnet.eval().maxpool(resnet.act1(resnet.bn1(resnet.conv1(case.inputs()["image"]))))
+    computed = {}
+    for stage in range(1, 5):
+        x = getattr(resnet, f"layer{stage}")(x)
+        computed[f"stage{stage}"] = x if stage > 2 else x[:1, :, :4, :4]
+    return computed
+
+
+def a2mim_key_map(case: Case) -> dict[str, Tensor]:
+    """Strictly into timm's classes, and our ViT: equal features."""
+    config, image = case.config, case.inputs()["image"]
+    weights = from_openmixup(case.inputs("weights/"))
+    assert from_openmixup(dict.fromkeys(config["key_map"], torch.zeros(1, 4))).keys() == set(config["key_map"].values())
+    network = timm_network(config, tuple(image.shape[-2:]))
+    load_weights(network, weights)
+    network.eval()
+    if config["timm_class"].endswith("ConvNeXt"):
+        return {"pooled": network.forward_head(network.forward_features(image), pre_logits=True)}
+    if config["timm_class"].endswith("SwinTransformer"):
+        return {"features": network.forward_features(image).permute(0, 3, 1, 2)}
+    tokens, arch = network.forward_features(image), config["arch"]
+    own = VisionTransformer(
+        input_size=config["img_size"], patch_size=config["patch_size"], embed_dim=arch["embed_dims"],
+        depth=arch["num_layers"], num_heads=arch["num_heads"], init_values=config["init_values"], num_classes=0,
+        mlp_ratio=arch["feedforward_channels"] / arch["embed_dims"], **position_options(config),
+        global_pool="token",
+    )  # fmt: skip
+    load_weights(own, weights)
+    torch.testing.assert_close(own.norm(own.forward_features(image)), tokens, rtol=1e-4, atol=1e-5)
+    return {"tokens": tokens}
+
+
+def timm_network(config: dict, size: tuple[int, int]) -> nn.Module:
+    """The class that a case names, with its sizes."""
+    module, _, name = config["timm_class"].rpartition(".")
+    arch, cls = config["arch"], getattr(importlib.import_module(module), name)
+    if name == "ConvNeXt":
+        return cls(depths=arch["depths"], dims=arch["channels"], norm_eps=config["norm_eps"], num_classes=0)
+    if name == "SwinTransformer":
+        sizes = {"embed_dim": arch["embed_dims"], "depths": arch["depths"], "num_heads": arch["num_heads"]}
+        return cls(img_size=size, window_size=config["window_size"], num_classes=0, **sizes)
+    return cls(
+        img_size=size, patch_size=config["patch_size"], embed_dim=arch["embed_dims"], depth=arch["num_layers"],
+        num_heads=arch["num_heads"], mlp_ratio=arch["feedforward_channels"] / arch["embed_dims"], num_classes=0,
+        init_values=config["init_values"], use_abs_pos_emb=config["use_abs_pos_embed"],
+        use_rel_pos_bias=config["use_rel_pos_bias"], global_pool="token" if config["final_norm"] else "avg",
+    )  # fmt: skip
+
+
 ADAPTERS = {
     adapter.__name__: adapter
     for adapter in (
@@ -918,7 +1048,8 @@ ADAPTERS = {
         semmae, semmae_mask, semmae_flip, semmae_finetune_tokens,
         semaim, semaim_masks, semaim_attention, semaim_clip_teacher, semaim_weight_decay, semaim_lr_schedule,
         semaim_train_steps, gaussian_blur, vit_finetune,
-        focal_frequency_loss, a2mim_head, mim_neck, blockwise_mask,
+        focal_frequency_loss, a2mim_head, mim_neck, blockwise_mask, a2mim_lr_schedule, a2mim_param_groups,
+        resnet_key_map, a2mim_key_map,
     )
 } | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars} | dict.fromkeys(
     ("a2mim_resnet", "a2mim_vit", "a2mim_convnext", "simmim"), masked_reconstruction
