@@ -5,6 +5,7 @@ Flag names are the published ones (specs/conmim.md 7); flags that never had an e
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     """Device, precision, DeepSpeed and the processes."""
     group = add_process_flags(parser)
+    _switch(group, "sync_bn", "no_sync_bn", default=False, help="batch normalisation over the batches of all processes")
     group.add_argument("--enable_deepspeed", action="store_true")
     group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)
     group.add_argument(
@@ -453,6 +455,8 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--model_kwargs takes K=V pairs, not {item!r}")
         options[key] = yaml.safe_load(value)
+        with contextlib.suppress(ValueError):  # YAML takes 1e-6 for a word
+            options[key] = float(options[key]) if isinstance(options[key], str) else options[key]
     return options
 
 

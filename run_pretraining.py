@@ -27,7 +27,15 @@ from optim_factory import (
     param_groups,
     works_on_shards,
 )
-from parallel import BatchStatistics, DeepSpeedRunner, Runner, TorchRunner, check_precision, deepspeed_config
+from parallel import (
+    BatchStatistics,
+    DeepSpeedRunner,
+    Runner,
+    TorchRunner,
+    check_precision,
+    deepspeed_config,
+    synchronise_batch_norm,
+)
 from part_maps import PartMaps, image_names
 from session import Origin, Position, Session
 from transforms import MEAN_STD, build_pretrain_transform
@@ -238,6 +246,8 @@ def start_training(
     flops = flops_per_image(task, loader, normalize) if peak else None
     if getattr(args, "compile", False):
         compile_blocks(network, average and average.module)
+    if getattr(args, "sync_bn", False):
+        synchronise_batch_norm(network, device)
     runner = build_runner(args, task, groups, device)
     runner.watch(network, average and average.module)
     if average is not None:
