@@ -7,7 +7,7 @@ says where its places are. Shapes in comments: B images, C channels of a map, h 
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import timm
 import torch
@@ -19,17 +19,9 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from losses import enlarged
-from modeling_finetune import VisionTransformer, check_choice
+from modeling_finetune import MIM_VIT_SIZES, VisionTransformer, check_choice
 
 MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")
-# The published ViT-S is wide and shallow; the others are as everywhere (specs/a2mim.md 2.3)
-MAP_VIT_SIZES: dict[str, dict[str, Any]] = {
-    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "vit_small": {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3.0},
-    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-}
 
 
 class MapViT(VisionTransformer):
@@ -151,14 +143,14 @@ def place_of(backbone: nn.Module, mask_layer: int) -> Place:
 def build_backbone(
     name: str, input_size: tuple[int, int], *, drop_path: float, attn: str, grad_checkpointing: bool, **options
 ) -> nn.Module:
-    """One of `MAP_VIT_SIZES`, or timm's network of that name with random weights and without classifier.
+    """One of `MIM_VIT_SIZES`, or timm's network of that name with random weights and without classifier.
 
     Raises:
         ValueError: neither, or a network that gives no features or no map.
     """
-    if name in MAP_VIT_SIZES:
+    if name in MIM_VIT_SIZES:
         given = {"attn": attn, "grad_checkpointing": grad_checkpointing, "drop_path": drop_path}
-        return MapViT(input_size=input_size, **MAP_VIT_SIZES[name] | given | options)
+        return MapViT(input_size=input_size, **MIM_VIT_SIZES[name] | given | options)
     if name.startswith("swin_"):
         options = {"img_size": input_size, "window_size": min(input_size) // 32, "drop_path_rate": drop_path} | options
     elif drop_path:  # not every network of timm takes it; Swin has a rate by default

@@ -34,6 +34,7 @@ PUBLISHED_KEYS = "model|module"  # the published default of --model_key
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 _COMPLETE = "complete"
+_NO_BACKBONE = ("head.fc.", "head.weight", "head.bias", "fc.", "inject.", "mask_token", "mask_gamma")
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 
@@ -329,6 +330,17 @@ def _select_weights(checkpoint: dict[str, Any], model_key: str, name: str) -> tu
     return "", checkpoint
 
 
+def backbone_weights(checkpoint: dict[str, Any], name: str, model_key: str = PUBLISHED_KEYS) -> StateDict:
+    """What is not classifier, neck, decoder or token of a loaded checkpoint, under native names.
+
+    Of OpenMixup's files and of classifiers; of a pre-training method's it is what the method exports itself.
+    """
+    _, state = _select_weights(checkpoint, model_key, name)
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    native = _to_native(tensors, ())
+    return {key: value for key, value in native.items() if not key.startswith(_NO_BACKBONE)}
+
+
 def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
     """The tensors whose names begin with `prefix`, without it."""
     inside = [key for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)]
@@ -351,7 +363,7 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
     """The tensors that the model has a place for, in its shapes; fills the report's lists."""
     fitted = {}
     for key, value in state.items():
-        if key not in target or (key.startswith("head.") and value.shape != target[key].shape):
+        if key not in target or (key.startswith(("head.", "fc.")) and value.shape != target[key].shape):
             report.ignored.append(key)
             continue
         fitted[key] = _resize(key, value, target[key].shape, model)
@@ -378,7 +390,8 @@ def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Ten
 
 
 def _check_matched(model: nn.Module, state: StateDict, min_matched: float, report: LoadReport) -> None:
-    encoder = [key for key, _ in model.named_parameters() if not key.startswith(("head.", "fc_norm.", "norm."))]
+    outside = ("head.", "fc.", "fc_norm.", "norm.")
+    encoder = [key for key, _ in model.named_parameters() if not key.startswith(outside)]
     unmatched = sorted(set(encoder) - set(report.loaded))
     report.matched = 1 - len(unmatched) / len(encoder)
     if report.matched < min_matched:
@@ -426,6 +439,8 @@ def to_timm(state_dict: StateDict) -> StateDict:
     gets whole qkv biases and timm's layer-scale names. The features are the same. A converted dict stays as it is.
     """
     state = {key: value for key, value in state_dict.items() if not key.endswith("relative_position_index")}
+    if not any(key.startswith("blocks.") for key in state):  # no plain transformer: Swin, or a convolutional network
+        return state
     state = fuse_qkv(state)
     if _has(state, _TABLE) or (_has(state, ".q_bias") and _has(state, ".gamma_1")):
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
@@ -555,7 +570,10 @@ _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Cal
     (lambda names, _: all(name.startswith("_orig_mod.") for name in names), lambda s: _rename(s, r"^_orig_mod\.", "")),
     # OpenMixup's files, whole or the backbone alone, and those of SimMIM and A2MIM, whose backbones have timm's names
     (
-        lambda names, _: any(name.startswith("backbone.") for name in names) or bool(openmixup_rules(names)),
+        lambda names, wanted: (
+            not _has(wanted, "backbone.")
+            and (any(name.startswith("backbone.") for name in names) or bool(openmixup_rules(names)))
+        ),
         from_openmixup,
     ),
     # SAIM's blocks

@@ -24,6 +24,14 @@ VIT_SIZES = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 MAE_SIZES = VIT_SIZES | {"huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16}}
+# SimMIM's and A2MIM's; the published ViT-S is wide and shallow (specs/a2mim.md 2.3)
+MIM_VIT_SIZES = {
+    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small": {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3.0},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+}
 ATTENTION_KERNELS = ("auto", "sdpa", "eager")
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 _FAMILIES: dict[str, Callable[..., nn.Module]] = {}
@@ -545,3 +553,8 @@ for _size, _options in MAE_SIZES.items():
         # (specs/semmae.md A.9)
         _vit = {**_options, "patch_size": _patch_size, "k_bias": True, "pos_embed": "sincos_trainable"}
         register(f"vit_{_size}_patch{_patch_size}_224", VisionTransformer, **_vit)
+
+for _size, _options in MIM_VIT_SIZES.items():
+    # BEiT's with learned positions (specs/a2mim.md 4.4)
+    _mim = {"rel_pos_bias": "per_block", "pos_embed": "learned", "init_values": 0.1}
+    register(f"mim_{_size}_patch16_224", VisionTransformer, **_options, **_mim)

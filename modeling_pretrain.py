@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones import MAP_VIT_SIZES, MaskToken, PixelNeck, build_backbone, family_of, map_of, place_of
+from backbones import MaskToken, PixelNeck, build_backbone, family_of, map_of, place_of
 from ema import MovingAverage
 from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, mean_filled
 from masking_generator import (
@@ -32,6 +32,7 @@ from masking_generator import (
 )
 from modeling_finetune import (
     MAE_SIZES,
+    MIM_VIT_SIZES,
     VIT_SIZES,
     Attention,
     Block,
@@ -796,7 +797,7 @@ class SimMIM(PretrainMethod):
     """Predicts the pixels of masked squares from the other features of any backbone (specs/a2mim.md 1 to 3).
 
     A token takes the place of masked features in between two stages of the backbone; a neck of one convolution makes
-    pixels of its last map. `backbone` is one of `MAP_VIT_SIZES` or a name of timm; options not named here are its own.
+    pixels of its last map. `backbone` is one of `MIM_VIT_SIZES` or a name of timm; options not named here are its own.
     mask_layer, mask_token, replace, mask_init, detach, token_std: see `MaskToken`, and `Place` of the backbone.
     kernel, decoder_kernel: see `PixelNeck`. token_lr, gamma_lr: factors of the learning rate of token and gamma; with
     gamma_lr None gamma has no rule of its own, and is decayed unless the backbone's rules say otherwise.
@@ -856,14 +857,14 @@ class SimMIM(PretrainMethod):
         predicted = self.predict(self.features(batch["image"], batch["mask"]), batch["image"])
         return self.loss(predicted, batch["image"], batch["mask"])
 
-    def features(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The last map [B, C, h, w] of images [B, 3, H, W] masked by [B, rows, columns]."""
+    def features(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """The last map [B, C, h, w] of images [B, 3, H, W] masked by [B, rows, columns], or whole ones."""
         self.inject.mask = mask
         return family_of(self.backbone).feature_map(self.backbone, self.seen(images, mask))
 
-    def seen(self, images: Tensor, mask: Tensor) -> Tensor:
+    def seen(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """What goes into the backbone."""
-        return mean_filled(images, mask) if self.fills_input else images
+        return mean_filled(images, mask) if self.fills_input and mask is not None else images
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:
         """Pixels [B, 3, H, W]."""
@@ -977,7 +978,7 @@ _SPECTRA = {  # what the published recipes weigh them by; those of ResNet-18 and
     "resnet200": {"fft_focal": False},
 }
 
-for _name in MAP_VIT_SIZES:
+for _name in MIM_VIT_SIZES:
     register(f"simmim_{_name}_patch16_224", SimMIM, backbone=_name)
     register(f"a2mim_{_name}_patch16_224", A2MIM, backbone=_name, fft_weight=0.1)
 for _name, _timm_name in _TIMM_NAMES.items():
