@@ -261,6 +261,81 @@ SEMAIM_LARGE_NOTE = "Unverified: every setting; pre-training is as for ViT-B, fi
 SEMAIM_CLIP_NOTE = "Unverified: every setting but epochs and target; the rest is as for pixels."
 IGPT_NOTE = "Unverified: every setting but epochs and order; the rest is SAIM's."
 
+# SimMIM and A2MIM (specs/a2mim.md 1.4, 4.3 to 5). Forms of the token and the loss are those of the registered models.
+A2MIM_README = "A2MIM README and configurations (Westlake-AI/A2MIM ccca6dc)"
+OPENMIXUP = "OpenMixup configurations (Westlake-AI/openmixup 37e1372)"
+
+PRETRAIN_MIM = {
+    "batch_size": 256,
+    "update_freq": 1,
+    "epochs": 300,
+    "warmup_epochs": 10,
+    "lr": 8e-4,
+    "lr_schedule": "stepfix_cosine",
+    "min_lr": 1e-5,
+    "weight_decay": 0.05,
+    "opt_betas": (0.9, 0.999),
+    "clip_grad": None,
+    "drop_path": 0.0,
+    "mask_type": "random_mps32",
+    "mask_ratio": 0.6,
+    "mask_patch_size": 32,
+    "crop_scale": (0.67, 1.0),
+    "train_interpolation": "bilinear",
+    "imagenet_default_mean_and_std": True,
+    "save_ckpt_freq": 10,
+}
+PRETRAIN_SIMMIM_RESNET = PRETRAIN_MIM | {"sync_bn": True}
+PRETRAIN_A2MIM_CNN = PRETRAIN_MIM | {"lr": 1.2e-3, "crop_scale": (0.8, 1.0)}
+PRETRAIN_A2MIM_RESNET = PRETRAIN_A2MIM_CNN | {"sync_bn": True}
+PRETRAIN_A2MIM_RESNET_100 = PRETRAIN_A2MIM_RESNET | {"epochs": 100, "model_kwargs": ("gamma_lr=0.1",)}
+PRETRAIN_MIM_VIT = PRETRAIN_MIM | {
+    "epochs": 800,
+    "lr": 4e-4,
+    "lr_schedule": "step",
+    "lr_steps": (700,),
+    "warmup_ratio": 2e-6,
+    "min_lr": 0.0,
+    "clip_grad": 5.0,
+    "drop_path": 0.1,
+}
+PRETRAIN_MIM_VIT_LARGE = PRETRAIN_MIM_VIT | {"batch_size": 128}
+PRETRAIN_SIMMIM_SWIN = PRETRAIN_MIM_VIT | {"input_size": 192, "drop_path": 0.0}
+PRETRAIN_SIMMIM_SWIN_100 = PRETRAIN_SIMMIM_SWIN | {
+    "epochs": 100,
+    "lr": 8e-4,
+    "lr_schedule": "cosine_iters",
+    "lr_steps": None,
+    "min_lr": 4e-5,
+    "warmup_ratio": 4e-6,
+}
+PRETRAIN_A2MIM_DEIT = PRETRAIN_MIM | {
+    "epochs": 800,
+    "input_size": 192,
+    "clip_grad": 5.0,
+    "drop_path": 0.1,
+    "model_kwargs": ("decoder_kernel=5",),
+}
+PRETRAIN_A2MIM_RESNET_IN100 = PRETRAIN_A2MIM_RESNET_100 | {"epochs": 800, "input_size": 192}
+PRETRAIN_MIM_TINY = PRETRAIN_A2MIM_CNN | {"lr": 5e-4, "warmup_epochs": 5, "mask_patch_size": None}
+
+FINETUNE_MIM = FINETUNE_BASE | {
+    "lr": 1e-2,
+    "lr_schedule": "stepfix_cosine",
+    "clip_grad": 5.0,
+    "disable_weight_decay_on_rel_pos_bias": True,
+}
+FINETUNE_MIM_AVERAGED = FINETUNE_MIM | {"model_ema": True, "model_ema_decay": 0.99996}
+FINETUNE_MIM_TINY = FINETUNE_TINY | {"lr_schedule": "stepfix_cosine", "disable_weight_decay_on_rel_pos_bias": True}
+
+MIM_NOTE = "Unverified: how the published effective batch of 2048 was shared among GPUs."
+MIM_SWIN_NOTE = f"{MIM_NOTE} Unverified: no stochastic depth."
+MIM_IN100_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_NOTE}"
+MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was shared among GPUs."
+MIM_LARGE_NOTE = (
+    f"{MIM_FINETUNE_NOTE} The published run also repeats each image three times in an epoch, ours does not."
+)
+
 
 def _mae(size: str, patch: int, published: float, finetune: Mapping[str, Any]) -> tuple[Recipe, Recipe]:
     """Pre-training for 1600 epochs with normalised pixels, and the fine-tuning after it."""
@@ -303,6 +378,24 @@ def _semaim(name: str, model: str, size: str, published: float, flags: Mapping[s
             note,
         ),
     )  # fmt: skip
+
+
+def _mim(
+    name: str, model: str, published: float | None, flags: Mapping[str, Any], source: str, note: str = MIM_NOTE
+) -> Recipe:
+    """Pre-training with 2048 images a step."""
+    return Recipe(f"{name}_pretrain", "pretrain", model, 2048 // flags["batch_size"], flags, source, published, note)
+
+
+def _mim_vit(method: str, size: str, epochs: int, published: float, source: str) -> tuple[Recipe, Recipe]:
+    """Pre-training of a ViT for 800 epochs, and its fine-tuning."""
+    pretrain = PRETRAIN_MIM_VIT_LARGE if size == "large" else PRETRAIN_MIM_VIT
+    finetune = (FINETUNE_MIM if size == "small" else FINETUNE_MIM_AVERAGED) | {"epochs": epochs}
+    model, note = f"vit_{size}_patch16_224", MIM_LARGE_NOTE if size == "large" else MIM_FINETUNE_NOTE
+    return (
+        _mim(f"{method}_vit_{size}", f"{method}_{model}", published, pretrain, source),
+        Recipe(f"{method}_vit_{size}_finetune", "finetune", f"mim_{model}", 8, finetune, source, published, note),
+    )
 
 
 def _own(name: str, stage: str, model: str, flags: Mapping[str, Any]) -> Recipe:
@@ -417,6 +510,45 @@ _RECIPES = (
     Recipe("saim_base_finetune", "finetune", "vit_base_patch16_224", 32, FINETUNE_SAIM, SAIM_README, 83.9),
     Recipe("igpt_base_pretrain", "pretrain", "igpt_base_patch16_224", 32, PRETRAIN_IGPT, SAIM_README, 82.7, IGPT_NOTE),
     *(_own(f"semaim_{size}", "pretrain", f"semaim_{size}", PRETRAIN_SEMAIM_TINY) for size in ("tiny", "small")),
+    *_mim_vit("a2mim", "small", 200, 82.1, A2MIM_README),
+    *_mim_vit("a2mim", "base", 100, 84.2, A2MIM_README),
+    *_mim_vit("a2mim", "large", 150, 86.1, A2MIM_README),
+    *_mim_vit("simmim", "small", 100, 81.7, OPENMIXUP),
+    *_mim_vit("simmim", "base", 100, 83.8, OPENMIXUP),
+    *_mim_vit("simmim", "large", 100, 85.6, OPENMIXUP),
+    *(
+        _mim(f"a2mim_resnet{depth}", f"a2mim_resnet{depth}", published, PRETRAIN_A2MIM_RESNET, A2MIM_README)
+        for depth, published in ((50, 80.4), (101, 81.9), (152, 82.5), (200, 83.0))
+    ),
+    _mim("a2mim_resnet50_100", "a2mim_resnet50", 78.8, PRETRAIN_A2MIM_RESNET_100, A2MIM_README),
+    _mim("a2mim_resnet50_in100", "a2mim_resnet50", 89.32, PRETRAIN_A2MIM_RESNET_IN100, A2MIM_README, MIM_IN100_NOTE),
+    *(
+        _mim(f"a2mim_convnext_{size}", f"a2mim_convnext_{size}", published, PRETRAIN_A2MIM_CNN, A2MIM_README)
+        for size, published in (("small", 83.7), ("base", 84.1), ("tiny", None))
+    ),
+    _mim(
+        "a2mim_deit_small_in100",
+        "a2mim_deit_small_patch16_224",
+        87.24,
+        PRETRAIN_A2MIM_DEIT,
+        A2MIM_README,
+        MIM_IN100_NOTE,
+    ),
+    *(
+        _mim(f"simmim_resnet{depth}", f"simmim_resnet{depth}", published, PRETRAIN_SIMMIM_RESNET, OPENMIXUP)
+        for depth, published in ((50, 79.9), (101, 81.3), (152, 81.9), (200, 82.2))
+    ),
+    *(
+        _mim(f"simmim_convnext_{size}", f"simmim_convnext_{size}", published, PRETRAIN_MIM, OPENMIXUP)
+        for size, published in (("small", 83.2), ("base", 83.6), ("tiny", None))
+    ),
+    _mim("simmim_swin_base", "simmim_swin_base", 84.0, PRETRAIN_SIMMIM_SWIN, OPENMIXUP, MIM_SWIN_NOTE),
+    _mim("simmim_swin_base_100", "simmim_swin_base", 82.9, PRETRAIN_SIMMIM_SWIN_100, OPENMIXUP, MIM_SWIN_NOTE),
+    *(
+        _own(f"{method}_vit_tiny", "pretrain", f"{method}_vit_tiny", PRETRAIN_MIM_TINY)
+        for method in ("a2mim", "simmim")
+    ),
+    _own("mim_vit_tiny", "finetune", "mim_vit_tiny", FINETUNE_MIM_TINY),
     *(_own(f"mae_{size}", "finetune", f"vit_{size}", FINETUNE_MAE_TINY) for size in ("tiny", "small")),
 )
 

@@ -22,16 +22,18 @@ PLACES = {
 COMMON_FLAGS = {
     "batch_size", "update_freq", "epochs", "warmup_epochs", "input_size", "lr", "min_lr", "weight_decay", "opt_betas",
     "clip_grad", "drop_path", "layer_scale_init_value", "imagenet_default_mean_and_std", "save_ckpt_freq", "blr",
-    "lr_schedule",
+    "lr_schedule", "lr_steps", "warmup_ratio",
 }  # fmt: skip
 METHOD_FLAGS = {
     "mask_type", "mask_ratio", "temp", "t_momentum", "norm_pix_loss", "mask_lambda_power", "crop_scale",
     "permutation_type", "attention_type", "query_depth", "prediction_head_type", "gaussian_kernel_size",
-    "gaussian_sigma", "predict_feature",
+    "gaussian_sigma", "predict_feature", "mask_patch_size", "train_interpolation", "sync_bn", "model_kwargs",
 }  # fmt: skip
 STAGE_FLAGS = {
     "pretrain": COMMON_FLAGS | METHOD_FLAGS,
-    "finetune": COMMON_FLAGS | {"layer_decay", "mixup", "cutmix", "smoothing", "use_mean_pooling"},
+    "finetune": COMMON_FLAGS
+    | {"layer_decay", "mixup", "cutmix", "smoothing", "use_mean_pooling", "model_ema", "model_ema_decay"}
+    | {"disable_weight_decay_on_rel_pos_bias"},
 }
 OFF = {"use_mean_pooling": "use_cls"}  # what switches a flag off that is on by default
 
@@ -102,7 +104,7 @@ def as_values(words: list[str]) -> list[object]:
 def test_every_published_recipe_has_a_script_and_every_script_a_recipe() -> None:
     scripts = {path.stem for stage in PROGRAMS for path in (ROOT / "scripts").glob(f"*_{stage}*.sh")}
     assert scripts == {recipe.name for recipe in PUBLISHED}
-    assert len(scripts) == 9 + 6 + 4 + 11
+    assert len(scripts) == 9 + 6 + 4 + 11 + 29
 
 
 @each_published
@@ -212,6 +214,48 @@ def test_what_is_published_of_semaim_and_its_ancestors() -> None:
         assert recipe.flags.get("use_mean_pooling") is pooled
 
 
+MIM_VITS = [f"{method}_vit_{size}" for method in ("a2mim", "simmim") for size in ("small", "base", "large")]
+
+
+@pytest.mark.parametrize("name", MIM_VITS)
+def test_masked_vits_hand_their_checkpoints_on(launch: Launch, name: str) -> None:
+    pretrain, finetune = (
+        next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_{stage}") for stage in PROGRAMS
+    )
+    first, second = (launched(launch, recipe)[2] for recipe in (pretrain, finetune))
+    assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{pretrain.flags['epochs'] - 1}.safetensors"]
+    assert finetune.model.removeprefix("mim") == pretrain.model.removeprefix(name.partition("_")[0])
+
+
+def test_what_is_published_of_simmim_and_a2mim() -> None:
+    """specs/a2mim.md 1.4, 4.3 and 4.4."""
+    names = ("epochs", "lr", "lr_schedule", "min_lr", "warmup_epochs", "clip_grad")
+    expected = {
+        "a2mim_resnet50": (300, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_resnet50_100": (100, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_convnext_base": (300, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "simmim_resnet200": (300, 8e-4, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_vit_base": (800, 4e-4, "step", 0.0, 10, 5.0),
+        "simmim_vit_large": (800, 4e-4, "step", 0.0, 10, 5.0),
+        "simmim_swin_base": (800, 4e-4, "step", 0.0, 10, 5.0),
+        "simmim_swin_base_100": (100, 8e-4, "cosine_iters", 4e-5, 10, 5.0),
+        "a2mim_deit_small_in100": (800, 8e-4, "stepfix_cosine", 1e-5, 10, 5.0),
+        "a2mim_resnet50_in100": (800, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+    }
+    recipes = {recipe.name: recipe for recipe in PUBLISHED}
+    for name, values in expected.items():
+        recipe = recipes[f"{name}_pretrain"]
+        assert recipe.effective_batch == 2048
+        assert tuple(recipe.flags[flag] for flag in names) == values, name
+        assert recipe.flags["crop_scale"][0] == (0.8 if "a2mim_resnet" in name or "a2mim_conv" in name else 0.67)
+        assert recipe.flags.get("sync_bn", False) is ("resnet" in name)
+        assert recipe.flags.get("input_size", 224) == (192 if "swin" in name or "in100" in name else 224)
+    for name, epochs in zip(MIM_VITS, (200, 100, 150, 100, 100, 100), strict=True):
+        recipe = recipes[f"{name}_finetune"]
+        assert (recipe.effective_batch, recipe.flags["epochs"], recipe.flags["lr"]) == (1024, epochs, 1e-2)
+        assert (recipe.flags["layer_decay"], recipe.flags.get("model_ema", False)) == (0.65, "small" not in name)
+
+
 def test_what_is_published_of_the_masked_autoencoders() -> None:
     """specs/semmae.md A.8, A.9 and B.6."""
     for model in ("mae_base_patch16_224", "mae_large_patch16_224", "mae_huge_patch14_224"):
@@ -307,6 +351,35 @@ def test_published_accuracies() -> None:
         "saim_base_pretrain": 83.9,
         "saim_base_finetune": 83.9,
         "igpt_base_pretrain": 82.7,
+        "a2mim_vit_small_pretrain": 82.1,
+        "a2mim_vit_small_finetune": 82.1,
+        "a2mim_vit_base_pretrain": 84.2,
+        "a2mim_vit_base_finetune": 84.2,
+        "a2mim_vit_large_pretrain": 86.1,
+        "a2mim_vit_large_finetune": 86.1,
+        "simmim_vit_small_pretrain": 81.7,
+        "simmim_vit_small_finetune": 81.7,
+        "simmim_vit_base_pretrain": 83.8,
+        "simmim_vit_base_finetune": 83.8,
+        "simmim_vit_large_pretrain": 85.6,
+        "simmim_vit_large_finetune": 85.6,
+        "a2mim_resnet50_pretrain": 80.4,
+        "a2mim_resnet101_pretrain": 81.9,
+        "a2mim_resnet152_pretrain": 82.5,
+        "a2mim_resnet200_pretrain": 83.0,
+        "a2mim_resnet50_100_pretrain": 78.8,
+        "a2mim_resnet50_in100_pretrain": 89.32,
+        "a2mim_convnext_small_pretrain": 83.7,
+        "a2mim_convnext_base_pretrain": 84.1,
+        "a2mim_deit_small_in100_pretrain": 87.24,
+        "simmim_resnet50_pretrain": 79.9,
+        "simmim_resnet101_pretrain": 81.3,
+        "simmim_resnet152_pretrain": 81.9,
+        "simmim_resnet200_pretrain": 82.2,
+        "simmim_convnext_small_pretrain": 83.2,
+        "simmim_convnext_base_pretrain": 83.6,
+        "simmim_swin_base_pretrain": 84.0,
+        "simmim_swin_base_100_pretrain": 82.9,
     }
 
 
@@ -319,7 +392,11 @@ def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:
 
 
 # Fine-tuning of a ViT is MAE's unless a script says otherwise, which says all of it.
-ONLY_BY_SCRIPT = {f"{name}_finetune" for name in SEMAIM}
+ONLY_BY_SCRIPT = {f"{name}_finetune" for name in SEMAIM} | {
+    f"simmim_vit_{size}_finetune" for size in ("small", "large")
+}
+# And of a backbone's pre-training recipes one gives the defaults.
+ONLY_BY_SCRIPT |= {f"a2mim_resnet50_{which}_pretrain" for which in ("100", "in100")} | {"simmim_swin_base_100_pretrain"}
 
 
 @each_recipe
