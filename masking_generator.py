@@ -358,6 +358,7 @@ PATCH_ORDERS = (
     "attention_center",
 )  # fmt: skip
 ORDERS_WITHOUT_NOISE = ("zigzag", "raster", "attention")
+ORDERS_WITH_TIES = ("attention",)  # of 1 - softmax over many patches float32 tells few values apart
 WINDOW_SIDES = (2, 6, 10)
 TABLE_SIDE = 14  # the published table of windows is for this grid, and takes it for one patch smaller
 

@@ -260,7 +260,7 @@ class Attention(nn.Module):
         return "eager" if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32) else "sdpa"
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-        mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
+        mask = None if bias is None else bias.to(q.dtype)[(None,) * (4 - bias.ndim)]  # [1 or B, h or 1, T, T]
         dropout = self.attn_drop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
@@ -282,12 +282,13 @@ class LinearOfGelu(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, grads = grad.flatten(0, -2), [None, None, None]
-        if ctx.needs_input_grad[0]:
-            grads[0] = torch.ops.aten.gelu_backward(grad @ weight, x)
-        if ctx.needs_input_grad[1]:
-            grads[1] = rows.T @ F.gelu(x).flatten(0, -2)
-        if ctx.needs_input_grad[2]:
-            grads[2] = rows.sum(0)
+        with torch.autocast(x.device.type, enabled=False):  # DeepSpeed's is still on here
+            if ctx.needs_input_grad[0]:
+                grads[0] = torch.ops.aten.gelu_backward(grad @ weight, x)
+            if ctx.needs_input_grad[1]:
+                grads[1] = rows.T @ F.gelu(x).flatten(0, -2)
+            if ctx.needs_input_grad[2]:
+                grads[2] = rows.sum(0)
         return tuple(grads)
 
 

@@ -21,6 +21,7 @@ from ema import MovingAverage
 from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, mean_filled
 from masking_generator import (
     COUNT_FIXES,
+    ORDERS_WITH_TIES,
     ORDERS_WITHOUT_NOISE,
     PATCH_ORDERS,
     ascending,
@@ -52,6 +53,19 @@ from modeling_targets import PREDICTED_FEATURES, TEACHERS, MeanStd, Teacher, bui
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
 
+class Reconstruction(NamedTuple):
+    """Pictures [B, 3, H, W] in the units of the normalised images; what a picture does not show is 0, the mean colour.
+
+    masked: the known patches; predicted: what is predicted of each; pasted: the known patches and what is predicted
+    elsewhere.
+    """
+
+    original: Tensor
+    masked: Tensor
+    predicted: Tensor
+    pasted: Tensor
+
+
 class PretrainMethod(nn.Module):
     """What the engine asks of every method; its other base is the network that it trains.
 
@@ -59,15 +73,21 @@ class PretrainMethod(nn.Module):
     holds for each image, so that what is random follows from seed, epoch and image, not from processes and batches.
     `teacher`: an average of the network that is no submodule, so that neither DDP nor DeepSpeed wraps, casts or
     optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder.
+    `predicts_pixels`: whether `reconstruct` can show what is predicted.
     """
 
     views: tuple[str, ...] = ("image",)
     noise_size: int = 0
     not_exported: tuple[str, ...] = ()
     average: MovingAverage | None = None
+    predicts_pixels: bool = False
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss": scalar, ...}; further entries are detached figures for the log."""
+        raise NotImplementedError
+
+    def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
+        """Pictures of what is predicted of a batch, by a method that `predicts_pixels`; `noise` as for `forward`."""
         raise NotImplementedError
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
@@ -241,6 +261,14 @@ class PlainViT(PretrainMethod, VisionTransformer):
         images = batch["image"]
         return batch["noise"] if "noise" in batch else torch.rand(len(images), self.noise_size, device=images.device)
 
+    def panels(self, images: Tensor, known: Tensor, predicted: Tensor) -> Reconstruction:
+        """The pictures of predicted patches [B, N, P], the patches at cells `known` [B, V] being known."""
+        patches = self.patch_embed.cut(images)
+        seen = take(patches, known)
+        pictures = put(torch.zeros_like(patches), known, seen), predicted, put(predicted, known, seen)
+        grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
+        return Reconstruction(images, *(unpatchify(picture, grid, patch) for picture in pictures))
+
     def no_weight_decay(self) -> set[str]:
         return set()  # the class and the mask token are decayed, the positions are not trained (A.8)
 
@@ -255,19 +283,6 @@ class PlainViT(PretrainMethod, VisionTransformer):
             nn.init.zeros_(module.bias)
 
 
-class Reconstruction(NamedTuple):
-    """Pictures [B, 3, H, W] in the units of the normalised images; what a picture does not show is 0, the mean colour.
-
-    masked: the visible patches; predicted: the decoder's output; pasted: the visible patches and what is predicted
-    elsewhere.
-    """
-
-    original: Tensor
-    masked: Tensor
-    predicted: Tensor
-    pasted: Tensor
-
-
 class MAE(PlainViT):
     """Masked autoencoder (CVPR 2022, arXiv 2111.06377; specs/semmae.md A).
 
@@ -279,6 +294,7 @@ class MAE(PlainViT):
 
     views = ("image", "noise")
     not_exported = ("mask_token", "decoder_")
+    predicts_pixels = True
 
     def __init__(
         self,
@@ -359,11 +375,8 @@ class MAE(PlainViT):
         if self.norm_pix_loss:
             mean, deviation = pixel_statistics(take(patches, order))
             predicted = predicted * deviation + mean
-        seen, blank = order[:, :visible], torch.zeros_like(patches)
-        masked, predicted = put(blank, seen, take(patches, seen)), put(blank, order, predicted)
-        panels = masked, predicted, put(predicted, seen, take(patches, seen))
-        grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
-        return Reconstruction(batch["image"], *(unpatchify(panel, grid, patch) for panel in panels))
+        predicted = put(torch.zeros_like(patches), order, predicted)
+        return self.panels(batch["image"], order[:, :visible], predicted)
 
 
 def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -517,14 +530,16 @@ class SemAIM(PlainViT):
     "clip" and "dino" those of `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published
     that model sees images normalised for ours, or with `image_mean_std`, which names that normalisation, by its own.
     Differences from the published code: tokens are sorted by the order, which makes both streams causal attention
-    without masks; of order values that rounding made equal, the patch with the lower number is first. With `attn`
-    "eager" nothing is sorted, masks are explicit, and ties see each other as published. The map passes the last block
+    without masks; of order values that rounding made equal, the patch with the lower number is first. With the order
+    "attention", in which ties are the rule, and with `attn` "eager" nothing is sorted, masks are explicit, and ties
+    see each other as published. The map passes the last block
     once, and only what is asked of it; `order_precision` "auto" lets it be autocast. `share_weight` and "ema" with an
     attention order work; the head has the teacher's width; targets are float32; blocks behind the last one that a
     query block looks at are frozen; any grid.
     """
 
     not_exported = ("query_blocks.", "prediction_head.", "gaussian_blur.")
+    known_share = 0.25  # of the patches in `reconstruct`, as many as MAE's encoder sees
 
     def __init__(
         self,
@@ -561,8 +576,10 @@ class SemAIM(PlainViT):
             raise ValueError("--predict_feature ema needs the average that --use_ema_model keeps")
         self.permutation_type, self.attention_type = permutation_type, attention_type
         self.order_precision, self.predict_feature = order_precision, predict_feature
-        self.norm_pix_loss, self.loss_type, self.dense = norm_pix_loss, loss_type, attn == "eager"
+        self.norm_pix_loss, self.loss_type = norm_pix_loss, loss_type
+        self.dense = attn == "eager" or permutation_type in ORDERS_WITH_TIES
         self.has_map, self.has_features = permutation_type.startswith("attention"), predict_feature != "none"
+        self.predicts_pixels = not self.has_features
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
         self.noise_size = sum(self.noise_sizes)
         self.views = ("image", "noise") if self.noise_size else ("image",)
@@ -617,14 +634,35 @@ class SemAIM(PlainViT):
         features, attention = self.look_ahead(batch)
         order = self.order_of(batch, attention, noise)  # [B, N], smaller is earlier
         target = self.pixel_target(images) if features is None else features[:, 1:]  # [B, N, P]
+        predicted, cells = self.predict(images, order)
+        return {"loss": self.loss_map(predicted, target if cells is None else take(target, cells)).mean()}
+
+    def predict(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Predictions [B, N, P] and the cells [B, N] that they are of, None being row-major order."""
         if self.dense:
-            _, g = self.masked_streams(images, order)
+            cells, (_, g) = None, self.masked_streams(images, order)
             g = g[:, 1:]
         else:
             cells = order.argsort(dim=1, stable=True)
             _, g = self.sorted_streams(images, cells)
-            target = take(target, cells)
-        return {"loss": self.loss_map(self.prediction_head(self.norm(g)), target).mean()}
+        return self.prediction_head(self.norm(g)), cells
+
+    @torch.no_grad()
+    def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
+        """Predicts every patch, each from all earlier ones; the first `known_share` of the order counts as known.
+
+        The predictions are of the blurred image, and of normalised pixels they get the blurred patch's own statistics.
+        """
+        assert self.predicts_pixels, self.predict_feature
+        images = batch["image"]
+        order = self.order_of(batch, self.look_ahead(batch)[1], noise)
+        predicted, cells = self.predict(images, order)
+        predicted = predicted.float() if cells is None else put(torch.zeros_like(predicted), cells, predicted).float()
+        if self.norm_pix_loss:
+            mean, deviation = pixel_statistics(self.blurred_patches(images))
+            predicted = predicted * deviation + mean
+        known = order.argsort(dim=1, stable=True)[:, : round(self.known_share * order.shape[1])]
+        return self.panels(images, known, predicted)
 
     # -- the order
 
@@ -704,13 +742,16 @@ class SemAIM(PlainViT):
 
     def pixel_target(self, images: Tensor) -> Tensor:
         """Patches [B, N, P] of the blurred images, each normalised by itself if so asked, in float32."""
-        with torch.autocast(images.device.type, enabled=False):
-            images = images.float() if self.gaussian_blur is None else self.gaussian_blur(images.float())
-        patches = self.patch_embed.cut(images)
+        patches = self.blurred_patches(images)
         if not self.norm_pix_loss:
             return patches
         mean, deviation = pixel_statistics(patches)
         return (patches - mean) / deviation
+
+    def blurred_patches(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float() if self.gaussian_blur is None else self.gaussian_blur(images.float())
+        return self.patch_embed.cut(images)
 
     def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Loss of each patch [B, N], in float32, from two tensors [B, N, P]: every patch counts."""
@@ -805,6 +846,7 @@ class SimMIM(PretrainMethod):
 
     views = ("image", "mask")
     not_exported = ("inject.", "neck.")
+    predicts_pixels = True
     fills_input = False
 
     def __init__(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-STAGES = ("pretrain", "finetune")
+STAGES = ("pretrain", "finetune")  # "linear" and "knn" have recipes too, which only their scripts pass
 
 # ConMIM, tables 1 to 3: ImageNet-1K top-1 in percent, by pre-training epochs and fine-tuning resolution in pixels.
 IMAGENET_TOP1: dict[str, dict[int, dict[int, float]]] = {
@@ -25,11 +25,12 @@ OURS = "UniMIM"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model was, or should be, trained in one stage.
+    """How one model was, or should be, trained or evaluated in one stage.
 
     `flags` maps command-line names to values: `lr` is the peak, never scaled by the batch, `batch_size` the images per
     GPU and micro-batch, and None switches a flag off. `published` is the ImageNet-1K top-1 in percent that the recipe
-    leads to; for pre-training, that of the model fine-tuned at 224 px. `note` says what is not published.
+    leads to; for pre-training, that of the model fine-tuned at 224 px. `note` says what is not published. What has
+    another source than ourselves has a script.
     """
 
     name: str
@@ -42,14 +43,20 @@ class Recipe:
     note: str = ""
 
     @property
+    def has_script(self) -> bool:
+        return self.source != OURS
+
+    @property
     def effective_batch(self) -> int:
         """Images per optimizer step on the published number of GPUs."""
-        return self.gpus * self.flags["batch_size"] * self.flags["update_freq"]
+        return self.gpus * self.flags["batch_size"] * self.flags.get("update_freq", 1)
 
     @property
     def hardware(self) -> str:
         """GPUs, images per GPU, accumulation and their product in one line; no source names the type of GPU."""
-        batch, update_freq = self.flags["batch_size"], self.flags["update_freq"]
+        batch, update_freq = self.flags["batch_size"], self.flags.get("update_freq")
+        if update_freq is None:  # nothing is trained
+            return f"{self.gpus} GPUs x batch {batch} = {self.effective_batch}"
         return f"{self.gpus} GPUs x batch {batch} x update_freq {update_freq} = {self.effective_batch}"
 
 
@@ -257,6 +264,38 @@ FINETUNE_SEMAIM = FINETUNE_MAE_BASE | {"batch_size": 64, "warmup_epochs": 20}
 FINETUNE_SEMAIM_LARGE = FINETUNE_MAE_LARGE | {"batch_size": 64}
 FINETUNE_SAIM = FINETUNE_SEMAIM | {"batch_size": 32, "use_mean_pooling": False}
 
+# Linear probing (specs/semmae.md A.10, semaim.md 9 and 12), and k-NN (semaim.md 10 and 12)
+LINEAR_MAE = {
+    "batch_size": 512,
+    "update_freq": 1,
+    "epochs": 90,
+    "warmup_epochs": 10,
+    "lr": None,
+    "blr": 0.1,
+    "lr_schedule": "mae",
+    "min_lr": 0.0,
+    "weight_decay": 0.0,
+    "opt": "lars",
+    "momentum": 0.9,
+    "cls_token": True,
+    "train_crop": "area",
+    "crop_scale": (0.08, 1.0),
+    "imagenet_default_mean_and_std": True,
+}
+LINEAR_MAE_LARGE = LINEAR_MAE | {"epochs": 50}
+LINEAR_SAIM = LINEAR_MAE | {"batch_size": 64, "warmup_epochs": 0, "opt": "momentum"}
+LINEAR_SEMAIM = LINEAR_SAIM | {"batch_size": 512, "train_crop": "short_side", "crop_scale": None}
+KNN_SEMAIM = {
+    "batch_size": 512,
+    "knn_k": (10, 20, 30),
+    "temperature": 0.07,
+    "global_pool": True,
+    "feature_norm": "plain",
+    "precision": "fp32",
+    "imagenet_default_mean_and_std": True,
+}
+KNN_NOTE = "Unverified: the number of GPUs, which does not change the result."
+
 SEMAIM_LARGE_NOTE = "Unverified: every setting; pre-training is as for ViT-B, fine-tuning as MAE's."
 SEMAIM_CLIP_NOTE = "Unverified: every setting but epochs and target; the rest is as for pixels."
 IGPT_NOTE = "Unverified: every setting but epochs and order; the rest is SAIM's."
@@ -398,6 +437,14 @@ def _mim_vit(method: str, size: str, epochs: int, published: float, source: str)
     )
 
 
+def _linear(
+    name: str, gpus: int, flags: Mapping[str, Any], source: str, published: float | None = None, note: str = ""
+) -> Recipe:
+    """Linear probing of the model that `name`_pretrain makes."""
+    size = name.rpartition("_")[2]
+    return Recipe(f"{name}_linear", "linear", f"vit_{size}_patch16_224", gpus, flags, source, published, note)
+
+
 def _own(name: str, stage: str, model: str, flags: Mapping[str, Any]) -> Recipe:
     return Recipe(f"{name}_{stage}", stage, f"{model}_patch16_224", 1, flags, OURS, note=MAE_TINY_NOTE)
 
@@ -509,6 +556,11 @@ _RECIPES = (
     Recipe("saim_base_pretrain", "pretrain", "saim_base_patch16_224", 32, PRETRAIN_SAIM, SAIM_README, 83.9),
     Recipe("saim_base_finetune", "finetune", "vit_base_patch16_224", 32, FINETUNE_SAIM, SAIM_README, 83.9),
     Recipe("igpt_base_pretrain", "pretrain", "igpt_base_patch16_224", 32, PRETRAIN_IGPT, SAIM_README, 82.7, IGPT_NOTE),
+    _linear("mae_base", 32, LINEAR_MAE, MAE_README, 67.8, SPLIT_NOTE.format(16384)),
+    _linear("mae_large", 32, LINEAR_MAE_LARGE, MAE_README, 76.0, SPLIT_NOTE.format(16384)),
+    _linear("semaim_base", 8, LINEAR_SEMAIM, SEMAIM_README),
+    _linear("saim_base", 32, LINEAR_SAIM, SAIM_README, 62.5),
+    Recipe("semaim_large_knn", "knn", "vit_large_patch16_224", 8, KNN_SEMAIM, SEMAIM_README, note=KNN_NOTE),
     *(_own(f"semaim_{size}", "pretrain", f"semaim_{size}", PRETRAIN_SEMAIM_TINY) for size in ("tiny", "small")),
     *_mim_vit("a2mim", "small", 200, 82.1, A2MIM_README),
     *_mim_vit("a2mim", "base", 100, 84.2, A2MIM_README),

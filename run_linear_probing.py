@@ -17,7 +17,7 @@ from probing import Probe, evaluate_heads, head_groups, head_names, side_by_side
 from run_class_finetuning import settle_classes
 from run_pretraining import dry_run, launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
-from transforms import ProbeTransform
+from transforms import PROBE_CROPS, ProbeTransform
 from utils import log, write_rows
 
 
@@ -70,6 +70,10 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--crop_scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"),
         help="share of the area that a training crop keeps",
+    )  # fmt: skip
+    group.add_argument(
+        "--train_crop", choices=PROBE_CROPS, default="area",
+        help="area: MAE's, by --crop_scale; short_side: SemAIM's, as large as the picture allows",
     )  # fmt: skip
     group.add_argument(
         "--no_aug", action="store_true", help="train on features of images as for evaluation, computed once"
@@ -157,7 +161,9 @@ def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]
     for dataset in images.values():
         settle_classes(args, dataset)
     if not args.no_aug:
-        images["train"].transform = ProbeTransform(backbone.image_size, args.train_interpolation, args.crop_scale)
+        images["train"].transform = ProbeTransform(
+            backbone.image_size, args.train_interpolation, args.crop_scale, args.train_crop
+        )
     return images
 
 

@@ -217,6 +217,15 @@ def draw_clipped_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, 
     return int(rng.random() * (height - crop_h + 1)), int(rng.random() * (width - crop_w + 1)), crop_h, crop_w
 
 
+def draw_short_side_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float], target: Pair):
+    """The largest box (top, left, height, width) with the aspect of `target`, anywhere: what is left of a random crop
+    after a resize of the short side (spec SemAIM 9). `scale` has no part in it."""
+    height, width = size
+    factor = min(height / target[0], width / target[1])
+    crop_h, crop_w = max(round(factor * target[0]), 1), max(round(factor * target[1]), 1)
+    return int(rng.random() * (height - crop_h + 1)), int(rng.random() * (width - crop_w + 1)), crop_h, crop_w
+
+
 def _central_box(size: Pair) -> tuple[int, int, int, int]:
     """The largest centred box whose aspect lies in the allowed range."""
     height, width = size
@@ -578,17 +587,32 @@ def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
 # --- linear probing ---------------------------------------------------------------------------------------------------
 
 
-class ProbeTransform:
-    """A crop by `draw_clipped_crop` and a flip, nothing else: `transform(raw, rng)` -> {"image": uint8 [3, H, W]}."""
+PROBE_CROPS = ("area", "short_side")
 
-    def __init__(self, input_size: int | Pair, interpolation: str = "bicubic", crop_scale: Sequence[float] = (0.08, 1)):
+
+class ProbeTransform:
+    """A crop and a flip, nothing else: `transform(raw, rng)` -> {"image": uint8 [3, H, W]}.
+
+    `crop`: "area" is `draw_clipped_crop`, "short_side" is `draw_short_side_crop`.
+    """
+
+    def __init__(
+        self,
+        input_size: int | Pair,
+        interpolation: str = "bicubic",
+        crop_scale: Sequence[float] = (0.08, 1),
+        crop: str = "area",
+    ):
         _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
+        _check_choice("--train_crop", crop, PROBE_CROPS)
         self.size, self.interpolation, self.crop_scale = as_pair(input_size), interpolation, tuple(crop_scale)
+        short_side = functools.partial(draw_short_side_crop, target=self.size)
+        self.crop = short_side if crop == "short_side" else draw_clipped_crop
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         draw = functools.partial(
             draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation, strong=False,
-            crop=draw_clipped_crop,
+            crop=self.crop,
         )  # fmt: skip
         _, _, image, _ = _apply_fast(raw, draw, self.size)
         return {"image": torch.from_numpy(image)}

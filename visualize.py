@@ -1,4 +1,5 @@
-"""Pictures of what a model sees, predicts and looks at: `python visualize.py {attention,masks,reconstruct} --help`.
+"""Pictures of what a model sees, predicts and looks at: `python visualize.py KIND --help`, with
+KIND one of attention, orders, masks, reconstruct.
 
 Every picture is a grid: a row for an image, a column for one way of looking at it.
 """
@@ -7,6 +8,7 @@ import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +22,9 @@ import options
 import utils
 from datasets import ImageDataset, build_source
 from engine_for_pretraining import Normalize
-from modeling_pretrain import MAE, PretrainMethod
+from masking_generator import PATCH_ORDERS, patch_order
+from modeling_finetune import VisionTransformer
+from modeling_pretrain import PretrainMethod, similarity, stretched
 from run_class_finetuning import build_classifier
 from run_pretraining import build_data, build_method
 from transforms import MEAN_STD, build_finetune_transform
@@ -107,6 +111,61 @@ def attention(own: Namespace, flags: list[str]) -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Orders
+
+ORDERS = ("raster", "stochastic", "attention", "attention_center")
+MAPS = {"self": "self-attention", "cls": "similarity to class", "gap": "similarity to mean"}  # by --attention_type
+
+
+@torch.no_grad()
+def order_maps(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
+    """The three maps that SemAIM's orders can follow, each [B, N], of normalised images (specs/semaim.md 4).
+
+    A run with a target model follows the similarity to that model's class token, which is then the one shown.
+    """
+    model.eval()
+    prefix, target = model.num_prefix_tokens, getattr(model, "target", None)
+    attention = model.attention_maps(images)[:, :, 0, prefix:].mean(1)
+    tokens = model.norm(model.forward_features(images)) if target is None else target(images)
+    patches = tokens[:, prefix:]
+    queries = {"cls": tokens[:, :1], "gap": patches.mean(1, keepdim=True)}
+    return {"self": attention} | {kind: stretched(similarity(query, patches)) for kind, query in queries.items()}
+
+
+def ranks(kind: str, grid: tuple[int, int], attention: Tensor, seed: int) -> Tensor:
+    """Place of each patch [B, N] in the order `kind`, the first one's being N and the last one's 1."""
+    count, cells = attention.shape
+    generator = torch.Generator().manual_seed(seed)
+    noise, center_noise = torch.rand(count, cells, generator=generator), torch.rand(count, 2, generator=generator)
+    order = patch_order(kind, grid, noise, attention, center_noise).expand(count, -1)
+    return cells - order.argsort(dim=1, stable=True).argsort(dim=1)
+
+
+def order_grid(
+    model: VisionTransformer, images: Tensor, normalize: Normalize, kinds: list[str], followed: str, seed: int
+) -> Figure:
+    """Self-attention and similarity of images uint8 [B, 3, H, W] and the orders `kinds`, the earlier the brighter.
+
+    Orders that follow a map follow that of `followed`, a key of `MAPS`.
+    """
+    grid = model.patch_embed.grid_size
+    maps = order_maps(model, normalize({"image": images})["image"])
+    columns = {MAPS[kind]: maps[kind] for kind in ("self", "cls", followed)}
+    columns |= {kind: ranks(kind, grid, maps[followed], seed) for kind in kinds}
+    heat = [column.unflatten(1, grid).float().numpy() for column in columns.values()]
+    rows = zip([as_picture(image) for image in images], *heat, strict=True)
+    return draw_grid(rows, ["image", *columns])
+
+
+def orders(own: Namespace, flags: list[str]) -> Figure:
+    model, args = load_model(own.checkpoint, own.model_key, flags)
+    images = validation_images(args, model.patch_embed.img_size, own.images)
+    has_target = getattr(model, "target", None) is not None
+    followed = "cls" if has_target else getattr(model, "attention_type", "cls")
+    return order_grid(model, images, normalization(args), own.orders, followed, args.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Masks
 
 
@@ -146,19 +205,21 @@ def masks(own: Namespace, flags: list[str]) -> Figure:
 
 
 @torch.no_grad()
-def reconstruction_grid(method: MAE, batch: dict[str, Tensor], normalize: Normalize) -> Figure:
-    """What the encoder sees of each image, what the decoder makes of it, and both put together."""
+def reconstruction_grid(method: PretrainMethod, batch: dict[str, Tensor], normalize: Normalize) -> Figure:
+    """What is known of each image, what the method predicts, and both put together."""
     method.eval()
     panels = method.reconstruct(normalize(batch))
     pixels = [(panel.float() * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte() for panel in panels]
     rows = zip(*([as_picture(image) for image in panel] for panel in pixels), strict=True)
-    return draw_grid(rows, ["image", "encoder sees", "predicted", "put together"])
+    return draw_grid(rows, ["image", "known patches", "predicted", "put together"])
 
 
 def reconstruct(own: Namespace, flags: list[str]) -> Figure:
     method, args = load_model(own.checkpoint, "model", flags)
-    if not isinstance(method, MAE):
-        raise ValueError(f"{own.checkpoint} holds {args.model}, which predicts no pixels")
+    if not getattr(method, "predicts_pixels", False):  # a classifier says nothing of it
+        raise ValueError(f"--checkpoint {own.checkpoint} holds {args.model}, which predicts no pixels")
+    if method.teacher is not None:
+        log.info("%s", checkpoint.load_pretrained(method.teacher, own.checkpoint))
     batch = default_collate(training_samples(args, method, own.images))
     return reconstruction_grid(method, batch, normalization(args))
 
@@ -173,28 +234,47 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     shared.add_argument("--output", type=Path, required=True, metavar="FILE", help="PNG, PDF or SVG to write")
     shared.add_argument("--images", type=int, default=6, help="number of images")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    looks = kinds.add_parser(
-        "attention", parents=[shared], help="where the class token looks; further flags win over those of the run"
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, parser_class=partial(argparse.ArgumentParser, allow_abbrev=False)
     )
-    looks.add_argument("--checkpoint", required=True, help="any checkpoint of a ViT")
-    looks.add_argument("--model_key", default=checkpoint.PUBLISHED_KEYS, help="'model' for the student instead")
+    of_vit = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    of_vit.add_argument("--checkpoint", required=True, help="any checkpoint of a ViT")
+    of_vit.add_argument("--model_key", default=checkpoint.PUBLISHED_KEYS, help="'model' for the student instead")
+    looks = kinds.add_parser(
+        "attention",
+        parents=[shared, of_vit],
+        help="where the class token looks; further flags win over those of the run",
+    )
     looks.add_argument("--layer", type=int, default=-1, help="block, counted from 0 or from the end")
+    follows = kinds.add_parser(
+        "orders",
+        parents=[shared, of_vit],
+        help="orders of the patches and the maps that they follow; further flags win over those of the run",
+    )
+    follows.add_argument(
+        "--orders", nargs="+", choices=PATCH_ORDERS, default=ORDERS, metavar="ORDER",
+        help=f"as for --permutation_type: {', '.join(PATCH_ORDERS)}",
+    )  # fmt: skip
     kinds.add_parser(
         "masks", parents=[shared], help="what student and teacher see; further flags as for run_pretraining.py"
     )
     predicts = kinds.add_parser(
-        "reconstruct", parents=[shared], help="what MAE or SemMAE predicts; further flags win over those of the run"
+        "reconstruct",
+        parents=[shared],
+        help="what a method predicts of the pixels; further flags win over those of the run",
     )
     predicts.add_argument("--checkpoint", required=True, help="a checkpoint-<epoch>.pth of pre-training")
     return parser.parse_known_args(argv)
+
+
+KINDS = {"attention": attention, "orders": orders, "masks": masks, "reconstruct": reconstruct}
 
 
 def main(argv: list[str] | None = None) -> None:
     own, flags = parse(argv)
     utils.setup_logging(rank=0)
     try:
-        figure = {"attention": attention, "masks": masks, "reconstruct": reconstruct}[own.kind](own, flags)
+        figure = KINDS[own.kind](own, flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
     own.output.parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ DATA = {
         source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32 {COMMON}",
         patches="--patch_size 4",
         pretrain="--min_lr 0 --batch_size 256 --crop_scale 0.2 1",
-        schedules={"long": "--epochs 7 --warmup_steps 54", "short": "--epochs 2 --warmup_steps 15"},
+        schedules={"long": "--epochs 7 --warmup_steps 54", "short": "--epochs 1 --warmup_steps 8"},
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
         parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
     ),
@@ -88,7 +88,7 @@ DATA = {
         source=f"--data_set shapes --input_size 64 {COMMON}",
         patches="--patch_size 8",
         pretrain="--min_lr 0 --batch_size 64 --crop_scale 0.2 1",
-        schedules={"long": "--epochs 40 --warmup_steps 124", "short": "--epochs 10 --warmup_steps 31"},
+        schedules={"long": "--epochs 30 --warmup_steps 93", "short": "--epochs 5 --warmup_steps 16"},
         finetune="--batch_size 64 --epochs 20 --warmup_epochs 2 --label_fraction 1",
         parts="--batch_size 64 --epochs 5 --decoder_widths 64 48 32 24 --part_grid 16",
     ),
@@ -193,8 +193,8 @@ class Comparison:
 
 
 def encoder_of(folder: Path) -> Path:
-    """The newest encoder of a pre-training."""
-    return max(folder.glob("encoder-*.safetensors"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    """The last epoch's encoder of a pre-training; interrupted ones leave others beside it."""
+    return folder / f"encoder-{report.read_log(folder)[-1]['epoch']}.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -197,6 +197,83 @@ def test_reconstruction_keeps_the_visible_patches_and_predicts_the_others(tmp_pa
     assert (pasted[~green] == image[~green]).all() and (seen[~green] == image[~green]).all()
 
 
+def tiny_semaim(folder: Path, **options) -> tuple[torch.nn.Module, str]:
+    """A model whose average differs from it, and its checkpoint."""
+    size = {"embed_dim": 32, "depth": 2, "num_heads": 2, "query_depth": 2}
+    torch.manual_seed(0)
+    method = create_model("semaim_tiny_patch16_224", input_size=16, patch_size=4, **size, **options)
+    flags = {
+        "model": "semaim_tiny_patch16_224", "data_set": "digits", "input_size": 16, "patch_size": 4,
+        "mask_type": "random", "imagenet_default_mean_and_std": True,
+        "model_kwargs": [f"{name}={value}" for name, value in (size | options).items()],
+    }  # fmt: skip
+    state = {"model": method.state_dict(), "args": flags}
+    if method.teacher is not None:
+        torch.nn.init.normal_(method.teacher.blocks[-1].mlp.fc2.weight)
+        state["teacher"] = method.teacher.state_dict()
+    save_checkpoint(folder / "checkpoint-0.pth", state)
+    return method.eval(), str(folder / "checkpoint-0.pth")
+
+
+def test_orders_of_a_checkpoint_are_those_of_the_network_that_gives_the_map(tmp_path):
+    method, saved = tiny_semaim(tmp_path, use_ema_model=True)
+    line = f"orders --checkpoint {saved} --images 2 --output x --orders zigzag attention attention_center --seed 3"
+    image, attention, close, rows, similar, central = pictures(visualize.orders(*visualize.parse(line.split())))[:6]
+    normalize = visualize.Normalize(visualize.MEAN_STD["imagenet"], torch.device("cpu"))
+    x = normalize({"image": torch.from_numpy(image).permute(2, 0, 1)[None]})["image"]
+    expected = method.look_ahead({"image": x})[1]
+    np.testing.assert_allclose(attention.ravel(), method.teacher.attention_maps(x)[0, :, 0, 1:].mean(0), atol=1e-6)
+    order = torch.from_numpy(close).flatten().argsort(descending=True)
+    assert torch.equal(order, expected[0].argsort(descending=True)) and close.min() == 0
+    assert rows.ravel().tolist() == list(range(16, 0, -1))
+    assert similar.ravel()[order].tolist() == list(range(16, 0, -1))
+    distance = np.hypot(*(np.indices((4, 4)).reshape(2, 16) - np.array(divmod(int(order[0]), 4))[:, None]))
+    assert (np.diff(distance[central.ravel().argsort()[::-1]]) >= 0).all()
+
+
+def test_orders_of_a_classifier(tmp_path):
+    model = create_model("vit_tiny_patch16_224", input_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    save_checkpoint(tmp_path / "checkpoint-0.pth", {"model": weights, "args": None})
+    flags = ["--model", "vit_tiny_patch16_224", "--model_kwargs", "embed_dim=32", "depth=1", "num_heads=2"]
+    place = ["--data_set", "digits", "--input_size", "16", "--patch_size", "4", "--nb_classes", "10"]
+    line = ["orders", "--checkpoint", f"{tmp_path}/checkpoint-0.pth", "--images", "1", "--output", "x"]
+    shown = pictures(visualize.orders(*visualize.parse([*line, *flags, *place])))
+    assert [picture.shape for picture in shown] == [(16, 16, 3)] + [(4, 4)] * 6
+    maps = visualize.order_maps(model, (torch.from_numpy(shown[0]).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5)
+    np.testing.assert_allclose(shown[2], maps["cls"].view(4, 4), atol=1e-5)
+
+
+def test_reconstruction_by_a_method_with_an_average_takes_its_map(tmp_path):
+    method, saved = tiny_semaim(tmp_path, use_ema_model=True, permutation_type="attention", norm_pix_loss=False)
+    own, flags = visualize.parse(["reconstruct", "--checkpoint", saved, "--images", "1", "--output", "x"])
+    known, pasted = pictures(visualize.reconstruct(own, flags))[1::2]
+    args = visualize.load_model(saved, "model", flags)[1]
+    batch = visualize.default_collate(visualize.training_samples(args, method, 1))
+    image = visualize.normalization(args)(batch)["image"]
+    first = method.look_ahead({"image": image})[1].argsort(descending=True)[0, :4]
+    shown = method.reconstruct({"image": image}).masked[0].permute(1, 2, 0).reshape(4, 4, 4, 4, 3).transpose(1, 2)
+    assert sorted(first.tolist()) == shown.flatten(2).any(-1).flatten().nonzero().flatten().tolist()
+    blocks = [panel.reshape(4, 4, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(16, 48) for panel in (known, pasted)]
+    assert (blocks[0] == blocks[1]).all(1).nonzero()[0].tolist() == sorted(first.tolist())
+
+
+def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
+    saved = tiny_semaim(tmp_path, predict_feature="inference")[1]
+    with pytest.raises(ValueError, match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which predicts no pixels"):
+        visualize.reconstruct(*visualize.parse(["reconstruct", "--checkpoint", saved, "--output", "x"]))
+    state = torch.load(saved)
+    del state["args"]["mask_type"]
+    state["args"]["model"], state["args"]["model_kwargs"] = (
+        "vit_tiny_patch16_224",
+        ["embed_dim=32", "depth=2", "num_heads=2"],
+    )
+    save_checkpoint(tmp_path / "checkpoint-1.pth", state)
+    line = ["reconstruct", "--checkpoint", str(tmp_path / "checkpoint-1.pth"), "--output", "x", "--nb_classes", "10"]
+    with pytest.raises(ValueError, match="holds vit_tiny_patch16_224, which predicts no pixels"):
+        visualize.reconstruct(*visualize.parse(line))
+
+
 def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
     flags = ["--model", "mae_tiny_patch16_224", "--input_size", "32", "--patch_size", "8"]
     with pytest.raises(ValueError, match=r"mae_tiny_patch16_224 draws its masks itself: visualize\.py reconstruct"):
@@ -220,13 +297,14 @@ def peak_lr(recipe: Recipe) -> float:
 
 def test_readme_lists_every_published_recipe_with_its_numbers():
     readme = (ROOT / "README.md").read_text()
-    published = [recipe for recipe in all_recipes() if recipe.published is not None]
+    published = [recipe for recipe in all_recipes() if recipe.has_script and recipe.stage != "knn"]
     rows = re.findall(r"^\| \[`(\w+)\.sh`\]\((\S+)\) \| (\d+) \| (.*?) \| (\S+) \| (\S+) \|", readme, re.MULTILINE)
     assert {row[0]: row[1:] for row in rows} == {
         r.name: (
             f"scripts/{r.name}.sh", str(r.flags["epochs"]), r.hardware, f"{peak_lr(r):g}",
-            str(r.published),
+            "none" if r.published is None else str(r.published),
         )
         for r in published
     }  # fmt: skip
     assert all((ROOT / "scripts" / f"{recipe.name}.sh").is_file() for recipe in published)
+    assert "(scripts/semaim_large_knn.sh)" in readme

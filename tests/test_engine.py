@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import platform
+import resource
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from helpers import arguments, average_weights, column, differing, start, train_
 from torch import nn
 
 import parallel
+import utils
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from ema import MovingAverage
 from engine_for_finetuning import evaluate
@@ -400,3 +403,21 @@ def test_half_written_configuration_is_refused(tmp_path):
     (tmp_path / "ds.json").write_text('{"bf16": ')
     with pytest.raises(ValueError, match=r"--deepspeed_config .*ds\.json is not JSON"):
         deepspeed_config(args)
+
+
+def page_faults(tensors: int) -> int:
+    """Pages that the kernel has to hand out for so many tensors of 64 MiB, one after another."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(tensors):
+        torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such setting")
+def test_freed_memory_is_kept():
+    utils.keep_freed_memory(False)
+    page_faults(5)  # until what was kept before is gone
+    assert page_faults(5) >= 5 * 2**26 // resource.getpagesize()
+    utils.keep_freed_memory()
+    page_faults(20)  # until the heap has settled
+    assert page_faults(5) < 100

@@ -16,7 +16,7 @@ from features import build_backbone, evaluation_images, extract
 from optim_factory import cosine_at
 from probing import LinearHead
 from run_pretraining import launch, set_up
-from transforms import ProbeTransform, draw_clipped_crop
+from transforms import ProbeTransform, draw_clipped_crop, draw_short_side_crop
 
 BASE = [
     *("--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE),
@@ -81,6 +81,19 @@ def test_square_crops_have_uniform_areas():
     boxes = np.array([draw_clipped_crop(rng, (500, 500), (0.08, 0.7)) for _ in range(4000)])
     shares = np.sort(boxes[:, 2] * boxes[:, 3] / 500**2)
     assert np.abs(shares - np.linspace(0.08, 0.7, 4000)).max() < 0.03
+
+
+@pytest.mark.parametrize(("target", "sides"), [((16, 16), (30, 30)), ((16, 24), (20, 30)), ((24, 8), (40, 13))])
+def test_crops_of_the_short_side(target, sides):
+    rng = np.random.default_rng(2)
+    boxes = np.array([draw_short_side_crop(rng, (40, 30), (0.08, 1.0), target) for _ in range(400)])
+    assert (boxes[:, 2:] == sides).all()
+    for start, side, length in zip(boxes[:, :2].T, sides, (40, 30), strict=True):
+        assert sorted(set(start)) == list(range(length - side + 1))
+    picture = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
+    view = ProbeTransform((30, 30), crop="short_side")(picture, np.random.default_rng(3))["image"].permute(1, 2, 0)
+    assert any(torch.equal(view, torch.from_numpy(turned[top : top + 30].copy()))
+               for turned in (picture, picture[:, ::-1]) for top in range(11))  # fmt: skip
 
 
 def test_views_follow_from_the_generator():
@@ -196,11 +209,13 @@ def test_saved_configuration_gives_the_same_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_evaluate_as_one(tmp_path):
+@pytest.mark.parametrize(("zero_stage", "opt"), [(None, "momentum"), ("0", "lars"), ("3", "momentum")])
+def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt):
     """One process that accumulates the ranks' batches; 355 images of validation cannot be halved."""
-    flags = ("--batch_size", "64", *SWEEP, "--no_auto_resume")
+    flags = ("--batch_size", "64", *SWEEP, "--no_auto_resume", "--opt", opt)
+    engine = ("--enable_deepspeed", "--zero_stage", zero_stage) if zero_stage else ()
     run_here(tmp_path / "one", *flags, "--update_freq", "2")
-    first, second = in_ranks(2, run_here, tmp_path / "two", *flags)
+    first, second = in_ranks(2, run_here, tmp_path / "two", *flags, *engine)
     assert first == second
     alone, heads = heads_of(tmp_path / "one"), heads_of(tmp_path / "two")
     for name in (name for name in alone if name.endswith(("weight", "bias"))):
@@ -230,6 +245,7 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path):
         ("--nb_classes 3", "--nb_classes 3 is too few"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--batch_size 5000", "--batch_size"),
+        ("--opt lars --enable_deepspeed", "--opt lars needs whole matrices: use --zero_stage 0"),
         ("--opt nope", "--opt nope is unknown"),
         ("--finetune nowhere.pth", "checkpoint nowhere.pth does not exist"),
         ("--warmup_epochs 3", "--warmup_epochs 3 leaves nothing of --epochs 3"),

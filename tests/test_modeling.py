@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling_finetune import Attention, create_model, relative_position_index, table_rows
+from modeling_finetune import (
+    ActivatedLinear,
+    Attention,
+    LinearOfGelu,
+    create_model,
+    relative_position_index,
+    table_rows,
+)
 from modeling_pretrain import ConMIM, masked_positions, take
 from run_pretraining import compile_blocks
 
@@ -153,6 +160,38 @@ def test_checkpointed_blocks_give_the_same(make):
         torch.manual_seed(7)
         results.append(loss_and_gradients(model, inputs))
     assert_close(*results, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_is_made_again_in_the_backward_pass(dtype):
+    """The very gradients of torch's own functions, without keeping what the GELU gave."""
+    torch.manual_seed(0)
+    layer, x = ActivatedLinear(12, 7), torch.randn(3, 5, 12, dtype=dtype, requires_grad=True)
+    kept, found = [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        for act in (F.gelu, partial(F.gelu)):
+            layer.act = act
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                out = layer(x)
+            found.append((out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))))
+            kept.append(None)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    lean, usual = ({t.data_ptr() for t in part if t.numel() == x.numel()} for part in split_at_none(kept))
+    assert lean == {x.data_ptr()} and len(usual) == 2
+
+
+def split_at_none(values: list) -> list[list]:
+    """The stretches before each None."""
+    ends = [k for k, value in enumerate(values) if value is None]
+    return [values[begin + 1 : end] for begin, end in zip([-1, *ends], ends, strict=False)]
+
+
+def test_second_derivatives_of_the_activated_linear():
+    torch.manual_seed(0)
+    inputs = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 4), (5, 4), (5,))]
+    assert torch.autograd.gradcheck(LinearOfGelu.apply, inputs)
+    assert torch.autograd.gradgradcheck(LinearOfGelu.apply, inputs)
 
 
 @pytest.mark.slow

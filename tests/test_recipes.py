@@ -8,15 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from recipes import IMAGENET_TOP1, Recipe, all_recipes, recipe_for
+import run_knn
+import run_linear_probing
+from recipes import IMAGENET_TOP1, STAGES, Recipe, all_recipes, recipe_for
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = [recipe for recipe in all_recipes() if recipe.published is not None]
-PROGRAMS = {"pretrain": "run_pretraining.py", "finetune": "run_class_finetuning.py"}
+PUBLISHED = [recipe for recipe in all_recipes() if recipe.has_script]
+PROGRAMS = {
+    "pretrain": "run_pretraining.py", "finetune": "run_class_finetuning.py", "linear": "run_linear_probing.py",
+    "knn": "run_knn.py",
+}  # fmt: skip
 # What a script adds to its recipe: where things are, and what they are.
 PLACES = {
     "pretrain": {"model", "data_set", "data_path", "output_dir", "log_dir", "part_maps", "target_model"},
     "finetune": {"model", "data_set", "data_path", "output_dir", "log_dir", "finetune", "nb_classes"},
+    "linear": {"model", "data_set", "data_path", "output_dir", "log_dir", "finetune", "nb_classes"},
+    "knn": {"model", "data_set", "data_path", "output_dir", "finetune", "nb_classes"},
 }
 # The published command lines, and --update_freq, which ours has for pre-training too.
 COMMON_FLAGS = {
@@ -38,7 +45,6 @@ STAGE_FLAGS = {
 OFF = {"use_mean_pooling": "use_cls"}  # what switches a flag off that is on by default
 
 each_published = pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.name)
-each_recipe = pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.name)
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -104,7 +110,7 @@ def as_values(words: list[str]) -> list[object]:
 def test_every_published_recipe_has_a_script_and_every_script_a_recipe() -> None:
     scripts = {path.stem for stage in PROGRAMS for path in (ROOT / "scripts").glob(f"*_{stage}*.sh")}
     assert scripts == {recipe.name for recipe in PUBLISHED}
-    assert len(scripts) == 9 + 6 + 4 + 11 + 29
+    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1 + 31
 
 
 @each_published
@@ -124,14 +130,16 @@ def test_script_starts_the_published_number_of_processes(launch: Launch, recipe:
     torchrun, _, passed = launched(launch, recipe)
     processes = int(torchrun["nnodes"][0]) * int(torchrun["nproc_per_node"][0])
     assert processes == recipe.gpus
-    assert processes * int(passed["batch_size"][0]) * int(passed["update_freq"][0]) == recipe.effective_batch
+    update_freq = int(passed.get("update_freq", ["1"])[0])
+    assert processes * int(passed["batch_size"][0]) * update_freq == recipe.effective_batch
 
 
 @each_published
 def test_script_header_says_what_the_recipe_says(recipe: Recipe) -> None:
     comments = [line.lstrip("# ") for line in script_of(recipe).read_text().splitlines() if line.startswith("#")]
     header = " ".join(" ".join(comments).split())
-    for fact in (recipe.source, recipe.hardware, f"{recipe.published} top-1", recipe.note, script_of(recipe).name):
+    published = "no figure" if recipe.published is None else f"{recipe.published} top-1"
+    for fact in (recipe.source, recipe.hardware, published, recipe.note, script_of(recipe).name):
         assert fact in header
     for word in ("Source:", "Hardware:", "Published:", "Command:"):
         assert word in header
@@ -177,14 +185,52 @@ SEMAIM = ("semaim_base", "semaim_large", "semaim_clip_base", "semaim_clip_large"
 
 @pytest.mark.parametrize("name", ["mae_base", "mae_large", "mae_huge", "semmae_base", "semmae_base_patch8", *SEMAIM])
 def test_plain_vits_hand_their_checkpoints_on(launch: Launch, name: str) -> None:
-    pretrain, finetune = (
-        next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_{stage}") for stage in PROGRAMS
-    )
+    pretrain, finetune = (next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_{stage}") for stage in STAGES)
     first, second = (launched(launch, recipe)[2] for recipe in (pretrain, finetune))
     last_epoch = pretrain.flags["epochs"] - 1
     assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{last_epoch}.safetensors"]
     assert pretrain.published == finetune.published
     assert pretrain.model.endswith(finetune.model.removeprefix("vit"))
+
+
+@pytest.mark.parametrize(
+    "name", ["mae_base_linear", "mae_large_linear", "semaim_base_linear", "saim_base_linear", "semaim_large_knn"]
+)
+def test_probes_take_the_checkpoints_of_pre_training_and_their_programs_take_their_flags(
+    launch: Launch, name: str
+) -> None:
+    probe = next(recipe for recipe in PUBLISHED if recipe.name == name)
+    before = next(recipe for recipe in PUBLISHED if recipe.name == f"{name.rpartition('_')[0]}_pretrain")
+    first, second = (launched(launch, recipe)[2] for recipe in (before, probe))
+    assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{before.flags['epochs'] - 1}.safetensors"]
+    assert before.model.endswith(probe.model.removeprefix("vit"))
+    program = {"linear": run_linear_probing, "knn": run_knn}[probe.stage]
+    args = program.parse([word for flag, words in second.items() for word in (f"--{flag}", *words)])
+    same = probe.flags.keys() - {"cls_token", "global_pool"}
+    found = {flag: getattr(args, flag) for flag in same if probe.flags[flag] is not None}
+    assert {flag: value[0] if flag == "temperature" else value for flag, value in found.items()} == {
+        flag: list(probe.flags[flag]) if isinstance(probe.flags[flag], tuple) else probe.flags[flag] for flag in found
+    }
+    assert args.pool == ("cls" if probe.stage == "linear" else "avg")
+
+
+def test_what_is_published_of_probing() -> None:
+    """specs/semmae.md A.10, semaim.md 9, 10, 12."""
+    values = {
+        "mae_base": (16384, 90, 10, "lars", "area", 67.8),
+        "mae_large": (16384, 50, 10, "lars", "area", 76.0),
+        "semaim_base": (4096, 90, 0, "momentum", "short_side", None),
+        "saim_base": (2048, 90, 0, "momentum", "area", 62.5),
+    }
+    names = ("epochs", "warmup_epochs", "opt", "train_crop")
+    for name, expected in values.items():
+        recipe = next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_linear")
+        own = (recipe.effective_batch, *(recipe.flags[flag] for flag in names), recipe.published)
+        assert own == expected
+        assert (recipe.flags["blr"], recipe.flags["weight_decay"], recipe.flags["min_lr"]) == (0.1, 0.0, 0.0)
+    nearest = next(recipe for recipe in PUBLISHED if recipe.name == "semaim_large_knn")
+    assert (nearest.model, nearest.flags["batch_size"]) == ("vit_large_patch16_224", 512)
+    assert (sorted(nearest.flags["knn_k"]), nearest.flags["temperature"]) == ([10, 20, 30], 0.07)
 
 
 def test_what_is_published_of_semaim_and_its_ancestors() -> None:
@@ -219,9 +265,7 @@ MIM_VITS = [f"{method}_vit_{size}" for method in ("a2mim", "simmim") for size in
 
 @pytest.mark.parametrize("name", MIM_VITS)
 def test_masked_vits_hand_their_checkpoints_on(launch: Launch, name: str) -> None:
-    pretrain, finetune = (
-        next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_{stage}") for stage in PROGRAMS
-    )
+    pretrain, finetune = (next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_{stage}") for stage in STAGES)
     first, second = (launched(launch, recipe)[2] for recipe in (pretrain, finetune))
     assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{pretrain.flags['epochs'] - 1}.safetensors"]
     assert finetune.model.removeprefix("mim") == pretrain.model.removeprefix(name.partition("_")[0])
@@ -351,6 +395,11 @@ def test_published_accuracies() -> None:
         "saim_base_pretrain": 83.9,
         "saim_base_finetune": 83.9,
         "igpt_base_pretrain": 82.7,
+        "mae_base_linear": 67.8,
+        "mae_large_linear": 76.0,
+        "semaim_base_linear": None,
+        "saim_base_linear": 62.5,
+        "semaim_large_knn": None,
         "a2mim_vit_small_pretrain": 82.1,
         "a2mim_vit_small_finetune": 82.1,
         "a2mim_vit_base_pretrain": 84.2,
@@ -369,6 +418,8 @@ def test_published_accuracies() -> None:
         "a2mim_resnet200_pretrain": 83.0,
         "a2mim_resnet50_100_pretrain": 78.8,
         "a2mim_resnet50_in100_pretrain": 89.32,
+        "a2mim_convnext_tiny_pretrain": None,
+        "simmim_convnext_tiny_pretrain": None,
         "a2mim_convnext_small_pretrain": 83.7,
         "a2mim_convnext_base_pretrain": 84.1,
         "a2mim_deit_small_in100_pretrain": 87.24,
@@ -387,7 +438,7 @@ def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:
     verified = {
         recipe.name for recipe in all_recipes() if "Unverified" not in recipe.note and "Ours" not in recipe.note
     }
-    semaim = {f"{name}_base_{stage}" for name in ("semaim", "saim") for stage in PROGRAMS}
+    semaim = {f"{name}_base_{stage}" for name in ("semaim", "saim") for stage in (*STAGES, "linear")}
     assert verified == {"conmim_large_pretrain", "conmim_base_finetune"} | semaim
 
 
@@ -399,7 +450,7 @@ ONLY_BY_SCRIPT = {f"{name}_finetune" for name in SEMAIM} | {
 ONLY_BY_SCRIPT |= {f"a2mim_resnet50_{which}_pretrain" for which in ("100", "in100")} | {"simmim_swin_base_100_pretrain"}
 
 
-@each_recipe
+@pytest.mark.parametrize("recipe", [r for r in all_recipes() if r.stage in STAGES], ids=lambda recipe: recipe.name)
 def test_recipe_is_found_by_model_and_uses_known_flags(recipe: Recipe) -> None:
     first = recipe_for(recipe.model, recipe.stage)
     same = first.flags == recipe.flags

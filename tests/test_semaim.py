@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import visualize
 from masking_generator import ORDERS_WITHOUT_NOISE, PATCH_ORDERS, patch_order, visible_patches
 from modeling_finetune import create_model, list_models, patchify, take, unpatchify
-from modeling_pretrain import SemAIM
+from modeling_pretrain import SemAIM, pixel_statistics
+from scripts.straightforward import make_straightforward
 from utils import count_flops
 
 GRIDS = [(side, side) for side in range(6, 21)] + [(6, 9), (14, 7)]
@@ -202,6 +204,19 @@ def equal_in_loss_and_gradients(**options) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
+def test_the_plain_form_of_the_benchmark_computes_the_same(attention_type):
+    swift, plain = (small(attention_type=attention_type, **options, **BLUR) for options in ({}, {"attn": "eager"}))
+    make_straightforward(plain)
+    batch = batch_for(swift)
+    (loss, gradients), (plain_loss, plain_gradients) = (loss_and_gradients(m, batch) for m in (swift, plain))
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-6, atol=1e-6)
+    assert gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert count_flops(lambda: swift(batch)) < count_flops(lambda: plain(batch))
+
+
 def test_reduced_precision_keeps_the_causal_form():
     """On a CPU bf16 takes the explicit kernel, with one small mask for all images and heads."""
     swift = small()
@@ -268,9 +283,10 @@ def test_no_prediction_depends_on_what_is_not_earlier(kind, attn):
     assert moved[changed < seen].min() > 1e-5
 
 
+@pytest.mark.parametrize("options", [{"attn": "eager"}, {"permutation_type": "attention"}])
 @torch.no_grad()
-def test_tied_patches_do_not_predict_one_another_under_masks():
-    model = small(attn="eager")
+def test_tied_patches_do_not_predict_one_another_under_masks(options):
+    model = small(**options)
     order = torch.zeros(1, 24)
     order[:, 12:] = 1.0
     images, changed = pictures(1), pictures(1)
@@ -336,6 +352,56 @@ def test_features_that_are_predicted():
     torch.testing.assert_close(attention.min(1).values, torch.zeros(3))
     assert torch.equal(attention.argsort(1), cosine.argsort(1))
     assert small(predict_feature="clip", out_dim=20, permutation_type="raster").noise_size == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@pytest.mark.parametrize("options", [BLUR, {"norm_pix_loss": False}, {"permutation_type": "raster", "loss_type": "L1"}])
+def test_the_error_of_a_picture_is_the_loss(options):
+    model = small(**options)
+    batch = batch_for(model)
+    original, known, predicted, pasted = model.reconstruct(batch)
+    assert original is batch["image"]
+    blurred = original if model.gaussian_blur is None else model.gaussian_blur(original)
+    patches, target = patchify(predicted, (4, 4)), patchify(blurred, (4, 4))
+    if model.norm_pix_loss:
+        mean, deviation = pixel_statistics(target)
+        patches, target = (patches - mean) / deviation, (target - mean) / deviation
+    error = (patches - target).abs() if model.loss_type == "L1" else (patches - target).square()
+    torch.testing.assert_close(error.mean(), model(batch)["loss"].detach(), rtol=1e-4, atol=1e-5)
+    order = model.order_of(batch, model.look_ahead(batch)[1])
+    first = torch.zeros(3, 24, 48).scatter_(1, order.argsort(1)[:, :6, None].expand(-1, -1, 48), 1.0)
+    first = unpatchify(first, (4, 6), (4, 4))
+    assert torch.equal(known, original * first) and torch.equal(pasted, original * first + predicted * (1 - first))
+
+
+@pytest.mark.parametrize("kind", PATCH_ORDERS)
+def test_both_forms_make_the_same_pictures(kind):
+    pictures_of = [small(permutation_type=kind, attn=attn, **BLUR) for attn in ("auto", "eager")]
+    batch = batch_for(pictures_of[0])
+    for ours, theirs in zip(*(model.reconstruct(batch) for model in pictures_of), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_who_can_be_pictured():
+    assert [small(**VARIANTS[name]).predicts_pixels for name in VARIANTS] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
+def test_pictured_orders_are_those_of_the_method(attention_type):
+    model = small(attention_type=attention_type).eval()
+    maps = visualize.order_maps(model, pictures())
+    expected = model.look_ahead({"image": pictures()})[1]
+    assert torch.equal(maps[attention_type].argsort(1), expected.argsort(1))
+    draws = torch.Generator().manual_seed(7)
+    noise, center_noise = torch.rand(3, 24, generator=draws), torch.rand(3, 2, generator=draws)
+    for kind in PATCH_ORDERS:
+        order = patch_order(kind, (4, 6), noise, expected, center_noise).expand(3, -1)
+        places = visualize.ranks(kind, (4, 6), maps[attention_type], seed=7)
+        assert torch.equal(places.argsort(1, descending=True), order.argsort(dim=1, stable=True))
+        assert torch.equal(places.sort(1).values, torch.arange(1, 25).expand(3, -1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
