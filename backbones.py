@@ -19,8 +19,14 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from losses import enlarged
-from modeling_finetune import MIM_VIT_SIZES, VisionTransformer, check_choice
+from modeling_finetune import MIM_VIT_SIZES, VisionTransformer, check_choice, register, register_family, to_pair
 
+# timm's networks that have recipes, under the names that these give them
+TIMM_BACKBONES = {
+    **{f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 200)},
+    **{f"convnext_{size}": f"convnext_{size}" for size in ("tiny", "small", "base")},
+    **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "base")},
+}
 MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")
 
 
@@ -151,18 +157,28 @@ def build_backbone(
     if name in MIM_VIT_SIZES:
         given = {"attn": attn, "grad_checkpointing": grad_checkpointing, "drop_path": drop_path}
         return MapViT(input_size=input_size, **MIM_VIT_SIZES[name] | given | options)
-    if name.startswith("swin_"):
-        options = {"img_size": input_size, "window_size": min(input_size) // 32, "drop_path_rate": drop_path} | options
-    elif drop_path:  # not every network of timm takes it; Swin has a rate by default
-        options["drop_path_rate"] = drop_path
-    backbone = timm.create_model(name, num_classes=0, **options)
-    if grad_checkpointing:
-        backbone.set_grad_checkpointing()
+    backbone = timm_network(
+        name, input_size, num_classes=0, drop_path=drop_path, grad_checkpointing=grad_checkpointing, **options
+    )
     if not getattr(backbone, "feature_info", None):
         raise ValueError(f"--model: timm lists no features of {name}, so that there is no place for a mask token")
     if family_of(backbone) is _FAMILIES[nn.Module]:
         freeze_unused(backbone, name, input_size)
     return backbone
+
+
+def timm_network(
+    name: str, input_size: tuple[int, int], *, drop_path: float, grad_checkpointing: bool, **options
+) -> nn.Module:
+    """timm's network of that name with random weights; `options` are its own."""
+    if name.startswith("swin_"):
+        options = {"img_size": input_size, "window_size": min(input_size) // 32, "drop_path_rate": drop_path} | options
+    elif drop_path:  # not every network of timm takes it; Swin has a rate by default
+        options["drop_path_rate"] = drop_path
+    network = timm.create_model(name, **options)
+    if grad_checkpointing:
+        network.set_grad_checkpointing()
+    return network
 
 
 def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -> None:
@@ -279,3 +295,40 @@ class PixelNeck(nn.Module):
 def depthwise_layer(width: int, kernel: int) -> nn.Sequential:
     convolution = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
     return nn.Sequential(OrderedDict(conv=convolution, norm=LayerNorm2d(width, eps=1e-5), act=nn.GELU()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifiers
+
+
+def classifier(
+    *,
+    backbone: str,
+    input_size=224,
+    num_classes: int = 1000,
+    drop: float = 0.0,
+    attn_drop: float = 0.0,
+    drop_path: float = 0.0,
+    init_scale: float = 1.0,
+    attn: str = "auto",
+    global_pool: str = "avg",
+    grad_checkpointing: bool = False,
+    **options,
+) -> nn.Module:
+    """timm's network of the name `backbone` to fine-tune, unchanged but for the factor `init_scale` of its head.
+
+    `attn` and `global_pool` choose among what only the repository's ViT has: any value does.
+    """
+    rates = {"drop_rate": drop, "attn_drop_rate": attn_drop}
+    network = timm_network(
+        backbone, to_pair(input_size), num_classes=num_classes, drop_path=drop_path,
+        grad_checkpointing=grad_checkpointing, **{name: rate for name, rate in rates.items() if rate}, **options,
+    )  # fmt: skip
+    for parameter in network.get_classifier().parameters():
+        parameter.data.mul_(init_scale)
+    return network
+
+
+for _name, _timm_name in TIMM_BACKBONES.items():
+    register(_name, classifier, backbone=_timm_name)
+register_family("", classifier)  # and any other of timm's by its name

@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,8 @@ PUBLISHED_KEYS = "model|module"  # the published default of --model_key
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 _COMPLETE = "complete"
-_NO_BACKBONE = ("head.fc.", "head.weight", "head.bias", "fc.", "inject.", "mask_token", "mask_gamma")
+_HEADS = ("head.", "fc.", "classifier.")  # head.norm is ConvNeXt's last norm, which pre-training trains too
+_NO_BACKBONE = ("head.fc.", "head.weight", "head.bias", *_HEADS[1:], "inject.", "mask_token", "mask_gamma")
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 
@@ -281,7 +282,7 @@ class LoadReport:
         for kind in ("loaded", "expanded", "interpolated", "ignored", "missing"):
             names = getattr(self, kind)
             if names:
-                lines.append(f"  {kind} ({len(names)}): {', '.join(_fold_blocks(names))}")
+                lines.append(f"  {kind} ({len(names)}): {', '.join(_listed(names))}")
         return "\n".join(lines)
 
 
@@ -302,7 +303,7 @@ def load_pretrained(
     of another shape is left out.
 
     Raises ValueError, with the model untouched, for a shape that no rule repairs and where less than `min_matched` of
-    the encoder's parameter tensors (all but head.*, fc_norm.*, norm.*) are found.
+    the encoder's parameter tensors (all but head.*, fc.*, classifier.*, fc_norm.*, norm.*) are found.
     """
     from_file = not isinstance(path_or_state, dict)
     checkpoint = load_checkpoint(path_or_state) if from_file else path_or_state
@@ -363,7 +364,7 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
     """The tensors that the model has a place for, in its shapes; fills the report's lists."""
     fitted = {}
     for key, value in state.items():
-        if key not in target or (key.startswith(("head.", "fc.")) and value.shape != target[key].shape):
+        if key not in target or (key.startswith(_HEADS) and value.shape != target[key].shape):
             report.ignored.append(key)
             continue
         fitted[key] = _resize(key, value, target[key].shape, model)
@@ -380,17 +381,19 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
 
 def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Tensor:
     if key.endswith(_TABLE) and value.shape[0] != shape[0]:
-        side = math.isqrt(value.shape[0] - 3)
-        if side**2 + 3 != value.shape[0] or side % 2 == 0:
+        extra = 3 if hasattr(model, "cls_token") else 0  # rows of a ViT's class token; a Swin has none
+        side = math.isqrt(value.shape[0] - extra)
+        if side**2 + extra != value.shape[0] or side % 2 == 0:
             raise ValueError(f"{key} with {value.shape[0]} rows is not of a square window and cannot be resized")
-        return interpolate_rel_pos_bias(value, (side + 1) // 2, model.patch_embed.grid_size)
+        window = model.patch_embed.grid_size if extra else (math.isqrt(shape[0]) + 1) // 2
+        return interpolate_rel_pos_bias(value, (side + 1) // 2, window, extra)
     if key == "pos_embed" and value.shape[1] != shape[1]:
         return interpolate_pos_embed(value, model.patch_embed.grid_size, model.num_prefix_tokens)
     return value
 
 
 def _check_matched(model: nn.Module, state: StateDict, min_matched: float, report: LoadReport) -> None:
-    outside = ("head.", "fc.", "fc_norm.", "norm.")
+    outside = (*_HEADS, "fc_norm.", "norm.")
     encoder = [key for key, _ in model.named_parameters() if not key.startswith(outside)]
     unmatched = sorted(set(encoder) - set(report.loaded))
     report.matched = 1 - len(unmatched) / len(encoder)
@@ -406,6 +409,15 @@ def _check_matched(model: nn.Module, state: StateDict, min_matched: float, repor
 def _examples(names: list[str], limit: int = 4) -> str:
     folded = _fold_blocks(names)
     return ", ".join(folded[:limit]) + (", ..." if len(folded) > limit else "") or "nothing else"
+
+
+def _listed(names: Collection[str], limit: int = 40) -> list[str]:
+    """Blocks in one line; of networks that have none, how many names begin alike."""
+    folded = _fold_blocks(names)
+    if len(folded) <= limit:
+        return folded
+    counts = Counter(re.match(r"(?:backbone\.)?[^.]+", name)[0] for name in names)
+    return [f"{start}.* ({count})" for start, count in counts.items()]
 
 
 def _fold_blocks(names: Collection[str]) -> list[str]:

@@ -1,7 +1,8 @@
-"""One vector for each image from a frozen ViT: what k-NN and linear probing look at.
+"""One vector for each image from a frozen network: what k-NN and linear probing look at.
 
-A feature is the class token or the mean of the patch tokens, after a norm that was trained with them, or after none: a
-norm that the checkpoint lacks is left out, never used as it was initialised.
+A ViT's feature is the class token or the mean of the patch tokens, after a norm that was trained with them, or after
+none: a norm that the checkpoint lacks is left out, never used as it was initialised. Of any other network it is the
+mean over the places of its last map.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from torch.utils.data import Dataset
 import checkpoint
 import options
 import utils
+from backbones import family_of
 from datasets import EvalBatchSampler, ImageDataset, Key, build_dataset, build_loader
 from engine_for_pretraining import Normalize
-from modeling_finetune import ATTENTION_KERNELS, VisionTransformer, check_choice, create_model
+from modeling_finetune import ATTENTION_KERNELS, VisionTransformer, check_choice, create_model, input_size_of, to_pair
 from parallel import AUTOCAST_DTYPES
 from transforms import EvalTransform
 from utils import Progress, log
@@ -36,7 +38,7 @@ POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
 def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     """The frozen network, its weights, and how its tokens become one vector."""
     group = parser.add_argument_group("backbone")
-    group.add_argument("--model", default="vit_base_patch16_224", help="a registered ViT, as for fine-tuning")
+    group.add_argument("--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning")
     group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
     group.add_argument("--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own")
     group.add_argument(
@@ -50,7 +52,7 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_prefix", default="", help="prefix of the weights' names in that file")
     pools = group.add_mutually_exclusive_group()
     pools.add_argument("--cls_token", dest="pool", action="store_const", const="cls", default="cls",
-                       help="the class token is the feature")  # fmt: skip
+                       help="the class token is the feature, where there is one")  # fmt: skip
     pools.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default="cls",
                        help="the mean of the patch tokens is")  # fmt: skip
     group.add_argument(
@@ -69,20 +71,40 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Backbone(nn.Module):
-    """A frozen ViT in eval mode: normalised images [B, 3, H, W] to features float32 [B, dim]."""
+    """A frozen network in eval mode, in which batch normalisation keeps its statistics.
+
+    Normalised images [B, 3, H, W] to features float32 [B, dim].
+    """
+
+    dim: int
+    image_size: tuple[int, int]
+    norms: str = ""  # what there is of norms after the last block
+
+    def freeze(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images).float()
+
+    def features(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ViTBackbone(Backbone):
+    """A ViT: its class token or the mean of its patch tokens."""
 
     def __init__(self, vit: VisionTransformer, pool: str, norm: str):
         super().__init__()
         check_choice("pool", pool, POOLS)
         check_choice("feature_norm", norm, NORMS)
         self.vit, self.pool, self.plain = vit, pool, norm == "plain"
-        self.dim, self.image_size = vit.embed_dim, vit.patch_embed.img_size
-        self.requires_grad_(False)
-        self.eval()
+        self.dim, self.image_size, self.norms = vit.embed_dim, vit.patch_embed.img_size, f"{vit.norm}, {vit.fc_norm}"
+        self.freeze()
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        return self.pooled(self.vit.forward_features(images)).float()
+    def features(self, images: Tensor) -> Tensor:
+        return self.pooled(self.vit.forward_features(images))
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """The last block's tokens [B, T, C] to [B, C]. Norms without trained weights are identities here."""
@@ -94,23 +116,48 @@ class Backbone(nn.Module):
         return tokens[:, 0] if self.pool == "cls" else vit.fc_norm(tokens[:, prefix:].mean(1))
 
 
+class MapBackbone(Backbone):
+    """Any other network: the mean of its last map, as it is pre-trained."""
+
+    def __init__(self, network: nn.Module, image_size: tuple[int, int]):
+        super().__init__()
+        self.network, self.image_size = network, image_size
+        self.feature_map = family_of(network).feature_map
+        self.dim = self.feature_map(network.eval(), torch.zeros(1, 3, *image_size)).shape[1]
+        self.freeze()
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.feature_map(self.network, images).mean((2, 3))
+
+
 def build_backbone(args: Namespace) -> Backbone:
     """The network that the flags name, with the weights of --finetune."""
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
-    vit = create_model(args.model, **{**options.model_kwargs(args), **form})
+    network = create_model(args.model, **{**options.model_kwargs(args), **form})
+    is_vit = isinstance(network, VisionTransformer)
+    if not is_vit and args.feature_norm == "plain":
+        raise ValueError(f"--feature_norm plain is for ViTs, not for --model {args.model}")
+    if args.finetune and is_vit:
+        network.fc_norm = nn.LayerNorm(network.embed_dim, eps=1e-6)  # classifiers may have it in place of `norm`
     if args.finetune:
-        vit.fc_norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)  # fine-tuned classifiers may have it in place of `norm`
-        found = checkpoint.load_pretrained(
-            vit, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
-        )  # unlike in fine-tuning nothing would repair what is missing
-        log.info("%s", found)
-        for name in ("norm", "fc_norm"):
-            if f"{name}.weight" in found.missing:
-                setattr(vit, name, nn.Identity())
+        load_whole(args, network)
     else:
         log.warning("no --finetune: these are the features of random weights")
-    return Backbone(vit, args.pool, args.feature_norm)
+    if is_vit:
+        return ViTBackbone(network, args.pool, args.feature_norm)
+    return MapBackbone(network, to_pair(args.input_size or input_size_of(args.model)))
+
+
+def load_whole(args: Namespace, network: nn.Module) -> None:
+    """Unlike in fine-tuning nothing would repair weights that are missing; norms that are missing are taken out."""
+    found = checkpoint.load_pretrained(
+        network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
+    )
+    log.info("%s", found)
+    for name in ("norm", "fc_norm", "head.norm"):
+        if f"{name}.weight" in found.missing:
+            network.set_submodule(name, nn.Identity())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +253,7 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
         "weights": weights.hexdigest(),
         "labels": hashlib.sha256(labels.numpy().data).hexdigest(),
         "first image": str(dataset.source.path(0)),
-        "norms": f"{backbone.vit.norm}, {backbone.vit.fc_norm}",
+        "norms": backbone.norms,
     }
     names = ("model", "model_kwargs", "pool", "feature_norm", "crop_pct", "imagenet_default_mean_and_std", "precision")
     return described | {name: str(getattr(args, name)) for name in names}

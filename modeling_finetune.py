@@ -37,18 +37,18 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {}
 _FAMILIES: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register(name: str, cls: type[nn.Module], **defaults) -> None:
-    """Makes `cls(**defaults)` the model called `name` here, and in timm too where timm has no model of that name."""
-    _MODELS[name] = partial(cls, **defaults)
+def register(name: str, build: Callable[..., nn.Module], **defaults) -> None:
+    """Makes `build(**defaults)` the model called `name` here, and in timm too where timm has no model of that name."""
+    _MODELS[name] = partial(build, **defaults)
     if not timm.is_model(name):
         named = partial(_MODELS[name])
         named.__name__, named.__module__ = name, __name__
         timm.models.register_model(named)
 
 
-def register_family(prefix: str, cls: type[nn.Module], **defaults) -> None:
-    """Makes `cls(backbone=rest, **defaults)` the model called `prefix` + rest, for every model of timm called rest."""
-    _FAMILIES[prefix] = partial(cls, **defaults)
+def register_family(prefix: str, build: Callable[..., nn.Module], **defaults) -> None:
+    """Makes `build(backbone=rest, **defaults)` the model called `prefix` + rest, for each model of timm called rest."""
+    _FAMILIES[prefix] = partial(build, **defaults)
 
 
 def builder_of(name: str) -> Callable[..., nn.Module] | None:
@@ -74,11 +74,17 @@ def create_model(name: str, **kwargs) -> nn.Module:
         raise ValueError(f"--model {name} does not take one of the options {sorted(kwargs)}: {error}") from error
 
 
+def input_size_of(name: str) -> int:
+    """The side of the images that a registered model is for, unless it is told another."""
+    builder = builder_of(name)
+    return inspect.signature(builder).parameters["input_size"].default if builder else 0
+
+
 def options_of(name: str) -> set[str]:
     """Names of the options that the constructor of a registered model takes; none for an unknown model."""
     found: set[str] = set()
     builder = builder_of(name)
-    for cls in builder.func.__mro__ if builder else ():
+    for cls in getattr(builder.func, "__mro__", ()) if builder else ():
         parameters = inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
         found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):  # hands nothing on to its base
@@ -468,9 +474,6 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "pos_embed"}
-
-    def get_num_layers(self) -> int:
-        return len(self.blocks)
 
     # -- forward
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones import MaskToken, PixelNeck, build_backbone, family_of, map_of, place_of
+from backbones import TIMM_BACKBONES, MaskToken, PixelNeck, build_backbone, family_of, map_of, place_of
 from ema import MovingAverage
 from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, mean_filled
 from masking_generator import (
@@ -1007,11 +1007,6 @@ for _size in ("base", "large"):  # a quarter of the 28 x 28 patches, as many tok
     register(f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25)
 
 # SimMIM's and A2MIM's published backbones, A2MIM with the token and losses of its recipes (specs/a2mim.md 2, 3.6)
-_TIMM_NAMES = {
-    **{f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 200)},
-    **{f"convnext_{size}": f"convnext_{size}" for size in ("tiny", "small", "base")},
-    **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "base")},
-}
 _DEEP_TOKEN = {"mask_layer": 3, "mask_init": 1e-6, "token_lr": 0.1}  # before the last stage
 _CNN_LOSS = {"pixel_loss": "focal_l1", "fft_unmask_weight": 1e-3}
 _SPECTRA = {  # what the published recipes weigh them by; those of ResNet-18 and 34 are ours, as of ResNet-50
@@ -1023,7 +1018,7 @@ _SPECTRA = {  # what the published recipes weigh them by; those of ResNet-18 and
 for _name in MIM_VIT_SIZES:
     register(f"simmim_{_name}_patch16_224", SimMIM, backbone=_name)
     register(f"a2mim_{_name}_patch16_224", A2MIM, backbone=_name, fft_weight=0.1)
-for _name, _timm_name in _TIMM_NAMES.items():
+for _name, _timm_name in TIMM_BACKBONES.items():
     if _name.startswith("swin"):
         register(f"simmim_{_name}", SimMIM, backbone=_timm_name)
         register(f"a2mim_{_name}", A2MIM, backbone=_timm_name, fft_weight=0.5)

@@ -34,37 +34,58 @@ def layer_id(name: str, num_layers: int) -> int:
     return int(block.group(1)) + 1 if block else num_layers + 1
 
 
-def stage_layer_id(name: str, depths: Sequence[int]) -> tuple[int, int]:
-    """Layer of parameter `name` of timm's Swin or ConvNeXt, and the last layer's number (spec A2MIM 4.4)."""
-    if name.startswith(("stem.", "stages.")) or "head.norm." in name:
-        return _convnext_layer(name, depths)
-    return _swin_layer(name, depths)
+def layers_of(names: Collection[str], depths: Sequence[int] = ()) -> tuple[dict[str, int], int]:
+    """The layer of each parameter of a ViT, or of timm's Swin or ConvNeXt, by its name, and the last layer's number.
+
+    0 is nearest to the image, the last layer is the head's (spec ConMIM 5.2, A2MIM 4.4). `depths`: blocks in each
+    stage, by default those that the names tell of; a ViT is a single stage.
+
+    Raises:
+        ValueError: another network.
+    """
+    depths = depths or depths_of(names)
+    in_stages = any(name.startswith("stages.") for name in names)
+    known = any(name.startswith("stem." if in_stages else "patch_embed.") for name in names)
+    if known and len(depths) == 1:
+        return {name: layer_id(name, depths[0]) for name in names}, depths[0] + 1
+    if not known or len(depths) != 4:
+        raise ValueError("--layer_decay is for ViT, Swin and ConvNeXt: give --layer_decay 1 for this network")
+    last = (12 if depths[2] > 9 else 6) + 1 if in_stages else sum(depths) + 1
+    rule = _convnext_layer if in_stages else _swin_layer
+    return {name: rule(name, depths, last) for name in names}, last
 
 
-def _swin_layer(name: str, depths: Sequence[int]) -> tuple[int, int]:
+def depths_of(names: Collection[str]) -> tuple[int, ...]:
+    """Blocks in each stage."""
+    depths: dict[int, int] = {}
+    for name in names:
+        if found := re.match(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.", name):
+            stage = int(found[1] or 0)
+            depths[stage] = max(depths.get(stage, 0), int(found[2]) + 1)
+    return tuple(depths[stage] for stage in sorted(depths))
+
+
+def _swin_layer(name: str, depths: Sequence[int], last: int) -> int:
     """Every block is a layer; patch merging belongs to the block before it."""
-    last = sum(depths) + 1
     if name.startswith("patch_embed."):
-        return 0, last
+        return 0
     found = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
     if found is None:
-        return last, last
+        return last
     before = sum(depths[: int(found[1])])
-    return before if found[2] is None else before + int(found[2]) + 1, last
+    return before if found[2] is None else before + int(found[2]) + 1
 
 
-def _convnext_layer(name: str, depths: Sequence[int]) -> tuple[int, int]:
+def _convnext_layer(name: str, depths: Sequence[int], last: int) -> int:
     """Three blocks of the third stage are a layer, every other stage is one."""
-    final = 12 if depths[2] > 9 else 6
     if name.startswith("stem."):
-        return 0, final + 1
+        return 0
     found = re.match(r"stages\.(\d)\.(?:blocks\.(\d+)|downsample)\.", name)
     if found is None:
-        return final + 1, final + 1
-    stage = int(found[1])
-    if stage == 2 and found[2] is not None:
-        return 3 + int(found[2]) // 3, final + 1
-    return (1, 2, 3, final)[stage], final + 1
+        return last
+    if found[1] == "2" and found[2] is not None:
+        return 3 + int(found[2]) // 3
+    return (1, 2, 3, last - 1)[int(found[1])]
 
 
 def layer_scales(layer_decay: float, num_layers: int) -> np.ndarray:
@@ -83,8 +104,8 @@ def param_groups(
     One-dimensional parameters, names that end in `.bias`, and those in `model.no_weight_decay()` or `no_decay_names`
     are not decayed. So a model whose `no_weight_decay()` is empty follows MAE's rule for pre-training, where class and
     mask tokens decay; with the class token and the positions in it, BEiT's rule and MAE's for fine-tuning.
-    With `layer_decay` < 1 a parameter's lr_scale is that of its layer among `layer_scales`, otherwise 1. A model with
-    `param_rules()` is grouped by these in place of all that, see `by_rules`.
+    With `layer_decay` < 1 a parameter's lr_scale is that of its layer among `layer_scales`, see `layers_of`, otherwise
+    1. A model with `param_rules()` is grouped by these in place of all that, see `by_rules`.
 
     A group holds `params`, `weight_decay`, `lr_scale`, `group_name`, and `decay`, which tells the decayed groups from
     the others also where the weight decay is 0 at present.
@@ -94,8 +115,8 @@ def param_groups(
     if hasattr(model, "param_rules"):
         return _groups_by_rules(model, weight_decay, model.param_rules())
     layered = layer_decay is not None and layer_decay < 1
-    num_layers = model.get_num_layers() if layered else 0
-    skipped = model.no_weight_decay() | set(no_decay_names)
+    layers, last = layers_of([name for name, _ in model.named_parameters()]) if layered else ({}, 0)
+    skipped = getattr(model, "no_weight_decay", set)() | set(no_decay_names)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -103,9 +124,8 @@ def param_groups(
         decay = parameter.ndim > 1 and not name.endswith(".bias") and name not in skipped
         group = _empty_group(weight_decay if decay else 0.0, decay)
         if layered:
-            layer = layer_id(name, num_layers)
-            group["group_name"] = f"layer_{layer}_{group['group_name']}"
-            group["lr_scale"] = float(layer_scales(layer_decay, num_layers)[layer])
+            group["group_name"] = f"layer_{layers[name]}_{group['group_name']}"
+            group["lr_scale"] = float(layer_scales(layer_decay, last - 1)[layers[name]])
         groups.setdefault(group["group_name"], group)["params"].append(parameter)
     return list(groups.values())
 

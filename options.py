@@ -265,11 +265,18 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--drop", type=float, default=0.0)
     group.add_argument("--attn_drop_rate", type=float, default=0.0)
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument(
+        "--bce_loss", action="store_true", help="binary cross entropy, summed over the classes, in place of softmax's"
+    )
     group.add_argument("--color_jitter", type=float, default=0.4, help="only with an empty --aa")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment or AutoAugment policy; "" for none')
     group.add_argument("--reprob", type=float, default=0.25, help="random erasing")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
     group.add_argument("--recount", type=int, default=1)
+    group.add_argument(
+        "--aug_repeats", type=int, default=1, metavar="N",
+        help="repeated augmentation: each image N times in a step, so that an epoch shows one in N",
+    )  # fmt: skip
     group.add_argument(
         "--no_aug", action="store_true", help="no crop, flip, --aa, --color_jitter, --reprob: images as for evaluation"
     )
@@ -281,12 +288,18 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
     group.add_argument("--model_ema", action="store_true", help="keep and evaluate an average of the weights")
     group.add_argument("--model_ema_decay", type=float, default=0.9999)
+    group.add_argument(
+        "--model_ema_warmup_epochs", type=int, default=0, help="epochs in which the decay rises, from nine tenths"
+    )
     group.add_argument("--model_ema_force_cpu", action="store_true")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and exit")
     group.add_argument("--dist_eval", action="store_true", help="share the validation images among processes")
     group.add_argument("--disable_eval_during_finetuning", action="store_true")
     group.add_argument("--crop_pct", type=float, default=None)
+    group.add_argument(
+        "--eval_input_size", type=int, default=None, help="side of validation images; None: that of training images"
+    )
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -431,8 +444,8 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def validate(args: argparse.Namespace) -> None:
     """Combinations that cannot work, each refused in one sentence."""
-    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq", "aug_repeats"):
+        if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.enable_deepspeed and not args.output_dir and args.save_ckpt:
         raise ValueError("--enable_deepspeed writes its configuration and checkpoints: give --output_dir")

@@ -68,7 +68,10 @@ def build_method(args: Namespace) -> PretrainMethod:
         "grad_checkpointing": args.grad_checkpointing,
     }
     torch.manual_seed(args.seed)
-    return create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
+    method = create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
+    if not isinstance(method, PretrainMethod):
+        raise ValueError(f"--model {args.model} is a classifier, not a pre-training method: see --list_models")
+    return method
 
 
 def mask_generator(args: Namespace, method: PretrainMethod):
@@ -145,6 +148,8 @@ def train_loader(args: Namespace, dataset):
         rank=args.rank,
         world_size=args.world_size,
         seed=args.seed,
+        repeats=getattr(args, "aug_repeats", 1),
+        step_batches=args.update_freq * args.world_size,
     )
     loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
     loader.steps_per_epoch = steps

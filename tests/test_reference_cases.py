@@ -64,11 +64,10 @@ from optim_factory import (
     cosine_at,
     cosine_schedule,
     create_optimizer,
-    layer_id,
     layer_scales,
+    layers_of,
     param_groups,
     set_schedule,
-    stage_layer_id,
 )
 from probing import LinearHead, head_groups
 from transforms import MEAN_STD
@@ -961,20 +960,13 @@ def a2mim_param_groups(case: Case) -> dict[str, Tensor]:
     ]
     scales = np.ones(len(names))
     if "model_type" in optimizer:
-        depths = tuple(config["depths"]) if "depths" in config else config["depth"]
-        ours = from_openmixup({name: torch.zeros(1, 4) for name in names})
-        scales = [stage_layer_scale(name, optimizer["layer_decay"], depths) for name in ours]
+        ours = list(from_openmixup({name: torch.zeros(1, 4) for name in names}))
+        layers, last = layers_of(ours, config.get("depths") or [config["depth"]])
+        scales = [layer_scales(optimizer["layer_decay"], last - 1)[layers[name]] for name in ours]
     return {
         "lr": torch.tensor([lr * scale for (lr, _), scale in zip(values, scales, strict=True)], dtype=torch.float64),
         "weight_decay": torch.tensor([decay for _, decay in values], dtype=torch.float64),
     }
-
-
-def stage_layer_scale(name: str, layer_decay: float, depths: int | tuple[int, ...]) -> float:
-    if isinstance(depths, int):
-        return layer_scales(layer_decay, depths)[layer_id(name, depths)]
-    layer, last = stage_layer_id(name, depths)
-    return layer_decay ** (last - layer)
 
 
 def resnet_key_map(case: Case) -> dict[str, Tensor]:
