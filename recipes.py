@@ -364,16 +364,83 @@ FINETUNE_MIM = FINETUNE_BASE | {
     "clip_grad": 5.0,
     "disable_weight_decay_on_rel_pos_bias": True,
 }
-FINETUNE_MIM_AVERAGED = FINETUNE_MIM | {"model_ema": True, "model_ema_decay": 0.99996}
+FINETUNE_MIM_AVERAGED = FINETUNE_MIM | {
+    "model_ema": True,
+    "model_ema_decay": 0.99996,
+    "model_ema_warmup_epochs": 20,
+}
+FINETUNE_MIM_LARGE = FINETUNE_MIM_AVERAGED | {"aug_repeats": 3}
+FINETUNE_MIM_DEIT = FINETUNE_MIM | {"lr": 8e-3, "warmup_epochs": 5}
+FINETUNE_SWIN = FINETUNE_MIM | {
+    "batch_size": 256,
+    "input_size": 224,
+    "lr": 5e-3,
+    "lr_schedule": "cosine_iters",
+    "warmup_ratio": 2e-4,
+    "layer_decay": 0.9,
+    "layer_scale_init_value": None,
+    "init_scale": 1.0,
+}
+FINETUNE_CONVNEXT = FINETUNE_BASE | {
+    "update_freq": 4,
+    "epochs": 300,
+    "warmup_epochs": 5,
+    "lr_schedule": "cosine_iters",
+    "layer_decay": 1.0,
+    "layer_scale_init_value": None,
+    "init_scale": 1.0,
+    "model_ema": True,
+    "model_ema_decay": 0.9999,
+    "model_ema_warmup_epochs": 20,
+}
+FINETUNE_CONVNEXT_TINY = FINETUNE_CONVNEXT | {"epochs": 400, "lr": 4e-4, "weight_decay": 0.01, "layer_decay": 0.7}
+# "ResNet strikes back": A3 trains at 160 px for 100 epochs, A2 at 224 px for 300
+FINETUNE_A3 = {
+    "batch_size": 256,
+    "update_freq": 1,
+    "epochs": 100,
+    "warmup_epochs": 5,
+    "warmup_ratio": 1e-5,
+    "input_size": 160,
+    "eval_input_size": 224,
+    "crop_pct": 0.949,
+    "opt": "lamb",
+    "opt_eps": 1e-6,
+    "opt_betas": (0.9, 0.999),
+    "lr": 8e-3,
+    "lr_schedule": "cosine_epochs",
+    "min_lr": 1e-6,
+    "weight_decay": 0.02,
+    "layer_decay": 1.0,
+    "clip_grad": None,
+    "drop_path": 0.0,
+    "init_scale": 1.0,
+    "bce_loss": True,
+    "smoothing": 0.0,
+    "mixup": 0.1,
+    "cutmix": 1.0,
+    "aa": "rand-m6-mstd0.5-inc1",
+    "reprob": 0.0,
+    "imagenet_default_mean_and_std": True,
+}
+FINETUNE_A2 = FINETUNE_A3 | {
+    "epochs": 300,
+    "input_size": 224,
+    "lr": 5e-3,
+    "drop_path": 0.05,
+    "aa": "rand-m7-mstd0.5-inc1",
+    "aug_repeats": 3,
+}
+FINETUNE_A2_AVERAGED = FINETUNE_A2 | {"model_ema": True, "model_ema_decay": 0.9999, "model_ema_warmup_epochs": 20}
 FINETUNE_MIM_TINY = FINETUNE_TINY | {"lr_schedule": "stepfix_cosine", "disable_weight_decay_on_rel_pos_bias": True}
 
 MIM_NOTE = "Unverified: how the published effective batch of 2048 was shared among GPUs."
 MIM_SWIN_NOTE = f"{MIM_NOTE} Unverified: no stochastic depth."
 MIM_IN100_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_NOTE}"
 MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was shared among GPUs."
-MIM_LARGE_NOTE = (
-    f"{MIM_FINETUNE_NOTE} The published run also repeats each image three times in an epoch, ours does not."
-)
+MIM_CNN_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs, and the head's start."
+MIM_SWIN_800_NOTE = f"{MIM_CNN_NOTE.format(2048)} Unverified: that this accuracy is for 224 px."
+MIM_DEIT_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_FINETUNE_NOTE} Unverified: 224 px."
 
 
 def _mae(size: str, patch: int, published: float, finetune: Mapping[str, Any]) -> tuple[Recipe, Recipe]:
@@ -429,12 +496,21 @@ def _mim(
 def _mim_vit(method: str, size: str, epochs: int, published: float, source: str) -> tuple[Recipe, Recipe]:
     """Pre-training of a ViT for 800 epochs, and its fine-tuning."""
     pretrain = PRETRAIN_MIM_VIT_LARGE if size == "large" else PRETRAIN_MIM_VIT
-    finetune = (FINETUNE_MIM if size == "small" else FINETUNE_MIM_AVERAGED) | {"epochs": epochs}
-    model, note = f"vit_{size}_patch16_224", MIM_LARGE_NOTE if size == "large" else MIM_FINETUNE_NOTE
+    finetune = {"small": FINETUNE_MIM, "base": FINETUNE_MIM_AVERAGED, "large": FINETUNE_MIM_LARGE}[size]
+    model = f"vit_{size}_patch16_224"
     return (
         _mim(f"{method}_vit_{size}", f"{method}_{model}", published, pretrain, source),
-        Recipe(f"{method}_vit_{size}_finetune", "finetune", f"mim_{model}", 8, finetune, source, published, note),
-    )
+        Recipe(
+            f"{method}_vit_{size}_finetune", "finetune", f"mim_{model}", 8, finetune | {"epochs": epochs}, source,
+            published, MIM_FINETUNE_NOTE,
+        ),
+    )  # fmt: skip
+
+
+def _tuned(name: str, model: str, published: float | None, flags: Mapping[str, Any], source: str, **changes) -> Recipe:
+    """Fine-tuning of a network of timm's on 8 GPUs."""
+    note = MIM_CNN_NOTE.format(8 * flags["batch_size"] * flags["update_freq"])
+    return Recipe(name, "finetune", model, 8, flags | changes, source, published, note)
 
 
 def _linear(
@@ -596,6 +672,41 @@ _RECIPES = (
     ),
     _mim("simmim_swin_base", "simmim_swin_base", 84.0, PRETRAIN_SIMMIM_SWIN, OPENMIXUP, MIM_SWIN_NOTE),
     _mim("simmim_swin_base_100", "simmim_swin_base", 82.9, PRETRAIN_SIMMIM_SWIN_100, OPENMIXUP, MIM_SWIN_NOTE),
+    *(
+        _tuned(f"a2mim_{name}_finetune_a3", model, published, FINETUNE_A3, A2MIM_README)
+        for name, model, published in (
+            ("resnet50", "resnet50", 78.9),
+            ("resnet50_100", "resnet50", 78.8),
+            ("resnet101", "resnet101", 80.3),
+            ("resnet152", "resnet152", 80.9),
+        )
+    ),
+    _tuned("a2mim_resnet50_finetune_a2", "resnet50", 80.4, FINETUNE_A2_AVERAGED, A2MIM_README),
+    _tuned("a2mim_resnet101_finetune_a2", "resnet101", 81.9, FINETUNE_A2, A2MIM_README),
+    _tuned("a2mim_resnet152_finetune_a2", "resnet152", 82.5, FINETUNE_A2, A2MIM_README),
+    _tuned("a2mim_resnet200_finetune_a2", "resnet200", 83.0, FINETUNE_A2, A2MIM_README, drop_path=0.2),
+    _tuned("simmim_resnet50_finetune_a2", "resnet50", 79.9, FINETUNE_A2_AVERAGED, OPENMIXUP),
+    _tuned("simmim_resnet101_finetune_a2", "resnet101", 81.3, FINETUNE_A2, OPENMIXUP, drop_path=0.1),
+    _tuned("simmim_resnet152_finetune_a2", "resnet152", 81.9, FINETUNE_A2, OPENMIXUP, drop_path=0.15),
+    _tuned("simmim_resnet200_finetune_a2", "resnet200", 82.2, FINETUNE_A2, OPENMIXUP, drop_path=0.2),
+    _tuned("a2mim_convnext_tiny_finetune", "convnext_tiny", None, FINETUNE_CONVNEXT_TINY, A2MIM_README),
+    _tuned("a2mim_convnext_small_finetune", "convnext_small", 83.7, FINETUNE_CONVNEXT, A2MIM_README, drop_path=0.4),
+    _tuned("a2mim_convnext_base_finetune", "convnext_base", 84.1, FINETUNE_CONVNEXT, A2MIM_README, drop_path=0.5),
+    _tuned("simmim_convnext_small_finetune", "convnext_small", 83.2, FINETUNE_CONVNEXT, OPENMIXUP, drop_path=0.4),
+    _tuned("simmim_convnext_base_finetune", "convnext_base", 83.6, FINETUNE_CONVNEXT, OPENMIXUP, drop_path=0.5),
+    Recipe("simmim_swin_base_finetune", "finetune", "swin_base", 8, FINETUNE_SWIN, OPENMIXUP, 84.0, MIM_SWIN_800_NOTE),
+    _tuned("simmim_swin_base_100_finetune", "swin_base", 82.9, FINETUNE_SWIN, OPENMIXUP, input_size=192),
+    _tuned("simmim_swin_base_100_finetune_224", "swin_base", 83.5, FINETUNE_SWIN, OPENMIXUP),
+    Recipe(
+        "a2mim_deit_small_in100_finetune",
+        "finetune",
+        "mim_deit_small_patch16_224",
+        8,
+        FINETUNE_MIM_DEIT,
+        A2MIM_README,
+        87.24,
+        MIM_DEIT_NOTE,
+    ),
     *(
         _own(f"{method}_vit_tiny", "pretrain", f"{method}_vit_tiny", PRETRAIN_MIM_TINY)
         for method in ("a2mim", "simmim")

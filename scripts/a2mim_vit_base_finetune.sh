@@ -18,5 +18,5 @@ exec "$(dirname "${BASH_SOURCE[0]}")/launch.sh" run_class_finetuning.py \
   --batch_size 128 --update_freq 1 --epochs 100 --warmup_epochs 20 --lr 0.01 --min_lr 1e-06 --weight_decay 0.05 \
   --layer_decay 0.65 --opt_betas 0.9 0.999 --clip_grad 5.0 --drop_path 0.1 --layer_scale_init_value 0.1 --mixup 0.8 \
   --cutmix 1.0 --smoothing 0.1 --imagenet_default_mean_and_std --lr_schedule stepfix_cosine \
-  --disable_weight_decay_on_rel_pos_bias --model_ema --model_ema_decay 0.99996 \
+  --disable_weight_decay_on_rel_pos_bias --model_ema --model_ema_decay 0.99996 --model_ema_warmup_epochs 20 \
   "$@"

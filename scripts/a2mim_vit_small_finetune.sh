@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tuning of A2MIM's wide ViT-S/16, 200 epochs.
+# Fine-tuning of A2MIM's ViT-S/16, 200 epochs.
 # Source:    A2MIM README and configurations (Westlake-AI/A2MIM ccca6dc)
 # Hardware:  8 GPUs x batch 128 x update_freq 1 = 1024 images a step; --lr is for this batch
 # Published: 82.1 top-1 on ImageNet-1K, 800 epochs pre-trained

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tuning of SimMIM's wide ViT-S/16, 100 epochs.
+# Fine-tuning of SimMIM's ViT-S/16, 100 epochs.
 # Source:    OpenMixup configurations (Westlake-AI/openmixup 37e1372)
 # Hardware:  8 GPUs x batch 128 x update_freq 1 = 1024 images a step; --lr is for this batch
 # Published: 81.7 top-1 on ImageNet-1K, 800 epochs pre-trained
