@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,8 @@ PUBLISHED_KEYS = "model|module"  # the published default of --model_key
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 _COMPLETE = "complete"
+_HEADS = ("head.", "fc.", "classifier.")  # head.norm is ConvNeXt's last norm, which pre-training trains too
+_NO_BACKBONE = ("head.fc.", "head.weight", "head.bias", *_HEADS[1:], "inject.", "mask_token", "mask_gamma")
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 
@@ -365,7 +367,7 @@ class LoadReport:
         for kind in ("loaded", "expanded", "interpolated", "ignored", "missing"):
             names = getattr(self, kind)
             if names:
-                lines.append(f"  {kind} ({len(names)}): {', '.join(_fold_blocks(names))}")
+                lines.append(f"  {kind} ({len(names)}): {', '.join(_listed(names))}")
         return "\n".join(lines)
 
 
@@ -386,7 +388,7 @@ def load_pretrained(
     of another shape is left out.
 
     Raises ValueError, with the model untouched, for a shape that no rule repairs and where less than `min_matched` of
-    the encoder's parameter tensors (all but head.*, fc_norm.*, norm.*) are found.
+    the encoder's parameter tensors (all but head.*, fc.*, classifier.*, fc_norm.*, norm.*) are found.
     """
     from_file = not isinstance(path_or_state, dict)
     checkpoint = load_checkpoint(path_or_state) if from_file else path_or_state
@@ -434,6 +436,17 @@ def _select_weights(checkpoint: dict[str, Any], model_key: str, name: str) -> tu
     return "", checkpoint
 
 
+def backbone_weights(checkpoint: dict[str, Any], name: str, model_key: str = PUBLISHED_KEYS) -> StateDict:
+    """What is not classifier, neck, decoder or token of a loaded checkpoint, under native names.
+
+    Of OpenMixup's files and of classifiers; of a pre-training method's it is what the method exports itself.
+    """
+    _, state = _select_weights(checkpoint, model_key, name)
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    native = _to_native(tensors, ())
+    return {key: value for key, value in native.items() if not key.startswith(_NO_BACKBONE)}
+
+
 def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
     """The tensors whose names begin with `prefix`, without it."""
     inside = [key for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)]
@@ -456,7 +469,7 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
     """The tensors that the model has a place for, in its shapes; fills the report's lists."""
     fitted = {}
     for key, value in state.items():
-        if key not in target or (key.startswith("head.") and value.shape != target[key].shape):
+        if key not in target or (key.startswith(_HEADS) and value.shape != target[key].shape):
             report.ignored.append(key)
             continue
         fitted[key] = _resize(key, value, target[key].shape, model)
@@ -473,17 +486,20 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
 
 def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Tensor:
     if key.endswith(_TABLE) and value.shape[0] != shape[0]:
-        side = math.isqrt(value.shape[0] - 3)
-        if side**2 + 3 != value.shape[0] or side % 2 == 0:
+        extra = 3 if hasattr(model, "cls_token") else 0  # rows of a ViT's class token; a Swin has none
+        side = math.isqrt(value.shape[0] - extra)
+        if side**2 + extra != value.shape[0] or side % 2 == 0:
             raise ValueError(f"{key} with {value.shape[0]} rows is not of a square window and cannot be resized")
-        return interpolate_rel_pos_bias(value, (side + 1) // 2, model.patch_embed.grid_size)
+        window = model.patch_embed.grid_size if extra else (math.isqrt(shape[0]) + 1) // 2
+        return interpolate_rel_pos_bias(value, (side + 1) // 2, window, extra)
     if key == "pos_embed" and value.shape[1] != shape[1]:
         return interpolate_pos_embed(value, model.patch_embed.grid_size, model.num_prefix_tokens)
     return value
 
 
 def _check_matched(model: nn.Module, state: StateDict, min_matched: float, report: LoadReport) -> None:
-    encoder = [key for key, _ in model.named_parameters() if not key.startswith(("head.", "fc_norm.", "norm."))]
+    outside = (*_HEADS, "fc_norm.", "norm.")
+    encoder = [key for key, _ in model.named_parameters() if not key.startswith(outside)]
     unmatched = sorted(set(encoder) - set(report.loaded))
     report.matched = 1 - len(unmatched) / len(encoder)
     if report.matched < min_matched:
@@ -498,6 +514,15 @@ def _check_matched(model: nn.Module, state: StateDict, min_matched: float, repor
 def _examples(names: list[str], limit: int = 4) -> str:
     folded = _fold_blocks(names)
     return ", ".join(folded[:limit]) + (", ..." if len(folded) > limit else "") or "nothing else"
+
+
+def _listed(names: Collection[str], limit: int = 40) -> list[str]:
+    """Blocks in one line; of networks that have none, how many names begin alike."""
+    folded = _fold_blocks(names)
+    if len(folded) <= limit:
+        return folded
+    counts = Counter(re.match(r"(?:backbone\.)?[^.]+", name)[0] for name in names)
+    return [f"{start}.* ({count})" for start, count in counts.items()]
 
 
 def _fold_blocks(names: Collection[str]) -> list[str]:
@@ -532,6 +557,8 @@ def to_timm(state_dict: StateDict) -> StateDict:
     token and `reg_tokens` registers. The features are the same. A converted dict stays as it is.
     """
     state = {key: value for key, value in state_dict.items() if not key.endswith("relative_position_index")}
+    if not any(key.startswith("blocks.") for key in state):  # no plain transformer: Swin, or a convolutional network
+        return state
     state = fuse_qkv(state)
     several = "cls_token" in state and state["cls_token"].shape[1] > 1
     if several:
@@ -645,6 +672,60 @@ def _join_key_values(state: StateDict) -> StateDict:
     return joined
 
 
+# OpenMixup's names (specs/a2mim.md 6): what its ViT, Swin and ConvNeXt are known by, and how their names change into
+# timm's, one rule after another. Its ResNet has timm's names but for the classifier.
+_OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], ...]] = {
+    ".ln1.weight": (
+        (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^layers\.", "blocks."), (r"\.ln(\d)\.", r".norm\1."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^ln1\.", "norm."),
+        (r"^head\.fc\.", "head."),
+    ),
+    ".w_msa.": (
+        (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"\.attn\.w_msa\.", ".attn."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^norm3\.", "norm."),
+        (r"^stages\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) + 1}.downsample."),
+        (r"^stages\.", "layers."),
+    ),
+    ".depthwise_conv.": (
+        (r"^downsample_layers\.0\.", "stem."), (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."), (r"\.depthwise_conv\.", ".conv_dw."),
+        (r"\.pointwise_conv(\d)\.", r".mlp.fc\1."), (r"^norm3\.", "head.norm."),
+    ),
+    "layer1.0.conv1.": ((r"^head\.fc\.", "fc."),),
+}  # fmt: skip
+
+
+def openmixup_rules(names: Collection[str]) -> tuple[tuple[str, str | Callable[[re.Match], str]], ...]:
+    """The rules for a model of these names, which have no "backbone." in front; none for another naming."""
+    return next((rules for mark, rules in _OPENMIXUP_NAMES.items() if _has(names, mark)), ())
+
+
+def from_openmixup(state: StateDict) -> StateDict:
+    """OpenMixup's ViT, Swin, ConvNeXt or ResNet, "backbone." in front or not, under timm's names.
+
+    A neck, averages, indices and masks are left out, a classifier is kept. Swin's patch merging is brought into timm's
+    order of columns.
+    """
+    inside = {name.removeprefix("backbone."): value for name, value in state.items() if not _is_openmixup_extra(name)}
+    converted = inside
+    for pattern, replacement in openmixup_rules(inside):
+        converted = _rename(converted, pattern, replacement)
+    if not _has(inside, ".w_msa."):
+        return converted
+    merging = re.compile(r"\.downsample\.(norm\.(weight|bias)|reduction\.weight)$")
+    return {name: _columns_first(value) if merging.search(name) else value for name, value in converted.items()}
+
+
+def _is_openmixup_extra(name: str) -> bool:
+    is_index = name.endswith(("relative_position_index", "attn_mask"))
+    return is_index or name.startswith(("neck.", "ema_")) or "momentum" in name
+
+
+def _columns_first(value: Tensor) -> Tensor:
+    """The last axis of patch merging from (C, row, column) to (column, row, C)."""
+    return value.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
+
+
 # (recognise(names, names the model has), convert): a further naming is one more line
 _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...] = (
     # DistributedDataParallel and torch.compile
@@ -652,6 +733,14 @@ _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Cal
     (lambda names, _: all(name.startswith("_orig_mod.") for name in names), lambda s: _rename(s, r"^_orig_mod\.", "")),
     # OpenMMLab's ViTs
     (lambda names, _: any(re.match(r"(backbone\.)?layers\.0\.ln1\.", name) for name in names), from_mmpretrain),
+    # OpenMixup's files, whole or the backbone alone, and those of SimMIM and A2MIM, whose backbones have timm's names
+    (
+        lambda names, wanted: (
+            not _has(wanted, "backbone.")
+            and (any(name.startswith("backbone.") for name in names) or bool(openmixup_rules(names)))
+        ),
+        from_openmixup,
+    ),
     # SAIM's blocks
     (lambda names, wanted: _has(names, ".attn.q.weight") and _has(wanted, ".attn.qkv.weight"), fuse_qkv),
     # timm's ViT, our own export among them

@@ -546,6 +546,9 @@ class TrainBatchSampler:
     Micro-batch j of rank r is chunk j * world_size + r, so one process that accumulates world_size times as often sees,
     in order, what the ranks see side by side. Partial chunks are dropped.
 
+    With `repeats` each image comes that many times in a step of `step_batches` chunks, in as many of them as there are,
+    each time with draws of its own; an epoch has the same number of batches (specs/a2mim.md 4.4).
+
     Raises:
         ValueError: fewer images than one batch on every rank.
     """
@@ -560,6 +563,8 @@ class TrainBatchSampler:
         world_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        repeats: int = 1,
+        step_batches: int = 1,
     ):
         whole = n // batch_size // world_size
         if whole == 0:
@@ -569,7 +574,7 @@ class TrainBatchSampler:
             )
         self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
         self.batches = whole if batches_per_epoch is None else min(whole, batches_per_epoch)
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.repeats, self.step_batches = seed, shuffle, repeats, step_batches
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
@@ -580,11 +585,18 @@ class TrainBatchSampler:
         return self.batches
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
-        order = self._order(epoch)
+        order = self._order(self.epoch)
         for batch in range(self.start_batch, self.batches):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+            places = self._places(batch * self.world_size + self.rank)
+            copies, indices = self.epoch * self.repeats + places % self.repeats, order[places // self.repeats]
+            yield list(zip(copies.tolist(), indices.tolist(), strict=True))
+
+    def _places(self, chunk: int) -> np.ndarray:
+        """Those of a chunk's images in the epoch's order: the chunks of a step take turns where images repeat."""
+        if self.repeats == 1:
+            return np.arange(chunk * self.batch_size, (chunk + 1) * self.batch_size)
+        step, turn = divmod(chunk, self.step_batches)
+        return step * self.step_batches * self.batch_size + turn + self.step_batches * np.arange(self.batch_size)
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

@@ -27,12 +27,9 @@ class Classification(nn.Module):
         self.erase = None
         if args.reprob and not args.no_aug:
             self.erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
-        if mixing:
-            self.criterion = SoftTargetCrossEntropy()
-        else:
-            self.criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+        self.criterion = make_criterion(args, mixing)
         self.average = MovingAverage(model, average_buffers=True) if args.model_ema else None
-        self.average_decay = args.model_ema_decay
+        self.average_decay, self.average_warmup = args.model_ema_decay, args.model_ema_warmup_epochs / args.epochs
         if self.average is not None and args.model_ema_force_cpu:
             self.average.module.to("cpu")
 
@@ -52,8 +49,33 @@ class Classification(nn.Module):
         """Nothing changes with the epochs."""
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
+        """The average's decay rises from nine tenths of what it is after the warm-up (specs/a2mim.md 4.4)."""
         if self.average is not None:
-            self.average.update(self.average_decay, applied)
+            risen = min(progress / self.average_warmup, 1.0) if self.average_warmup else 1.0
+            self.average.update(self.average_decay * (0.9 + 0.1 * risen), applied)
+
+
+class BinaryCrossEntropy(nn.Module):
+    """Of each class by itself, summed over the classes: targets are labels [B] or shares [B, classes]."""
+
+    def __init__(self, smoothing: float = 0.0):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim == 1:
+            shares = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)
+            targets = shares * (1 - self.smoothing) + self.smoothing / logits.shape[-1]
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
+
+
+def make_criterion(args: Namespace, mixing: bool) -> nn.Module:
+    """Of logits [B, classes] and labels [B] or, where images are mixed, shares [B, classes]."""
+    if args.bce_loss:
+        return BinaryCrossEntropy(args.smoothing)
+    if mixing:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
 def make_mixup(args: Namespace) -> Mixup:

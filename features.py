@@ -1,7 +1,8 @@
-"""One vector for each image from a frozen ViT: what k-NN and linear probing look at.
+"""One vector for each image from a frozen network: what k-NN and linear probing look at.
 
-A feature is the class token (the mean of several) or the mean of the patch tokens, after a norm that was trained with
-them, or after none: a norm that the checkpoint lacks is left out, never used as it was initialised.
+A ViT's feature is the class token (the mean of several) or the mean of the patch tokens, after a norm that was trained
+with them, or after none: a norm that the checkpoint lacks is left out, never used as it was initialised. Of any other
+network it is the mean over the places of its last map.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from torch.utils.data import Dataset
 import checkpoint
 import options
 import utils
+from backbones import family_of
 from datasets import EvalBatchSampler, ImageDataset, Key, build_dataset, build_loader
 from engine_for_pretraining import Normalize
-from modeling_finetune import ATTENTION_KERNELS, VisionTransformer, check_choice, create_model
+from modeling_finetune import ATTENTION_KERNELS, VisionTransformer, check_choice, create_model, input_size_of, to_pair
 from parallel import AUTOCAST_DTYPES
 from transforms import EvalTransform
 from utils import Progress, log
@@ -36,7 +38,7 @@ POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
 def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The frozen network and its weights."""
     group = parser.add_argument_group("backbone")
-    group.add_argument("--model", default="vit_base_patch16_224", help="a registered ViT, as for fine-tuning")
+    group.add_argument("--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning")
     group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
     group.add_argument("--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own")
     group.add_argument(
@@ -56,7 +58,7 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     group = add_network_flags(parser)
     pools = group.add_mutually_exclusive_group()
     pools.add_argument("--cls_token", dest="pool", action="store_const", const="cls", default="cls",
-                       help="the class token is the feature")  # fmt: skip
+                       help="the class token is the feature, where there is one")  # fmt: skip
     pools.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default="cls",
                        help="the mean of the patch tokens is")  # fmt: skip
     group.add_argument(
@@ -75,20 +77,40 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Backbone(nn.Module):
-    """A frozen ViT in eval mode: normalised images [B, 3, H, W] to features float32 [B, dim]."""
+    """A frozen network in eval mode, in which batch normalisation keeps its statistics.
+
+    Normalised images [B, 3, H, W] to features float32 [B, dim].
+    """
+
+    dim: int
+    image_size: tuple[int, int]
+    norms: str = ""  # what there is of norms after the last block
+
+    def freeze(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images).float()
+
+    def features(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ViTBackbone(Backbone):
+    """A ViT: its class token or the mean of its patch tokens."""
 
     def __init__(self, vit: VisionTransformer, pool: str, norm: str):
         super().__init__()
         check_choice("pool", pool, POOLS)
         check_choice("feature_norm", norm, NORMS)
         self.vit, self.pool, self.plain = vit, pool, norm == "plain"
-        self.dim, self.image_size = vit.embed_dim, vit.patch_embed.img_size
-        self.requires_grad_(False)
-        self.eval()
+        self.dim, self.image_size, self.norms = vit.embed_dim, vit.patch_embed.img_size, f"{vit.norm}, {vit.fc_norm}"
+        self.freeze()
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        return self.pooled(self.vit.forward_features(images)).float()
+    def features(self, images: Tensor) -> Tensor:
+        return self.pooled(self.vit.forward_features(images))
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """The last block's tokens [B, T, C] to [B, C]. Norms without trained weights are identities here."""
@@ -100,29 +122,68 @@ class Backbone(nn.Module):
         return vector if self.pool == "cls" else self.vit.fc_norm(vector)
 
 
+class MapBackbone(Backbone):
+    """Any other network: the mean of its last map, as it is pre-trained."""
+
+    def __init__(self, network: nn.Module, image_size: tuple[int, int]):
+        super().__init__()
+        self.network, self.image_size = network, image_size
+        self.feature_map = family_of(network).feature_map
+        self.dim = self.feature_map(network.eval(), torch.zeros(1, 3, *image_size)).shape[1]
+        self.freeze()
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.feature_map(self.network, images).mean((2, 3))
+
+
 def build_backbone(args: Namespace) -> Backbone:
-    """The network that the flags name, with the weights of --finetune."""
-    return Backbone(build_vit(args), args.pool, args.feature_norm)
+    """The network that the flags name, with the weights of --finetune, and how it makes a feature."""
+    network = build_network(args)
+    if isinstance(network, VisionTransformer):
+        return ViTBackbone(network, args.pool, args.feature_norm)
+    if args.feature_norm == "plain":
+        raise ValueError(f"--feature_norm plain is for ViTs, not for --model {args.model}")
+    return MapBackbone(network, to_pair(args.input_size or input_size_of(args.model)))
 
 
 def build_vit(args: Namespace) -> VisionTransformer:
-    """The ViT of --model with the weights of --finetune; norms that these lack are identities."""
+    """The ViT that the flags name, with the weights of --finetune.
+
+    Raises:
+        ValueError: --model is another network.
+    """
+    network = build_network(args)
+    if not isinstance(network, VisionTransformer):
+        raise ValueError(f"--model {args.model} is no ViT, whose patch tokens are needed here")
+    return network
+
+
+def build_network(args: Namespace) -> nn.Module:
+    """--model with the weights of --finetune and as many class tokens; norms that these lack are identities."""
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
     source = {"model_key": args.model_key, "prefix": args.model_prefix}
-    found = checkpoint.class_tokens(args.finetune, **source) if args.finetune else None
-    vit = create_model(args.model, **{**options.given({"num_cls_tokens": found}), **options.model_kwargs(args), **form})
+    tokens = checkpoint.class_tokens(args.finetune, **source) if args.finetune else None
+    chosen = options.given({"num_cls_tokens": tokens}) | options.model_kwargs(args) | form
+    network = create_model(args.model, **chosen)
+    if args.finetune and isinstance(network, VisionTransformer):
+        network.fc_norm = nn.LayerNorm(network.embed_dim, eps=1e-6)  # classifiers may have it in place of `norm`
     if args.finetune:
-        vit.fc_norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)  # fine-tuned classifiers may have it in place of `norm`
-        # unlike in fine-tuning nothing would repair what is missing
-        found = checkpoint.load_pretrained(vit, args.finetune, **source, min_matched=1.0)
-        log.info("%s", found)
-        for name in ("norm", "fc_norm"):
-            if f"{name}.weight" in found.missing:
-                setattr(vit, name, nn.Identity())
+        load_whole(args, network)
     else:
         log.warning("no --finetune: these are the features of random weights")
-    return vit
+    return network
+
+
+def load_whole(args: Namespace, network: nn.Module) -> None:
+    """Unlike in fine-tuning nothing would repair weights that are missing; norms that are missing are taken out."""
+    found = checkpoint.load_pretrained(
+        network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
+    )
+    log.info("%s", found)
+    for name in ("norm", "fc_norm", "head.norm"):
+        if f"{name}.weight" in found.missing:
+            network.set_submodule(name, nn.Identity())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +279,7 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
         "weights": weights.hexdigest(),
         "labels": hashlib.sha256(labels.numpy().data).hexdigest(),
         "first image": str(dataset.source.path(0)),
-        "norms": f"{backbone.vit.norm}, {backbone.vit.fc_norm}",
+        "norms": backbone.norms,
     }
     names = ("model", "model_kwargs", "pool", "feature_norm", "crop_pct", "imagenet_default_mean_and_std", "precision")
     return described | {name: str(getattr(args, name)) for name in names}

@@ -104,7 +104,11 @@ class SimMIMMask:
         _check_count(self.count, self.cells, "--mask_ratio")
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return _choose(self.cells, self.count, rng).repeat(self.cell, axis=0).repeat(self.cell, axis=1)
+        return self.first_of(rng.permutation(math.prod(self.cells)))
+
+    def first_of(self, order: np.ndarray) -> np.ndarray:
+        """The mask whose cells come first in `order`, a permutation of all cells."""
+        return _first(self.cells, self.count, order).repeat(self.cell, axis=0).repeat(self.cell, axis=1)
 
 
 def build_mask_generator(
@@ -156,8 +160,12 @@ def _cell(input_size: int | Pair, patch_size: int | Pair, mask_patch_size: int |
 
 
 def _choose(grid: Pair, count: int, rng: np.random.Generator) -> np.ndarray:
+    return _first(grid, count, rng.permutation(math.prod(grid)))
+
+
+def _first(grid: Pair, count: int, order: np.ndarray) -> np.ndarray:
     mask = np.zeros(grid, dtype=bool)
-    mask.reshape(-1)[rng.permutation(mask.size)[:count]] = True
+    mask.reshape(-1)[order[:count]] = True
     return mask
 
 

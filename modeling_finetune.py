@@ -25,17 +25,39 @@ VIT_SIZES = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 MAE_SIZES = VIT_SIZES | {"huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16}}
+# SimMIM's and A2MIM's; the published ViT-S is wide and shallow (specs/a2mim.md 2.3)
+MIM_VIT_SIZES = {
+    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small": {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3.0},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+}
 ATTENTION_KERNELS = ("auto", "sdpa", "eager")
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
+_FAMILIES: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register(name: str, cls: type[nn.Module], **defaults) -> None:
-    """Makes `cls(**defaults)` the model called `name` here, and in timm too where timm has no model of that name."""
-    _MODELS[name] = partial(cls, **defaults)
+def register(name: str, build: Callable[..., nn.Module], **defaults) -> None:
+    """Makes `build(**defaults)` the model called `name` here, and in timm too where timm has no model of that name."""
+    _MODELS[name] = partial(build, **defaults)
     if not timm.is_model(name):
         named = partial(_MODELS[name])
         named.__name__, named.__module__ = name, __name__
         timm.models.register_model(named)
+
+
+def register_family(prefix: str, build: Callable[..., nn.Module], **defaults) -> None:
+    """Makes `build(backbone=rest, **defaults)` the model called `prefix` + rest, for each model of timm called rest."""
+    _FAMILIES[prefix] = partial(build, **defaults)
+
+
+def builder_of(name: str) -> Callable[..., nn.Module] | None:
+    """What builds the model of that name; None if there is no such model."""
+    if name in _MODELS:
+        return _MODELS[name]
+    families = ((prefix, name.removeprefix(prefix)) for prefix in _FAMILIES if name.startswith(prefix))
+    return next((partial(_FAMILIES[p], backbone=rest) for p, rest in families if timm.is_model(rest)), None)
 
 
 def list_models(prefix: str = "") -> list[str]:
@@ -44,18 +66,26 @@ def list_models(prefix: str = "") -> list[str]:
 
 def create_model(name: str, **kwargs) -> nn.Module:
     """Builds a registered model of this repository. ValueError: an unknown name, or an option that it does not take."""
-    if name not in _MODELS:
+    builder = builder_of(name)
+    if builder is None:
         raise ValueError(f"--model {name} is unknown here; the models are: {', '.join(list_models())}")
     try:
-        return _MODELS[name](**kwargs)
+        return builder(**kwargs)
     except TypeError as error:
         raise ValueError(f"--model {name} does not take one of the options {sorted(kwargs)}: {error}") from error
+
+
+def input_size_of(name: str) -> int:
+    """The side of the images that a registered model is for, unless it is told another."""
+    builder = builder_of(name)
+    return inspect.signature(builder).parameters["input_size"].default if builder else 0
 
 
 def options_of(name: str) -> set[str]:
     """Names of the options that the constructor of a registered model takes; none for an unknown model."""
     found: set[str] = set()
-    for cls in _MODELS[name].func.__mro__ if name in _MODELS else ():
+    builder = builder_of(name)
+    for cls in getattr(builder.func, "__mro__", ()) if builder else ():
         parameters = inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
         found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):  # hands nothing on to its base
@@ -465,9 +495,6 @@ class VisionTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "pos_embed"}
 
-    def get_num_layers(self) -> int:
-        return len(self.blocks)
-
     # -- forward
 
     def forward(self, x: Tensor, cells: Tensor | None = None) -> Tensor:
@@ -556,3 +583,8 @@ for _size, _options in MAE_SIZES.items():
         # (specs/semmae.md A.9)
         _vit = {**_options, "patch_size": _patch_size, "k_bias": True, "pos_embed": "sincos_trainable"}
         register(f"vit_{_size}_patch{_patch_size}_224", VisionTransformer, **_vit)
+
+for _size, _options in MIM_VIT_SIZES.items():
+    # BEiT's with learned positions (specs/a2mim.md 4.4)
+    _mim = {"rel_pos_bias": "per_block", "pos_embed": "learned", "init_values": 0.1}
+    register(f"mim_{_size}_patch16_224", VisionTransformer, **_options, **_mim)

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from backbones import TIMM_BACKBONES, MaskToken, PixelNeck, build_backbone, family_of, map_of, place_of
 from ema import MovingAverage
+from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, mean_filled
 from masking_generator import (
     COUNT_FIXES,
     ORDERS_WITH_TIES,
@@ -33,6 +35,7 @@ from masking_generator import (
 )
 from modeling_finetune import (
     MAE_SIZES,
+    MIM_VIT_SIZES,
     VIT_SIZES,
     Attention,
     Block,
@@ -41,8 +44,10 @@ from modeling_finetune import (
     check_choice,
     positions_of,
     register,
+    register_family,
     sincos_pos_embed,
     take,
+    to_pair,
     unpatchify,
 )
 from modeling_targets import (
@@ -107,6 +112,16 @@ class PretrainMethod(nn.Module):
     @property
     def teacher(self) -> nn.Module | None:
         return None if self.average is None else self.average.module
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return self.patch_embed.img_size
+
+    @property
+    def cell_size(self) -> tuple[int, int]:
+        """(height, width), in pixels, of what a mask, a part map and draws have one number for."""
+        return self.patch_embed.patch_size
 
     def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The clean encoder in `weights`, by default in what the published recipe fine-tunes: the teacher, if any."""
@@ -1107,6 +1122,164 @@ class MaskFeat(SemanticMIM):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SimMIM and A2MIM
+
+_UNDECAYED = {"weight_decay": 0.0}
+_NORM_NAMES = r"(bn|ln|gn)(\d+)?.(weight|bias)"
+# What the published optimizers exempt, by a search in the names; the token's and gamma's rules follow (a2mim.md 4.1).
+_RULES = {
+    "vit": (_NORM_NAMES, "norm", "bias", "pos_embed", "cls_token", "gamma"),
+    "swin": ("norm", "bias", "absolute_pos_embed", "relative_position_bias_table"),
+    "convnext": (_NORM_NAMES, "bias", "gamma"),
+    "cnn": (_NORM_NAMES, "bias"),
+}
+
+
+class SimMIM(PretrainMethod):
+    """Predicts the pixels of masked squares from the other features of any backbone (specs/a2mim.md 1 to 3).
+
+    A token takes the place of masked features in between two stages of the backbone; a neck of one convolution makes
+    pixels of its last map. `backbone` is one of `MIM_VIT_SIZES` or a name of timm; options not named here are its own.
+    mask_layer, mask_token, replace, mask_init, detach, token_std: see `MaskToken`, and `Place` of the backbone.
+    kernel, decoder_kernel: see `PixelNeck`. token_lr, gamma_lr: factors of the learning rate of token and gamma; with
+    gamma_lr None gamma has no rule of its own, and is decayed unless the backbone's rules say otherwise.
+    """
+
+    views = ("image", "mask")
+    not_exported = ("inject.", "neck.")
+    predicts_pixels = True
+    fills_input = False
+
+    def __init__(
+        self,
+        *,
+        backbone: str,
+        input_size=224,
+        mask_layer: int = 0,
+        mask_token: str = "learnable",
+        replace: bool = True,
+        mask_init: float = 0.0,
+        detach: bool = False,
+        token_std: float = 0.02,
+        kernel: int = 1,
+        decoder_kernel: int | None = None,
+        token_lr: float = 1.0,
+        gamma_lr: float | None = None,
+        drop_path: float = 0.0,
+        attn: str = "auto",
+        grad_checkpointing: bool = False,
+        **options,
+    ):
+        super().__init__()
+        self.token_lr, self.gamma_lr, self.input_size = token_lr, gamma_lr, to_pair(input_size)
+        self.backbone = build_backbone(
+            backbone, self.input_size, drop_path=drop_path, attn=attn, grad_checkpointing=grad_checkpointing, **options
+        )
+        width, stride = map_of(self.backbone)
+        if any(side % stride for side in self.input_size):
+            raise ValueError(
+                f"--input_size {self.input_size} is not a multiple of {stride}, the backbone's last stride"
+            )
+        self.inject = MaskToken(
+            place_of(self.backbone, mask_layer), kind=mask_token, replace=replace, mask_init=mask_init, detach=detach,
+            token_std=token_std,
+        )  # fmt: skip
+        self.inject.attach(self.backbone)
+        self.neck = PixelNeck(width, stride, kernel=kernel, decoder_kernel=decoder_kernel)
+        self.loss = ReconstructionLoss()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.input_size
+
+    @property
+    def cell_size(self) -> tuple[int, int]:
+        return (self.inject.place.stride,) * 2
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        predicted = self.predict(self.features(batch["image"], batch["mask"]), batch["image"])
+        return self.loss(predicted, batch["image"], batch["mask"])
+
+    def features(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """The last map [B, C, h, w] of images [B, 3, H, W] masked by [B, rows, columns], or whole ones."""
+        self.inject.mask = mask
+        return family_of(self.backbone).feature_map(self.backbone, self.seen(images, mask))
+
+    def seen(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """What goes into the backbone."""
+        return mean_filled(images, mask) if self.fills_input and mask is not None else images
+
+    def predict(self, features: Tensor, images: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W]."""
+        return self.neck(features)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: dict[str, Tensor]) -> Reconstruction:
+        images, mask = batch["image"], batch["mask"]
+        predicted = self.predict(self.features(images, mask), images).float()
+        hidden = enlarged(mask, images.shape[-2:]).bool().unsqueeze(1)
+        return Reconstruction(images, images.masked_fill(hidden, 0), predicted, torch.where(hidden, predicted, images))
+
+    # -- what optimizers and exporters ask
+
+    def param_rules(self) -> dict[str, dict[str, float]]:
+        """The published rules of decay and learning rate, by what is found in a parameter's name."""
+        rules = dict.fromkeys(_RULES[family_of(self.backbone).rules], _UNDECAYED)
+        rules["mask_token"] = _UNDECAYED | {"lr_mult": self.token_lr}
+        return rules if self.gamma_lr is None else rules | {"mask_gamma": _UNDECAYED | {"lr_mult": self.gamma_lr}}
+
+    def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The backbone under its own names, which are timm's for timm's networks."""
+        kept = super().encoder_state_dict(weights)
+        return {name.removeprefix("backbone."): value for name, value in kept.items()}
+
+
+class A2MIM(SimMIM):
+    """Architecture-agnostic masked image modelling (ICML 2023, arXiv 2205.13943; specs/a2mim.md).
+
+    Masked pixels are given the image's mean colour; deep in the backbone a token is added to their features; the loss
+    also compares the spectra of prediction and image. See `ReconstructionLoss`, `Regression` and `FocalFrequencyLoss`.
+    mean_residual: the image's mean colour is added to the prediction.
+    Differences from the published code, without effect on the numbers: one real transform of the mean difference in
+    place of two complex ones of whole batches.
+    """
+
+    fills_input = True
+
+    def __init__(
+        self,
+        *,
+        replace: bool = False,
+        pixel_loss: str = "l1",
+        unmask_weight: float = 0.0,
+        fft_weight: float = 0.0,
+        fft_focal: bool = True,
+        fft_unmask_weight: float = 0.0,
+        fft_unmask_replace: str = "mixed",
+        fft_reweight: bool = False,
+        ave_spectrum: bool = True,
+        mean_residual: bool = False,
+        **simmim,
+    ):
+        super().__init__(replace=replace, **simmim)
+        self.mean_residual = mean_residual
+        self.loss = ReconstructionLoss(
+            regression=Regression(mode=pixel_loss),
+            unmask_weight=unmask_weight,
+            fft_weight=fft_weight,
+            fft_focal=fft_focal,
+            fft_unmask_weight=fft_unmask_weight,
+            fft_unmask_replace=fft_unmask_replace,
+            fft_reweight=fft_reweight,
+            focal=FocalFrequencyLoss(ave_spectrum=ave_spectrum),
+        )
+
+    def predict(self, features: Tensor, images: Tensor) -> Tensor:
+        predicted = self.neck(features)
+        return predicted + images.mean((2, 3), keepdim=True) if self.mean_residual else predicted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Registered methods
 
 # The published decoder has 8 blocks of width 512; those of the small encoders are ours, with its 32 channels a head.
@@ -1138,3 +1311,30 @@ for _size, _options in VIT_SIZES.items():  # SemAIM's ancestors, and its form wi
 
 for _size in ("base", "large"):  # a quarter of the 28 x 28 patches, as many tokens as with patches of 16 pixels
     register(f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25)
+
+# SimMIM's and A2MIM's published backbones, A2MIM with the token and losses of its recipes (specs/a2mim.md 2, 3.6)
+_DEEP_TOKEN = {"mask_layer": 3, "mask_init": 1e-6, "token_lr": 0.1}  # before the last stage
+_CNN_LOSS = {"pixel_loss": "focal_l1", "fft_unmask_weight": 1e-3}
+_SPECTRA = {  # what the published recipes weigh them by; those of ResNet-18 and 34 are ours, as of ResNet-50
+    **{f"resnet{depth}": {"fft_weight": 0.5} for depth in (18, 34, 50)},
+    **{f"resnet{depth}": {"fft_weight": 0.1, "fft_focal": False} for depth in (101, 152)},
+    "resnet200": {"fft_focal": False},
+}
+
+for _name in MIM_VIT_SIZES:
+    register(f"simmim_{_name}_patch16_224", SimMIM, backbone=_name)
+    register(f"a2mim_{_name}_patch16_224", A2MIM, backbone=_name, fft_weight=0.1)
+for _name, _timm_name in TIMM_BACKBONES.items():
+    if _name.startswith("swin"):
+        register(f"simmim_{_name}", SimMIM, backbone=_timm_name)
+        register(f"a2mim_{_name}", A2MIM, backbone=_timm_name, fft_weight=0.5)
+        continue
+    # the published ConvNeXt never initialises its token; SimMIM's adds it, ResNet's puts it in
+    _token = {"token_std": 0.0} if _name.startswith("convnext") else {}
+    register(f"simmim_{_name}", SimMIM, backbone=_timm_name, replace=not _token, **_token)
+    register(
+        f"a2mim_{_name}", A2MIM, backbone=_timm_name, **_DEEP_TOKEN, **_CNN_LOSS, **_SPECTRA.get(_name, {}), **_token
+    )
+
+register_family("simmim_", SimMIM)  # any other convolutional network of timm by its name
+register_family("a2mim_", A2MIM, **_DEEP_TOKEN, **_CNN_LOSS, fft_weight=0.5)

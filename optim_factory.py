@@ -1,11 +1,11 @@
-"""Parameter groups with layer-wise learning-rate decay, optimizers by name, and per-step cosine schedules."""
+"""Parameter groups with layer-wise learning-rate decay or by rules, optimizers by name, and per-step schedules."""
 
 import difflib
 import importlib
 import math
 import re
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 Groups = list[dict[str, Any]]
-LR_SCHEDULES = ("cosine", "mae", "step")
+Rules = Mapping[str, Mapping[str, float]]  # what is searched for in names -> {"weight_decay": ..., "lr_mult": ...}
+ANNEALINGS = ("stepfix_cosine", "cosine_iters", "cosine_epochs", "step")
+LR_SCHEDULES = ("cosine", "mae", *ANNEALINGS)
 
 _EMBEDDING_NAMES = {"cls_token", "mask_token", "pos_embed"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -30,6 +32,60 @@ def layer_id(name: str, num_layers: int) -> int:
         return 0
     block = _BLOCK.match(name)
     return int(block.group(1)) + 1 if block else num_layers + 1
+
+
+def layers_of(names: Collection[str], depths: Sequence[int] = ()) -> tuple[dict[str, int], int]:
+    """The layer of each parameter of a ViT, or of timm's Swin or ConvNeXt, by its name, and the last layer's number.
+
+    0 is nearest to the image, the last layer is the head's (spec ConMIM 5.2, A2MIM 4.4). `depths`: blocks in each
+    stage, by default those that the names tell of; a ViT is a single stage.
+
+    Raises:
+        ValueError: another network.
+    """
+    depths = depths or depths_of(names)
+    in_stages = any(name.startswith("stages.") for name in names)
+    known = any(name.startswith("stem." if in_stages else "patch_embed.") for name in names)
+    if known and len(depths) == 1:
+        return {name: layer_id(name, depths[0]) for name in names}, depths[0] + 1
+    if not known or len(depths) != 4:
+        raise ValueError("--layer_decay is for ViT, Swin and ConvNeXt: give --layer_decay 1 for this network")
+    last = (12 if depths[2] > 9 else 6) + 1 if in_stages else sum(depths) + 1
+    rule = _convnext_layer if in_stages else _swin_layer
+    return {name: rule(name, depths, last) for name in names}, last
+
+
+def depths_of(names: Collection[str]) -> tuple[int, ...]:
+    """Blocks in each stage."""
+    depths: dict[int, int] = {}
+    for name in names:
+        if found := re.match(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.", name):
+            stage = int(found[1] or 0)
+            depths[stage] = max(depths.get(stage, 0), int(found[2]) + 1)
+    return tuple(depths[stage] for stage in sorted(depths))
+
+
+def _swin_layer(name: str, depths: Sequence[int], last: int) -> int:
+    """Every block is a layer; patch merging belongs to the block before it."""
+    if name.startswith("patch_embed."):
+        return 0
+    found = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
+    if found is None:
+        return last
+    before = sum(depths[: int(found[1])])
+    return before if found[2] is None else before + int(found[2]) + 1
+
+
+def _convnext_layer(name: str, depths: Sequence[int], last: int) -> int:
+    """Three blocks of the third stage are a layer, every other stage is one."""
+    if name.startswith("stem."):
+        return 0
+    found = re.match(r"stages\.(\d)\.(?:blocks\.(\d+)|downsample)\.", name)
+    if found is None:
+        return last
+    if found[1] == "2" and found[2] is not None:
+        return 3 + int(found[2]) // 3
+    return (1, 2, 3, last - 1)[int(found[1])]
 
 
 def layer_scales(layer_decay: float, num_layers: int) -> np.ndarray:
@@ -48,16 +104,19 @@ def param_groups(
     One-dimensional parameters, names that end in `.bias`, and those in `model.no_weight_decay()` or `no_decay_names`
     are not decayed. So a model whose `no_weight_decay()` is empty follows MAE's rule for pre-training, where class and
     mask tokens decay; with the class token and the positions in it, BEiT's rule and MAE's for fine-tuning.
-    With `layer_decay` < 1 a parameter's lr_scale is that of its layer among `layer_scales`, otherwise 1.
+    With `layer_decay` < 1 a parameter's lr_scale is that of its layer among `layer_scales`, see `layers_of`, otherwise
+    1. A model with `param_rules()` is grouped by these in place of all that, see `by_rules`.
 
     A group holds `params`, `weight_decay`, `lr_scale`, `group_name`, and `decay`, which tells the decayed groups from
     the others also where the weight decay is 0 at present.
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"--layer_decay is a factor in (0, 1], got {layer_decay}")
+    if hasattr(model, "param_rules"):
+        return _groups_by_rules(model, weight_decay, model.param_rules())
     layered = layer_decay is not None and layer_decay < 1
-    num_layers = model.get_num_layers() if layered else 0
-    skipped = model.no_weight_decay() | set(no_decay_names)
+    layers, last = layers_of([name for name, _ in model.named_parameters()]) if layered else ({}, 0)
+    skipped = getattr(model, "no_weight_decay", set)() | set(no_decay_names)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -65,9 +124,34 @@ def param_groups(
         decay = parameter.ndim > 1 and not name.endswith(".bias") and name not in skipped
         group = _empty_group(weight_decay if decay else 0.0, decay)
         if layered:
-            layer = layer_id(name, num_layers)
-            group["group_name"] = f"layer_{layer}_{group['group_name']}"
-            group["lr_scale"] = float(layer_scales(layer_decay, num_layers)[layer])
+            group["group_name"] = f"layer_{layers[name]}_{group['group_name']}"
+            group["lr_scale"] = float(layer_scales(layer_decay, last - 1)[layers[name]])
+        groups.setdefault(group["group_name"], group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def by_rules(name: str, rules: Rules, lr: float, weight_decay: float) -> tuple[float, float]:
+    """Learning rate and weight decay of parameter `name` (spec A2MIM 4.1).
+
+    Every rule whose pattern is found in the name applies, later ones over earlier ones; `<value>_mult` multiplies.
+    """
+    found: dict[str, float] = {}
+    for pattern, values in rules.items():
+        if re.search(pattern, name):
+            found |= values
+    lr, weight_decay = found.get("lr", lr), found.get("weight_decay", weight_decay)
+    return lr * found.get("lr_mult", 1.0), weight_decay * found.get("weight_decay_mult", 1.0)
+
+
+def _groups_by_rules(model: nn.Module, weight_decay: float, rules: Rules) -> Groups:
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr_scale, decay_scale = by_rules(name, rules, 1.0, 1.0)
+        group = _empty_group(weight_decay * decay_scale, decay_scale > 0)
+        if lr_scale != 1:
+            group |= {"lr_scale": lr_scale, "group_name": f"lr_{lr_scale:g}_{group['group_name']}"}
         groups.setdefault(group["group_name"], group)["params"].append(parameter)
     return list(groups.values())
 
@@ -77,11 +161,15 @@ def _empty_group(weight_decay: float, decay: bool) -> dict[str, Any]:
     return {"params": [], "weight_decay": float(weight_decay), "lr_scale": 1.0, "group_name": name, "decay": decay}
 
 
-def set_schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Write this step's values into every group: lr * lr_scale, and the weight decay where the group is decayed."""
-    lr, weight_decay = float(lr), float(weight_decay)  # numpy's numbers would end up in checkpoints
+def set_schedule(optimizer: torch.optim.Optimizer, lr: float | np.ndarray, weight_decay: float) -> None:
+    """Write this step's values into every group: lr * lr_scale, and the weight decay where the group is decayed.
+
+    Of a pair (lr, floor) only what is above the floor is scaled: every group ends at the same rate.
+    """
+    # numpy's numbers would end up in checkpoints
+    (lr, floor), weight_decay = map(float, lr) if np.ndim(lr) else (float(lr), 0.0), float(weight_decay)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = (lr - floor) * group.get("lr_scale", 1.0) + floor
         if group.get("decay", group["weight_decay"] > 0):
             group["weight_decay"] = weight_decay
 
@@ -113,11 +201,6 @@ def cosine_schedule(
     return np.concatenate([ramp, final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))])
 
 
-def step_at(epoch: np.ndarray, base: float, final: float, every: int) -> np.ndarray:
-    """A tenth of `base`, though not less than `final`, for each `every` whole epochs that have gone by, float64."""
-    return np.maximum(base * 0.1 ** (np.asarray(epoch, dtype=np.float64) // every), final)
-
-
 def cosine_at(epoch: np.ndarray, base: float, final: float, epochs: float, warmup_epochs: float = 0.0) -> np.ndarray:
     """MAE's learning rate at fractional epochs, float64 (spec SemMAE A.8).
 
@@ -130,6 +213,46 @@ def cosine_at(epoch: np.ndarray, base: float, final: float, epochs: float, warmu
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     falling = final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))
     return np.where(epoch < warmup_epochs, base * epoch / max(warmup_epochs, 1e-9), falling)
+
+
+def annealing(
+    kind: str,
+    base: float,
+    final: float,
+    epochs: int,
+    steps_per_epoch: int,
+    warmup_steps: int,
+    *,
+    warmup_ratio: float = 0.0,
+    milestones: Sequence[int] = (),
+    gamma: float = 0.1,
+) -> np.ndarray:
+    """A2MIM's learning rates and their floors for `set_schedule`, float64 [steps, 2] (spec A2MIM 4.2).
+
+    "stepfix_cosine": half a cosine after the warm-up, in which the same cosine runs backwards, from 0. The others let
+    the warm-up scale what the whole run's schedule says, from `warmup_ratio` on: "cosine_iters" and "cosine_epochs" are
+    half a cosine by steps or by epochs, "step" is `base`, times `gamma` at each milestone (in epochs), without floor.
+
+    Raises:
+        ValueError: a warm-up longer than the run.
+    """
+    steps = epochs * steps_per_epoch
+    if warmup_steps >= steps:
+        raise ValueError(f"the warm-up ({warmup_steps} steps) leaves nothing of the run ({steps} steps)")
+    step = np.arange(steps, dtype=np.float64)
+    if kind == "step":
+        share, final = gamma ** np.searchsorted(sorted(milestones), step // steps_per_epoch, side="right"), 0.0
+    else:
+        progress = {
+            "stepfix_cosine": (step - warmup_steps) / (steps - warmup_steps),
+            "cosine_iters": step / steps,
+            "cosine_epochs": step // steps_per_epoch / epochs,
+        }[kind]
+        share = 0.5 * (1 + np.cos(math.pi * progress))
+    start = 0.0 if kind == "stepfix_cosine" else warmup_ratio
+    warm = np.minimum(1 - (1 - step / max(warmup_steps, 1)) * (1 - start), 1.0) if warmup_steps else np.ones(steps)
+    floor = warm * final * (1 - share)
+    return np.stack((warm * base * share + floor, floor), axis=1)
 
 
 class LARS(torch.optim.Optimizer):

@@ -5,6 +5,7 @@ Flag names are the published ones (specs/conmim.md 7); flags that never had an e
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,14 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="cosine",
-        help="mae: its warm-up reaches the peak one step later, as in MAE's code; step: a tenth every --lr_step_epochs",
+        help="mae: its warm-up reaches the peak one step later, as in MAE's code; the others are A2MIM's",
     )  # fmt: skip
-    group.add_argument("--lr_step_epochs", type=int, default=10, help="of --lr_schedule step")
+    group.add_argument("--lr_steps", type=int, nargs="*", default=(), help="of --lr_schedule step: epochs of its steps")
+    group.add_argument("--lr_gamma", type=float, default=0.1, help="of --lr_schedule step: factor of each step")
+    group.add_argument(
+        "--warmup_ratio", type=float, default=0.0,
+        help="of --lr_schedule step, cosine_iters, cosine_epochs: what share of the rate the warm-up begins with",
+    )  # fmt: skip
     group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
     group.add_argument("--warmup_epochs", type=int, default=5)
     group.add_argument("--warmup_steps", type=int, default=-1, help="overrides --warmup_epochs if positive")
@@ -286,11 +292,18 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--drop", type=float, default=0.0)
     group.add_argument("--attn_drop_rate", type=float, default=0.0)
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument(
+        "--bce_loss", action="store_true", help="binary cross entropy, summed over the classes, in place of softmax's"
+    )
     group.add_argument("--color_jitter", type=float, default=0.4, help="only with an empty --aa")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment or AutoAugment policy; "" for none')
     group.add_argument("--reprob", type=float, default=0.25, help="random erasing")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
     group.add_argument("--recount", type=int, default=1)
+    group.add_argument(
+        "--aug_repeats", type=int, default=1, metavar="N",
+        help="repeated augmentation: each image N times in a step, so that an epoch shows one in N",
+    )  # fmt: skip
     group.add_argument(
         "--no_aug", action="store_true", help="no crop, flip, --aa, --color_jitter, --reprob: images as for evaluation"
     )
@@ -302,12 +315,18 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
     group.add_argument("--model_ema", action="store_true", help="keep and evaluate an average of the weights")
     group.add_argument("--model_ema_decay", type=float, default=0.9999)
+    group.add_argument(
+        "--model_ema_warmup_epochs", type=int, default=0, help="epochs in which the decay rises, from nine tenths"
+    )
     group.add_argument("--model_ema_force_cpu", action="store_true")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and exit")
     group.add_argument("--dist_eval", action="store_true", help="share the validation images among processes")
     group.add_argument("--disable_eval_during_finetuning", action="store_true")
     group.add_argument("--crop_pct", type=float, default=None)
+    group.add_argument(
+        "--eval_input_size", type=int, default=None, help="side of validation images; None: that of training images"
+    )
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -330,6 +349,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     """Device, precision, DeepSpeed and the processes."""
     group = add_process_flags(parser)
+    _switch(group, "sync_bn", "no_sync_bn", default=False, help="batch normalisation over the batches of all processes")
     group.add_argument("--enable_deepspeed", action="store_true")
     group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)
     group.add_argument(
@@ -424,6 +444,8 @@ def adapt_defaults(args: argparse.Namespace, given: set[str]) -> None:
     """Defaults that do not fit what was asked for give way; what the user gave stays, and may be refused later."""
     if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
         args.warmup_epochs = args.epochs // 5
+    if hasattr(args, "eval_input_size") and "input_size" in given and "eval_input_size" not in given:
+        args.eval_input_size = None
     if "opt_betas" not in given and args.opt_betas is not None and not takes_betas(args.opt, len(args.opt_betas)):
         args.opt_betas = None
 
@@ -451,8 +473,8 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def validate(args: argparse.Namespace) -> None:
     """Combinations that cannot work, each refused in one sentence."""
-    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq", "lr_step_epochs"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq", "aug_repeats"):
+        if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.enable_deepspeed and not args.output_dir and args.save_ckpt:
         raise ValueError("--enable_deepspeed writes its configuration and checkpoints: give --output_dir")
@@ -478,6 +500,8 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--model_kwargs takes K=V pairs, not {item!r}")
         options[key] = yaml.safe_load(value)
+        with contextlib.suppress(ValueError):  # YAML takes 1e-6 for a word
+            options[key] = float(options[key]) if isinstance(options[key], str) else options[key]
     return options
 
 
@@ -528,11 +552,13 @@ def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
     """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
     warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
     scaled = f"--blr {args.blr:g} x {effective_batch(args)} / 256" if args.blr else "not scaled by the batch size"
-    falls = f"a tenth every {args.lr_step_epochs} epochs down" if args.lr_schedule == "step" else "cosine"
+    falls = f"cosine to {args.min_lr:g}"
+    if args.lr_schedule == "step":
+        falls = f"times {args.lr_gamma:g} after epochs {', '.join(map(str, args.lr_steps)) or 'none'}"
     return {
         "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = {effective_batch(args)}",
         "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
-        "lr": f"0 -> {args.lr:g} in {warmup} steps, {falls} to {args.min_lr:g}; {scaled}",
+        "lr": f"0 -> {args.lr:g} in {warmup} steps, {falls}; {scaled}",
         "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",
         "precision": args.precision,
     }

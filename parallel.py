@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,6 +91,49 @@ class BatchStatistics:
     def put_back_unless(self, applied: Tensor) -> None:
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(applied > 0, buffer, kept))
+
+
+def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
+    """From now on batch normalisation takes its statistics from the batches of all processes, not of its own alone.
+
+    On GPUs these are torch's modules, which know no CPU, where each norm gets a `forward` of ours.
+    """
+    if not utils.in_group() or dist.get_world_size() == 1:
+        return
+    if device.type != "cpu":
+        convert_sync_batchnorm(network)
+        return
+    for norm in network.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.forward = partial(synchronised_batch_norm, norm)
+
+
+def synchronised_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Batch normalisation of x [B, C, ...] in float32 by mean and variance over all processes."""
+    if not norm.training:
+        return activated(norm, batch_norm_in_float32(norm, x).to(x.dtype))
+    values, space = x.float(), [axis for axis in range(x.ndim) if axis != 1]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    sums = all_reduce(torch.cat((values.sum(space), values.new_tensor([values[:, 0].numel()]))))
+    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+    centred = values - mean.view(shape)
+    variance = all_reduce(centred.square().sum(space)) / count
+    if norm.track_running_stats:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+    normed = centred * (variance + norm.eps).rsqrt().view(shape)
+    if norm.affine:
+        normed = normed * norm.weight.float().view(shape) + norm.bias.float().view(shape)
+    return activated(norm, normed.to(x.dtype))
+
+
+def activated(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """timm has norms with dropout and activation in one module."""
+    for name in ("drop", "act"):
+        x = getattr(norm, name, nn.Identity())(x)
+    return x
 
 
 def spoil_if_nonfinite(loss: Tensor) -> Tensor:
@@ -310,7 +355,8 @@ def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: to
     network.forward = torch.autocast(device.type, dtype)(network.forward)
     for norm in network.modules():
         if isinstance(norm, _BatchNorm):
-            norm.forward = partial(batch_norm_in_float32, norm)
+            synchronised = isinstance(norm, nn.SyncBatchNorm) or "forward" in vars(norm)
+            norm.forward = partial(synchronised_batch_norm if synchronised else batch_norm_in_float32, norm)
 
 
 def batch_norm_in_float32(norm: _BatchNorm, x: Tensor) -> Tensor:

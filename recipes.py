@@ -392,6 +392,148 @@ SEMAIM_LARGE_NOTE = "Unverified: every setting; pre-training is as for ViT-B, fi
 SEMAIM_CLIP_NOTE = "Unverified: every setting but epochs and target; the rest is as for pixels."
 IGPT_NOTE = "Unverified: every setting but epochs and order; the rest is SAIM's."
 
+# SimMIM and A2MIM (specs/a2mim.md 1.4, 4.3 to 5). Forms of the token and the loss are those of the registered models.
+A2MIM_README = "A2MIM README and configurations (Westlake-AI/A2MIM ccca6dc)"
+OPENMIXUP = "OpenMixup configurations (Westlake-AI/openmixup 37e1372)"
+
+PRETRAIN_MIM = {
+    "batch_size": 256,
+    "update_freq": 1,
+    "epochs": 300,
+    "warmup_epochs": 10,
+    "lr": 8e-4,
+    "lr_schedule": "stepfix_cosine",
+    "min_lr": 1e-5,
+    "weight_decay": 0.05,
+    "opt_betas": (0.9, 0.999),
+    "clip_grad": None,
+    "drop_path": 0.0,
+    "mask_type": "random_mps32",
+    "mask_ratio": 0.6,
+    "mask_patch_size": 32,
+    "crop_scale": (0.67, 1.0),
+    "train_interpolation": "bilinear",
+    "imagenet_default_mean_and_std": True,
+    "save_ckpt_freq": 10,
+}
+PRETRAIN_SIMMIM_RESNET = PRETRAIN_MIM | {"sync_bn": True}
+PRETRAIN_A2MIM_CNN = PRETRAIN_MIM | {"lr": 1.2e-3, "crop_scale": (0.8, 1.0)}
+PRETRAIN_A2MIM_RESNET = PRETRAIN_A2MIM_CNN | {"sync_bn": True}
+PRETRAIN_A2MIM_RESNET_100 = PRETRAIN_A2MIM_RESNET | {"epochs": 100, "model_kwargs": ("gamma_lr=0.1",)}
+PRETRAIN_MIM_VIT = PRETRAIN_MIM | {
+    "epochs": 800,
+    "lr": 4e-4,
+    "lr_schedule": "step",
+    "lr_steps": (700,),
+    "warmup_ratio": 2e-6,
+    "min_lr": 0.0,
+    "clip_grad": 5.0,
+    "drop_path": 0.1,
+}
+PRETRAIN_MIM_VIT_LARGE = PRETRAIN_MIM_VIT | {"batch_size": 128}
+PRETRAIN_SIMMIM_SWIN = PRETRAIN_MIM_VIT | {"input_size": 192, "drop_path": 0.0}
+PRETRAIN_SIMMIM_SWIN_100 = PRETRAIN_SIMMIM_SWIN | {
+    "epochs": 100,
+    "lr": 8e-4,
+    "lr_schedule": "cosine_iters",
+    "lr_steps": None,
+    "min_lr": 4e-5,
+    "warmup_ratio": 4e-6,
+}
+PRETRAIN_A2MIM_DEIT = PRETRAIN_MIM | {
+    "epochs": 800,
+    "input_size": 192,
+    "clip_grad": 5.0,
+    "drop_path": 0.1,
+    "model_kwargs": ("decoder_kernel=5",),
+}
+PRETRAIN_A2MIM_RESNET_IN100 = PRETRAIN_A2MIM_RESNET_100 | {"epochs": 800, "input_size": 192}
+PRETRAIN_MIM_TINY = PRETRAIN_A2MIM_CNN | {"lr": 5e-4, "warmup_epochs": 5, "mask_patch_size": None}
+
+FINETUNE_MIM = FINETUNE_BASE | {
+    "lr": 1e-2,
+    "lr_schedule": "stepfix_cosine",
+    "clip_grad": 5.0,
+    "disable_weight_decay_on_rel_pos_bias": True,
+}
+FINETUNE_MIM_AVERAGED = FINETUNE_MIM | {
+    "model_ema": True,
+    "model_ema_decay": 0.99996,
+    "model_ema_warmup_epochs": 20,
+}
+FINETUNE_MIM_LARGE = FINETUNE_MIM_AVERAGED | {"aug_repeats": 3}
+FINETUNE_MIM_DEIT = FINETUNE_MIM | {"lr": 8e-3, "warmup_epochs": 5}
+FINETUNE_SWIN = FINETUNE_MIM | {
+    "batch_size": 256,
+    "input_size": 224,
+    "lr": 5e-3,
+    "lr_schedule": "cosine_iters",
+    "warmup_ratio": 2e-4,
+    "layer_decay": 0.9,
+    "layer_scale_init_value": None,
+    "init_scale": 1.0,
+}
+FINETUNE_CONVNEXT = FINETUNE_BASE | {
+    "update_freq": 4,
+    "epochs": 300,
+    "warmup_epochs": 5,
+    "lr_schedule": "cosine_iters",
+    "layer_decay": 1.0,
+    "layer_scale_init_value": None,
+    "init_scale": 1.0,
+    "model_ema": True,
+    "model_ema_decay": 0.9999,
+    "model_ema_warmup_epochs": 20,
+}
+FINETUNE_CONVNEXT_TINY = FINETUNE_CONVNEXT | {"epochs": 400, "lr": 4e-4, "weight_decay": 0.01, "layer_decay": 0.7}
+# "ResNet strikes back": A3 trains at 160 px for 100 epochs, A2 at 224 px for 300
+FINETUNE_A3 = {
+    "batch_size": 256,
+    "update_freq": 1,
+    "epochs": 100,
+    "warmup_epochs": 5,
+    "warmup_ratio": 1e-5,
+    "input_size": 160,
+    "eval_input_size": 224,
+    "crop_pct": 0.949,
+    "opt": "lamb",
+    "opt_eps": 1e-6,
+    "opt_betas": (0.9, 0.999),
+    "lr": 8e-3,
+    "lr_schedule": "cosine_epochs",
+    "min_lr": 1e-6,
+    "weight_decay": 0.02,
+    "layer_decay": 1.0,
+    "clip_grad": None,
+    "drop_path": 0.0,
+    "init_scale": 1.0,
+    "bce_loss": True,
+    "smoothing": 0.0,
+    "mixup": 0.1,
+    "cutmix": 1.0,
+    "aa": "rand-m6-mstd0.5-inc1",
+    "reprob": 0.0,
+    "imagenet_default_mean_and_std": True,
+}
+FINETUNE_A2 = FINETUNE_A3 | {
+    "epochs": 300,
+    "input_size": 224,
+    "lr": 5e-3,
+    "drop_path": 0.05,
+    "aa": "rand-m7-mstd0.5-inc1",
+    "aug_repeats": 3,
+}
+FINETUNE_A2_AVERAGED = FINETUNE_A2 | {"model_ema": True, "model_ema_decay": 0.9999, "model_ema_warmup_epochs": 20}
+FINETUNE_MIM_TINY = FINETUNE_TINY | {"lr_schedule": "stepfix_cosine", "disable_weight_decay_on_rel_pos_bias": True}
+
+MIM_NOTE = "Unverified: how the published effective batch of 2048 was shared among GPUs."
+MIM_SWIN_NOTE = f"{MIM_NOTE} Unverified: no stochastic depth."
+MIM_IN100_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_NOTE}"
+MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was shared among GPUs."
+MIM_CNN_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs, and the head's start."
+MIM_SWIN_800_NOTE = f"{MIM_CNN_NOTE.format(2048)} Unverified: that this accuracy is for 224 px."
+MIM_DEIT_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_FINETUNE_NOTE} Unverified: 224 px."
+
 
 def _mae(size: str, patch: int, published: float, finetune: Mapping[str, Any]) -> tuple[Recipe, Recipe]:
     """Pre-training for 1600 epochs with normalised pixels, and the fine-tuning after it."""
@@ -456,6 +598,33 @@ def _semantic(name: str, classifier: str, flags: Mapping, finetune: Mapping, pub
         Recipe(f"{name}_base_finetune", "finetune", classifier, 8, finetune, source, published, notes[1]),
         Recipe(f"{name}_base_linear", "linear", classifier, 8, LINEAR_SEMANTIC, SEMANTICMIM, note=notes[2]),
     )
+
+
+def _mim(
+    name: str, model: str, published: float | None, flags: Mapping[str, Any], source: str, note: str = MIM_NOTE
+) -> Recipe:
+    """Pre-training with 2048 images a step."""
+    return Recipe(f"{name}_pretrain", "pretrain", model, 2048 // flags["batch_size"], flags, source, published, note)
+
+
+def _mim_vit(method: str, size: str, epochs: int, published: float, source: str) -> tuple[Recipe, Recipe]:
+    """Pre-training of a ViT for 800 epochs, and its fine-tuning."""
+    pretrain = PRETRAIN_MIM_VIT_LARGE if size == "large" else PRETRAIN_MIM_VIT
+    finetune = {"small": FINETUNE_MIM, "base": FINETUNE_MIM_AVERAGED, "large": FINETUNE_MIM_LARGE}[size]
+    model = f"vit_{size}_patch16_224"
+    return (
+        _mim(f"{method}_vit_{size}", f"{method}_{model}", published, pretrain, source),
+        Recipe(
+            f"{method}_vit_{size}_finetune", "finetune", f"mim_{model}", 8, finetune | {"epochs": epochs}, source,
+            published, MIM_FINETUNE_NOTE,
+        ),
+    )  # fmt: skip
+
+
+def _tuned(name: str, model: str, published: float | None, flags: Mapping[str, Any], source: str, **changes) -> Recipe:
+    """Fine-tuning of a network of timm's on 8 GPUs."""
+    note = MIM_CNN_NOTE.format(8 * flags["batch_size"] * flags["update_freq"])
+    return Recipe(name, "finetune", model, 8, flags | changes, source, published, note)
 
 
 def _linear(
@@ -641,6 +810,80 @@ _RECIPES = (
         for size in ("tiny", "small")
     ),
     *(_own(f"semaim_{size}", "pretrain", f"semaim_{size}", PRETRAIN_SEMAIM_TINY) for size in ("tiny", "small")),
+    *_mim_vit("a2mim", "small", 200, 82.1, A2MIM_README),
+    *_mim_vit("a2mim", "base", 100, 84.2, A2MIM_README),
+    *_mim_vit("a2mim", "large", 150, 86.1, A2MIM_README),
+    *_mim_vit("simmim", "small", 100, 81.7, OPENMIXUP),
+    *_mim_vit("simmim", "base", 100, 83.8, OPENMIXUP),
+    *_mim_vit("simmim", "large", 100, 85.6, OPENMIXUP),
+    *(
+        _mim(f"a2mim_resnet{depth}", f"a2mim_resnet{depth}", published, PRETRAIN_A2MIM_RESNET, A2MIM_README)
+        for depth, published in ((50, 80.4), (101, 81.9), (152, 82.5), (200, 83.0))
+    ),
+    _mim("a2mim_resnet50_100", "a2mim_resnet50", 78.8, PRETRAIN_A2MIM_RESNET_100, A2MIM_README),
+    _mim("a2mim_resnet50_in100", "a2mim_resnet50", 89.32, PRETRAIN_A2MIM_RESNET_IN100, A2MIM_README, MIM_IN100_NOTE),
+    *(
+        _mim(f"a2mim_convnext_{size}", f"a2mim_convnext_{size}", published, PRETRAIN_A2MIM_CNN, A2MIM_README)
+        for size, published in (("small", 83.7), ("base", 84.1), ("tiny", None))
+    ),
+    _mim(
+        "a2mim_deit_small_in100",
+        "a2mim_deit_small_patch16_224",
+        87.24,
+        PRETRAIN_A2MIM_DEIT,
+        A2MIM_README,
+        MIM_IN100_NOTE,
+    ),
+    *(
+        _mim(f"simmim_resnet{depth}", f"simmim_resnet{depth}", published, PRETRAIN_SIMMIM_RESNET, OPENMIXUP)
+        for depth, published in ((50, 79.9), (101, 81.3), (152, 81.9), (200, 82.2))
+    ),
+    *(
+        _mim(f"simmim_convnext_{size}", f"simmim_convnext_{size}", published, PRETRAIN_MIM, OPENMIXUP)
+        for size, published in (("small", 83.2), ("base", 83.6), ("tiny", None))
+    ),
+    _mim("simmim_swin_base", "simmim_swin_base", 84.0, PRETRAIN_SIMMIM_SWIN, OPENMIXUP, MIM_SWIN_NOTE),
+    _mim("simmim_swin_base_100", "simmim_swin_base", 82.9, PRETRAIN_SIMMIM_SWIN_100, OPENMIXUP, MIM_SWIN_NOTE),
+    *(
+        _tuned(f"a2mim_{name}_finetune_a3", model, published, FINETUNE_A3, A2MIM_README)
+        for name, model, published in (
+            ("resnet50", "resnet50", 78.9),
+            ("resnet50_100", "resnet50", 78.8),
+            ("resnet101", "resnet101", 80.3),
+            ("resnet152", "resnet152", 80.9),
+        )
+    ),
+    _tuned("a2mim_resnet50_finetune_a2", "resnet50", 80.4, FINETUNE_A2_AVERAGED, A2MIM_README),
+    _tuned("a2mim_resnet101_finetune_a2", "resnet101", 81.9, FINETUNE_A2, A2MIM_README),
+    _tuned("a2mim_resnet152_finetune_a2", "resnet152", 82.5, FINETUNE_A2, A2MIM_README),
+    _tuned("a2mim_resnet200_finetune_a2", "resnet200", 83.0, FINETUNE_A2, A2MIM_README, drop_path=0.2),
+    _tuned("simmim_resnet50_finetune_a2", "resnet50", 79.9, FINETUNE_A2_AVERAGED, OPENMIXUP),
+    _tuned("simmim_resnet101_finetune_a2", "resnet101", 81.3, FINETUNE_A2, OPENMIXUP, drop_path=0.1),
+    _tuned("simmim_resnet152_finetune_a2", "resnet152", 81.9, FINETUNE_A2, OPENMIXUP, drop_path=0.15),
+    _tuned("simmim_resnet200_finetune_a2", "resnet200", 82.2, FINETUNE_A2, OPENMIXUP, drop_path=0.2),
+    _tuned("a2mim_convnext_tiny_finetune", "convnext_tiny", None, FINETUNE_CONVNEXT_TINY, A2MIM_README),
+    _tuned("a2mim_convnext_small_finetune", "convnext_small", 83.7, FINETUNE_CONVNEXT, A2MIM_README, drop_path=0.4),
+    _tuned("a2mim_convnext_base_finetune", "convnext_base", 84.1, FINETUNE_CONVNEXT, A2MIM_README, drop_path=0.5),
+    _tuned("simmim_convnext_small_finetune", "convnext_small", 83.2, FINETUNE_CONVNEXT, OPENMIXUP, drop_path=0.4),
+    _tuned("simmim_convnext_base_finetune", "convnext_base", 83.6, FINETUNE_CONVNEXT, OPENMIXUP, drop_path=0.5),
+    Recipe("simmim_swin_base_finetune", "finetune", "swin_base", 8, FINETUNE_SWIN, OPENMIXUP, 84.0, MIM_SWIN_800_NOTE),
+    _tuned("simmim_swin_base_100_finetune", "swin_base", 82.9, FINETUNE_SWIN, OPENMIXUP, input_size=192),
+    _tuned("simmim_swin_base_100_finetune_224", "swin_base", 83.5, FINETUNE_SWIN, OPENMIXUP),
+    Recipe(
+        "a2mim_deit_small_in100_finetune",
+        "finetune",
+        "mim_deit_small_patch16_224",
+        8,
+        FINETUNE_MIM_DEIT,
+        A2MIM_README,
+        87.24,
+        MIM_DEIT_NOTE,
+    ),
+    *(
+        _own(f"{method}_vit_tiny", "pretrain", f"{method}_vit_tiny", PRETRAIN_MIM_TINY)
+        for method in ("a2mim", "simmim")
+    ),
+    _own("mim_vit_tiny", "finetune", "mim_vit_tiny", FINETUNE_MIM_TINY),
     *(_own(f"mae_{size}", "finetune", f"vit_{size}", FINETUNE_MAE_TINY) for size in ("tiny", "small")),
 )
 

@@ -11,7 +11,7 @@ import options
 from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate
 from engine_for_pretraining import Normalize, Training, train
-from modeling_finetune import create_model
+from modeling_finetune import create_model, input_size_of
 from optim_factory import param_groups
 from parallel import AUTOCAST_DTYPES
 from run_pretraining import dry_run, launch, set_up, start_training, train_loader
@@ -55,6 +55,11 @@ def build_eval_loader(args: Namespace, transform):
     rank, world_size = (args.rank, args.world_size) if args.dist_eval else (0, 1)
     sampler = EvalBatchSampler(len(dataset), int(1.5 * args.batch_size), rank=rank, world_size=world_size)
     return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
+
+
+def settle_size(args: Namespace) -> None:
+    """--input_size defaults to the model's own."""
+    args.input_size = options.model_kwargs(args).get("input_size") or input_size_of(args.model)
 
 
 def settle_classes(args: Namespace, dataset) -> None:
@@ -122,6 +127,7 @@ def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loade
 
 def main(args: Namespace) -> None:
     normalize = set_up(args)
+    settle_size(args)
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)

@@ -19,15 +19,24 @@ from modeling_finetune import Block, create_model, options_of
 from modeling_pretrain import PretrainMethod
 from modeling_targets import EncoderBlock
 from optim_factory import (
+    ANNEALINGS,
+    annealing,
     cosine_at,
     cosine_schedule,
     create_optimizer,
     needs_create_graph,
     param_groups,
-    step_at,
     works_on_shards,
 )
-from parallel import BatchStatistics, DeepSpeedRunner, Runner, TorchRunner, check_precision, deepspeed_config
+from parallel import (
+    BatchStatistics,
+    DeepSpeedRunner,
+    Runner,
+    TorchRunner,
+    check_precision,
+    deepspeed_config,
+    synchronise_batch_norm,
+)
 from part_maps import PartMaps, image_names
 from session import Origin, Position, Session
 from transforms import MEAN_STD, build_pretrain_transform
@@ -64,7 +73,10 @@ def build_method(args: Namespace) -> PretrainMethod:
         "grad_checkpointing": args.grad_checkpointing,
     }
     torch.manual_seed(args.seed)
-    return create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
+    method = create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
+    if not isinstance(method, PretrainMethod):
+        raise ValueError(f"--model {args.model} is a classifier, not a pre-training method: see --list_models")
+    return method
 
 
 def takes_words(args: Namespace) -> bool:
@@ -78,8 +90,8 @@ def mask_generator(args: Namespace, method: PretrainMethod, view: str):
         return None
     return build_mask_generator(
         args.mask_type,
-        input_size=method.patch_embed.img_size,
-        patch_size=method.patch_embed.patch_size,
+        input_size=method.image_size,
+        patch_size=method.cell_size,
         mask_ratio=args.mask_ratio if view == "mask" else args.separate_mask_ratio,
         num_mask_patches=args.num_mask_patches,
         min_mask_patches_per_block=args.min_mask_patches_per_block,
@@ -92,10 +104,11 @@ def build_data(args: Namespace, method: PretrainMethod):
     """The loader of what the method reads."""
     if "target_ids" in method.views:
         raise ValueError(f"--model {args.model} needs --discrete_vae_weight_path: DALL-E's encoder, encoder.pkl")
+    sides = zip(method.image_size, method.cell_size, strict=True)
     transform = build_pretrain_transform(
         method.views,
-        input_size=method.patch_embed.img_size,
-        grid=method.patch_embed.grid_size,
+        input_size=method.image_size,
+        grid=tuple(side // cell for side, cell in sides),
         noise_size=method.noise_size,
         interpolation=args.train_interpolation,
         pipeline=args.data_pipeline,
@@ -164,6 +177,8 @@ def train_loader(args: Namespace, dataset):
         rank=args.rank,
         world_size=args.world_size,
         seed=args.seed,
+        repeats=getattr(args, "aug_repeats", 1),
+        step_batches=args.update_freq * args.world_size,
     )
     loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
     loader.steps_per_epoch = steps
@@ -204,13 +219,16 @@ def schedules(args: Namespace, steps_per_epoch: int):
     if args.lr_schedule == "mae":
         warmup = args.warmup_steps / steps_per_epoch if args.warmup_steps > 0 else args.warmup_epochs
         lr = cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup)
+    elif args.lr_schedule in ANNEALINGS:
+        warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+        lr = annealing(
+            args.lr_schedule, args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup,
+            warmup_ratio=args.warmup_ratio, milestones=args.lr_steps, gamma=args.lr_gamma,
+        )  # fmt: skip
     else:
         lr = cosine_schedule(
             args.lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs, warmup_steps=args.warmup_steps
         )
-    if args.lr_schedule == "step":  # the same warm-up, then steps
-        warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
-        lr[warmup:] = step_at(epoch, args.lr, args.min_lr, args.lr_step_epochs)[warmup:]
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return lr, cosine_schedule(args.weight_decay, end, args.epochs, steps_per_epoch)
 
@@ -262,6 +280,8 @@ def start_training(
     flops = flops_per_image(task, loader, normalize) if peak else None
     if getattr(args, "compile", False):
         compile_blocks(network, average and average.module, getattr(task, "frozen", None))
+    if getattr(args, "sync_bn", False):
+        synchronise_batch_norm(network, device)
     runner = build_runner(args, task, groups, device)
     runner.watch(network, average and average.module)
     if average is not None:

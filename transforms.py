@@ -752,11 +752,12 @@ def build_finetune_transform(args: argparse.Namespace, train: bool) -> TrainTran
     """The transform of classification (specs/conmim.md 4.6, 4.7): `transform(raw, rng)` -> {"image": uint8 [3, H, W]}.
 
     Reads `input_size`, and for training `aa`, `color_jitter` (only used without `aa`), `train_interpolation`,
-    `imagenet_default_mean_and_std` (the colour that fills moved pictures); for evaluation `crop_pct`.
+    `imagenet_default_mean_and_std` (the colour that fills moved pictures); for evaluation `crop_pct` and, in place of
+    `input_size`, `eval_input_size` where it is given.
     """
-    size = as_pair(args.input_size)
     if not train:
-        return EvalTransform(size, args.crop_pct)
+        return EvalTransform(as_pair(getattr(args, "eval_input_size", None) or args.input_size), args.crop_pct)
+    size = as_pair(args.input_size)
     _check_choice("--train_interpolation", args.train_interpolation, INTERPOLATIONS)
     mean, std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
     augment = create_transform(

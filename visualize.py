@@ -104,8 +104,17 @@ def normalization(args: Namespace) -> Normalize:
     return Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], torch.device("cpu"))
 
 
+def load_vit(path: str, model_key: str, flags: list[str]) -> tuple[VisionTransformer, Namespace]:
+    """The ViT of a checkpoint, which may be a method's backbone, and the flags as of `load_model`."""
+    model, args = load_model(path, model_key, flags)
+    vit = getattr(model, "backbone", model)
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"--checkpoint {path} holds {args.model}, which is no ViT")
+    return vit, args
+
+
 def attention(own: Namespace, flags: list[str]) -> Figure:
-    model, args = load_model(own.checkpoint, own.model_key, flags)
+    model, args = load_vit(own.checkpoint, own.model_key, flags)
     images = validation_images(args, model.patch_embed.img_size, own.images)
     return attention_grid(model, images, normalization(args), own.layer)
 
@@ -158,7 +167,7 @@ def order_grid(
 
 
 def orders(own: Namespace, flags: list[str]) -> Figure:
-    model, args = load_model(own.checkpoint, own.model_key, flags)
+    model, args = load_vit(own.checkpoint, own.model_key, flags)
     images = validation_images(args, model.patch_embed.img_size, own.images)
     has_target = getattr(model, "target", None) is not None
     followed = "cls" if has_target else getattr(model, "attention_type", "cls")

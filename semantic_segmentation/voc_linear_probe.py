@@ -289,7 +289,8 @@ def build_parser() -> argparse.ArgumentParser:
         add(parser, stage)
     parser.set_defaults(
         input_size=448, batch_size=60, epochs=25, opt="momentum", opt_betas=None, lr=None, blr=0.01 * 256 / 60,
-        lr_schedule="step", min_lr=0.0, warmup_epochs=0, weight_decay=1e-4, imagenet_default_mean_and_std=True,
+        lr_schedule="step", lr_steps=(10, 20), min_lr=0.0, warmup_epochs=0, weight_decay=1e-4,
+        imagenet_default_mean_and_std=True,
     )  # fmt: skip
     return parser
 

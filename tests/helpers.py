@@ -44,6 +44,20 @@ METHODS = {  # flags over those of PRETRAIN
         *("--model", "semaim_tiny_patch16_224", "--permutation_type", "stochastic", "--share_weight"),
         *("--model_kwargs", *SIZE, "query_depth=2"),
     ),
+    "a2mim_vit": ("--model", "a2mim_vit_tiny_patch16_224", "--model_kwargs", *SIZE, "mask_layer=1", "mask_init=1e-6"),
+    "a2mim_resnet": (
+        *("--model", "a2mim_resnet18", "--input_size", "64", "--sync_bn", "--lr_schedule", "stepfix_cosine"),
+        *(
+            "--mask_type",
+            "random_mps32",
+            "--mask_patch_size",
+            "32",
+            "--model_kwargs",
+            "patch_size=null",
+            "channels=[8,8,16,16]",
+        ),
+        "fft_focal=False",  # whose mean is that of its images
+    ),
 }
 TOKENIZER = ROOT / "tests/reference_cases/dalle_encoder/tiny_hid8/tensors.safetensors"
 WORDS = ("--discrete_vae_weight_path", str(TOKENIZER), "--color_jitter", "0.4")

@@ -36,7 +36,7 @@ BOTH = {
     "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0, "resume": "", "auto_resume": True,
     "no_auto_resume": True, "save_ckpt": True, "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0,
     "keep_checkpoints": None, "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine",
-    "lr_step_epochs": 10,
+    "sync_bn": False, "no_sync_bn": False, "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
 }  # fmt: skip
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0), "data_pipeline": "fast",
@@ -59,7 +59,8 @@ FINETUNE_ONLY = {
     "disable_weight_decay_on_rel_pos_bias": False, "finetune": "", "model_key": "model|module", "model_prefix": "",
     "init_scale": 0.001, "use_mean_pooling": True, "use_cls": True, "drop": 0.0, "attn_drop_rate": 0.0,
     "smoothing": 0.1, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel",
-    "recount": 1, "no_aug": False,
+    "recount": 1, "no_aug": False, "bce_loss": False, "aug_repeats": 1, "eval_input_size": None,
+    "model_ema_warmup_epochs": 0,
     "mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
     "mixup_mode": "batch", "model_ema": False, "model_ema_decay": 0.9999, "model_ema_force_cpu": False, "eval": False,
     "dist_eval": False, "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,

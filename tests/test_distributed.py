@@ -92,7 +92,8 @@ def damaged_steps(run) -> dict:
     before, report = everything(run), {}
     train_steps(run, STEPS, STEPS + 1, spoil)
     report["loss"] = differing(before, everything(run))
-    hook = run.task.cls_token.register_hook(lambda grad: grad * float("inf")) if at_fault else None
+    trained = next(p for p in run.task.parameters() if p.requires_grad)
+    hook = trained.register_hook(lambda grad: grad * float("inf")) if at_fault else None
     train_steps(run, STEPS + 1, STEPS + 2, spoil)
     report["gradient"] = differing(before, everything(run))
     if hook is not None:
@@ -310,7 +311,9 @@ def test_one_process_with_accumulation_equals_two_ranks(tmp_path, runs):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_masks_of_every_method_follow_the_images_not_the_processes(tmp_path, pair, method):
-    alone, ranks = accumulated(tmp_path, *METHODS[method]), pair[0]["methods"][method]["torch"]["first"]
+    """Batch statistics over both ranks are those of both micro-batches in one."""
+    joined = ("--update_freq", "2", "--batch_size", "8") if "--sync_bn" in METHODS[method] else ()
+    alone, ranks = accumulated(tmp_path, *METHODS[method], *joined), pair[0]["methods"][method]["torch"]["first"]
     assert alone["first"]["loss"] + alone["rest"] == pytest.approx(ranks["loss"], abs=1e-6)
 
 

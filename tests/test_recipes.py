@@ -11,6 +11,7 @@ import pytest
 
 import run_knn
 import run_linear_probing
+from options import parse
 from recipes import IMAGENET_TOP1, STAGES, Recipe, all_recipes, recipe_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,17 +40,20 @@ PLACES = {
 COMMON_FLAGS = {
     "batch_size", "update_freq", "epochs", "warmup_epochs", "input_size", "lr", "min_lr", "weight_decay", "opt_betas",
     "clip_grad", "drop_path", "layer_scale_init_value", "imagenet_default_mean_and_std", "save_ckpt_freq", "blr",
-    "lr_schedule",
+    "lr_schedule", "lr_steps", "warmup_ratio",
 }  # fmt: skip
 METHOD_FLAGS = {
     "mask_type", "mask_ratio", "temp", "t_momentum", "norm_pix_loss", "mask_lambda_power", "crop_scale",
     "permutation_type", "attention_type", "query_depth", "prediction_head_type", "gaussian_kernel_size",
-    "gaussian_sigma", "predict_feature", "mask_patch_size", "color_jitter", "num_cls_tokens",
-    "use_bottleneck",
+    "gaussian_sigma", "predict_feature", "mask_patch_size", "train_interpolation", "sync_bn", "model_kwargs",
+    "color_jitter", "num_cls_tokens", "use_bottleneck",
 }  # fmt: skip
 STAGE_FLAGS = {
     "pretrain": COMMON_FLAGS | METHOD_FLAGS,
-    "finetune": COMMON_FLAGS | {"layer_decay", "mixup", "cutmix", "smoothing", "use_mean_pooling", "init_scale"},
+    "finetune": COMMON_FLAGS
+    | {"layer_decay", "mixup", "cutmix", "smoothing", "use_mean_pooling", "model_ema", "model_ema_decay"}
+    | {"disable_weight_decay_on_rel_pos_bias", "model_ema_warmup_epochs", "aug_repeats", "init_scale", "bce_loss"}
+    | {"eval_input_size", "crop_pct", "opt", "opt_eps", "aa", "reprob"},
 }
 OFF = {  # what switches a flag off that is on by default
     "use_mean_pooling": "use_cls", "use_bottleneck": "no_bottleneck", "batch_norm": "no_batch_norm",
@@ -121,7 +125,7 @@ def as_values(words: list[str]) -> list[object]:
 def test_every_published_recipe_has_a_script_and_every_script_a_recipe() -> None:
     scripts = {path.stem for stage in PROGRAMS for path in (ROOT / "scripts").glob(f"*_{stage}*.sh")}
     assert scripts == {recipe.name for recipe in PUBLISHED}
-    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1 + 16
+    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1 + 16 + 31 + 21
 
 
 @each_published
@@ -317,6 +321,91 @@ def test_what_is_published_of_semanticmim_and_its_baselines() -> None:
         assert (probe.effective_batch, probe.flags["lr"], probe.flags["weight_decay"]) == (1024, 4e-3, 1e-4)
 
 
+MIM_VITS = [f"{method}_vit_{size}" for method in ("a2mim", "simmim") for size in ("small", "base", "large")]
+
+
+@pytest.mark.parametrize("name", MIM_VITS)
+def test_masked_vits_hand_their_checkpoints_on(launch: Launch, name: str) -> None:
+    pretrain, finetune = (next(recipe for recipe in PUBLISHED if recipe.name == f"{name}_{stage}") for stage in STAGES)
+    first, second = (launched(launch, recipe)[2] for recipe in (pretrain, finetune))
+    assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{pretrain.flags['epochs'] - 1}.safetensors"]
+    assert finetune.model.removeprefix("mim") == pretrain.model.removeprefix(name.partition("_")[0])
+
+
+def test_what_is_published_of_simmim_and_a2mim() -> None:
+    """specs/a2mim.md 1.4, 4.3 and 4.4."""
+    names = ("epochs", "lr", "lr_schedule", "min_lr", "warmup_epochs", "clip_grad")
+    expected = {
+        "a2mim_resnet50": (300, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_resnet50_100": (100, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_convnext_base": (300, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "simmim_resnet200": (300, 8e-4, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_vit_base": (800, 4e-4, "step", 0.0, 10, 5.0),
+        "simmim_vit_large": (800, 4e-4, "step", 0.0, 10, 5.0),
+        "simmim_swin_base": (800, 4e-4, "step", 0.0, 10, 5.0),
+        "simmim_swin_base_100": (100, 8e-4, "cosine_iters", 4e-5, 10, 5.0),
+        "a2mim_deit_small_in100": (800, 8e-4, "stepfix_cosine", 1e-5, 10, 5.0),
+        "a2mim_resnet50_in100": (800, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+    }
+    recipes = {recipe.name: recipe for recipe in PUBLISHED}
+    for name, values in expected.items():
+        recipe = recipes[f"{name}_pretrain"]
+        assert recipe.effective_batch == 2048
+        assert tuple(recipe.flags[flag] for flag in names) == values, name
+        assert recipe.flags["crop_scale"][0] == (0.8 if "a2mim_resnet" in name or "a2mim_conv" in name else 0.67)
+        assert recipe.flags.get("sync_bn", False) is ("resnet" in name)
+        assert recipe.flags.get("input_size", 224) == (192 if "swin" in name or "in100" in name else 224)
+    for name, epochs in zip(MIM_VITS, (200, 100, 150, 100, 100, 100), strict=True):
+        recipe = recipes[f"{name}_finetune"]
+        assert (recipe.effective_batch, recipe.flags["epochs"], recipe.flags["lr"]) == (1024, epochs, 1e-2)
+        assert (recipe.flags["layer_decay"], recipe.flags.get("model_ema", False)) == (0.65, "small" not in name)
+
+
+OTHER_NETWORKS = [
+    recipe
+    for recipe in PUBLISHED
+    if recipe.stage == "finetune" and recipe.name.startswith(("a2mim", "simmim")) and "_vit_" not in recipe.name
+]
+
+
+@pytest.mark.parametrize("recipe", OTHER_NETWORKS, ids=lambda recipe: recipe.name)
+def test_other_networks_take_the_checkpoints_of_their_pre_training(launch: Launch, recipe: Recipe) -> None:
+    """Of the same network and, for the shorter runs, of as many epochs; the program takes the script's flags."""
+    before = next(r for r in PUBLISHED if r.name == f"{recipe.name.partition('_finetune')[0]}_pretrain")
+    first, second = (launched(launch, which)[2] for which in (before, recipe))
+    assert second["finetune"] == [f"{first['output_dir'][0]}/encoder-{before.flags['epochs'] - 1}.safetensors"]
+    assert before.model.partition("_")[2] == recipe.model.removeprefix("mim_")
+    args = parse("finetune", [word for flag, words in second.items() for word in (f"--{flag}", *words)])
+    flags = {name: value for name, value in recipe.flags.items() if value is not None}
+    assert {name: tuple(found) if isinstance(found := getattr(args, name), list) else found for name in flags} == flags
+
+
+def test_what_is_published_of_fine_tuning_other_networks() -> None:
+    """specs/a2mim.md 4.4 and 4.6."""
+    names = ("epochs", "lr", "weight_decay", "layer_decay", "drop_path", "warmup_epochs", "clip_grad")
+    expected = {
+        "a2mim_resnet50_finetune_a3": (2048, 100, 8e-3, 0.02, 1.0, 0.0, 5, None),
+        "a2mim_resnet101_finetune_a2": (2048, 300, 5e-3, 0.02, 1.0, 0.05, 5, None),
+        "simmim_resnet152_finetune_a2": (2048, 300, 5e-3, 0.02, 1.0, 0.15, 5, None),
+        "a2mim_convnext_tiny_finetune": (4096, 400, 4e-4, 0.01, 0.7, 0.1, 5, None),
+        "a2mim_convnext_base_finetune": (4096, 300, 4e-3, 0.05, 1.0, 0.5, 5, None),
+        "simmim_swin_base_finetune": (2048, 100, 5e-3, 0.05, 0.9, 0.1, 20, 5.0),
+        "a2mim_deit_small_in100_finetune": (1024, 100, 8e-3, 0.05, 0.65, 0.1, 5, 5.0),
+    }
+    recipes = {recipe.name: recipe for recipe in OTHER_NETWORKS}
+    for name, values in expected.items():
+        recipe = recipes[name]
+        assert (recipe.effective_batch, *(recipe.flags[flag] for flag in names)) == values, name
+    for name, recipe in recipes.items():
+        is_resnet, flags = "resnet" in name, recipe.flags
+        assert flags.get("bce_loss", False) is is_resnet and (flags.get("opt") == "lamb") is is_resnet
+        assert flags.get("aug_repeats", 1) == (3 if name.endswith("_a2") else 1)
+        assert flags.get("model_ema", False) is ("convnext" in name or name.endswith("resnet50_finetune_a2"))
+        if is_resnet:
+            sizes = (flags["input_size"], flags["eval_input_size"], int(224 / flags["crop_pct"]))
+            assert sizes == (160 if name.endswith("_a3") else 224, 224, 236)
+
+
 def test_what_is_published_of_the_masked_autoencoders() -> None:
     """specs/semmae.md A.8, A.9 and B.6."""
     for model in ("mae_base_patch16_224", "mae_large_patch16_224", "mae_huge_patch14_224"):
@@ -426,6 +515,58 @@ def test_published_accuracies() -> None:
         "beit_abs_pos_base_pretrain": None,
         **{f"semanticmim_{form}_base_{stage}": None for form in ("beit", "maskfeat") for stage in STAGES},
         **{f"{name}_linear": None for name in (*BEIT, *SEMANTICMIM)},
+        "a2mim_vit_small_pretrain": 82.1,
+        "a2mim_vit_small_finetune": 82.1,
+        "a2mim_vit_base_pretrain": 84.2,
+        "a2mim_vit_base_finetune": 84.2,
+        "a2mim_vit_large_pretrain": 86.1,
+        "a2mim_vit_large_finetune": 86.1,
+        "simmim_vit_small_pretrain": 81.7,
+        "simmim_vit_small_finetune": 81.7,
+        "simmim_vit_base_pretrain": 83.8,
+        "simmim_vit_base_finetune": 83.8,
+        "simmim_vit_large_pretrain": 85.6,
+        "simmim_vit_large_finetune": 85.6,
+        "a2mim_resnet50_pretrain": 80.4,
+        "a2mim_resnet101_pretrain": 81.9,
+        "a2mim_resnet152_pretrain": 82.5,
+        "a2mim_resnet200_pretrain": 83.0,
+        "a2mim_resnet50_100_pretrain": 78.8,
+        "a2mim_resnet50_in100_pretrain": 89.32,
+        "a2mim_convnext_tiny_pretrain": None,
+        "simmim_convnext_tiny_pretrain": None,
+        "a2mim_convnext_small_pretrain": 83.7,
+        "a2mim_convnext_base_pretrain": 84.1,
+        "a2mim_deit_small_in100_pretrain": 87.24,
+        "simmim_resnet50_pretrain": 79.9,
+        "simmim_resnet101_pretrain": 81.3,
+        "simmim_resnet152_pretrain": 81.9,
+        "simmim_resnet200_pretrain": 82.2,
+        "simmim_convnext_small_pretrain": 83.2,
+        "simmim_convnext_base_pretrain": 83.6,
+        "simmim_swin_base_pretrain": 84.0,
+        "simmim_swin_base_100_pretrain": 82.9,
+        "a2mim_resnet50_finetune_a3": 78.9,
+        "a2mim_resnet50_100_finetune_a3": 78.8,
+        "a2mim_resnet101_finetune_a3": 80.3,
+        "a2mim_resnet152_finetune_a3": 80.9,
+        "a2mim_resnet50_finetune_a2": 80.4,
+        "a2mim_resnet101_finetune_a2": 81.9,
+        "a2mim_resnet152_finetune_a2": 82.5,
+        "a2mim_resnet200_finetune_a2": 83.0,
+        "simmim_resnet50_finetune_a2": 79.9,
+        "simmim_resnet101_finetune_a2": 81.3,
+        "simmim_resnet152_finetune_a2": 81.9,
+        "simmim_resnet200_finetune_a2": 82.2,
+        "a2mim_convnext_tiny_finetune": None,
+        "a2mim_convnext_small_finetune": 83.7,
+        "a2mim_convnext_base_finetune": 84.1,
+        "simmim_convnext_small_finetune": 83.2,
+        "simmim_convnext_base_finetune": 83.6,
+        "simmim_swin_base_finetune": 84.0,
+        "simmim_swin_base_100_finetune": 82.9,
+        "simmim_swin_base_100_finetune_224": 83.5,
+        "a2mim_deit_small_in100_finetune": 87.24,
     }
 
 
@@ -441,6 +582,12 @@ def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:
 
 # Fine-tuning of a ViT is MAE's unless a script says otherwise, which says all of it.
 ONLY_BY_SCRIPT = {f"{name}_finetune" for name in (*SEMAIM, *SEMANTICMIM)} | {"beit_abs_pos_base_pretrain"}
+ONLY_BY_SCRIPT |= {f"simmim_vit_{size}_finetune" for size in ("small", "large")}
+# Of a backbone's recipes one gives the defaults.
+ONLY_BY_SCRIPT |= {f"simmim_convnext_{size}_finetune" for size in ("small", "base")}
+ONLY_BY_SCRIPT |= {f"simmim_resnet{depth}_finetune_a2" for depth in (50, 101, 152, 200)}
+ONLY_BY_SCRIPT |= {f"a2mim_resnet{depth}_finetune_a2" for depth in (50, 101, 152)} | {"simmim_swin_base_100_finetune"}
+ONLY_BY_SCRIPT |= {f"a2mim_resnet50_{which}_pretrain" for which in ("100", "in100")} | {"simmim_swin_base_100_pretrain"}
 
 
 @pytest.mark.parametrize("recipe", [r for r in all_recipes() if r.stage in STAGES], ids=lambda recipe: recipe.name)
@@ -455,7 +602,7 @@ def test_recipe_is_found_by_model_and_uses_known_flags(recipe: Recipe) -> None:
 
 
 def test_recipe_for_a_model_without_one_and_for_a_wrong_stage() -> None:
-    assert recipe_for("resnet50", "finetune") is None
+    assert recipe_for("resnet18", "finetune") is None
     assert recipe_for("conmim_base_patch16_224", "finetune") is None
     with pytest.raises(ValueError, match="stage 'train' is not one of pretrain, finetune"):
         recipe_for("conmim_base_patch16_224", "train")

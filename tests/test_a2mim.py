@@ -1,0 +1,336 @@
+"""SimMIM and A2MIM: tokens in every backbone, spectra, what is exported, what the optimizer is told."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from helpers import METHODS, ROOT, start, train_steps
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+
+import checkpoint
+from backbones import family_of
+from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, half_spectrum, whole_mean
+from modeling_finetune import create_model
+from optim_factory import annealing, param_groups, set_schedule
+
+TINY = {
+    "resnet18": {"channels": [8, 8, 16, 16], "input_size": 64},
+    "convnext_tiny": {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24], "input_size": 64},
+    "swin_tiny": {"depths": [1, 2, 1, 1], "embed_dim": 8, "num_heads": [1, 2, 2, 4], "input_size": 64},
+    "vit_tiny_patch16_224": {"embed_dim": 32, "depth": 3, "num_heads": 2, "input_size": 32, "patch_size": 8},
+    "mobilenetv3_small_050": {"input_size": 64},
+}
+PLACES = {"resnet18": 4, "convnext_tiny": 4, "swin_tiny": 5, "vit_tiny_patch16_224": 3, "mobilenetv3_small_050": 5}
+STRIDES = {  # of the masks (specs/a2mim.md 1.1)
+    "resnet18": (4, 4, 8, 16), "convnext_tiny": (4, 8, 16, 32), "swin_tiny": (4, 4, 8, 16, 32),
+    "vit_tiny_patch16_224": (8, 8, 8), "mobilenetv3_small_050": (2, 4, 8, 16, 32),
+}  # fmt: skip
+each_place = pytest.mark.parametrize(
+    ("name", "layer"), [(name, k) for name, count in PLACES.items() for k in range(count)]
+)
+
+
+def build(name: str, method: str = "a2mim", **options) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(f"{method}_{name}", **TINY[name], **options)
+
+
+def images_of(model: nn.Module, count: int = 2, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, *model.image_size, generator=torch.Generator().manual_seed(seed))
+
+
+def cells_of(model: nn.Module) -> tuple[int, int]:
+    return tuple(side // cell for side, cell in zip(model.image_size, model.cell_size, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+@each_place
+def test_a_replaced_map_is_the_same_for_every_image(name, layer):
+    """And of a map that is masked in no place nothing is."""
+    model = build(name, "simmim", mask_layer=layer, replace=True).eval()
+    assert model.cell_size == (STRIDES[name][layer],) * 2
+    nowhere, everywhere = torch.zeros(2, *cells_of(model)), torch.ones(2, *cells_of(model))
+    images = images_of(model)
+    features = model.features(images, everywhere)
+    if name.startswith("vit"):  # the class token has seen the image by then
+        assert layer > 1 or torch.equal(features[0], features[1])
+    else:
+        assert torch.equal(features[0], features[1])
+    plain, untouched = model.features(images, None), model.features(images, nowhere)
+    assert torch.equal(plain, untouched) and not torch.allclose(plain[0], plain[1])
+
+
+@each_place
+def test_an_added_token_is_seen_and_trained(name, layer):
+    model = build(name, mask_layer=layer, mask_init=0.5)
+    nn.init.normal_(model.inject.mask_token)
+    mask = torch.zeros(2, *cells_of(model))
+    mask[:, :, : max(mask.shape[2] // 2, 1)] = 1
+    images = images_of(model)
+    features = model.train().features(images, mask)
+    assert not torch.allclose(features, model.features(images, None))
+    model({"image": images, "mask": mask})["loss"].backward()
+    untrained = {key for key, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert untrained == set()
+    assert model.inject.mask_token.grad.abs().sum() > 0 and model.inject.mask_gamma.grad.abs().sum() > 0
+
+
+def test_what_a_residual_token_makes_of_features():
+    """specs/a2mim.md 2.1, by hand."""
+    inject = build("resnet18", mask_init=0.25, detach=True).inject
+    nn.init.normal_(inject.mask_token)
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    inject.mask = torch.rand(2, 4, 4).round()
+    m = inject.mask.unsqueeze(1)
+    out = inject(x)
+    torch.testing.assert_close(out, x * (1 - m) + 0.25 * x * m + inject.mask_token * m)
+    out.sum().backward()
+    assert torch.equal(x.grad, (1 - m).expand_as(x))  # masked features are detached
+
+
+@pytest.mark.parametrize("kind", ["randn", "zero", "mean", "instance_mean", "none"])
+def test_other_tokens(kind):
+    model = build("resnet18", "simmim", mask_token=kind)
+    assert not any(name == "inject.mask_token" for name, p in model.named_parameters() if p.requires_grad)
+    inject, x = model.inject, torch.randn(3, 64, 16, 16)
+    inject.mask = torch.ones(3, 16, 16)
+    expected = {
+        "zero": torch.zeros_like(x), "mean": x.mean((0, 2, 3), keepdim=True), "none": x,
+        "instance_mean": x.mean((2, 3), keepdim=True), "randn": inject.mask_token,
+    }[kind]  # fmt: skip
+    torch.testing.assert_close(inject(x), expected.expand_as(x))
+
+
+def test_mistakes_are_named():
+    for options, said in (
+        ({"mask_layer": 4}, "mask_layer=4 is none of this backbone's, which are 0 to 3"),
+        ({"mask_token": "learnt"}, "mask_token=learnt is unknown"),
+        ({"input_size": 72}, "not a multiple of 32"),
+        ({"patch_size": 16}, "does not take one of the options"),
+        ({"fft_unmask_replace": "nothing"}, "fft_unmask_replace=nothing is unknown"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            create_model("a2mim_resnet18", **options)
+    with pytest.raises(ValueError, match="--model a2mim_resnet is unknown"):
+        create_model("a2mim_resnet")
+    with pytest.raises(ValueError, match="ends in no map"):
+        create_model("a2mim_mixer_s16_224")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spectra
+
+
+def full_focal_loss(difference: Tensor, options: FocalFrequencyLoss) -> Tensor:
+    """specs/a2mim.md 3.5 on the whole complex spectrum."""
+    spectrum = torch.fft.fft2(difference, norm="ortho")
+    spectrum = spectrum.mean(0, keepdim=True) if options.ave_spectrum else spectrum
+    weight = spectrum.abs() ** options.alpha
+    weight = weight.log1p() if options.log_matrix else weight
+    largest = weight.max() if options.batch_matrix else weight.flatten(2).max(-1).values[..., None, None]
+    return ((weight / largest).nan_to_num(0).clamp(0, 1).detach() * spectrum.abs().square()).mean()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 12), (12, 7), (9, 9), (4, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ave_spectrum": False}, {"log_matrix": False, "alpha": 0.5}, {"ave_spectrum": False, "batch_matrix": False}],
+    ids=str,
+)
+def test_half_a_spectrum_gives_the_whole_loss(size, options):
+    criterion = FocalFrequencyLoss(**options)
+    ours = torch.randn(3, 3, *size, dtype=torch.float64, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    loss, expected = criterion(ours), full_focal_loss(theirs, criterion)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 12), (12, 7)])
+def test_given_weights_need_not_be_symmetric(size):
+    difference, weights = torch.randn(3, 3, *size, dtype=torch.float64), torch.rand(*size, dtype=torch.float64)
+    spectrum = torch.fft.fft2(difference, norm="ortho").mean(0)
+    expected = (weights * spectrum.abs().square()).mean()
+    torch.testing.assert_close(FocalFrequencyLoss()(difference, weights), expected)
+
+
+def test_mean_over_half_a_spectrum():
+    """Parseval: an orthonormal transform keeps the sum of squares."""
+    for size in ((6, 8), (6, 9)):
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        torch.testing.assert_close(whole_mean(half_spectrum(images).abs().square(), size[1]), images.square().mean())
+
+
+def test_equal_images_have_no_loss_and_no_gradient():
+    images = torch.randn(2, 3, 8, 8)
+    for focal in (True, False):
+        predicted = images.clone().requires_grad_()
+        criterion = ReconstructionLoss(Regression("focal_l1"), fft_weight=1.0, fft_focal=focal, fft_unmask_weight=1.0)
+        loss = criterion(predicted, images, torch.ones(2, 2, 2))["loss"]
+        loss.backward()
+        assert loss == 0 and not predicted.grad.any()
+
+
+def test_visible_pixels_count_only_where_they_should():
+    images, predicted = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    mask = torch.zeros(2, 4, 4)
+    mask[:, 1, 2] = 1
+    hidden = enlarged(mask, (8, 8)).bool().unsqueeze(1)
+    other = torch.where(hidden, predicted, torch.randn(2, 3, 8, 8))
+    for replace in ("target", "mean"):
+        criterion = ReconstructionLoss(fft_weight=1.0, fft_unmask_replace=replace)
+        assert torch.equal(criterion(predicted, images, mask)["loss"], criterion(other, images, mask)["loss"])
+    criterion = ReconstructionLoss(fft_weight=1.0, fft_unmask_weight=0.5)
+    assert criterion(predicted, images, mask)["loss"] != criterion(other, images, mask)["loss"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def timm_model(name: str, model: nn.Module) -> nn.Module:
+    """timm's own network of these sizes."""
+    sizes = {key: value for key, value in TINY[name].items() if key not in ("input_size", "patch_size")}
+    if name.startswith("vit"):
+        return timm.create_model(
+            "beit_base_patch16_224", num_classes=0, use_abs_pos_emb=True, global_pool="token", init_values=0.1,
+            img_size=model.image_size, patch_size=model.cell_size[0], **sizes,
+        )  # fmt: skip
+    if name.startswith("swin"):
+        sizes |= {"img_size": model.image_size, "window_size": 2}
+    return timm.create_model({"swin_tiny": "swin_tiny_patch4_window7_224"}.get(name, name), num_classes=0, **sizes)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_exported_is_timms(tmp_path, name):
+    """Strictly, with the features that pre-training sees of whole images."""
+    model = build(name)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.eval()
+    checkpoint.save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
+    exported = timm_model(name, model)
+    load_checkpoint(exported, str(tmp_path / "encoder.safetensors"), strict=True)
+    images, exported = images_of(model), exported.eval()
+    if name.startswith("vit"):
+        found = exported.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    else:
+        found = family_of(exported).feature_map(exported, images)
+    torch.testing.assert_close(found, model.features(images, None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["a2mim_resnet", "a2mim_vit"])
+def test_pretrain_export_extract(tmp_path, method):
+    """A run's checkpoint through the script is the encoder that the run has written; ResNet's for detectron2 too."""
+    run, position = start("pretrain", tmp_path, *METHODS[method])
+    train_steps(run, 0, 2)
+    run.session.save(position, finished=True)
+    source, output = str(tmp_path / "checkpoint-0.pth"), tmp_path / "extracted.safetensors"
+    script = [sys.executable, str(ROOT / "scripts" / "extract_backbone.py"), source]
+    subprocess.run([*script, str(output)], check=True)
+    ours, theirs = (checkpoint.load_checkpoint(path) for path in (output, tmp_path / "encoder-0.safetensors"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not any(key.startswith(("inject", "neck", "backbone")) for key in ours)
+    pickled = subprocess.run([*script, str(tmp_path / "d2.pkl")], capture_output=True, text=True)
+    if method == "a2mim_vit":
+        assert pickled.returncode != 0 and "are for ResNet" in pickled.stderr
+        return
+    names = pickle.loads((tmp_path / "d2.pkl").read_bytes())["model"]
+    assert {"stem.conv1.weight", "stem.conv1.norm.running_var", "res3.0.shortcut.norm.bias"} <= names.keys()
+    assert len(names) == len(ours)
+
+
+def test_a_run_is_fine_tuned_and_looked_at(tmp_path):
+    """Its checkpoint and its encoder load into the classifier, and into the method itself."""
+    run, position = start("pretrain", tmp_path, *METHODS["a2mim_vit"])
+    run.session.save(position, finished=True)
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "input_size": 16, "patch_size": 4}
+    for name in ("checkpoint-0.pth", "encoder-0.safetensors"):
+        classifier = create_model("mim_vit_tiny_patch16_224", **sizes, num_classes=10)
+        report = checkpoint.load_pretrained(classifier, tmp_path / name)
+        assert report.matched == 1 and set(report.missing) == {
+            "fc_norm.weight",
+            "fc_norm.bias",
+            "head.weight",
+            "head.bias",
+        }
+    again = create_model("a2mim_vit_tiny_patch16_224", **sizes, mask_layer=1, mask_init=1e-6)
+    assert checkpoint.load_pretrained(again, tmp_path / "checkpoint-0.pth").missing == []
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_published_names_load_into_classifiers(prefix):
+    """OpenMixup's ViT, whole with its neck or the backbone alone."""
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "input_size": 16, "patch_size": 4, "num_classes": 3}
+    model = create_model("mim_vit_tiny_patch16_224", **sizes)
+    names = {
+        "blocks.": "layers.", ".norm": ".ln", ".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1.",
+        "patch_embed.proj.": "patch_embed.projection.",
+    }  # fmt: skip
+    published, weights = {}, {}
+    for key, value in model.state_dict().items():
+        if not key.startswith("head."):
+            weights[key], own = torch.randn_like(value), key
+            for ours, theirs in names.items():
+                key = key.replace(ours, theirs)
+            published[prefix + key] = weights[own]
+    if prefix:
+        published |= {"neck.decoder.0.weight": torch.zeros(1), "backbone.mask_token": torch.zeros(1)}
+    report = checkpoint.load_pretrained(model, {"state_dict": published, "meta": {}})
+    assert report.matched == 1
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimization
+
+
+def groups_of(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Learning-rate factor and decay of each parameter."""
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in param_groups(model, 0.05) for p in g["params"]}
+    return {name: found[id(p)] for name, p in model.named_parameters()}
+
+
+def test_published_rules_of_decay_and_rate():
+    """specs/a2mim.md 4.1."""
+    resnet = groups_of(build("resnet18"))
+    assert resnet["inject.mask_token"] == (pytest.approx(0.1), 0.0)
+    assert resnet["inject.mask_gamma"] == (1.0, 0.05)  # as in the recipes of 300 epochs
+    assert groups_of(build("resnet18", gamma_lr=0.1))["inject.mask_gamma"] == (pytest.approx(0.1), 0.0)
+    assert resnet["backbone.layer2.0.downsample.1.weight"] == resnet["neck.pred.weight"] == (1.0, 0.05)
+    assert resnet["backbone.layer2.0.downsample.1.bias"] == resnet["backbone.layer2.0.bn1.weight"] == (1.0, 0.0)
+    assert groups_of(build("resnet18", "simmim"))["inject.mask_token"] == (1.0, 0.0)
+    convnext = groups_of(build("convnext_tiny"))
+    assert convnext["backbone.stages.0.blocks.0.norm.weight"] == (1.0, 0.05)
+    assert convnext["backbone.stages.0.blocks.0.gamma"] == convnext["inject.mask_gamma"] == (1.0, 0.0)
+    vit = groups_of(build("vit_tiny_patch16_224", mask_init=1e-6))
+    matrices = [f"{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    decayed = {f"backbone.blocks.{block}.{name}" for block in range(3) for name in matrices}
+    decayed |= {"neck.pred.weight", "backbone.patch_embed.proj.weight"}
+    assert {name: values for name, values in vit.items() if values != (1.0, 0.0)} == dict.fromkeys(decayed, (1.0, 0.05))
+    swin = groups_of(build("swin_tiny"))
+    assert swin["backbone.layers.1.blocks.0.attn.relative_position_bias_table"] == (1.0, 0.0)
+    assert swin["backbone.layers.1.downsample.reduction.weight"] == (1.0, 0.05)
+
+
+def test_every_group_ends_at_the_same_rate():
+    rates = annealing("stepfix_cosine", 1.0, 0.1, 10, 4, 8)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": scale} for scale in (1.0, 0.2)])
+    found = []
+    for rate in (*rates, (0.1, 0.1)):  # the last step does not quite reach the end
+        set_schedule(optimizer, rate, 0.0)
+        found.append([group["lr"] for group in optimizer.param_groups])
+    assert found[0] == [0.0, 0.0] and found[8] == pytest.approx([1.0, 0.2]) and found[-1] == [0.1, 0.1]
+    step = annealing("step", 1.0, 0.5, 10, 2, 4, warmup_ratio=0.5, milestones=(6, 8))
+    assert step[:, 0].tolist() == pytest.approx([0.5, 0.625, 0.75, 0.875] + [1.0] * 8 + [0.1] * 4 + [0.01] * 4)
+    with pytest.raises(ValueError, match="leaves nothing of the run"):
+        annealing("step", 1.0, 0.0, 2, 2, 4)
