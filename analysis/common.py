@@ -31,7 +31,7 @@ import run_pretraining
 from backbones import feature_places
 from datasets import ImageDataset, build_dataset, build_loader
 from engine_for_pretraining import Normalize
-from modeling_finetune import Block, builder_of, create_model, options_of
+from modeling_finetune import Block, builder_of, create_model
 from modeling_pretrain import PretrainMethod
 from parallel import AUTOCAST_DTYPES
 from report import COLOURS
@@ -60,8 +60,8 @@ def build_parser(description: str, name: str, *, images: int, batch_size: int = 
     )  # fmt: skip
     group.add_argument(
         "--model", nargs="+", default=[], metavar="NAME",
-        help="a model of this repository or of timm, for all checkpoints or one for each; not needed where a "
-        "checkpoint carries the flags of its run",
+        help="a model of this repository or of timm, for all checkpoints or one for each; not needed, or '', for a "
+        "checkpoint that carries the flags of its run",
     )  # fmt: skip
     group.add_argument("--labels", nargs="+", default=[], help="what the checkpoints are called in tables and figures")
     group.add_argument("--model_key", default=checkpoint.PUBLISHED_KEYS, help="where the weights are in the files")
@@ -99,7 +99,7 @@ def check_flags(args: Namespace) -> None:
     count = len(args.checkpoint)
     if len(args.model) not in (0, 1, count):
         raise ValueError(f"--model takes one name or one for each of the {count} checkpoints, not {len(args.model)}")
-    if not args.model and RANDOM in args.checkpoint:
+    if any(path == RANDOM and not name for path, name in zip(args.checkpoint, models(args), strict=True)):
         raise ValueError("random weights need --model; or give --checkpoint")
     if args.labels and len(args.labels) != count:
         raise ValueError(f"--labels must be one for each of the {count} checkpoints, not {len(args.labels)}")
@@ -116,7 +116,7 @@ def labels(args: Namespace) -> list[str]:
     """Given ones, or the checkpoints' shortest names that differ, or the models' names."""
     if args.labels:
         return args.labels
-    for parts in range(1, 9):
+    for parts in range(2, 9):
         found = [
             f"{model} ({RANDOM})" if path == RANDOM else "/".join(Path(path).with_suffix("").parts[-parts:])
             for path, model in zip(args.checkpoint, models(args), strict=True)
@@ -191,14 +191,16 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
 
 def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module:
     """A model of this repository, or else of timm. ValueError: neither has it."""
-    if builder_of(name) is not None:
-        classes = {"num_classes": num_classes} if "num_classes" in options_of(name) else {}
-        return create_model(name, **classes | given)
+    if (builder := builder_of(name)) is not None:
+        return create_model(
+            name, **({} if issubclass(builder.func, PretrainMethod) else {"num_classes": num_classes}) | given
+        )
     if not timm.is_model(name):
         raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
-    size = given.pop("input_size", None)
-    if size and timm.get_pretrained_cfg(name).fixed_input_size:
-        given = {"img_size": size} | ({"window_size": size // 32} if name.startswith("swin_") else {}) | given
+    size, patch_size = given.pop("input_size", None), given.pop("patch_size", None)
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        window = {"window_size": size // 32} if size and name.startswith("swin_") else {}
+        given = options.given({"img_size": size, "patch_size": patch_size}) | window | given
     try:
         return timm.create_model(name, num_classes=num_classes, **given)
     except TypeError as error:
