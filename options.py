@@ -106,7 +106,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
         help="ImageNet mean and standard deviation instead of 0.5",
     )  # fmt: skip
-    if stage != "knn":
+    if stage not in ("knn", "analysis"):
         group.add_argument(
             "--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "lanczos", "hamming", "random")
         )
@@ -132,6 +132,8 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--eval_data_path", default=None, help="validation folder, where --data_path holds only training images"
     )
+    if stage == "analysis":
+        return
     group.add_argument("--nb_classes", type=int, default=None, help="number of classes; None is the data set's")
     group.add_argument(
         "--label_fraction", type=float, default=1.0, help="train on this share of each class, the first ones"

@@ -186,15 +186,16 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
         log.info("%s", found)
         missing = found.missing
     classifies = not is_method and bool(num_classes or run) and not any(key.startswith(_HEADS) for key in missing)
-    return Network(label, model, image_size(model, args, run), mean_std(args, run), classifies)
+    network = Network(label, model, image_size(model, args, run), mean_std(args, run), classifies)
+    log.info("%s: images of %d x %d, normalised by the values of %s", label, *network.size, network.mean_std)
+    return network
 
 
 def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module:
     """A model of this repository, or else of timm. ValueError: neither has it."""
     if (builder := builder_of(name)) is not None:
-        return create_model(
-            name, **({} if issubclass(builder.func, PretrainMethod) else {"num_classes": num_classes}) | given
-        )
+        classes = {} if issubclass(builder.func, PretrainMethod) else {"num_classes": num_classes}
+        return create_model(name, **classes | given)
     if not timm.is_model(name):
         raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
     size, patch_size = given.pop("input_size", None), given.pop("patch_size", None)

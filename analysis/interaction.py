@@ -5,7 +5,8 @@
 The image is a grid of players; those left out have the mean colour. I(i, j) of order m is the mean of v(S+i+j) - v(S+i)
 - v(S+j) + v(S) over contexts S of m others, where v rewards the true class (specs/a2mim.md 7.1, arXiv 2205.13943). The
 published setting needs a million forward passes for each image of 224 px: finished orders are kept in --output_dir and
-read again, and ranks of torchrun share the images. Writes interaction.csv, a row for each ratio, and interaction.png.
+read again, ranks of torchrun share the images, and --precision bf16 is faster, but its rounding adds to weak
+interactions. Writes interaction.csv, a row for each ratio, and interaction.png.
 """
 
 import hashlib
@@ -254,7 +255,7 @@ def strengths_of(args: Namespace, network: common.Network, device: torch.device)
     progress = Progress(network.label, args.images, 0, every=1, rank=args.rank)
     files = []
     for turn, (number, image, label) in enumerate(chosen_images(args, network, dataset, normalize)):
-        files.append(path := folder / f"image-{number}.pth")
+        files.append(path := folder / f"image-{number}" / "orders.pth")  # one rank writes in a folder
         if turn % args.world_size == args.rank:
             done = read_done(path, about)
             image_strengths(
@@ -312,6 +313,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="orders, as shares of all players")
     group.add_argument("--reach", type=int, default=2, help="rows and columns between the two players at most")
     group.add_argument("--reward", choices=REWARDS, default="modified")
+    group.add_argument("--nb_classes", type=int, default=None, help="of --model; None is the data set's")
     group.add_argument("--correct_only", action="store_true", help="images that are classified right, as for 32 px")
     return common.parse(parser, argv, check_flags)
 

@@ -418,7 +418,9 @@ def test_interactions_go_on_from_what_is_finished(tmp_path, monkeypatch):
     assert len(computed) == 1 + 2 * len(interaction.orders(args))
     rows = table(tmp_path / "cut" / "interaction.csv")
     assert [float(row["strength"]) for row in rows] == [row.strength for row in whole] and whole[3].strength > 0
-    with pytest.raises(ValueError, match=r"image-\d+\.pth holds interactions of another run: contexts 3 there, 5 now"):
+    with pytest.raises(
+        ValueError, match=r"image-\d+/orders\.pth holds interactions of another run: contexts 3 there, 5 now"
+    ):
         interaction.main(interaction.parse(interaction_flags(tmp_path / "cut", *file, "--contexts", "5")))
 
 
