@@ -100,7 +100,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         help="IMNET: map files beside folders or zips; None: found out from --data_path, or digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
-    if stage != "knn":
+    if stage not in ("knn", "analysis"):
         group.add_argument("--train_interpolation", default="bicubic", choices=INTERPOLATIONS)
     add_loader_flags(group)
     if stage == "pretrain":
@@ -123,6 +123,8 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--eval_data_path", default=None, help="validation folder, where --data_path holds only training images"
     )
+    if stage == "analysis":
+        return
     group.add_argument("--nb_classes", type=int, default=None, help="number of classes; None is the data set's")
     group.add_argument(
         "--label_fraction", type=float, default=1.0, help="train on this share of each class, the first ones"

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from analysis import fourier, interaction
 from attention_maps import class_maps, patch_maps
 from backbones import PixelNeck
 from checkpoint import (
@@ -1220,6 +1221,51 @@ def timm_network(config: dict, size: tuple[int, int]) -> nn.Module:
     )  # fmt: skip
 
 
+def fourier_analysis(case: Case) -> dict[str, Tensor]:
+    """Tokens [B, N, C] are of a square grid."""
+    latents = [case.inputs()[f"latent{k}"] for k in range(len(case.inputs()))]
+    maps = [x if x.ndim == 4 else x.transpose(1, 2).unflatten(2, (math.isqrt(x.shape[1]), -1)) for x in latents]
+    curves = {f"rel_log_amp{k}": fourier.relative(fourier.log_amplitudes(x)) for k, x in enumerate(maps)}
+    return curves | {"variance": torch.stack([fourier.spatial_variance(x) for x in maps])}
+
+
+def multi_order_interaction(case: Case) -> dict[str, Tensor]:
+    """All rewards of every ratio, those of the same order too; without contexts in the case they are empty."""
+    config, inputs = case.config, case.inputs()
+    shape = (config["pairs_number"], config["samples_number_of_s"], 0)
+    found: dict[str, list[Tensor]] = {}
+    computed = {}
+    for ratio in config["ratios"]:
+        percent = round(100 * ratio)
+        contexts = inputs.get(f"context_{percent}", torch.zeros(len(inputs["image"]), *shape)).long()
+        assert contexts.shape[-1] == interaction.order_of(ratio, config["grid_size"] ** 2)
+        logits = torch.stack([quadratic_logits(case, k, contexts[k]) for k in range(len(contexts))])  # [I, P, S, 4, K]
+        computed[f"logits_{percent}"] = logits.flatten(1, 3)[:, :8]
+        for kind in interaction.REWARDS:
+            values = [interaction.reward(logits[k], int(label), kind) for k, label in enumerate(inputs["label"])]
+            found.setdefault(kind, []).append(interaction.second_difference(torch.stack(values)))
+    for kind, of_ratios in found.items():
+        computed[f"interaction_{kind}"] = torch.stack(of_ratios)
+        strengths = computed[f"interaction_{kind}"].mean(-1).abs().mean((1, 2))
+        computed[f"J_{kind}"] = interaction.shares(strengths)
+    return computed
+
+
+def quadratic_logits(case: Case, number: int, contexts: Tensor) -> Tensor:
+    """Of the case's model, which sees means of cells, on one image with contexts [P, S, m]: [P, S, 4, classes]."""
+    config, weights = case.config, case.inputs("weights/")
+    grid, image = config["grid_size"], case.inputs()["image"][number]
+
+    def model(images: Tensor) -> Tensor:
+        cells = F.avg_pool2d(images, images.shape[-1] // grid).flatten(1)  # [K, c * g * g]
+        quadratic = torch.einsum("bi,kij,bj->bk", cells, weights["Q"], cells)
+        ranks = torch.arange(config["num_classes"])
+        return cells @ weights["W"].T + quadratic + 0.3 * ranks * cells.sum(1, keepdim=True).tanh()
+
+    present = interaction.coalitions(case.inputs()["pairs"][number].long(), contexts, grid**2)
+    return interaction.masked_logits(model, image, present.flatten(0, 2), 7).unflatten(0, present.shape[:3])
+
+
 ADAPTERS = {
     adapter.__name__: adapter
     for adapter in (
@@ -1233,11 +1279,12 @@ ADAPTERS = {
         hog, dalle_encoder, beit_pretrain, semanticmim_beit, semanticmim_maskfeat,
         semanticmim_attention,
         focal_frequency_loss, a2mim_head, mim_neck, blockwise_mask, a2mim_lr_schedule, a2mim_param_groups,
-        resnet_key_map, a2mim_key_map,
+        resnet_key_map, a2mim_key_map, fourier_analysis,
     )
-} | {"mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars} | dict.fromkeys(
-    ("a2mim_resnet", "a2mim_vit", "a2mim_convnext", "simmim"), masked_reconstruction
-)  # fmt: skip
+} | {
+    "mask_lambda_schedule": lambda_schedule, "sincos_pos_embed": sincos_tables, "mae_lars": lars,
+    "interaction": multi_order_interaction,
+} | dict.fromkeys(("a2mim_resnet", "a2mim_vit", "a2mim_convnext", "simmim"), masked_reconstruction)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

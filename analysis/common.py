@@ -1,0 +1,372 @@
+"""What the analyses share: their flags, networks of any checkpoint, images, features of every layer, tables, figures.
+
+Shapes in comments: B images, C channels of a map of h x w places.
+"""
+
+import argparse
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import timm
+import torch
+from timm.models.beit import Block as BeitBlock
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+
+import checkpoint
+import options
+import run_class_finetuning
+import run_pretraining
+from backbones import feature_places
+from datasets import ImageDataset, build_dataset, build_loader
+from engine_for_pretraining import Normalize
+from modeling_finetune import Block, builder_of, create_model
+from modeling_pretrain import PretrainMethod
+from parallel import AUTOCAST_DTYPES
+from report import COLOURS
+from transforms import MEAN_STD, EvalTransform
+from utils import log, write_rows
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+
+RANDOM = "random"  # in the place of a checkpoint
+_HEADS = ("head.", "fc.")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def build_parser(description: str, name: str, *, images: int, batch_size: int = 32) -> argparse.ArgumentParser:
+    """The flags of every analysis; `name` is that of the files it writes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("networks")
+    group.add_argument(
+        "--checkpoint", nargs="+", default=[RANDOM], metavar="FILE",
+        help=f"those to compare; the word {RANDOM} is random weights",
+    )  # fmt: skip
+    group.add_argument(
+        "--model", nargs="+", default=[], metavar="NAME",
+        help="a model of this repository or of timm, for all checkpoints or one for each; not needed, or '', for a "
+        "checkpoint that carries the flags of its run",
+    )  # fmt: skip
+    group.add_argument("--labels", nargs="+", default=[], help="what the checkpoints are called in tables and figures")
+    group.add_argument("--model_key", default=checkpoint.PUBLISHED_KEYS, help="where the weights are in the files")
+    group.add_argument("--model_prefix", default="", help="prefix of the weights' names in the files")
+    group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
+    group.add_argument("--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own")
+    group.add_argument(
+        "--model_kwargs", nargs="*", default=[], metavar="K=V", help="any constructor options of --model"
+    )
+    options.add_data_flags(parser, "analysis")
+    group = parser.add_argument_group("images")
+    group.add_argument("--images", type=int, default=images, help="how many of the validation images")
+    group.add_argument("--batch_size", type=int, default=batch_size, help="images in a forward pass")
+    group.add_argument("--crop_pct", type=float, default=None, help="of the images; None: 0.875, 1 from 384 px")
+    options.add_process_flags(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
+    group.add_argument("--output_dir", default="output/analysis", help=f"folder of {name}.csv and {name}.png")
+    group.add_argument("--seed", type=int, default=0, help="of random weights and draws")
+    # None: as in the checkpoint's run, or ImageNet's
+    parser.set_defaults(precision="fp32", imagenet_default_mean_and_std=None, enable_deepspeed=False)
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, *checks: Callable[[Namespace], None]
+) -> argparse.Namespace:
+    """Defaults < --config < command line. Exits with argparse's message on bad flags."""
+    return options.parse_flags(parser, argv, check_flags, *checks)
+
+
+def check_flags(args: Namespace) -> None:
+    for name in ("images", "batch_size"):
+        check_positive(args, name)
+    count = len(args.checkpoint)
+    if len(args.model) not in (0, 1, count):
+        raise ValueError(f"--model takes one name or one for each of the {count} checkpoints, not {len(args.model)}")
+    if any(path == RANDOM and not name for path, name in zip(args.checkpoint, models(args), strict=True)):
+        raise ValueError("random weights need --model; or give --checkpoint")
+    if args.labels and len(args.labels) != count:
+        raise ValueError(f"--labels must be one for each of the {count} checkpoints, not {len(args.labels)}")
+    if len(set(labels(args))) != count:
+        raise ValueError(f"--labels must differ: {', '.join(labels(args))}")
+
+
+def check_positive(args: Namespace, name: str) -> None:
+    if getattr(args, name) < 1:
+        raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+
+
+def labels(args: Namespace) -> list[str]:
+    """Given ones, or the checkpoints' shortest names that differ, or the models' names."""
+    if args.labels:
+        return args.labels
+    for parts in range(2, 9):
+        found = [
+            f"{model} ({RANDOM})" if path == RANDOM else "/".join(Path(path).with_suffix("").parts[-parts:])
+            for path, model in zip(args.checkpoint, models(args), strict=True)
+        ]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
+def models(args: Namespace) -> list[str]:
+    """A name for each checkpoint; empty: that which its file carries."""
+    return args.model if len(args.model) == len(args.checkpoint) else (args.model or [""]) * len(args.checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+@dataclass
+class Network:
+    """A frozen network in eval mode. `features.forward_features` takes images; `model` gives logits if it `classifies`.
+
+    size: (height, width) of its images. mean_std: the key in `MEAN_STD` of what they are normalised by.
+    """
+
+    label: str
+    model: nn.Module
+    size: tuple[int, int]
+    mean_std: str
+    classifies: bool
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+
+    @property
+    def features(self) -> nn.Module:
+        """SimMIM's and A2MIM's is their backbone."""
+        return getattr(self.model, "backbone", self.model)
+
+
+def load_networks(args: Namespace, num_classes: int = 0) -> list[Network]:
+    """All networks that the flags name; models that are named get that many classes."""
+    rows = zip(labels(args), args.checkpoint, models(args), strict=True)
+    return [load_network(args, *row, num_classes) for row in rows]
+
+
+def load_network(args: Namespace, label: str, path: str, name: str, num_classes: int) -> Network:
+    """One of them: built as it was in the checkpoint's own run, unless it is named.
+
+    Raises:
+        ValueError: the file carries no flags and no name is given; or its weights are of another network.
+    """
+    run = {} if path == RANDOM else checkpoint.load_checkpoint(path).get("args") or {}
+    torch.manual_seed(args.seed)
+    if name:
+        model = named_model(name, options.model_kwargs(args), num_classes)
+    elif run:
+        model = model_of_run(run, args)
+    else:
+        raise ValueError(f"{path} does not say which model it holds: name it with --model")
+    is_method, missing = isinstance(model, PretrainMethod), []
+    if path != RANDOM:
+        whole = 0.9 if is_method else 1.0  # a teacher may have fewer parts than the method
+        found = checkpoint.load_pretrained(
+            model, path, model_key=args.model_key, prefix=args.model_prefix, min_matched=whole
+        )
+        log.info("%s", found)
+        missing = found.missing
+    classifies = not is_method and bool(num_classes or run) and not any(key.startswith(_HEADS) for key in missing)
+    network = Network(label, model, image_size(model, args, run), mean_std(args, run), classifies)
+    log.info("%s: images of %d x %d, normalised by the values of %s", label, *network.size, network.mean_std)
+    return network
+
+
+def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module:
+    """A model of this repository, or else of timm. ValueError: neither has it."""
+    if (builder := builder_of(name)) is not None:
+        classes = {} if issubclass(builder.func, PretrainMethod) else {"num_classes": num_classes}
+        return create_model(name, **classes | given)
+    if not timm.is_model(name):
+        raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
+    size, patch_size = given.pop("input_size", None), given.pop("patch_size", None)
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        window = {"window_size": size // 32} if size and name.startswith("swin_") else {}
+        given = options.given({"img_size": size, "patch_size": patch_size}) | window | given
+    try:
+        return timm.create_model(name, num_classes=num_classes, **given)
+    except TypeError as error:
+        raise ValueError(f"--model {name} does not take one of the options {sorted(given)}: {error}") from error
+
+
+def model_of_run(run: dict[str, Any], args: Namespace) -> nn.Module:
+    """The method or classifier of a run's flags, over which those of the command line win."""
+    stage = "pretrain" if "mask_type" in run else "finetune"
+    of_run = options.build_parser(stage).parse_args([])
+    vars(of_run).update(run)
+    vars(of_run).update({name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name)})
+    of_run.model_kwargs = [*of_run.model_kwargs, *args.model_kwargs]
+    build = run_pretraining.build_method if stage == "pretrain" else run_class_finetuning.build_classifier
+    return build(of_run)
+
+
+def image_size(model: nn.Module, args: Namespace, run: dict[str, Any]) -> tuple[int, int]:
+    if isinstance(model, PretrainMethod):
+        return model.image_size
+    if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
+        return tuple(size)
+    own = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    return (args.input_size or run.get("input_size") or own[-1],) * 2
+
+
+def mean_std(args: Namespace, run: dict[str, Any]) -> str:
+    flag = args.imagenet_default_mean_and_std
+    flag = run.get("imagenet_default_mean_and_std", True) if flag is None else flag
+    return "imagenet" if flag else "inception"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def set_up(args: Namespace) -> torch.device:
+    """Starts the log and settles device and precision; analyses that do not share their work are of one process."""
+    device = run_pretraining.set_up(args).device
+    if args.world_size > 1:
+        raise ValueError("this analysis runs in one process")
+    return device
+
+
+def image_set(args: Namespace, network: Network, *, need_labels: bool = False) -> ImageDataset:
+    """The validation images as the network sees them."""
+    transform = EvalTransform(network.size, args.crop_pct)
+    return build_dataset(args, train=False, transform=transform, need_labels=need_labels)
+
+
+def batches(args: Namespace, network: Network, device: torch.device) -> Iterator[Tensor]:
+    """Normalised images [B, 3, H, W] from all over the data set: they may be in the order of their classes."""
+    dataset = image_set(args, network)
+    chosen = np.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).round().astype(int).tolist()
+    keys = [
+        [(0, index) for index in chosen[first : first + args.batch_size]]
+        for first in range(0, len(chosen), args.batch_size)
+    ]
+    normalize = Normalize(MEAN_STD[network.mean_std], device)
+    for batch in build_loader(dataset, keys, num_workers=args.num_workers, pin_mem=args.pin_mem):
+        yield normalize(batch)["image"]
+
+
+def autocast(args: Namespace, device: torch.device):
+    dtype = AUTOCAST_DTYPES.get(args.precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class Layer(NamedTuple):
+    """A place whose features are looked at: what goes into or comes out of the module of that name.
+
+    axis: of the channels of a map; -1 means [B, h, w, C]. grid: of the patches where the features are tokens [B, T, C].
+    """
+
+    name: str
+    module: str
+    before: bool
+    axis: int = 1
+    grid: tuple[int, int] | None = None
+
+    def as_map(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] in float32, without tokens in front of the patches."""
+        if features.ndim == 3:
+            features = features[:, -math.prod(self.grid) :].unflatten(1, self.grid)
+            return features.movedim(-1, 1).float()
+        return features.movedim(self.axis, 1).float()
+
+
+TRANSFORMER_BLOCKS = (Block, TimmBlock, BeitBlock, SwinTransformerBlock)
+_CONVOLUTION_BLOCKS = (BasicBlock, Bottleneck, ConvNeXtBlock)
+
+
+def layers_of(network: nn.Module) -> list[Layer]:
+    """The embedding or stem, then every block; a transformer's after its attention and after its MLP (a2mim.md 7.2).
+
+    Of an unknown network what timm lists as its features. ValueError: nothing is listed either.
+    """
+    layers: list[Layer] = []
+    for name, module in network.named_modules():
+        if isinstance(module, TRANSFORMER_BLOCKS):
+            grid = getattr(module, "input_resolution", None) or network.patch_embed.grid_size
+            # the second norm sees the sum after the attention, layer scale included
+            layers += [Layer(name, name, True, -1, grid)] * (not layers)
+            layers += [Layer(f"{name}.attn", f"{name}.norm2", True, -1, grid), Layer(name, name, False, -1, grid)]
+        elif isinstance(module, _CONVOLUTION_BLOCKS):
+            layers += [Layer(name, name, True)] * (not layers) + [Layer(name, name, False)]
+    if layers:
+        return [layers[0]._replace(name="embedding"), *layers[1:]]
+    if not getattr(network, "feature_info", None):
+        raise ValueError(f"--model: {type(network).__name__} has no blocks or features that are known here")
+    return [Layer(place.module, place.module, place.before) for place in feature_places(network)]
+
+
+@contextmanager
+def hooked(hooks: Sequence[tuple[nn.Module, bool, Callable[[Tensor], None]]]) -> Iterator[None]:
+    """Each (module, before, see): `see` is called with what goes into the module, or what comes out of it."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, see=see: see(inputs[0]))
+        if before
+        else module.register_forward_hook(lambda _, inputs, output, see=see: see(output))
+        for module, before, see in hooks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def look(
+    network: nn.Module, images: Tensor, layers: Sequence[Layer], reduce: Callable[[Tensor], Any]
+) -> dict[str, Any]:
+    """`reduce` of the map [B, C, h, w] of every layer that images [B, 3, H, W] go through, in that order, by name."""
+    found: dict[str, Any] = {}
+
+    def see(layer: Layer, features: Tensor) -> None:
+        found[layer.name] = reduce(layer.as_map(features))
+
+    with hooked([(network.get_submodule(layer.module), layer.before, partial(see, layer)) for layer in layers]):
+        network.forward_features(images)
+    return found
+
+
+def depths(count: int) -> list[float]:
+    """Of so many layers, from 0 to 1."""
+    return np.linspace(0, 1, count).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Of the network with that number."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":", "-.")[number // len(COLOURS) % 4]}
+
+
+def save(args: Namespace, name: str, rows: Sequence[Any], figure: Figure) -> None:
+    """Writes name.csv and name.png in --output_dir."""
+    folder = Path(args.output_dir)
+    write_rows(folder / f"{name}.csv", rows)
+    figure.savefig(folder / f"{name}.png", dpi=150)
+    log.info("wrote %s and .png", folder / f"{name}.csv")
