@@ -19,6 +19,7 @@ from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged,
 from modeling_finetune import create_model
 from optim_factory import annealing, param_groups, set_schedule
 from scripts.extract_backbone import extract
+from scripts.straightforward import make_straightforward
 
 TINY = {
     "resnet18": {"channels": [8, 8, 16, 16], "input_size": 64},
@@ -369,3 +370,23 @@ def test_every_group_ends_at_the_same_rate():
     assert step[:, 0].tolist() == pytest.approx([0.5, 0.625, 0.75, 0.875] + [1.0] * 8 + [0.1] * 4 + [0.01] * 4)
     with pytest.raises(ValueError, match="leaves nothing of the run"):
         annealing("step", 1.0, 0.0, 2, 2, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark's plain form
+
+
+@pytest.mark.parametrize("options", [{}, {"fft_unmask_weight": 0.5, "fft_unmask_replace": "prediction"}], ids=str)
+def test_the_plain_form_of_the_benchmark_computes_the_same(options):
+    """Loss and gradients: the order in memory and half a spectrum change nothing."""
+    ours, plain = (build("resnet18", pixel_loss="l1", **options) for _ in range(2))
+    make_straightforward(plain)
+    assert ours.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert plain.backbone.layer1[0].conv1.weight.is_contiguous()
+    batch = {"image": images_of(ours), "mask": torch.tensor([[[1.0, 0], [0, 1]], [[0, 1], [1, 1]]])}
+    losses = [model(batch)["loss"] for model in (ours, plain)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
