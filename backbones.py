@@ -113,17 +113,21 @@ def features_last(network: nn.Module, images: Tensor) -> Tensor:
 
 
 class Family(NamedTuple):
-    """places: of a network, by `mask_layer`. feature_map: images [B, 3, H, W] to the last map [B, C, h, w]."""
+    """places: of a network, by `mask_layer`. feature_map: images [B, 3, H, W] to the last map [B, C, h, w].
+
+    rules: the name of the published optimizers' rules. memory_format: in which its convolutions are fastest.
+    """
 
     places: Callable[[nn.Module], list[Place]]
     feature_map: Callable[[nn.Module, Tensor], Tensor]
     rules: str
+    memory_format: torch.memory_format = torch.contiguous_format
 
 
 # timm's ConvNeXt has the last norm in its head, behind the pooling; pre-training norms every place of the map
 _FAMILIES: dict[type[nn.Module], Family] = {
     VisionTransformer: Family(vit_places, lambda vit, images: vit(images), "vit"),
-    ResNet: Family(resnet_places, lambda resnet, images: resnet.forward_features(images), "cnn"),
+    ResNet: Family(resnet_places, lambda resnet, images: resnet.forward_features(images), "cnn", torch.channels_last),
     SwinTransformer: Family(swin_places, features_last, "swin"),
     ConvNeXt: Family(convnext_places, lambda net, images: net.head.norm(net.forward_features(images)), "convnext"),
     nn.Module: Family(feature_places, lambda network, images: network.forward_features(images), "cnn"),
@@ -178,7 +182,7 @@ def timm_network(
     network = timm.create_model(name, **options)
     if grad_checkpointing:
         network.set_grad_checkpointing()
-    return network
+    return network.to(memory_format=family_of(network).memory_format)  # maps follow the weights' order
 
 
 def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -> None:

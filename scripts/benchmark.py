@@ -1,16 +1,18 @@
 """Speed, always as A against B in one process: interleaved, medians of ratios.
 
 `benchmark.py step` measures a training step as a share of the machine's matrix-multiplication peak, against the
-straightforward form of the same computation. `benchmark.py masks` measures SemMAE's masks, `benchmark.py data` the
-loading of images.
+straightforward form of the same computation. `benchmark.py masks` measures SemMAE's masks,
+`benchmark.py spectra` A2MIM's loss of spectra, `benchmark.py data` the loading of images.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from losses import ReconstructionLoss
 from masking_generator import semantic_mask
 from modeling_finetune import create_model
 from modeling_pretrain import PretrainMethod
@@ -27,7 +30,7 @@ from options import model_kwargs
 from parallel import AUTOCAST_DTYPES, TorchRunner
 from run_pretraining import compile_blocks
 from scripts import bench_data
-from scripts.straightforward import make_straightforward, semantic_mask_of_one
+from scripts.straightforward import make_straightforward, semantic_mask_of_one, whole_spectra
 
 GEMMS = 4  # in a row
 
@@ -127,13 +130,15 @@ def make_variant(
 
 def random_batch(model: PretrainMethod, size: int, device: torch.device) -> dict[str, Tensor]:
     """Normalised images and the published recipe's share of masked patches, at random."""
-    shape, noise = (size, 3, *model.patch_embed.img_size), torch.rand(size, model.patch_embed.num_patches)
+    sides = zip(model.image_size, model.cell_size, strict=True)
+    shape, grid = (size, 3, *model.image_size), tuple(side // cell for side, cell in sides)
+    noise = torch.rand(size, math.prod(grid))
     count = round(0.75 * noise.shape[1])
     mask = noise.argsort(1).argsort(1) < count
     views = {
         "image": torch.randn(shape),
         "image_strong": torch.randn(shape),
-        "mask": mask.view(size, *model.patch_embed.grid_size),
+        "mask": mask.view(size, *grid),
         "noise": noise,
     }
     return {name: views[name].to(device) for name in model.views} | {"max_masked": count}
@@ -209,11 +214,43 @@ def run_masks(args: argparse.Namespace) -> None:
         print(f"{variant.name:16s} {median:9.2f} ms {speedup(plain, variant):9.1f}x")
 
 
+def run_spectra(args: argparse.Namespace) -> None:
+    """Prints time and memory of the loss of spectra and of its gradient, ours as a share of the whole complex form."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.threads)
+    shape = (args.batch_size, 3, args.input_size, args.input_size)
+    predicted, target = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
+    mask = torch.ones(args.batch_size, 1, *shape[2:], device=device)
+    criterion = ReconstructionLoss(fft_weight=0.5, fft_unmask_weight=1e-3)
+
+    def whole() -> Tensor:
+        return whole_spectra(criterion, predicted, target, mask)
+
+    def half() -> Tensor:
+        return criterion.frequency_loss(criterion.seen(predicted, target, mask) - target)
+
+    steps = [partial(gradient_of, form, predicted) for form in (whole, half)]
+    plain, ours = (Variant(name, step, "fp32") for name, step in zip(("whole", "ours"), steps, strict=True))
+    interleave([plain, ours], args.rounds, device)
+    print(f"loss of spectra, {args.batch_size} x {args.input_size} px, {args.threads} threads")
+    for variant in (plain, ours):
+        variant.memory_mib = step_memory(variant.step, device)
+        median, share = 1e3 * statistics.median(variant.seconds), 1 / speedup(plain, variant)
+        memory = variant.memory_mib / plain.memory_mib
+        print(f"{variant.name:8s} {median:9.2f} ms {share:6.2f}x {variant.memory_mib:9.1f} MiB {memory:6.2f}x")
+
+
+def gradient_of(loss: Callable[[], Tensor], value: Tensor) -> Tensor:
+    found = loss()
+    torch.autograd.grad(found, value)
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser(
-        "step", help="a training step of ConMIM, MAE or SemAIM", formatter_class=parser.formatter_class
+        "step", help="a training step of ConMIM, MAE, SemAIM or A2MIM", formatter_class=parser.formatter_class
     )
     step.add_argument("--model", default="conmim_small_patch16_224")
     step.add_argument("--input_size", type=int, default=224)
@@ -231,6 +268,14 @@ def main(argv: list[str] | None = None) -> None:
     masks.add_argument("--num_parts", type=int, default=7)
     masks.add_argument("--rounds", type=int, default=15)
     masks.set_defaults(run=run_masks)
+    spectra = commands.add_parser(
+        "spectra", help="A2MIM's loss of spectra alone", formatter_class=parser.formatter_class
+    )
+    spectra.add_argument("--batch_size", type=int, default=4)
+    spectra.add_argument("--input_size", type=int, default=224)
+    spectra.add_argument("--threads", type=int, default=2)
+    spectra.add_argument("--rounds", type=int, default=15)
+    spectra.set_defaults(run=run_spectra)
     data = commands.add_parser("data", help="two-view and one-view loading", formatter_class=parser.formatter_class)
     bench_data.add_arguments(data)
     data.set_defaults(run=bench_data.run)

@@ -33,29 +33,39 @@ DECODER = "decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3"
 class Method:
     """What is trained first: no `pretrain` flags are random weights; `parts` names the source of part maps.
 
+    `classifier` are the flags of the network that is evaluated. "{patch}" and "{cell}" in flags are the data set's.
     `length` is the name of a schedule below: methods whose step takes much longer get fewer epochs.
     """
 
     label: str
     pretrain: str = ""
-    classifier: str = "vit_tiny_patch16_224"
+    classifier: str = f"--model vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
     parts: str = ""
     length: str = "long"
 
 
-MAE = f"--model_kwargs {ENCODER} {DECODER} --norm_pix_loss --lr 2e-3 --opt_betas 0.9 0.95"
+MAE = f"--model_kwargs {ENCODER} {DECODER} --patch_size {{patch}} --norm_pix_loss --lr 2e-3 --opt_betas 0.9 0.95"
 SEMAIM = (
-    f"--model semaim_tiny_patch16_224 --model_kwargs {ENCODER} --query_depth 6 --norm_pix_loss --lr 5e-4 "
-    "--opt_betas 0.9 0.95 --clip_grad 3 --permutation_type"
+    f"--model semaim_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --query_depth 6 --norm_pix_loss "
+    "--lr 5e-4 --opt_betas 0.9 0.95 --clip_grad 3 --permutation_type"
 )
 CONMIM = (
-    f"--model conmim_tiny_patch16_224 --model_kwargs {ENCODER} projector_hidden_dim=256 --layer_scale_init_value 0.1 "
-    "--mask_type random --mask_ratio 0.5 --t_momentum 0.999 --lr 2e-3 --clip_grad 3"
+    f"--model conmim_tiny_patch16_224 --model_kwargs {ENCODER} projector_hidden_dim=256 --patch_size {{patch}} "
+    "--layer_scale_init_value 0.1 --mask_type random --mask_ratio 0.5 --t_momentum 0.999 --lr 2e-3 --clip_grad 3"
 )
-MASKFEAT = f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --mask_type random --lr 2e-3 --opt_betas 0.9 0.95"
+CONMIM_CLASSIFIER = f"--model beit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+MASKFEAT = (
+    f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --mask_type random --lr 2e-3 "
+    "--opt_betas 0.9 0.95"
+)
+# pixels are masked by the cells of {cell}, a quarter of the image's side; the ResNet's last map has as many places
+MIM = "--mask_type random_mps32 --mask_ratio 0.6 --mask_patch_size {cell} --lr 1e-3 --lr_schedule stepfix_cosine"
+MIM_VIT = f"{MIM} --model_kwargs {ENCODER} --patch_size {{patch}}"
+MIM_CLASSIFIER = f"--model mim_vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+RESNET = "--model resnet18 --model_kwargs output_stride={cell}"
 METHODS = {
     "random": Method("random weights"),
-    "conmim": Method("ConMIM", CONMIM, classifier="beit_tiny_patch16_224", length="small_batches"),
+    "conmim": Method("ConMIM", CONMIM, CONMIM_CLASSIFIER, length="small_batches"),
     "mae": Method("MAE", f"--model mae_tiny_patch16_224 {MAE}"),
     "semmae": Method("SemMAE, learned parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="learned"),
     "semmae_kmeans": Method("SemMAE, k-means parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="kmeans"),
@@ -66,6 +76,12 @@ METHODS = {
     "maskfeat": Method("MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1"),
     "semanticmim_maskfeat": Method(
         "SemanticMIM in MaskFeat's form", f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8"
+    ),
+    "simmim_vit": Method("SimMIM", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER),
+    "a2mim_vit": Method("A2MIM", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER),
+    "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
+    "a2mim_resnet18": Method(
+        "A2MIM, ResNet-18", f"--model a2mim_resnet18 {MIM} --model_kwargs output_stride={{cell}}", RESNET
     ),
 }
 
@@ -78,7 +94,8 @@ class Data:
     """Flags of a data set, and the length of each stage on it."""
 
     source: str
-    patches: str
+    patch: int
+    cell: int
     pretrain: str
     schedules: dict[str, str]
     finetune: str
@@ -88,7 +105,8 @@ class Data:
 DATA = {
     "cifar10": Data(
         source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32 {COMMON}",
-        patches="--patch_size 4",
+        patch=4,
+        cell=8,
         pretrain="--min_lr 0 --batch_size 256 --crop_scale 0.2 1",
         schedules={
             "long": "--epochs 7 --warmup_steps 54",
@@ -100,7 +118,8 @@ DATA = {
     ),
     "shapes": Data(
         source=f"--data_set shapes --input_size 64 {COMMON}",
-        patches="--patch_size 8",
+        patch=8,
+        cell=16,
         pretrain="--min_lr 0 --batch_size 64 --crop_scale 0.2 1",
         schedules={
             "long": "--epochs 12 --warmup_steps 37",
@@ -163,15 +182,19 @@ class Comparison:
 
     def pretrain(self, key: str) -> Path:
         method = METHODS[key]
-        data = f"{self.data.source} {self.data.patches}"
         schedule = f"{self.data.pretrain} {self.data.schedules[method.length]}"
-        command = f"run_pretraining.py {data} {schedule} {self.common} {method.pretrain}"
+        own = self.fitted(method.pretrain)
+        command = f"run_pretraining.py {self.data.source} {schedule} {self.common} {own}"
         if method.parts == "random":
             command += " --part_source random"
         elif method.parts:
             command += f" --part_maps {shlex.quote(str(self.part_maps(method.parts) / 'maps'))}"
             command += " --part_source kmeans" if method.parts == "kmeans" else ""
         return self.run(command, self.folder / key / "pretrain")
+
+    def fitted(self, flags: str) -> str:
+        """A method's flags with this data set's sizes."""
+        return flags.format(patch=self.data.patch, cell=self.data.cell)
 
     def part_maps(self, source: str) -> Path:
         """Stage 1 of SemMAE; its teacher is MAE, pre-trained with this seed."""
@@ -189,7 +212,7 @@ class Comparison:
             pretrained = self.pretrain(key)
             loss = report.read_log(pretrained)[-1]["train_loss"]
             start = f"--finetune {shlex.quote(str(encoder_of(pretrained)))}"
-        network = f"--model {method.classifier} --model_kwargs {ENCODER} {self.data.source} {self.data.patches} {start}"
+        network = f"{self.fitted(method.classifier)} {self.data.source} {start}"
         return Result(
             self.name, key, self.seed, loss, *self.probe(key, network),
             self.accuracy(f"run_class_finetuning.py {network} {FINETUNE} {self.data.finetune}", key, "finetune"),

@@ -8,14 +8,18 @@ import pytest
 import timm
 import torch
 from helpers import METHODS, ROOT, start, train_steps
+from safetensors.torch import load_file
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 import checkpoint
 from backbones import family_of
+from checkpoint import from_openmixup
 from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, half_spectrum, whole_mean
 from modeling_finetune import create_model
 from optim_factory import annealing, param_groups, set_schedule
+from scripts.extract_backbone import extract
+from scripts.straightforward import make_straightforward
 
 TINY = {
     "resnet18": {"channels": [8, 8, 16, 16], "input_size": 64},
@@ -29,6 +33,11 @@ STRIDES = {  # of the masks (specs/a2mim.md 1.1)
     "resnet18": (4, 4, 8, 16), "convnext_tiny": (4, 8, 16, 32), "swin_tiny": (4, 4, 8, 16, 32),
     "vit_tiny_patch16_224": (8, 8, 8), "mobilenetv3_small_050": (2, 4, 8, 16, 32),
 }  # fmt: skip
+PUBLISHED_NAMES = [  # weights under OpenMixup's names
+    folder
+    for method in ("a2mim_key_map", "resnet_key_map")
+    for folder in sorted((ROOT / "tests" / "reference_cases" / method).iterdir())
+]
 each_place = pytest.mark.parametrize(
     ("name", "layer"), [(name, k) for name, count in PLACES.items() for k in range(count)]
 )
@@ -197,14 +206,18 @@ def test_visible_pixels_count_only_where_they_should():
 # Checkpoints
 
 
+def timm_beit(size: tuple[int, int], patch: int, path: str = "", **sizes) -> nn.Module:
+    return timm.create_model(
+        "beit_base_patch16_224", num_classes=0, use_abs_pos_emb=True, global_pool="token", init_values=0.1,
+        img_size=size, patch_size=patch, checkpoint_path=path, **sizes,
+    )  # fmt: skip
+
+
 def timm_model(name: str, model: nn.Module) -> nn.Module:
     """timm's own network of these sizes."""
     sizes = {key: value for key, value in TINY[name].items() if key not in ("input_size", "patch_size")}
     if name.startswith("vit"):
-        return timm.create_model(
-            "beit_base_patch16_224", num_classes=0, use_abs_pos_emb=True, global_pool="token", init_values=0.1,
-            img_size=model.image_size, patch_size=model.cell_size[0], **sizes,
-        )  # fmt: skip
+        return timm_beit(model.image_size, model.cell_size[0], **sizes)
     if name.startswith("swin"):
         sizes |= {"img_size": model.image_size, "window_size": 2}
     return timm.create_model({"swin_tiny": "swin_tiny_patch4_window7_224"}.get(name, name), num_classes=0, **sizes)
@@ -230,7 +243,7 @@ def test_what_is_exported_is_timms(tmp_path, name):
 
 @pytest.mark.parametrize("method", ["a2mim_resnet", "a2mim_vit"])
 def test_pretrain_export_extract(tmp_path, method):
-    """A run's checkpoint through the script is the encoder that the run has written; ResNet's for detectron2 too."""
+    """A run's checkpoint through the script is the encoder that the run has written; timm takes it strictly."""
     run, position = start("pretrain", tmp_path, *METHODS[method])
     train_steps(run, 0, 2)
     run.session.save(position, finished=True)
@@ -240,6 +253,14 @@ def test_pretrain_export_extract(tmp_path, method):
     ours, theirs = (checkpoint.load_checkpoint(path) for path in (output, tmp_path / "encoder-0.safetensors"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not any(key.startswith(("inject", "neck", "backbone")) for key in ours)
+    model, images = run.task.eval(), images_of(run.task)
+    if method == "a2mim_vit":
+        exported = timm_beit((16, 16), 4, str(output), embed_dim=32, depth=2, num_heads=2).eval()
+        found = exported.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    else:
+        sizes = {"channels": [8, 8, 16, 16], "num_classes": 0}
+        found = timm.create_model("resnet18", checkpoint_path=str(output), **sizes).eval().forward_features(images)
+    torch.testing.assert_close(found, model.features(images, None), rtol=1e-4, atol=1e-5)
     pickled = subprocess.run([*script, str(tmp_path / "d2.pkl")], capture_output=True, text=True)
     if method == "a2mim_vit":
         assert pickled.returncode != 0 and "are for ResNet" in pickled.stderr
@@ -247,6 +268,21 @@ def test_pretrain_export_extract(tmp_path, method):
     names = pickle.loads((tmp_path / "d2.pkl").read_bytes())["model"]
     assert {"stem.conv1.weight", "stem.conv1.norm.running_var", "res3.0.shortcut.norm.bias"} <= names.keys()
     assert len(names) == len(ours)
+
+
+@pytest.mark.parametrize("case", PUBLISHED_NAMES, ids=lambda case: f"{case.parent.name}-{case.name}")
+def test_backbones_come_out_of_published_files(tmp_path, case):
+    """With neck, averages and classifier around them, for timm (the reference cases load them and compare features)."""
+    tensors = load_file(case / "tensors.safetensors")
+    weights = {key.partition("weights/")[2]: value.float() for key, value in tensors.items() if "weights/" in key}
+    inside = {f"backbone.{key.removeprefix('backbone.')}": value for key, value in weights.items()}
+    extra = ("backbone.mask_token", "neck.decoder.0.weight", "head.fc.weight", "head.fc.bias", "ema_backbone_norm")
+    path = tmp_path / "published.pth"
+    torch.save({"state_dict": inside | dict.fromkeys(extra, torch.zeros(1)), "meta": {"epoch": 3}}, path)
+    found, model = extract(str(path))
+    expected = from_openmixup(weights)
+    assert model == "" and found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_a_run_is_fine_tuned_and_looked_at(tmp_path):
@@ -334,3 +370,23 @@ def test_every_group_ends_at_the_same_rate():
     assert step[:, 0].tolist() == pytest.approx([0.5, 0.625, 0.75, 0.875] + [1.0] * 8 + [0.1] * 4 + [0.01] * 4)
     with pytest.raises(ValueError, match="leaves nothing of the run"):
         annealing("step", 1.0, 0.0, 2, 2, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark's plain form
+
+
+@pytest.mark.parametrize("options", [{}, {"fft_unmask_weight": 0.5, "fft_unmask_replace": "prediction"}], ids=str)
+def test_the_plain_form_of_the_benchmark_computes_the_same(options):
+    """Loss and gradients: the order in memory and half a spectrum change nothing."""
+    ours, plain = (build("resnet18", pixel_loss="l1", **options) for _ in range(2))
+    make_straightforward(plain)
+    assert ours.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert plain.backbone.layer1[0].conv1.weight.is_contiguous()
+    batch = {"image": images_of(ours), "mask": torch.tensor([[[1.0, 0], [0, 1]], [[0, 1], [1, 1]]])}
+    losses = [model(batch)["loss"] for model in (ours, plain)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
