@@ -492,7 +492,7 @@ def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Ten
             raise ValueError(f"{key} with {value.shape[0]} rows is not of a square window and cannot be resized")
         window = model.patch_embed.grid_size if extra else (math.isqrt(shape[0]) + 1) // 2
         return interpolate_rel_pos_bias(value, (side + 1) // 2, window, extra)
-    if key == "pos_embed" and value.shape[1] != shape[1]:
+    if key.endswith("pos_embed") and value.shape[1] != shape[1]:  # the decoder's too
         return interpolate_pos_embed(value, model.patch_embed.grid_size, model.num_prefix_tokens)
     return value
 

@@ -548,7 +548,9 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
-        """Attention probabilities of one block: [B, h, T, T]."""
+        """Attention probabilities of one block: [B, h, T, T]. ValueError: no such block."""
+        if not -len(self.blocks) <= layer < len(self.blocks):
+            raise ValueError(f"--layer {layer}: there are {len(self.blocks)} blocks, counted from 0 or from the end")
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         layer %= len(self.blocks)
         x = self.embed(self.patch_embed(x), self.pos_embed)

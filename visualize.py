@@ -7,9 +7,10 @@ Every picture is a grid: a row for an image, a column for one way of looking at 
 import argparse
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import default_collate
 import checkpoint
 import options
 import utils
+from attention_maps import Pair, check_cells, class_maps, query_maps
 from datasets import ImageDataset, build_source
 from engine_for_pretraining import Normalize
 from masking_generator import PATCH_ORDERS, patch_order
@@ -32,38 +34,113 @@ from utils import log
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 MASKED_GREY = 128
 
 
-def draw_grid(rows: Iterable[list[np.ndarray]], titles: list[str], *, cell: float = 1.1) -> Figure:
+def draw_grid(
+    rows: Iterable[list[np.ndarray]],
+    titles: list[str],
+    *,
+    cell: float = 1.1,
+    grid: Pair = (1, 1),
+    marks: Sequence[Sequence[int]] = (),
+) -> Figure:
     """A figure with one picture per row and title: [H, W, 3] uint8 is shown as it is, [h, w] floats as a map.
 
-    Each map's colours run from 0 to its own largest value. `cell` is a picture's side in inches.
+    Each map's colours run from 0, or from its smallest value below, to its own largest value. `cell` is a picture's
+    side in inches. `marks` lists for each column the cells of `grid` (rows, columns) that get a frame.
     """
     rows = list(rows)
     figure = Figure(figsize=(cell * len(titles), cell * (len(rows) + 0.25)), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for row, line in zip(rows, axes, strict=True):
         for picture, axis in zip(row, line, strict=True):
-            axis.imshow(picture, cmap="viridis", vmin=0, interpolation="nearest")
+            axis.imshow(picture, cmap="viridis", vmin=min(0, picture.min()), interpolation="nearest")
             axis.set_axis_off()
+        for axis, cells in zip(line, marks, strict=False):
+            for number in cells:
+                axis.add_patch(frame(number, grid, axis.images[0].get_array().shape[:2]))
     for title, axis in zip(titles, axes[0], strict=True):
         axis.set_title(title, fontsize=8)
     return figure
 
 
+def frame(number: int, grid: Pair, shape: Pair) -> Rectangle:
+    """Around cell `number` of `grid` in a picture of `shape` (height, width) pixels, which matplotlib puts at 0."""
+    height, width = shape[0] / grid[0], shape[1] / grid[1]
+    row, column = divmod(number, grid[1])
+    return Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False, edgecolor="red")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
+HEADS = ("mean", "each", "all")
 
-def attention_grid(model: nn.Module, images: Tensor, normalize: Normalize, layer: int = -1) -> Figure:
-    """Where the class token of images uint8 [B, 3, H, W] looks in a block: mean over heads, then each head."""
+
+class Column(NamedTuple):
+    """Maps [B, gh, gw] with a title, and the patches that are marked in them."""
+
+    title: str
+    maps: Tensor
+    marks: tuple[int, ...] = ()
+
+
+def attention_grid(
+    model: VisionTransformer,
+    images: Tensor,
+    normalize: Normalize,
+    layers: Sequence[int] = (-1,),
+    cells: Sequence[int] = (),
+    heads: str | None = None,
+    reduce_mean: bool = False,
+) -> Figure:
+    """Where class tokens, or the patches `cells`, of images uint8 [B, 3, H, W] look in some blocks.
+
+    Heads: their mean, each, or all of that, which is the default for a single query; of several it is the mean.
+    `reduce_mean` takes away what the class tokens see on average, which is shown too.
+    """
+    num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    check_cells(cells, grid)
+    if reduce_mean and not cells and num_cls == 1:
+        raise ValueError("--reduce_mean leaves nothing of a single class token: give --token_indices")
     model.eval()
-    maps = model.attention_maps(normalize({"image": images})["image"], layer)[:, :, 0, model.num_prefix_tokens :]
-    maps = maps.unflatten(-1, model.patch_embed.grid_size).float().cpu().numpy()
-    rows = ([as_picture(image), heads.mean(0), *heads] for image, heads in zip(images, maps, strict=True))
-    return draw_grid(rows, ["image", "mean of heads", *(f"head {head}" for head in range(maps.shape[1]))])
+    heads = heads or ("all" if (len(cells) or num_cls) == 1 else "mean")
+    x, columns = normalize({"image": images})["image"], []
+    for layer in layers:
+        attention = model.attention_maps(x, layer).float().cpu()
+        found = attention_columns(attention, num_cls, grid, cells, reduce_mean)
+        prefix = f"layer {layer}: " if len(layers) > 1 else ""
+        columns += [column for name, *own in found for column in split(f"{prefix}{name}", *own, heads)]
+    rows = zip([as_picture(image) for image in images], *(column.maps.numpy() for column in columns), strict=True)
+    marks = [tuple(cells), *(column.marks for column in columns)]
+    return draw_grid(rows, ["image", *(column.title for column in columns)], grid=grid, marks=marks)
+
+
+def attention_columns(
+    attention: Tensor, num_cls: int, grid: Pair, cells: Sequence[int], reduce_mean: bool
+) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+    """Of attention [B, h, T, T], for each class token or each of the patches `cells`: its name, its maps
+    [B, h, gh, gw] and the cells to mark."""
+    maps = query_maps(attention, num_cls, grid, [num_cls + cell for cell in cells] or range(num_cls))
+    names = [f"patch {cell}" for cell in cells] or [f"class {number}" for number in range(num_cls)]
+    names = [""] if names == ["class 0"] else names
+    marks = [(cell,) for cell in cells] or [()] * num_cls
+    if not reduce_mean:
+        return list(zip(names, maps.unbind(1), marks, strict=True))
+    mean = class_maps(attention, num_cls, grid).mean(1)[:, None]  # [B, 1, gh, gw]
+    return [("class mean", mean, ()), *zip(names, (maps - mean[:, None]).unbind(1), marks, strict=True)]
+
+
+def split(name: str, maps: Tensor, marks: tuple[int, ...], heads: str) -> list[Column]:
+    """The columns of one query, from its maps [B, h or 1, gh, gw]."""
+    mean = Column(f"{name} mean of heads".strip() if heads == "all" else name or "mean of heads", maps.mean(1), marks)
+    if heads == "mean" or maps.shape[1] == 1:
+        return [mean]
+    each = [Column(f"{name} head {head}".strip(), own, marks) for head, own in enumerate(maps.unbind(1))]
+    return each if heads == "each" else [mean, *each]
 
 
 def as_picture(image: Tensor) -> np.ndarray:
@@ -81,7 +158,12 @@ def load_model(path: str, model_key: str, flags: list[str]) -> tuple[nn.Module, 
     parser = options.build_parser(stage)
     parser.set_defaults(**saved)
     args = parser.parse_args(flags)
-    model = (build_method if stage == "pretrain" else build_classifier)(args)
+    if stage == "pretrain":
+        args.discrete_vae_weight_path = None  # nothing is predicted here
+        model = build_method(args)
+    else:  # with as many class tokens as there are in this file, not in what its run began with
+        args.resume, args.finetune, args.model_key = "", path, model_key
+        model = build_classifier(args)
     log.info("%s", checkpoint.load_pretrained(model, path, model_key=model_key))
     return model, args
 
@@ -116,7 +198,7 @@ def load_vit(path: str, model_key: str, flags: list[str]) -> tuple[VisionTransfo
 def attention(own: Namespace, flags: list[str]) -> Figure:
     model, args = load_vit(own.checkpoint, own.model_key, flags)
     images = validation_images(args, model.patch_embed.img_size, own.images)
-    return attention_grid(model, images, normalization(args), own.layer)
+    return attention_grid(model, images, normalization(args), own.layer, own.token_indices, own.heads, own.reduce_mean)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,9 +334,20 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     looks = kinds.add_parser(
         "attention",
         parents=[shared, of_vit],
-        help="where the class token looks; further flags win over those of the run",
+        help="where class tokens or single patches look; further flags win over those of the run: with another "
+        "--input_size positions are interpolated",
     )
-    looks.add_argument("--layer", type=int, default=-1, help="block, counted from 0 or from the end")
+    looks.add_argument("--layer", type=int, nargs="+", default=[-1], help="blocks, counted from 0 or from the end")
+    looks.add_argument(
+        "--token_indices", type=int, nargs="+", default=[], metavar="PATCH",
+        help="patches that look, counted row by row from 0, in place of the class tokens",
+    )  # fmt: skip
+    looks.add_argument(
+        "--heads", choices=HEADS, default=None, help="their mean, each, or all of that; None: all of a single query"
+    )
+    looks.add_argument(
+        "--reduce_mean", action="store_true", help="less what the class tokens see on average, which is shown too"
+    )
     follows = kinds.add_parser(
         "orders",
         parents=[shared, of_vit],
