@@ -1,8 +1,9 @@
 """Speed, always as A against B in one process: interleaved, medians of ratios.
 
 `benchmark.py step` measures a training step as a share of the machine's matrix-multiplication peak, against the
-straightforward form of the same computation. `benchmark.py masks` measures SemMAE's masks,
-`benchmark.py spectra` A2MIM's loss of spectra, `benchmark.py data` the loading of images.
+straightforward form of the same computation. `benchmark.py masks` measures SemMAE's masks, `benchmark.py targets` HOG
+and the loss of visual words with their memory, `benchmark.py spectra` A2MIM's loss of spectra, `benchmark.py data` the
+loading of images.
 """
 
 import argparse
@@ -10,13 +11,17 @@ import math
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,13 +29,19 @@ import utils
 from losses import ReconstructionLoss
 from masking_generator import semantic_mask
 from modeling_finetune import create_model
-from modeling_pretrain import PretrainMethod
+from modeling_pretrain import PretrainMethod, WordHead
+from modeling_targets import HOG
 from optim_factory import param_groups
 from options import model_kwargs
 from parallel import AUTOCAST_DTYPES, TorchRunner
 from run_pretraining import compile_blocks
 from scripts import bench_data
-from scripts.straightforward import make_straightforward, semantic_mask_of_one, whole_spectra
+from scripts.straightforward import (
+    make_straightforward,
+    one_hot_histograms,
+    semantic_mask_of_one,
+    whole_spectra,
+)
 
 GEMMS = 4  # in a row
 
@@ -90,6 +101,30 @@ def gemm(device: torch.device, precision: str) -> Variant:
     return Variant(f"GEMM {precision}", step, precision, flops=2.0 * size**3 * GEMMS)
 
 
+class LivingBytes(TorchDispatchMode):
+    """The largest sum of the storages made inside that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            if storage is not None and storage._cdata not in self.seen | given:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def release(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
 def step_memory(step: Callable[[], Tensor], device: torch.device) -> float:
     """MiB: on a GPU the peak of the step, on a CPU what autograd keeps for the backward pass (unique storages)."""
     if device.type == "cuda":
@@ -128,20 +163,22 @@ def make_variant(
     return Variant(name, step, precision, keeps_memory)
 
 
-def random_batch(model: PretrainMethod, size: int, device: torch.device) -> dict[str, Tensor]:
-    """Normalised images and the published recipe's share of masked patches, at random."""
+def random_batch(model: PretrainMethod, size: int, device: torch.device, mask_ratio: float = 0.75) -> dict[str, Tensor]:
+    """Normalised images and a share of masked patches, at random."""
     sides = zip(model.image_size, model.cell_size, strict=True)
     shape, grid = (size, 3, *model.image_size), tuple(side // cell for side, cell in sides)
     noise = torch.rand(size, math.prod(grid))
-    count = round(0.75 * noise.shape[1])
+    count = round(mask_ratio * noise.shape[1])
     mask = noise.argsort(1).argsort(1) < count
     views = {
         "image": torch.randn(shape),
         "image_strong": torch.randn(shape),
         "mask": mask.view(size, *grid),
         "noise": noise,
+        "target_ids": torch.randint(getattr(getattr(model, "lm_head", None), "out_features", 1), noise.shape),
     }
-    return {name: views[name].to(device) for name in model.views} | {"max_masked": count}
+    counts = {"max_masked": count, "mask_counts": (count, count)}
+    return {name: views[name].to(device) for name in model.views} | counts
 
 
 def build_model(args: argparse.Namespace, device: torch.device, **options) -> PretrainMethod:
@@ -156,7 +193,7 @@ def build_variants(args: argparse.Namespace, device: torch.device) -> list[Varia
     torch.manual_seed(0)
     plain = build_model(args, device, attn="eager")
     make_straightforward(plain)
-    batch, first = random_batch(plain, args.batch_size, device), args.precision[0]
+    batch, first = random_batch(plain, args.batch_size, device, args.mask_ratio), args.precision[0]
     variants = [make_variant(f"straightforward {first}", plain, batch, first, fused=False, keeps_memory=False)]
     if device.type == "cpu":
         name = f"straightforward {first}, memory kept"
@@ -193,6 +230,32 @@ def run_step(args: argparse.Namespace) -> None:
             f"{variant.name:36s} {variant.flops / 1e9:8.0f} {median:8.3f} {args.batch_size / median:8.2f} "
             f"{share:8.2f} {ratio:9.2f} {variant.memory_mib:8.0f}"
         )
+
+
+def run_targets(args: argparse.Namespace) -> None:
+    """Prints time and peak memory of HOG and of the loss of visual words, against their straightforward forms."""
+    torch.set_num_threads(args.threads)
+    hog = HOG((args.input_size // 16,) * 2, (16, 16))
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size)
+    head, rows = WordHead(args.width, 8192), round(args.mask_ratio * args.batch_size * (args.input_size // 16) ** 2)
+    tokens, words = torch.randn(1, rows, args.width, requires_grad=True), torch.randint(8192, (1, rows))
+
+    def whole() -> None:
+        F.cross_entropy(F.linear(tokens, head.weight, head.bias).flatten(0, 1), words.flatten()).backward()
+
+    pairs = {
+        "HOG": (lambda: one_hot_histograms(images, 9, 8, 16), lambda: hog.histograms(images)),
+        f"{rows} words, with gradients": (whole, lambda: head(tokens, words)[0].backward()),
+    }
+    print(f"batch {args.batch_size}, {args.input_size} px, torch {torch.__version__}, CPU, {args.threads} threads")
+    for name, steps in pairs.items():
+        variants = [Variant(form, step, "fp32") for form, step in zip(("straightforward", "ours"), steps, strict=True)]
+        interleave(variants, args.rounds, torch.device("cpu"))
+        for variant in variants:
+            with LivingBytes() as living:
+                variant.step()
+            median = statistics.median(variant.seconds)
+            print(f"{name:32s} {variant.name:16s} {median:8.3f} s {living.peak / 2**20:10.1f} MiB at the peak")
 
 
 def run_masks(args: argparse.Namespace) -> None:
@@ -250,13 +313,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser(
-        "step", help="a training step of ConMIM, MAE, SemAIM or A2MIM", formatter_class=parser.formatter_class
+        "step",
+        help="a training step of ConMIM, MAE, SemAIM, MaskFeat, SemanticMIM or A2MIM",
+        formatter_class=parser.formatter_class,
     )
     step.add_argument("--model", default="conmim_small_patch16_224")
     step.add_argument("--input_size", type=int, default=224)
     step.add_argument("--patch_size", type=int, default=None, help="None: the model's own")
     step.add_argument("--model_kwargs", nargs="*", default=[], metavar="K=V", help="constructor options of the model")
     step.add_argument("--batch_size", type=int, default=8)
+    step.add_argument("--mask_ratio", type=float, default=0.75, help="share of masked patches; MAE's is its own option")
     step.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
     step.add_argument("--compile", action="store_true", help="also ours with compiled blocks")
     step.add_argument("--threads", type=int, default=2)
@@ -276,6 +342,14 @@ def main(argv: list[str] | None = None) -> None:
     spectra.add_argument("--threads", type=int, default=2)
     spectra.add_argument("--rounds", type=int, default=15)
     spectra.set_defaults(run=run_spectra)
+    targets = commands.add_parser("targets", help="HOG and the word loss", formatter_class=parser.formatter_class)
+    targets.add_argument("--batch_size", type=int, default=256)
+    targets.add_argument("--input_size", type=int, default=224)
+    targets.add_argument("--width", type=int, default=384, help="of the encoder")
+    targets.add_argument("--mask_ratio", type=float, default=0.6)
+    targets.add_argument("--threads", type=int, default=2)
+    targets.add_argument("--rounds", type=int, default=3)
+    targets.set_defaults(run=run_targets)
     data = commands.add_parser("data", help="two-view and one-view loading", formatter_class=parser.formatter_class)
     bench_data.add_arguments(data)
     data.set_defaults(run=bench_data.run)

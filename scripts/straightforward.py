@@ -12,8 +12,19 @@ from torch import Tensor
 
 from losses import ReconstructionLoss, enlarged, spatial_loss
 from masking_generator import num_visible
-from modeling_finetune import ActivatedLinear, patchify, take
-from modeling_pretrain import A2MIM, MAE, ConMIM, PretrainMethod, SemAIM, similarity
+from modeling_finetune import ActivatedLinear, Block, patchify, take
+from modeling_pretrain import (
+    A2MIM,
+    MAE,
+    ConMIM,
+    MaskFeat,
+    PretrainMethod,
+    SemAIM,
+    SemanticBEiT,
+    SemanticMIM,
+    similarity,
+)
+from modeling_targets import gaussian_window
 
 
 class StraightforwardConMIM(ConMIM):
@@ -103,6 +114,69 @@ class StraightforwardA2MIM(A2MIM):
         return {"loss": loss}
 
 
+class StraightforwardSemanticMIM(SemanticMIM):
+    """Every patch is projected; every position is a mask token that passes all blocks and is predicted, and then the
+    hidden ones are chosen. The last encoder block computes all tokens, and class tokens are normed once for each of
+    the two inputs of a mask block."""
+
+    def encode(self, images: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
+        num_cls, patches = self.num_prefix_tokens, self.patch_embed(images)
+        if self.mask_blocks is None:  # the baseline: mask tokens in the places of the patches that are hidden
+            seen = torch.zeros(patches.shape[:2], dtype=torch.bool, device=images.device).scatter_(1, visible, True)
+            patches = torch.where(seen[..., None], patches, self.mask_token.to(patches.dtype))
+            return self.norm(self.run_blocks(self.embed(patches, self.pos_embed)))[:, num_cls:]
+        tokens = self.embed(patches, self.pos_embed)
+        x = torch.cat((tokens[:, :num_cls], take(tokens[:, num_cls:], visible)), 1)
+        masked = (self.mask_token + self.pos_embed[:, num_cls:]).expand(len(images), -1, -1)
+        for block, mask_block in zip(self.blocks, self.mask_blocks, strict=True):
+            x = block(x)
+            masked = self.look(mask_block, masked, torch.cat((x[:, :num_cls], masked), 1), predicted)
+        return self.norm(masked)
+
+    def look(self, block: Block, queries: Tensor, others: Tensor, predicted: Tensor) -> Tensor:
+        """A block whose queries [B, N, C] see the class tokens and the mask tokens among `others` that are hidden."""
+        own, num_cls = block.attn, self.num_prefix_tokens
+        weights, bias = own.qkv.weight.chunk(3), own.qkv.bias
+        biases = (own.q_bias, None, own.v_bias) if bias is None else bias.chunk(3)
+        inputs = block.norm1(queries), *[block.norm1(others)] * 2
+        q, k, v = (own.split_heads(F.linear(*of)) for of in zip(inputs, weights, biases, strict=True))
+        hidden = q.new_full(others.shape[:2], -math.inf)
+        hidden[:, :num_cls] = 0
+        hidden.scatter_(1, predicted + num_cls, 0)
+        return block.add(queries, own.attend(q, k, v, hidden[:, None, None]))
+
+
+class StraightforwardMaskFeat(StraightforwardSemanticMIM, MaskFeat):
+    def compare(self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        target = one_hot_histograms(batch["image"], self.hog.nbins, self.hog.pool, self.hog.window)
+        (rows, columns), (height, width) = self.hog.grid, self.hog.cells
+        target = target.view(len(target), 3 * self.hog.nbins, rows, height, columns, width)
+        target = target.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return {"loss": F.mse_loss(take(self.hog_head(tokens).float(), positions), take(target, positions).float())}
+
+
+class StraightforwardSemanticBEiT(StraightforwardSemanticMIM, SemanticBEiT):
+    def compare(self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        logits = take(F.linear(tokens, self.lm_head.weight, self.lm_head.bias), positions)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), self.words_at(batch, positions).flatten())}
+
+
+def one_hot_histograms(images: Tensor, nbins: int, pool: int, window: int) -> Tensor:
+    """HOG as published, with a map of the whole image for each bin: [B, 3, nbins, H / pool, W / pool]."""
+    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).to(images)
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    gx, gy = (F.conv2d(padded, k.expand(3, 1, 3, 3), groups=3) for k in (kernel, kernel.T))
+    magnitude = torch.stack((gx, gy)).norm(dim=0)
+    bins = (torch.atan2(gx, gy) / math.pi * nbins).floor().long() % nbins
+    if window:
+        repeats = images.shape[2] // window, images.shape[3] // window
+        magnitude = magnitude * gaussian_window(window, images.device).to(images).repeat(repeats)
+    blown_up = torch.zeros(len(images), 3, nbins, *images.shape[2:]).to(images)
+    blown_up.scatter_(2, bins.unsqueeze(2), magnitude.unsqueeze(2))
+    cells = blown_up.unfold(3, pool, pool).unfold(4, pool, pool).sum((5, 6))
+    return F.normalize(cells, dim=2)
+
+
 def semantic_mask_of_one(
     ids: Tensor, ratio: float, weight: float, tokens: Tensor, parts: Tensor
 ) -> tuple[list, list, list]:
@@ -136,6 +210,7 @@ def make_straightforward(method: PretrainMethod) -> None:
     forms = {
         ConMIM: StraightforwardConMIM, MAE: StraightforwardMAE, SemAIM: StraightforwardSemAIM,
         A2MIM: StraightforwardA2MIM,
+        MaskFeat: StraightforwardMaskFeat, SemanticBEiT: StraightforwardSemanticBEiT,
     }  # fmt: skip
     if type(method) not in forms:
         raise ValueError(f"{type(method).__name__} has no straightforward form to be measured against")

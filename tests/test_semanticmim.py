@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import METHODS, TOKENIZER, arguments
-from test_visual_targets import LivingBytes
 from torch import Tensor, nn
 
 import run_pretraining
 from engine_for_pretraining import Normalize
-from modeling_finetune import create_model, list_models, take
+from modeling_finetune import create_model, list_models
 from modeling_pretrain import BEiT, MaskFeat, SemanticBEiT, SemanticMIM, WordHead, WordLoss
 from optim_factory import param_groups
+from scripts.benchmark import LivingBytes
+from scripts.straightforward import make_straightforward
 from transforms import MEAN_STD
 from utils import count_flops
 
@@ -263,27 +264,30 @@ def test_beits_last_block_computes_masked_patches_only():
 # Work
 
 
-def plainly(model: SemanticMIM, batch: dict[str, Tensor]) -> Tensor:
-    """As it is written down: every patch projected and predicted, every block for every token."""
-    num_cls, cells = model.num_prefix_tokens, model.patch_embed.num_patches
-    tokens = model.embed(model.patch_embed(batch["image"]), model.pos_embed)
-    visible, _ = model.cells(batch)
-    everywhere = torch.arange(cells).expand(len(visible), -1)
-    masked = (model.mask_token + model.pos_embed[:, num_cls:]).expand(len(visible), -1, -1)
-    x = torch.cat((tokens[:, :num_cls], take(tokens[:, num_cls:], visible)), 1)
-    for block, mask_block in zip(model.blocks, model.mask_blocks, strict=True):
-        x = block(x)
-        masked = mask_block(torch.cat((x[:, :num_cls], masked), 1), last=cells)
-    return model.compare(model.norm(masked), batch, everywhere)["loss"]
-
-
 @pytest.mark.parametrize(("name", "hidden"), [("semanticmim_maskfeat", 157), ("semanticmim_beit", 118)])
 def test_a_step_takes_at_most_nine_tenths_of_the_plain_form(name, hidden):
     model = create_model(f"{name}_tiny_patch16_224", depth=4)
     batch = {"image": torch.randn(1, 3, 224, 224), "mask": masks(hidden, 1, 196)}
     batch["target_ids"] = torch.randint(0, 8192, (1, 196))
     ours = count_flops(lambda: model(batch)["loss"].backward())
-    assert ours < 0.9 * count_flops(lambda: plainly(model, batch).backward())
+    make_straightforward(model)
+    assert ours < 0.9 * count_flops(lambda: model(batch)["loss"].backward())
+
+
+@each_form
+@pytest.mark.parametrize("use_bottleneck", [True, False])
+def test_the_plain_form_computes_the_same(form, use_bottleneck):
+    model, batch = build(form, use_bottleneck=use_bottleneck), batch_of(10)
+    out = model(batch)
+    out["loss"].backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    make_straightforward(model)
+    plain = model(batch)["loss"]
+    plain.backward()
+    torch.testing.assert_close(plain, out["loss"])
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,18 +1,16 @@
 """HOG against its definition and in little memory; the tokenizer from every file, without running any of their code."""
 
-import math
 import os
-import weakref
 
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from modeling_targets import HOG, DalleEncoder, VisualTokenizer, dalle_pixels, gaussian_window, load_tokenizer
+from modeling_targets import HOG, DalleEncoder, VisualTokenizer, dalle_pixels, load_tokenizer
+from scripts.benchmark import LivingBytes
+from scripts.straightforward import one_hot_histograms
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -27,22 +25,6 @@ def pictures(count: int = 2, height: int = 32, width: int = 32) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # HOG
-
-
-def one_hot_histograms(images: Tensor, nbins: int, pool: int, window: int) -> Tensor:
-    """As published: a map of the whole image for each bin."""
-    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).to(images)
-    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    gx, gy = (F.conv2d(padded, k.expand(3, 1, 3, 3), groups=3) for k in (kernel, kernel.T))
-    magnitude = torch.stack((gx, gy)).norm(dim=0)
-    bins = (torch.atan2(gx, gy) / math.pi * nbins).floor().long() % nbins
-    if window:
-        repeats = images.shape[2] // window, images.shape[3] // window
-        magnitude = magnitude * gaussian_window(window, images.device).to(images).repeat(repeats)
-    blown_up = torch.zeros(len(images), 3, nbins, *images.shape[2:]).to(images)
-    blown_up.scatter_(2, bins.unsqueeze(2), magnitude.unsqueeze(2))
-    cells = blown_up.unfold(3, pool, pool).unfold(4, pool, pool).sum((5, 6))
-    return F.normalize(cells, dim=2)
 
 
 @pytest.mark.parametrize(("nbins", "pool", "window"), [(9, 8, 16), (6, 4, 0), (9, 2, 8)])
@@ -80,30 +62,6 @@ def test_hog_of_flat_images_is_zero_and_autocast_changes_nothing():
     expected = hog(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(hog(images), expected)
-
-
-class LivingBytes(TorchDispatchMode):
-    """The largest sum of the storages made inside that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.now, self.peak = set(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            if storage is not None and storage._cdata not in self.seen | given:
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def release(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
 
 
 def test_hog_needs_a_tenth_of_the_memory():
