@@ -33,8 +33,8 @@ POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
 # Flags
 
 
-def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
-    """The frozen network, its weights, and how its tokens become one vector."""
+def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The frozen network and its weights."""
     group = parser.add_argument_group("backbone")
     group.add_argument("--model", default="vit_base_patch16_224", help="a registered ViT, as for fine-tuning")
     group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
@@ -48,6 +48,12 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model_key", default=checkpoint.PUBLISHED_KEYS, help="where the weights are in that file")
     group.add_argument("--model_prefix", default="", help="prefix of the weights' names in that file")
+    return group
+
+
+def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
+    """The frozen network, its weights, and how its tokens become one vector."""
+    group = add_network_flags(parser)
     pools = group.add_mutually_exclusive_group()
     pools.add_argument("--cls_token", dest="pool", action="store_const", const="cls", default="cls",
                        help="the class token is the feature")  # fmt: skip
@@ -96,6 +102,11 @@ class Backbone(nn.Module):
 
 def build_backbone(args: Namespace) -> Backbone:
     """The network that the flags name, with the weights of --finetune."""
+    return Backbone(build_vit(args), args.pool, args.feature_norm)
+
+
+def build_vit(args: Namespace) -> VisionTransformer:
+    """The ViT of --model with the weights of --finetune; norms that these lack are identities."""
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
     source = {"model_key": args.model_key, "prefix": args.model_prefix}
@@ -111,7 +122,7 @@ def build_backbone(args: Namespace) -> Backbone:
                 setattr(vit, name, nn.Identity())
     else:
         log.warning("no --finetune: these are the features of random weights")
-    return Backbone(vit, args.pool, args.feature_norm)
+    return vit
 
 
 # ---------------------------------------------------------------------------------------------------------------------

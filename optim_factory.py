@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 Groups = list[dict[str, Any]]
-LR_SCHEDULES = ("cosine", "mae")
+LR_SCHEDULES = ("cosine", "mae", "step")
 
 _EMBEDDING_NAMES = {"cls_token", "mask_token", "pos_embed"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -111,6 +111,11 @@ def cosine_schedule(
     ramp = np.linspace(start_warmup, base, ramp_steps)
     progress = np.arange(steps - ramp_steps) / max(steps - ramp_steps, 1)
     return np.concatenate([ramp, final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))])
+
+
+def step_at(epoch: np.ndarray, base: float, final: float, every: int) -> np.ndarray:
+    """A tenth of `base`, though not less than `final`, for each `every` whole epochs that have gone by, float64."""
+    return np.maximum(base * 0.1 ** (np.asarray(epoch, dtype=np.float64) // every), final)
 
 
 def cosine_at(epoch: np.ndarray, base: float, final: float, epochs: float, warmup_epochs: float = 0.0) -> np.ndarray:

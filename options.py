@@ -99,18 +99,9 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         help="IMNET: map files beside folders or zips; None: found out from --data_path, or digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
-    _switch(
-        group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
-        help="ImageNet mean and standard deviation instead of 0.5",
-    )  # fmt: skip
     if stage != "knn":
         group.add_argument("--train_interpolation", default="bicubic", choices=INTERPOLATIONS)
-    group.add_argument("--num_workers", type=int, default=10)
-    _switch(group, "pin_mem", "no_pin_mem", help="pinned host memory for faster copies to a GPU")
-    group.add_argument(
-        "--max_bad_images", type=int, default=100, help="unreadable images that are replaced before the run stops"
-    )
-    group.add_argument("--strict_data", action="store_true", help="stop at the first unreadable image")
+    add_loader_flags(group)
     if stage == "pretrain":
         group.add_argument(
             "--crop_scale",
@@ -135,6 +126,20 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--label_fraction", type=float, default=1.0, help="train on this share of each class, the first ones"
     )
+
+
+def add_loader_flags(group: argparse._ArgumentGroup) -> None:
+    """How images are normalised and read, and what becomes of unreadable ones."""
+    _switch(
+        group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
+        help="ImageNet mean and standard deviation instead of 0.5",
+    )  # fmt: skip
+    group.add_argument("--num_workers", type=int, default=10)
+    _switch(group, "pin_mem", "no_pin_mem", help="pinned host memory for faster copies to a GPU")
+    group.add_argument(
+        "--max_bad_images", type=int, default=100, help="unreadable images that are replaced before the run stops"
+    )
+    group.add_argument("--strict_data", action="store_true", help="stop at the first unreadable image")
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
@@ -165,8 +170,9 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="cosine",
-        help="mae: its warm-up reaches the peak one step later, as in MAE's code",
+        help="mae: its warm-up reaches the peak one step later, as in MAE's code; step: a tenth every --lr_step_epochs",
     )  # fmt: skip
+    group.add_argument("--lr_step_epochs", type=int, default=10, help="of --lr_schedule step")
     group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
     group.add_argument("--warmup_epochs", type=int, default=5)
     group.add_argument("--warmup_steps", type=int, default=-1, help="overrides --warmup_epochs if positive")
@@ -445,7 +451,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def validate(args: argparse.Namespace) -> None:
     """Combinations that cannot work, each refused in one sentence."""
-    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq"):
+    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq", "lr_step_epochs"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.enable_deepspeed and not args.output_dir and args.save_ckpt:
@@ -522,10 +528,11 @@ def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
     """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
     warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
     scaled = f"--blr {args.blr:g} x {effective_batch(args)} / 256" if args.blr else "not scaled by the batch size"
+    falls = f"a tenth every {args.lr_step_epochs} epochs down" if args.lr_schedule == "step" else "cosine"
     return {
         "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = {effective_batch(args)}",
         "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
-        "lr": f"0 -> {args.lr:g} in {warmup} steps, cosine to {args.min_lr:g}; {scaled}",
+        "lr": f"0 -> {args.lr:g} in {warmup} steps, {falls} to {args.min_lr:g}; {scaled}",
         "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",
         "precision": args.precision,
     }

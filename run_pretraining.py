@@ -24,6 +24,7 @@ from optim_factory import (
     create_optimizer,
     needs_create_graph,
     param_groups,
+    step_at,
     works_on_shards,
 )
 from parallel import BatchStatistics, DeepSpeedRunner, Runner, TorchRunner, check_precision, deepspeed_config
@@ -199,14 +200,17 @@ def build_runner(args: Namespace, network: nn.Module, groups: list[dict], device
 
 def schedules(args: Namespace, steps_per_epoch: int):
     """Learning rate and weight decay of every step."""
+    epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
     if args.lr_schedule == "mae":
-        epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
         warmup = args.warmup_steps / steps_per_epoch if args.warmup_steps > 0 else args.warmup_epochs
         lr = cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup)
     else:
         lr = cosine_schedule(
             args.lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs, warmup_steps=args.warmup_steps
         )
+    if args.lr_schedule == "step":  # the same warm-up, then steps
+        warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+        lr[warmup:] = step_at(epoch, args.lr, args.min_lr, args.lr_step_epochs)[warmup:]
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return lr, cosine_schedule(args.weight_decay, end, args.epochs, steps_per_epoch)
 

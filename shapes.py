@@ -209,8 +209,9 @@ def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
     return found
 
 
-def write_shapes(root: Path, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES) -> None:
-    """Write the data set to the new folder `root`, all at once: it appears when it is complete.
+def write_shapes(root: Path, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES, *, voc: bool = False) -> None:
+    """Write the data set to the new folder `root`, all at once: it appears when it is complete. With `voc` it has
+    Pascal VOC's layout, else:
 
     `{train,val}.zip` with `{train,val}_map.txt`; `images/` and `annotations/` with `training` and `validation` (ADE20K:
     0 = background, 1-10 = class); `instances_{train,val}.json` (COCO; category = class + 1, file names below `images`).
@@ -219,7 +220,7 @@ def write_shapes(root: Path, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES) -
     draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
         for split, count in (("train", train), ("val", val)):
-            _write_split(draft, split, count)
+            (_write_voc_split if voc else _write_split)(draft, split, count)
         draft.chmod(0o755)
         draft.rename(root)
     finally:
@@ -245,6 +246,32 @@ def _write_split(root: Path, split: str, count: int) -> None:
             coco["annotations"] += coco_annotations(scene, index, 1 + len(coco["annotations"]))
     (root / f"{split}_map.txt").write_text("".join(lines))
     (root / f"instances_{split}.json").write_text(json.dumps(coco, separators=(",", ":")))
+
+
+def _write_voc_split(root: Path, split: str, count: int) -> None:
+    """JPEGImages (PNG files), ImageSets/Segmentation/{trainaug,val}.txt, masks in SegmentationClass{Aug,}.
+
+    Every other training mask lies in SegmentationClass, where VOC has those of its own.
+    """
+    lists, names = root / "ImageSets" / "Segmentation", []
+    for folder in (lists, *(root / name for name in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"))):
+        folder.mkdir(parents=True, exist_ok=True)
+    for index in tqdm(range(count), desc=f"shapes {split}", disable=None):
+        scene, name = make_scene(split, index), f"{split}_{index:06d}"
+        added = split == "train" and index % 2 == 0
+        (root / "JPEGImages" / f"{name}.png").write_bytes(png_bytes(scene.image))
+        masks = root / ("SegmentationClassAug" if added else "SegmentationClass")
+        (masks / f"{name}.png").write_bytes(png_bytes(with_edges(scene)))
+        names.append(f"{name}\n")
+    (lists / f"{'trainaug' if split == 'train' else split}.txt").write_text("".join(names))
+
+
+def with_edges(scene: Scene) -> np.ndarray:
+    """The semantic mask [H, W] with 255 where the pixel to the right or below belongs to something else."""
+    mask, instances = scene.semantic.copy(), scene.instances
+    mask[:, :-1][instances[:, :-1] != instances[:, 1:]] = 255
+    mask[:-1][instances[:-1] != instances[1:]] = 255
+    return mask
 
 
 def _coco_categories() -> list[dict]:

@@ -103,12 +103,12 @@ DATA = {
         patches="--patch_size 8",
         pretrain="--min_lr 0 --batch_size 64 --crop_scale 0.2 1",
         schedules={
-            "long": "--epochs 30 --warmup_steps 93",
-            "short": "--epochs 5 --warmup_steps 16",
-            "small_batches": "--epochs 20 --warmup_steps 62",
+            "long": "--epochs 12 --warmup_steps 37",
+            "short": "--epochs 2 --warmup_steps 6",
+            "small_batches": "--epochs 8 --warmup_steps 25",
         },
-        finetune="--batch_size 64 --epochs 20 --warmup_epochs 2 --label_fraction 1",
-        parts="--batch_size 64 --epochs 5 --decoder_widths 64 48 32 24 --part_grid 16",
+        finetune="--batch_size 64 --epochs 6 --warmup_epochs 1 --label_fraction 1",
+        parts="--batch_size 64 --epochs 3 --decoder_widths 64 48 32 24 --part_grid 16",
     ),
 }
 PROBE = "--global_pool --batch_size 256"

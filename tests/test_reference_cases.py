@@ -64,6 +64,7 @@ from modeling_targets import (
 )
 from optim_factory import LARS, cosine_at, cosine_schedule, create_optimizer, layer_scales, param_groups, set_schedule
 from probing import LinearHead, head_groups
+from semantic_segmentation.voc_linear_probe import class_iou, confusion_matrix
 from transforms import MEAN_STD
 
 CASES = Path(os.environ.get("REFERENCE_CASES", Path(__file__).parent / "reference_cases"))
@@ -752,6 +753,14 @@ def vit_finetune(case: Case) -> dict[str, Tensor]:
     return {"features": features, "logits": logits, "loss": loss} | gradients(model)
 
 
+def voc_miou(case: Case) -> dict[str, Tensor]:
+    config, inputs = case.config, case.inputs()
+    batches = zip(*(inputs[name].chunk(config["num_updates"]) for name in ("label", "pred")), strict=True)
+    confusion = sum(confusion_matrix(*batch, config["num_classes"]) for batch in batches)
+    iou = class_iou(confusion)
+    return {"miou": iou.mean(), "confusion": confusion, "class_iou": iou}
+
+
 # -- BEiT, MaskFeat and SemanticMIM
 
 
@@ -922,6 +931,7 @@ ADAPTERS = {
         semmae, semmae_mask, semmae_flip, semmae_finetune_tokens,
         semaim, semaim_masks, semaim_attention, semaim_clip_teacher, semaim_weight_decay, semaim_lr_schedule,
         semaim_train_steps, gaussian_blur, vit_finetune,
+        voc_miou,
         hog, dalle_encoder, beit_pretrain, semanticmim_beit, semanticmim_maskfeat,
         semanticmim_attention,
     )
