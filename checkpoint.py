@@ -644,6 +644,8 @@ def from_mmpretrain(state: StateDict) -> StateDict:
     """OpenMMLab's names of a ViT, and SemanticMIM's, as native ones (spec SemanticMIM 8)."""
     native: StateDict = {}
     for name, value in state.items():
+        if _is_openmixup_extra(name) and not name.startswith("neck.fc."):  # which is MaskFeat's head
+            continue
         for pattern, replacement in _MMPRETRAIN_NAMES:
             name = re.sub(pattern, replacement, name)
         native[name] = value

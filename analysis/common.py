@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import timm
 import torch
 from timm.models.beit import Block as BeitBlock
 from timm.models.convnext import ConvNeXtBlock
@@ -192,20 +191,13 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
 
 
 def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module:
-    """A model of this repository, or else of timm. ValueError: neither has it."""
-    if (builder := builder_of(name)) is not None:
-        classes = {} if issubclass(builder.func, PretrainMethod) else {"num_classes": num_classes}
-        return create_model(name, **classes | given)
-    if not timm.is_model(name):
+    """A model of this repository, or else of timm. ValueError: neither has it, or not with these options."""
+    builder = builder_of(name)
+    if builder is None:
         raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
-    size, patch_size = given.pop("input_size", None), given.pop("patch_size", None)
-    if timm.get_pretrained_cfg(name).fixed_input_size:
-        window = {"window_size": size // 32} if size and name.startswith("swin_") else {}
-        given = options.given({"img_size": size, "patch_size": patch_size}) | window | given
-    try:
-        return timm.create_model(name, num_classes=num_classes, **given)
-    except TypeError as error:
-        raise ValueError(f"--model {name} does not take one of the options {sorted(given)}: {error}") from error
+    is_method = isinstance(builder.func, type) and issubclass(builder.func, PretrainMethod)
+    own = {} if is_method else {"num_classes": num_classes}
+    return create_model(name, **own | given)
 
 
 def model_of_run(run: dict[str, Any], args: Namespace) -> nn.Module:
