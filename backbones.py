@@ -182,7 +182,16 @@ def timm_network(
     network = timm.create_model(name, **options)
     if grad_checkpointing:
         network.set_grad_checkpointing()
-    return network.to(memory_format=family_of(network).memory_format)  # maps follow the weights' order
+    put_in_order(network, family_of(network).memory_format)
+    return network
+
+
+def put_in_order(network: nn.Module, memory_format: torch.memory_format) -> None:
+    """Maps follow the images' order in memory. Weights keep theirs, as DeepSpeed knows no other."""
+    if memory_format is torch.contiguous_format:
+        return
+    first = next(network.children())
+    first.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(memory_format=memory_format),))
 
 
 def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -> None:

@@ -101,7 +101,7 @@ def whole_spectra(criterion: ReconstructionLoss, predicted: Tensor, target: Tens
 
 
 class StraightforwardA2MIM(A2MIM):
-    """Weights, and so maps, with the channels in front, and whole spectra of every image."""
+    """Whole spectra of every image, and maps with the channels in front."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, mask = batch["image"], batch["mask"]
@@ -215,7 +215,8 @@ def make_straightforward(method: PretrainMethod) -> None:
     if type(method) not in forms:
         raise ValueError(f"{type(method).__name__} has no straightforward form to be measured against")
     method.__class__ = forms[type(method)]
-    method.to(memory_format=torch.contiguous_format)
+    if isinstance(method, A2MIM):
+        next(method.backbone.children())._forward_pre_hooks.clear()  # which puts the channels last
     for layer in method.modules():
         if isinstance(layer, ActivatedLinear):
             layer.act = partial(F.gelu)  # not the function itself, which is computed again
