@@ -1301,8 +1301,7 @@ for _size, _options in MAE_SIZES.items():
     _patch_size = 14 if _size == "huge" else 16
     register(f"mae_{_size}_patch{_patch_size}_224", MAE, **_options, patch_size=_patch_size, **_DECODERS.get(_size, {}))
     # the published query stream has 12 blocks, but those of the huge encoder's 32 must share them out
-    _options = {**_options, "patch_size": _patch_size, "query_depth": 16 if _size == "huge" else 12}
-    register(f"semaim_{_size}_patch{_patch_size}_224", SemAIM, **_options)
+    register(f"semaim_{_size}_patch16_224", SemAIM, **_options, query_depth=16 if _size == "huge" else 12)
 
 for _size, _options in VIT_SIZES.items():  # SemAIM's ancestors, and its form with CLIP's features for pixels
     register(f"saim_{_size}_patch16_224", SemAIM, **_options, permutation_type="stochastic")

@@ -452,9 +452,9 @@ def test_published_sizes(name, options, trained, frozen):
 
 def test_every_published_name_is_there():
     semaim = {f"semaim_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
-    assert semaim | {"semaim_huge_patch14_224"} <= set(list_models())
+    assert semaim | {"semaim_huge_patch16_224"} <= set(list_models())
     with torch.device("meta"):
-        assert len(create_model("semaim_huge_patch14_224").query_blocks) == 16
+        assert len(create_model("semaim_huge_patch16_224").query_blocks) == 16
 
 
 def test_starting_values():
