@@ -446,7 +446,7 @@ def adapt_defaults(args: argparse.Namespace, given: set[str]) -> None:
     """Defaults that do not fit what was asked for give way; what the user gave stays, and may be refused later."""
     if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
         args.warmup_epochs = args.epochs // 5
-    if hasattr(args, "eval_input_size") and "input_size" in given and "eval_input_size" not in given:
+    if "eval_input_size" in args and "input_size" in given and "eval_input_size" not in given:
         args.eval_input_size = None
     if "opt_betas" not in given and args.opt_betas is not None and not takes_betas(args.opt, len(args.opt_betas)):
         args.opt_betas = None

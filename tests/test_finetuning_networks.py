@@ -126,6 +126,8 @@ def test_models_know_their_size():
     args = options.parse("finetune", ["--model", "beit_tiny_patch16_384"])
     run_class_finetuning.settle_size(args)
     assert args.input_size == 384
+    assert options.parse("finetune", ["--model", "resnet50"]).eval_input_size == 224
+    assert options.parse("finetune", ["--model", "resnet50", "--input_size", "96"]).eval_input_size is None
     args = options.parse("finetune", ["--model", "resnet18", "--model_kwargs", "input_size=96"])
     run_class_finetuning.settle_size(args)
     assert args.input_size == 96
