@@ -110,7 +110,7 @@ DATA = {
         pretrain="--min_lr 0 --batch_size 256 --crop_scale 0.2 1",
         schedules={
             "long": "--epochs 7 --warmup_steps 54",
-            "short": "--epochs 1 --warmup_steps 8",
+            "short": "--epochs 2 --warmup_steps 16",
             "small_batches": "--batch_size 64 --epochs 2 --warmup_steps 60",
         },
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
