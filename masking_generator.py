@@ -301,10 +301,18 @@ def semantic_mask(
 
 
 def ascending(noise: Tensor) -> Tensor:
-    """Positions int64 [B, L] in ascending order of noise [B, L]. numpy's sort takes a sixth of torch's time."""
-    if noise.device.type == "cpu":
-        return torch.from_numpy(np.argsort(noise.numpy(), axis=1))
-    return noise.argsort(dim=1)
+    """Positions int64 [B, L] in ascending order of noise [B, L], of equal ones the first one first.
+
+    numpy's sort takes a sixth of torch's time, and a fifth of its own stable form's, which only ties need.
+    """
+    if noise.device.type != "cpu":
+        return noise.argsort(dim=1, stable=True)
+    values = noise.numpy()
+    order = np.argsort(values, axis=1)
+    ordered = np.take_along_axis(values, order, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        order = np.argsort(values, axis=1, kind="stable")
+    return torch.from_numpy(order)
 
 
 def rank_in_part(parts: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,7 @@ def semantic_mask_of_one(
     From part ids [L] and noise for tokens [L] and parts [K]: counts, visible tokens as the encoder takes them, masked
     ones.
     """
-    order, part_order = tokens.argsort().tolist(), parts.argsort().tolist()
+    order, part_order = (noise.argsort(stable=True).tolist() for noise in (tokens, parts))
     sizes = torch.bincount(ids, minlength=len(parts)).float()
     budget, inter = torch.tensor(len(ids) * ratio, dtype=torch.float32), torch.zeros(len(parts))
     for part in part_order:
