@@ -200,10 +200,11 @@ def _delete_checkpoint(path: Path) -> None:
 # Reading
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU: a file or https address, torch's formats or `.safetensors`, without its code.
 
-    `args` stored as an argparse.Namespace, as published files have it, becomes a dict.
+    `args` stored as an argparse.Namespace, as published files have it, becomes a dict. With `mmap` tensors are read
+    from the file when they are used, if its format allows: for a look at names and shapes.
     Raises ValueError for a file that is missing, damaged, or would run code when unpickled.
     """
     if str(path).startswith("https://"):
@@ -213,7 +214,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} does not exist or is not a file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    checkpoint = _read_pickle(path)
+    checkpoint = _read_pickle(path, mmap=mmap and zipfile.is_zipfile(path))  # torch's old format cannot be mapped
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
@@ -417,7 +418,7 @@ def class_tokens(
     """
     from_file = not isinstance(path_or_state, dict)
     name = str(path_or_state) if from_file else "a state dict"
-    checkpoint = load_checkpoint(path_or_state) if from_file else path_or_state
+    checkpoint = load_checkpoint(path_or_state, mmap=True) if from_file else path_or_state
     _, state = _select_weights(checkpoint, model_key, name)
     token = _to_native(_below(state, prefix, LoadReport(name)), ()).get("cls_token")
     return token.shape[1] if token is not None and token.ndim == 3 and token.shape[1] > 1 else None

@@ -550,9 +550,14 @@ def effective_batch(args: argparse.Namespace) -> int:
     return args.batch_size * args.update_freq * args.world_size
 
 
+def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    """Length of the warm-up: --warmup_steps if given, else --warmup_epochs."""
+    return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+
+
 def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
     """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
-    warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+    warmup = warmup_steps(args, steps_per_epoch)
     scaled = f"--blr {args.blr:g} x {effective_batch(args)} / 256" if args.blr else "not scaled by the batch size"
     falls = f"cosine to {args.min_lr:g}"
     if args.lr_schedule == "step":

@@ -215,20 +215,17 @@ def build_runner(args: Namespace, network: nn.Module, groups: list[dict], device
 
 def schedules(args: Namespace, steps_per_epoch: int):
     """Learning rate and weight decay of every step."""
-    epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
+    warmup = options.warmup_steps(args, steps_per_epoch)
     if args.lr_schedule == "mae":
-        warmup = args.warmup_steps / steps_per_epoch if args.warmup_steps > 0 else args.warmup_epochs
-        lr = cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup)
+        epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
+        lr = cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup / steps_per_epoch)
     elif args.lr_schedule in ANNEALINGS:
-        warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
         lr = annealing(
             args.lr_schedule, args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup,
             warmup_ratio=args.warmup_ratio, milestones=args.lr_steps, gamma=args.lr_gamma,
         )  # fmt: skip
     else:
-        lr = cosine_schedule(
-            args.lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs, warmup_steps=args.warmup_steps
-        )
+        lr = cosine_schedule(args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup_steps=warmup)
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return lr, cosine_schedule(args.weight_decay, end, args.epochs, steps_per_epoch)
 

@@ -150,13 +150,12 @@ def draw(rows: Sequence[Distance]) -> Figure:
     """Heads as points, their means as lines; beside it the same over what uniform attention would give."""
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
-        own, style = [row for row in rows if row.label == name], common.line_style(number)
+    for own, style in common.by_network(rows):
         depths = list(dict.fromkeys(row.depth for row in own))
         for axis, value in ((left, "distance"), (right, "relative")):
             axis.scatter([r.depth for r in own], [getattr(r, value) for r in own], s=8, alpha=0.5, color=style["color"])
             means = [mean(getattr(r, value) for r in own if r.depth == depth) for depth in depths]
-            axis.plot(depths, means, label=name, **style)
+            axis.plot(depths, means, **style)
     left.set(xlabel="depth", ylabel="mean attention distance (pixels)", ylim=(0, None))
     right.set(xlabel="depth", ylabel="over that of uniform attention", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)

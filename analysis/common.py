@@ -38,6 +38,7 @@ from transforms import MEAN_STD, EvalTransform
 from utils import log, write_rows
 
 matplotlib.use("Agg")
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 RANDOM = "random"  # in the place of a checkpoint
@@ -351,9 +352,18 @@ def depths(count: int) -> list[float]:
 # Tables and figures
 
 
-def line_style(number: int) -> dict[str, Any]:
-    """Of the network with that number."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":", "-.")[number // len(COLOURS) % 4]}
+def by_network(rows: Sequence[Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The rows of each network, and how its lines look."""
+    for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
+        line = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        style = {"label": name, "color": COLOURS[number % len(COLOURS)], "linestyle": line}
+        yield [row for row in rows if row.label == name], style
+
+
+def draw_lines(axis: Axes, rows: Sequence[Any], x: str, y: str) -> None:
+    """Field `y` of the rows over field `x`, a line for each network."""
+    for own, style in by_network(rows):
+        axis.plot([getattr(row, x) for row in own], [getattr(row, y) for row in own], marker=".", **style)
 
 
 def save(args: Namespace, name: str, rows: Sequence[Any], figure: Figure) -> None:

@@ -110,13 +110,8 @@ def draw(rows: Sequence[Rank]) -> Figure:
     """The rank of every layer by depth, and its share of the channels."""
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
-        own = [row for row in rows if row.label == name]
-        for axis, value in ((left, "effective_rank"), (right, "share")):
-            axis.plot(
-                [row.depth for row in own], [getattr(row, value) for row in own], label=name, marker=".",
-                **common.line_style(number),
-            )  # fmt: skip
+    for axis, value in ((left, "effective_rank"), (right, "share")):
+        common.draw_lines(axis, rows, "depth", value)
     left.set(xlabel="depth", ylabel="effective rank", ylim=(0, None))
     right.set(xlabel="depth", ylabel="share of the channels", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)

@@ -124,10 +124,7 @@ def draw(curves: list[Amplitude], summary: list[LayerSpectrum]) -> Figure:
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), colours)
     figure.colorbar(scale, ax=axes[len(names) - 1], label="depth")
     for axis, value in ((axes[-2], "high_frequency"), (axes[-1], "variance")):
-        for number, name in enumerate(names):
-            rows = [row for row in summary if row.label == name]
-            style = common.line_style(number)
-            axis.plot([r.depth for r in rows], [getattr(r, value) for r in rows], label=name, marker=".", **style)
+        common.draw_lines(axis, summary, "depth", value)
         axis.set_xlabel("depth")
     axes[-2].set_ylabel("highest frequency's log amplitude")
     axes[-1].set(ylabel="variance over places", yscale="log")

@@ -287,13 +287,8 @@ def draw(rows: Sequence[Strength]) -> Figure:
     """The published curve of each network, and beside it the strengths themselves."""
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
-        own = [row for row in rows if row.label == name]
-        for axis, value in ((left, "share"), (right, "strength")):
-            axis.plot(
-                [row.ratio for row in own], [getattr(row, value) for row in own], label=name, marker=".",
-                **common.line_style(number),
-            )  # fmt: skip
+    for axis, value in ((left, "share"), (right, "strength")):
+        common.draw_lines(axis, rows, "ratio", value)
     left.set(xlabel="order (n)", ylabel="share of the strength J", ylim=(0, None))
     right.set(xlabel="order (n)", ylabel="strength, mean |I|", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)

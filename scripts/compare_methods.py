@@ -111,6 +111,7 @@ DATA = {
         schedules={
             "long": "--epochs 7 --warmup_steps 54",
             "short": "--epochs 2 --warmup_steps 16",
+            "one_epoch": "--epochs 1 --warmup_steps 8",
             "small_batches": "--batch_size 64 --epochs 2 --warmup_steps 60",
         },
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
@@ -124,6 +125,7 @@ DATA = {
         schedules={
             "long": "--epochs 12 --warmup_steps 37",
             "short": "--epochs 2 --warmup_steps 6",
+            "one_epoch": "--epochs 8 --warmup_steps 25",
             "small_batches": "--epochs 8 --warmup_steps 25",
         },
         finetune="--batch_size 64 --epochs 6 --warmup_epochs 1 --label_fraction 1",
