@@ -73,15 +73,20 @@ METHODS = {
     "semaim": Method("SemAIM, semantic order", f"{SEMAIM} attention_center", length="short"),
     "semaim_raster": Method("SemAIM, raster order", f"{SEMAIM} raster", length="short"),
     "saim": Method("SAIM, random order", f"{SEMAIM} stochastic", length="short"),
-    "maskfeat": Method("MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1"),
+    "maskfeat": Method("MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1", length="medium"),
     "semanticmim_maskfeat": Method(
-        "SemanticMIM in MaskFeat's form", f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8"
+        "SemanticMIM in MaskFeat's form",
+        f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8",
+        length="medium",
     ),
-    "simmim_vit": Method("SimMIM", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER),
-    "a2mim_vit": Method("A2MIM", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER),
+    "simmim_vit": Method("SimMIM", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="medium"),
+    "a2mim_vit": Method("A2MIM", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="medium"),
     "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
     "a2mim_resnet18": Method(
-        "A2MIM, ResNet-18", f"--model a2mim_resnet18 {MIM} --model_kwargs output_stride={{cell}}", RESNET
+        "A2MIM, ResNet-18",
+        f"--model a2mim_resnet18 {MIM} --model_kwargs output_stride={{cell}}",
+        RESNET,
+        length="medium",
     ),
 }
 
@@ -110,8 +115,8 @@ DATA = {
         pretrain="--min_lr 0 --batch_size 256 --crop_scale 0.2 1",
         schedules={
             "long": "--epochs 7 --warmup_steps 54",
-            "short": "--epochs 2 --warmup_steps 16",
-            "one_epoch": "--epochs 1 --warmup_steps 8",
+            "short": "--epochs 1 --warmup_steps 8",
+            "medium": "--epochs 1 --warmup_steps 8",
             "small_batches": "--batch_size 64 --epochs 2 --warmup_steps 60",
         },
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
@@ -125,7 +130,7 @@ DATA = {
         schedules={
             "long": "--epochs 12 --warmup_steps 37",
             "short": "--epochs 2 --warmup_steps 6",
-            "one_epoch": "--epochs 8 --warmup_steps 25",
+            "medium": "--epochs 8 --warmup_steps 25",
             "small_batches": "--epochs 8 --warmup_steps 25",
         },
         finetune="--batch_size 64 --epochs 6 --warmup_epochs 1 --label_fraction 1",
