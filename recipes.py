@@ -371,6 +371,25 @@ LINEAR_SEMANTIC = {
     "imagenet_default_mean_and_std": True,
 }
 
+# A2MIM's probes (specs/a2mim.md 4.5): a linear layer alone, its rate of the whole batch, steps at 60 and 80 epochs
+LINEAR_A2MIM_CNN = {
+    "batch_size": 32,
+    "update_freq": 1,
+    "epochs": 100,
+    "warmup_epochs": 0,
+    "lr": 30.0,
+    "lr_schedule": "step",
+    "lr_steps": (60, 80),
+    "weight_decay": 0.0,
+    "opt": "momentum",
+    "momentum": 0.9,
+    "global_pool": True,
+    "batch_norm": False,
+    "crop_scale": (0.08, 1.0),
+    "imagenet_default_mean_and_std": True,
+}
+LINEAR_A2MIM_VIT = LINEAR_A2MIM_CNN | {"batch_size": 128, "epochs": 90, "lr": 12.0}
+
 BEIT_NOTE = "Unverified: how the published batch of 2048 was shared among GPUs."
 BEIT_LARGE_NOTE = (
     "Published are the figure, from ConMIM's table 1, 800 epochs and layer scale. Unverified: all else is ViT-B's."
@@ -386,6 +405,8 @@ MASKFEAT_NOTE = (
 CLS_NOTE = f"The released setting has 1 class token; the authors trained 8 too (--num_cls_tokens 8). {WARMUP_NOTE}"
 MEAN_STD_NOTE = "The published normalisation is not that of pre-training but 0.5; here it is the same."
 JITTER_NOTE = "Published with a colour jitter after RandAugment and bilinear test images, which are not made here."
+LINEAR_A2MIM_NOTE = "Unverified: how the published batch of {} was shared among GPUs. No accuracy is published.{}"
+STEPS_NOTE = " The published setting names a cosine and steps, and inherits Mixup, which a probe does without."
 BORROWED_NOTE = "Unverified: every setting is SemanticMIM's for its own models."
 
 SEMAIM_LARGE_NOTE = "Unverified: every setting; pre-training is as for ViT-B, fine-tuning as MAE's."
@@ -878,6 +899,24 @@ _RECIPES = (
         A2MIM_README,
         87.24,
         MIM_DEIT_NOTE,
+    ),
+    Recipe(
+        "a2mim_resnet50_linear",
+        "linear",
+        "resnet50",
+        8,
+        LINEAR_A2MIM_CNN,
+        A2MIM_README,
+        note=LINEAR_A2MIM_NOTE.format(256, ""),
+    ),
+    Recipe(
+        "a2mim_vit_small_linear",
+        "linear",
+        "mim_vit_small_patch16_224",
+        8,
+        LINEAR_A2MIM_VIT,
+        A2MIM_README,
+        note=LINEAR_A2MIM_NOTE.format(1024, STEPS_NOTE),
     ),
     *(
         _own(f"{method}_vit_tiny", "pretrain", f"{method}_vit_tiny", PRETRAIN_MIM_TINY)

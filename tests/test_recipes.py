@@ -125,7 +125,7 @@ def as_values(words: list[str]) -> list[object]:
 def test_every_published_recipe_has_a_script_and_every_script_a_recipe() -> None:
     scripts = {path.stem for stage in PROGRAMS for path in (ROOT / "scripts").glob(f"*_{stage}*.sh")}
     assert scripts == {recipe.name for recipe in PUBLISHED}
-    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1 + 16 + 31 + 21
+    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1 + 16 + 31 + 21 + 2
 
 
 @each_published
@@ -218,8 +218,8 @@ def test_pre_trained_models_hand_their_checkpoints_on(launch: Launch, name: str)
 
 
 def same_size(pretrained: str, classifier: str) -> bool:
-    """Of `semanticmim_beit_base_patch16_224` and `beit_base_patch16_224_abs_pos`: base_patch16_224."""
-    sizes = [re.search(r"_([a-z]+_patch\d+_\d+)", name)[1] for name in (pretrained, classifier)]
+    """Of `semanticmim_beit_base_patch16_224` and `beit_base_patch16_224_abs_pos`: base_patch16_224, or resnet50."""
+    sizes = [re.search(r"_([a-z]+_patch\d+_\d+)|(resnet\d+)", name)[0] for name in (pretrained, classifier)]
     return sizes[0] == sizes[1]
 
 
@@ -237,7 +237,7 @@ def test_probes_take_the_checkpoints_of_pre_training_and_their_programs_take_the
     assert same_size(before.model, probe.model)
     program = {"linear": run_linear_probing, "knn": run_knn}[probe.stage]
     args = program.parse([word for flag, words in second.items() for word in (f"--{flag}", *words)])
-    assert len(PROBES) == 5 + 5
+    assert len(PROBES) == 5 + 5 + 2
     same = probe.flags.keys() - {"cls_token", "global_pool"}
     found = {flag: getattr(args, flag) for flag in same if probe.flags[flag] is not None}
     assert {flag: value[0] if flag == "temperature" else value for flag, value in found.items()} == {
@@ -263,6 +263,10 @@ def test_what_is_published_of_probing() -> None:
     nearest = next(recipe for recipe in PUBLISHED if recipe.name == "semaim_large_knn")
     assert (nearest.model, nearest.flags["batch_size"]) == ("vit_large_patch16_224", 512)
     assert (sorted(nearest.flags["knn_k"]), nearest.flags["temperature"]) == ([10, 20, 30], 0.07)
+    for name, expected in {"resnet50": (256, 100, 30.0), "vit_small": (1024, 90, 12.0)}.items():  # specs/a2mim.md 4.5
+        probe = next(recipe for recipe in PUBLISHED if recipe.name == f"a2mim_{name}_linear")
+        assert (probe.effective_batch, probe.flags["epochs"], probe.flags["lr"]) == expected
+        assert (probe.flags["lr_steps"], probe.flags["batch_norm"]) == ((60, 80), False)
 
 
 def test_what_is_published_of_semaim_and_its_ancestors() -> None:
@@ -506,6 +510,8 @@ def test_published_accuracies() -> None:
         "semaim_base_linear": None,
         "saim_base_linear": 62.5,
         "semaim_large_knn": None,
+        "a2mim_resnet50_linear": None,
+        "a2mim_vit_small_linear": None,
         "beit_base_pretrain": 83.2,
         "beit_base_finetune": 83.2,
         "beit_large_pretrain": 85.2,
