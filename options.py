@@ -89,7 +89,7 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--grad_checkpointing", action="store_true", help="recompute activations: less memory, 1.3x time"
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
+    group.add_argument("--compile", action="store_true", help="torch.compile, block by block, of ViTs")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:

@@ -238,10 +238,12 @@ def dry_run(args: Namespace, groups: list[dict], steps_per_epoch: int, device: t
 
 def compile_blocks(*modules: nn.Module | None) -> None:
     """Equal blocks share one compilation (specs/engine.md 2)."""
-    for module in modules:
-        for block in module.modules() if module is not None else ():
-            if isinstance(block, Block | EncoderBlock):
-                block.compile(dynamic=False)
+    parts = [part for module in modules if module is not None for part in module.modules()]
+    blocks = [part for part in parts if isinstance(part, Block | EncoderBlock)]
+    if not blocks:
+        log.warning("--compile: this --model has no blocks of equal shape, nothing is compiled")
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def flops_per_image(task: nn.Module, loader, normalize: Normalize) -> float:
