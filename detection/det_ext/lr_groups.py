@@ -1,50 +1,48 @@
 """Parameter groups whose rate depends on where a parameter is in the detector (specs/downstream.md 6.7)."""
 
-from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+from typing import Any
+
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class PrefixRates:
-    """paramwise_cfg["rates"] maps beginnings of names to factors of the optimizer's rate; the longest one counts.
+def prefix_groups(model: nn.Module, lr: float, weight_decay: float, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Optimizer groups: `rates` are factors of `lr` by the beginnings of parameters' names, the longest one counts.
 
     One-dimensional parameters and biases are not decayed.
-    """
-
-    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict):
-        self.config, self.rates = dict(optim_wrapper_cfg), dict(paramwise_cfg["rates"])
-
-    def __call__(self, model: nn.Module) -> OptimWrapper:
-        optimizer = dict(self.config.pop("optimizer"))
-        optimizer["params"] = prefix_groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), self.rates)
-        return OPTIM_WRAPPERS.build(self.config, default_args={"optimizer": OPTIMIZERS.build(optimizer)})
-
-
-def prefix_groups(model: nn.Module, lr: float, weight_decay: float, rates: dict[str, float]) -> list[dict]:
-    """Groups of the trainable parameters, each with its lr and weight decay.
 
     Raises:
         ValueError: a beginning that no parameter has, or a parameter that has none of them.
     """
-    model = getattr(model, "module", model)  # of DistributedDataParallel
-    groups: dict[str, dict] = {}
     names = [name for name, _ in model.named_parameters()]
     for prefix in rates:
         if not any(name.startswith(prefix) for name in names):
-            raise ValueError(f"paramwise_cfg: no parameter's name begins with '{prefix}'")
+            raise ValueError(f"paramwise_cfg.rates: no parameter's name begins with '{prefix}'")
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            prefix = longest_prefix(name, rates)
-            decay = parameter.ndim > 1 and not name.endswith(".bias")
-            group_name = f"{prefix or 'rest'}_{'decay' if decay else 'no_decay'}"
-            group = {"lr": lr * rates[prefix], "weight_decay": weight_decay * decay, "group_name": group_name}
-            groups.setdefault(group_name, group | {"params": []})["params"].append(parameter)
+        if not parameter.requires_grad:
+            continue
+        prefix = longest_prefix(name, rates)
+        decays = parameter.ndim > 1 and not name.endswith(".bias")
+        key = f"{prefix.rstrip('.') or 'rest'}_{'decay' if decays else 'no_decay'}"
+        values = {"lr": lr * rates[prefix], "weight_decay": weight_decay if decays else 0.0}
+        group = groups.setdefault(key, {"params": [], "param_names": [], "group_name": key, **values})
+        group["params"].append(parameter)
+        group["param_names"].append(name)
     return list(groups.values())
 
 
 def longest_prefix(name: str, rates: dict[str, float]) -> str:
     found = [prefix for prefix in rates if name.startswith(prefix)]
     if not found:
-        raise ValueError(f"paramwise_cfg: no rate is given for {name}; '' stands for all others")
+        raise ValueError(f"paramwise_cfg.rates: none is given for {name}; '' stands for all others")
     return max(found, key=len)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class PrefixRates(DefaultOptimWrapperConstructor):
+    """mmengine's way to `prefix_groups`: paramwise_cfg = dict(rates={"backbone.": 0.5, "": 2.0})."""
+
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs) -> None:
+        params += prefix_groups(module, self.base_lr, self.base_wd or 0.0, **self.paramwise_cfg)

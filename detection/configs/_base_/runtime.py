@@ -1,17 +1,19 @@
 default_scope = "mmdet"
-custom_imports = dict(imports=["downstream.register", "det_ext"], allow_failed_imports=False)
-default_hooks = dict(
-    timer=dict(type="IterTimerHook"),
-    logger=dict(type="LoggerHook", interval=50),
-    param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3),
-    sampler_seed=dict(type="DistSamplerSeedHook"),
-)
-custom_hooks = [dict(type="SafeCheckpointHook"), dict(type="SeedStepHook")]
-env_cfg = dict(
-    cudnn_benchmark=False, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0), dist_cfg=dict(backend="nccl")
-)
-log_processor = dict(type="LogProcessor", window_size=50, by_epoch=True)
+custom_imports = {"imports": ["downstream.register", "det_ext"], "allow_failed_imports": False}
+default_hooks = {
+    "timer": {"type": "IterTimerHook"},
+    "logger": {"type": "LoggerHook", "interval": 50},
+    "param_scheduler": {"type": "ParamSchedulerHook"},
+    "checkpoint": {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 3},
+    "sampler_seed": {"type": "DistSamplerSeedHook"},
+}
+custom_hooks = [{"type": "SafeCheckpointHook"}, {"type": "SeedStepHook"}]
+env_cfg = {
+    "cudnn_benchmark": False,
+    "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},
+    "dist_cfg": {"backend": "nccl"},
+}
+log_processor = {"type": "LogProcessor", "window_size": 50, "by_epoch": True}
 log_level = "INFO"
 load_from = None
 resume = False

@@ -6,6 +6,6 @@ _base_ = [
 ]
 
 # the stem has the optimizer's rate, the encoder a share of it, what starts afresh or is narrow a multiple
-optim_wrapper = dict(
-    paramwise_cfg=dict(rates={"backbone.encoder.patch_embed.": 1.0, "backbone.encoder.": 1 / 2.0, "": 2.0})
-)
+optim_wrapper = {
+    "paramwise_cfg": {"rates": {"backbone.encoder.patch_embed.": 1.0, "backbone.encoder.": 1 / 2.0, "": 2.0}}
+}

@@ -5,4 +5,4 @@ _base_ = [
     "../_base_/runtime.py",
 ]
 
-model = dict(backbone=dict(pos_embed="sincos_trainable"))
+model = {"backbone": {"pos_embed": "sincos_trainable"}}

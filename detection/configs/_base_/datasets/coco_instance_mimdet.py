@@ -2,6 +2,6 @@
 _base_ = "./coco_instance_crop.py"
 
 sides = (480, 512, 544, 576, 608, 640, 736, 768, 800)
-resize = dict(type="RandomChoiceResize", scales=[(1333, side) for side in sides], keep_ratio=True)
-choice = dict(type="RandomChoice", transforms=[[resize], [*_base_.crop, resize]])
-train_dataloader = dict(batch_size=8, dataset=dict(pipeline=[*_base_.load, choice, dict(type="PackDetInputs")]))
+resize = {"type": "RandomChoiceResize", "scales": [(1333, side) for side in sides], "keep_ratio": True}
+choice = {"type": "RandomChoice", "transforms": [[resize], [*_base_.crop, resize]]}
+train_dataloader = {"batch_size": 8, "dataset": {"pipeline": [*_base_.load, choice, {"type": "PackDetInputs"}]}}

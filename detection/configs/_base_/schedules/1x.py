@@ -1,10 +1,13 @@
 # 12 epochs of SGD, 16 images a step (A2MIM's ResNets).
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=12, val_interval=1)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
+train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 12, "val_interval": 1}
+val_cfg = {"type": "ValLoop"}
+test_cfg = {"type": "TestLoop"}
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type="MultiStepLR", begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1),
+    {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": 500},
+    {"type": "MultiStepLR", "begin": 0, "end": 12, "by_epoch": True, "milestones": [8, 11], "gamma": 0.1},
 ]
-optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.02, momentum=0.9, weight_decay=1e-4))
-auto_scale_lr = dict(enable=False, base_batch_size=16)
+optim_wrapper = {
+    "type": "OptimWrapper",
+    "optimizer": {"type": "SGD", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4},
+}
+auto_scale_lr = {"enable": False, "base_batch_size": 16}

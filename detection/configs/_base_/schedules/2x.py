@@ -1,8 +1,8 @@
 # 24 epochs, as published with several scales.
 _base_ = "./1x.py"
 
-train_cfg = dict(max_epochs=24)
+train_cfg = {"max_epochs": 24}
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
-    dict(type="MultiStepLR", begin=0, end=24, by_epoch=True, milestones=[16, 23], gamma=0.1),
+    {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": 1000},
+    {"type": "MultiStepLR", "begin": 0, "end": 24, "by_epoch": True, "milestones": [16, 23], "gamma": 0.1},
 ]
