@@ -98,7 +98,7 @@ def load_config(args: Namespace):
         raise ValueError(f"--cfg-options {wrong[0]} is no KEY=VALUE")
     cfg, options = Config.fromfile(args.config), Namespace()
     if args.data_root:
-        _move(cfg, cfg.data_root, args.data_root)
+        _move(cfg._cfg_dict, cfg.data_root, args.data_root)
     DictAction("--cfg-options", "values")(None, options, args.cfg_options)
     cfg.merge_from_dict(options.values)
     cfg.launcher = args.launcher
