@@ -33,7 +33,9 @@ def check_split(root: Path, split: str, every: int = 100) -> tuple[str, list[str
     images, annotations = content["images"], content["annotations"]
     with_objects = len({annotation["image_id"] for annotation in annotations})
     line = f"{split}: {len(images)} images, {with_objects} of them with objects, {len(annotations)} objects"
-    problems = check_categories(content["categories"]) + check_annotations(content) + check_images(folder, images, every)
+    problems = (
+        check_categories(content["categories"]) + check_annotations(content) + check_images(folder, images, every)
+    )
     return line, [f"{split}: {problem}" for problem in problems]
 
 

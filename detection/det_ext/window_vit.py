@@ -70,7 +70,7 @@ class WindowViT(nn.Module):
         )  # fmt: skip
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
-        self.window_bias = OffsetBias(window, heads) if rel_pos_bias else None
+        self.window_bias = OffsetBias(window, heads) if rel_pos_bias and self.group > 1 else None
         self.global_bias = OffsetBias(self.grid[0], heads) if rel_pos_bias else None
         self.table_resize, self.grad_checkpointing, self.pretrained = table_resize, grad_checkpointing, pretrained
         self.apply(init_linear)
@@ -100,11 +100,10 @@ class WindowViT(nn.Module):
         """A table of windows and a global one from those of a checkpoint: the mean over the blocks that share it."""
         tables = {name: value for name, value in state.items() if name.endswith(loading.TABLE)}
         state = {name: value for name, value in state.items() if name not in tables}
-        if not tables or self.window_bias is None:
-            return state
         for name, bias, wanted in (("window_bias", self.window_bias, False), ("global_bias", self.global_bias, True)):
             chosen = [value for key, value in tables.items() if self.shares(key, wanted)]
-            state[f"{name}.{loading.TABLE}"] = self.resized(torch.stack(chosen).mean(0), bias.side)
+            if bias is not None and chosen:
+                state[f"{name}.{loading.TABLE}"] = self.resized(torch.stack(chosen).mean(0), bias.side)
         return state
 
     def shares(self, key: str, wanted: bool) -> bool:

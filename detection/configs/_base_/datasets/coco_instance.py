@@ -1,5 +1,5 @@
 # COCO 2017 in data/coco: annotations/instances_{train,val}2017.json, train2017/, val2017/.
-data_root = "data/coco/"
+data_root = "data/coco"
 
 # every random number of a sample depends on the seed and its position in the run
 load = [
@@ -47,7 +47,7 @@ val_dataloader = {
 test_dataloader = val_dataloader
 val_evaluator = {
     "type": "CocoMetric",
-    "ann_file": data_root + "annotations/instances_val2017.json",
+    "ann_file": data_root + "/annotations/instances_val2017.json",
     "metric": ["bbox", "segm"],
 }
 test_evaluator = val_evaluator
