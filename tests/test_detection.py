@@ -1,16 +1,22 @@
 """Detection on mmdet: MIMDet, the windowed ViT, C4, rates, weights, configurations, and training on small images."""
 
 import copy
+import json
 import math
+import os
+import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 from torch import nn
 
 import checkpoint
+import utils
 from downstream import compat
 from downstream.runner import use_pretrained
 
@@ -29,9 +35,11 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
+from detection import check_coco, demo, train  # noqa: E402
+from detection import test as evaluate  # noqa: E402
 from modeling_finetune import create_model, relative_position_index  # noqa: E402
 
-TINY_CONFIG = ROOT / "tests/detection_tiny.py"
+TINY_CONFIG = ROOT / "tests/tiny_detection.py"
 CONFIGS = sorted(path for path in (ROOT / "detection/configs").glob("*/*.py") if path.parent.name != "_base_")
 SMALL = {"embed_dim": 32, "depth": 8, "num_heads": 2}
 MIMDET = SMALL | {"img_size": 64, "decoder_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2, "drop_path": 0.0}
@@ -500,3 +508,143 @@ def test_the_roi_extractor_reads_maps_in_any_memory_order():
     expected = extractor(maps, rois)
     found = extractor([level.contiguous(memory_format=torch.channels_last) for level in maps], rois)
     assert torch.equal(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO's layout
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+def test_a_folder_in_cocos_layout_passes_the_check(coco, capsys):
+    assert check_coco.main([str(coco), "--every", "1"]) == 0
+    assert "train2017: 8 images, 8 of them with objects, 16 objects\nval2017: 4 images" in capsys.readouterr().out
+
+
+def test_the_check_names_everything_that_is_wrong(tmp_path, capsys):
+    root = write_coco(tmp_path / "coco")
+    (root / "val2017/000000000002.jpg").unlink()
+    (root / "val2017/000000000003.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (20, 30)).save(root / "val2017/000000000004.jpg")
+    file = root / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["categories"].pop()
+    content["annotations"][0] |= {"image_id": 99, "category_id": 12, "segmentation": [], "bbox": [1, 2, -3, 4]}
+    file.write_text(json.dumps(content))
+    assert check_coco.main([str(root), "--every", "1"]) == 1
+    out = capsys.readouterr().out
+    for problem in (
+        "1 listed images are not in", "000000000003.jpg cannot be opened", "000000000004.jpg is (20, 30), listed as",
+        "it has 79 categories", "1 objects are in no image that is listed: 1.", "1 objects are of no category that is listed",
+        "1 objects have an empty box", "1 objects have no outline",
+    ):  # fmt: skip
+        assert f"val2017: {problem}" in out, problem
+    file.write_text("{")
+    assert check_coco.main([str(root)]) == 1 and "damaged or no JSON" in capsys.readouterr().out
+    assert check_coco.main([str(tmp_path)]) == 1 and "does not exist" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def flags(coco, folder, *more: str) -> list[str]:
+    return [str(TINY_CONFIG), "--data-root", str(coco), "--work-dir", str(folder), *more]
+
+
+def train_tiny(coco, folder, epochs: int, *more: str):
+    options = (f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}",
+               "default_hooks.checkpoint.interval=1")  # fmt: skip
+    start = ("--pretrained", "none", "--seed", "0")
+    return train.main(flags(coco, folder, *start, *more, "--cfg-options", *options))
+
+
+def last_metrics(runner) -> dict[str, float]:
+    """What the last validation of a training found."""
+    scalars = runner.message_hub.log_scalars
+    return {name.removeprefix("val/"): scalars[name].current() for name in scalars if name.startswith("val/coco/")}
+
+
+@pytest.fixture(scope="module")
+def trained(coco, tmp_path_factory):
+    """The folder of two epochs without a break, and what validation found after them."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, last_metrics(train_tiny(coco, folder, 2))
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_checkpoint(path)["state_dict"]  # by the safe default
+
+
+def test_a_checkpoint_gives_what_validation_in_training_found(coco, trained, tmp_path):
+    folder, metrics = trained
+    found = evaluate.main(
+        [str(TINY_CONFIG), str(folder / "epoch_2.pth"), "--data-root", str(coco), "--work-dir", str(tmp_path),
+         "--out", str(tmp_path / "found")]
+    )  # fmt: skip
+    assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} < set(found) and found == metrics
+    assert all(isinstance(json.loads((tmp_path / f"found.{kind}.json").read_text()), list) for kind in ("bbox", "segm"))
+
+
+def test_a_resumed_training_equals_one_without_a_break(coco, trained, tmp_path):
+    train_tiny(coco, tmp_path, 1)
+    train_tiny(coco, tmp_path, 2, "--resume")
+    whole, resumed = (weights(folder / "epoch_2.pth") for folder in (trained[0], tmp_path))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_training_says_where_its_weights_come_from_and_that_the_batch_is_another(coco, tmp_path, capsys):
+    with pytest.raises(ValueError, match="--pretrained is missing"):
+        train.main(flags(coco, tmp_path))
+    with pytest.raises(ValueError, match="matches only 0%"):  # a detector is no pre-trained encoder of this width
+        path = saved(tmp_path, {"layers.0.weight": torch.zeros(3)})
+        train.main(flags(coco, tmp_path, "--pretrained", path, "--cfg-options", "auto_scale_lr.base_batch_size=64"))
+    said = capsys.readouterr().out
+    assert "the total batch is 2" in said and "the recipe's is 64" in said
+
+
+def test_the_demo_draws_what_it_finds(coco, trained, tmp_path):
+    arguments = [str(TINY_CONFIG), str(trained[0] / "epoch_2.pth"), str(coco / "val2017"), "--out", str(tmp_path)]
+    options = ["--device", "cpu", "--score-thr", "0.0", "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0"]
+    written = demo.main([*arguments, *options])
+    assert [path.name for path in written] == [f"{number:012d}.png" for number in range(1, 5)]
+    before = np.asarray(Image.open(coco / "val2017/000000000001.jpg")).astype(int)
+    after = np.asarray(Image.open(written[0])).astype(int)
+    assert after.shape == before.shape and (np.abs(after - before).max(-1) > 30).mean() > 0.01
+    with pytest.raises(ValueError, match="has no pictures"):
+        demo.main([*arguments[:2], str(tmp_path / "nothing")])
+
+
+def test_two_ranks_train_together(coco, tmp_path):
+    """Six steps of two processes; what they validated together, one process finds in their file."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(utils.free_port()),
+        str(ROOT / "detection/train.py"), *flags(coco, tmp_path, "--launcher", "pytorch", "--pretrained", "none"),
+        "--seed", "0", "--cfg-options", "train_cfg.max_epochs=3", "train_cfg.val_interval=3",
+        "default_hooks.checkpoint.interval=3", "model.test_cfg.rcnn.score_thr=0.0",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    file = checkpoint.load_checkpoint(tmp_path / "epoch_3.pth")
+    assert file["meta"]["iter"] == 6 and file["meta"]["epoch"] == 3
+    assert "total batch is 4 (2 a process x 2 processes" in done.stderr + done.stdout
+    logged = [json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()]
+    together = next(row for row in logged if "coco/bbox_mAP" in row)
+    found = evaluate.main(
+        [str(TINY_CONFIG), str(tmp_path / "epoch_3.pth"), "--data-root", str(coco), "--work-dir", str(tmp_path / "one"),
+         "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0"]
+    )  # fmt: skip
+    assert found == {name: value for name, value in together.items() if name.startswith("coco/")}
+
+
+@pytest.mark.slow
+def test_mimdet_learns_to_find_squares(coco, tmp_path):
+    """192 steps from random weights; seen: box AP50 0.96, box AP 0.62, mask AP 0.70."""
+    metrics = last_metrics(train_tiny(coco, tmp_path, 48))
+    print({name: metrics[f"coco/{name}"] for name in ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")})
+    assert metrics["coco/bbox_mAP_50"] > 0.6 and metrics["coco/segm_mAP_50"] > 0.6
+    path = str(tmp_path / "epoch_48.pth")
+    assert evaluate.main([str(TINY_CONFIG), path, "--data-root", str(coco), "--work-dir", str(tmp_path)]) == metrics
