@@ -591,7 +591,7 @@ def _has(names: Collection[str], part: str) -> bool:
 
 
 def _has_encoder(names: Collection[str]) -> bool:
-    return any(name.startswith("encoder.") for name in names)
+    return any(name.startswith("encoder.patch_embed.") for name in names)
 
 
 def _inside(state: StateDict, prefix: str) -> StateDict:

@@ -15,10 +15,18 @@ from downstream.vit_backbone import VisionTransformerBackbone
 
 
 class SafeCheckpointHook(Hook):
-    """Leaves out of a checkpoint what torch's safe loading refuses: the history of logged values (spec 1.4)."""
+    """Leaves out of a checkpoint what torch's safe loading refuses: the history of logged values (spec 1.4).
+
+    The best result so far stays, which a resumed run needs.
+    """
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
+        known = checkpoint["message_hub"]["runtime_info"]
+        best = {name: value for name, value in known.items() if name.startswith("best_")}
+        best = {name: value if isinstance(value, str) else float(value) for name, value in best.items()}
+        checkpoint["message_hub"] = {
+            "log_scalars": {}, "runtime_info": best, "resumed_keys": dict.fromkeys(best, True),
+        }  # fmt: skip
 
 
 for _registry, _classes in {

@@ -16,10 +16,11 @@ import torch
 import utils
 from checkpoint import load_checkpoint
 from downstream import compat
-from downstream.checkpoint import class_tokens
+from downstream.checkpoint import class_tokens, read
 
 log = logging.getLogger("unimim")
 
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 RANDOM = "none"  # --pretrained none: random weights on purpose
 
 
@@ -115,6 +116,12 @@ def _move(value: Any, old: str, new: str) -> None:
             value[key] = new + item.removeprefix(old)
         elif isinstance(item, (dict, list)):
             _move(item, old, new)
+
+
+def check_data(cfg) -> None:
+    """ValueError: the folder of the data is not there."""
+    if "data_root" in cfg and not Path(cfg.data_root).is_dir():
+        raise ValueError(f"the data's folder {cfg.data_root} does not exist: name it with --data-root")
 
 
 def run_on_cpu(cfg) -> None:
@@ -227,6 +234,7 @@ def train(task: Task, argv: Sequence[str] | None = None, description: str = ""):
     from mmengine.runner import Runner
 
     cfg = load_config(args)
+    check_data(cfg)
     set_start(cfg, args)
     if args.amp:
         if not torch.cuda.is_available():
@@ -249,6 +257,7 @@ def test(task: Task, argv: Sequence[str] | None = None, description: str = "") -
     from mmengine.runner import Runner
 
     cfg = load_config(args)
+    check_data(cfg)
     check_loads(args.checkpoint, args.trust_checkpoint)
     use_class_tokens(cfg, args.checkpoint)
     if args.tta or cfg.get("tta"):
@@ -257,7 +266,56 @@ def test(task: Task, argv: Sequence[str] | None = None, description: str = "") -
         task.save_predictions(cfg, args.out)
     runner = Runner.from_cfg(cfg)
     load_network(runner, args.checkpoint)
-    return runner.test()
+    return {name: float(value) for name, value in runner.test().items()}
+
+
+def parse_demo(argv: Sequence[str] | None, description: str) -> Namespace:
+    parser = _parser(description)
+    parser.add_argument("checkpoint", help="weights of the whole network, as training saves them")
+    parser.add_argument("images", help="a folder of images, or one image")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where pictures are written, under their names")
+    return parser.parse_args(argv)
+
+
+def demo_network(task: Task, args: Namespace):
+    """The configuration, and the network with the checkpoint's weights on the device there is, to look at images.
+
+    Of the checkpoint only tensors are read.
+    """
+    prepare(task, "none")
+    from mmengine.device import get_device
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = load_config(args)
+    use_class_tokens(cfg, args.checkpoint)
+    init_default_scope(cfg.default_scope)
+    network = revert_sync_batchnorm(MODELS.build(cfg.model))
+    state = read(args.checkpoint)
+    try:
+        network.load_state_dict(state.get("state_dict", state))
+    except RuntimeError as error:
+        raise ValueError(f"{args.checkpoint} is not a checkpoint of this configuration's network: {error}") from error
+    return cfg, network.to(get_device()).eval()
+
+
+def pictures(place: str) -> list[Path]:
+    """The images of a folder, or the one image. ValueError: there is none."""
+    path = Path(place)
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES) if path.is_dir() else [path]
+    if not found or not found[0].is_file():
+        raise ValueError(f"{place} holds no image ({', '.join(IMAGES)})")
+    return found
+
+
+def predict(cfg, network, path: Path):
+    """mmengine's data sample of one image, as for tests but without labels."""
+    from mmengine.dataset import Compose, pseudo_collate
+
+    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type != "LoadAnnotations"]
+    data = Compose(steps)({"img_path": str(path), "img_id": 0, "reduce_zero_label": False})
+    with torch.no_grad():
+        return network.test_step(pseudo_collate([data]))[0]
 
 
 def launch(main: Callable[[], Any]) -> None:
