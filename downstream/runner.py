@@ -269,8 +269,13 @@ def test(task: Task, argv: Sequence[str] | None = None, description: str = "") -
     return {name: float(value) for name, value in runner.test().items()}
 
 
-def parse_demo(argv: Sequence[str] | None, description: str) -> Namespace:
+def parse_demo(
+    argv: Sequence[str] | None, description: str, add_flags: Callable[[argparse.ArgumentParser], None] | None = None
+) -> Namespace:
+    """`add_flags` adds those of one task."""
     parser = _parser(description)
+    if add_flags:
+        add_flags(parser)
     parser.add_argument("checkpoint", help="weights of the whole network, as training saves them")
     parser.add_argument("images", help="a folder of images, or one image")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where pictures are written, under their names")

@@ -3,25 +3,23 @@
 import copy
 import json
 import math
-import os
-import subprocess
 import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run_command
 from PIL import Image
 from torch import nn
 
 import checkpoint
 import utils
-from downstream import compat
-from downstream.runner import use_pretrained
+from detection import check_coco, demo
+from detection.task import TASK
+from downstream import runner
 
-compat.prepare("mmdet")
-sys.path.insert(0, str(ROOT / "detection"))
+runner.prepare(TASK, "none")
 
 from det_ext import loading  # noqa: E402
 from det_ext.lr_groups import prefix_groups  # noqa: E402
@@ -35,8 +33,6 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-from detection import check_coco, demo, train  # noqa: E402
-from detection import test as evaluate  # noqa: E402
 from modeling_finetune import create_model, relative_position_index  # noqa: E402
 
 TINY_CONFIG = ROOT / "tests/tiny_detection.py"
@@ -48,13 +44,18 @@ BEIT = {"k_bias": False, "init_values": 0.1}
 IMAGES = partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def mmdets_names():
+    """Other tests of this process may have built segmentors."""
+    init_default_scope("mmdet")
+
+
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def on_meta(config: str) -> nn.Module:
     """The model of a configuration without memory for its weights."""
-    init_default_scope("mmdet")
     cfg = Config.fromfile(ROOT / "detection/configs" / config)
     with torch.device("meta"):
         return MODELS.build(cfg.model)
@@ -392,8 +393,7 @@ def test_both_parts_of_C4_start_from_one_file(tmp_path):
 
     cfg = Config.fromfile(ROOT / "detection/configs/a2mim/mask_rcnn_r50_c4_ms_1x.py")
     state = timm.create_model("resnet50").state_dict()
-    use_pretrained(cfg, saved(tmp_path, state))
-    init_default_scope("mmdet")
+    runner.use_pretrained(cfg, saved(tmp_path, state))
     backbone, head = MODELS.build(cfg.model.backbone), MODELS.build(cfg.model.roi_head.shared_head)
     for part in (backbone, head):
         part.init_weights()
@@ -448,14 +448,12 @@ def dicts_in(value):
 
 def tiny_detector() -> nn.Module:
     """MIMDet with small heads, batch norms in place of synchronised ones."""
-    init_default_scope("mmdet")
     return revert_sync_batchnorm(MODELS.build(Config.fromfile(TINY_CONFIG).model))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_builds_and_keeps_the_rules(path):
     cfg = Config.fromfile(path)
-    init_default_scope(cfg.default_scope)
     small = copy.deepcopy(cfg.model)
     if small.backbone.type != "TimmBackbone":
         small.backbone.update(SMALL, pretrained="")  # the same classes and options, quickly
@@ -477,9 +475,6 @@ def test_training_images_have_the_published_sizes(name, tmp_path):
     cfg = Config.fromfile(ROOT / f"detection/configs/_base_/datasets/coco_instance_{name}.py")
     from mmdet.registry import DATASETS
 
-    from downstream import register  # noqa: F401
-
-    init_default_scope("mmdet")
     cfg.train_dataloader.dataset.data_root = str(write_coco(tmp_path / "coco"))
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     shapes, shorts = [], set()
@@ -501,7 +496,6 @@ def test_training_images_have_the_published_sizes(name, tmp_path):
 
 def test_the_roi_extractor_reads_maps_in_any_memory_order():
     cfg = Config.fromfile(CONFIGS[0].parent.parent / "mimdet/mimdet_base_sr0p5_3x.py")
-    init_default_scope("mmdet")
     extractor = MODELS.build(cfg.model.roi_head.bbox_roi_extractor)
     maps = [torch.randn(2, 256, side, side) for side in (32, 16, 8, 4)]
     rois = torch.tensor([[0, 3.0, 4, 60, 50], [1, 10, 10, 100, 120]])
@@ -538,8 +532,8 @@ def test_the_check_names_everything_that_is_wrong(tmp_path, capsys):
     out = capsys.readouterr().out
     for problem in (
         "1 listed images are not in", "000000000003.jpg cannot be opened", "000000000004.jpg is (20, 30), listed as",
-        "it has 79 categories", "1 objects are in no image that is listed: 1.", "1 objects are of no category that is listed",
-        "1 objects have an empty box", "1 objects have no outline",
+        "it has 79 categories", "1 objects are in no image that is listed: 1.",
+        "1 objects are of no category that is listed", "1 objects have an empty box", "1 objects have no outline",
     ):  # fmt: skip
         assert f"val2017: {problem}" in out, problem
     file.write_text("{")
@@ -551,20 +545,30 @@ def test_the_check_names_everything_that_is_wrong(tmp_path, capsys):
 # Runs
 
 
+ALL = "model.test_cfg.rcnn.score_thr=0.0"  # after a few steps nothing is certain
+
+
 def flags(coco, folder, *more: str) -> list[str]:
-    return [str(TINY_CONFIG), "--data-root", str(coco), "--work-dir", str(folder), *more]
+    return ["--data-root", str(coco), "--work-dir", str(folder), *more]
+
+
+def schedule(epochs: int, every: int = 1) -> list[str]:
+    keys = ("train_cfg.max_epochs", "train_cfg.val_interval", "default_hooks.checkpoint.interval")
+    return ["--cfg-options", ALL, *map("=".join, zip(keys, map(str, (epochs, epochs, every)), strict=True))]
 
 
 def train_tiny(coco, folder, epochs: int, *more: str):
-    options = (f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs}",
-               "default_hooks.checkpoint.interval=1")  # fmt: skip
-    start = ("--pretrained", "none", "--seed", "0")
-    return train.main(flags(coco, folder, *start, *more, "--cfg-options", *options))
+    start = [str(TINY_CONFIG), "--pretrained", "none", "--seed", "0", *more]
+    return runner.train(TASK, [*start, *flags(coco, folder, *schedule(epochs))])
 
 
-def last_metrics(runner) -> dict[str, float]:
+def evaluate(coco, folder, path, *more: str) -> dict[str, float]:
+    return runner.test(TASK, [str(TINY_CONFIG), str(path), *more, *flags(coco, folder, "--cfg-options", ALL)])
+
+
+def last_metrics(run) -> dict[str, float]:
     """What the last validation of a training found."""
-    scalars = runner.message_hub.log_scalars
+    scalars = run.message_hub.log_scalars
     return {name.removeprefix("val/"): scalars[name].current() for name in scalars if name.startswith("val/coco/")}
 
 
@@ -575,76 +579,65 @@ def trained(coco, tmp_path_factory):
     return folder, last_metrics(train_tiny(coco, folder, 2))
 
 
-def weights(path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_checkpoint(path)["state_dict"]  # by the safe default
-
-
 def test_a_checkpoint_gives_what_validation_in_training_found(coco, trained, tmp_path):
     folder, metrics = trained
-    found = evaluate.main(
-        [str(TINY_CONFIG), str(folder / "epoch_2.pth"), "--data-root", str(coco), "--work-dir", str(tmp_path),
-         "--out", str(tmp_path / "found")]
-    )  # fmt: skip
+    found = evaluate(coco, tmp_path, folder / "epoch_2.pth", "--out", str(tmp_path / "found"))
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} < set(found) and found == metrics
-    assert all(isinstance(json.loads((tmp_path / f"found.{kind}.json").read_text()), list) for kind in ("bbox", "segm"))
+    rows = json.loads((tmp_path / "found.segm.json").read_text())
+    assert {row["image_id"] for row in rows} == {1, 2, 3, 4} and {"score", "segmentation"} < set(rows[0])
 
 
 def test_a_resumed_training_equals_one_without_a_break(coco, trained, tmp_path):
     train_tiny(coco, tmp_path, 1)
     train_tiny(coco, tmp_path, 2, "--resume")
-    whole, resumed = (weights(folder / "epoch_2.pth") for folder in (trained[0], tmp_path))
+    files = [checkpoint.load_checkpoint(folder / "epoch_2.pth") for folder in (trained[0], tmp_path)]  # safely
+    whole, resumed = (file["state_dict"] for file in files)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_training_says_where_its_weights_come_from_and_that_the_batch_is_another(coco, tmp_path, capsys):
     with pytest.raises(ValueError, match="--pretrained is missing"):
-        train.main(flags(coco, tmp_path))
-    with pytest.raises(ValueError, match="matches only 0%"):  # a detector is no pre-trained encoder of this width
-        path = saved(tmp_path, {"layers.0.weight": torch.zeros(3)})
-        train.main(flags(coco, tmp_path, "--pretrained", path, "--cfg-options", "auto_scale_lr.base_batch_size=64"))
+        runner.train(TASK, [str(TINY_CONFIG), *flags(coco, tmp_path)])
+    other = saved(tmp_path, {"layers.0.weight": torch.zeros(3)})
+    options = ["--cfg-options", "auto_scale_lr.base_batch_size=64"]
+    with pytest.raises(ValueError, match=r"--pretrained .*matches only 0%"):
+        runner.train(TASK, [str(TINY_CONFIG), "--pretrained", other, *flags(coco, tmp_path, *options)])
     said = capsys.readouterr().out
     assert "the total batch is 2" in said and "the recipe's is 64" in said
 
 
 def test_the_demo_draws_what_it_finds(coco, trained, tmp_path):
     arguments = [str(TINY_CONFIG), str(trained[0] / "epoch_2.pth"), str(coco / "val2017"), "--out", str(tmp_path)]
-    options = ["--device", "cpu", "--score-thr", "0.0", "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0"]
-    written = demo.main([*arguments, *options])
+    demo.main([*arguments, "--score-thr", "0.0", "--cfg-options", ALL])
+    written = sorted(tmp_path.iterdir())
     assert [path.name for path in written] == [f"{number:012d}.png" for number in range(1, 5)]
     before = np.asarray(Image.open(coco / "val2017/000000000001.jpg")).astype(int)
     after = np.asarray(Image.open(written[0])).astype(int)
     assert after.shape == before.shape and (np.abs(after - before).max(-1) > 30).mean() > 0.01
-    with pytest.raises(ValueError, match="has no pictures"):
-        demo.main([*arguments[:2], str(tmp_path / "nothing")])
 
 
+@pytest.mark.slow
 def test_two_ranks_train_together(coco, tmp_path):
     """Six steps of two processes; what they validated together, one process finds in their file."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(utils.free_port()),
-        str(ROOT / "detection/train.py"), *flags(coco, tmp_path, "--launcher", "pytorch", "--pretrained", "none"),
-        "--seed", "0", "--cfg-options", "train_cfg.max_epochs=3", "train_cfg.val_interval=3",
-        "default_hooks.checkpoint.interval=3", "model.test_cfg.rcnn.score_thr=0.0",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    file = checkpoint.load_checkpoint(tmp_path / "epoch_3.pth")
-    assert file["meta"]["iter"] == 6 and file["meta"]["epoch"] == 3
-    assert "total batch is 4 (2 a process x 2 processes" in done.stderr + done.stdout
-    logged = [json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()]
-    together = next(row for row in logged if "coco/bbox_mAP" in row)
-    found = evaluate.main(
-        [str(TINY_CONFIG), str(tmp_path / "epoch_3.pth"), "--data-root", str(coco), "--work-dir", str(tmp_path / "one"),
-         "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0"]
-    )  # fmt: skip
-    assert found == {name: value for name, value in together.items() if name.startswith("coco/")}
+    launch = ["env", f"PYTHON={sys.executable}", f"PORT={utils.free_port()}", str(ROOT / "detection/dist_train.sh")]
+    start = [str(TINY_CONFIG), "2", "--pretrained", "none", "--seed", "0"]
+    done = run_command([*launch, *start, *flags(coco, tmp_path, *schedule(3, 3))])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "the total batch is 4 (2 a process x 2 processes" in done.stdout
+    path = tmp_path / "epoch_3.pth"
+    meta = checkpoint.load_checkpoint(path)["meta"]
+    assert (meta["iter"], meta["epoch"]) == (6, 3)
+    rows = [json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()]
+    together = next(row for row in rows if "coco/bbox_mAP" in row)
+    found = evaluate(coco, tmp_path / "one", path)
+    assert found == {name: together[name] for name in found}
 
 
 @pytest.mark.slow
 def test_mimdet_learns_to_find_squares(coco, tmp_path):
     """192 steps from random weights; seen: box AP50 0.96, box AP 0.62, mask AP 0.70."""
     metrics = last_metrics(train_tiny(coco, tmp_path, 48))
-    print({name: metrics[f"coco/{name}"] for name in ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")})
+    names = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
+    runner.log.info("%s", {name: metrics[f"coco/{name}"] for name in names})
     assert metrics["coco/bbox_mAP_50"] > 0.6 and metrics["coco/segm_mAP_50"] > 0.6
-    path = str(tmp_path / "epoch_48.pth")
-    assert evaluate.main([str(TINY_CONFIG), path, "--data-root", str(coco), "--work-dir", str(tmp_path)]) == metrics
+    assert evaluate(coco, tmp_path / "one", tmp_path / "epoch_48.pth") == metrics
