@@ -387,6 +387,46 @@ def test_several_class_tokens_leave_their_positions_behind(tmp_path):
     assert torch.equal(loading.weights_without_class(path, prefix=1)["pos_embed"], state["pos_embed"][:, 2:])
 
 
+METHODS = {  # that pre-trains for the configurations of that name
+    "mae": "mae_tiny_patch16_224",
+    "semmae": "semmae_tiny_patch16_224",
+    "semaim": "semaim_tiny_patch16_224",
+    "beit": "beit_tiny_patch16_224_8k_vocab",
+    "conmim": "conmim_tiny_patch16_224",
+    "semanticmim_beit": "semanticmim_beit_tiny_patch16_224",
+    "semanticmim_maskfeat": "semanticmim_maskfeat_tiny_patch16_224",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_configurations_take_what_their_method_saves(method, tmp_path):
+    """No weight of the blocks and no position stays as it was drawn."""
+    import modeling_pretrain  # noqa: F401, registers
+
+    options = {"query_depth": 8} if method == "semaim" else {}
+    model = create_model(METHODS[method], **SMALL, **options, input_size=48)
+    cfg = Config.fromfile(ROOT / f"detection/configs/vit_fpn/{method}_base_25ep_lsj.py").model.backbone
+    backbone = MODELS.build({**cfg, **WINDOWS, "pretrained": saved(tmp_path, drawn(model).state_dict())})
+    before = {name: value.clone() for name, value in backbone.named_parameters()}
+    backbone.init_weights()
+    same = [name for name, value in backbone.named_parameters() if torch.equal(value, before[name])]
+    assert all(name.startswith(("window_bias.", "global_bias.")) for name in same), same
+    assert (len(same) == 0) == (method in ("beit", "conmim"))  # the others have no tables
+
+
+@pytest.mark.parametrize("method", ["a2mim", "simmim"])
+def test_the_ViT_of_A2MIM_starts_from_its_pretraining(method, tmp_path):
+    import modeling_pretrain  # noqa: F401, registers
+
+    model = create_model(f"{method}_vit_tiny_patch16_224", **SMALL, input_size=48)
+    path = ROOT / "detection/configs/a2mim/mask_rcnn_vit_base_giou_4conv1fc_1x.py"
+    options = {**SMALL, "out_indices": (1, 3, 5, 7), "pretrained": saved(tmp_path, drawn(model).state_dict())}
+    backbone = MODELS.build({**Config.fromfile(path).model.backbone, **options})
+    before = {name: value.clone() for name, value in backbone.named_parameters()}
+    backbone.init_weights()
+    assert [name for name, value in backbone.named_parameters() if torch.equal(value, before[name])] == []
+
+
 def test_both_parts_of_C4_start_from_one_file(tmp_path):
     """Backbone and shared head of stage 4, which the configuration names as the parts that --pretrained is for."""
     import timm

@@ -7,7 +7,8 @@ default_hooks = {
     "checkpoint": {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 3},
     "sampler_seed": {"type": "DistSamplerSeedHook"},
 }
-custom_hooks = [{"type": "SafeCheckpointHook"}, {"type": "SeedStepHook"}]
+# the last: a file, and all processes that validate, have the same statistics where batch norms are not synchronised
+custom_hooks = [{"type": "SafeCheckpointHook"}, {"type": "SeedStepHook"}, {"type": "SyncBuffersHook"}]
 env_cfg = {
     "cudnn_benchmark": False,
     "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},
