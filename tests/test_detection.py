@@ -29,6 +29,7 @@ from det_ext.window_vit import WindowViT  # noqa: E402
 from detection_data import write_coco  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
+from mmdet.testing import demo_mm_inputs  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
@@ -478,6 +479,16 @@ def test_rates_of_mimdets_parts_are_the_published_ones():
 # Configurations
 
 
+def shrunk(model: Config) -> Config:
+    """The same classes and options of a configuration's model, quickly built: fewer channels, where a ViT has them."""
+    model = copy.deepcopy(model)
+    if model.backbone.type != "TimmBackbone":
+        model.backbone.update(SMALL, grad_checkpointing=False)
+        model.backbone.update({"out_indices": (1, 3, 5, 7)} if model.backbone.type.startswith("Vision") else {})
+        model.neck.update(in_channels=[8, 16, 512, 512] if model.backbone.type == "MIMDet" else [32] * 4)
+    return model
+
+
 def dicts_in(value):
     """All dicts in nested dicts and lists."""
     if isinstance(value, dict):
@@ -494,13 +505,7 @@ def tiny_detector() -> nn.Module:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_builds_and_keeps_the_rules(path):
     cfg = Config.fromfile(path)
-    small = copy.deepcopy(cfg.model)
-    if small.backbone.type != "TimmBackbone":
-        small.backbone.update(SMALL, pretrained="")  # the same classes and options, quickly
-        small.backbone.update({"out_indices": (1, 3, 5, 7)} if small.backbone.type.startswith("Vision") else {})
-        widths = [4, 16, 512, 512] if small.backbone.type == "MIMDet" else [32] * 4
-        small.neck.update(in_channels=widths)
-    model = MODELS.build(small)
+    model = MODELS.build(shrunk(cfg.model))
     assert model.backbone.pretrained in ("", None)
     layers = [part for part in dicts_in(cfg.model) if part.get("type") == "RoIAlign"]
     assert layers and all(layer["use_torchvision"] for layer in layers)
@@ -508,6 +513,34 @@ def test_every_configuration_builds_and_keeps_the_rules(path):
     assert cfg.train_dataloader.dataset.pipeline[0].type == "SeedSample"
     assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_epochs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mimdet/mimdet_base_sr0p5_3x", "vit_fpn/mae_base_100ep_lsj", "vit_fpn/beit_base_100ep_lsj",
+        "a2mim/mask_rcnn_r50_fpn_ms_1x", "a2mim/mask_rcnn_r50_c4_ms_1x", "a2mim/mask_rcnn_vit_base_giou_4conv1fc_1x",
+    ],
+)  # fmt: skip
+def test_every_kind_of_detector_trains_all_its_parameters_and_predicts(name):
+    """DDP waits for a gradient of every parameter."""
+    cfg = shrunk(Config.fromfile(ROOT / f"detection/configs/{name}.py").model)
+    cfg.train_cfg.rcnn.sampler.num, cfg.train_cfg.rpn_proposal.max_per_img = 16, 32
+    cfg.test_cfg.rcnn.score_thr, cfg.test_cfg.rpn.max_per_img = 0.0, 16
+    if cfg.backbone.type == "WindowViT":
+        cfg.backbone.update(input_size=128, window=4)
+    model = revert_sync_batchnorm(MODELS.build(cfg))
+    batch = model.data_preprocessor(demo_mm_inputs(2, [(3, 96, 128), (3, 128, 96)], with_mask=True), True)
+    losses = model(**batch, mode="loss")
+    total = sum(sum(value) if isinstance(value, list) else value for key, value in losses.items() if "loss" in key)
+    total.backward()
+    assert total.isfinite() and {"loss_rpn_cls", "loss_cls", "loss_bbox", "loss_mask"} <= set(losses)
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    with torch.no_grad():
+        found = model.eval()(**batch, mode="predict")
+    for sample in found:
+        instances = sample.pred_instances
+        assert len(instances) and instances.masks.shape == (len(instances), *sample.ori_shape[:2])
 
 
 @pytest.mark.parametrize("name", ["ms", "crop", "mimdet", "lsj1024"])
