@@ -707,6 +707,7 @@ def test_two_ranks_train_together(coco, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute and a half on an idle core
 def test_mimdet_learns_to_find_squares(coco, tmp_path):
     """192 steps from random weights; seen: box AP50 0.96, box AP 0.62, mask AP 0.70."""
     metrics = last_metrics(train_tiny(coco, tmp_path, 48))
