@@ -126,6 +126,7 @@ def check_data(cfg) -> None:
 
 def run_on_cpu(cfg) -> None:
     """What mmengine takes for granted of GPUs: synchronised batch norms, nccl, and a device for each process."""
+    utils.keep_freed_memory()
     _replace(cfg.model, "type", "SyncBN", "BN")
     _replace(cfg.model, "sync_bn", True, False)
     if cfg.launcher != "none":

@@ -55,15 +55,21 @@ class GridAttention(Attention):
         self.own_grid = self.grid = grid
 
     def position_bias(self, shared: Tensor | None) -> Tensor | None:
-        if self.relative_position_bias_table is None or self.grid == self.own_grid:
-            return super().position_bias(shared)
+        if self.relative_position_bias_table is None:
+            return shared
         own = bias_at(self.relative_position_bias_table, self.own_grid, self.grid)
         return own if shared is None else own + shared
 
 
 def bias_at(table: Tensor, src: Grid, dst: Grid) -> Tensor:
-    """The bias [h, T, T] of a table that was made for another grid."""
-    return bias_of(resized_table(table, src, dst), index_of(dst, table.device))
+    """The bias [h, T, T] of a table that was made for the grid `src`."""
+    index = index_of(dst, table.device)
+    if src != dst:
+        table = resized_table(table, src, dst)
+    if torch.is_grad_enabled():
+        return bias_of(table, index)
+    # in the order of the scores, which a fused kernel would otherwise copy it to
+    return table.t().contiguous().index_select(1, index.flatten()).view(-1, *index.shape)
 
 
 class GridBlock(Block):
@@ -147,7 +153,6 @@ class VisionTransformerBackbone(VisionTransformer):
         return resized_positions(self.pos_embed, own, grid)
 
     def shared_bias(self, grid: Grid) -> Tensor | None:
-        own = self.patch_embed.grid_size
-        if self.rel_pos_bias is None or grid == own:
-            return self.rel_pos_bias and self.rel_pos_bias()
-        return bias_at(self.rel_pos_bias.relative_position_bias_table, own, grid)
+        if self.rel_pos_bias is None:
+            return None
+        return bias_at(self.rel_pos_bias.relative_position_bias_table, self.patch_embed.grid_size, grid)
