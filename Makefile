@@ -32,7 +32,7 @@ clean: ## remove caches and the demo's output; training runs and the virtual env
 
 CHECK_311 := import sys; sys.exit(sys.version_info < (3, 11))
 
-$(STAMP): requirements.txt requirements-dev.txt
+$(STAMP): requirements.txt requirements-downstream.txt requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c '$(CHECK_311)' || { echo "$$($(PYTHON) -V) is too old, 3.11 is needed: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "$(PYTHON) has no ensurepip: apt-get install python3-venv"; exit 1; }

@@ -379,6 +379,7 @@ def load_pretrained(
     model_key: str = PUBLISHED_KEYS,
     prefix: str = "",
     min_matched: float = 0.9,
+    new: Collection[str] = (),
 ) -> LoadReport:
     """Copies the pre-trained weights of a file, https address or loaded dict into `model` (spec ConMIM 6.1).
 
@@ -389,7 +390,8 @@ def load_pretrained(
     of another shape is left out.
 
     Raises ValueError, with the model untouched, for a shape that no rule repairs and where less than `min_matched` of
-    the encoder's parameter tensors (all but head.*, fc.*, classifier.*, fc_norm.*, norm.*) are found.
+    the encoder's parameter tensors (all but head.*, fc.*, classifier.*, fc_norm.*, norm.*) are found. Those whose names
+    contain one of `new` need not be: they may start as they are.
     """
     from_file = not isinstance(path_or_state, dict)
     checkpoint = load_checkpoint(path_or_state) if from_file else path_or_state
@@ -403,7 +405,7 @@ def load_pretrained(
             "the positions in %s are not used: this --model has none, --abs_pos_emb gives it some", report.source
         )
     fitted = _fit(_expand_to_blocks(state, target, report), model, target, report)
-    _check_matched(model, state, min_matched, report)
+    _check_matched(model, state, min_matched, new, report)
     model.load_state_dict(fitted, strict=False)
     return report
 
@@ -498,9 +500,12 @@ def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Ten
     return value
 
 
-def _check_matched(model: nn.Module, state: StateDict, min_matched: float, report: LoadReport) -> None:
+def _check_matched(
+    model: nn.Module, state: StateDict, min_matched: float, new: Collection[str], report: LoadReport
+) -> None:
     outside = (*_HEADS, "fc_norm.", "norm.")
     encoder = [key for key, _ in model.named_parameters() if not key.startswith(outside)]
+    encoder = [key for key in encoder if key in report.loaded or not any(part in key for part in new)]
     unmatched = sorted(set(encoder) - set(report.loaded))
     report.matched = 1 - len(unmatched) / len(encoder)
     if report.matched < min_matched:
@@ -584,6 +589,14 @@ def _to_native(state: StateDict, target: Collection[str]) -> StateDict:
 
 def _has(names: Collection[str], part: str) -> bool:
     return any(part in name for name in names)
+
+
+def _has_encoder(names: Collection[str]) -> bool:
+    return any(name.startswith("encoder.patch_embed.") for name in names)
+
+
+def _inside(state: StateDict, prefix: str) -> StateDict:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _rename(state: StateDict, pattern: str, replacement: str) -> StateDict:
@@ -736,6 +749,8 @@ _CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Cal
     (lambda names, _: all(name.startswith("_orig_mod.") for name in names), lambda s: _rename(s, r"^_orig_mod\.", "")),
     # OpenMMLab's ViTs
     (lambda names, _: any(re.match(r"(backbone\.)?layers\.0\.ln1\.", name) for name in names), from_mmpretrain),
+    # SimMIM's own files: the encoder among others
+    (lambda names, wanted: _has_encoder(names) and not _has_encoder(wanted), lambda s: _inside(s, "encoder.")),
     # OpenMixup's files, whole or the backbone alone, and those of SimMIM and A2MIM, whose backbones have timm's names
     (
         lambda names, wanted: (
@@ -776,7 +791,7 @@ def interpolate_rel_pos_bias(
     offsets, extra = table.detach().split([table.shape[0] - num_extra, num_extra])
     values = offsets.cpu().double().numpy().reshape(2 * src[0] - 1, 2 * src[1] - 1, -1)
     for axis in (0, 1):
-        values = _resample(values, axis, src[axis], dst[axis])
+        values = resample(values, axis, src[axis], dst[axis])
     return torch.cat([torch.from_numpy(values).flatten(0, 1).to(table), extra])
 
 
@@ -822,7 +837,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _resample(values: np.ndarray, axis: int, src_window: int, dst_window: int) -> np.ndarray:
+def resample(values: np.ndarray, axis: int, src_window: int, dst_window: int) -> np.ndarray:
+    """One axis of offsets, 2 * src_window - 1, read at those of another window; linear in `values`."""
     if src_window == dst_window:
         return values
     coordinates = source_coordinates(src_window, geometric_ratio(src_window, dst_window))

@@ -402,6 +402,8 @@ class VisionTransformer(nn.Module):
     num_classes 0 leaves the head out: `forward` then returns the pooled vector [B, C].
     """
 
+    block = Block
+
     def __init__(
         self,
         *,
@@ -444,8 +446,9 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(drop)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if rel_pos_bias == "shared" else None
         block = partial(
-            Block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, init_values=init_values, qkv_bias=qkv_bias,
-            k_bias=k_bias, attn_drop=attn_drop, grid=grid if rel_pos_bias == "per_block" else None, kernel=attn,
+            self.block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, init_values=init_values,
+            qkv_bias=qkv_bias, k_bias=k_bias, attn_drop=attn_drop, kernel=attn,
+            grid=grid if rel_pos_bias == "per_block" else None,
         )  # fmt: skip
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)

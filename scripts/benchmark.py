@@ -3,7 +3,7 @@
 `benchmark.py step` measures a training step as a share of the machine's matrix-multiplication peak, against the
 straightforward form of the same computation. `benchmark.py masks` measures SemMAE's masks, `benchmark.py targets` HOG
 and the loss of visual words with their memory, `benchmark.py spectra` A2MIM's loss of spectra, `benchmark.py data` the
-loading of images.
+loading of images, `benchmark.py attention`, `windows` and `roi_align` what segmentation and detection add.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from optim_factory import param_groups
 from options import model_kwargs
 from parallel import AUTOCAST_DTYPES, TorchRunner
 from run_pretraining import compile_blocks
-from scripts import bench_data
+from scripts import bench_data, bench_transfer
 from scripts.straightforward import (
     make_straightforward,
     one_hot_histograms,
@@ -353,6 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     data = commands.add_parser("data", help="two-view and one-view loading", formatter_class=parser.formatter_class)
     bench_data.add_arguments(data)
     data.set_defaults(run=bench_data.run)
+    bench_transfer.add_parsers(commands, parser.formatter_class)
     args = parser.parse_args(argv)
     args.run(args)
 

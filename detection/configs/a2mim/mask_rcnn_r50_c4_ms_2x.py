@@ -1,0 +1,6 @@
+_base_ = [
+    "../_base_/models/mask_rcnn_r50_c4.py",
+    "../_base_/datasets/coco_instance_ms.py",
+    "../_base_/schedules/2x.py",
+    "../_base_/runtime.py",
+]

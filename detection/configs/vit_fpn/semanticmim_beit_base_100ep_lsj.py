@@ -1,0 +1,8 @@
+_base_ = [
+    "../_base_/models/mask_rcnn_vit_fpn_beit.py",
+    "../_base_/datasets/coco_instance_lsj1024.py",
+    "../_base_/schedules/lsj_100ep.py",
+    "../_base_/runtime.py",
+]
+
+model = {"backbone": {"pos_embed": "learned"}}

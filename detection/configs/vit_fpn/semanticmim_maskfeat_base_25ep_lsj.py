@@ -1,0 +1,8 @@
+_base_ = [
+    "../_base_/models/mask_rcnn_vit_fpn.py",
+    "../_base_/datasets/coco_instance_lsj1024.py",
+    "../_base_/schedules/lsj_25ep.py",
+    "../_base_/runtime.py",
+]
+
+model = {"backbone": {"pos_embed": "sincos_trainable"}}

@@ -1,0 +1,73 @@
+"""Pre-trained weights for detectors' backbones, which have no class token (specs/downstream.md 5, 6.6, 7).
+
+Everything goes through the repository's loader, which resizes, reports, and refuses a silent random start.
+"""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+from torch import Tensor, nn
+
+import checkpoint
+from checkpoint import StateDict
+from downstream.checkpoint import log, read
+
+TABLE = "relative_position_bias_table"
+_CLASS_ROWS = 3
+
+
+def weights_without_class(path: str | Path, *, prefix: int = 0) -> StateDict:
+    """The encoder's weights in a file, under native names, for a model that has no class token.
+
+    Tables [R, h] lose the rows of the class token; positions [1, n + N, C] keep `prefix` of the n rows of class tokens.
+    """
+    state = checkpoint.backbone_weights(read(path), str(path))
+    tokens = sum(state[name].shape[1] for name in ("cls_token", "reg_token") if name in state)
+    for name, value in state.items():
+        if name.endswith(TABLE):
+            state[name] = without_class_rows(value)
+        elif name.endswith("pos_embed"):
+            state[name] = value[:, max(tokens - prefix, 0) :]
+    return state
+
+
+def without_class_rows(table: Tensor) -> Tensor:
+    """[(2 s - 1)^2 + 3, h] to [(2 s - 1)^2, h]; a table that has no such rows stays as it is."""
+    side = math.isqrt(len(table) - _CLASS_ROWS)
+    return table[:-_CLASS_ROWS] if side**2 == len(table) - _CLASS_ROWS else table
+
+
+def has_decoder(state: StateDict) -> bool:
+    return any(name.startswith("decoder_blocks.") for name in state)
+
+
+def load_parts(owner: nn.Module, names: tuple[str, ...], state: StateDict, grid: tuple[int, int], source: str) -> None:
+    """Copies weights into the parts of that name of `owner`, all of whose other parts are left out of account.
+
+    grid: of the patches that its positions are for, behind one row of a class token.
+
+    Raises:
+        ValueError: less than 90 % of these parts is in `state`, or a shape does not fit.
+    """
+    view = view_of(owner, names)
+    view.patch_embed, view.num_prefix_tokens = SimpleNamespace(grid_size=grid), 1
+    load(view, state, source)
+
+
+def view_of(owner: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """Those parts of a module as a module of their own: the loader judges what share of it a file has."""
+    view = nn.Module()
+    for name in names:
+        setattr(view, name, getattr(owner, name))
+    return view
+
+
+def load(model: nn.Module, state: StateDict, source: str) -> None:
+    """`checkpoint.load_pretrained` with its report in the log. ValueError: under 90 % of `model` matched."""
+    try:
+        report = checkpoint.load_pretrained(model, state)
+    except ValueError as error:
+        raise ValueError(f"--pretrained {source}: {error}") from error
+    report.source = source
+    log.info("%s", report)

@@ -1,0 +1,22 @@
+"""The neck of plain ViTs: a pyramid of their maps of stride 16, then an FPN (specs/downstream.md 7, 8)."""
+
+from mmdet.models.necks import FPN
+from mmdet.registry import MODELS
+from torch import Tensor
+
+from downstream.pyramid import BeitPyramid
+
+
+@MODELS.register_module()
+class PyramidFPN(FPN):
+    """Four maps [B, C, h, w] of stride 16 to an FPN's of strides 4, 8, 16, 32 and 64.
+
+    pyramid_norm_cfg: of the pyramid; `norm_cfg` is that of the FPN.
+    """
+
+    def __init__(self, *, in_channels: list[int], pyramid_norm_cfg: dict, **fpn):
+        super().__init__(in_channels=in_channels, **fpn)
+        self.pyramid = BeitPyramid(in_channels[0], norm_cfg=pyramid_norm_cfg)
+
+    def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return super().forward(self.pyramid(maps))

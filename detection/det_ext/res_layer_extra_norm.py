@@ -1,0 +1,29 @@
+"""C4's shared head: a ResNet's last stage on regions, and a norm of its own (specs/downstream.md 8)."""
+
+from mmcv.cnn import build_norm_layer
+from mmdet.models.roi_heads.shared_heads import ResLayer
+from mmdet.registry import MODELS
+from torch import Tensor
+
+from downstream.checkpoint import load_backbone
+
+
+@MODELS.register_module()
+class ResLayerExtraNorm(ResLayer):
+    """Regions [K, 1024, 14, 14] to [K, 2048, 7, 7].
+
+    pretrained: the backbone's file, whose last stage goes here; its names are timm's.
+    """
+
+    def __init__(self, *, norm_cfg: dict, pretrained: str = "", **layer):
+        super().__init__(norm_cfg=norm_cfg, **layer)
+        self.norm = build_norm_layer(norm_cfg, self.layer4[-1].conv3.out_channels)[1]
+        self.file = pretrained
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        if self.file:
+            load_backbone(self, self.file)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))

@@ -1,0 +1,11 @@
+"""Trains a detector: `python detection/train.py CONFIG --pretrained FILE`; `--help` lists flags."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from detection.task import TASK
+from downstream import runner
+
+if __name__ == "__main__":
+    runner.launch(lambda: runner.train(TASK, description=__doc__))

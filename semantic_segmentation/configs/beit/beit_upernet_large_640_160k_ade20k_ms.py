@@ -1,0 +1,3 @@
+# The same at several scales and flipped.
+_base_ = "./beit_upernet_large_640_160k_ade20k.py"
+tta = True

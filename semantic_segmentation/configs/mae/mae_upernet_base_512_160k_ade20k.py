@@ -1,0 +1,12 @@
+# MAE: absolute positions as pre-trained, and bias tables and layer scale that start anew.
+_base_ = "../_base_/upernet_base_512.py"
+model = dict(
+    backbone=dict(
+        k_bias=True,
+        pos_embed="sincos_trainable",
+        rel_pos_bias="per_block",
+        init_values=1.0,
+        may_be_new=["relative_position_bias_table", "gamma_"],
+    )
+)
+optim_wrapper = dict(optimizer=dict(lr=1e-4), paramwise_cfg=dict(layer_decay=0.65))

@@ -1,0 +1,11 @@
+"""Trains a segmentor: `python semantic_segmentation/train.py CONFIG --pretrained FILE`; `--help` lists flags."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from downstream import runner
+from semantic_segmentation.task import TASK
+
+if __name__ == "__main__":
+    runner.launch(lambda: runner.train(TASK, description=__doc__))
