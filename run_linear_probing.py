@@ -1,4 +1,4 @@
-"""Linear probing of a frozen pre-trained network, for one learning rate or several at once; `--help` lists the flags."""
+"""Linear probing of a frozen network, for one learning rate or several at once; `--help` lists the flags."""
 
 import argparse
 from argparse import Namespace
