@@ -96,6 +96,7 @@ class PositionLoop(IterBasedTrainLoop):
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         self.dataloader.sampler.start = self._iter * self.dataloader.batch_size
+        self.dataloader_iterator = None  # the base class's, which began at 0
         batches = iter(self.dataloader)
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()

@@ -197,7 +197,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(data, trained, tmp_path):
     work, miou = trained
     shutil.copy(work / "iter_30.pth", tmp_path)
     (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_30.pth"))
-    run = runner.train(TASK, [BEIT, "--resume", *tiny_flags(data, tmp_path)])
+    flags = [*tiny_flags(data, tmp_path), "train_dataloader.num_workers=1"]
+    run = runner.train(TASK, [BEIT, "--resume", *flags])
     assert run.iter == 60 and float(run.message_hub.get_scalar("val/mIoU").current()) == miou
     ours, theirs = (load_checkpoint(folder / "iter_60.pth")["state_dict"] for folder in (tmp_path, work))
     assert all(map(torch.equal, ours.values(), theirs.values()))
@@ -247,6 +248,10 @@ def test_class_tokens_come_from_the_file(tmp_path):
     torch.save({"model": {"cls_token": torch.zeros(1, 8, 768)}}, tmp_path / "eight.pth")
     runner.use_pretrained(cfg, str(tmp_path / "eight.pth"))
     assert cfg.model.backbone.num_cls_tokens == 8 and cfg.model.backbone.pretrained == str(tmp_path / "eight.pth")
+    segmentor = {"backbone.cls_token": torch.zeros(1, 5, 768), "decode_head.conv_seg.bias": torch.zeros(150)}
+    torch.save({"meta": {}, "state_dict": segmentor}, tmp_path / "five.pth")
+    runner.use_class_tokens(cfg, str(tmp_path / "five.pth"))
+    assert cfg.model.backbone.num_cls_tokens == 5
 
 
 def test_the_demo_draws_over_images(data, trained, tmp_path):

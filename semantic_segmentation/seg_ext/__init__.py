@@ -1,10 +1,11 @@
-"""What the configurations name beyond mmseg's own: a segmentor and a transform; imported by `custom_imports`."""
+"""What the configurations name beyond mmseg's own: a segmentor and transforms; imported by `custom_imports`."""
 
 from mmseg.registry import MODELS, TRANSFORMS
 
 import downstream.register  # noqa: F401
 from seg_ext.segmentor import WindowedEncoderDecoder
-from seg_ext.transforms import ResizeShortestAtLeast
+from seg_ext.transforms import MergeObjects, ResizeShortestAtLeast
 
 MODELS.register_module(module=WindowedEncoderDecoder)
-TRANSFORMS.register_module(module=ResizeShortestAtLeast)
+for _transform in (ResizeShortestAtLeast, MergeObjects):
+    TRANSFORMS.register_module(module=_transform)

@@ -15,3 +15,11 @@ class ResizeShortestAtLeast(BaseTransform):
         height, width = results["img"].shape[:2]
         long = self.short * max(height, width) / min(height, width)
         return Resize(scale=(long, self.short), keep_ratio=True)(results)
+
+
+class MergeObjects(BaseTransform):
+    """Every class but 0 becomes 1: objects against ground."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        results["gt_seg_map"] = (results["gt_seg_map"] > 0).astype("uint8")
+        return results
