@@ -696,10 +696,9 @@ def test_two_ranks_train_together(coco, tmp_path):
     start = [str(TINY_CONFIG), "2", "--pretrained", "none", "--seed", "0"]
     done = run_command([*launch, *start, *flags(coco, tmp_path, *schedule(3, 3))])
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "the total batch is 4 (2 a process x 2 processes" in done.stdout
     path = tmp_path / "epoch_3.pth"
     meta = checkpoint.load_checkpoint(path)["meta"]
-    assert (meta["iter"], meta["epoch"]) == (6, 3)
+    assert (meta["iter"], meta["epoch"]) == (6, 3)  # one process would need 12
     rows = [json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()]
     together = next(row for row in rows if "coco/bbox_mAP" in row)
     found = evaluate(coco, tmp_path / "one", path)
@@ -709,7 +708,7 @@ def test_two_ranks_train_together(coco, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute and a half on an idle core
 def test_mimdet_learns_to_find_squares(coco, tmp_path):
-    """192 steps from random weights; seen: box AP50 0.96, box AP 0.62, mask AP 0.70."""
+    """192 steps from random weights; seen (two seeds): box AP50 0.96, 1.00; box AP 0.62, 0.63; mask AP 0.70, 0.68."""
     metrics = last_metrics(train_tiny(coco, tmp_path, 48))
     names = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
     runner.log.info("%s", {name: metrics[f"coco/{name}"] for name in names})
