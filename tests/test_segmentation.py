@@ -1,5 +1,6 @@
 """Segmentation: configurations, windows, transforms, and a tiny training that learns, resumes and is evaluated."""
 
+import json
 import shutil
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from tiny_segmentation import CONFIGS, VAL, tiny_flags, write_images
 import utils
 from checkpoint import load_checkpoint
 from downstream import runner
+from scripts import compare_transfer
 from semantic_segmentation import demo, prepare_ade20k
 from semantic_segmentation.task import TASK
 
@@ -279,6 +281,22 @@ def test_two_processes_train_and_evaluate(data, trained, tmp_path):
     assert load_checkpoint(tmp_path / "iter_6.pth")["meta"]["iter"] == 6
     out = launched("dist_test.sh", BEIT, str(trained[0] / "iter_60.pth"), "2", *flags)
     assert f"mIoU: {trained[1]:.4f}" in out
+
+
+def test_the_comparison_reads_the_last_validation_and_finished_runs(tmp_path):
+    logs = tmp_path / "20260101" / "vis_data"
+    logs.mkdir(parents=True)
+    rows = [{"loss": 2.0}, {"mIoU": 50.0, "aAcc": 80.0}, {"mIoU": 61.5, "aAcc": 82.0}]
+    (logs / "scalars.json").write_text("\n".join(map(json.dumps, rows)))
+    assert compare_transfer.last_figures(tmp_path) == rows[-1]
+    (tmp_path / "results.json").write_text(json.dumps(rows[1]))
+    assert compare_transfer.train(tmp_path, tmp_path, "none", 0, []) == (50.0, 80.0)
+    rows = [("random", 0, 50.0, 80.0), ("mae", 0, 60.0, 81.0), ("random", 1, 52.0, 80.0), ("mae", 1, 61.0, 81.0)]
+    results = [compare_transfer.Result(*row, "") for row in rows]
+    assert compare_transfer.table(results).splitlines()[2:] == [
+        "| random weights | 51.0 ± 1.4 | 80.0 ± 0.0 | 50.0 | 52.0 |",
+        "| MAE | 60.5 ± 0.7 | 81.0 ± 0.0 | 60.0 | 61.0 |",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
