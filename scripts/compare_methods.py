@@ -79,8 +79,10 @@ METHODS = {
         f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8",
         length="medium",
     ),
-    "simmim_vit": Method("SimMIM", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="short"),
-    "a2mim_vit": Method("A2MIM", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="short"),
+    "simmim_vit": Method(
+        "SimMIM, ViT", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="short"
+    ),
+    "a2mim_vit": Method("A2MIM, ViT", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="short"),
     "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
     "a2mim_resnet18": Method(
         "A2MIM, ResNet-18",
