@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import gc
 import io
 import json
 import logging
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # first imported inside a group, its default arguments hold the group for ever
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -95,8 +97,13 @@ def in_group() -> bool:
 
 
 def leave_process_group() -> None:
+    """Also ends gloo's threads: one that frees a tensor while the interpreter shuts down aborts the process.
+
+    DeepSpeed keeps its engine, and so the threads, until the process ends.
+    """
     if in_group():
         dist.destroy_process_group()
+        gc.collect()  # DDP lies in reference cycles and holds the group
 
 
 def barrier() -> None:

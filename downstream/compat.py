@@ -170,4 +170,5 @@ def prepare(*names: str) -> None:
 def init_process_group(launcher: str) -> None:
     """Joins the launcher's processes on a CPU, which mmengine cannot; with a GPU it does that itself."""
     if launcher != "none" and not torch.cuda.is_available() and not dist.is_initialized():
+        importlib.import_module("mmengine.runner")  # what it imports takes the group there is as default arguments
         dist.init_process_group("gloo")

@@ -17,6 +17,7 @@ from helpers import (
     average_weights,
     column,
     differing,
+    gloo_threads,
     in_ranks,
     largest_difference,
     start,
@@ -25,6 +26,7 @@ from helpers import (
 )
 
 import checkpoint
+import utils
 from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import evaluate
 from modeling_finetune import create_model, sincos_pos_embed
@@ -410,3 +412,15 @@ def test_shared_evaluation_counts_every_image_once(pair):
         for engine in ("torch", "zero3"):
             found = rank["finetune"][engine]["evaluation"]
             assert found["shared"] == pytest.approx(found["whole"], rel=1e-6)
+
+
+def train_and_leave(folder: Path) -> tuple[int, int]:
+    train_steps(start("pretrain", folder)[0], 0, 2)
+    before = gloo_threads()
+    utils.leave_process_group()
+    return before, gloo_threads()
+
+
+def test_leaving_the_group_ends_its_threads(tmp_path):
+    for before, after in in_ranks(2, train_and_leave, tmp_path):
+        assert before > 0 and after == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_command
+from helpers import ROOT, gloo_threads, in_ranks, run_command
 from PIL import Image
 from tiny_segmentation import CONFIGS, VAL, tiny_flags, write_images
 
@@ -284,6 +284,21 @@ def test_two_processes_train_and_evaluate(data, trained, tmp_path):
     assert load_checkpoint(tmp_path / "iter_6.pth")["meta"]["iter"] == 6
     out = launched("dist_test.sh", BEIT, str(trained[0] / "iter_60.pth"), "2", *flags)
     assert f"mIoU: {trained[1]:.4f}" in out
+
+
+def evaluate_and_leave(work: Path, network: str, flags: list[str]) -> tuple[int, int]:
+    runner.test(TASK, [BEIT, network, "--launcher", "pytorch", *flags])
+    before = gloo_threads()
+    utils.leave_process_group()
+    return before, gloo_threads()
+
+
+@pytest.mark.slow
+def test_leaving_the_group_ends_its_threads(data, trained, tmp_path):
+    """Else one process in four aborted after its last word."""
+    network = str(trained[0] / "iter_60.pth")
+    for before, after in in_ranks(2, evaluate_and_leave, tmp_path, network, tiny_flags(data, tmp_path)):
+        assert before > 0 and after == 0
 
 
 def test_the_comparison_reads_the_last_validation_and_finished_runs(tmp_path):
