@@ -294,9 +294,10 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--drop", type=float, default=0.0)
     group.add_argument("--attn_drop_rate", type=float, default=0.0)
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    group.add_argument(
-        "--bce_loss", action="store_true", help="binary cross entropy, summed over the classes, in place of softmax's"
-    )
+    _switch(
+        group, "bce_loss", "no_bce_loss", default=False,
+        help="binary cross entropy, summed over the classes, in place of softmax's",
+    )  # fmt: skip
     group.add_argument("--color_jitter", type=float, default=0.4, help="only with an empty --aa")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment or AutoAugment policy; "" for none')
     group.add_argument("--reprob", type=float, default=0.25, help="random erasing")
@@ -315,7 +316,7 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--mixup_prob", type=float, default=1.0)
     group.add_argument("--mixup_switch_prob", type=float, default=0.5)
     group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
-    group.add_argument("--model_ema", action="store_true", help="keep and evaluate an average of the weights")
+    _switch(group, "model_ema", "no_model_ema", default=False, help="keep and evaluate an average of the weights")
     group.add_argument("--model_ema_decay", type=float, default=0.9999)
     group.add_argument(
         "--model_ema_warmup_epochs", type=int, default=0, help="epochs in which the decay rises, from nine tenths"

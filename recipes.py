@@ -468,7 +468,28 @@ PRETRAIN_A2MIM_DEIT = PRETRAIN_MIM | {
     "drop_path": 0.1,
     "model_kwargs": ("decoder_kernel=5",),
 }
+PRETRAIN_A2MIM_DEIT_DEEP = PRETRAIN_A2MIM_DEIT | {"model_kwargs": ("mask_layer=8",)}
 PRETRAIN_A2MIM_RESNET_IN100 = PRETRAIN_A2MIM_RESNET_100 | {"epochs": 800, "input_size": 192}
+# the token without gamma, before the last stage and before the first
+PRETRAIN_A2MIM_RESNET_L3 = PRETRAIN_A2MIM_RESNET | {"epochs": 100, "model_kwargs": ("mask_init=0",)}
+PRETRAIN_A2MIM_RESNET_L0 = PRETRAIN_A2MIM_RESNET_L3 | {"model_kwargs": ("mask_layer=0", "mask_init=0")}
+PRETRAIN_A2MIM_RESNET_CIFAR = PRETRAIN_A2MIM_RESNET_L3 | {"epochs": 1000}
+PRETRAIN_A2MIM_VIT_CIFAR = PRETRAIN_MIM_VIT | {
+    "epochs": 1000,
+    "lr": 8e-4,
+    "lr_schedule": "cosine_iters",
+    "lr_steps": None,
+    "min_lr": 4e-5,
+    "warmup_ratio": 0.0,
+    "model_kwargs": ("fft_weight=0",),
+}
+PRETRAIN_SIMMIM_IN100 = PRETRAIN_MIM | {
+    "epochs": 800,
+    "input_size": 192,
+    "lr_schedule": "cosine_iters",
+    "min_lr": 4e-5,
+    "clip_grad": 5.0,
+}
 PRETRAIN_MIM_TINY = PRETRAIN_A2MIM_CNN | {"lr": 5e-4, "warmup_epochs": 5, "mask_patch_size": None}
 
 FINETUNE_MIM = FINETUNE_BASE | {
@@ -545,11 +566,45 @@ FINETUNE_A2 = FINETUNE_A3 | {
     "aug_repeats": 3,
 }
 FINETUNE_A2_AVERAGED = FINETUNE_A2 | {"model_ema": True, "model_ema_decay": 0.9999, "model_ema_warmup_epochs": 20}
+# ResNet-50 as Swin is fine-tuned, and with crops, flips and cross entropy alone
+FINETUNE_RESNET_AS_SWIN = FINETUNE_A3 | {
+    "warmup_epochs": 20,
+    "warmup_ratio": 0.0,
+    "input_size": 224,
+    "crop_pct": 0.875,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "lr": 5e-3,
+    "lr_schedule": "cosine_iters",
+    "weight_decay": 0.05,
+    "bce_loss": False,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.25,
+}
+FINETUNE_RESNET_PLAIN = FINETUNE_RESNET_AS_SWIN | {
+    "smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "aa": "",
+    "color_jitter": 0.0,
+    "reprob": 0.0,
+}
+FINETUNE_CONVNEXT_TINY_A3 = FINETUNE_A3 | {
+    "drop_path": 0.1,
+    "layer_scale_init_value": None,
+    "model_ema": False,
+    "model_ema_decay": None,
+    "model_ema_warmup_epochs": None,
+}
 FINETUNE_MIM_TINY = FINETUNE_TINY | {"lr_schedule": "stepfix_cosine", "disable_weight_decay_on_rel_pos_bias": True}
 
 MIM_NOTE = "Unverified: how the published effective batch of 2048 was shared among GPUs."
 MIM_SWIN_NOTE = f"{MIM_NOTE} Unverified: no stochastic depth."
 MIM_IN100_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_NOTE}"
+MIM_OTHER_IN100_NOTE = f"For ImageNet-100. {MIM_NOTE}"
+MIM_CIFAR_NOTE = f"For CIFAR-100. {MIM_NOTE} Unverified: crops, mean and std."
 MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was shared among GPUs."
 MIM_CNN_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs, and the head's start."
 MIM_SWIN_800_NOTE = f"{MIM_CNN_NOTE.format(2048)} Unverified: that this accuracy is for 224 px."
@@ -843,6 +898,17 @@ _RECIPES = (
     ),
     _mim("a2mim_resnet50_100", "a2mim_resnet50", 78.8, PRETRAIN_A2MIM_RESNET_100, A2MIM_README),
     _mim("a2mim_resnet50_in100", "a2mim_resnet50", 89.32, PRETRAIN_A2MIM_RESNET_IN100, A2MIM_README, MIM_IN100_NOTE),
+    _mim("a2mim_resnet50_l3_100", "a2mim_resnet50", None, PRETRAIN_A2MIM_RESNET_L3, A2MIM_README),
+    _mim("a2mim_resnet50_l0_100", "a2mim_resnet50", None, PRETRAIN_A2MIM_RESNET_L0, A2MIM_README),
+    _mim("a2mim_resnet50_cifar100", "a2mim_resnet50", None, PRETRAIN_A2MIM_RESNET_CIFAR, A2MIM_README, MIM_CIFAR_NOTE),
+    _mim(
+        "a2mim_vit_small_cifar100",
+        "a2mim_vit_small_patch16_224",
+        None,
+        PRETRAIN_A2MIM_VIT_CIFAR,
+        A2MIM_README,
+        MIM_CIFAR_NOTE,
+    ),
     *(
         _mim(f"a2mim_convnext_{size}", f"a2mim_convnext_{size}", published, PRETRAIN_A2MIM_CNN, A2MIM_README)
         for size, published in (("small", 83.7), ("base", 84.1), ("tiny", None))
@@ -855,6 +921,14 @@ _RECIPES = (
         A2MIM_README,
         MIM_IN100_NOTE,
     ),
+    _mim(
+        "a2mim_deit_small_l8_in100",
+        "a2mim_deit_small_patch16_224",
+        None,
+        PRETRAIN_A2MIM_DEIT_DEEP,
+        A2MIM_README,
+        MIM_OTHER_IN100_NOTE,
+    ),
     *(
         _mim(f"simmim_resnet{depth}", f"simmim_resnet{depth}", published, PRETRAIN_SIMMIM_RESNET, OPENMIXUP)
         for depth, published in ((50, 79.9), (101, 81.3), (152, 81.9), (200, 82.2))
@@ -865,6 +939,15 @@ _RECIPES = (
     ),
     _mim("simmim_swin_base", "simmim_swin_base", 84.0, PRETRAIN_SIMMIM_SWIN, OPENMIXUP, MIM_SWIN_NOTE),
     _mim("simmim_swin_base_100", "simmim_swin_base", 82.9, PRETRAIN_SIMMIM_SWIN_100, OPENMIXUP, MIM_SWIN_NOTE),
+    _mim(
+        "simmim_resnet50_in100",
+        "simmim_resnet50",
+        None,
+        PRETRAIN_SIMMIM_IN100 | {"sync_bn": True},
+        A2MIM_README,
+        MIM_OTHER_IN100_NOTE,
+    ),
+    _mim("simmim_swin_tiny_in100", "simmim_swin_tiny", None, PRETRAIN_SIMMIM_IN100, A2MIM_README, MIM_OTHER_IN100_NOTE),
     *(
         _tuned(f"a2mim_{name}_finetune_a3", model, published, FINETUNE_A3, A2MIM_README)
         for name, model, published in (
@@ -883,6 +966,10 @@ _RECIPES = (
     _tuned("simmim_resnet152_finetune_a2", "resnet152", 81.9, FINETUNE_A2, OPENMIXUP, drop_path=0.15),
     _tuned("simmim_resnet200_finetune_a2", "resnet200", 82.2, FINETUNE_A2, OPENMIXUP, drop_path=0.2),
     _tuned("a2mim_convnext_tiny_finetune", "convnext_tiny", None, FINETUNE_CONVNEXT_TINY, A2MIM_README),
+    _tuned("a2mim_convnext_tiny_finetune_a3", "convnext_tiny", None, FINETUNE_CONVNEXT_TINY_A3, A2MIM_README),
+    _tuned("simmim_convnext_tiny_finetune", "convnext_tiny", None, FINETUNE_CONVNEXT_TINY, OPENMIXUP),
+    _tuned("a2mim_resnet50_finetune_swin", "resnet50", None, FINETUNE_RESNET_AS_SWIN, A2MIM_README),
+    _tuned("a2mim_resnet50_finetune_plain", "resnet50", None, FINETUNE_RESNET_PLAIN, A2MIM_README),
     _tuned("a2mim_convnext_small_finetune", "convnext_small", 83.7, FINETUNE_CONVNEXT, A2MIM_README, drop_path=0.4),
     _tuned("a2mim_convnext_base_finetune", "convnext_base", 84.1, FINETUNE_CONVNEXT, A2MIM_README, drop_path=0.5),
     _tuned("simmim_convnext_small_finetune", "convnext_small", 83.2, FINETUNE_CONVNEXT, OPENMIXUP, drop_path=0.4),

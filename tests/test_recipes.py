@@ -53,10 +53,11 @@ STAGE_FLAGS = {
     "finetune": COMMON_FLAGS
     | {"layer_decay", "mixup", "cutmix", "smoothing", "use_mean_pooling", "model_ema", "model_ema_decay"}
     | {"disable_weight_decay_on_rel_pos_bias", "model_ema_warmup_epochs", "aug_repeats", "init_scale", "bce_loss"}
-    | {"eval_input_size", "crop_pct", "opt", "opt_eps", "aa", "reprob"},
+    | {"eval_input_size", "crop_pct", "opt", "opt_eps", "aa", "reprob", "color_jitter"},
 }
 OFF = {  # what switches a flag off that is on by default
     "use_mean_pooling": "use_cls", "use_bottleneck": "no_bottleneck", "batch_norm": "no_batch_norm",
+    "bce_loss": "no_bce_loss", "model_ema": "no_model_ema",
 }  # fmt: skip
 
 each_published = pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.name)
@@ -125,7 +126,7 @@ def as_values(words: list[str]) -> list[object]:
 def test_every_published_recipe_has_a_script_and_every_script_a_recipe() -> None:
     scripts = {path.stem for stage in PROGRAMS for path in (ROOT / "scripts").glob(f"*_{stage}*.sh")}
     assert scripts == {recipe.name for recipe in PUBLISHED}
-    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1 + 16 + 31 + 21 + 2
+    assert len(scripts) == 9 + 6 + 4 + 11 + 4 + 1 + 16 + 38 + 25 + 2
 
 
 @each_published
@@ -350,6 +351,13 @@ def test_what_is_published_of_simmim_and_a2mim() -> None:
         "simmim_swin_base_100": (100, 8e-4, "cosine_iters", 4e-5, 10, 5.0),
         "a2mim_deit_small_in100": (800, 8e-4, "stepfix_cosine", 1e-5, 10, 5.0),
         "a2mim_resnet50_in100": (800, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_deit_small_l8_in100": (800, 8e-4, "stepfix_cosine", 1e-5, 10, 5.0),
+        "a2mim_resnet50_l3_100": (100, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_resnet50_l0_100": (100, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_resnet50_cifar100": (1000, 1.2e-3, "stepfix_cosine", 1e-5, 10, None),
+        "a2mim_vit_small_cifar100": (1000, 8e-4, "cosine_iters", 4e-5, 10, 5.0),
+        "simmim_resnet50_in100": (800, 8e-4, "cosine_iters", 4e-5, 10, 5.0),
+        "simmim_swin_tiny_in100": (800, 8e-4, "cosine_iters", 4e-5, 10, 5.0),
     }
     recipes = {recipe.name: recipe for recipe in PUBLISHED}
     for name, values in expected.items():
@@ -395,17 +403,22 @@ def test_what_is_published_of_fine_tuning_other_networks() -> None:
         "a2mim_convnext_base_finetune": (4096, 300, 4e-3, 0.05, 1.0, 0.5, 5, None),
         "simmim_swin_base_finetune": (2048, 100, 5e-3, 0.05, 0.9, 0.1, 20, 5.0),
         "a2mim_deit_small_in100_finetune": (1024, 100, 8e-3, 0.05, 0.65, 0.1, 5, 5.0),
+        "a2mim_resnet50_finetune_swin": (2048, 100, 5e-3, 0.05, 1.0, 0.0, 20, None),
+        "a2mim_resnet50_finetune_plain": (2048, 100, 5e-3, 0.05, 1.0, 0.0, 20, None),
+        "a2mim_convnext_tiny_finetune_a3": (2048, 100, 8e-3, 0.02, 1.0, 0.1, 5, None),
+        "simmim_convnext_tiny_finetune": (4096, 400, 4e-4, 0.01, 0.7, 0.1, 5, None),
     }
     recipes = {recipe.name: recipe for recipe in OTHER_NETWORKS}
     for name, values in expected.items():
         recipe = recipes[name]
         assert (recipe.effective_batch, *(recipe.flags[flag] for flag in names)) == values, name
     for name, recipe in recipes.items():
-        is_resnet, flags = "resnet" in name, recipe.flags
-        assert flags.get("bce_loss", False) is is_resnet and (flags.get("opt") == "lamb") is is_resnet
+        is_rsb, flags = name.endswith(("_a2", "_a3")), recipe.flags
+        assert flags.get("bce_loss", False) is is_rsb and (flags.get("opt") == "lamb") is is_rsb
         assert flags.get("aug_repeats", 1) == (3 if name.endswith("_a2") else 1)
-        assert flags.get("model_ema", False) is ("convnext" in name or name.endswith("resnet50_finetune_a2"))
-        if is_resnet:
+        averaged = not is_rsb if "convnext" in name else name.endswith("resnet50_finetune_a2")
+        assert flags.get("model_ema", False) is averaged
+        if is_rsb:
             sizes = (flags["input_size"], flags["eval_input_size"], int(224 / flags["crop_pct"]))
             assert sizes == (160 if name.endswith("_a3") else 224, 224, 236)
 
@@ -511,6 +524,17 @@ def test_published_accuracies() -> None:
         "saim_base_linear": 62.5,
         "semaim_large_knn": None,
         "a2mim_resnet50_linear": None,
+        "a2mim_resnet50_l3_100_pretrain": None,
+        "a2mim_resnet50_l0_100_pretrain": None,
+        "a2mim_resnet50_cifar100_pretrain": None,
+        "a2mim_vit_small_cifar100_pretrain": None,
+        "a2mim_deit_small_l8_in100_pretrain": None,
+        "simmim_resnet50_in100_pretrain": None,
+        "simmim_swin_tiny_in100_pretrain": None,
+        "a2mim_resnet50_finetune_swin": None,
+        "a2mim_resnet50_finetune_plain": None,
+        "a2mim_convnext_tiny_finetune_a3": None,
+        "simmim_convnext_tiny_finetune": None,
         "a2mim_vit_small_linear": None,
         "beit_base_pretrain": 83.2,
         "beit_base_finetune": 83.2,
@@ -593,7 +617,11 @@ ONLY_BY_SCRIPT |= {f"simmim_vit_{size}_finetune" for size in ("small", "large")}
 ONLY_BY_SCRIPT |= {f"simmim_convnext_{size}_finetune" for size in ("small", "base")}
 ONLY_BY_SCRIPT |= {f"simmim_resnet{depth}_finetune_a2" for depth in (50, 101, 152, 200)}
 ONLY_BY_SCRIPT |= {f"a2mim_resnet{depth}_finetune_a2" for depth in (50, 101, 152)} | {"simmim_swin_base_100_finetune"}
-ONLY_BY_SCRIPT |= {f"a2mim_resnet50_{which}_pretrain" for which in ("100", "in100")} | {"simmim_swin_base_100_pretrain"}
+ONLY_BY_SCRIPT |= {f"a2mim_resnet50_finetune_{which}" for which in ("swin", "plain")}
+ONLY_BY_SCRIPT |= {"a2mim_convnext_tiny_finetune_a3", "a2mim_vit_small_cifar100_pretrain"}
+ONLY_BY_SCRIPT |= {"a2mim_deit_small_l8_in100_pretrain", "simmim_resnet50_in100_pretrain"}
+ONLY_BY_SCRIPT |= {f"a2mim_resnet50_{which}_pretrain" for which in ("100", "l3_100", "l0_100", "in100", "cifar100")}
+ONLY_BY_SCRIPT |= {"simmim_swin_base_100_pretrain"}
 
 
 @pytest.mark.parametrize("recipe", [r for r in all_recipes() if r.stage in STAGES], ids=lambda recipe: recipe.name)
