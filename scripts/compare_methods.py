@@ -80,15 +80,15 @@ METHODS = {
         length="medium",
     ),
     "simmim_vit": Method(
-        "SimMIM, ViT", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="short"
+        "SimMIM, ViT", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"
     ),
-    "a2mim_vit": Method("A2MIM, ViT", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="short"),
+    "a2mim_vit": Method("A2MIM, ViT", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"),
     "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
     "a2mim_resnet18": Method(
         "A2MIM, ResNet-18",
         f"--model a2mim_resnet18 {MIM} --model_kwargs output_stride={{cell}}",
         RESNET,
-        length="short",
+        length="mim",
     ),
 }
 
@@ -119,6 +119,7 @@ DATA = {
             "long": "--epochs 7 --warmup_steps 54",
             "short": "--epochs 1 --warmup_steps 8",
             "medium": "--epochs 1 --warmup_steps 8",
+            "mim": "--epochs 7 --warmup_steps 54",
             "small_batches": "--batch_size 64 --epochs 2 --warmup_steps 60",
         },
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
@@ -133,6 +134,7 @@ DATA = {
             "long": "--epochs 12 --warmup_steps 37",
             "short": "--epochs 2 --warmup_steps 6",
             "medium": "--epochs 8 --warmup_steps 25",
+            "mim": "--epochs 2 --warmup_steps 6",
             "small_batches": "--epochs 8 --warmup_steps 25",
         },
         finetune="--batch_size 64 --epochs 6 --warmup_epochs 1 --label_fraction 1",
