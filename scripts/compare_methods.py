@@ -79,10 +79,9 @@ METHODS = {
         f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8",
         length="medium",
     ),
-    "simmim_vit": Method(
-        "SimMIM, ViT", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"
-    ),
+    "simmim_vit": Method("SimMIM, ViT", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"),
     "a2mim_vit": Method("A2MIM, ViT", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"),
+    "random_mim_vit": Method("random weights, A2MIM's ViT", classifier=MIM_CLASSIFIER),
     "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
     "a2mim_resnet18": Method(
         "A2MIM, ResNet-18",
