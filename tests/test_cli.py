@@ -59,11 +59,12 @@ FINETUNE_ONLY = {
     "disable_weight_decay_on_rel_pos_bias": False, "finetune": "", "model_key": "model|module", "model_prefix": "",
     "init_scale": 0.001, "use_mean_pooling": True, "use_cls": True, "drop": 0.0, "attn_drop_rate": 0.0,
     "smoothing": 0.1, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel",
-    "recount": 1, "no_aug": False, "bce_loss": False, "aug_repeats": 1, "eval_input_size": None,
+    "recount": 1, "no_aug": False, "bce_loss": False, "no_bce_loss": False, "aug_repeats": 1, "eval_input_size": None,
     "model_ema_warmup_epochs": 0,
     "mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
-    "mixup_mode": "batch", "model_ema": False, "model_ema_decay": 0.9999, "model_ema_force_cpu": False, "eval": False,
-    "dist_eval": False, "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,
+    "mixup_mode": "batch", "model_ema": False, "no_model_ema": False, "model_ema_decay": 0.9999,
+    "model_ema_force_cpu": False, "eval": False, "dist_eval": False,
+    "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,
 }  # fmt: skip
 # specs/conmim.md 7.1 and 7.2: what published commands pass
 PUBLISHED_PRETRAIN = """
