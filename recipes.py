@@ -604,6 +604,7 @@ MIM_NOTE = "Unverified: how the published effective batch of 2048 was shared amo
 MIM_SWIN_NOTE = f"{MIM_NOTE} Unverified: no stochastic depth."
 MIM_IN100_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_NOTE}"
 MIM_OTHER_IN100_NOTE = f"For ImageNet-100. {MIM_NOTE}"
+MIM_SWIN_IN100_NOTE = f"{MIM_OTHER_IN100_NOTE} Unverified: no stochastic depth."
 MIM_CIFAR_NOTE = f"For CIFAR-100. {MIM_NOTE} Unverified: crops, mean and std."
 MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was shared among GPUs."
 MIM_CNN_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs, and the head's start."
@@ -947,7 +948,7 @@ _RECIPES = (
         A2MIM_README,
         MIM_OTHER_IN100_NOTE,
     ),
-    _mim("simmim_swin_tiny_in100", "simmim_swin_tiny", None, PRETRAIN_SIMMIM_IN100, A2MIM_README, MIM_OTHER_IN100_NOTE),
+    _mim("simmim_swin_tiny_in100", "simmim_swin_tiny", None, PRETRAIN_SIMMIM_IN100, A2MIM_README, MIM_SWIN_IN100_NOTE),
     *(
         _tuned(f"a2mim_{name}_finetune_a3", model, published, FINETUNE_A3, A2MIM_README)
         for name, model, published in (

@@ -3,7 +3,8 @@
 # Source:    A2MIM README and configurations (Westlake-AI/A2MIM ccca6dc)
 # Hardware:  8 GPUs x batch 256 x update_freq 1 = 2048 images a step; --lr is for this batch
 # Published: no figure
-# Note:      For ImageNet-100. Unverified: how the published effective batch of 2048 was shared among GPUs.
+# Note:      For ImageNet-100. Unverified: how the published effective batch of 2048 was shared among GPUs. Unverified:
+#            no stochastic depth.
 # Command:   DATA_PATH=/data/imagenet scripts/simmim_swin_tiny_in100_pretrain.sh
 set -euo pipefail
 

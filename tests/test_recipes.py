@@ -367,6 +367,11 @@ def test_what_is_published_of_simmim_and_a2mim() -> None:
         assert recipe.flags["crop_scale"][0] == (0.8 if "a2mim_resnet" in name or "a2mim_conv" in name else 0.67)
         assert recipe.flags.get("sync_bn", False) is ("resnet" in name)
         assert recipe.flags.get("input_size", 224) == (192 if "swin" in name or "in100" in name else 224)
+    tokens = {"resnet50_l3_100": ("mask_init=0",), "resnet50_l0_100": ("mask_layer=0", "mask_init=0")}
+    tokens |= {"resnet50_cifar100": ("mask_init=0",), "deit_small_l8_in100": ("mask_layer=8",)}
+    tokens |= {"vit_small_cifar100": ("fft_weight=0",)}
+    for name, kwargs in tokens.items():
+        assert recipes[f"a2mim_{name}_pretrain"].flags["model_kwargs"] == kwargs
     for name, epochs in zip(MIM_VITS, (200, 100, 150, 100, 100, 100), strict=True):
         recipe = recipes[f"{name}_finetune"]
         assert (recipe.effective_batch, recipe.flags["epochs"], recipe.flags["lr"]) == (1024, epochs, 1e-2)
@@ -418,6 +423,8 @@ def test_what_is_published_of_fine_tuning_other_networks() -> None:
         assert flags.get("aug_repeats", 1) == (3 if name.endswith("_a2") else 1)
         averaged = not is_rsb if "convnext" in name else name.endswith("resnet50_finetune_a2")
         assert flags.get("model_ema", False) is averaged
+        if name.endswith("_plain"):
+            assert not any(flags[flag] for flag in ("mixup", "cutmix", "smoothing", "aa", "color_jitter", "reprob"))
         if is_rsb:
             sizes = (flags["input_size"], flags["eval_input_size"], int(224 / flags["crop_pct"]))
             assert sizes == (160 if name.endswith("_a3") else 224, 224, 236)

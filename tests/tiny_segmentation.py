@@ -64,3 +64,20 @@ def tiny_flags(data: Path, work: Path, iterations: int = 60) -> list[str]:
     ]  # fmt: skip
     options = [*sizes, *network, *loaders, *schedule]
     return ["--data-root", str(data), "--work-dir", str(work), "--cfg-options", *options]
+
+
+def evaluate_and_leave(work: Path, config: str, network: str, flags: list[str]) -> tuple[int, int]:
+    """Gloo's threads before and after the rank leaves its group.
+
+    It is here, and imports here, since mmengine must come in as late as in the scripts.
+    """
+    from helpers import gloo_threads
+
+    import utils
+    from downstream import runner
+    from semantic_segmentation.task import TASK
+
+    runner.test(TASK, [config, network, "--launcher", "pytorch", *flags])
+    before = gloo_threads()
+    utils.leave_process_group()
+    return before, gloo_threads()
