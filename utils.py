@@ -416,7 +416,8 @@ def keep_freed_memory(keep: bool = True) -> None:
     """Lets glibc's malloc keep what a step frees for the next one; `keep` False is its default again.
 
     By default large blocks go back to the kernel, which then hands out zeroed pages anew: a step on a CPU is 1.1 to 1.3
-    times as long (docs/benchmarks.md). Nothing happens with another C library.
+    times as long (docs/benchmarks.md). What was kept in the heap's middle until then stays in use with `keep` False:
+    only a new process is without it. Nothing happens with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
