@@ -1,7 +1,8 @@
-"""Test set-up: the repository root on the path, one thread per process, a log of its own for each test."""
+"""Test set-up: the repository root on the path, one thread per process, a seed and a log of its own for each test."""
 
 import logging
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -10,10 +11,19 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Before any fixture, those of modules too: what a test draws must not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

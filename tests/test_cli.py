@@ -275,13 +275,12 @@ def test_error_of_any_rank_is_printed(tmp_path, capfd):
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 
-PORT = f"--master_port={free_port()}"
 LAUNCHERS = {
     "python": (sys.executable,),
-    "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", PORT),
-    "launch": (sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", PORT),
-    "launch_use_env": (sys.executable, "-m", "torch.distributed.launch", "--use_env", "--nproc_per_node=2", PORT),
-    "deepspeed": (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", PORT),
+    "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+    "launch": (sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"),
+    "launch_use_env": (sys.executable, "-m", "torch.distributed.launch", "--use_env", "--nproc_per_node=2"),
+    "deepspeed": (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"),
 }
 
 
@@ -295,7 +294,8 @@ def test_launcher_starts_the_script(tmp_path, name):
         flags += ["--disable_eval_during_finetuning"]
     if name in ("deepspeed", "python"):
         flags += ["--enable_deepspeed", "--zero_stage", "2"]
-    result = run_command(script(stage, tmp_path, *flags, launcher=LAUNCHERS[name]))
+    port = () if ranks == 1 else (f"--master_port={free_port()}",)
+    result = run_command(script(stage, tmp_path, *flags, launcher=LAUNCHERS[name] + port))
     assert result.returncode == 0, result.stdout
     assert "epoch 0 [2/2]" in result.stdout
     state = checkpoint.load_checkpoint(tmp_path / "checkpoint-0.pth")

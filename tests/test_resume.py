@@ -26,7 +26,7 @@ from helpers import (
 )
 
 import checkpoint
-from utils import RunLog
+from utils import RunLog, free_port
 
 WORKERS = ("--num_workers", "2", "--update_freq", "2")
 AUGMENTED = (
@@ -93,7 +93,7 @@ def written_beyond(folder: Path, epoch: int, step: int) -> bool:
 def stop_at(process: subprocess.Popen, epoch: int, step: int, number: signal.Signals) -> str:
     """Sends the signal to the process and its workers when the log reaches the step; the rest of the output."""
     for line in process.stdout:
-        found = re.match(rf"epoch {epoch} \[ *(\d+)/", line)
+        found = re.search(rf"epoch {epoch} \[ *(\d+)/", line)
         if found and int(found.group(1)) >= step:
             os.killpg(process.pid, number)
             return process.communicate(timeout=120)[0]
@@ -125,7 +125,7 @@ def test_torchrun_stops_all_ranks_with_a_checkpoint(tmp_path):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
     process = start_command(script("pretrain", tmp_path, "--num_workers", "1", "--log_every", "1", launcher=launcher))
     for line in process.stdout:
-        if line.startswith("epoch 0 [ 5/"):
+        if "epoch 0 [ 5/" in line:
             process.terminate()
             break
     output = process.communicate(timeout=120)[0]
@@ -134,12 +134,6 @@ def test_torchrun_stops_all_ranks_with_a_checkpoint(tmp_path):
     path = tmp_path / f"checkpoint-0-{said.group(1)}.pth"
     assert checkpoint.load_checkpoint(path)["engine"]["world_size"] == 2
     assert "DataLoader worker" not in output
-
-
-def free_port() -> int:
-    from utils import free_port
-
-    return free_port()
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
