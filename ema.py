@@ -14,15 +14,15 @@ Reader = Callable[[list[Tensor]], AbstractContextManager[list[Tensor]]]
 class MovingAverage:
     """A float32 copy of `source` that follows its parameters: average <- m * average + (1 - m) * source.
 
-    `average_buffers`: floating-point buffers are averaged too and integer ones copied (timm's ModelEma, repaired);
-    otherwise the copy keeps buffers of its own, as ConMIM's teacher does (specs/conmim.md 2.4).
+    `copy_buffers`: they are the source's, never averaged (specs/a2mim.md 4.4); otherwise the copy keeps buffers of its
+    own, as ConMIM's teacher does (specs/conmim.md 2.4).
     `read` turns a list of the source's parameters into whole float32 tensors; an engine that shards or rounds them
     replaces it. It is called block by block, so that no more than a block is ever gathered.
     """
 
     read: Reader = staticmethod(nullcontext)
 
-    def __init__(self, source: nn.Module, *, average_buffers: bool = False):
+    def __init__(self, source: nn.Module, *, copy_buffers: bool = False):
         self.module = copy.deepcopy(source).float().requires_grad_(False)
         follows = {name: p for name, p in source.named_parameters() if p.requires_grad}
         mine = dict(self.module.named_parameters())
@@ -30,7 +30,7 @@ class MovingAverage:
             ([mine[name] for name in names], [follows[name] for name in names])
             for names in (list(group) for _, group in groupby(follows, key=_block_of))
         ]
-        self._with_buffers = source if average_buffers else None
+        self._buffers_of = source if copy_buffers else None
 
     @torch.no_grad()
     def update(self, momentum: float, applied: float | Tensor = 1.0) -> None:
@@ -39,15 +39,8 @@ class MovingAverage:
         for mine, theirs in self._blocks:
             with self.read(theirs) as whole:
                 _lerp(mine, whole, weight)
-        if self._with_buffers is not None:
-            self._update_buffers(self._with_buffers, weight)
-
-    def _update_buffers(self, source: nn.Module, weight: float | Tensor) -> None:
-        """Looked up each time: a move to another device or dtype replaces buffers, unlike parameters."""
-        for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
-            if mine.is_floating_point():
-                _lerp([mine], [theirs], weight)
-            else:
+        if self._buffers_of is not None:  # looked up each time: a move to another device or dtype replaces buffers
+            for mine, theirs in zip(self.module.buffers(), self._buffers_of.buffers(), strict=True):
                 mine.copy_(theirs)
 
 

@@ -28,7 +28,7 @@ class Classification(nn.Module):
         if args.reprob and not args.no_aug:
             self.erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
         self.criterion = make_criterion(args, mixing)
-        self.average = MovingAverage(model, average_buffers=True) if args.model_ema else None
+        self.average = MovingAverage(model, copy_buffers=True) if args.model_ema else None
         self.average_decay, self.average_warmup = args.model_ema_decay, args.model_ema_warmup_epochs / args.epochs
         if self.average is not None and args.model_ema_force_cpu:
             self.average.module.to("cpu")
