@@ -307,7 +307,7 @@ class PixelNeck(nn.Module):
 
 def depthwise_layer(width: int, kernel: int) -> nn.Sequential:
     convolution = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
-    return nn.Sequential(OrderedDict(conv=convolution, norm=LayerNorm2d(width, eps=1e-5), act=nn.GELU()))
+    return nn.Sequential(OrderedDict(conv=convolution, ln=LayerNorm2d(width, eps=1e-5), act=nn.GELU()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1329,11 +1329,14 @@ for _name, _timm_name in TIMM_BACKBONES.items():
         register(f"a2mim_{_name}", A2MIM, backbone=_timm_name, fft_weight=0.5)
         continue
     # the published ConvNeXt never initialises its token; SimMIM's adds it, ResNet's puts it in
-    _token = {"token_std": 0.0} if _name.startswith("convnext") else {}
-    register(f"simmim_{_name}", SimMIM, backbone=_timm_name, replace=not _token, **_token)
+    _convnext = _name.startswith("convnext")
+    _token = {"token_std": 0.0} if _convnext else {}
+    _gamma = {"gamma_lr": 0.1} if _convnext else {}
+    register(f"simmim_{_name}", SimMIM, backbone=_timm_name, replace=not _convnext, **_token)
     register(
-        f"a2mim_{_name}", A2MIM, backbone=_timm_name, **_DEEP_TOKEN, **_CNN_LOSS, **_SPECTRA.get(_name, {}), **_token
-    )
+        f"a2mim_{_name}", A2MIM, backbone=_timm_name,
+        **_DEEP_TOKEN, **_CNN_LOSS, **_SPECTRA.get(_name, {}), **_token, **_gamma,
+    )  # fmt: skip
 
 register_family("simmim_", SimMIM)  # any other convolutional network of timm by its name
 register_family("a2mim_", A2MIM, **_DEEP_TOKEN, **_CNN_LOSS, fft_weight=0.5)

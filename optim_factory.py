@@ -133,14 +133,17 @@ def param_groups(
 def by_rules(name: str, rules: Rules, lr: float, weight_decay: float) -> tuple[float, float]:
     """Learning rate and weight decay of parameter `name` (spec A2MIM 4.1).
 
-    Every rule whose pattern is found in the name applies, later ones over earlier ones; `<value>_mult` multiplies.
+    Every rule whose pattern is found in the name applies, later ones over earlier ones; `<value>_mult` multiplies what
+    is given here.
     """
-    found: dict[str, float] = {}
+    base = {"lr": lr, "weight_decay": weight_decay}
+    found = dict(base)
     for pattern, values in rules.items():
         if re.search(pattern, name):
-            found |= values
-    lr, weight_decay = found.get("lr", lr), found.get("weight_decay", weight_decay)
-    return lr * found.get("lr_mult", 1.0), weight_decay * found.get("weight_decay_mult", 1.0)
+            for key, value in values.items():
+                of = key.removesuffix("_mult")
+                found[of] = value if key == of else base[of] * value
+    return found["lr"], found["weight_decay"]
 
 
 def _groups_by_rules(model: nn.Module, weight_decay: float, rules: Rules) -> Groups:

@@ -17,7 +17,7 @@ from backbones import family_of
 from checkpoint import from_openmixup
 from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, half_spectrum, whole_mean
 from modeling_finetune import create_model
-from optim_factory import annealing, param_groups, set_schedule
+from optim_factory import annealing, by_rules, param_groups, set_schedule
 from scripts.extract_backbone import extract
 from scripts.straightforward import make_straightforward
 
@@ -336,6 +336,14 @@ def groups_of(model: nn.Module) -> dict[str, tuple[float, float]]:
     return {name: found[id(p)] for name, p in model.named_parameters()}
 
 
+def test_later_rules_win_and_factors_are_of_the_base():
+    """specs/a2mim.md 4.1: a factor forgets what an earlier rule said, a value what an earlier factor did."""
+    factors, values = {"lr_mult": 0.1, "weight_decay_mult": 0.5}, {"lr": 1e-5, "weight_decay": 0.0}
+    assert by_rules("bn1.bias", {"bn": values, "bias": factors}, 2e-3, 0.04) == pytest.approx((2e-4, 0.02))
+    assert by_rules("bn1.bias", {"bias": factors, r"bn\d": values}, 2e-3, 0.04) == (1e-5, 0.0)
+    assert by_rules("fc.weight", {"bias": factors, "bn": values}, 2e-3, 0.04) == (2e-3, 0.04)
+
+
 def test_published_rules_of_decay_and_rate():
     """specs/a2mim.md 4.1."""
     resnet = groups_of(build("resnet18"))
@@ -347,7 +355,8 @@ def test_published_rules_of_decay_and_rate():
     assert groups_of(build("resnet18", "simmim"))["inject.mask_token"] == (1.0, 0.0)
     convnext = groups_of(build("convnext_tiny"))
     assert convnext["backbone.stages.0.blocks.0.norm.weight"] == (1.0, 0.05)
-    assert convnext["backbone.stages.0.blocks.0.gamma"] == convnext["inject.mask_gamma"] == (1.0, 0.0)
+    assert convnext["backbone.stages.0.blocks.0.gamma"] == (1.0, 0.0)
+    assert convnext["inject.mask_gamma"] == convnext["inject.mask_token"] == (pytest.approx(0.1), 0.0)
     vit = groups_of(build("vit_tiny_patch16_224", mask_init=1e-6))
     matrices = [f"{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
     decayed = {f"backbone.blocks.{block}.{name}" for block in range(3) for name in matrices}
