@@ -98,10 +98,8 @@ class SimMIMMask:
     """ceil(mask_ratio * cells) square cells of `cell` x `cell` patches, chosen uniformly and aligned to a cell grid."""
 
     def __init__(self, grid: Pair, mask_ratio: float, cell: int = 2):
-        _check_ratio(mask_ratio)
         self.cells, self.cell = (grid[0] // cell, grid[1] // cell), cell
         self.count = math.ceil(self.cells[0] * self.cells[1] * mask_ratio)
-        _check_count(self.count, self.cells, "--mask_ratio")
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         return self.first_of(rng.permutation(math.prod(self.cells)))
@@ -134,7 +132,10 @@ def build_mask_generator(
     if mask_type == "random":
         return RandomMask(grid, mask_ratio)
     if mask_type == "random_mps32":
-        return SimMIMMask(grid, mask_ratio, _cell(input_size, patch_size, mask_patch_size))
+        _check_ratio(mask_ratio)
+        generator = SimMIMMask(grid, mask_ratio, _cell(input_size, patch_size, mask_patch_size))
+        _check_count(generator.count, generator.cells, "--mask_ratio")
+        return generator
     if mask_type == "block":
         target = int(grid[0] * grid[1] * BLOCK_MASK_FRACTION) if num_mask_patches is None else num_mask_patches
         return BlockwiseMask(grid, target, min(min_mask_patches_per_block, target), max_mask_patches_per_block)

@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from argparse import Namespace
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from features import Features
 from knn import evaluate_knn
 from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, mean_filled
 from masking_generator import (
-    build_mask_generator,
+    SimMIMMask,
     mask_lambda_schedule,
     others_first,
     patch_order,
@@ -123,6 +124,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {f"grad/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """A ratio from which int() makes `hidden` of `width` again: that of the quotient is one too small at times."""
+    return (hidden + 0.5) / width
 
 
 def position_options(config: dict) -> dict:
@@ -256,7 +262,7 @@ def model_of_shapes(config: dict, shapes: dict[str, list[int]]) -> nn.Module:
         "embed_dim": width,
         "depth": config["depth"],
         "num_heads": table[1] if table else 1,
-        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        "mlp_ratio": mlp_ratio(shapes["blocks.0.mlp.fc1.weight"][0], width),
         "init_values": config["init_values"],
         **position_options(config),
     }
@@ -988,7 +994,7 @@ def a2mim_head(case: Case) -> dict[str, Tensor]:
 
 NECK_NAMES = (
     ("decoder_pred.0.", "pred."), ("decoder.0.", "pred."), ("decoder.conv.0.conv.", "decoder.conv."),
-    ("decoder.conv.0.ln.", "decoder.norm."),
+    ("decoder.conv.0.ln.", "decoder.ln."),
 )  # fmt: skip
 
 
@@ -1006,7 +1012,8 @@ def neck_options(config: dict) -> dict[str, int]:
 def mim_neck(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs()
     neck = PixelNeck(config["in_channels"], config["encoder_stride"], **neck_options(config))
-    load_weights(neck, {neck_name(name): value for name, value in case.inputs("weights/").items()})
+    weights = {name.removeprefix("neck."): value for name, value in case.inputs("weights/").items()}
+    load_weights(neck, {neck_name(name): value for name, value in weights.items()})
     x = inputs["x"].requires_grad_()
     output = neck(x)
     output.backward(inputs["cotangent"])
@@ -1018,10 +1025,8 @@ def blockwise_mask(case: Case) -> dict[str, Tensor]:
     computed, inputs = {}, case.inputs()
     for number, expected in enumerate(case.config["invariants"]):
         config = expected["config"]
-        generator = build_mask_generator(
-            "random_mps32", input_size=config["input_size"], patch_size=config["model_patch_size"],
-            mask_ratio=config["mask_ratio"], mask_patch_size=config["mask_patch_size"],
-        )  # fmt: skip
+        side, cell = (config[key] // config["model_patch_size"] for key in ("input_size", "mask_patch_size"))
+        generator = SimMIMMask((side, side), config["mask_ratio"], cell)
         mask = generator(np.random.default_rng(number))
         assert list(mask.shape) == expected["mask_shape"] and mask.sum() == expected["ones_in_mask"]
         coarse = mask[:: expected["upsample"], :: expected["upsample"]]
@@ -1051,7 +1056,7 @@ def backbone_options(config: dict) -> dict:
     return {
         "backbone": "vit_base",
         "patch_size": config["patch_size"],
-        "mlp_ratio": arch["feedforward_channels"] / arch["embed_dims"],
+        "mlp_ratio": mlp_ratio(arch["feedforward_channels"], arch["embed_dims"]),
         "init_values": config["init_values"],
         "qkv_bias": config["qkv_bias"],
         "rel_pos_bias": "per_block" if config["use_window"] else "none",
@@ -1070,11 +1075,15 @@ def reconstruction_model(case: Case) -> SimMIM:
         input_size=tuple(case.inputs()["image"].shape[-2:]),
     )
     model.loss = reconstruction_loss(config["head"])
+    model.mean_residual = config.get("residual", False)
     return model
 
 
-def by_published_names(weights: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Our name of each published tensor, and where in it each number of ours is, flat."""
+def by_published_names(weights: dict[str, Tensor], own: Container[str]) -> dict[str, tuple[str, Tensor]]:
+    """Our name of each published tensor, and where in it each number of ours is, flat.
+
+    Of mask token and gamma only those that are our `own`: a token that is a mean is no parameter here.
+    """
     places = {name: torch.arange(value.numel()).view(value.shape) for name, value in weights.items()}
     inside = {name: value for name, value in places.items() if name.startswith("backbone.") and ".mask_" not in name}
     found = {
@@ -1084,7 +1093,7 @@ def by_published_names(weights: dict[str, Tensor]) -> dict[str, tuple[str, Tenso
     for name, value in places.items():
         if name.startswith("neck."):
             found[name] = neck_name(name), value
-        elif ".mask_" in name:
+        elif name.removeprefix("backbone.") in own:
             found[name] = name.replace("backbone.", "inject."), value
     return found
 
@@ -1095,7 +1104,8 @@ def masked_reconstruction(case: Case) -> dict[str, Tensor]:
     model = reconstruction_model(case).train(config.get("train_mode", True))
     weights = case.inputs("weights/")
     weights = {name: value for name, value in weights.items() if not name.endswith(("position_index", "attn_mask"))}
-    names, shapes = by_published_names(weights), {name: value.shape for name, value in model.state_dict().items()}
+    names = by_published_names(weights, dict(model.inject.named_parameters()))
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
     load_weights(model, {ours: weights[name].flatten()[at].view(shapes[ours]) for name, (ours, at) in names.items()})
     features = model.features(inputs["image"], inputs["mask"])
     predicted = model.predict(features, inputs["image"])
@@ -1163,9 +1173,8 @@ def resnet_key_map(case: Case) -> dict[str, Tensor]:
     """Published names are timm's: of the whole ResNet-50, and of a small network with its features."""
     config = case.config
     theirs = config["resnet50_full_shapes"]
-    assert {
-        name: list(value.shape) for name, value in timm.create_model("resnet50", num_classes=0).state_dict().items()
-    } == theirs
+    resnet50 = timm.create_model("resnet50", num_classes=0).state_dict()
+    assert {name: list(value.shape) for name, value in resnet50.items()} == theirs
     assert list(from_openmixup({f"backbone.{name}": torch.zeros(1) for name in theirs})) == list(
         config["resnet50_full_key_map"].values()
     )
@@ -1185,38 +1194,42 @@ def a2mim_key_map(case: Case) -> dict[str, Tensor]:
     config, image = case.config, case.inputs()["image"]
     weights = from_openmixup(case.inputs("weights/"))
     assert from_openmixup(dict.fromkeys(config["key_map"], torch.zeros(1, 4))).keys() == set(config["key_map"].values())
-    network = timm_network(config, tuple(image.shape[-2:]))
+    heads = [value for name, value in weights.items() if name.endswith(("head.weight", "head.fc.weight"))]
+    network = timm_network(config, tuple(image.shape[-2:]), len(heads[0]) if heads else 0)
     load_weights(network, weights)
     network.eval()
+    features = network.forward_features(image)
+    computed = {"pooled": network.forward_head(features, pre_logits=True), "logits": network.forward_head(features)}
     if config["timm_class"].endswith("ConvNeXt"):
-        return {"pooled": network.forward_head(network.forward_features(image), pre_logits=True)}
+        return computed | {"features": network.head.norm(features)}
     if config["timm_class"].endswith("SwinTransformer"):
-        return {"features": network.forward_features(image).permute(0, 3, 1, 2)}
-    tokens, arch = network.forward_features(image), config["arch"]
+        return computed | {"features": features.permute(0, 3, 1, 2)}
+    arch = config["arch"]
     own = VisionTransformer(
         input_size=config["img_size"], patch_size=config["patch_size"], embed_dim=arch["embed_dims"],
-        depth=arch["num_layers"], num_heads=arch["num_heads"], init_values=config["init_values"], num_classes=0,
-        mlp_ratio=arch["feedforward_channels"] / arch["embed_dims"], **position_options(config),
-        global_pool="token",
-    )  # fmt: skip
+        depth=arch["num_layers"], num_heads=arch["num_heads"], init_values=config["init_values"],
+        mlp_ratio=mlp_ratio(arch["feedforward_channels"], arch["embed_dims"]), **position_options(config),
+        num_classes=network.num_classes, global_pool="token" if config["final_norm"] else "avg",
+    ).eval()  # fmt: skip
     load_weights(own, weights)
-    torch.testing.assert_close(own.norm(own.forward_features(image)), tokens, rtol=1e-4, atol=1e-5)
-    return {"tokens": tokens}
+    torch.testing.assert_close(own.norm(own.forward_features(image)), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own(image), computed["logits"], rtol=1e-4, atol=1e-5)
+    return computed | {"tokens": features}
 
 
-def timm_network(config: dict, size: tuple[int, int]) -> nn.Module:
+def timm_network(config: dict, size: tuple[int, int], num_classes: int) -> nn.Module:
     """The class that a case names, with its sizes."""
     module, _, name = config["timm_class"].rpartition(".")
     arch, cls = config["arch"], getattr(importlib.import_module(module), name)
     if name == "ConvNeXt":
-        return cls(depths=arch["depths"], dims=arch["channels"], norm_eps=config["norm_eps"], num_classes=0)
+        return cls(depths=arch["depths"], dims=arch["channels"], norm_eps=config["norm_eps"], num_classes=num_classes)
     if name == "SwinTransformer":
         sizes = {"embed_dim": arch["embed_dims"], "depths": arch["depths"], "num_heads": arch["num_heads"]}
-        return cls(img_size=size, window_size=config["window_size"], num_classes=0, **sizes)
+        return cls(img_size=size, window_size=config["window_size"], num_classes=num_classes, **sizes)
     return cls(
         img_size=size, patch_size=config["patch_size"], embed_dim=arch["embed_dims"], depth=arch["num_layers"],
-        num_heads=arch["num_heads"], mlp_ratio=arch["feedforward_channels"] / arch["embed_dims"], num_classes=0,
-        init_values=config["init_values"], use_abs_pos_emb=config["use_abs_pos_embed"],
+        num_heads=arch["num_heads"], mlp_ratio=mlp_ratio(arch["feedforward_channels"], arch["embed_dims"]),
+        init_values=config["init_values"], use_abs_pos_emb=config["use_abs_pos_embed"], num_classes=num_classes,
         use_rel_pos_bias=config["use_rel_pos_bias"], global_pool="token" if config["final_norm"] else "avg",
     )  # fmt: skip
 
