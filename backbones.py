@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from losses import enlarged
 from modeling_finetune import MIM_VIT_SIZES, VisionTransformer, check_choice, register, register_family, to_pair
+from utils import refused
 
 # timm's networks that have recipes, under the names that these give them
 TIMM_BACKBONES = {
@@ -108,6 +109,11 @@ def feature_places(network: nn.Module) -> list[Place]:
     ]
 
 
+def inner_places(network: nn.Module) -> list[Place]:
+    """Without the last, behind which nothing would look around a token."""
+    return feature_places(network)[:-1]
+
+
 def features_last(network: nn.Module, images: Tensor) -> Tensor:
     return network.forward_features(images).permute(0, 3, 1, 2)
 
@@ -130,7 +136,7 @@ _FAMILIES: dict[type[nn.Module], Family] = {
     ResNet: Family(resnet_places, lambda resnet, images: resnet.forward_features(images), "cnn", torch.channels_last),
     SwinTransformer: Family(swin_places, features_last, "swin"),
     ConvNeXt: Family(convnext_places, lambda net, images: net.head.norm(net.forward_features(images)), "convnext"),
-    nn.Module: Family(feature_places, lambda network, images: network.forward_features(images), "cnn"),
+    nn.Module: Family(inner_places, lambda network, images: network.forward_features(images), "cnn"),
 }
 
 
@@ -139,9 +145,9 @@ def family_of(backbone: nn.Module) -> Family:
 
 
 def place_of(backbone: nn.Module, mask_layer: int) -> Place:
-    """The place number `mask_layer`. ValueError: the backbone has no such place."""
+    """The place number `mask_layer`, -1 for the last. ValueError: the backbone has no such place."""
     places = family_of(backbone).places(backbone)
-    if not 0 <= mask_layer < len(places):
+    if not -1 <= mask_layer < len(places):
         raise ValueError(f"mask_layer={mask_layer} is none of this backbone's, which are 0 to {len(places) - 1}")
     return places[mask_layer]
 
@@ -164,7 +170,7 @@ def build_backbone(
     backbone = timm_network(
         name, input_size, num_classes=0, drop_path=drop_path, grad_checkpointing=grad_checkpointing, **options
     )
-    if not getattr(backbone, "feature_info", None):
+    if len(getattr(backbone, "feature_info", None) or ()) < 2:
         raise ValueError(f"--model: timm lists no features of {name}, so that there is no place for a mask token")
     if family_of(backbone) is _FAMILIES[nn.Module]:
         freeze_unused(backbone, name, input_size)
@@ -174,16 +180,35 @@ def build_backbone(
 def timm_network(
     name: str, input_size: tuple[int, int], *, drop_path: float, grad_checkpointing: bool, **options
 ) -> nn.Module:
-    """timm's network of that name with random weights; `options` are its own."""
+    """timm's network of that name with random weights; `options` are its own.
+
+    Swin is told the images' size, the published ones a window that their last map fills besides (specs/a2mim.md 2.4).
+    Raises:
+        ValueError: what the network does not have.
+    """
     if name.startswith("swin_"):
-        options = {"img_size": input_size, "window_size": min(input_size) // 32, "drop_path_rate": drop_path} | options
+        options = {"img_size": input_size, "drop_path_rate": drop_path} | options
+        if name in TIMM_BACKBONES.values():
+            options = {"window_size": window_of(input_size)} | options
     elif drop_path:  # not every network of timm takes it; Swin has a rate by default
         options["drop_path_rate"] = drop_path
-    network = timm.create_model(name, **options)
+    try:
+        network = timm.create_model(name, **options)
+    except TypeError as error:
+        if "drop_path_rate" in str(error):
+            raise ValueError(f"--drop_path {drop_path}: {name} has no stochastic depth, give 0") from error
+        raise
     if grad_checkpointing:
-        network.set_grad_checkpointing()
+        with refused(f"--grad_checkpointing: timm's {name} has none"):
+            network.set_grad_checkpointing()
     put_in_order(network, family_of(network).memory_format)
     return network
+
+
+def window_of(input_size: tuple[int, int]) -> int:
+    if min(input_size) < 32:
+        raise ValueError(f"--input_size {input_size}: Swin needs 32 pixels a side or more")
+    return min(input_size) // 32
 
 
 def put_in_order(network: nn.Module, memory_format: torch.memory_format) -> None:
@@ -197,7 +222,8 @@ def put_in_order(network: nn.Module, memory_format: torch.memory_format) -> None
 def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -> None:
     """Engines wait for a gradient of every parameter: what the map does not come from is not trained."""
     training = backbone.training
-    features = family_of(backbone).feature_map(backbone.eval(), torch.zeros(1, 3, *input_size))
+    with refused(f"--model: timm's {name} does not take images of {input_size} (--input_size)"):
+        features = family_of(backbone).feature_map(backbone.eval(), torch.zeros(1, 3, *input_size))
     if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[1] != backbone.num_features:
         raise ValueError(f"--model: timm's {name} ends in no map of {backbone.num_features} channels")
     features.sum().backward()
@@ -231,7 +257,7 @@ class MaskToken(nn.Module):
         self, place: Place, *, kind: str, replace: bool, mask_init: float, detach: bool, token_std: float = 0.02
     ):
         super().__init__()
-        check_choice("--mask_token", kind, MASK_TOKENS)
+        check_choice("mask_token", kind, MASK_TOKENS)
         self.place, self.kind, self.replace, self.detach = place, kind, replace, detach
         self.mask: Tensor | None = None
         shape = (1, place.width, 1, 1) if place.axis == 1 else (1, 1, place.width)

@@ -36,7 +36,7 @@ PUBLISHED_KEYS = "model|module"  # the published default of --model_key
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 _COMPLETE = "complete"
 _HEADS = ("head.", "fc.", "classifier.")  # head.norm is ConvNeXt's last norm, which pre-training trains too
-_NO_BACKBONE = ("head.fc.", "head.weight", "head.bias", *_HEADS[1:], "inject.", "mask_token", "mask_gamma")
+_NO_BACKBONE = (*_HEADS, "neck.", "ema_", "inject.", "mask_token", "mask_gamma")
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 
@@ -86,7 +86,10 @@ def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # the user's own: safetensors lets nobody else read
         _fsync(temporary)
         temporary.replace(path)
     finally:
@@ -406,6 +409,12 @@ def load_pretrained(
         )
     fitted = _fit(_expand_to_blocks(state, target, report), model, target, report)
     _check_matched(model, state, min_matched, new, report)
+    lost = [key for key in report.ignored if key.startswith("blocks.") and not key.endswith("relative_position_index")]
+    if lost:
+        log.warning(
+            "parts of the blocks in %s have no place in this --model, which computes something else: %s", report.source,
+            _examples(lost),
+        )  # fmt: skip
     model.load_state_dict(fitted, strict=False)
     return report
 
@@ -443,11 +452,16 @@ def backbone_weights(checkpoint: dict[str, Any], name: str, model_key: str = PUB
     """What is not classifier, neck, decoder or token of a loaded checkpoint, under native names.
 
     Of OpenMixup's files and of classifiers; of a pre-training method's it is what the method exports itself.
+    ValueError: there is nothing else.
     """
     _, state = _select_weights(checkpoint, model_key, name)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    native = _to_native(tensors, ())
-    return {key: value for key, value in native.items() if not key.startswith(_NO_BACKBONE)}
+    inside = {key: value for key, value in tensors.items() if re.match(r"(module\.)?backbone\.", key)}
+    native = _to_native(inside or tensors, ())
+    kept = {key: v for key, v in native.items() if key.startswith("head.norm.") or not key.startswith(_NO_BACKBONE)}
+    if not kept:
+        raise ValueError(f"{name} holds no backbone, only {_examples(sorted(native))}")
+    return kept
 
 
 def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:

@@ -152,7 +152,7 @@ class ReconstructionLoss:
 
     def __post_init__(self):
         if self.fft_unmask_replace is not None:
-            check_choice("--fft_unmask_replace", self.fft_unmask_replace, REPLACEMENTS)
+            check_choice("fft_unmask_replace", self.fft_unmask_replace, REPLACEMENTS)
 
     def __call__(self, predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """predicted, target [B, c, H, W], mask [B, h, w], 1 = masked: {"loss", "loss_spatial"[, "loss_freq"]}."""

@@ -75,6 +75,12 @@ def create_model(name: str, **kwargs) -> nn.Module:
         raise ValueError(f"--model {name} does not take one of the options {sorted(kwargs)}: {error}") from error
 
 
+def is_of_timm(name: str) -> bool:
+    """Whether that model is a classifier of timm's, with timm's options in place of the repository's."""
+    builder = builder_of(name)
+    return builder is not None and not isinstance(builder.func, type)
+
+
 def input_size_of(name: str) -> int:
     """The side of the images that a registered model is for, unless it is told another."""
     builder = builder_of(name)

@@ -60,6 +60,7 @@ from modeling_targets import (
     load_teacher,
     load_tokenizer,
 )
+from utils import refused
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
@@ -1185,8 +1186,21 @@ class SimMIM(PretrainMethod):
             token_std=token_std,
         )  # fmt: skip
         self.inject.attach(self.backbone)
+        self.check_place(backbone)
         self.neck = PixelNeck(width, stride, kernel=kernel, decoder_kernel=decoder_kernel)
         self.loss = ReconstructionLoss()
+
+    @torch.no_grad()
+    def check_place(self, name: str) -> None:
+        """ValueError: features that are no map where the token goes in, as some of timm's networks have."""
+        if family_of(self.backbone) is not family_of(nn.Module()):
+            return
+        place, training = self.inject.place, self.training
+        mask = torch.ones(1, *(side // place.stride for side in self.input_size))
+        with refused(f"--model: there is no place for a mask token behind {place.module} of {name}"):
+            self.eval().features(torch.zeros(1, 3, *self.input_size), mask)
+        self.train(training)
+        self.inject.mask = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -1258,6 +1272,7 @@ class A2MIM(SimMIM):
         fft_unmask_replace: str = "mixed",
         fft_reweight: bool = False,
         ave_spectrum: bool = True,
+        batch_matrix: bool = True,
         mean_residual: bool = False,
         **simmim,
     ):
@@ -1271,7 +1286,7 @@ class A2MIM(SimMIM):
             fft_unmask_weight=fft_unmask_weight,
             fft_unmask_replace=fft_unmask_replace,
             fft_reweight=fft_reweight,
-            focal=FocalFrequencyLoss(ave_spectrum=ave_spectrum),
+            focal=FocalFrequencyLoss(ave_spectrum=ave_spectrum, batch_matrix=batch_matrix),
         )
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:
@@ -1339,4 +1354,4 @@ for _name, _timm_name in TIMM_BACKBONES.items():
     )  # fmt: skip
 
 register_family("simmim_", SimMIM)  # any other convolutional network of timm by its name
-register_family("a2mim_", A2MIM, **_DEEP_TOKEN, **_CNN_LOSS, fft_weight=0.5)
+register_family("a2mim_", A2MIM, **_DEEP_TOKEN | {"mask_layer": -1}, **_CNN_LOSS, fft_weight=0.5)

@@ -15,7 +15,7 @@ import yaml
 
 import utils
 from masking_generator import PATCH_ORDERS
-from modeling_finetune import ATTENTION_KERNELS, list_models
+from modeling_finetune import ATTENTION_KERNELS, is_of_timm, list_models
 from modeling_targets import PREDICTED_FEATURES, TARGET_PRECISIONS
 from optim_factory import LR_SCHEDULES, takes_betas
 from recipes import recipe_for
@@ -408,7 +408,7 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         recipe = recipe_for(parser.parse_known_args(argv)[0].model, stage)
         parser.set_defaults(**{**(recipe.flags if recipe else {}), **overlay})
         args = parser.parse_args(argv)
-        adapt_defaults(args, given=explicit_flags(stage, argv) | overlay.keys())
+        adapt_defaults(args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None)
         validate(args)
     except ValueError as error:
         parser.error(str(error))
@@ -443,8 +443,11 @@ def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
-def adapt_defaults(args: argparse.Namespace, given: set[str]) -> None:
+def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) -> None:
     """Defaults that do not fit what was asked for give way; what the user gave stays, and may be refused later."""
+    if "layer_decay" in args and not has_recipe and is_of_timm(args.model):  # they are for ViTs, few networks take them
+        args.layer_decay = args.layer_decay if "layer_decay" in given else 1.0
+        args.drop_path = args.drop_path if "drop_path" in given else 0.0
     if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
         args.warmup_epochs = args.epochs // 5
     if "eval_input_size" in args and "input_size" in given and "eval_input_size" not in given:
@@ -490,6 +493,8 @@ def validate(args: argparse.Namespace) -> None:
         raise ValueError(f"--deepspeed_config {args.deepspeed_config} does not exist")
     if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
         raise ValueError(f"--keep_checkpoints must be at least 1, not {args.keep_checkpoints}")
+    if getattr(args, "lr_schedule", "") == "step" and not args.lr_steps:
+        raise ValueError("--lr_schedule step needs --lr_steps, the epochs after which the rate falls")
     mixing = getattr(args, "mixup", 0) or getattr(args, "cutmix", 0) or getattr(args, "cutmix_minmax", None)
     if mixing and args.batch_size % 2:
         raise ValueError(f"--mixup and --cutmix pair images up: --batch_size must be even, not {args.batch_size}")

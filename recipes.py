@@ -1017,6 +1017,21 @@ _RECIPES = (
 # of several recipes for a model and stage, which differ in their values only, the first; scripts pass all of them
 _BY_MODEL = {(recipe.model, recipe.stage): recipe for recipe in reversed(_RECIPES)}
 
+# for models without a recipe of their own: the first whose name theirs begins with
+_FAMILIES = tuple(
+    Recipe(f"{family}*_{stage}", stage, f"{family}*", 8, flags, OURS, note="Settings of related networks.")
+    for stage, family, flags in (
+        ("pretrain", "a2mim_resnet", PRETRAIN_A2MIM_RESNET),
+        ("pretrain", "a2mim_swin_", PRETRAIN_SIMMIM_SWIN),
+        ("pretrain", "a2mim_", PRETRAIN_A2MIM_CNN),
+        ("pretrain", "simmim_resnet", PRETRAIN_SIMMIM_RESNET),
+        ("pretrain", "simmim_swin_", PRETRAIN_SIMMIM_SWIN),
+        ("pretrain", "simmim_deit_", PRETRAIN_MIM_VIT),
+        ("pretrain", "simmim_", PRETRAIN_MIM),
+        ("finetune", "swin_", FINETUNE_SWIN),
+    )
+)
+
 
 def all_recipes() -> tuple[Recipe, ...]:
     """Every recipe, the published ones and our tiny ones."""
@@ -1024,7 +1039,11 @@ def all_recipes() -> tuple[Recipe, ...]:
 
 
 def recipe_for(model: str, stage: str) -> Recipe | None:
-    """The recipe whose flags are the defaults of `model` in `stage` (one of STAGES); None for a model without one."""
+    """The recipe whose flags are the defaults of `model` in `stage` (one of STAGES); None for a model without one.
+
+    Names of SimMIM and A2MIM go on with any of timm's: a network without a recipe has that of its relatives.
+    """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    return _BY_MODEL.get((model, stage))
+    related = (recipe for recipe in _FAMILIES if recipe.stage == stage and model.startswith(recipe.model[:-1]))
+    return _BY_MODEL.get((model, stage)) or next(related, None)

@@ -11,13 +11,13 @@ import options
 from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate
 from engine_for_pretraining import Normalize, Training, train
-from modeling_finetune import create_model, input_size_of
+from modeling_finetune import create_model, input_size_of, to_pair
 from optim_factory import param_groups
 from parallel import AUTOCAST_DTYPES
 from run_pretraining import dry_run, launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
 from transforms import build_finetune_transform
-from utils import log
+from utils import log, refused
 
 
 def build_classifier(args: Namespace) -> nn.Module:
@@ -60,6 +60,16 @@ def build_eval_loader(args: Namespace, transform):
 def settle_size(args: Namespace) -> None:
     """--input_size defaults to the model's own."""
     args.input_size = options.model_kwargs(args).get("input_size") or input_size_of(args.model)
+
+
+@torch.no_grad()
+def check_eval_size(args: Namespace, model: nn.Module) -> None:
+    """ValueError now, not after the first epoch: the network does not take images of --eval_input_size."""
+    size = args.eval_input_size
+    if size not in (None, args.input_size):
+        with refused(f"--eval_input_size {size}: --model {args.model} is for --input_size {args.input_size}"):
+            model.eval()(torch.zeros(1, 3, *to_pair(size)))
+        model.train()
 
 
 def settle_classes(args: Namespace, dataset) -> None:
@@ -134,6 +144,7 @@ def main(args: Namespace) -> None:
     if args.finetune:
         found = checkpoint.load_pretrained(model, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
         log.info("%s", found)
+    check_eval_size(args, model)
     if args.eval:
         return evaluate_only(args, model, normalize, eval_loader)
 

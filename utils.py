@@ -14,7 +14,8 @@ import socket
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -410,6 +411,15 @@ def memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def refused(sentence: str) -> Iterator[None]:
+    """ValueError of that sentence and the network's own words in place of what a network raises that does not fit."""
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{sentence}: {' '.join(str(error).split())}") from error
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from analysis import common
 from modeling_finetune import Attention, to_pair
 from run_pretraining import launch
+from utils import refused
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def attentions_of(network: nn.Module) -> list[Attending]:
         stride = tuple(pixels / places for pixels, places in zip(size, whole, strict=True))
         found.append(Attending(name, module.attn, grid, stride))
     if not found:
-        raise ValueError(f"--model: {type(network).__name__} has no attention that is known here")
+        raise ValueError(f"{type(network).__name__} has no attention that is known here: leave it out")
     return found
 
 
@@ -115,7 +116,8 @@ def _own_probabilities(see: Callable[[Tensor], None], module: Attention, inputs:
 
 def distances_of(args: Namespace, network: common.Network, device: torch.device) -> list[tuple[Attending, Tensor]]:
     """Every attention in the order of the forward pass, with its heads' mean distances [h] over all images."""
-    features, attentions = network.features.to(device), attentions_of(network.features)
+    with refused(network.label):
+        features, attentions = network.features.to(device), attentions_of(network.features)
     between = {attending: patch_distances(attending.grid, attending.stride).to(device) for attending in attentions}
     sums: dict[Attending, Tensor] = {}
     count = 0

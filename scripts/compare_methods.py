@@ -85,7 +85,8 @@ METHODS = {
     "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
     "a2mim_resnet18": Method(
         "A2MIM, ResNet-18",
-        f"--model a2mim_resnet18 {MIM} --model_kwargs output_stride={{cell}}",
+        f"--model a2mim_resnet18 {MIM} --model_kwargs output_stride={{cell}} --no_sync_bn --opt_betas 0.9 0.98 "
+        "--train_interpolation bicubic",
         RESNET,
         length="mim",
     ),

@@ -28,10 +28,10 @@ TINY = {
     "vit_tiny_patch16_224": {"embed_dim": 32, "depth": 3, "num_heads": 2, "input_size": 32, "patch_size": 8},
     "mobilenetv3_small_050": {"input_size": 64},
 }
-PLACES = {"resnet18": 4, "convnext_tiny": 4, "swin_tiny": 5, "vit_tiny_patch16_224": 3, "mobilenetv3_small_050": 5}
+PLACES = {"resnet18": 4, "convnext_tiny": 4, "swin_tiny": 5, "vit_tiny_patch16_224": 3, "mobilenetv3_small_050": 4}
 STRIDES = {  # of the masks (specs/a2mim.md 1.1)
     "resnet18": (4, 4, 8, 16), "convnext_tiny": (4, 8, 16, 32), "swin_tiny": (4, 4, 8, 16, 32),
-    "vit_tiny_patch16_224": (8, 8, 8), "mobilenetv3_small_050": (2, 4, 8, 16, 32),
+    "vit_tiny_patch16_224": (8, 8, 8), "mobilenetv3_small_050": (2, 4, 8, 16),
 }  # fmt: skip
 PUBLISHED_NAMES = [  # weights under OpenMixup's names
     folder
@@ -131,6 +131,35 @@ def test_mistakes_are_named():
         create_model("a2mim_resnet")
     with pytest.raises(ValueError, match="ends in no map"):
         create_model("a2mim_mixer_s16_224")
+    for name, options, said in (
+        ("hrnet_w18_small", {}, "no place for a mask token behind stage3 of hrnet_w18_small"),
+        ("inception_v3", {}, r"inception_v3 does not take images of \(64, 64\) \(--input_size\): .*Kernel size"),
+        ("vgg11", {"grad_checkpointing": True}, "--grad_checkpointing: timm's vgg11 has none"),
+        ("vgg11", {"drop_path": 0.1}, "--drop_path 0.1: vgg11 has no stochastic depth"),
+        ("swin_tiny", {"input_size": 16}, "Swin needs 32 pixels"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            create_model(f"a2mim_{name}", **{"input_size": 64} | options)
+
+
+@pytest.mark.parametrize("name", ["edgenext_xx_small", "mobilenetv3_small_050", "repvgg_a0"])
+def test_any_network_sees_visible_pixels_from_masked_places(name):
+    """The token of a network by name goes in before its last stage, not behind it, where nothing looks around."""
+    model = create_model(f"a2mim_{name}", input_size=64, replace=True, mask_init=0).eval()
+    assert model.inject.place.stride == 16
+    images, mask = images_of(model, 1).requires_grad_(), torch.zeros(1, 4, 4)
+    mask[:, 2:, 2:] = 1  # the last of 2 x 2 cells
+    hidden = enlarged(mask, (64, 64)).bool().unsqueeze(1).expand_as(images)
+    features = model.features(images, mask)
+    features[:, :, 1, 1].square().sum().backward()
+    assert images.grad[~hidden].any()
+
+
+def test_swins_own_windows_stay():
+    """Only those of the published recipes follow the images' size."""
+    network = timm.create_model("swin_s3_tiny_224", num_classes=0, img_size=64)
+    exported = create_model("simmim_swin_s3_tiny_224", input_size=64).encoder_state_dict()
+    assert {k: v.shape for k, v in exported.items()} == {k: v.shape for k, v in network.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,6 +229,22 @@ def test_visible_pixels_count_only_where_they_should():
         assert torch.equal(criterion(predicted, images, mask)["loss"], criterion(other, images, mask)["loss"])
     criterion = ReconstructionLoss(fft_weight=1.0, fft_unmask_weight=0.5)
     assert criterion(predicted, images, mask)["loss"] != criterion(other, images, mask)["loss"]
+
+
+def test_an_images_loss_can_be_its_own():
+    """Published, it depends on the other images of the process in two ways; both can be switched off."""
+    images, predicted, mask = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.ones(4, 4, 4)
+
+    def gap(**options) -> Tensor:
+        loss = build("resnet18", fft_weight=1.0, **options).loss
+        whole, *halves = (
+            loss(*(x[part] for x in (predicted, images, mask)))["loss_freq"]
+            for part in (slice(None), slice(2), slice(2, None))
+        )
+        return (whole - sum(halves) / 2).abs() / whole
+
+    assert gap(ave_spectrum=False, batch_matrix=False) < 1e-6
+    assert gap(ave_spectrum=False) > 1e-3 and gap(batch_matrix=False) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,13 +321,21 @@ def test_backbones_come_out_of_published_files(tmp_path, case):
     tensors = load_file(case / "tensors.safetensors")
     weights = {key.partition("weights/")[2]: value.float() for key, value in tensors.items() if "weights/" in key}
     inside = {f"backbone.{key.removeprefix('backbone.')}": value for key, value in weights.items()}
-    extra = ("backbone.mask_token", "neck.decoder.0.weight", "head.fc.weight", "head.fc.bias", "ema_backbone_norm")
+    extra = ["backbone.mask_token", "neck.decoder.0.weight", "ema_backbone_norm"]
+    extra += ["head.fc.weight", "head.fc.bias", "head.mlp.weight"]
     path = tmp_path / "published.pth"
     torch.save({"state_dict": inside | dict.fromkeys(extra, torch.zeros(1)), "meta": {"epoch": 3}}, path)
     found, model = extract(str(path))
     expected = from_openmixup(weights)
     assert model == "" and found.keys() == expected.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_no_backbone_no_file(tmp_path):
+    for names in (["neck.decoder.0.weight", "ema_backbone_norm"], ["head.0.running_mean", "head.1.weight"]):
+        torch.save({"model": dict.fromkeys(names, torch.zeros(1))}, tmp_path / "heads.pth")
+        with pytest.raises(ValueError, match=r"heads\.pth holds no backbone, only "):
+            extract(str(tmp_path / "heads.pth"))
 
 
 def test_a_run_is_fine_tuned_and_looked_at(tmp_path):

@@ -459,7 +459,7 @@ def test_only_images_classified_right(tmp_path):
         ("fourier", "--model resnet18 --checkpoint random random", "--labels must differ"),
         ("fourier", "--model resnet18 --images 0", "--images must be at least 1, not 0"),
         ("cka", "--model resnet18 --batch_size 3", "--batch_size and --images must be at least 4"),
-        ("attention_distance", "--model resnet18", "--model: ResNet has no attention that is known here"),
+        ("attention_distance", "--model resnet18", "resnet18 (random): ResNet has no attention that is known here"),
         ("interaction", "--model vit_tiny_patch16_224 --grid 15", "--grid 15 does not divide the images of"),
         ("interaction", "--model mae_tiny_patch16_224", "has no trained classifier"),
         ("interaction", "--model vit_tiny_patch16_224 --ratios 2", "--ratios are from 0 to 1, not 2.0"),

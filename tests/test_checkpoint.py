@@ -167,6 +167,19 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
     assert [Path(call).name for call in calls] == [".checkpoint-1.pth.tmp", "rename", tmp_path.name]
 
 
+def test_others_may_read_what_the_user_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path, "checkpoint-1.pth")
+        save_encoder(tmp_path / "encoder-1.safetensors", {"weight": torch.zeros(2)}, {})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "checkpoint-1.pth": 0o640,
+        "encoder-1.safetensors": 0o640,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -455,6 +468,16 @@ def test_model_prefix_selects_the_keys_under_it():
     assert torch.equal(target.cls_token, source.cls_token)
     with pytest.raises(ValueError, match=r"no tensor under --model_prefix 'encoder\.'"):
         load_pretrained(target, state, prefix="encoder.")
+
+
+def test_parts_of_blocks_that_a_model_lacks_are_a_warning(caplog):
+    """All that it has is found, but it would compute something else."""
+    source = vit(rel_pos_bias="per_block", init_values=0.1)
+    load_pretrained(vit(rel_pos_bias="per_block", init_values=0.1), source.state_dict())
+    assert caplog.messages == []
+    report = load_pretrained(vit(init_values=0.1), source.state_dict())
+    assert report.matched == 1 and len(report.ignored) == 3
+    assert "parts of the blocks in a state dict have no place in this --model" in caplog.text
 
 
 def test_tables_and_positions_are_resized_for_another_grid():

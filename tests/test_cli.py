@@ -252,6 +252,13 @@ def test_unforeseen_error_ends_the_process(tmp_path):
     assert result.returncode == 1 and result.stdout.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
+def test_steps_of_the_rate_must_be_given(capsys):
+    with pytest.raises(SystemExit):
+        options.parse("pretrain", ["--lr_schedule", "step"])
+    assert "--lr_schedule step needs --lr_steps" in capsys.readouterr().err
+    assert options.parse("pretrain", ["--lr_schedule", "step", "--lr_steps", "3"]).lr_steps == [3]
+
+
 def test_leftovers_are_named(tmp_path, capfd):
     with dry_run_folder(tmp_path):
         run_pretraining.main(options.parse("pretrain", [*PRETRAIN, "--warmup_lr", "1e-6", "--dry_run"]))

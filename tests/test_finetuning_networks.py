@@ -120,6 +120,32 @@ def test_networks_without_known_layers_are_refused():
         assert all(group["lr_scale"] == 1 for group in param_groups(model, 0.05, 1.0))
 
 
+def test_defaults_of_vits_give_way_for_networks_without_a_recipe():
+    """So that pre-training and fine-tuning of any CNN go together without further flags."""
+    for name, flags, expected in (
+        ("regnety_008", [], (1.0, 0.0)),
+        ("densenet121", ["--drop_path", "0.2"], (1.0, 0.2)),
+        ("resnet18", ["--layer_decay", "0.9"], (0.9, 0.0)),
+        ("convnext_tiny", [], (0.7, 0.1)),
+        ("swin_tiny", [], (0.9, 0.1)),
+        ("beit_small_patch16_224_abs_pos", [], (0.9, 0.1)),
+    ):
+        args = options.parse("finetune", ["--model", name, *flags])
+        assert (args.layer_decay, args.drop_path) == expected
+
+
+@pytest.mark.parametrize("name", ["swin_tiny", "mim_vit_tiny_patch16_224"])
+def test_a_size_to_evaluate_at_is_refused_before_training(name):
+    sizes = TINY.get(name, {"embed_dim": 32, "depth": 1, "num_heads": 2, "input_size": 64})
+    model = create_model(name, **sizes, num_classes=7)
+    args = Namespace(model=name, input_size=model.patch_embed.img_size[0], eval_input_size=96)
+    with pytest.raises(ValueError, match=f"--eval_input_size 96: --model {name} is for --input_size"):
+        run_class_finetuning.check_eval_size(args, model)
+    resnet = create_model("resnet18", **TINY["resnet18"], num_classes=7)
+    run_class_finetuning.check_eval_size(args, resnet)
+    assert resnet.training
+
+
 def test_models_know_their_size():
     assert [input_size_of(f"beit_tiny_patch16_{size}") for size in (224, 384)] == [224, 384]
     assert input_size_of("resnet50") == 224 and input_size_of("nothing") == 0

@@ -642,6 +642,20 @@ def test_recipe_is_found_by_model_and_uses_known_flags(recipe: Recipe) -> None:
     assert recipe.flags["lr"] is None or "blr" not in recipe.flags
 
 
+def test_networks_of_timm_have_the_settings_of_their_relatives() -> None:
+    for name, relative in {
+        "a2mim_resnet18": "a2mim_resnet200",
+        "a2mim_regnety_008": "a2mim_convnext_tiny",
+        "a2mim_swin_tiny": "simmim_swin_base",
+        "simmim_resnet34": "simmim_resnet50",
+        "simmim_regnety_008": "simmim_convnext_tiny",
+        "simmim_deit_small_patch16_224": "simmim_vit_base_patch16_224",
+    }.items():
+        assert recipe_for(name, "pretrain").flags == recipe_for(relative, "pretrain").flags
+    assert recipe_for("swin_tiny", "finetune").flags == recipe_for("swin_base", "finetune").flags
+    assert recipe_for("regnety_008", "finetune") is None
+
+
 def test_recipe_for_a_model_without_one_and_for_a_wrong_stage() -> None:
     assert recipe_for("resnet18", "finetune") is None
     assert recipe_for("conmim_base_patch16_224", "finetune") is None
