@@ -476,7 +476,7 @@ def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
 def _expand_to_blocks(state: StateDict, target: StateDict, report: LoadReport) -> StateDict:
     """The shared bias table in every block of a model that has one table a block."""
     tables = [key for key in target if key.startswith("blocks.") and key.endswith(_TABLE)]
-    if _SHARED_TABLE not in state or not tables:
+    if _SHARED_TABLE not in state or _SHARED_TABLE in target or not tables:
         return state
     report.expanded = tables
     return _expand_shared_table(state, len(tables))

@@ -343,7 +343,7 @@ class Block(nn.Module):
     def __init__(self, dim, num_heads, *, mlp_ratio, drop, drop_path, init_values, **attention):
         super().__init__()
         self.gamma_1 = self.gamma_2 = None
-        if init_values:
+        if init_values is not None and init_values > 0:
             self.gamma_1 = nn.Parameter(torch.full((dim,), float(init_values)))
             self.gamma_2 = nn.Parameter(torch.full((dim,), float(init_values)))
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -402,7 +402,7 @@ class VisionTransformer(nn.Module):
 
     num_cls_tokens: how many class tokens there are, each with a position of its own, if there are learned ones.
     pos_embed: "none", "learned", "sincos" (fixed) or "sincos_trainable".
-    rel_pos_bias: "none", "shared" (one table, BEiT pre-training) or "per_block" (BEiT fine-tuning).
+    rel_pos_bias: "none", "shared" (one table, BEiT pre-training), "per_block" (BEiT fine-tuning) or "both", added.
     k_bias: keys have a bias too (MAE's form); without it only queries and values do (BEiT's form).
     global_pool: "avg" (mean of patch tokens, then `fc_norm`), "token" (class token, or the mean of several; `norm`).
     num_classes 0 leaves the head out: `forward` then returns the pooled vector [B, C].
@@ -437,7 +437,7 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         check_choice("pos_embed", pos_embed, ("none", "learned", "sincos", "sincos_trainable"))
-        check_choice("rel_pos_bias", rel_pos_bias, ("none", "shared", "per_block"))
+        check_choice("rel_pos_bias", rel_pos_bias, ("none", "shared", "per_block", "both"))
         check_choice("global_pool", global_pool, ("avg", "token"))
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
@@ -450,11 +450,11 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
         self.pos_embed = self._make_pos_embed(pos_embed)
         self.pos_drop = nn.Dropout(drop)
-        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if rel_pos_bias == "shared" else None
+        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if rel_pos_bias in ("shared", "both") else None
         block = partial(
             self.block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, init_values=init_values,
             qkv_bias=qkv_bias, k_bias=k_bias, attn_drop=attn_drop, kernel=attn,
-            grid=grid if rel_pos_bias == "per_block" else None,
+            grid=grid if rel_pos_bias in ("per_block", "both") else None,
         )  # fmt: skip
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)

@@ -323,10 +323,11 @@ class MAE(PlainViT):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
         attn: str = "auto",
         **vit,
     ):
-        super().__init__(mlp_ratio=mlp_ratio, attn=attn, **vit)
+        super().__init__(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, attn=attn, **vit)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         self.noise_size = self.patch_embed.num_patches
         num_visible(self.patch_embed.num_patches, mask_ratio)  # refuses a ratio that cannot be
@@ -335,8 +336,8 @@ class MAE(PlainViT):
         positions = sincos_pos_embed(decoder_embed_dim, self.patch_embed.grid_size)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         block = partial(
-            Block, decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, k_bias=True, kernel=attn,
-            drop=0.0, attn_drop=0.0, drop_path=0.0, init_values=None,
+            Block, decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, k_bias=True,
+            kernel=attn, drop=0.0, attn_drop=0.0, drop_path=0.0, init_values=None,
         )  # fmt: skip
         self.decoder_blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
@@ -989,13 +990,14 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         use_bottleneck: bool = True,
         separate_mask: bool = False,
         mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
         drop_path: float = 0.0,
         init_values: float | None = None,
         attn: str = "auto",
         **vit,
     ):
         form = {"pos_embed": "learned", "rel_pos_bias": "none", "global_pool": "token", "num_classes": 0}
-        shared = {"mlp_ratio": mlp_ratio, "init_values": init_values}
+        shared = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "init_values": init_values}
         super().__init__(drop_path=drop_path, attn=attn, **shared, **vit, **form)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self._init_token(self.mask_token)
@@ -1003,7 +1005,7 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         if use_bottleneck:
             own = self.blocks[0].attn
             block = partial(
-                Block, self.embed_dim, own.num_heads, drop=0.0, attn_drop=0.0, kernel=attn, qkv_bias=True,
+                Block, self.embed_dim, own.num_heads, drop=0.0, attn_drop=0.0, kernel=attn,
                 k_bias=own.q_bias is None, **shared,
             )  # fmt: skip
             rates = torch.linspace(0, drop_path, len(self.blocks), device="cpu").tolist()

@@ -470,6 +470,20 @@ def test_model_prefix_selects_the_keys_under_it():
         load_pretrained(target, state, prefix="encoder.")
 
 
+def test_both_kinds_of_tables_add_up():
+    """Into a table for each block; a model that has both takes them as they are."""
+    source = vit(rel_pos_bias="both").eval()
+    images = torch.randn(2, 3, 16, 16)
+    for kind in ("both", "per_block"):
+        target = vit(rel_pos_bias=kind).eval()
+        report = load_pretrained(target, source.state_dict())
+        assert report.matched == 1 and bool(report.expanded) == (kind == "per_block")
+        torch.testing.assert_close(target.forward_features(images), source.forward_features(images))
+    no_table = vit().eval()
+    load_pretrained(no_table, source.state_dict())
+    assert (no_table.forward_features(images) - source.forward_features(images)).abs().max() > 1e-3
+
+
 def test_parts_of_blocks_that_a_model_lacks_are_a_warning(caplog):
     """All that it has is found, but it would compute something else."""
     source = vit(rel_pos_bias="per_block", init_values=0.1)

@@ -49,7 +49,7 @@ from masking_generator import (
     semantic_mask,
     visible_patches,
 )
-from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
+from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, to_pair, unpatchify
 from modeling_pretrain import (
     A2MIM,
     MAE,
@@ -122,6 +122,15 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict({k: v for k, v in weights.items() if "relative_position_index" not in k}, strict=True)
 
 
+def set_norms(model: nn.Module, config: dict) -> None:
+    """The published constants of norms, which have one value each here."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = config.get("norm_eps", config.get("ln_eps", 1e-6))
+        elif isinstance(module, nn.BatchNorm1d):
+            module.eps, module.momentum = config.get("bn_eps", 1e-5), config.get("bn_momentum", 0.1)
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {f"grad/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -133,15 +142,17 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 def position_options(config: dict) -> dict:
     """The published switches of a ViT's positions in this repository's words."""
-    kind = "shared" if config.get("use_shared_rel_pos_bias") else "none"
+    tables = bool(config.get("use_shared_rel_pos_bias")), bool(config.get("use_rel_pos_bias"))
+    kinds = {(False, False): "none", (True, False): "shared", (False, True): "per_block", (True, True): "both"}
     return {
         "pos_embed": "learned" if config.get("use_abs_pos_emb", config.get("use_abs_pos_embed")) else "none",
-        "rel_pos_bias": "per_block" if config.get("use_rel_pos_bias") else kind,
+        "rel_pos_bias": kinds[tables],
     }
 
 
 def vit_options(config: dict) -> dict:
-    names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values")
+    names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "qkv_bias")
+    config = config | {"qkv_bias": bool(config.get("qkv_bias", True))}
     size = config["img_size"]
     size = size if isinstance(size, int) else tuple(size)
     return {"input_size": size, **{k: config[k] for k in names if k in config}, **position_options(config)}
@@ -159,8 +170,9 @@ def conmim(case: Case) -> dict[str, Tensor]:
         projector_out_dim=config["projector_out_dim"],
         temperature=config["temperature"],
     )
-    load_weights(model, case.inputs("weights/student/"))
-    load_weights(model.teacher, case.inputs("weights/teacher/"))
+    for name, network in (("student", model), ("teacher", model.teacher)):
+        load_weights(network, case.inputs(f"weights/{name}/"))
+        set_norms(network, config)
     computed = conmim_steps(model, case) if "steps" in config else conmim_loss(model, case)
     for who, network in (("student", model), ("teacher", model.teacher)):
         computed |= {f"{who}_after/{k}": v for k, v in network.state_dict().items()}
@@ -213,7 +225,6 @@ def beit_finetune(case: Case) -> dict[str, Tensor]:
     model = VisionTransformer(
         **vit_options(config),
         num_classes=config["num_classes"],
-        qkv_bias=config["qkv_bias"],
         global_pool="avg" if config["use_mean_pooling"] else "token",
     )
     load_weights(model, case.inputs("weights/"))
@@ -255,7 +266,8 @@ def model_of_shapes(config: dict, shapes: dict[str, list[int]]) -> nn.Module:
     """ConMIM or the classifier, as the parameters' shapes tell."""
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     table = next((shape for name, shape in shapes.items() if name.endswith("relative_position_bias_table")), None)
-    grid = math.isqrt(shapes["pos_embed"][1]) if "pos_embed" in shapes else (math.isqrt(table[0]) + 1) // 2
+    rows = table[0] if table else 0
+    grid = math.isqrt(shapes["pos_embed"][1]) if "pos_embed" in shapes else (math.isqrt(rows) + 1) // 2 or 1
     options = {
         "input_size": grid * patch,
         "patch_size": patch,
@@ -264,6 +276,7 @@ def model_of_shapes(config: dict, shapes: dict[str, list[int]]) -> nn.Module:
         "num_heads": table[1] if table else 1,
         "mlp_ratio": mlp_ratio(shapes["blocks.0.mlp.fc1.weight"][0], width),
         "init_values": config["init_values"],
+        "qkv_bias": "blocks.0.attn.q_bias" in shapes,
         **position_options(config),
     }
     if config["stage"] == "pretrain":
@@ -345,9 +358,10 @@ def lars(case: Case) -> dict[str, Tensor]:
     names = ("lr", "weight_decay", "momentum", "trust_coefficient")
     optimizer = LARS(parameters.values(), **{name: config[name] for name in names})
     computed = {}
-    for step in range(len({name.partition("_")[0] for name in inputs if name.startswith("grad")})):
+    seen = len({name.partition("_")[0] for name in inputs if name.startswith("grad")})
+    for step in range(config.get("steps", seen)):
         for name, parameter in parameters.items():
-            parameter.grad = inputs[f"grad{step}_{name}"]
+            parameter.grad = inputs.get(f"grad{step}_{name}")
         optimizer.step()
         for name, parameter in parameters.items():
             computed[f"step{step}_{name}"] = computed[f"param_{name}_after{step + 1}"] = parameter.detach().clone()
@@ -366,7 +380,6 @@ def normalised(images: Tensor) -> Tensor:
 def mae_options(config: dict) -> dict:
     names = (
         "mask_ratio", "norm_pix_loss", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "in_chans",
-        "qkv_bias",
     )  # fmt: skip
     options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
     return options | {key: config[key] for key in names if key in config}
@@ -401,7 +414,7 @@ def sincos_tables(case: Case) -> dict[str, Tensor]:
         width, side, has_class = table["embed_dim"], table.get("grid", table.get("grid_size")), table["cls_token"]
         sides = (side, side) if isinstance(side, int) else tuple(side)
         positions = sincos_pos_embed(width, sides)
-        computed[f"pos_embed_d{width}_g{side}"] = positions
+        computed[f"pos_embed_d{width}_g{side}"] = positions if has_class else positions[:, 1:]
         computed[f"table_{width}_{side}_{int(has_class)}"] = positions[0, 0 if has_class else 1 :]
     return computed
 
@@ -442,13 +455,16 @@ def mae_layer_decay(case: Case) -> dict[str, Tensor]:
     config, expected = case.config, case.spec["expected"]
     model = mae_classifier(config)
     parameters = dict(model.named_parameters())
-    for name in config["frozen"]:
-        parameters[name].requires_grad_(False)
+    for name, parameter in parameters.items():
+        if any(name == part or name.startswith(f"{part}.") for part in config["frozen"]):
+            parameter.requires_grad_(False)
     assert {name for name, p in parameters.items() if p.requires_grad} == set(expected)
     groups = param_groups(model, config["weight_decay"], config["layer_decay"])
-    group_of = {id(p): g["group_name"] for g in groups for p in g["params"]}
+    layers, _ = layers_of(list(parameters))
+    group_at = {id(p): g for g in groups for p in g["params"]}
+    group_of = {id(p): (layers[name], group_at[id(p)]["decay"]) for name, p in parameters.items() if p.requires_grad}
     order = list(dict.fromkeys(group_of[id(parameters[name])] for name in expected))
-    by_name = {g["group_name"]: g for g in groups}
+    by_name = {group_of[id(parameters[name])]: group_at[id(parameters[name])] for name in expected}
     return {
         "group_index": torch.tensor([order.index(group_of[id(parameters[name])]) for name in expected]),
         "group_lr_scale": torch.tensor([by_name[name]["lr_scale"] for name in order], dtype=torch.float64),
@@ -507,8 +523,8 @@ def semmae(case: Case) -> dict[str, Tensor]:
 
 def unpack(packed: Tensor, grid: tuple[int, int], config: dict) -> Tensor:
     """The listed patches of upstream's samples at their cells of an image that is 0 elsewhere."""
-    parts = config["num_parts"]
-    pixels, cells = packed[..., 2 * parts + 1 :], packed[..., 2 * parts].long()
+    first = packed.shape[-1] - 3 * config["patch_size"] ** 2
+    pixels, cells = packed[..., first:], packed[..., first - 1].long()
     canvas = torch.zeros(len(packed), grid[0] * grid[1], pixels.shape[-1])
     return unpatchify(put(canvas, cells, pixels), grid, (config["patch_size"],) * 2)
 
@@ -651,7 +667,7 @@ def visible(order: Tensor) -> dict[str, Tensor]:
 
 
 def split_gradients(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The joint projection's gradients under the names of separate ones too."""
+    """The joint projection's gradients, or weights, under the names of separate ones too."""
     for name, value in list(found.items()):
         for part, own in zip("qkv", value.chunk(3), strict=False):
             found[name.replace(".attn.qkv.", f".attn.{part}.")] = own if ".attn.qkv." in name else value
@@ -671,6 +687,7 @@ def semaim_masks(case: Case) -> dict[str, Tensor]:
 def semaim_attention(case: Case) -> dict[str, Tensor]:
     """Each map by the pass that computes no more than it needs, the tokens by the one that predicts them."""
     model, batch = load_semaim(case, "auto"), {"image": case.inputs()["imgs"]}
+    model.predict_feature, model.has_features, model.average = "none", False, None  # the network's own maps
     model.has_map, model.attention_type = True, "gap" if case.config["attention_type"] == "gap" else "cls"
     _, attention = model.look_ahead(batch)
     model.attention_type = "self"
@@ -694,6 +711,7 @@ def semaim_weight_decay(case: Case) -> dict[str, Tensor]:
     """The published order of the groups: first what is not decayed."""
     config, expected = case.config, case.spec["expected"]
     model = SemAIM(**semaim_options(config))
+    model.blocks.requires_grad_(True)  # also those that no query looks at, which are not trained here
     groups = {g["group_name"]: g for g in param_groups(model, config["weight_decay"])}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(parameters) == set(expected)
@@ -714,7 +732,7 @@ def semaim_rates(config: dict, epochs: np.ndarray) -> np.ndarray:
 
 
 def semaim_lr_schedule(case: Case) -> dict[str, Tensor]:
-    scales = [scale or 1.0 for scale in case.config["lr_scales"]]
+    scales = [1.0 if scale is None else scale for scale in case.config["lr_scales"]]
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": scale} for scale in scales])
     rows = []
     for rate in semaim_rates(case.config, np.arange(case.config["epochs"])):
@@ -741,8 +759,9 @@ def semaim_epoch(case: Case, attn: str) -> dict[str, Tensor]:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     rates = semaim_rates(config, np.array([config["epoch"]]))
     losses, norms, orders = [], [], []
-    for step, (images, noise) in enumerate(zip(inputs["imgs"], inputs["noise"], strict=True)):
-        batch = {"image": images, "noise": noise}
+    draws = [inputs[name] for name in ("noise", "center_noise") if name in inputs]  # some orders draw nothing
+    for step, images in enumerate(inputs["imgs"]):
+        batch = {"image": images} | ({"noise": torch.cat([noise[step] for noise in draws], 1)} if draws else {})
         orders.append(model.order_of(batch, model.look_ahead(batch)[1]))
         losses.append(model(batch)["loss"])
         (losses[-1] / config["accum_iter"]).backward()
@@ -756,7 +775,7 @@ def semaim_epoch(case: Case, attn: str) -> dict[str, Tensor]:
     computed |= {"permutations": torch.stack(orders), "ema_decay": torch.tensor(model.ema_decay, dtype=torch.float64)}
     for prefix, network in (("final", model), ("ema", model.teacher)):
         if network is not None:
-            computed |= {f"{prefix}/{name}": value for name, value in network.state_dict().items()}
+            computed |= {f"{prefix}/{name}": value for name, value in split_gradients(network.state_dict()).items()}
     return computed
 
 
@@ -798,8 +817,9 @@ def voc_miou(case: Case) -> dict[str, Tensor]:
 
 def hog(case: Case) -> dict[str, Tensor]:
     config, images = case.config, case.inputs()["image"]
-    patch = images.shape[-1] // config["grid"]
-    target = HOG((config["grid"],) * 2, (patch,) * 2, config["nbins"], config["pool"], config["gaussian_window"])
+    grid = to_pair(config["grid"])
+    patch = tuple(side // cells for side, cells in zip(images.shape[-2:], grid, strict=True))
+    target = HOG(grid, patch, config["nbins"], config["pool"], config["gaussian_window"])
     return {"hog_map": target.histograms(images), "target": target(images)}
 
 
@@ -821,7 +841,8 @@ def dalle_encoder(case: Case) -> dict[str, Tensor]:
 
 def beit_pretrain(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs()
-    model = BEiT(**vit_options(config), vocab_size=config["vocab_size"], qkv_bias=config["qkv_bias"])
+    model = BEiT(**vit_options(config), in_chans=config.get("in_chans", 3), vocab_size=config["vocab_size"])
+    set_norms(model, config)
     load_weights(model, case.inputs("weights/"))
     mask = inputs["bool_masked_pos"].bool()
     out = model({"image": inputs["image"], "mask": mask, "target_ids": inputs["target_ids"]})
@@ -835,13 +856,20 @@ def logits_of(model: BEiT | SemanticBEiT, tokens: Tensor) -> Tensor:
 
 
 def semanticmim_model(case: Case, form: type[SemanticMIM], **own) -> SemanticMIM:
-    """The case's network with its weights, which come in OpenMMLab's names."""
-    config = case.config
+    """The case's network with its weights, which come in OpenMMLab's names, for the image's size."""
+    config, size = case.config, tuple(case.inputs()["image"].shape[-2:])
     options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
     options |= {key: config[key] for key in ("num_cls_tokens", "use_bottleneck", "in_chans") if key in config}
-    model = form(**options, init_values=config["layer_scale_init_value"], **own)
+    model = form(**options | {"input_size": size}, init_values=config["layer_scale_init_value"], **own)
+    if not config.get("final_norm", True):
+        model.norm = nn.Identity()
+    set_norms(model, config)
     weights = {k: v for k, v in case.inputs("weights/").items() if not k.startswith("target_generator.")}
-    load_weights(model, from_mmpretrain(weights))
+    native = from_mmpretrain(weights)
+    if to_pair(options["input_size"]) != size:
+        grid, extra = model.patch_embed.grid_size, model.num_prefix_tokens
+        native["pos_embed"] = interpolate_pos_embed(native["pos_embed"], grid, extra)
+    load_weights(model, native)
     return model
 
 
@@ -851,9 +879,11 @@ def semanticmim_outputs(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[st
     keep = {"stream_layer0": model.blocks[0], "mask_features": model.norm}
     keep |= {} if model.mask_blocks is None else {"mask_stream_layer0": model.mask_blocks[0]}
     for name, module in keep.items():
-        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+        module.register_forward_hook(lambda _, given, out, name=name: seen.update({name: out, f"{name}_of": given[0]}))
     out = model(batch)
     out["loss"].backward()
+    with torch.no_grad():  # a block that is the last computes no more than what is looked at
+        seen["stream_layer0"] = model.blocks[0].forward(seen["stream_layer0_of"])
     if model.mask_blocks is not None:
         seen["stream_layer0"] = seen["stream_layer0"].roll(model.num_prefix_tokens, 1)
     return out | seen | published_gradients(model)
@@ -862,8 +892,8 @@ def semanticmim_outputs(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[st
 def published_gradients(model: SemanticMIM) -> dict[str, Tensor]:
     """Under OpenMMLab's names."""
     names = {
-        "mask_blocks.": "extra_layers.", "blocks.": "layers.", ".norm": ".ln", ".mlp.fc1.": ".ffn.layers.0.0.",
-        ".mlp.fc2.": ".ffn.layers.1.", "patch_embed.proj.": "patch_embed.projection.",
+        "backbone.norm.": "backbone.ln1.", "mask_blocks.": "extra_layers.", "blocks.": "layers.", ".norm": ".ln",
+        ".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1.", "patch_embed.proj.": "patch_embed.projection.",
     }  # fmt: skip
     heads = {"grad/lm_head.": "grad/head.cls_head.", "grad/hog_head.": "grad/neck.fc."}
     found = {}
@@ -873,7 +903,7 @@ def published_gradients(model: SemanticMIM) -> dict[str, Tensor]:
         for old, new in names.items():
             theirs = theirs.replace(old, new)
         if ".attn.qkv." in theirs:
-            part = "_proj" if model.blocks[0].attn.q_bias is not None else ""
+            part = "_proj" if isinstance(model, SemanticBEiT) else ""
             width = len(value) // 3
             for short, own in zip(("q", "kv"), value.split((width, 2 * width)), strict=True):
                 found[theirs.replace(".qkv.", f".{short}{part}.")] = own
@@ -927,10 +957,12 @@ def semanticmim_attention(case: Case) -> dict[str, Tensor]:
         num_cls_tokens=class_tokens(weights) or 1,
         init_values=config["layer_scale_init_value"],
         k_bias=not beit,
+        qkv_bias=config.get("qkv_bias", True),
         pos_embed="learned",
         num_classes=0,
     )
-    model.norm = nn.LayerNorm(config["embed_dim"], eps=1e-6)
+    model.norm = nn.LayerNorm(config["embed_dim"])
+    set_norms(model, config)
     report = load_pretrained(model, weights, min_matched=1.0)
     if not config["final_norm"]:
         model.norm = nn.Identity()
@@ -939,7 +971,7 @@ def semanticmim_attention(case: Case) -> dict[str, Tensor]:
     layers = model.get_intermediate_layers(images)
     layers[-1] = model.norm(layers[-1])
     featmaps = [tokens[:, num_cls:].mT.unflatten(2, grid) for tokens in layers]
-    computed = {f"featmap_layer{layer}": featmap for layer, featmap in enumerate(featmaps)}
+    computed = {f"featmap_layer{layer}": featmaps[layer] for layer in range(-len(featmaps), len(featmaps))}
     computed["avg_featmap"] = model.fc_norm(layers[-1][:, num_cls:].mean(1))
     computed["cls_token"] = model.fc_norm(layers[-1][:, :num_cls].mean(1))
     cells = config["token_indices"]
