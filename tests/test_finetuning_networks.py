@@ -175,6 +175,20 @@ def test_binary_cross_entropy_is_summed_over_classes():
     torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits, labels), criterion(logits, smooth))
 
 
+def test_the_average_has_the_networks_batch_statistics():
+    """Its weights are averaged, its statistics are not (specs/a2mim.md 4.4)."""
+    args = options.parse("finetune", ["--model_ema", "--model_ema_decay", "0.5"])
+    args.nb_classes = 3
+    task = Classification(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), args, torch.device("cpu"))
+    before, average = task.average.module[1].weight.clone(), task.average.module
+    task.model[1].weight.data += 1
+    task.model(torch.randn(16, 4) + 3)
+    task.after_step(1.0)
+    torch.testing.assert_close(average[1].weight, before + 0.5)
+    assert torch.equal(average[0].running_mean, task.model[0].running_mean)
+    assert task.model[0].running_mean.min() > 0.1 and average[0].num_batches_tracked == 1
+
+
 def test_the_averages_decay_rises():
     """m (1 - 0.1 (1 - i / W)) in the first W of the epochs (specs/a2mim.md 4.4)."""
     flags = ["--model_ema", "--model_ema_decay", "0.8", "--model_ema_warmup_epochs", "5", "--epochs", "10"]

@@ -32,6 +32,17 @@ def build(form: str, **options) -> SemanticMIM:
     return model.double()
 
 
+@each_form
+def test_no_projection_has_a_bias_without_qkv_bias(form):
+    """Nor those of the mask tokens' blocks (specs/semanticmim.md 1.4)."""
+
+    def biased(**options) -> set[str]:
+        names = [name for name, _ in build(form, **options).named_parameters()]
+        return {name.split(".")[0] for name in names if name.endswith(("qkv.bias", "q_bias", "v_bias"))}
+
+    assert biased() == {"blocks", "mask_blocks"} and biased(qkv_bias=False) == set()
+
+
 def masks(count: int, batch: int = 2, cells: int = 16, seed: int = 0) -> Tensor:
     order = torch.rand(batch, cells, generator=torch.Generator().manual_seed(seed)).argsort(1)
     side = math.isqrt(cells)
