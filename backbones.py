@@ -144,6 +144,11 @@ def family_of(backbone: nn.Module) -> Family:
     return next(family for cls, family in _FAMILIES.items() if isinstance(backbone, cls))
 
 
+def is_listed_by_timm(backbone: nn.Module) -> bool:
+    """Whether nothing is known here of the backbone but the features that timm lists: it may not fit."""
+    return family_of(backbone) is _FAMILIES[nn.Module]
+
+
 def place_of(backbone: nn.Module, mask_layer: int) -> Place:
     """The place number `mask_layer`, -1 for the last. ValueError: the backbone has no such place."""
     places = family_of(backbone).places(backbone)
@@ -171,8 +176,8 @@ def build_backbone(
         name, input_size, num_classes=0, drop_path=drop_path, grad_checkpointing=grad_checkpointing, **options
     )
     if len(getattr(backbone, "feature_info", None) or ()) < 2:
-        raise ValueError(f"--model: timm lists no features of {name}, so that there is no place for a mask token")
-    if family_of(backbone) is _FAMILIES[nn.Module]:
+        raise ValueError(f"--model: timm lists too few features of {name}: there is no place for a mask token")
+    if is_listed_by_timm(backbone):
         freeze_unused(backbone, name, input_size)
     return backbone
 

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from backbones import TIMM_BACKBONES, MaskToken, PixelNeck, build_backbone, family_of, map_of, place_of
+from backbones import (
+    TIMM_BACKBONES,
+    MaskToken,
+    PixelNeck,
+    build_backbone,
+    family_of,
+    is_listed_by_timm,
+    map_of,
+    place_of,
+)
 from ema import MovingAverage
 from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, mean_filled
 from masking_generator import (
@@ -1195,7 +1204,7 @@ class SimMIM(PretrainMethod):
     @torch.no_grad()
     def check_place(self, name: str) -> None:
         """ValueError: features that are no map where the token goes in, as some of timm's networks have."""
-        if family_of(self.backbone) is not family_of(nn.Module()):
+        if not is_listed_by_timm(self.backbone):
             return
         place, training = self.inject.place, self.training
         mask = torch.ones(1, *(side // place.stride for side in self.input_size))

@@ -1019,7 +1019,7 @@ _BY_MODEL = {(recipe.model, recipe.stage): recipe for recipe in reversed(_RECIPE
 
 # for models without a recipe of their own: the first whose name theirs begins with
 _FAMILIES = tuple(
-    Recipe(f"{family}*_{stage}", stage, f"{family}*", 8, flags, OURS, note="Settings of related networks.")
+    Recipe(f"{family}*_{stage}", stage, f"{family}*", 8, flags, OURS)
     for stage, family, flags in (
         ("pretrain", "a2mim_resnet", PRETRAIN_A2MIM_RESNET),
         ("pretrain", "a2mim_swin_", PRETRAIN_SIMMIM_SWIN),

@@ -116,8 +116,9 @@ def _own_probabilities(see: Callable[[Tensor], None], module: Attention, inputs:
 
 def distances_of(args: Namespace, network: common.Network, device: torch.device) -> list[tuple[Attending, Tensor]]:
     """Every attention in the order of the forward pass, with its heads' mean distances [h] over all images."""
+    features = network.features.to(device)
     with refused(network.label):
-        features, attentions = network.features.to(device), attentions_of(network.features)
+        attentions = attentions_of(features)
     between = {attending: patch_distances(attending.grid, attending.stride).to(device) for attending in attentions}
     sums: dict[Attending, Tensor] = {}
     count = 0
