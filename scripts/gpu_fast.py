@@ -1,0 +1,7 @@
+"""The section `fast` of gpu_check.py."""
+
+from scripts.gpu_check import Checks
+
+
+def run(checks: Checks) -> None:
+    """Runs the section."""
