@@ -62,7 +62,7 @@ class Session:
         if self.args.rank == 0:
             self._save_encoder(stem, state[self.average_key] or state["model"])
             self._write(stem, state)
-            checkpoint.prune_checkpoints(self.folder, self.args.keep_checkpoints)
+            checkpoint.prune_checkpoints(self.folder, self.args.keep_checkpoints, self.folder / f"{stem}.pth")
         utils.barrier()
 
     def save_best(self, position: Position, *, of_average: bool) -> None:
@@ -109,6 +109,7 @@ class Session:
             checkpoint.begin_deepspeed_folder(self.folder / stem)
         utils.barrier()
         self.runner.save(str(self.folder), stem)
+        checkpoint.sync_deepspeed_folder(self.folder / stem)
         utils.barrier()
         if self.args.rank == 0:
             checkpoint.finish_deepspeed_folder(self.folder / stem)
