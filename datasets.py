@@ -5,6 +5,7 @@ broken images; the batch samplers yield lists of (epoch, index), so that a sampl
 """
 
 import argparse
+import hashlib
 import logging
 import mmap
 import os
@@ -535,6 +536,22 @@ def build_dataset(args: argparse.Namespace, *, train: bool, transform: Transform
     if train and fraction != 1.0:
         source = PartSource(source, first_of_each_class(source.labels, fraction))
     return ImageDataset(source, transform, seed=args.seed, max_bad_images=args.max_bad_images, strict=args.strict_data)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Sixteen hexadecimal digits of which images there are and in which order, by their names below their root."""
+    digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=8)
+    source = getattr(dataset, "source", None)
+    while isinstance(source, PartSource):
+        digest.update(np.ascontiguousarray(source.chosen, dtype=np.int64).data)
+        source = source.source
+    if isinstance(source, FileSource):
+        names = source.files.names
+        digest.update(names.ends.data)
+        digest.update(names.text.data)
+    elif isinstance(source, ArraySource):
+        digest.update(f"{source.name} {len(source)}".encode())
+    return digest.hexdigest()
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
