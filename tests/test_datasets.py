@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 import file_index
 from datasets import (
     BadImagesError,
@@ -472,6 +473,15 @@ def test_too_many_broken_images_stop_the_run(folder_root):
     with pytest.raises(BadImagesError, match=r"3 of 12 images are broken \(2 allowed .*cat 0.*cat 1.*cat 2"):
         for index in range(12):
             less_tolerant[0, index]
+
+
+def test_the_memory_of_broken_images_goes_by_how_many_are_allowed():
+    source = datasets.ArraySource("many", np.zeros((10**6, 1, 1, 3), dtype=np.uint8), np.zeros(10**6), ["0"])
+    bad = ImageDataset(source, VIEW, seed=0, max_bad_images=100).bad
+    for number in (999_999, 7, 7 + len(bad.slots), 7):  # the third would have the second's place
+        bad.add(number)
+    assert bad.sorted() == [7, 7 + len(bad.slots), 999_999] and len(bad) == 3 and 8 not in bad
+    assert bad.slots.nbytes < 4096
 
 
 def test_strict_stops_at_the_first(folder_root):
