@@ -2,14 +2,13 @@
 
 A training checkpoint is `checkpoint-<epoch>.pth` (the end of that epoch) or `checkpoint-<epoch>-<step>.pth` (the epoch
 is in progress, `step` of its updates are done). Beside it may lie `encoder-<same>.safetensors` and the DeepSpeed folder
-of the same stem, which is complete once it holds the marker file written last. One process writes in a folder.
+of the same stem, which is complete once it holds the marker file written last.
 """
 
 import argparse
 import hashlib
 import logging
 import math
-import os
 import pickle
 import re
 import shutil
@@ -27,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from scipy.interpolate import make_interp_spline
 from torch import Tensor, nn
+
+import files
 
 log = logging.getLogger("unimim")
 
@@ -51,7 +52,12 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     back. For anything else a ValueError names its place, and nothing is written.
     """
     _check_plain(state, "state")
-    _write_atomically(Path(path), lambda temporary: torch.save(state, temporary))
+    try:
+        files.write_atomically(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:  # torch's words for what the disk said before
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def save_encoder(path: str | Path, state_dict: StateDict, metadata: dict[str, str]) -> None:
@@ -60,7 +66,7 @@ def save_encoder(path: str | Path, state_dict: StateDict, metadata: dict[str, st
         raise ValueError(f"safetensors metadata are strings only, got {metadata}")
     # clones, because the blocks' tables share memory, which safetensors refuses
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_timm(state_dict).items()}
-    _write_atomically(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    files.write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
 
 
 def _check_plain(value: Any, place: str) -> None:
@@ -80,39 +86,14 @@ def _check_plain(value: Any, place: str) -> None:
         )
 
 
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(".*.tmp"):  # of a save that was killed
-        leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # the user's own: safetensors lets nobody else read
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding and pruning
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The training checkpoints in `folder`, oldest first; `checkpoint-best.pth` and temporary files are none."""
-    files = [path for path in Path(folder).glob("checkpoint-*.pth") if _NAME.fullmatch(path.name)]
-    return sorted(files, key=_position)
+    found = [path for path in Path(folder).glob("checkpoint-*.pth") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_position)
 
 
 def latest_valid_checkpoint(folder: str | Path) -> Path | None:
@@ -133,25 +114,43 @@ def check_checkpoint(path: str | Path) -> None:
     folder = deepspeed_folder(path)
     if folder.is_dir() and not (folder / _COMPLETE).exists():
         raise ValueError(f"the DeepSpeed folder {folder} is incomplete")
-    if not _is_intact(path):
+    if not files.is_intact_zip(path):  # torch.load compares no checksums
         raise ValueError(f"{path} is damaged or incomplete")
     _read_pickle(path, mmap=True)
 
 
-def prune_checkpoints(folder: str | Path, keep_last: int | None) -> None:
+def prune_checkpoints(folder: str | Path, keep_last: int | None, written: str | Path | None = None) -> None:
     """Deletes all but the newest `keep_last` checkpoints with their encoders and DeepSpeed folders; None keeps all.
 
-    The newest valid checkpoint stays, however many damaged ones are newer.
+    The newest valid checkpoint stays, however many damaged ones are newer; so does `written`, which this process has
+    just written and which is therefore not read again. DeepSpeed folders whose checkpoint was never written go too.
     """
     if keep_last is None:
         return
     if keep_last < 1:
         raise ValueError(f"--keep_checkpoints must be at least 1, got {keep_last}")
-    old = list_checkpoints(folder)[:-keep_last]
-    newest_valid = latest_valid_checkpoint(folder) if old else None
+    written = None if written is None else Path(written)
+    found = list_checkpoints(folder)
+    old = found[:-keep_last]
+    # a whole one among those that stay: no need to look for another
+    known = written in found[-keep_last:]
+    newest_valid = latest_valid_checkpoint(folder) if old and not known else None
     for path in old:
-        if path != newest_valid:
+        if path not in (newest_valid, written):
             _delete_checkpoint(path)
+    for orphan in _orphans(Path(folder)):
+        shutil.rmtree(orphan)
+
+
+def _orphans(folder: Path) -> list[Path]:
+    """DeepSpeed folders, of nothing but shards and markers, that no checkpoint belongs to: the save was killed."""
+    named = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(f"{path.name}.pth")]
+    alone = [path for path in named if not (folder / f"{path.name}.pth").exists()]
+    return [path for path in alone if all(_is_shard(part.name) for part in path.iterdir())]
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith("_states.pt") or name.lstrip(".").startswith(_COMPLETE)  # the marker, or a draft of it
 
 
 def deepspeed_folder(path: str | Path) -> Path:
@@ -170,23 +169,22 @@ def begin_deepspeed_folder(folder: str | Path) -> None:
     (Path(folder) / _COMPLETE).unlink(missing_ok=True)
 
 
+def sync_deepspeed_folder(folder: str | Path) -> None:
+    """After this rank has written its shards: returns when they are on the disk, which DeepSpeed does not wait for."""
+    for shard in Path(folder).glob("*_states.pt"):
+        files.fsync(shard)
+
+
 def finish_deepspeed_folder(folder: str | Path) -> None:
-    """After every rank has written its shards: the folder counts as complete."""
-    _write_atomically(Path(folder) / _COMPLETE, lambda temporary: temporary.touch())
+    """After every rank's shards are on the disk: the folder counts as complete."""
+    files.fsync(folder)
+    files.write_text(Path(folder) / _COMPLETE, "")
+    files.fsync(Path(folder).parent)
 
 
 def _position(path: Path) -> tuple[int, float]:
     epoch, step = _NAME.fullmatch(path.name).groups()
     return int(epoch), math.inf if step is None else int(step)
-
-
-def _is_intact(path: Path) -> bool:
-    # torch.load does not compare checksums, zipfile does
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # damaged bytes raise anything
-        return False
 
 
 def _delete_checkpoint(path: Path) -> None:

@@ -5,6 +5,7 @@ broken images; the batch samplers yield lists of (epoch, index), so that a sampl
 """
 
 import argparse
+import hashlib
 import logging
 import mmap
 import os
@@ -22,12 +23,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from file_index import IMAGE_EXTENSIONS, PathTable, locate, read_map_file, split_archive, zip_members
 from transforms import BrokenImageError, RawImage
 
 logger = logging.getLogger("unimim")
 
 DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS_SIZE = 32
 DIGITS_VAL_EVERY = 5  # each class's every fifth digit is held out
 
@@ -46,27 +47,11 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class PathTable:
-    """A list of strings in two arrays, which forked workers share (Python strings are copied as they are counted)."""
-
-    def __init__(self, paths: Iterable[str]):
-        encoded = [os.fsencode(path) for path in paths]
-        self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.text[start : self.ends[index]].tobytes())
-
-
 class FolderFiles:
     """The files `names` below the folder `root`."""
 
-    def __init__(self, root: Path, names: list[str]):
-        self.root, self.names = root, PathTable(names)
+    def __init__(self, root: Path, names: PathTable | Iterable[str]):
+        self.root, self.names = root, names if isinstance(names, PathTable) else PathTable(names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,15 +77,18 @@ class ZipFiles:
         ValueError: the file is missing, is no zip archive, or holds none of the names.
     """
 
-    def __init__(self, archive: Path, names: list[str]):
-        self.archive, self.names = archive, PathTable(names)
-        members = _zip_members(archive)
-        found = [members.get(name) for name in names]
-        if names and not any(found):
-            held = next(iter(members), "nothing")
-            raise ValueError(f"{archive} holds none of the listed members, such as '{names[0]}'; it holds '{held}'")
-        table = np.array([(-1, 0, 0, 0) if m is None else m for m in found], dtype=np.int64).reshape(-1, 4)
-        self.offset, self.packed_size, self.size, self.method = table.T.copy()
+    def __init__(self, archive: Path, names: PathTable | Iterable[str]):
+        self.archive, self.names = archive, names if isinstance(names, PathTable) else PathTable(names)
+        members = zip_members(archive)
+        found = locate(members.names, self.names)
+        if len(found) and found.max() < 0:
+            held = members.names[0] if len(members.names) else "nothing"
+            raise ValueError(
+                f"{archive} holds none of the listed members, such as '{self.names[0]}'; it holds '{held}'"
+            )
+        self.offset = np.where(found < 0, -1, members.offset[found])
+        self.packed_size, self.size = members.packed_size[found], members.size[found]
+        self.method = members.method[found].astype(np.int16)
         self._map, self._pid = None, None
 
     def __len__(self) -> int:
@@ -137,16 +125,6 @@ class ZipFiles:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None, "_pid": None}
-
-
-def _zip_members(archive: Path) -> dict[str, tuple[int, int, int, int]]:
-    """Name -> (offset of the local header, packed size, size, compression method)."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            infos = file.infolist()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{archive} cannot be read as a zip archive: {error}") from error
-    return {i.filename: (i.header_offset, i.compress_size, i.file_size, i.compress_type) for i in infos}
 
 
 def _unpack(packed: bytes, method: int, size: int) -> bytes:
@@ -243,56 +221,12 @@ def first_of_each_class(labels: np.ndarray, fraction: float) -> np.ndarray:
     return np.sort(np.concatenate([numbers[: max(1, round(fraction * len(numbers)))] for numbers in members]))
 
 
-def read_map_file(path: Path) -> tuple[list[str], list[int]]:
-    """Names and labels of a map file: one "path label" a line, separated by a tab or by the last white space.
-
-    Paths may hold spaces; blank lines and lines that start with # are skipped.
-
-    Raises:
-        ValueError: naming file and line: no file, no lines, not two columns, or a label that is no class number.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise ValueError(f"map file {path} cannot be read: {error.strerror}") from error
-    names, labels = [], []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            try:
-                name, label = _map_fields(line.strip())
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            names.append(name)
-            labels.append(label)
-    if not names:
-        raise ValueError(f"map file {path} lists no image; each line must be 'path label'")
-    return names, labels
-
-
-def _map_fields(line: str) -> tuple[str, int]:
-    fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.rsplit(None, 1)
-    if len(fields) == 1:
-        raise ValueError(f"'{line}' has no label; write 'path label'")
-    if len(fields) > 2 or _ends_in_number(fields[0]):
-        raise ValueError(f"'{line}' has a third column; write 'path label'")
-    name, label = fields
-    if not (label.isascii() and label.isdigit()):
-        raise ValueError(f"label '{label}' of '{name}' is not an integer from 0 on")
-    return name, int(label)
-
-
-def _ends_in_number(name: str) -> bool:
-    """Whether a complete image name is followed by a number, which is then a column and not part of the name."""
-    head, _, tail = name.rpartition(" ")
-    return tail.strip().isdigit() and head.rstrip().lower().endswith(IMAGE_EXTENSIONS)
-
-
 def map_source(root: Path, split: str) -> FileSource:
     """The images that `root/<split>_map.txt` lists: in the folder `root/<split>`, in `root/<split>.zip`, or in a zip
     that the map itself names (`train.zip@/path`, Swin's form)."""
     map_file = root / f"{split}_map.txt"
     names, labels = read_map_file(map_file)
-    archive, names = _split_archive(map_file, names)
+    archive, names = split_archive(map_file, names)
     if archive is None and (root / split).is_dir():
         files = FolderFiles(root / split, names)
     else:
@@ -300,17 +234,7 @@ def map_source(root: Path, split: str) -> FileSource:
         if not archive.is_file():
             raise ValueError(f"{map_file} lists images, but neither {root / split} nor {archive} exists")
         files = ZipFiles(archive, names)
-    return FileSource(files, labels, [str(label) for label in range(max(labels) + 1)])
-
-
-def _split_archive(map_file: Path, names: list[str]) -> tuple[Path | None, list[str]]:
-    """The archive that the lines name by an `x.zip@/` prefix (None without one) and the names inside it."""
-    archives = {name.partition("@")[0] if ".zip@" in name else "" for name in names}
-    if archives == {""}:
-        return None, names
-    if len(archives) > 1:
-        raise ValueError(f"{map_file} mixes images of several places: {sorted(archives)[:3]}; keep to one")
-    return map_file.parent / archives.pop(), [name.partition("@")[2].strip("/") for name in names]
+    return FileSource(files, labels, [str(label) for label in range(int(labels.max()) + 1)])
 
 
 def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = None) -> FileSource:
@@ -456,7 +380,7 @@ class ImageDataset(Dataset):
         self.source, self.transform, self.seed = source, transform, seed
         self.maps: dict[str, Callable[[int], np.ndarray]] = {}
         self.max_bad_images = 0 if strict else max_bad_images
-        self.bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+        self.bad = SharedNumbers(min(len(source), self.max_bad_images + 1))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -479,26 +403,55 @@ class ImageDataset(Dataset):
         """`wanted`, then its replacements, without those that are known to be broken."""
         rng, candidate = None, wanted
         while True:
-            if not self.bad[candidate]:
+            if candidate not in self.bad:
                 yield candidate
-            if bool(self.bad.all()):
+            if len(self.bad) >= len(self):
                 raise BadImagesError(self._summary())
             rng = rng or np.random.default_rng((self.seed, wanted, 0, _REPLACEMENT_STREAM))
             candidate = int(rng.integers(len(self)))
 
     def _report(self, index: int, error: BrokenImageError) -> None:
-        if self.bad[index]:  # another worker was faster
+        if index in self.bad:  # another worker was faster
             return
-        self.bad[index] = 1
+        self.bad.add(index)
         logger.warning("broken image %s is replaced by another: %s", self.source.path(index), error)
-        if int(self.bad.sum()) > self.max_bad_images:
+        if len(self.bad) > self.max_bad_images:
             raise BadImagesError(self._summary()) from error
 
     def _summary(self) -> str:
-        broken = self.bad.nonzero().flatten().tolist()
+        broken = self.bad.sorted()
         listed = ", ".join(self.source.path(index) for index in broken[:10])
         allowed = f"{self.max_bad_images} allowed by --max_bad_images or --strict_data"
         return f"{len(broken)} of {len(self)} images are broken ({allowed}): {listed}{' ...' * (len(broken) > 10)}"
+
+
+class SharedNumbers:
+    """A set of at least `capacity` numbers from 0 on in memory that forked and spawned workers share, without a lock.
+
+    Each number has its place, or one of those behind it if that is taken. Of two processes that take one place at the
+    same moment the later wins: the other's number is missing then, and is added again when it is met again. What does
+    not fit any more is left out.
+    """
+
+    def __init__(self, capacity: int):
+        self.slots = torch.full((2 * capacity + 64,), -1, dtype=torch.int64).share_memory_()
+
+    def __contains__(self, number: int) -> bool:
+        return bool((self.slots.numpy() == number).any())
+
+    def __len__(self) -> int:
+        return len(self.sorted())
+
+    def add(self, number: int) -> None:
+        slots = self.slots.numpy()
+        behind = (number + np.arange(len(slots))) % len(slots)
+        free = behind[slots[behind] < 0]
+        if number not in self and len(free):
+            slots[free[0]] = number
+
+    def sorted(self) -> list[int]:
+        slots = self.slots.numpy()
+        return np.unique(slots[slots >= 0]).tolist()
 
 
 class RandomParts:
@@ -535,6 +488,22 @@ def build_dataset(args: argparse.Namespace, *, train: bool, transform: Transform
     if train and fraction != 1.0:
         source = PartSource(source, first_of_each_class(source.labels, fraction))
     return ImageDataset(source, transform, seed=args.seed, max_bad_images=args.max_bad_images, strict=args.strict_data)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Sixteen hexadecimal digits of which images there are and in which order, by their names below their root."""
+    digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=8)
+    source = getattr(dataset, "source", None)
+    while isinstance(source, PartSource):
+        digest.update(np.ascontiguousarray(source.chosen, dtype=np.int64).data)
+        source = source.source
+    if isinstance(source, FileSource):
+        names = source.files.names
+        digest.update(names.ends.data)
+        digest.update(names.text.data)
+    elif isinstance(source, ArraySource):
+        digest.update(f"{source.name} {len(source)}".encode())
+    return digest.hexdigest()
 
 
 # --- order ------------------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ class FeatureDataset(Dataset):
     """Features in the place of images, under the same keys (epoch, index); they live on the CPU."""
 
     def __init__(self, features: Features):
-        self.vectors, self.labels = features.vectors.cpu(), features.labels.tolist()
+        self.vectors, self.labels = features.vectors.cpu(), features.labels.cpu()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -213,7 +213,7 @@ class FeatureDataset(Dataset):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         index = key[1]
         row = index if index >= 0 else -1 - index
-        return {"features": self.vectors[row], "label": self.labels[row], "index": index}
+        return {"features": self.vectors[row], "label": int(self.labels[row]), "index": index}
 
 
 def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> ImageDataset:

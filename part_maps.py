@@ -13,11 +13,14 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+import files
 from datasets import FileSource, FolderFiles, Source, ZipFiles
+from files import file_sha256
 from transforms import MEAN_STD, BrokenImageError
 
 MISSING = 255  # a row of it has not been written
@@ -102,15 +105,6 @@ def names_sha256(names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(path: str | Path) -> str:
-    """ValueError if the file cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,11 +155,11 @@ class PartMaps:
 
     @classmethod
     def _open_pngs(cls, path: Path, paths: Sequence[str] | None) -> "PartMaps":
-        files = FolderFiles(path, [PNG_META]) if path.is_dir() else ZipFiles(path, [PNG_META])
+        about = FolderFiles(path, [PNG_META]) if path.is_dir() else ZipFiles(path, [PNG_META])
         try:
-            meta = PartMeta.from_json(files.read(0), path / PNG_META)
+            meta = PartMeta.from_json(about.read(0), path / PNG_META)
         except BrokenImageError as error:
-            raise ValueError(f"{files.path(0)}, which describes the part maps, cannot be read: {error}") from error
+            raise ValueError(f"{about.path(0)}, which describes the part maps, cannot be read: {error}") from error
         names = png_names(numbered_names(meta.num_images) if paths is None else paths)
         return cls(_PngRows(FolderFiles(path, names) if path.is_dir() else ZipFiles(path, names)), meta)
 
@@ -314,9 +308,7 @@ class PartMapWriter:
         rows[:] = MISSING
         rows.flush()
         # last and in one step: the description says that the arrays are whole
-        draft = folder / f".{ARRAY_META}.tmp"
-        draft.write_text(meta.to_json())
-        draft.replace(folder / ARRAY_META)
+        files.write_text(folder / ARRAY_META, meta.to_json())
 
     def missing(self, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Those of the rows `rank`, `rank` + `world_size`, ... that have not been written."""
@@ -349,17 +341,15 @@ def write_zip(maps: PartMaps, archive: str | Path, names: Sequence[str]) -> None
 
     `names` are the images' (`image_names`). ValueError where a map is missing.
     """
-    archive = Path(archive)
-    draft = archive.with_name(f".{archive.name}.tmp")
-    try:
+    meta = PartMeta(**{**asdict(maps.meta), "scores": None})
+
+    def write(draft: BinaryIO) -> None:
         with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as file:
-            meta = PartMeta(**{**asdict(maps.meta), "scores": None})
             file.writestr(_entry(PNG_META), meta.to_json())
             for index, name in enumerate(png_names(names)):
                 file.writestr(_entry(name), png_of(maps.read(index)))
-        draft.replace(archive)
-    finally:
-        draft.unlink(missing_ok=True)
+
+    files.write_atomically(archive, write)
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

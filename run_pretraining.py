@@ -289,7 +289,14 @@ def start_training(
         folder=args.output_dir, rank=args.rank, max_nonfinite=args.max_nonfinite, scaled=args.precision == "fp16"
     )
     session = Session(
-        args, runner, network, monitor, average=average, average_key=average_key, steps_per_epoch=loader.steps_per_epoch
+        args,
+        runner,
+        network,
+        monitor,
+        average=average,
+        average_key=average_key,
+        steps_per_epoch=loader.steps_per_epoch,
+        dataset=loader.dataset,
     )
     run = Training(
         args=args,

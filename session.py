@@ -1,23 +1,32 @@
 """What a run keeps on disk: its checkpoints, the position to resume from, and the clean encoder.
 
 A checkpoint holds plain tensors and dicts: model, teacher or averaged model, optimizer, scaler, epoch and step (the
-position of schedules and data; all randomness follows from it and the seed), the meters of the epoch and the flags.
+position of schedules and data; all randomness follows from it and the seed), the meters of the epoch, the flags, and
+what tells whether another run sees the same images. The optimizer's state goes by the parameters' names.
 A DeepSpeed run keeps optimizer shards in the folder of the same name, for an exact resume on as many ranks.
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import checkpoint
 import utils
+from datasets import fingerprint
 from ema import MovingAverage
 from options import as_config, effective_batch
 from parallel import DeepSpeedRunner, Runner
 from utils import StepMonitor, log
+
+# What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
+HYPER_PARAMETERS = ("betas", "eps", "momentum", "nesterov", "lr_scale")
+GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
 
 
 @dataclass
@@ -43,9 +52,11 @@ class Session:
         average: MovingAverage | None,
         average_key: str,
         steps_per_epoch: int,
+        dataset: Dataset,
     ):
         self.args, self.runner, self.network, self.monitor = args, runner, network, monitor
         self.average, self.average_key, self.steps_per_epoch = average, average_key, steps_per_epoch
+        self.dataset = dataset
         self.folder = Path(args.output_dir) if args.output_dir and args.save_ckpt else None
         self.sharded = isinstance(runner, DeepSpeedRunner)
 
@@ -62,7 +73,7 @@ class Session:
         if self.args.rank == 0:
             self._save_encoder(stem, state[self.average_key] or state["model"])
             self._write(stem, state)
-            checkpoint.prune_checkpoints(self.folder, self.args.keep_checkpoints)
+            checkpoint.prune_checkpoints(self.folder, self.args.keep_checkpoints, self.folder / f"{stem}.pth")
         utils.barrier()
 
     def save_best(self, position: Position, *, of_average: bool) -> None:
@@ -93,7 +104,25 @@ class Session:
         """What only a resumed run needs. All random draws are functions of the seed and the number of updates done."""
         updates = position.epoch * self.steps_per_epoch + position.step
         progress = {"rng": {"seed": self.args.seed, "updates": updates}, "monitor": self.monitor.state()}
-        return progress if self.sharded else progress | self.runner.state_dict()
+        progress["data"] = self._data
+        if self.sharded:
+            return progress
+        return progress | self.runner.state_dict() | {"param_names": self._param_names()}
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        """Which images an epoch goes through, in how many steps."""
+        return {
+            "images": len(self.dataset),
+            "fingerprint": fingerprint(self.dataset),
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+    def _param_names(self) -> list[list[str]]:
+        """Of each group of the optimizer, in its order."""
+        prefix = self._prefix()
+        names = {id(p): name.removeprefix(prefix) for name, p in self.runner.network.named_parameters()}
+        return [[names[id(p)] for p in group["params"]] for group in self.runner.optimizer.param_groups]
 
     def _prefix(self) -> str:
         """The runner may wrap the network in a task; the checkpoint carries the network's own names."""
@@ -109,6 +138,7 @@ class Session:
             checkpoint.begin_deepspeed_folder(self.folder / stem)
         utils.barrier()
         self.runner.save(str(self.folder), stem)
+        checkpoint.sync_deepspeed_folder(self.folder / stem)
         utils.barrier()
         if self.args.rank == 0:
             checkpoint.finish_deepspeed_folder(self.folder / stem)
@@ -142,9 +172,10 @@ class Session:
         if "rng" not in state:
             raise ValueError(f"{origin.path} holds weights only: give it to --finetune, or to --eval with --resume")
         position = Position(**{name: state[name] for name in vars(Position())})
-        if (
-            origin.path.stem == f"checkpoint-{position.epoch}"
-        ):  # a finished epoch, however many steps it has in this run
+        # a finished epoch, however many steps it has in this run
+        if origin.path.stem == f"checkpoint-{position.epoch}":
+            for change in self._changes(state):
+                log.warning("%s was saved with %s", origin.path, change)
             return Position(position.epoch + 1, 0, position.best, position.best_average)
         batch, ours = state["engine"]["global_batch"], effective_batch(self.args)
         if batch != ours:
@@ -152,12 +183,50 @@ class Session:
                 f"{origin.path} was saved in mid-epoch with an effective batch of {batch}, this run has {ours}: keep "
                 "--batch_size x --update_freq x processes the same, or resume from the end of an epoch"
             )
+        for change in self._changes(state):
+            if change.of_order:
+                raise ValueError(
+                    f"{origin.path} was saved in mid-epoch with {change}: the rest of the epoch would be of other "
+                    "samples; keep it the same, or resume from the end of an epoch"
+                )
+            log.warning("%s was saved with %s", origin.path, change)
+        if position.step > self.steps_per_epoch:
+            raise ValueError(
+                f"{origin.path} was saved at step {position.step} of an epoch, which has {self.steps_per_epoch} steps "
+                "in this run: give the same --data_path, or resume from the end of an epoch"
+            )
         self.monitor.load(state["monitor"])
         return position
 
+    def _changes(self, state: dict[str, Any]) -> "Iterator[Change]":
+        """What the run that wrote `state` had otherwise; of what the file does not know, nothing is said."""
+        there, ours = state["args"], as_config(self.args)
+        for name in sorted(there.keys() & ours.keys()):
+            of_order = name in ("seed", "aug_repeats") or "mask" in name
+            if (of_order or name == "precision") and there[name] != ours[name]:
+                yield Change(f"--{name}", there[name], ours[name], of_order)
+        data = state.get("data", {})
+        if data and data["images"] != self._data["images"]:
+            yield Change("--data_path: number of images", data["images"], self._data["images"], True)
+        elif data and data["fingerprint"] != self._data["fingerprint"]:
+            yield Change("--data_path: list of images", data["fingerprint"], self._data["fingerprint"], True)
+        steps = data.get("steps_per_epoch", self.steps_per_epoch)
+        schedules = f"{there['epochs']} x {steps} steps", f"{ours['epochs']} x {self.steps_per_epoch} steps"
+        if schedules[0] != schedules[1]:
+            yield Change("--epochs: a schedule of", *schedules, False)
+
     def _load_optimizer(self, origin: "Origin") -> None:
-        """Each engine resumes its own optimizer state; from another engine only the weights come along."""
-        engine, path = origin.state["engine"], origin.path
+        """Each engine resumes its own optimizer state; from another engine only the weights come along.
+
+        Hyper-parameters are those of this run's flags, whatever the file says.
+        """
+        engine, path, ours = origin.state["engine"], origin.path, self.args.opt
+        settings = [dict(group) for group in self.runner.optimizer.param_groups]
+        if (opt := origin.state["args"].get("opt", ours)).lower() != ours.lower():
+            if self.sharded and engine["kind"] == "deepspeed":
+                raise ValueError(f"{path} holds shards of --opt {opt}, which --opt {ours} cannot use: keep --opt {opt}")
+            log.warning("%s holds the state of --opt %s: that of --opt %s starts afresh", path, opt, ours)
+            return
         if self.sharded and engine["kind"] == "deepspeed":
             for key, ours in (("zero_stage", self.runner.stage), ("world_size", self.args.world_size)):
                 if engine[key] != ours:
@@ -170,9 +239,84 @@ class Session:
                 raise ValueError(f"{path} was written by DeepSpeed and needs the folder {path.stem} beside it")
             self.runner.load(str(path.parent), path.stem)
         elif not self.sharded and engine["kind"] == "torch":
-            self.runner.load_state_dict(origin.state)
+            self.runner.load_state_dict(origin.state | {"optimizer": self._optimizer_state(origin)})
         else:
             log.warning("%s was written by another engine: weights are resumed, the optimizer starts afresh", path)
+            return
+        self._put_back(settings, path)
+
+    def _optimizer_state(self, origin: "Origin") -> dict[str, Any]:
+        """The file's optimizer state in the order of this run's groups, in memory of its own."""
+        saved, there, ours = origin.state["optimizer"], origin.state.get("param_names"), self._param_names()
+        if there is not None and there != ours:  # a file without names goes by position
+            saved = in_order_of(ours, saved, there, self.runner.optimizer.param_groups)
+            held = {name for names in there for name in names}
+            if new := [name for names in ours for name in names if name not in held]:
+                log.warning("%s has no optimizer state of %d parameters, such as %s", origin.path, len(new), new[0])
+        return saved | {"state": in_own_memory(saved["state"])}
+
+    def _put_back(self, settings: list[dict[str, Any]], path: Path) -> None:
+        """This run's settings into the optimizer's groups, and a line on each that differs in the file."""
+        differing: dict[str, str] = {}
+        for group, ours in zip(self.runner.optimizer.param_groups, settings, strict=True):
+            for name in GROUP_SETTINGS:
+                if name not in ours:
+                    continue
+                there = group.get(name, ours[name])
+                if name in HYPER_PARAMETERS and plain(there) != plain(ours[name]):
+                    differing.setdefault(name, f"{name} {plain(there)}, this run takes {plain(ours[name])}")
+                group[name] = ours[name]
+        for text in differing.values():
+            log.warning("%s was saved with %s", path, text)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that a resumed run has otherwise; `of_order`: it decides which samples a step sees."""
+
+    name: str
+    there: Any
+    ours: Any
+    of_order: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.there}, this run has {self.ours}"
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, for comparison and for the log."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def in_order_of(
+    ours: list[list[str]], saved: dict[str, Any], there: list[list[str]], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """An optimizer's saved state with groups of the names `there` as one with groups of the names `ours`.
+
+    A group gets what the optimizer keeps in that of its first known parameter, or in ours of `groups` without one.
+    """
+    place = {}
+    for names, group in zip(there, saved["param_groups"], strict=True):
+        place |= {name: (number, group) for name, number in zip(names, group["params"], strict=True)}
+    state, arranged, first = {}, [], 0
+    for names, own in zip(ours, groups, strict=True):
+        numbers = list(range(first, first + len(names)))
+        base = next((place[name][1] for name in names if name in place), own)
+        arranged.append({**base, "params": numbers})
+        for name, number in zip(names, numbers, strict=True):
+            if name in place and place[name][0] in saved["state"]:
+                state[number] = saved["state"][place[name][0]]
+        first += len(names)
+    return {"state": state, "param_groups": arranged}
+
+
+def in_own_memory(value: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors are no longer the file's, which may be mapped."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: in_own_memory(item) for key, item in value.items()}
+    return [in_own_memory(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass
@@ -189,7 +333,8 @@ class Origin:
         if not path and args.auto_resume and args.output_dir:
             path = checkpoint.latest_valid_checkpoint(args.output_dir) if args.rank == 0 else None
             path = utils.from_first_rank(path and str(path))  # the others may see the folder at another time
-        return cls(Path(path), checkpoint.load_checkpoint(path)) if path else None
+        # mapped: the processes of a node share the pages, and read only what they use
+        return cls(Path(path), checkpoint.load_checkpoint(path, mmap=True)) if path else None
 
     @property
     def published(self) -> bool:

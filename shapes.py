@@ -7,9 +7,7 @@ without compression, whose bytes do not depend on a library's version. Image i n
 import fcntl
 import json
 import os
-import shutil
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+import files
 
 CLASSES = ("disc", "ring", "square", "triangle", "star", "cross", "hexagon", "crescent", "half_disc", "arrow")
 TRAIN_IMAGES, VAL_IMAGES = 2000, 500
@@ -216,15 +216,12 @@ def write_shapes(root: Path, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES, *
     `{train,val}.zip` with `{train,val}_map.txt`; `images/` and `annotations/` with `training` and `validation` (ADE20K:
     0 = background, 1-10 = class); `instances_{train,val}.json` (COCO; category = class + 1, file names below `images`).
     """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
+
+    def write(draft: Path) -> None:
         for split, count in (("train", train), ("val", val)):
             (_write_voc_split if voc else _write_split)(draft, split, count)
-        draft.chmod(0o755)
-        draft.rename(root)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+    files.write_folder(root, write)
 
 
 def _write_split(root: Path, split: str, count: int) -> None:

@@ -1,9 +1,7 @@
 """Processes, seeds, logging and meters: what every script needs and no model knows."""
 
-import csv
 import ctypes
 import gc
-import io
 import json
 import logging
 import math
@@ -14,11 +12,9 @@ import socket
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +23,9 @@ import torch.distributed.nn.functional  # first imported inside a group, its def
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+from files import write_rows as write_rows
+from files import write_text
 
 log = logging.getLogger("unimim")
 
@@ -234,23 +233,6 @@ def _wandb(args: Namespace, config: dict):
     except ImportError as error:
         raise ValueError("--wandb needs the package wandb: pip install wandb, or use --log_dir") from error
     return wandb.init(project=args.wandb, name=Path(args.output_dir).name or None, config=config, resume="allow")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small text file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Replaces a CSV file by dataclass instances of one kind, a row for each, under their fields' names."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_text(path, text.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import IMAGE_EXTENSIONS, images_below
+from files import write_atomically
 
 
 def image_names(root: Path, split: str) -> list[str]:
@@ -87,10 +88,8 @@ def write_map_files(root: Path, splits: list[str], synsets: Path | None = None) 
 
 
 def _write_map(path: Path, names: list[str], number: dict[str, int]) -> Path:
-    draft = path.with_name(f".{path.name}.tmp")
-    with open(draft, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(f"{name}\t{number[class_of(name)]}\n" for name in names)
-    os.replace(draft, path)
+    lines = (f"{name}\t{number[class_of(name)]}\n" for name in names)
+    write_atomically(path, lambda file: file.writelines(line.encode("utf-8", "surrogateescape") for line in lines))
     return path
 
 

@@ -10,11 +10,13 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import images_below
+from files import write_atomically
 
 
 def zip_folder(folder: Path, archive: Path, *, overwrite: bool = False) -> int:
@@ -30,16 +32,15 @@ def zip_folder(folder: Path, archive: Path, *, overwrite: bool = False) -> int:
     names = sorted(images_below(folder))
     if not names:
         raise ValueError(f"folder {folder} holds no images")
-    draft = archive.with_name(f".{archive.name}.tmp")
-    try:
+
+    def write(draft: BinaryIO) -> None:
         with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as file:
             for name in tqdm(names, desc=archive.name, disable=None):
                 # a fixed date: the same images give the same archive
                 entry = zipfile.ZipInfo(name.replace(os.sep, "/"), date_time=(1980, 1, 1, 0, 0, 0))
                 file.writestr(entry, (folder / name).read_bytes())
-        os.replace(draft, archive)
-    finally:
-        draft.unlink(missing_ok=True)
+
+    write_atomically(archive, write)
     return len(names)
 
 

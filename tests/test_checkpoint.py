@@ -4,6 +4,7 @@ import argparse
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -145,16 +146,18 @@ def test_a_save_killed_in_the_middle_leaves_the_old_file_and_is_cleaned_up_by_th
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1.pth", "checkpoint-2.pth"}
 
 
-def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     (path,) = write(tmp_path, "checkpoint-1.pth")
 
-    def disk_full(state, temporary):
-        Path(temporary).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        save_checkpoint(path, {})
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(path, {"w": torch.zeros(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == [path] and load_checkpoint(path)["name"] == path.name
 
 
@@ -164,7 +167,8 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(Path, "replace", lambda self, to: (calls.append("rename"), replace(self, to)))
     write(tmp_path, "checkpoint-1.pth")
-    assert [Path(call).name for call in calls] == [".checkpoint-1.pth.tmp", "rename", tmp_path.name]
+    names = [Path(call).name for call in calls]
+    assert names[0].startswith(".checkpoint-1.pth.") and names[1:] == ["rename", tmp_path.name]
 
 
 def test_others_may_read_what_the_user_lets_them(tmp_path):
@@ -310,6 +314,50 @@ def test_pruning_keeps_the_newest_and_takes_what_belongs_to_the_others(tmp_path)
     }  # fmt: skip
     with pytest.raises(ValueError, match="--keep_checkpoints"):
         prune_checkpoints(tmp_path, 0)
+
+
+def test_pruning_does_not_read_what_was_just_written(tmp_path):
+    _, middle, new = write(tmp_path, "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-2.pth")
+    damage(new)  # so that reading it would show
+    prune_checkpoints(tmp_path, 2, new)
+    assert list_checkpoints(tmp_path) == [middle, new]
+    prune_checkpoints(tmp_path, 1)
+    assert list_checkpoints(tmp_path) == [middle, new]
+    prune_checkpoints(tmp_path, 1, new)
+    assert list_checkpoints(tmp_path) == [new]
+    # a run that starts over in the folder of a longer one keeps what it has just written
+    (again,) = write(tmp_path, "checkpoint-0.pth")
+    prune_checkpoints(tmp_path, 1, again)
+    assert list_checkpoints(tmp_path)[0] == again
+
+
+def test_shards_without_a_checkpoint_are_pruned_and_nothing_else(tmp_path):
+    (path,) = write(tmp_path, "checkpoint-1.pth")
+    for name in ("checkpoint-1", "checkpoint-2-5", "checkpoint-3", "checkpoint-4", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    ckpt.finish_deepspeed_folder(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-4" / "notes.txt").touch()  # somebody's own
+    prune_checkpoints(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 6
+    prune_checkpoints(tmp_path, 1, path)
+    left = {"checkpoint-1", "checkpoint-1.pth", "checkpoint-4", "checkpoint-best"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+
+def test_shards_are_on_the_disk_before_their_marker(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (calls.append(str(to)), replace(self, to)))
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    shard = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shard.write_bytes(b"x")
+    ckpt.sync_deepspeed_folder(folder)
+    ckpt.finish_deepspeed_folder(folder)
+    calls = [call for call in calls if not call.endswith(".tmp")]
+    assert calls == list(map(str, (shard, folder, folder / "complete", folder, tmp_path)))
 
 
 def test_an_interrupted_deletion_leaves_no_checkpoint_that_looks_whole(tmp_path, monkeypatch):

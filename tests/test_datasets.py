@@ -6,6 +6,8 @@ import os
 import pickle
 import random
 import re
+import struct
+import warnings
 import zipfile
 from argparse import Namespace
 
@@ -15,11 +17,11 @@ import torch
 from PIL import Image
 
 import datasets
+import file_index
 from datasets import (
     BadImagesError,
     EvalBatchSampler,
     ImageDataset,
-    PathTable,
     TrainBatchSampler,
     build_dataset,
     build_loader,
@@ -27,6 +29,7 @@ from datasets import (
     map_source,
     sample_rng,
 )
+from file_index import PathTable, locate, read_map_file, split_archive, zip_members
 from masking_generator import build_mask_generator
 from scripts import make_map_file, zip_dataset
 from shapes import background
@@ -142,7 +145,133 @@ def test_path_table_keeps_any_name():
 )
 def test_map_lines_with_spaces(tmp_path, line, fields):
     write_map(tmp_path, ["# a comment", "", line, "   "])
-    assert datasets.read_map_file(tmp_path / "train_map.txt") == ([fields[0]], [fields[1]])
+    names, labels = read_map_file(tmp_path / "train_map.txt")
+    assert (list(names), labels.tolist()) == ([fields[0]], [fields[1]])
+
+
+def read_line_by_line(path):
+    """What read_map_file reads, in the plain way."""
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    listed = []
+    for number, line in enumerate(io.StringIO(text, newline=None).read().split("\n"), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                listed.append(file_index._map_fields(line.strip()))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return listed
+
+
+def test_map_files_are_read_as_line_by_line(tmp_path, monkeypatch):
+    """Random lines of everything that needs care, in blocks of a few lines."""
+    monkeypatch.setattr(file_index, "BLOCK_BYTES", 40)
+    draw, path = random.Random(0), tmp_path / "train_map.txt"
+    names = [
+        "a.jpg",
+        "b c.jpg",
+        "ü/\u2028é 1.png",
+        "x\x85y.jpg",
+        os.fsdecode(b"\xff.jpg"),
+        "f 2",
+        "a.jpg 5.jpg",
+        "\x0bc",
+    ]
+    names += ["a.jpg 5.jpg", "\x0bc", "d" * 60, "#e", "g.jpg\x1c", "\xa0h", "a.jpg 7", "b.jpg  \u0663", "n", "5"]
+    gaps, labels = (
+        [" ", "\t", "  ", " \t ", "\u3000", "\t\t"],
+        ["0", "12", "007", "1" * 19, "\u0663", "-1", "x", "9" * 18],
+    )
+    others = ["", "   ", "# no image 3", "  # 1", "\t", "\x0c", "lonely.jpg"]
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(600):
+        lines = [
+            draw.choice(others[:-1]) if draw.random() < 0.3
+            else draw.choice(["", "", " ", "\t"]) + draw.choice(names[: draw.choice((2, 12, 16))])
+            + draw.choice(gaps[: draw.choice((3, 6))]) + draw.choice(labels[: draw.choice((3, 3, 3, 8))])
+            + draw.choice(["", "", " ", "\t"])
+            for _ in range(draw.randint(1, 12))
+        ]  # fmt: skip
+        lines += draw.sample(others, 1) if draw.random() < 0.1 else []
+        text = draw.choice(["\n", "\r\n", "\r"]).join(lines) + draw.choice(["", "\n"])
+        path.write_bytes(draw.choice([b"", b"", b"\xef\xbb\xbf"]) + text.encode("utf-8", "surrogateescape"))
+        try:
+            expected = read_line_by_line(path)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
+                read_map_file(path)
+            outcomes["refused"] += 1
+            continue
+        if expected:
+            table, numbers = read_map_file(path)
+            assert list(zip(table, numbers.tolist(), strict=True)) == expected, text
+            outcomes["read"] += 1
+    assert min(outcomes.values()) > 120, outcomes
+
+
+@pytest.mark.parametrize("names", [["a.zip@/x", "a.zip@//y/"], ["a.zip@/x", "a.zip@y.zip@z"], ["a.zip@x", "a.zip@/"]])
+def test_archives_that_lines_name(tmp_path, names):
+    archive, inside = split_archive(tmp_path / "train_map.txt", PathTable(names))
+    assert archive == tmp_path / "a.zip"
+    assert list(inside) == [name.partition("@")[2].strip("/") for name in names]
+    plain = PathTable(["a.zi", "p@b"])  # the text of both, one after the other, holds .zip@
+    assert split_archive(tmp_path / "train_map.txt", plain) == (None, plain)
+
+
+@pytest.mark.parametrize("form", ["plain", "comment", "prefixed", "zip64", "prefixed zip64", "empty"])
+def test_zip_directories_are_read_as_zipfile_reads_them(tmp_path, monkeypatch, form):
+    names = ["b.jpg", "a/ü.jpg", "c/" + "d" * 200, "twice", "e.jpg", "twice", "PK\1\2", "last.jpg"]
+    if "zip64" in form:  # of a few hundred bytes
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 300)
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    path = tmp_path / "a.zip"
+    if "prefixed" in form:
+        path.write_bytes(b"#! what runs before the archive" * 9)
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+        warnings.simplefilter("ignore")  # of a name that comes twice
+        archive.comment = b"any text" if form == "comment" else b""
+        for number, name in enumerate([] if form == "empty" else names):
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
+            info.extra = struct.pack("<2H3s", 0x5455, 3, b"xyz") * (number % 3)
+            archive.writestr(info, bytes(number * 100))
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    assert any(info.header_offset > 300 for info in infos) == (form != "empty")
+    found = zip_members(path)
+    assert list(found.names) == [info.filename for info in infos]
+    for ours, theirs in (("offset", "header_offset"), ("packed_size", "compress_size"), ("size", "file_size")):
+        assert getattr(found, ours).tolist() == [getattr(info, theirs) for info in infos], ours
+    assert found.method.tolist() == [info.compress_type for info in infos]
+    expected = {info.filename: number for number, info in enumerate(infos)}
+    wanted = [*names, "absent", "b.jpgx", "b.jp", ""]
+    assert locate(found.names, PathTable(wanted)).tolist() == [expected.get(name, -1) for name in wanted]
+
+
+def test_zip_names_of_code_page_437(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("x.jpg", "aXb.jpg", "y.jpg"):
+            archive.writestr(name, b"")
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes().replace(b"aXb", b"a\x81b"))
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert list(zip_members(tmp_path / "a.zip").names) == archive.namelist() == ["x.jpg", "aüb.jpg", "y.jpg"]
+
+
+def test_names_of_one_hash_are_told_apart(monkeypatch):
+    names = PathTable(["a", "b", "c", "b", "d"])
+    monkeypatch.setattr(file_index, "_hashes", lambda table: np.zeros(len(table), dtype=np.uint64))
+    assert locate(names, PathTable(["d", "b", "a", "x", "c"])).tolist() == [4, 3, 0, -1, 2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "magic", "no bytes"])
+def test_a_damaged_zip_directory_is_refused(zip_root, damage):
+    path = zip_root / "train.zip"
+    content = path.read_bytes()
+    last = content.rindex(b"PK\1\2")
+    path.write_bytes({
+        "cut": content[:-30], "magic": content[:last] + b"XXXX" + content[last + 4 :], "no bytes": b""
+    }[damage])  # fmt: skip
+    with pytest.raises(ValueError, match=r"train\.zip cannot be read as a zip archive: "):
+        map_source(zip_root, "train")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +461,7 @@ def test_broken_images_are_replaced_and_logged_once(kind, folder_root, zip_root,
     warnings = [record.getMessage() for record in caplog.records if "broken image" in record.getMessage()]
     assert len(warnings) == 3 and NAMES[4] in warnings[0]  # once per data set: there are three here
     assert all(dataset[0, index]["index"] == index for index in range(12) if index != 4)
-    assert dataset.bad.nonzero().flatten().tolist() == [4]
+    assert dataset.bad.sorted() == [4]
 
 
 def test_too_many_broken_images_stop_the_run(folder_root):
@@ -344,6 +473,15 @@ def test_too_many_broken_images_stop_the_run(folder_root):
     with pytest.raises(BadImagesError, match=r"3 of 12 images are broken \(2 allowed .*cat 0.*cat 1.*cat 2"):
         for index in range(12):
             less_tolerant[0, index]
+
+
+def test_the_memory_of_broken_images_goes_by_how_many_are_allowed():
+    source = datasets.ArraySource("many", np.zeros((10**6, 1, 1, 3), dtype=np.uint8), np.zeros(10**6), ["0"])
+    bad = ImageDataset(source, VIEW, seed=0, max_bad_images=100).bad
+    for number in (999_999, 7, 7 + len(bad.slots), 7):  # the third would have the second's place
+        bad.add(number)
+    assert bad.sorted() == [7, 7 + len(bad.slots), 999_999] and len(bad) == 3 and 8 not in bad
+    assert bad.slots.nbytes < 4096
 
 
 def test_strict_stops_at_the_first(folder_root):
@@ -368,7 +506,7 @@ def test_errors_of_the_transform_are_not_taken_for_broken_images(folder_root):
     dataset = ImageDataset(map_source(folder_root, "train"), faulty, seed=0)
     with pytest.raises(KeyError):
         dataset[0, 0]
-    assert int(dataset.bad.sum()) == 0
+    assert len(dataset.bad) == 0
 
 
 # --- order, workers ---------------------------------------------------------------------------------------------------
@@ -459,7 +597,7 @@ def test_batches_do_not_depend_on_the_workers(zip_root, num_workers, context):
     assert all(equal(a, b) for a, b in zip(alone, together, strict=True))
     assert alone[0]["image"].shape == (4, 3, 32, 32) and alone[0]["image"].dtype == torch.uint8
     assert alone[0]["mask"].shape == (4, 8, 8) and alone[0]["label"].dtype == torch.int64
-    assert dataset.bad.nonzero().flatten().tolist() == [4]  # what a worker found, all know
+    assert dataset.bad.sorted() == [4]  # what a worker found, all know
 
 
 def test_workers_report_bad_images(zip_root):

@@ -101,7 +101,7 @@ def test_a_replacement_brings_its_own_map():
     dataset = ImageDataset(ArraySource("zeros", images, [0] * 4, ["0"]), transform, seed=0)
     dataset.maps = {"part_ids": lambda index: np.full((3, 3), index, dtype=np.uint8)}
     assert dataset[0, 2]["part_ids"].unique().tolist() == [2]
-    dataset.bad[2] = 1
+    dataset.bad.add(2)
     sample = dataset[0, 2]
     assert sample["index"] != 2
     assert sample["part_ids"].unique().tolist() == [sample["index"]]

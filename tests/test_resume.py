@@ -194,6 +194,128 @@ def test_finished_epoch_resumes_with_another_batch(tmp_path):
     assert (there.epoch, there.step) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seed", "1"), "--seed 0, this run has 1: the rest of the epoch would be of other samples"),
+        (("--aug_repeats", "2"), "--aug_repeats 1, this run has 2"),
+        (("--mask_ratio", "0.25"), r"--mask_ratio 0\.5, this run has 0\.25"),
+        (("--label_fraction", "0.5"), r"--data_path: number of images 1442, this run has 7\d\d"),
+    ],
+    ids=["seed", "aug_repeats", "mask", "images"],
+)
+def test_what_decides_the_samples_must_stay_in_mid_epoch(tmp_path, flags, message, capsys):
+    """From the end of an epoch the same change is a line in the log."""
+    stage = "finetune" if flags[0] in ("--aug_repeats", "--label_fraction") else "pretrain"
+    run, position = start(stage, tmp_path)
+    position.step = 2
+    run.session.save(position, finished=False)
+    with pytest.raises(ValueError, match=rf"checkpoint-0-2\.pth was saved in mid-epoch with {message}"):
+        start(stage, tmp_path, *flags)
+    run.session.save(position, finished=True)
+    capsys.readouterr()
+    assert start(stage, tmp_path, *flags)[1].epoch == 1
+    assert re.search(rf"checkpoint-0\.pth was saved with {message.partition(':')[0]}", capsys.readouterr().out)
+
+
+def edit(path: Path, change) -> None:
+    """Another run's file: `change(state)` of what this one wrote."""
+    state = checkpoint.load_checkpoint(path)
+    change(state)
+    checkpoint.save_checkpoint(path, state)
+
+
+def test_other_images_of_the_same_number_are_refused_in_mid_epoch(saved):
+    edit(saved / "checkpoint-0-2.pth", lambda state: state["data"].update(fingerprint="0" * 16))
+    with pytest.raises(ValueError, match=r"mid-epoch with --data_path: list of images 0{16}, this run has"):
+        start("pretrain", saved)
+
+
+def test_step_beyond_the_epoch_is_refused(saved):
+    """A file without the number of images, as they were once written."""
+    edit(saved / "checkpoint-0-2.pth", lambda state: (state.pop("data"), state.update(step=400)))
+    with pytest.raises(ValueError, match=r"saved at step 400 of an epoch, which has \d+ steps in this run"):
+        start("pretrain", saved)
+
+
+def test_hyper_parameters_are_those_of_this_run(saved, capsys):
+    flags = ("--opt_betas", "0.5", "0.6", "--opt_eps", "1e-6", "--precision", "bf16", "--epochs", "3")
+    run, _ = start("pretrain", saved, *flags)
+    for group in run.runner.optimizer.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.5, 0.6), 1e-6)
+        assert all("exp_avg" in run.runner.optimizer.state[p] for p in group["params"])
+    said = capsys.readouterr().out
+    for text in (
+        "saved with betas [0.9, 0.98], this run takes [0.5, 0.6]",
+        "saved with eps 1e-08, this run takes 1e-06",
+        "saved with --precision fp32, this run has bf16",
+        "saved with --epochs: a schedule of 2 x 180 steps, this run has 3 x 180 steps",
+    ):
+        assert said.count(text) == 1, said
+
+
+def test_layer_decay_of_this_run_regroups_the_optimizer(tmp_path, capsys):
+    """Other groups in another order: each parameter keeps its own moments."""
+    run, position = start("finetune", tmp_path)
+    train_steps(run, 0, 3)
+    position.step = 3
+    run.session.save(position, finished=False)
+    capsys.readouterr()
+    resumed, _ = start("finetune", tmp_path, "--layer_decay", "1.0")
+    assert "lr_scale" in capsys.readouterr().out
+    ours, theirs = (r.runner.optimizer for r in (resumed, run))
+    assert len(ours.param_groups) < len(theirs.param_groups)
+    assert {group["lr_scale"] for group in ours.param_groups} == {1.0}
+    names = dict(run.task.named_parameters())
+    for name, parameter in resumed.task.named_parameters():
+        assert differing(dict(ours.state[parameter]), dict(theirs.state[names[name]])) == [], name
+
+
+def permute_groups(state: dict) -> None:
+    """The same optimizer with its groups, and the parameters in them, in reverse order."""
+    names, saved = state["param_names"], state["optimizer"]
+    state["param_names"] = [group[::-1] for group in names[::-1]]
+    moved, groups = {}, []
+    for group in saved["param_groups"][::-1]:
+        numbers = range(len(moved), len(moved) + len(group["params"]))
+        moved |= dict(zip(numbers, (saved["state"][n] for n in group["params"][::-1]), strict=True))
+        groups.append({**group, "params": list(numbers)})
+    state["optimizer"] = {"state": moved, "param_groups": groups}
+
+
+def without_names(state: dict) -> None:
+    """What was written before parameters had names in it."""
+    del state["param_names"], state["data"]
+
+
+@pytest.mark.parametrize("change", [permute_groups, without_names])
+def test_optimizer_state_of_other_order_and_of_old_files(saved, change):
+    run, _ = start("pretrain", saved)
+    expected = train_steps(run, 2, 5)
+    edit(saved / "checkpoint-0-2.pth", change)
+    resumed, _ = start("pretrain", saved)
+    assert differing(train_steps(resumed, 2, 5), expected) == []
+    assert differing(whole_weights(resumed), whole_weights(run)) == []
+
+
+def test_another_optimizer_starts_afresh(saved, capsys):
+    run, position = start("pretrain", saved, "--opt", "sgd")
+    assert "holds the state of --opt adamw: that of --opt sgd starts afresh" in capsys.readouterr().out
+    assert position.step == 2 and not run.runner.optimizer.state
+    train_steps(run, 2, 3)
+
+
+def test_a_resumed_run_does_not_need_its_file_any_more(saved):
+    """The file is mapped while it is read."""
+    run, _ = start("pretrain", saved)
+    path = saved / "checkpoint-0-2.pth"
+    before = whole_weights(run), [dict(run.runner.optimizer.state[p]) for p in run.task.parameters() if p.requires_grad]
+    copies = [{k: v.clone() for k, v in entry.items()} for entry in before[1]]
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert differing(before[1], copies) == [] and differing(whole_weights(run), before[0]) == []
+
+
 def test_flags_that_build_another_model_are_named(saved):
     with pytest.raises(ValueError, match=r"checkpoint-0-2\.pth does not fit the model .* rel_pos_bias"):
         start("pretrain", saved, "--patch_size", "8")

@@ -3,8 +3,12 @@
 import hashlib
 import io
 import json
+import subprocess
+import sys
+import time
 import zipfile
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from datasets import build_dataset
 from scripts import make_shapes
 from transforms import build_finetune_transform
 
+ROOT = Path(__file__).resolve().parent.parent
 # of write_shapes(root, 20, 5): file names and contents in sorted order
 DIGEST = "0c77f7e0cf3b3b2b3d48c445a84fbf9eab3de40eb532989361ee4e1c483a9f2a"
 
@@ -133,6 +138,21 @@ def test_the_data_set_is_loaded_from_its_cache(root, monkeypatch):
     for index in range(5):
         sample = dataset[0, index]
         assert sample["label"] == shapes.make_scene("val", index).label and sample["image"].shape == (3, 48, 48)
+
+
+def test_a_cache_whose_writing_was_killed_is_written_anew(tmp_path):
+    program = "import sys, pathlib, shapes; shapes.cached_shapes(pathlib.Path(sys.argv[1]), 10**6, 1)"
+    writer = subprocess.Popen([sys.executable, "-c", program, tmp_path / "shapes"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".shapes.*.tmp/images/training/*.png")):
+        assert writer.poll() is None and time.monotonic() < deadline, "the writer wrote nothing"
+        time.sleep(0.01)
+    writer.kill()
+    writer.wait()
+    assert not (tmp_path / "shapes").exists()
+    assert shapes.cached_shapes(tmp_path / "shapes", 2, 1) == tmp_path / "shapes"
+    assert {path.name for path in tmp_path.iterdir()} == {"shapes", ".shapes.lock"}
+    assert len(list((tmp_path / "shapes" / "images").rglob("*.png"))) == 3
 
 
 def test_the_cache_is_written_once_and_nothing_else_is_touched(tmp_path, capsys):

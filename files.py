@@ -1,0 +1,149 @@
+"""Files and folders that appear whole or not at all, and what tells whether a file is the one that was written.
+
+A draft lies beside what it will replace, as `.NAME.MACHINE-PID-RANDOM.tmp`: no two writers share one, and one whose
+writer is gone can be told from one that is being written.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+STALE_SECONDS = 24 * 3600  # a draft that nothing was written to for so long is given up
+_DRAFT = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replaces `path` by what `write(file)` writes: it is at any moment the old file or the whole new one, on the disk.
+
+    Several processes may write the same name: the last to finish wins. Where `write` raises, nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_drafts(path.parent)
+    draft = _draft_of(path)
+    try:
+        with open(draft, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replaces a text file, in UTF-8, in one step."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def write_rows(path: str | Path, rows: Sequence[Any]) -> None:
+    """Replaces a CSV file by dataclass instances of one kind, a row for each, under their fields' names."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(path, text.getvalue())
+
+
+def write_folder(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Makes the new (or empty) folder `path` of what `write(draft)` puts into a draft of it, all at once."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_drafts(path.parent)
+    draft = _draft_of(path)
+    draft.mkdir()
+    try:
+        write(draft)
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    fsync(path.parent)
+
+
+def fsync(path: str | Path) -> None:
+    """Returns when the file's bytes, or the folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale_drafts(folder: str | Path) -> None:
+    """Removes drafts of writers of this machine that have ended, and those that are older than a day."""
+    for draft in Path(folder).glob(".*.tmp"):
+        with suppress(OSError):  # its writer has just finished, or it is another user's
+            if not _is_stale(draft):
+                continue
+            if draft.is_file():
+                draft.unlink()
+            elif _DRAFT.fullmatch(draft.name):
+                shutil.rmtree(draft)
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _is_stale(draft: Path) -> bool:
+    owner = _DRAFT.fullmatch(draft.name)
+    if owner and owner[1] == _machine() and not _is_running(int(owner[2])):
+        return True
+    return time.time() - draft.stat().st_mtime > STALE_SECONDS
+
+
+@cache
+def _machine() -> str:
+    """Eight digits for the place in which process ids mean what they mean here: the host, and the container in it."""
+    place = socket.gethostname()
+    if os.path.exists("/proc/self/ns/pid"):
+        place += os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def file_sha256(path: str | Path) -> str:
+    """The file's SHA-256 in hexadecimal; ValueError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def is_intact_zip(path: str | Path) -> bool:
+    """Whether every member of the zip archive, which torch's files are too, has the checksum that is stored for it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # damaged bytes raise anything
+        return False
