@@ -122,7 +122,9 @@ def evaluate(
 
 def tally(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     """Sums over the images of a batch that count (bool [B]): loss, top-1 hits, top-5 hits, images; float64 [4]."""
-    return torch.stack([*(row[counts].double().sum() for row in scores(logits, labels)), counts.sum()])
+    # not row[counts], whose shape the host would have to wait for
+    rows = [row.double().where(counts, 0.0).sum() for row in scores(logits, labels)]
+    return torch.stack([*rows, counts.sum()])
 
 
 def averages(sums: Tensor) -> dict[str, float]:

@@ -12,9 +12,10 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import utils
+from datasets import BadImagesError, ImageDataset
 from optim_factory import set_schedule
 from parallel import Runner
 from session import Position, Session
@@ -93,6 +94,7 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
             progress.advance()
             if progress.due(position.step):
                 show(run, progress, position)
+                share_bad_images(run.loader.dataset)
             save_if_due(run, position)
     finally:
         progress.close()
@@ -152,12 +154,28 @@ def show(run: Training, progress: Progress, position: Position) -> None:
     run.run_log.step(figures | optimizer | {f"perf/{k}": v for k, v in speed.items()} | {"perf/memory": memory}, update)
 
 
+def share_bad_images(dataset: Dataset) -> None:
+    """Marks on every rank the images that any rank found broken; all ranks call.
+
+    BadImagesError: the whole run has more than --max_bad_images. Each rank by itself stops there at once.
+    """
+    if not utils.has_peers() or not isinstance(dataset, ImageDataset):
+        return
+    found = utils.gathered(dataset.bad.nonzero().flatten().tolist())
+    broken = sorted({index for own in found for index in own})
+    dataset.bad[broken] = 1
+    if len(broken) > dataset.max_bad_images:
+        listed = ", ".join(dataset.source.path(index) for index in broken[:10])
+        raise BadImagesError(
+            f"{len(broken)} of {len(dataset)} images are broken, of all ranks ({dataset.max_bad_images} allowed "
+            f"by --max_bad_images or --strict_data): {listed}{' ...' * (len(broken) > 10)}"
+        )
+
+
 def save_if_due(run: Training, position: Position) -> None:
     """Checkpoints within an epoch, and the agreed stop of all ranks after a signal on any of them."""
     args = run.args
-    read_now = position.step % args.log_every == 0 or position.step == run.steps_per_epoch
-    asks = read_now or run.normalize.device.type == "cpu"  # elsewhere asking waits for the device
-    stop = asks and utils.any_rank(run.stop.received is not None, run.normalize.device)
+    stop = run.stop.agreed(last=position.step == run.steps_per_epoch)
     due = args.save_ckpt_steps and position.step % args.save_ckpt_steps == 0
     if stop or due:
         run.monitor.read()

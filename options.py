@@ -344,6 +344,9 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     )
     group.add_argument("--dist_on_itp", action="store_true", help="read the process's place from OpenMPI")
     group.add_argument("--dist_url", default="env://")
+    group.add_argument(
+        "--dist_timeout", type=float, default=60.0, metavar="MINUTES", help="how long a process waits for the others"
+    )
     group.add_argument("--world_size", type=int, default=1, help=argparse.SUPPRESS)
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return group
@@ -377,7 +380,11 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--log_every", type=int, default=50, help="steps between lines of the log")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--start_epoch", type=int, default=0)
-    group.add_argument("--resume", default="", help="checkpoint to go on from")
+    group.add_argument(
+        "--resume",
+        default="",
+        help="checkpoint to go on from; a run that SIGTERM, SIGINT or SIGUSR1 stopped has saved one and exits with 75",
+    )
     if stage == "pretrain":
         group.add_argument(
             "--resume_copy", default="", help="published checkpoint_copy-*.pth: the teacher that belongs to --resume"

@@ -1,7 +1,9 @@
 """Pre-trains a masked-image-modelling method; `--help` lists the flags, README.md has examples."""
 
 import json
+import os
 import sys
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -42,6 +44,7 @@ from session import Origin, Position, Session
 from transforms import MEAN_STD, build_pretrain_transform
 from utils import NonFiniteError, RunLog, StepMonitor, StopSignal, Throughput, log
 
+STOPPED = os.EX_TEMPFAIL  # the exit status of a run that a signal stopped and the same command goes on with: 75
 SEMAIM_FLAGS = (  # named as the options of the model
     "permutation_type", "attention_type", "order_precision", "query_depth", "share_weight", "prediction_head_type",
     "gaussian_kernel_size", "gaussian_sigma", "loss_type", "predict_feature", "target_model", "target_precision",
@@ -247,13 +250,21 @@ def compile_blocks(*modules: nn.Module | None) -> None:
 
 
 def flops_per_image(task: nn.Module, loader, normalize: Normalize) -> float:
-    """FLOPs of one training step, counted on two images; what that changes in batch statistics is put back."""
+    """FLOPs of one training step, counted on two images; what that changes in batch statistics is put back.
+
+    --grad_checkpointing does not count: what is computed twice is needed once.
+    """
+    recomputing = [module for module in task.modules() if getattr(module, "grad_checkpointing", False)]
+    for module in recomputing:
+        module.grad_checkpointing = False
     batch = normalize(default_collate([loader.dataset[0, index] for index in (0, 1)]))
     statistics = BatchStatistics(task, getattr(task, "teacher", None))
     statistics.keep()
     flops = utils.count_flops(lambda: task(batch)["loss"].backward())
     statistics.put_back_unless(torch.zeros((), device=normalize.device))
     task.zero_grad(set_to_none=True)
+    for module in recomputing:
+        module.grad_checkpointing = True
     return flops / 2
 
 
@@ -348,17 +359,31 @@ def main(args: Namespace) -> None:
 
 
 def launch(main_function, args: Namespace) -> None:
-    """Users' mistakes and orderly stops end in one line, not in a traceback."""
+    """Users' mistakes and orderly stops end in one line, not in a traceback.
+
+    Only orderly ends, of which all ranks know, leave the process group: after an error the others may be waiting in it.
+    """
+    code = 0
     try:
         main_function(args)
     except Stopped as stopped:
         log.info("stopped by %s; run the same command to go on", stopped)
+        code = STOPPED
     except (ValueError, NonFiniteError, BadImagesError) as error:
         # an error in a loader worker comes with the worker's traceback: the last line is what it says
         log.error("error: %s", str(error).rstrip().rpartition("\n")[2])
-        sys.exit(1)
-    finally:
+        code = 1
+        if utils.has_peers():
+            utils.exit_at_once(code)
+    except BaseException:
+        if utils.has_peers():
+            traceback.print_exc()
+            utils.exit_at_once(1)
         utils.leave_process_group()
+        raise
+    utils.leave_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,21 @@ import gc
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import sys
+import threading
 import time
+import uuid
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,38 +35,87 @@ from files import write_text
 
 log = logging.getLogger("unimim")
 
-# Dense bf16/fp16 peak of a device in TFLOP/s, from the makers' data sheets; keys are parts of torch's device names.
+# Dense bf16/fp16 peak of a device in TFLOP/s, from the makers' data sheets; keys are words of torch's device names.
 PEAK_TFLOPS = {
-    "H200": 989, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
-    "A10G": 70, "A10": 125, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
+    "B200": 2250, "H200": 989, "H200 NVL": 835, "GH200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "V100": 125,
+    "V100 PCIE": 112, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
+OTHER_DEVICES = {"MIG", "LAPTOP", "TI", "D"}  # words of a part or a variant, whose peak is another
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
 
-def init_distributed(args: Namespace) -> torch.device:
-    """Finds this process's place among the others, joins the group, and sets args.rank, world_size and local_rank.
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among the others, and where they meet if the launcher says so."""
 
-    Order (specs/conmim.md 6.7): OpenMPI with --dist_on_itp, torchrun and deepspeed (RANK), SLURM, else one process.
-    """
-    env = os.environ
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str | None = None
+    port: int | None = None
+
+
+def init_distributed(args: Namespace) -> torch.device:
+    """Finds this process's place among the others, joins the group, and sets args.rank, world_size and local_rank."""
     if args.dist_on_itp:
-        place = [int(env[f"OMPI_COMM_WORLD_{key}"]) for key in ("RANK", "SIZE", "LOCAL_RANK")]
-        args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-    elif "RANK" in env and "WORLD_SIZE" in env:
-        place = [int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", max(args.local_rank, 0)))]
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
-        rank = int(env["SLURM_PROCID"])
-        place = [rank, int(env["SLURM_NTASKS"]), rank % max(torch.cuda.device_count(), 1)]
-    else:
-        place = [0, 1, 0]
-    args.rank, args.world_size, args.local_rank = place
+        args.dist_url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    place = find_place(os.environ, openmpi=args.dist_on_itp, local_rank=args.local_rank)
+    args.rank = place.rank
+    args.world_size = place.world_size
+    args.local_rank = place.local_rank
     device = choose_device(args)
+    if args.enable_deepspeed:  # it would take a GPU that it finds, whatever --device says
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
     if args.world_size > 1 or args.enable_deepspeed:
-        join_process_group(args, device)
+        join_process_group(args, device, place)
     return device
+
+
+def find_place(env: Mapping[str, str], *, openmpi: bool = False, local_rank: int = -1) -> Place:
+    """The place that a launcher's variables give this process.
+
+    Order: OpenMPI with --dist_on_itp, torchrun and deepspeed (RANK), srun, else one process. `local_rank` is the flag.
+    """
+    if openmpi:
+        return Place(*(int(env[f"OMPI_COMM_WORLD_{key}"]) for key in ("RANK", "SIZE", "LOCAL_RANK")))
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", max(local_rank, 0))))
+    return slurm_place(env)
+
+
+def slurm_place(env: Mapping[str, str]) -> Place:
+    """The place of one of srun's tasks; one process outside of a job step, as in a batch script.
+
+    Without MASTER_ADDR the tasks meet on the step's first host, at a port that follows from the job and the step.
+    """
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or (env.get("SLURM_NTASKS", 1) if "MASTER_ADDR" in env else 1))
+    if tasks == 1 or "SLURM_PROCID" not in env:
+        return Place()
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    address = env.get("MASTER_ADDR") or (first_host(nodes) if nodes else env.get("SLURM_LAUNCH_NODE_IPADDR"))
+    if not address:
+        raise ValueError(
+            f"srun started {tasks} tasks, but neither SLURM_STEP_NODELIST nor MASTER_ADDR says where they meet; "
+            "export MASTER_ADDR as the first of the job's hosts"
+        )
+    job = int(env.get("SLURM_JOB_ID", 0))
+    step = int(env.get("SLURM_STEP_ID", 0))
+    port = 10000 + (101 * job + step) % 20000  # below the ports that the kernel hands out
+    one_gpu = re.fullmatch(r"[^,]+", env.get("CUDA_VISIBLE_DEVICES", "")) is not None
+    local_rank = 0 if one_gpu else int(env["SLURM_LOCALID"])
+    return Place(int(env["SLURM_PROCID"]), tasks, local_rank, address, port)
+
+
+def first_host(hosts: str) -> str:
+    """The first name of a host list in SLURM's form: "gpu07" of "gpu[07-12,15],login"."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)
+    if first is None:
+        raise ValueError(f"{hosts!r} is not a list of hosts; export MASTER_ADDR as the first of the job's hosts")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
 
 
 def choose_device(args: Namespace) -> torch.device:
@@ -72,18 +127,29 @@ def choose_device(args: Namespace) -> torch.device:
     return torch.device(args.device)
 
 
-def join_process_group(args: Namespace, device: torch.device) -> None:
-    """A lone process under DeepSpeed needs the variables of a launcher too (specs/engine.md 1.3)."""
+def join_process_group(args: Namespace, device: torch.device, place: Place) -> None:
+    """A lone process under DeepSpeed needs the variables of a launcher too.
+
+    On GPUs the group has a side for the host's tensors: what is agreed on there waits for no device.
+    """
     if in_group():  # a second run in the same processes
         return
     defaults = {
         "RANK": args.rank, "WORLD_SIZE": args.world_size, "LOCAL_RANK": args.local_rank,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port() if args.world_size == 1 else 29500,
+        "MASTER_ADDR": place.address or "127.0.0.1",
+        "MASTER_PORT": place.port or (free_port() if args.world_size == 1 else 29500),
     }  # fmt: skip
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=args.dist_url, rank=args.rank, world_size=args.world_size)
+    on_gpus = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+        init_method=args.dist_url,
+        rank=args.rank,
+        world_size=args.world_size,
+        timeout=timedelta(minutes=args.dist_timeout),
+        device_id=device if on_gpus and args.world_size > 1 else None,  # a lone rank has no one to connect to
+    )
 
 
 def free_port() -> int:
@@ -104,6 +170,25 @@ def leave_process_group() -> None:
     if in_group():
         dist.destroy_process_group()
         gc.collect()  # DDP lies in reference cycles and holds the group
+
+
+def has_peers() -> bool:
+    """Whether other processes may wait for this one in a collective."""
+    return in_group() and dist.get_world_size() > 1
+
+
+def exit_at_once(code: int) -> None:
+    """Ends this process with what it has logged, without the farewell to peers that may never answer.
+
+    They sit in a collective, where destroying the group would wait for them; a lost connection or the launcher ends
+    them. Loader workers go with their parent.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
 
 
 def barrier() -> None:
@@ -132,27 +217,69 @@ def from_first_rank(value):
     return box[0]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process; every process must ask."""
+def gathered(value: Any) -> list[Any]:
+    """The plain object of each process, in the order of ranks, on every process."""
     if not in_group():
-        return flag
-    return bool(reduce_sum(torch.tensor(float(flag), device=device)) > 0)
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 class StopSignal:
-    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a request to stop; the next one ends the process at once."""
+    """Turns SIGTERM, SIGINT or SIGUSR1 into a request to stop, on which all ranks agree.
+
+    Launchers and schedulers repeat what they have sent already, so repeats change nothing. Only SIGINT, that is Ctrl-C,
+    ends the process at once when it comes again more than `patience` seconds after the first.
+    """
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    patience = 2.0
 
     def __init__(self):
         self.received: str | None = None
+        self.votes = torch.zeros(1)  # on the host: to ask there waits for no device
+        self.voting: dist.Work | None = None
+        self.may_interrupt: threading.Timer | None = None
         for number in self.signals:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame) -> None:
-        self.received = signal.Signals(number).name
-        for other in self.signals:
-            signal.signal(other, signal.SIG_DFL)
+        self.received = self.received or signal.Signals(number).name
+        if number == signal.SIGINT and self.may_interrupt is None:
+            self.may_interrupt = threading.Timer(self.patience, _default_interrupt)
+            self.may_interrupt.daemon = True
+            self.may_interrupt.start()
+
+    def agreed(self, *, last: bool = False) -> bool:
+        """Whether any rank has been asked to stop; all ranks call it once a step and get the same answer.
+
+        Among several ranks the answer is that to the votes of the step before, which have arrived meanwhile; in the
+        `last` step of an epoch it is waited for. A lone process looks at its own request.
+        """
+        if not has_peers():
+            return self.received is not None
+        if self._result():
+            return True
+        self.votes.fill_(self.received is not None)
+        self.voting = dist.all_reduce(self.votes, async_op=True)
+        return last and self._result()
+
+    def _result(self) -> bool:
+        """The outcome of the vote under way, False without one."""
+        if self.voting is None:
+            return False
+        self.voting.wait()
+        self.voting = None
+        return bool(self.votes > 0)
+
+
+def _default_interrupt() -> None:
+    """Gives SIGINT its default action, which also ends a process that is stuck outside of Python.
+
+    Python's `signal` would do so on the main thread only, and that one may be stuck.
+    """
+    ctypes.pythonapi.PyOS_setsig(ctypes.c_int(signal.SIGINT), ctypes.c_void_p(signal.SIG_DFL))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +359,18 @@ def _wandb(args: Namespace, config: dict):
         import wandb
     except ImportError as error:
         raise ValueError("--wandb needs the package wandb: pip install wandb, or use --log_dir") from error
-    return wandb.init(project=args.wandb, name=Path(args.output_dir).name or None, config=config, resume="allow")
+    name = Path(args.output_dir).name or None
+    return wandb.init(project=args.wandb, name=name, config=config, id=wandb_id(args), resume="allow")
+
+
+def wandb_id(args: Namespace) -> str | None:
+    """The id under which W&B knows the run: kept in the output folder, new for a run that resumes nothing."""
+    if not args.output_dir:
+        return None
+    file = Path(args.output_dir) / "wandb_id.txt"
+    if not (file.is_file() and (args.auto_resume or args.resume)):
+        write_text(file, uuid.uuid4().hex[:12] + "\n")
+    return file.read_text().strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +460,10 @@ class StepMonitor:
 
 
 class Throughput:
-    """Images a second, the share of time spent waiting for data, MFU, and the time left."""
+    """Images a second, the share of time spent waiting for data, MFU, and the time left.
+
+    `flops_per_image` are those of the model: what --grad_checkpointing computes again is no use of the device.
+    """
 
     def __init__(self, images_per_step: int, flops_per_image: float | None, peak: float | None):
         self.images_per_step, self.flops_per_image, self.peak = images_per_step, flops_per_image, peak
@@ -362,8 +503,17 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """The device's dense peak in FLOP/s at this precision, None where it is not known."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    tflops = peak_tflops(torch.cuda.get_device_name(device))
+    return None if tflops is None else tflops * 1e12
+
+
+def peak_tflops(name: str) -> float | None:
+    """The value of `PEAK_TFLOPS` with the most words in a device's name, None without one."""
+    words = set(re.split(r"[\s-]+", name.upper()))
+    known = [key for key in PEAK_TFLOPS if set(key.upper().split()) <= words]
+    if not known or words & OTHER_DEVICES:
+        return None
+    return PEAK_TFLOPS[max(known, key=lambda key: len(key.split()))]
 
 
 def count_flops(step, *args) -> float:

@@ -2,6 +2,8 @@
 # Runs one of this repository's scripts on NNODES x NPROC processes; the recipes beside it call it.
 # Command:   scripts/launch.sh run_pretraining.py --model ...   (torchrun must be on the PATH: activate the environment)
 #            On several machines call it once on each, with that machine's NODE_RANK and the first one's MASTER_ADDR.
+# Signals:   SIGTERM, SIGINT and SIGUSR1 are passed on: the ranks save and stop. What still runs after 30 seconds is
+#            killed.
 set -euo pipefail
 
 if [ "${NNODES:-1}" -gt 1 ]; then
@@ -13,4 +15,5 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 exec torchrun \
   --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${NPROC:-1}" \
   --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   "$repository/$1" "${@:2}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import FINETUNE, PRETRAIN, ROOT, arguments, in_ranks, own_signals, run_command, script
+from helpers import FINETUNE, PRETRAIN, ROOT, arguments, in_ranks, own_signals, run_command, script, start_command
 
 import checkpoint
 import options
@@ -19,7 +19,7 @@ import run_pretraining
 from datasets import digits_source
 from modeling_finetune import create_model
 from recipes import recipe_for
-from utils import free_port
+from utils import Place, find_place, first_host, free_port, leave_process_group
 
 # Names and defaults are what users' commands stand on: a change of them is a decision.
 BOTH = {
@@ -32,6 +32,7 @@ BOTH = {
     "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005, "warmup_epochs": 5,
     "warmup_steps": -1, "device": "cuda", "precision": "auto", "enable_deepspeed": False, "zero_stage": 1,
     "deepspeed_config": None, "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
+    "dist_timeout": 60.0,
     "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None, "output_dir": "", "log_dir": None,
     "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0, "resume": "", "auto_resume": True,
     "no_auto_resume": True, "save_ckpt": True, "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0,
@@ -281,6 +282,89 @@ def test_error_of_any_rank_is_printed(tmp_path, capfd):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
+
+STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
+CYCLIC = STEP | {"SLURM_PROCID": "2", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]"}
+
+
+def test_tasks_of_srun_find_each_other():
+    """Placed in turn on two machines: rank 2 is the second process of the first one."""
+    place = find_place(CYCLIC)
+    assert place == Place(2, 8, 1, "gpu07", place.port)
+    assert find_place(CYCLIC | {"SLURM_PROCID": "3"}) == Place(3, 8, 1, "gpu07", place.port)
+    ports = {find_place(CYCLIC | {name: "78"}).port for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")} | {place.port}
+    assert len(ports) == 3 and all(10000 <= port < 30000 for port in ports)
+    assert find_place(CYCLIC | {"CUDA_VISIBLE_DEVICES": "3"}).local_rank == 0
+    assert find_place(CYCLIC | {"CUDA_VISIBLE_DEVICES": "2,3"}).local_rank == 1
+    assert find_place(CYCLIC | {"MASTER_ADDR": "there"}).address == "there"
+    elsewhere = {**CYCLIC, "SLURM_STEP_NODELIST": "", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"}
+    assert find_place(elsewhere).address == "10.0.0.3"
+
+
+def test_tasks_of_srun_without_a_place_to_meet_are_refused():
+    env = {name: value for name, value in CYCLIC.items() if name != "SLURM_STEP_NODELIST"}
+    with pytest.raises(ValueError, match=r"srun started 8 tasks.*MASTER_ADDR"):
+        find_place(env)
+
+
+def test_other_processes_of_a_slurm_job_are_alone_or_of_their_launcher():
+    batch_script = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "gpu07"}
+    assert find_place(batch_script) == find_place(CYCLIC | {"SLURM_STEP_NUM_TASKS": "1"}) == find_place({}) == Place()
+    assert find_place(CYCLIC | {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "4"}) == Place(5, 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("host", "host"),
+        ("b2,a1", "b2"),
+        ("gpu[007-012,15],login", "gpu007"),
+        ("rack[2,4]-node[01-03]", "rack2-node01"),
+        ("n.example.org,x[1-2]", "n.example.org"),
+    ],
+)
+def test_first_host_of_a_list(hosts, first):
+    assert first_host(hosts) == first
+
+
+def test_deepspeed_takes_the_device_of_the_flags(tmp_path, monkeypatch):
+    """On a machine with GPUs it would take one of them under a model on the CPU."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with dry_run_folder(tmp_path):
+        run_pretraining.set_up(arguments("pretrain", tmp_path, "--enable_deepspeed"))
+        leave_process_group()
+        assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+TASK_OF_SRUN = """
+import os, sys, time
+import torch.distributed as dist
+import options, run_pretraining, utils
+rank, port = sys.argv[1:]
+place = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NODELIST": "localhost"}
+os.environ.update(place, MASTER_PORT=port)
+dist.destroy_process_group = lambda: time.sleep(600)
+
+def main(args):
+    run_pretraining.set_up(args)
+    if args.rank == 1:
+        1 / 0
+    utils.barrier()
+
+run_pretraining.launch(main, options.parse("pretrain", ["--device", "cpu"]))
+"""
+
+
+@pytest.mark.slow
+def test_error_on_one_rank_ends_all(tmp_path):
+    """Not by way of the group's destruction, which on GPUs waits for those who wait for us."""
+    port = str(free_port())
+    ranks = [start_command([sys.executable, "-c", TASK_OF_SRUN, str(rank), port]) for rank in range(2)]
+    waiting, failing = (process.communicate(timeout=120)[0] for process in ranks)
+    assert [process.returncode for process in ranks] == [1, 1]
+    assert failing.rstrip().endswith("ZeroDivisionError: division by zero")
+    assert "barrier" in waiting and "ZeroDivisionError" not in waiting
+
 
 LAUNCHERS = {
     "python": (sys.executable,),

@@ -14,21 +14,25 @@ import torch.distributed as dist
 from helpers import (
     METHODS,
     SIZE,
+    arguments,
     average_weights,
     column,
     differing,
     gloo_threads,
     in_ranks,
     largest_difference,
+    own_signals,
     start,
     train_steps,
     whole_weights,
 )
 
 import checkpoint
+import run_pretraining
 import utils
-from datasets import EvalBatchSampler, build_dataset, build_loader
+from datasets import BadImagesError, EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import evaluate
+from engine_for_pretraining import share_bad_images
 from modeling_finetune import create_model, sincos_pos_embed
 from run_class_finetuning import Evaluator, build_classifier
 from transforms import build_finetune_transform
@@ -424,3 +428,40 @@ def train_and_leave(folder: Path) -> tuple[int, int]:
 def test_leaving_the_group_ends_its_threads(tmp_path):
     for before, after in in_ranks(2, train_and_leave, tmp_path):
         assert before > 0 and after == 0
+
+
+def stops_and_bad_images(folder: Path) -> dict:
+    """A request on rank 1 only, in its third step and in an epoch's last one; broken images that both ranks met."""
+    normalize = run_pretraining.set_up(arguments("pretrain", folder))
+    rank = dist.get_rank()
+    answers = {}
+    with own_signals():
+        for when in (2, 4):
+            stop = utils.StopSignal()
+            answers[when] = []
+            for step in range(5):
+                stop.received = "SIGTERM" if rank == 1 and step >= when else None
+                answers[when].append(stop.agreed(last=step == 4))
+                if answers[when][-1]:
+                    break
+    dataset = build_dataset(arguments("pretrain", folder, "--max_bad_images", "3"), train=True, need_labels=False,
+                            transform=None)  # fmt: skip
+    dataset.bad[[4, 5] if rank == 0 else [5, 6]] = 1
+    share_bad_images(dataset)
+    shared = dataset.bad.nonzero().flatten().tolist()
+    if rank == 0:
+        dataset.bad[9] = 1
+    try:
+        share_bad_images(dataset)
+        said = ""
+    except BadImagesError as error:
+        said = str(error)
+    return {"device": normalize.device.type, "answers": answers, "shared": shared, "said": said}
+
+
+def test_ranks_agree_to_stop_and_on_bad_images(tmp_path):
+    """At the same step, one after the request; four images in all are too many, though no rank met more than three."""
+    for found in in_ranks(2, stops_and_bad_images, tmp_path):
+        assert found["answers"] == {2: [False, False, False, True], 4: [False, False, False, False, True]}
+        assert found["shared"] == [4, 5, 6]
+        assert found["said"].startswith("4 of ") and "--max_bad_images" in found["said"]

@@ -9,18 +9,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import arguments, average_weights, column, differing, run_command, start, train_steps
+from helpers import METHODS, arguments, average_weights, column, differing, run_command, start, train_steps
 from torch import nn
 
 import parallel
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from ema import MovingAverage
-from engine_for_finetuning import evaluate
+from engine_for_finetuning import evaluate, tally
 from engine_for_pretraining import Normalize
 from parallel import deepspeed_config
 from run_class_finetuning import Evaluator
+from run_pretraining import flops_per_image
 from transforms import MEAN_STD, build_finetune_transform
-from utils import NonFiniteError, StepMonitor
+from utils import NonFiniteError, StepMonitor, peak_tflops
 
 CPU = torch.device("cpu")
 
@@ -336,6 +337,13 @@ def test_evaluation_counts_hits_and_ignores_padding():
     assert result["loss"] == pytest.approx(F.cross_entropy(logits[:5], labels[:5]).item())
 
 
+def test_tally_waits_for_no_device():
+    """Without values on the meta device, a shape that depends on them raises: on a GPU it is a wait."""
+    logits, labels, counts = (torch.empty(s, dtype=d, device="meta") for s, d in (
+        ((5, 10), torch.float32), ((5,), torch.int64), ((5,), torch.bool)))  # fmt: skip
+    assert tally(logits, labels, counts).shape == (4,)
+
+
 def test_normalize_is_the_published_one():
     batch = {"image": torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2), "index": 0}
     moved = Normalize(MEAN_STD["imagenet"], CPU)(batch)
@@ -402,6 +410,34 @@ def test_half_written_configuration_is_refused(tmp_path):
     (tmp_path / "ds.json").write_text('{"bf16": ')
     with pytest.raises(ValueError, match=r"--deepspeed_config .*ds\.json is not JSON"):
         deepspeed_config(args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
+        ("Tesla V100-PCIE-16GB", 112), ("Tesla T4", 65), ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A1000", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ],
+)  # fmt: skip
+def test_peak_is_that_of_the_device_and_of_no_namesake(name, tflops):
+    assert peak_tflops(name) == tflops
+
+
+@pytest.mark.parametrize("network", [(), METHODS["a2mim_resnet"]], ids=["vit", "resnet"])
+def test_recomputation_is_no_work_of_the_model(tmp_path, network):
+    runs = [start("pretrain", tmp_path, *network, *flags)[0] for flags in ((), ("--grad_checkpointing",))]
+    plain, recomputing = (flops_per_image(run.task, run.loader, run.normalize) for run in runs)
+    assert plain == recomputing > 0
+    again = [module.grad_checkpointing for module in runs[1].task.modules() if hasattr(module, "grad_checkpointing")]
+    assert any(again), "the run itself no longer recomputes"
 
 
 PAGE_FAULTS = """

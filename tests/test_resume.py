@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from helpers import (
 )
 
 import checkpoint
-from utils import RunLog, free_port
+from utils import RunLog, StopSignal, free_port
 
 WORKERS = ("--num_workers", "2", "--update_freq", "2")
 AUGMENTED = (
@@ -108,7 +110,7 @@ def test_stopped_finetuning_resumes_bit_exactly(tmp_path):
     for number, epoch, step in ((signal.SIGTERM, 0, 3), (signal.SIGINT, 0, 20), (signal.SIGUSR1, 1, 8)):
         process = start_command(script("finetune", stopped, *WORKERS, *AUGMENTED))
         output = stop_at(process, epoch, step, number)
-        assert process.returncode == 0, output
+        assert process.returncode == os.EX_TEMPFAIL == 75, output
         said = re.search(rf"^stopped by {number.name} after step (\d+) of epoch {epoch}; .*$", output, re.MULTILINE)
         assert said and output.rstrip().endswith(said.group(0)) and "Traceback" not in output
         assert checkpoint.latest_valid_checkpoint(stopped).name == f"checkpoint-{epoch}-{said.group(1)}.pth"
@@ -119,36 +121,75 @@ def test_stopped_finetuning_resumes_bit_exactly(tmp_path):
     assert differing(*({k: v for k, v in state.items() if k != "args"} for state in best)) == []
 
 
+RANK_OF_A_LAUNCHER = """
+import os, pathlib, sys
+sys.path.insert(0, {root!r})
+import options, run_pretraining
+folder, rank = pathlib.Path({folder!r}), os.environ["RANK"]
+(folder / f"pid-{{rank}}").write_text(str(os.getpid()))
+try:
+    run_pretraining.launch(run_pretraining.main, options.parse("pretrain"))
+except SystemExit as end:
+    (folder / f"code-{{rank}}").write_text(str(end.code))
+    raise
+"""
+
+
 @pytest.mark.slow
-def test_torchrun_stops_all_ranks_with_a_checkpoint(tmp_path):
-    """torchrun passes the signal to each rank's whole group, loader workers included."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
-    process = start_command(script("pretrain", tmp_path, "--num_workers", "1", "--log_every", "1", launcher=launcher))
+def test_launch_script_stops_all_ranks_with_a_checkpoint(tmp_path):
+    """SIGUSR1 reaches the launcher alone, and every process a SIGTERM right after it, as a scheduler may send them."""
+    program = tmp_path / "rank.py"
+    program.write_text(RANK_OF_A_LAUNCHER.format(root=str(ROOT), folder=str(tmp_path)))
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    launcher = ("env", f"PATH={path}", "NPROC=2", f"MASTER_PORT={free_port()}", str(ROOT / "scripts" / "launch.sh"))
+    _, _, *flags = script("pretrain", tmp_path, "--num_workers", "1", "--log_every", "1")
+    process = start_command([*launcher, os.path.relpath(program, ROOT), *flags])
     for line in process.stdout:
         if "epoch 0 [ 5/" in line:
-            process.terminate()
             break
+    ranks = [int((tmp_path / f"pid-{rank}").read_text()) for rank in range(2)]
+    process.send_signal(signal.SIGUSR1)
+    for pid in ranks:
+        os.kill(pid, signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
-    said = re.search(r"stopped by SIGTERM after step (\d+) of epoch 0", output)
-    assert said, output
-    path = tmp_path / f"checkpoint-0-{said.group(1)}.pth"
+    said = re.search(r"stopped by (SIGUSR1|SIGTERM) after step (\d+) of epoch 0", output)
+    assert said and "DataLoader worker" not in output, output
+    path = tmp_path / f"checkpoint-0-{said.group(2)}.pth"
     assert checkpoint.load_checkpoint(path)["engine"]["world_size"] == 2
-    assert "DataLoader worker" not in output
+    assert process.returncode != 0
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["75", "75"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_second_signal_ends_at_once(second):
-    """A step that never ends, in which only the second signal can help."""
-    program = "import time, utils; s = utils.StopSignal(); print('ready', flush=True)\n"
-    program += "while True:\n    time.sleep(0.01)\n    if s.received: print(s.received, flush=True); time.sleep(600)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
-    )
+STUCK = """
+import ctypes, time, utils
+stop = utils.StopSignal()
+print("ready", flush=True)
+while stop.received is None:
+    time.sleep(0.01)
+print(stop.received, flush=True)
+mutex = ctypes.create_string_buffer(64)
+while True:
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def test_only_a_second_interrupt_after_a_while_ends_at_once(tmp_path):
+    """In a step that never ends, outside of Python; what comes within the two seconds is a launcher's repetition."""
+    command = [sys.executable, "-c", STUCK]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "SIGTERM\n"
-    process.send_signal(second)
-    assert process.wait(timeout=60) == -second
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    for repeated in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(repeated)
+    time.sleep(StopSignal.patience + 0.5)
+    for repeated in (signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(repeated)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == -signal.SIGINT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,6 +398,19 @@ def test_log_forgets_epochs_that_are_done_again(tmp_path):
     log.epoch({"epoch": 1, "train_loss": 2.0}, 1)
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert lines == [{"epoch": 0, "train_loss": 1.0}, {"epoch": 1, "train_loss": 2.0}]
+
+
+def test_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch):
+    """The package need not be installed: what counts is how it is asked."""
+    asked = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: asked.append(how)))
+    for folder, flags in (("a", ()), ("a", ()), ("b", ()), ("a", ("--no_auto_resume",))):
+        args = arguments("pretrain", tmp_path / folder, "--wandb", "project", *flags)
+        args.rank = 0
+        RunLog(args, {})
+    first, resumed, other, afresh = (how["id"] for how in asked)
+    assert first == resumed and len({first, other, afresh}) == 3
+    assert {how["resume"] for how in asked} == {"allow"} and min(map(len, (first, other, afresh))) > 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
