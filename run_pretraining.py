@@ -313,6 +313,14 @@ def image_mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...
     return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
 
 
+def set_float32_products(precision: str, device: torch.device) -> None:
+    """How exact float32 products and convolutions are; on a GPU cuDNN's kernels are also chosen by measuring them."""
+    torch.set_float32_matmul_precision(precision)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = precision == "high"
+        torch.backends.cudnn.benchmark = True
+
+
 def set_up(args: Namespace) -> Normalize:
     """Joins the other processes, starts the log, settles device and precision."""
     device = utils.init_distributed(args)
@@ -322,6 +330,7 @@ def set_up(args: Namespace) -> Normalize:
     options.resolve_precision(args, device)
     options.resolve_lr(args)
     check_precision(args.precision, device)
+    set_float32_products(options.resolve_matmul_precision(args, device), device)
     return Normalize(image_mean_std(args), device)
 
 

@@ -1,17 +1,21 @@
 """Attention kernels, checkpointed and compiled blocks, published sizes, and what ConMIM's student and teacher see."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import drop_path as timm_drop_path
 from torch import nn
 
 from modeling_finetune import (
     ActivatedLinear,
     Attention,
+    DropPath,
     LinearOfGelu,
+    add_scaled,
     create_model,
     relative_position_index,
     table_rows,
@@ -187,6 +191,30 @@ def split_at_none(values: list) -> list[list]:
     return [values[begin + 1 : end] for begin, end in zip([-1, *ends], ends, strict=False)]
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_stochastic_depth_draws_as_timm_does(rate):
+    """Bit for bit, so that runs of older versions go on with the same numbers."""
+    x, drop = torch.randn(64, 3, 5), DropPath(rate)
+    torch.manual_seed(3)
+    expected = timm_drop_path(x, rate, training=True)
+    torch.manual_seed(3)
+    assert torch.equal(drop(x), expected)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_branches_are_added_in_one_kernel():
+    """With layer scale, stochastic depth, both and neither, also where autocast has made the branch bf16."""
+    torch.manual_seed(0)
+    x, gamma, factor = torch.randn(4, 5, 8), torch.rand(8), torch.tensor([0.0, 2.0, 2.0, 0.0]).view(4, 1, 1)
+    for branch in (torch.randn(4, 5, 8), torch.randn(4, 5, 8).bfloat16()):
+        for scales in ((None, None), (gamma, None), (None, factor), (gamma, factor)):
+            expected = x + branch.float() * math.prod(scale for scale in scales if scale is not None)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = add_scaled(x, branch, *scales)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_second_derivatives_of_the_activated_linear():
     torch.manual_seed(0)
     inputs = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 4), (5, 4), (5,))]
@@ -328,6 +356,22 @@ def test_teacher_starts_equal_and_moves_by_the_schedule():
     torch.testing.assert_close(model.teacher.cls_token, start + 0.05)
     model.after_step(0.5, applied=0.0)
     torch.testing.assert_close(model.teacher.cls_token, start + 0.05)
+
+
+def test_average_by_a_weight_on_the_device():
+    """A GPU's form of the same update, which must leave the average as it is where a step was skipped."""
+    model = conmim(t_momentum=0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    other = copy.deepcopy(model)
+    before = copy.deepcopy(model.teacher.state_dict())
+    model.average.update(0.9)
+    other.average.update(0.9, torch.tensor(0.0))
+    assert all(torch.equal(value, before[name]) for name, value in other.teacher.state_dict().items())
+    other.average.update(0.9, torch.tensor(1.0))
+    for name, value in other.teacher.state_dict().items():
+        torch.testing.assert_close(value, model.teacher.state_dict()[name], rtol=3e-7, atol=3e-7)
 
 
 def test_teacher_has_no_dropout_but_batch_statistics():
