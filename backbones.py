@@ -13,9 +13,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
-from timm.models.convnext import ConvNeXt
-from timm.models.resnet import ResNet
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from timm.models.regnet import Bottleneck as RegNetBlock
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from losses import enlarged
@@ -28,6 +29,8 @@ TIMM_BACKBONES = {
     **{f"convnext_{size}": f"convnext_{size}" for size in ("tiny", "small", "base")},
     **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "base")},
 }
+# what timm's networks repeat within a stage
+REPEATED_BLOCKS = (BasicBlock, Bottleneck, ConvNeXtBlock, SwinTransformerBlock, RegNetBlock)
 MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")
 
 

@@ -53,6 +53,11 @@ class BlockwiseMask:
         self.grid, self.target = grid, num_mask_patches
         self.min_block, self.max_block = min_block, max_block or num_mask_patches
 
+    @property
+    def most(self) -> int:
+        """How many patches a mask hides at most."""
+        return self.target
+
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         mask = np.zeros(self.grid, dtype=bool)
         count = 0
@@ -91,6 +96,10 @@ class RandomMask:
         self.count = int(mask_ratio * grid[0] * grid[1])
         _check_count(self.count, grid, "--mask_ratio")
 
+    @property
+    def most(self) -> int:
+        return self.count
+
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         return _choose(self.grid, self.count, rng)
 
@@ -101,6 +110,10 @@ class SimMIMMask:
     def __init__(self, grid: Pair, mask_ratio: float, cell: int = 2):
         self.cells, self.cell = (grid[0] // cell, grid[1] // cell), cell
         self.count = math.ceil(self.cells[0] * self.cells[1] * mask_ratio)
+
+    @property
+    def most(self) -> int:
+        return self.count * self.cell**2
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         return self.first_of(rng.permutation(math.prod(self.cells)))

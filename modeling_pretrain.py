@@ -95,7 +95,8 @@ class PretrainMethod(nn.Module):
     `teacher`: an average of the network that is no submodule, so that neither DDP nor DeepSpeed wraps, casts or
     optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder. `frozen`:
     a network beside it that makes targets and can be compiled. `predicts_pixels`: whether `reconstruct` can show what
-    is predicted.
+    is predicted. `most_masked`: what lists of masked patches are filled up to, so that compiled blocks see one length;
+    None: the batch's largest number.
     """
 
     views: tuple[str, ...] = ("image",)
@@ -104,6 +105,7 @@ class PretrainMethod(nn.Module):
     average: MovingAverage | None = None
     frozen: nn.Module | None = None
     predicts_pixels: bool = False
+    most_masked: int | None = None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss": scalar, ...}; further entries are detached figures for the log."""
@@ -979,7 +981,7 @@ class BEiT(WordPredictor, MaskedImageModel):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         mask = batch["mask"].flatten(1)
-        positions, counts = masked_positions(mask, batch.get("max_masked"))
+        positions, counts = masked_positions(mask, self.most_masked or batch.get("max_masked"))
         x = self.embed_masked(batch["image"], mask)
         tokens = self.norm(self.run_blocks(x, rows=positions + self.num_prefix_tokens))
         return self.compare(tokens, batch, positions, counts)

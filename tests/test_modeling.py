@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import drop_path as timm_drop_path
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from modeling_finetune import (
     ActivatedLinear,
@@ -232,6 +233,81 @@ def test_compiled_blocks_give_the_same():
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     assert_close(ours, theirs, atol=1e-5 * largest)
     assert compiled.state_dict().keys() == model.state_dict().keys()
+
+
+DEEP = {"embed_dim": 16, "depth": 12, "num_heads": 2, "input_size": (16, 24), "patch_size": 4}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 9, "decoder_num_heads": 2}
+
+
+@pytest.fixture
+def counter():
+    """A backend that counts the graphs it gets and runs them as they are."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield CompileCounter()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "graphs"),
+    [
+        ("conmim_tiny_patch16_224", {"projector_hidden_dim": 8, "drop_path": 0.1}, 2),  # student and teacher
+        ("mae_tiny_patch16_224", DECODER, 3),  # encoder, decoder and its last block
+        ("semaim_tiny_patch16_224", {"query_depth": 12}, 4),  # two streams, the map's pass and its last block
+        ("beit_tiny_patch16_224_8k_vocab", {"vocab_size": 8, "drop_path": 0.1}, 2),  # and the last block
+    ],
+)
+def test_twelve_blocks_share_their_graphs(counter, name, options, graphs):
+    """At any depth and rate, and for as many masked patches as there are in a batch."""
+    torch.manual_seed(0)
+    model = create_model(name, **DEEP, **options)
+    model.most_masked = 12
+    compile_blocks(model, model.teacher, backend=counter)
+    for masked in ((12, 12, 9), (11, 8, 10)):
+        inputs = batch(masked) | {"target_ids": torch.randint(0, 8, (3, *GRID)), "max_masked": max(masked)}
+        model(inputs)["loss"].backward()
+    assert counter.frame_count == graphs
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_classifier_is_compiled_twice(counter):
+    """For training, at any rate of stochastic depth, and for evaluation, whose last batch is smaller."""
+    torch.manual_seed(0)
+    model = create_model("beit_tiny_patch16_224", **DEEP, num_classes=5, drop_path=0.3)
+    plain = copy.deepcopy(model).eval()
+    compile_blocks(model, backend=counter)
+    for _ in range(2):
+        model(images()).sum().backward()
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        for count in (3, 2):
+            torch.testing.assert_close(model.eval()(images(count)), plain(images(count)))
+    assert counter.frame_count == 2
+
+
+def test_blocks_of_convolutional_networks_are_compiled(counter):
+    """The first block of a stage and the others; timm's stochastic depth must not make one of each."""
+    torch.manual_seed(0)
+    model = create_model(
+        "convnext_tiny", num_classes=5, input_size=32, drop_path=0.3, depths=(2, 6, 1, 1), dims=(8,) * 4
+    )
+    plain = copy.deepcopy(model).eval()
+    compile_blocks(model, backend=counter)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert counter.frame_count <= 6
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), plain(x))
+
+
+def test_stochastic_depth_in_a_compiled_graph(counter):
+    drop = DropPath(0.3)
+    drop.share_graph(torch.device("cpu"))
+    torch.manual_seed(0)
+    kept = torch.compile(drop, backend=counter)(torch.ones(20_000, 1, 2))
+    assert set(kept[:, 0, 0].unique().tolist()) == {0.0, float(torch.tensor(1.0) / torch.tensor(1 - 0.3))}
+    assert torch.equal(kept[..., 0], kept[..., 1]), "one draw for each image"
+    assert abs(float((kept[:, 0, 0] > 0).float().mean()) - 0.7) < 0.015
 
 
 def test_last_block_output_is_what_is_pooled():
