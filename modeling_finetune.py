@@ -9,12 +9,13 @@ be n class tokens; T is n + N then.
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 VIT_SIZES = {
@@ -32,7 +33,8 @@ MIM_VIT_SIZES = {
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
 }
-ATTENTION_KERNELS = ("auto", "sdpa", "eager")
+ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flex")
+AUTO_TAKES_FLEX = False  # for a trained bias on a GPU; to be switched on by a measurement there
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 _FAMILIES: dict[str, Callable[..., nn.Module]] = {}
 
@@ -211,8 +213,9 @@ class QKVLinear(nn.Linear):
 class Attention(nn.Module):
     """Multi-head self-attention with BEiT's query and value bias and an additive position bias (specs/conmim.md 1.1).
 
-    `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "auto" takes what is faster for
-    the device, the dtype and the bias at hand (docs/benchmarks.md).
+    `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "flex" is torch's FlexAttention
+    for a position bias on a GPU, where a bias that is trained keeps the others from their fastest kernels; "auto" takes
+    what is faster for the device, the dtype and the bias at hand (docs/benchmarks.md).
     """
 
     def __init__(self, dim, num_heads, *, qkv_bias, k_bias, attn_drop, proj_drop, grid=None, kernel="auto"):
@@ -238,7 +241,10 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
         """Queries, keys and values, each [B, h, T, d], to tokens [B, T, C]; `causal` ones take no bias."""
         bias = self.position_bias(bias)
-        if self.choose_kernel(q, bias) == "sdpa":
+        kernel = self.choose_kernel(q, bias, causal)
+        if kernel == "flex":
+            x = flexible(q, k, v, bias)
+        elif kernel == "sdpa":
             x = self.fused(q, k, v, bias, causal)
         else:
             if causal:
@@ -264,11 +270,18 @@ class Attention(nn.Module):
         own = bias_of(self.relative_position_bias_table, self.relative_position_index)
         return own if shared is None else own + shared
 
-    def choose_kernel(self, q: Tensor, bias: Tensor | None) -> str:
-        """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias (specs/engine.md 4.2)."""
-        if self.kernel != "auto":
+    def choose_kernel(self, q: Tensor, bias: Tensor | None, causal: bool = False) -> str:
+        """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias (specs/engine.md 4.2).
+
+        FlexAttention has no dropout and, on a CPU, no gradient: "flex" is "auto" there, and wherever there is no bias.
+        """
+        if self.kernel in ("sdpa", "eager"):
             return self.kernel
         trains_bias = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+        drops = self.attn_drop > 0 and self.training
+        can_flex = bias is not None and bias.ndim == 3 and not causal and not drops and q.device.type != "cpu"
+        if can_flex and (self.kernel == "flex" or (AUTO_TAKES_FLEX and trains_bias)):
+            return "flex"
         return "eager" if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32) else "sdpa"
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
@@ -280,6 +293,26 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(d) + bias) over keys: [B, h, T, T]. The bias is [h, T, T], or a mask [B, 1, T, T]."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
+
+
+def flexible(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """FlexAttention of [B, h, T, d] under a bias [h, T, T], which gets its gradient; outside of compiled blocks it is
+    compiled by itself."""
+    if torch.compiler.is_compiling() or q.device.type == "cpu":
+        return attention_under_bias(q, k, v, bias)
+    return compiled_flex()(q, k, v, bias)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(attention_under_bias, dynamic=False)
+
+
+def attention_under_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def add_bias(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[head, query, key]
+
+    return flex_attention(q, k, v, score_mod=add_bias)
 
 
 class DropPath(nn.Module):

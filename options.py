@@ -85,11 +85,15 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         group, "rel_pos_bias", "disable_rel_pos_bias", default=None,
         help=f"relative position bias, {placement}; None: the model's own",
     )  # fmt: skip
-    group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel")
+    group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel; flex: GPUs only")
     group.add_argument(
         "--grad_checkpointing", action="store_true", help="recompute activations: less memory, 1.3x time"
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile, block by block, of ViTs")
+    group.add_argument(
+        "--recompute_gelu", choices=("auto", "on", "off"), default="auto",
+        help="a fifth less memory by making the GELU again in the backward pass; auto: on a CPU, where it is free",
+    )  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:

@@ -20,7 +20,7 @@ from backbones import REPEATED_BLOCKS
 from datasets import BadImagesError, RandomParts, TrainBatchSampler, build_dataset, build_loader
 from engine_for_pretraining import Normalize, Stopped, Training, train
 from masking_generator import build_mask_generator
-from modeling_finetune import Block, DropPath, create_model, options_of
+from modeling_finetune import ActivatedLinear, Block, DropPath, create_model, options_of
 from modeling_pretrain import PretrainMethod
 from modeling_targets import EncoderBlock
 from optim_factory import (
@@ -241,6 +241,13 @@ def dry_run(args: Namespace, groups: list[dict], steps_per_epoch: int, device: t
     build_optimizer(args, groups, device)
 
 
+def recompute_gelu(network: nn.Module, when: str) -> None:
+    """Settles --recompute_gelu of all blocks."""
+    for module in network.modules():
+        if isinstance(module, ActivatedLinear):
+            module.recompute = when
+
+
 COMPILED = (Block, EncoderBlock, *REPEATED_BLOCKS)
 
 
@@ -332,6 +339,7 @@ def start_training(
         origin.load_weights(network, average, average_key, getattr(args, "resume_copy", ""))
     peak, n_parameters = utils.peak_flops(device, args.precision), utils.count_parameters(network)
     flops = flops_per_image(task, loader, normalize) if peak else None
+    recompute_gelu(network, getattr(args, "recompute_gelu", "auto"))
     if getattr(args, "compile", False):
         compile_blocks(network, average and average.module, getattr(task, "frozen", None))
     if getattr(args, "sync_bn", False):

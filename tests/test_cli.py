@@ -36,7 +36,7 @@ BOTH = {
     "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0, "resume": "", "auto_resume": True,
     "no_auto_resume": True, "save_ckpt": True, "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0,
     "keep_checkpoints": None, "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine",
-    "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto",
+    "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
     "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
 }  # fmt: skip
 PRETRAIN_ONLY = {

@@ -18,6 +18,7 @@ from modeling_finetune import (
     LinearOfGelu,
     add_scaled,
     create_model,
+    flexible,
     relative_position_index,
     table_rows,
 )
@@ -92,6 +93,33 @@ def test_kernels_agree(bias):
     single = [loss_and_gradients(classifier(attn=kernel, rel_pos_bias=bias), images()) for kernel in KERNELS]
     for result in single:
         assert_close({k: v.double() for k, v in result.items()}, results[0], atol=1e-5)
+
+
+def test_flex_attention_under_a_bias(monkeypatch):
+    """The numbers and gradients of the explicit form, the bias's too. torch refuses gradients on CPUs, where its
+    formulas are the same and only the kernel lacks."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *args: None)
+    torch.manual_seed(0)
+    attention = randomised(Attention(32, 2, qkv_bias=True, k_bias=False, attn_drop=0, proj_drop=0, grid=GRID))
+    q, k, v = attention.project(torch.randn(3, 25, 32))
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)] + [attention.relative_position_bias_table]
+    bias, weight = attention.position_bias(None), torch.randn(3, 2, 25, 16)
+    found = []
+    for out in (flexible(*inputs[:3], bias), attention.probabilities(*inputs[:2], bias) @ inputs[2]):
+        found.append((out, *torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_where_flex_attention_is_taken():
+    """Not without a bias, under a causal or dense mask, with dropout in training, or on a CPU."""
+    attention = Attention(32, 2, qkv_bias=True, k_bias=False, attn_drop=0.1, proj_drop=0, kernel="flex").eval()
+    q = torch.empty(3, 2, 25, 16, device="meta")
+    bias = torch.empty(2, 25, 25, device="meta", requires_grad=True)
+    assert attention.choose_kernel(q, bias) == "flex"
+    assert attention.choose_kernel(q, None) == attention.choose_kernel(q, bias[None]) == "sdpa"
+    assert attention.choose_kernel(q, bias, causal=True) == attention.train().choose_kernel(q, bias) == "sdpa"
+    assert attention.choose_kernel(torch.empty(3, 2, 25, 16), bias) == "eager"
 
 
 def test_attention_is_the_softmax_form():
@@ -180,6 +208,11 @@ def test_gelu_is_made_again_in_the_backward_pass(dtype):
                 out = layer(x)
             found.append((out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))))
             kept.append(None)
+    assert [layer.recomputes(t) for t in (x, x.to("meta"))] == [False, False], "of another function"
+    layer.act, wanted = F.gelu, []
+    for layer.recompute in ("auto", "on", "off"):
+        wanted += [layer.recomputes(t) for t in (x, x.to("meta"))]
+    assert wanted == [True, False, True, True, False, False]
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     lean, usual = ({t.data_ptr() for t in part if t.numel() == x.numel()} for part in split_at_none(kept))
