@@ -13,9 +13,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
-from timm.models.convnext import ConvNeXt
-from timm.models.resnet import ResNet
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from timm.models.regnet import Bottleneck as RegNetBlock
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from losses import enlarged
@@ -28,6 +29,8 @@ TIMM_BACKBONES = {
     **{f"convnext_{size}": f"convnext_{size}" for size in ("tiny", "small", "base")},
     **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "base")},
 }
+# what timm's networks repeat within a stage
+REPEATED_BLOCKS = (BasicBlock, Bottleneck, ConvNeXtBlock, SwinTransformerBlock, RegNetBlock)
 MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")
 
 
@@ -121,22 +124,24 @@ def features_last(network: nn.Module, images: Tensor) -> Tensor:
 class Family(NamedTuple):
     """places: of a network, by `mask_layer`. feature_map: images [B, 3, H, W] to the last map [B, C, h, w].
 
-    rules: the name of the published optimizers' rules. memory_format: in which its convolutions are fastest.
+    rules: the name of the published optimizers' rules. channels_last: where maps [B, h, w, C] are faster.
     """
 
     places: Callable[[nn.Module], list[Place]]
     feature_map: Callable[[nn.Module, Tensor], Tensor]
     rules: str
-    memory_format: torch.memory_format = torch.contiguous_format
+    channels_last: tuple[str, ...] = ()
 
 
 # timm's ConvNeXt has the last norm in its head, behind the pooling; pre-training norms every place of the map
 _FAMILIES: dict[type[nn.Module], Family] = {
     VisionTransformer: Family(vit_places, lambda vit, images: vit(images), "vit"),
-    ResNet: Family(resnet_places, lambda resnet, images: resnet.forward_features(images), "cnn", torch.channels_last),
+    ResNet: Family(resnet_places, lambda resnet, images: resnet.forward_features(images), "cnn", ("cpu", "cuda")),
     SwinTransformer: Family(swin_places, features_last, "swin"),
-    ConvNeXt: Family(convnext_places, lambda net, images: net.head.norm(net.forward_features(images)), "convnext"),
-    nn.Module: Family(inner_places, lambda network, images: network.forward_features(images), "cnn"),
+    ConvNeXt: Family(
+        convnext_places, lambda net, images: net.head.norm(net.forward_features(images)), "convnext", ("cuda",)
+    ),
+    nn.Module: Family(inner_places, lambda network, images: network.forward_features(images), "cnn", ("cuda",)),
 }
 
 
@@ -206,7 +211,7 @@ def timm_network(
     if grad_checkpointing:
         with refused(f"--grad_checkpointing: timm's {name} has none"):
             network.set_grad_checkpointing()
-    put_in_order(network, family_of(network).memory_format)
+    put_in_order(network, family_of(network).channels_last)
     return network
 
 
@@ -216,12 +221,20 @@ def window_of(input_size: tuple[int, int]) -> int:
     return min(input_size) // 32
 
 
-def put_in_order(network: nn.Module, memory_format: torch.memory_format) -> None:
-    """Maps follow the images' order in memory. Weights keep theirs, as DeepSpeed knows no other."""
-    if memory_format is torch.contiguous_format:
-        return
-    first = next(network.children())
-    first.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(memory_format=memory_format),))
+def put_in_order(network: nn.Module, devices: tuple[str, ...]) -> None:
+    """Maps follow the images' order in memory: channels last on these devices.
+
+    Weights keep theirs, as DeepSpeed and optimizer states of other engines know no other.
+    """
+
+    def reorder(_, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        images, *rest = inputs
+        if images.ndim == 4 and images.device.type in devices:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, *rest
+
+    if devices:
+        next(network.children()).register_forward_pre_hook(reorder)
 
 
 def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -> None:

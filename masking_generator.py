@@ -8,6 +8,7 @@ B.1): orders of the tokens [B, L], the visible ones first. Orders in which patch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -52,6 +53,11 @@ class BlockwiseMask:
         self.grid, self.target = grid, num_mask_patches
         self.min_block, self.max_block = min_block, max_block or num_mask_patches
 
+    @property
+    def most(self) -> int:
+        """How many patches a mask hides at most."""
+        return self.target
+
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         mask = np.zeros(self.grid, dtype=bool)
         count = 0
@@ -90,6 +96,10 @@ class RandomMask:
         self.count = int(mask_ratio * grid[0] * grid[1])
         _check_count(self.count, grid, "--mask_ratio")
 
+    @property
+    def most(self) -> int:
+        return self.count
+
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         return _choose(self.grid, self.count, rng)
 
@@ -100,6 +110,10 @@ class SimMIMMask:
     def __init__(self, grid: Pair, mask_ratio: float, cell: int = 2):
         self.cells, self.cell = (grid[0] // cell, grid[1] // cell), cell
         self.count = math.ceil(self.cells[0] * self.cells[1] * mask_ratio)
+
+    @property
+    def most(self) -> int:
+        return self.count * self.cell**2
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         return self.first_of(rng.permutation(math.prod(self.cells)))
@@ -340,7 +354,7 @@ def apportion(wanted: Tensor, sizes: Tensor, total: int, part_order: Tensor) -> 
     wanted, sizes = wanted.gather(1, part_order), sizes.gather(1, part_order)
     whole = wanted.floor()
     offers = torch.stack([wanted - whole, wanted - whole - 1], 1)  # [B, 2, K]: the first token more, and the second
-    room = whole.unsqueeze(1) + torch.tensor([[1], [2]], device=sizes.device) <= sizes.unsqueeze(1)
+    room = whole.unsqueeze(1) + torch.arange(1, 3, device=sizes.device)[:, None] <= sizes.unsqueeze(1)
     ranked = offers.masked_fill(~room, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
     lacking = total - whole.sum(1, keepdim=True)
     served = torch.arange(ranked.shape[1], device=sizes.device) < lacking
@@ -378,6 +392,7 @@ def patch_order(
     noise: Tensor | None = None,
     attention: Tensor | None = None,
     center_noise: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """SemAIM's order values float32 [B, N] of a grid's patches: smaller is earlier (specs/semaim.md 3.2).
 
@@ -388,6 +403,7 @@ def patch_order(
         noise: uniform draws [B, N], for all but `ORDERS_WITHOUT_NOISE`.
         attention: a map [B, N], for the orders that are called so; its first maximum is the centre.
         center_noise: uniform draws [B, 2] for the row and column of stochastic_center's centre.
+        device: of the orders that follow from the grid alone.
 
     Raises:
         ValueError: an unknown kind.
@@ -395,7 +411,7 @@ def patch_order(
     if kind not in PATCH_ORDERS:
         raise ValueError(f"--permutation_type {kind} is unknown; take one of {', '.join(PATCH_ORDERS)}")
     if kind in ("zigzag", "raster"):
-        return rows_one_by_one(grid, serpentine=kind == "raster")
+        return rows_one_by_one(grid, kind == "raster", device or torch.device("cpu"))
     if kind == "stochastic":
         return noise
     if kind == "attention":
@@ -403,20 +419,21 @@ def patch_order(
     if kind == "center2out":
         return noise - windows_around_middle(grid, noise.device)
     if kind == "stochastic_center":
-        last = torch.tensor(grid, device=noise.device) - 1  # never a centre
-        return noise - windows_around((center_noise * last).long(), grid)
+        center = torch.stack([center_noise[:, k] * (side - 1) for k, side in enumerate(grid)], 1)  # never the last
+        return noise - windows_around(center.long(), grid)
     center = cells_to_places(attention.argmax(1), grid)
     if kind == "attention_guided":
         return noise - windows_around(center, grid)
     return distances_to(center, grid) + 0.001 * noise
 
 
-def rows_one_by_one(grid: Pair, serpentine: bool) -> Tensor:
-    """Row after row, [1, N]; if `serpentine`, every second one backwards."""
+@lru_cache(maxsize=32)
+def rows_one_by_one(grid: Pair, serpentine: bool, device: torch.device) -> Tensor:
+    """Row after row, [1, N]; if `serpentine`, every second one backwards. Made once: it is copied to the device."""
     order = torch.arange(math.prod(grid), dtype=torch.float32).view(grid)
     if serpentine:
         order[1::2] = order[1::2].flip(1)
-    return order.view(1, -1)
+    return order.view(1, -1).to(device)
 
 
 def cells_to_places(cells: Tensor, grid: Pair) -> Tensor:
@@ -430,8 +447,9 @@ def distances_to(center: Tensor, grid: Pair) -> Tensor:
     return (places - center.unsqueeze(1)).float().square().sum(-1).sqrt()
 
 
+@lru_cache(maxsize=32)
 def windows_around_middle(grid: Pair, device: torch.device) -> Tensor:
-    """How many of three windows around the middle of the grid hold each patch, [1, N]."""
+    """How many of three windows around the middle of the grid hold each patch, [1, N]; made once."""
     starts = [[side // 2 - width // 2 for side in grid] for width in WINDOW_SIDES]
     return sum(
         in_window(torch.tensor([start], device=device), width, grid)

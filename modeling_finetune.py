@@ -9,13 +9,13 @@ be n class tokens; T is n + N then.
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 VIT_SIZES = {
@@ -33,7 +33,8 @@ MIM_VIT_SIZES = {
     "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
 }
-ATTENTION_KERNELS = ("auto", "sdpa", "eager")
+ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flex")
+AUTO_TAKES_FLEX = False  # for a trained bias on a GPU; to be switched on by a measurement there
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 _FAMILIES: dict[str, Callable[..., nn.Module]] = {}
 
@@ -178,7 +179,7 @@ def table_rows(grid: tuple[int, int]) -> int:
 
 def bias_of(table: Tensor, index: Tensor) -> Tensor:
     """Looks the table [R, h] up at index [T, T]: bias [h, T, T]."""
-    return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
+    return table.index_select(0, index.flatten()).view(*index.shape, -1).permute(2, 0, 1)
 
 
 class RelativePositionBias(nn.Module):
@@ -212,8 +213,9 @@ class QKVLinear(nn.Linear):
 class Attention(nn.Module):
     """Multi-head self-attention with BEiT's query and value bias and an additive position bias (specs/conmim.md 1.1).
 
-    `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "auto" takes what is faster for
-    the device, the dtype and the bias at hand (docs/benchmarks.md).
+    `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "flex" is torch's FlexAttention
+    for a position bias on a GPU, where a bias that is trained keeps the others from their fastest kernels; "auto" takes
+    what is faster for the device, the dtype and the bias at hand (docs/benchmarks.md).
     """
 
     def __init__(self, dim, num_heads, *, qkv_bias, k_bias, attn_drop, proj_drop, grid=None, kernel="auto"):
@@ -239,7 +241,10 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
         """Queries, keys and values, each [B, h, T, d], to tokens [B, T, C]; `causal` ones take no bias."""
         bias = self.position_bias(bias)
-        if self.choose_kernel(q, bias) == "sdpa":
+        kernel = self.choose_kernel(q, bias, causal)
+        if kernel == "flex":
+            x = flexible(q, k, v, bias)
+        elif kernel == "sdpa":
             x = self.fused(q, k, v, bias, causal)
         else:
             if causal:
@@ -265,11 +270,18 @@ class Attention(nn.Module):
         own = bias_of(self.relative_position_bias_table, self.relative_position_index)
         return own if shared is None else own + shared
 
-    def choose_kernel(self, q: Tensor, bias: Tensor | None) -> str:
-        """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias (specs/engine.md 4.2)."""
-        if self.kernel != "auto":
+    def choose_kernel(self, q: Tensor, bias: Tensor | None, causal: bool = False) -> str:
+        """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias (specs/engine.md 4.2).
+
+        FlexAttention has no dropout and, on a CPU, no gradient: "flex" is "auto" there, and wherever there is no bias.
+        """
+        if self.kernel in ("sdpa", "eager"):
             return self.kernel
         trains_bias = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+        drops = self.attn_drop > 0 and self.training
+        can_flex = bias is not None and bias.ndim == 3 and not causal and not drops and q.device.type != "cpu"
+        if can_flex and (self.kernel == "flex" or (AUTO_TAKES_FLEX and trains_bias)):
+            return "flex"
         return "eager" if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32) else "sdpa"
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
@@ -281,6 +293,64 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(d) + bias) over keys: [B, h, T, T]. The bias is [h, T, T], or a mask [B, 1, T, T]."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
+
+
+def flexible(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """FlexAttention of [B, h, T, d] under a bias [h, T, T], which gets its gradient; outside of compiled blocks it is
+    compiled by itself."""
+    if torch.compiler.is_compiling() or q.device.type == "cpu":
+        return attention_under_bias(q, k, v, bias)
+    return compiled_flex()(q, k, v, bias)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(attention_under_bias, dynamic=False)
+
+
+def attention_under_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def add_bias(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[head, query, key]
+
+    return flex_attention(q, k, v, score_mod=add_bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: for each image the factor of what a block adds, 0 or 1 / (1 - rate).
+
+    The draws are timm's. `share_graph` is for compiled blocks: torch.compile makes a graph for each number that it
+    reads, and so for each rate; a tensor is the same graph with another input.
+    """
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.register_buffer("keep", None, persistent=False)
+
+    def share_graph(self, device: torch.device) -> None:
+        """From now on a compiled forward has the same graph at any rate, 0 included."""
+        self.keep = torch.tensor(1.0 - self.drop_prob, device=device)
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        """[B, 1, ...] for x [B, ...]; None where nothing is dropped."""
+        shape = (len(x), *(1,) * (x.ndim - 1))
+        if torch.compiler.is_compiling() and self.keep is not None:
+            if not self.training:
+                return None
+            kept = torch.rand(shape, device=x.device) < self.keep
+            return (kept / self.keep).to(x.dtype)
+        if self.drop_prob == 0.0 or not self.training:
+            return None
+        keep = 1 - self.drop_prob
+        factor = x.new_empty(shape).bernoulli_(keep)
+        return factor.div_(keep) if keep > 0.0 else factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor(x)
+        return x if factor is None else x * factor
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
 
 
 class LinearOfGelu(torch.autograd.Function):
@@ -306,12 +376,22 @@ class LinearOfGelu(torch.autograd.Function):
 
 
 class ActivatedLinear(nn.Linear):
-    """A linear layer with an activation in front, by default an exact GELU: [..., in_features] to [..., D]."""
+    """A linear layer with an activation in front, by default an exact GELU: [..., in_features] to [..., D].
+
+    `recompute`: keep less and make the GELU again in the backward pass, with equal numbers. "auto" does so on a CPU;
+    on a GPU it is a thirtieth of a step for a fifth of the memory. Compiled graphs decide that by themselves.
+    """
 
     act = staticmethod(F.gelu)
+    recompute = "auto"
+
+    def recomputes(self, x: Tensor) -> bool:
+        if self.act is not F.gelu or torch.compiler.is_compiling():
+            return False
+        return x.device.type == "cpu" if self.recompute == "auto" else self.recompute == "on"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.act is not F.gelu:
+        if not self.recomputes(x):
             return super().forward(self.act(x))
         # x has autocast's dtype, which a function of our own has to bring about for the weights
         return LinearOfGelu.apply(x, *(None if p is None else p.to(x.dtype) for p in (self.weight, self.bias)))
@@ -368,12 +448,17 @@ class Block(nn.Module):
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block after its attention, both [B, T, C]."""
-        x = x + self.drop_path(scaled(attended, self.gamma_1))
-        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
+        x = add_scaled(x, attended, self.gamma_1, self.drop_path.factor(x))
+        return add_scaled(x, self.mlp(self.norm2(x)), self.gamma_2, self.drop_path.factor(x))
 
 
-def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else x * gamma
+def add_scaled(x: Tensor, branch: Tensor, gamma: Tensor | None, factor: Tensor | None) -> Tensor:
+    """x + branch * gamma [C] * factor [B, 1, 1] in one kernel, which reads each in its own dtype."""
+    scales = [scale for scale in (gamma, factor) if scale is not None]
+    if not scales:
+        return x + branch
+    with torch.autocast(x.device.type, enabled=False):  # it would write a wider copy of the branch first
+        return torch.addcmul(x, branch, math.prod(scales[1:], start=scales[0]))
 
 
 def sincos_pos_embed(embed_dim: int, grid: tuple[int, int]) -> Tensor:

@@ -95,7 +95,8 @@ class PretrainMethod(nn.Module):
     `teacher`: an average of the network that is no submodule, so that neither DDP nor DeepSpeed wraps, casts or
     optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder. `frozen`:
     a network beside it that makes targets and can be compiled. `predicts_pixels`: whether `reconstruct` can show what
-    is predicted.
+    is predicted. `most_masked`: what lists of masked patches are filled up to, so that compiled blocks see one length;
+    None: the batch's largest number.
     """
 
     views: tuple[str, ...] = ("image",)
@@ -104,6 +105,7 @@ class PretrainMethod(nn.Module):
     average: MovingAverage | None = None
     frozen: nn.Module | None = None
     predicts_pixels: bool = False
+    most_masked: int | None = None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss": scalar, ...}; further entries are detached figures for the log."""
@@ -700,8 +702,9 @@ class SemAIM(PlainViT):
             noise = self.draws(batch).split(self.noise_sizes, dim=1)
         draws = noise if isinstance(noise, tuple) else (noise,)
         noise, center_noise = (*draws, None, None)[:2]
-        order = patch_order(self.permutation_type, self.patch_embed.grid_size, noise, attention, center_noise)
-        return order.to(batch["image"].device).expand(len(batch["image"]), -1)
+        images, grid = batch["image"], self.patch_embed.grid_size
+        order = patch_order(self.permutation_type, grid, noise, attention, center_noise, images.device)
+        return order.to(images.device).expand(len(images), -1)
 
     @torch.no_grad()
     def look_ahead(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -839,13 +842,24 @@ def additive_mask(visible: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout and stochastic depth for a while."""
+    """Without dropout and stochastic depth for a while. A network that has neither is left alone."""
     training = network.training
+    if not (training and is_random(network)):
+        yield
+        return
     network.eval()
     try:
         yield
     finally:
         network.train(training)
+
+
+def is_random(network: nn.Module) -> bool:
+    """Whether a ViT drops something in training: all blocks are built with the same rates of dropout."""
+    rates = [network.pos_drop.p]
+    for block in network.blocks:
+        rates += [block.attn.attn_drop, block.attn.proj_drop.p, block.mlp.drop.p, block.drop_path.drop_prob]
+    return any(rates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -967,7 +981,7 @@ class BEiT(WordPredictor, MaskedImageModel):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         mask = batch["mask"].flatten(1)
-        positions, counts = masked_positions(mask, batch.get("max_masked"))
+        positions, counts = masked_positions(mask, self.most_masked or batch.get("max_masked"))
         x = self.embed_masked(batch["image"], mask)
         tokens = self.norm(self.run_blocks(x, rows=positions + self.num_prefix_tokens))
         return self.compare(tokens, batch, positions, counts)
@@ -1066,8 +1080,10 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
     ValueError: not of the same number. The counts come with the batch from the host, where there is an engine.
     """
     mask = batch[name].flatten(1)
-    counts = mask.sum(1)
-    low, high = batch.get(f"{name}_counts") or (int(counts.min()), int(counts.max()))
+    known = batch.get(f"{name}_counts")
+    low, high = mask.sum(1).aminmax() if known is None else known
+    low = int(low)
+    high = int(high)
     if low != high:
         raise ValueError(
             f"{name} selects {low} patches of one image and {high} of another, but every image needs as many: use "

@@ -96,10 +96,13 @@ class HOG:
     def histograms(self, images: Tensor) -> Tensor:
         """Normalised histograms of the cells, float32 [B, 3, nbins, H / pool, W / pool].
 
-        A few images at a time: what they need while they are at work is a small multiple of the result.
+        On a CPU a few images at a time: what they need while they are at work is a small multiple of the result. A GPU
+        takes all at once, as small kernels would leave it idle.
         """
         window = gaussian_window(self.window, images.device) if self.window else None
         with torch.autocast(images.device.type, enabled=False):
+            if images.device.type != "cpu":
+                return self._histograms(images, window)
             return torch.cat([self._histograms(few, window) for few in images.split(max(1, len(images) // 32))])
 
     def _histograms(self, images: Tensor, window: Tensor | None) -> Tensor:
@@ -319,7 +322,9 @@ class Teacher:
         if self.tower.cls_token.device != images.device:
             self.tower.to(images.device)
         if self.mean_std is not None:
-            (mean, std), (own_mean, own_std) = self.mean_std.to(images.device)
+            if self.mean_std.device != images.device:
+                self.mean_std = self.mean_std.to(images.device)
+            (mean, std), (own_mean, own_std) = self.mean_std
             images = (images * std + mean - own_mean) / own_std
         size = self.tower.patch_embed.img_size
         if images.shape[-2:] != size:

@@ -85,11 +85,15 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         group, "rel_pos_bias", "disable_rel_pos_bias", default=None,
         help=f"relative position bias, {placement}; None: the model's own",
     )  # fmt: skip
-    group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel")
+    group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel; flex: GPUs only")
     group.add_argument(
         "--grad_checkpointing", action="store_true", help="recompute activations: less memory, 1.3x time"
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile, block by block, of ViTs")
+    group.add_argument(
+        "--recompute_gelu", choices=("auto", "on", "off"), default="auto",
+        help="a fifth less memory by making the GELU again in the backward pass; auto: on a CPU, where it is free",
+    )  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
@@ -355,6 +359,12 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     """Device, precision, DeepSpeed and the processes."""
     group = add_process_flags(parser)
+    group.add_argument(
+        "--matmul_precision",
+        choices=("auto", "highest", "high"),
+        default="auto",
+        help="of float32 products and convolutions: high takes TF32 on a GPU; auto: high on a GPU, highest on a CPU",
+    )
     _switch(group, "sync_bn", "no_sync_bn", default=False, help="batch normalisation over the batches of all processes")
     group.add_argument("--enable_deepspeed", action="store_true")
     group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)
@@ -537,6 +547,13 @@ def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
         args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+def resolve_matmul_precision(args: argparse.Namespace, device: torch.device) -> str:
+    """Settles --matmul_precision auto. Scripts without training do not have the flag: they stay exact."""
+    if getattr(args, "matmul_precision", "highest") == "auto":
+        args.matmul_precision = "high" if device.type == "cuda" else "highest"
+    return getattr(args, "matmul_precision", "highest")
+
+
 def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
     """Prints the recipe and the derived quantities, and saves the whole configuration as config.yaml."""
     for name in LEFTOVERS["pretrain"] + LEFTOVERS["finetune"]:
@@ -581,4 +598,5 @@ def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
         "lr": f"0 -> {args.lr:g} in {warmup} steps, {falls}; {scaled}",
         "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",
         "precision": args.precision,
+        "float32 products": {"high": "in TF32", "highest": "exact"}[getattr(args, "matmul_precision", "highest")],
     }

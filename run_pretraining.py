@@ -5,19 +5,24 @@ import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
+import timm
 import torch
 from torch import nn
 from torch.utils.data import default_collate
 
 import options
 import utils
+from backbones import REPEATED_BLOCKS
 from datasets import BadImagesError, RandomParts, TrainBatchSampler, build_dataset, build_loader
 from engine_for_pretraining import Normalize, Stopped, Training, train
 from masking_generator import build_mask_generator
-from modeling_finetune import Block, create_model, options_of
+from modeling_finetune import ActivatedLinear, Block, DropPath, create_model, options_of
 from modeling_pretrain import PretrainMethod
 from modeling_targets import EncoderBlock
 from optim_factory import (
@@ -239,14 +244,71 @@ def dry_run(args: Namespace, groups: list[dict], steps_per_epoch: int, device: t
     build_optimizer(args, groups, device)
 
 
-def compile_blocks(*modules: nn.Module | None) -> None:
-    """Equal blocks share one compilation (specs/engine.md 2)."""
-    parts = [part for module in modules if module is not None for part in module.modules()]
-    blocks = [part for part in parts if isinstance(part, Block | EncoderBlock)]
-    if not blocks:
+def recompute_gelu(network: nn.Module, when: str) -> None:
+    """Settles --recompute_gelu of all blocks."""
+    for module in network.modules():
+        if isinstance(module, ActivatedLinear):
+            module.recompute = when
+
+
+COMPILED = (Block, EncoderBlock, *REPEATED_BLOCKS)
+
+
+class SharedGraphs:
+    """The compiled forward of blocks of one type at one place of a network, which share their graphs.
+
+    With and without gradient, in training and evaluation there are separate compilations: torch keeps the graphs of a
+    function together, looks through all of them and gives up at the eighth.
+    """
+
+    def __init__(self, forward: Callable, backend: str | Callable):
+        self.forward, self.backend = forward, backend
+        self.roles: dict[tuple[bool, bool], Callable] = {}
+
+    def __call__(self, block: nn.Module, x: torch.Tensor, *args, **options) -> torch.Tensor:
+        role = torch.is_grad_enabled(), block.training
+        if role not in self.roles:
+            self.roles[role] = torch.compile(own_code(self.forward, role), dynamic=False, backend=self.backend)
+        if role == (False, False):  # the last batch of an evaluation is smaller
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self.roles[role](block, x, *args, **options)
+
+
+def own_code(function: Callable, role: tuple[bool, bool]) -> Callable:
+    """The same function with code of its own, by which torch keeps its graphs."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{'_'.join(map(str, role))}")
+    copy = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def compile_blocks(*modules: nn.Module | None, backend: str | Callable = "inductor") -> None:
+    """Compiles the blocks of these networks; those of one list and type share their graphs. Hooks stay outside."""
+    places: dict[tuple[int, str, type], list[nn.Module]] = {}
+    for number, module in enumerate(modules):
+        for name, part in module.named_modules() if module is not None else ():
+            if isinstance(part, COMPILED):
+                places.setdefault((number, name.rpartition(".")[0], type(part)), []).append(part)
+    if not places:
         log.warning("--compile: this --model has no blocks of equal shape, nothing is compiled")
+    for (_, _, kind), blocks in places.items():
+        share_stochastic_depth(blocks)
+        graphs = SharedGraphs(kind.forward, backend)
+        for block in blocks:
+            block.forward = partial(graphs, block)
+
+
+def share_stochastic_depth(blocks: list[nn.Module]) -> None:
+    """Blocks that differ in its rate alone get equal graphs."""
     for block in blocks:
-        block.compile(dynamic=False)
+        for name, part in list(block.named_modules()):
+            if isinstance(part, timm.layers.DropPath):
+                block.set_submodule(name, DropPath(part.drop_prob))
+    paths = [part for block in blocks for part in block.modules() if isinstance(part, DropPath)]
+    if any(path.drop_prob for path in paths):
+        device = next(blocks[0].parameters()).device
+        for path in paths:
+            path.share_graph(device)
 
 
 def flops_per_image(task: nn.Module, loader, normalize: Normalize) -> float:
@@ -288,6 +350,7 @@ def start_training(
         origin.load_weights(network, average, average_key, getattr(args, "resume_copy", ""))
     peak, n_parameters = utils.peak_flops(device, args.precision), utils.count_parameters(network)
     flops = flops_per_image(task, loader, normalize) if peak else None
+    recompute_gelu(network, getattr(args, "recompute_gelu", "auto"))
     if getattr(args, "compile", False):
         compile_blocks(network, average and average.module, getattr(task, "frozen", None))
     if getattr(args, "sync_bn", False):
@@ -331,6 +394,14 @@ def image_mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...
     return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
 
 
+def set_float32_products(precision: str, device: torch.device) -> None:
+    """How exact float32 products and convolutions are; on a GPU cuDNN's kernels are also chosen by measuring them."""
+    torch.set_float32_matmul_precision(precision)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = precision == "high"
+        torch.backends.cudnn.benchmark = True
+
+
 def set_up(args: Namespace) -> Normalize:
     """Joins the other processes, starts the log, settles device and precision."""
     device = utils.init_distributed(args)
@@ -340,6 +411,7 @@ def set_up(args: Namespace) -> Normalize:
     options.resolve_precision(args, device)
     options.resolve_lr(args)
     check_precision(args.precision, device)
+    set_float32_products(options.resolve_matmul_precision(args, device), device)
     return Normalize(image_mean_std(args), device)
 
 
@@ -351,6 +423,8 @@ def main(args: Namespace) -> None:
     groups = param_groups(method, args.weight_decay)
     if args.dry_run:
         return dry_run(args, groups, loader.steps_per_epoch, normalize.device)
+    if args.compile and (masks := mask_generator(args, method, "mask")) is not None:
+        method.most_masked = masks.most
     method.to(normalize.device)
     if method.teacher is not None:
         method.teacher.to(normalize.device)

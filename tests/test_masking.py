@@ -41,6 +41,12 @@ def test_block_covers_the_grid_evenly_at_mirrored_places():
     assert share[7, 7] > share[0, 0] + 0.2  # uniform places of blocks favour the middle
 
 
+@pytest.mark.parametrize("kind", ["block", "random", "random_mps32"])
+def test_the_most_that_a_mask_hides(kind):
+    generator = build_mask_generator(kind, input_size=64, patch_size=8, mask_ratio=0.6)
+    assert draws(generator, 200).sum((1, 2)).max() == generator.most
+
+
 def test_block_respects_the_largest_block():
     mask = draws(BlockwiseMask((6, 9), 5, min_block=1, max_block=1), 50)
     assert (mask.sum(axis=(1, 2)) == 5).all() and mask.shape == (50, 6, 9)

@@ -1,18 +1,24 @@
 """Attention kernels, checkpointed and compiled blocks, published sizes, and what ConMIM's student and teacher see."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import drop_path as timm_drop_path
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from modeling_finetune import (
     ActivatedLinear,
     Attention,
+    DropPath,
     LinearOfGelu,
+    add_scaled,
     create_model,
+    flexible,
     relative_position_index,
     table_rows,
 )
@@ -87,6 +93,33 @@ def test_kernels_agree(bias):
     single = [loss_and_gradients(classifier(attn=kernel, rel_pos_bias=bias), images()) for kernel in KERNELS]
     for result in single:
         assert_close({k: v.double() for k, v in result.items()}, results[0], atol=1e-5)
+
+
+def test_flex_attention_under_a_bias(monkeypatch):
+    """The numbers and gradients of the explicit form, the bias's too. torch refuses gradients on CPUs, where its
+    formulas are the same and only the kernel lacks."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *args: None)
+    torch.manual_seed(0)
+    attention = randomised(Attention(32, 2, qkv_bias=True, k_bias=False, attn_drop=0, proj_drop=0, grid=GRID))
+    q, k, v = attention.project(torch.randn(3, 25, 32))
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)] + [attention.relative_position_bias_table]
+    bias, weight = attention.position_bias(None), torch.randn(3, 2, 25, 16)
+    found = []
+    for out in (flexible(*inputs[:3], bias), attention.probabilities(*inputs[:2], bias) @ inputs[2]):
+        found.append((out, *torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_where_flex_attention_is_taken():
+    """Not without a bias, under a causal or dense mask, with dropout in training, or on a CPU."""
+    attention = Attention(32, 2, qkv_bias=True, k_bias=False, attn_drop=0.1, proj_drop=0, kernel="flex").eval()
+    q = torch.empty(3, 2, 25, 16, device="meta")
+    bias = torch.empty(2, 25, 25, device="meta", requires_grad=True)
+    assert attention.choose_kernel(q, bias) == "flex"
+    assert attention.choose_kernel(q, None) == attention.choose_kernel(q, bias[None]) == "sdpa"
+    assert attention.choose_kernel(q, bias, causal=True) == attention.train().choose_kernel(q, bias) == "sdpa"
+    assert attention.choose_kernel(torch.empty(3, 2, 25, 16), bias) == "eager"
 
 
 def test_attention_is_the_softmax_form():
@@ -175,6 +208,11 @@ def test_gelu_is_made_again_in_the_backward_pass(dtype):
                 out = layer(x)
             found.append((out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))))
             kept.append(None)
+    assert [layer.recomputes(t) for t in (x, x.to("meta"))] == [False, False], "of another function"
+    layer.act, wanted = F.gelu, []
+    for layer.recompute in ("auto", "on", "off"):
+        wanted += [layer.recomputes(t) for t in (x, x.to("meta"))]
+    assert wanted == [True, False, True, True, False, False]
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     lean, usual = ({t.data_ptr() for t in part if t.numel() == x.numel()} for part in split_at_none(kept))
@@ -185,6 +223,30 @@ def split_at_none(values: list) -> list[list]:
     """The stretches before each None."""
     ends = [k for k, value in enumerate(values) if value is None]
     return [values[begin + 1 : end] for begin, end in zip([-1, *ends], ends, strict=False)]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_stochastic_depth_draws_as_timm_does(rate):
+    """Bit for bit, so that runs of older versions go on with the same numbers."""
+    x, drop = torch.randn(64, 3, 5), DropPath(rate)
+    torch.manual_seed(3)
+    expected = timm_drop_path(x, rate, training=True)
+    torch.manual_seed(3)
+    assert torch.equal(drop(x), expected)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_branches_are_added_in_one_kernel():
+    """With layer scale, stochastic depth, both and neither, also where autocast has made the branch bf16."""
+    torch.manual_seed(0)
+    x, gamma, factor = torch.randn(4, 5, 8), torch.rand(8), torch.tensor([0.0, 2.0, 2.0, 0.0]).view(4, 1, 1)
+    for branch in (torch.randn(4, 5, 8), torch.randn(4, 5, 8).bfloat16()):
+        for scales in ((None, None), (gamma, None), (None, factor), (gamma, factor)):
+            expected = x + branch.float() * math.prod(scale for scale in scales if scale is not None)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = add_scaled(x, branch, *scales)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_second_derivatives_of_the_activated_linear():
@@ -204,6 +266,81 @@ def test_compiled_blocks_give_the_same():
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     assert_close(ours, theirs, atol=1e-5 * largest)
     assert compiled.state_dict().keys() == model.state_dict().keys()
+
+
+DEEP = {"embed_dim": 16, "depth": 12, "num_heads": 2, "input_size": (16, 24), "patch_size": 4}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 9, "decoder_num_heads": 2}
+
+
+@pytest.fixture
+def counter():
+    """A backend that counts the graphs it gets and runs them as they are."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield CompileCounter()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "graphs"),
+    [
+        ("conmim_tiny_patch16_224", {"projector_hidden_dim": 8, "drop_path": 0.1}, 2),  # student and teacher
+        ("mae_tiny_patch16_224", DECODER, 3),  # encoder, decoder and its last block
+        ("semaim_tiny_patch16_224", {"query_depth": 12}, 4),  # two streams, the map's pass and its last block
+        ("beit_tiny_patch16_224_8k_vocab", {"vocab_size": 8, "drop_path": 0.1}, 2),  # and the last block
+    ],
+)
+def test_twelve_blocks_share_their_graphs(counter, name, options, graphs):
+    """At any depth and rate, and for as many masked patches as there are in a batch."""
+    torch.manual_seed(0)
+    model = create_model(name, **DEEP, **options)
+    model.most_masked = 12
+    compile_blocks(model, model.teacher, backend=counter)
+    for masked in ((12, 12, 9), (11, 8, 10)):
+        inputs = batch(masked) | {"target_ids": torch.randint(0, 8, (3, *GRID)), "max_masked": max(masked)}
+        model(inputs)["loss"].backward()
+    assert counter.frame_count == graphs
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_classifier_is_compiled_twice(counter):
+    """For training, at any rate of stochastic depth, and for evaluation, whose last batch is smaller."""
+    torch.manual_seed(0)
+    model = create_model("beit_tiny_patch16_224", **DEEP, num_classes=5, drop_path=0.3)
+    plain = copy.deepcopy(model).eval()
+    compile_blocks(model, backend=counter)
+    for _ in range(2):
+        model(images()).sum().backward()
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        for count in (3, 2):
+            torch.testing.assert_close(model.eval()(images(count)), plain(images(count)))
+    assert counter.frame_count == 2
+
+
+def test_blocks_of_convolutional_networks_are_compiled(counter):
+    """The first block of a stage and the others; timm's stochastic depth must not make one of each."""
+    torch.manual_seed(0)
+    model = create_model(
+        "convnext_tiny", num_classes=5, input_size=32, drop_path=0.3, depths=(2, 6, 1, 1), dims=(8,) * 4
+    )
+    plain = copy.deepcopy(model).eval()
+    compile_blocks(model, backend=counter)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert counter.frame_count <= 6
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), plain(x))
+
+
+def test_stochastic_depth_in_a_compiled_graph(counter):
+    drop = DropPath(0.3)
+    drop.share_graph(torch.device("cpu"))
+    torch.manual_seed(0)
+    kept = torch.compile(drop, backend=counter)(torch.ones(20_000, 1, 2))
+    assert set(kept[:, 0, 0].unique().tolist()) == {0.0, float(torch.tensor(1.0) / torch.tensor(1 - 0.3))}
+    assert torch.equal(kept[..., 0], kept[..., 1]), "one draw for each image"
+    assert abs(float((kept[:, 0, 0] > 0).float().mean()) - 0.7) < 0.015
 
 
 def test_last_block_output_is_what_is_pooled():
@@ -328,6 +465,22 @@ def test_teacher_starts_equal_and_moves_by_the_schedule():
     torch.testing.assert_close(model.teacher.cls_token, start + 0.05)
     model.after_step(0.5, applied=0.0)
     torch.testing.assert_close(model.teacher.cls_token, start + 0.05)
+
+
+def test_average_by_a_weight_on_the_device():
+    """A GPU's form of the same update, which must leave the average as it is where a step was skipped."""
+    model = conmim(t_momentum=0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    other = copy.deepcopy(model)
+    before = copy.deepcopy(model.teacher.state_dict())
+    model.average.update(0.9)
+    other.average.update(0.9, torch.tensor(0.0))
+    assert all(torch.equal(value, before[name]) for name, value in other.teacher.state_dict().items())
+    other.average.update(0.9, torch.tensor(1.0))
+    for name, value in other.teacher.state_dict().items():
+        torch.testing.assert_close(value, model.teacher.state_dict()[name], rtol=3e-7, atol=3e-7)
 
 
 def test_teacher_has_no_dropout_but_batch_statistics():
