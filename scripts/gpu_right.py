@@ -338,7 +338,8 @@ def waits(name: str, device: torch.device, *, precision: str = "bf16") -> dict[s
 def our_frames(found: Any) -> list[str]:
     """file:line function of the repository's own innermost frames."""
     frames = traceback.extract_tb(found) if found is not None else traceback.extract_stack()
-    own = [f for f in frames if str(ROOT) in f.filename and f.name not in ("remember", "our_frames")]
+    own = [f for f in frames if str(ROOT) in f.filename and "site-packages" not in f.filename]
+    own = [f for f in own if f.name not in ("remember", "our_frames")]
     return [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in own[-4:]]
 
 
@@ -587,7 +588,8 @@ def reference_case(cases: Any, folder: Path, device: torch.device) -> dict[str, 
             names = case.inputs("outputs/")
             computed = {name: torch.as_tensor(computed[name]).detach().cpu().double() for name in names}
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        if device.type == "cpu" or not any(word in str(error) for word in ("device", "cuda", "CPU", "numpy")):
+        misplaced = any(word in str(error) for word in ("device", "cuda", "CPU", "numpy"))
+        if device.type == "cpu" or not misplaced or "CUDA error" in str(error):
             raise
         return row | {"cannot": f"{type(error).__name__}: {error}"[:200]}
     largest = 0.0
@@ -698,8 +700,10 @@ def comparisons(checks: Checks) -> None:
 def run(checks: Checks) -> None:
     """Runs the section."""
     names = [name for name in GROUPS if not checks.tiny or name in ("engines", "resume")]
-    groups = [start_group(name, checks) for name in names]
+    groups: list[Group] = []
     try:
+        for name in names:
+            groups.append(start_group(name, checks))
         comparisons(checks)
         while any(group.process.poll() is None for group in groups) and checks.time_left() > MARGIN:
             time.sleep(0.2)
