@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+HIDDEN = ("details", "comparison", "method")  # not on the terminal: too long, or in the check's name
 # Fractions of --minutes; what a section leaves over goes to the ones after it.
 SECTIONS = {"right": 0.25, "fast": 0.5, "learns": 0.25}
 
@@ -50,7 +51,7 @@ class Checks:
         with open(self.output / "results.jsonl", "a") as file:
             file.write(json.dumps(row, default=str) + "\n")
         verdict = {True: "ok", False: "FAILED", None: ""}[ok]
-        text = "  ".join(f"{name} {short(value)}" for name, value in values.items() if name != "details")
+        text = "  ".join(f"{name} {short(value)}" for name, value in values.items() if name not in HIDDEN)
         print(f"{self.section:6s} {check:44s} {verdict:6s} {text}", flush=True)
 
     def attempt(self, check: str, run: Callable[[], dict[str, Any] | None], *, seconds: float = 0.0) -> bool:
@@ -65,7 +66,7 @@ class Checks:
         begin = time.monotonic()
         try:
             values = run()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # argparse exits
             details = traceback.format_exc()
             self.record(check, ok=False, error=f"{type(error).__name__}: {error}"[:500], details=details)
             return False
