@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from engine_for_finetuning import Classification
 from losses import ReconstructionLoss
 from masking_generator import semantic_mask
 from modeling_finetune import create_model
@@ -88,9 +89,10 @@ def speedup(base: Variant, other: Variant) -> float:
     return statistics.median(a / b for a, b in zip(base.seconds, other.seconds, strict=True))
 
 
-def gemm(device: torch.device, precision: str) -> Variant:
+def gemm(device: torch.device, precision: str, size: int | None = None) -> Variant:
     """A few large matrix products: what the machine can do at best, and at the time of each round."""
-    size = 8192 if device.type == "cuda" else 2048
+    if size is None:
+        size = 8192 if device.type == "cuda" else 2048
     dtype = ({"fp32": torch.float32} | AUTOCAST_DTYPES)[precision]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
@@ -144,15 +146,25 @@ def step_memory(step: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def make_variant(
-    name: str, model: PretrainMethod, batch: dict, precision: str, *, fused: bool, keeps_memory: bool = True
+    name: str,
+    model: PretrainMethod | Classification,
+    batch: dict,
+    precision: str,
+    *,
+    fused: bool,
+    keeps_memory: bool = True,
+    groups: list[dict] | None = None,
 ) -> Variant:
-    """A whole training step through the product's runner: forward, backward, norm, optimizer, moving average."""
-    groups = param_groups(model, 0.05)
+    """A whole training step through the product's runner: forward, backward, norm, optimizer, moving average.
+
+    `groups` are the optimizer's, by default those of pre-training.
+    """
+    groups = param_groups(model, 0.05) if groups is None else groups
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0, fused=fused or None)
     runner = TorchRunner(
         model, optimizer, device=batch["image"].device, precision=precision, update_freq=1, clip_grad=None
     )
-    runner.watch(model, model.teacher)
+    runner.watch(model, model.average and model.average.module)
 
     def step() -> Tensor:
         loss = runner.micro_step(batch, last=True)["loss"]
@@ -164,7 +176,7 @@ def make_variant(
 
 
 def random_batch(model: PretrainMethod, size: int, device: torch.device, mask_ratio: float = 0.75) -> dict[str, Tensor]:
-    """Normalised images and a share of masked patches, at random."""
+    """Normalised images, a share of masked patches, parts and pictures for a tokenizer, at random."""
     sides = zip(model.image_size, model.cell_size, strict=True)
     shape, grid = (size, 3, *model.image_size), tuple(side // cell for side, cell in sides)
     noise = torch.rand(size, math.prod(grid))
@@ -174,7 +186,9 @@ def random_batch(model: PretrainMethod, size: int, device: torch.device, mask_ra
         "image": torch.randn(shape),
         "image_strong": torch.randn(shape),
         "mask": mask.view(size, *grid),
-        "noise": noise,
+        "noise": torch.rand(size, model.noise_size),
+        "part_ids": torch.randint(getattr(model, "num_parts", 1), (size, *grid)),
+        "image_second": torch.randint(256, (size, 3, *getattr(model, "second_size", (1, 1))), dtype=torch.uint8),
         "target_ids": torch.randint(getattr(getattr(model, "lm_head", None), "out_features", 1), noise.shape),
     }
     counts = {"max_masked": count, "mask_counts": (count, count)}

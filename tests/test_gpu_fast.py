@@ -1,0 +1,75 @@
+"""The section `fast` of gpu_check.py: every model has a row, with the FLOPs that are counted without the section."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import ROOT
+
+from modeling_finetune import Block
+from run_class_finetuning import build_classifier
+from run_pretraining import build_method
+from scripts import gpu_fast
+from scripts.benchmark import random_batch
+from utils import count_flops
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """What one run of the section with tiny sizes leaves behind."""
+    folder = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "scripts/gpu_check.py", "--only", "fast", "--device", "cpu", "--output", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def rows_of(output, variant: str) -> dict[str, dict]:
+    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    return {row["model"]: row for row in reversed(rows) if row.get("variant") == variant}  # the first of each stays
+
+
+@pytest.mark.slow
+def test_every_model_has_a_row(output):
+    eager, plain = rows_of(output, "eager"), rows_of(output, "plain")
+    assert eager.keys() == {*gpu_fast.CASES, gpu_fast.LAUNCHES.name} and plain.keys() == {*gpu_fast.PLAIN}
+    for row in [*eager.values(), *plain.values()]:
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_step"])
+        assert row["tflops"] == pytest.approx(row["images_per_s"] * row["gflop_per_image"] / 1e3)
+        assert row["gemm_share"] == pytest.approx(row["tflops"] / row["gemm_tflops"])
+    table = (output / "fast.md").read_text()
+    for name in gpu_fast.CASES:
+        assert table.count(f"\n| {name} | {eager[name]['batch']} | ") >= 1
+    for name in gpu_fast.PROFILED:
+        assert f"### Kernels of a step: {name}" in table
+        assert (output / f"profile-{gpu_fast.file_name(name)}.txt").read_text()
+    assert "into MAE B's step" in table and "| high |" in table and "| highest |" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ConMIM B", "MAE L", "SemAIM B", "A2MIM ResNet-50", "SimMIM Swin-B"])
+def test_flops_are_those_of_forward_and_backward(output, name):
+    args = gpu_fast.CASES[name].args(tiny=True)
+    method = build_method(args)
+    batch = random_batch(method, 4, torch.device("cpu"), gpu_fast.mask_share(args))
+    flops = count_flops(lambda: method(batch)["loss"].backward())
+    assert rows_of(output, "eager")[name]["gflop_per_image"] == pytest.approx(flops / 4e9, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", gpu_fast.COMPILED)
+def test_what_is_compiled_ahead_has_every_kind_of_block(name):
+    case = gpu_fast.CASES[name]
+    deep = replace(case, tiny=tuple(option.replace("depth=2", "depth=4") for option in case.tiny))
+
+    def blocks(*, shorten: bool) -> list[Block]:
+        build = build_classifier if case.stage == "finetune" else build_method
+        return [b for b in build(deep.args(tiny=True, shorten=shorten)).modules() if isinstance(b, Block)]
+
+    def kinds(found: list[Block]) -> set:
+        return {(type(block), *(p.shape for p in block.parameters()), block.drop_path.drop_prob) for block in found}
+
+    short, whole = blocks(shorten=True), blocks(shorten=False)
+    assert 2 * len(short) == len(whole) and kinds(short) == kinds(whole)
