@@ -101,7 +101,7 @@ def random_boxes(draw: Draws, count: int, size: Pair, scale: tuple[float, float]
 def resample(
     images: Tensor, boxes: Tensor, size: Pair, interpolation: str = "bicubic", flip: Tensor | None = None
 ) -> Tensor:
-    """The boxes [B, 4] of images [B, 3, H, W] resized to `size` with antialiasing, some mirrored: float32, whole levels.
+    """The boxes [B, 4] of images [B, 3, H, W] resized to `size` with antialiasing, some mirrored: whole float32.
 
     As by Pillow: a box is cut out before it is resized, its width first, and each pass is rounded to 8 bits.
     """
@@ -227,7 +227,7 @@ def gaussian_weights(radius: Tensor, side: int) -> Tensor:
 
 
 class DeviceMasks:
-    """Masks bool [B, gh, gw] that are distributed as a generator's; `counts` are the fewest and the most patches hidden.
+    """Masks bool [B, gh, gw] that are distributed as a generator's; `counts`: the fewest and the most hidden patches.
 
     Uniform masks are the first cells in order of noise. Of any other kind a bank of `MASK_BANK` masks is made once by
     the generator, from which masks are drawn.

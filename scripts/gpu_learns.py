@@ -6,6 +6,7 @@ bound by what launches their kernels. All methods get as many epochs as the time
 is left over the next seeds. Every finished method is a line of results.jsonl and a row of OUTPUT/learns.csv at once.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -37,6 +38,7 @@ import utils
 from datasets import build_source, first_of_each_class
 from device_loader import DeviceLoader, VisualWords, colour_place_parts, decoded, kmeans_tokens, resample
 from engine_for_finetuning import Classification, averages, tally
+from engine_for_pretraining import Normalize
 from features import Features, build_backbone
 from knn import evaluate_knn
 from modeling_pretrain import PretrainMethod
@@ -65,8 +67,9 @@ SHAPES = DATA["cifar10"]  # the lengths and sizes of 32-pixel images
 WARMUP_SHARE = 0.1
 PADDING = 4  # of fine-tuning's crops, in pixels
 SEEDS = (0, 1, 2)
-MEASURED_SECONDS, WARM_STEPS = 1.5, 8
-SHARE_OF_TIME = 0.85  # of what is left, for the first seed
+PROCESSES = 15  # at most; as many as methods, so that none waits for another
+MEASURED_SECONDS, WARM_STEPS = 2.5, 8
+SHARE_OF_TIME = 0.8  # of what is left, for the first seed
 RESERVE_SECONDS = 4.0  # for what is written at the end
 
 
@@ -249,7 +252,7 @@ class Pretraining:
 
 def measure(setting: Setting, images: Images, key: str) -> float:
     """Seconds of one step of a method, beside whatever else runs on the device."""
-    run = Pretraining(setting, images, Job(key, seed=0, epochs=100))
+    run = Pretraining(setting, images, Job(key, seed=0, epochs=10_000))
     for _ in range(WARM_STEPS):
         run.step()
     synchronize(images.device)
@@ -288,7 +291,7 @@ def evaluate(setting: Setting, images: Images, job: Job, encoder: Path | None) -
 @torch.no_grad()
 def features_of(args: Namespace, images: Images, backbone: nn.Module, split: str) -> Features:
     """The features of all images of a split."""
-    normalize, dtype = run_pretraining.Normalize(run_pretraining.image_mean_std(args), images.device), None
+    normalize = Normalize(run_pretraining.image_mean_std(args), images.device)
     dtype = AUTOCAST_DTYPES.get(args.precision)
     vectors = []
     for some in images.tensors[split].split(1000):
@@ -366,7 +369,7 @@ def train_classifier(
 def finetuned_accuracy(setting: Setting, network: list[str], images: Images) -> float:
     """After fine-tuning on the first tenth of each class, as by run_class_finetuning.py."""
     flags = [*FINETUNE.split(), *SHAPES.finetune.split(), "--epochs", str(setting.finetune_epochs)]
-    args = options.parse("finetune", [*network, *(flag for flag in flags)])
+    args = options.parse("finetune", [*network, *flags])
     args.nb_classes = images.classes
     model = run_class_finetuning.build_classifier(args)
     if args.finetune:
@@ -377,7 +380,7 @@ def finetuned_accuracy(setting: Setting, network: list[str], images: Images) -> 
     args.batch_size = min(args.batch_size, len(few))
     steps_per_epoch = len(few) // args.batch_size
     orders = Orders(args, len(few), steps_per_epoch, images.device)
-    normalize = run_pretraining.Normalize(run_pretraining.image_mean_std(args), images.device)
+    normalize = Normalize(run_pretraining.image_mean_std(args), images.device)
     padded = F.pad(images.tensors["train"][few], (PADDING,) * 4)
 
     def batch(step: int) -> dict[str, Tensor]:
@@ -410,12 +413,8 @@ def run_job(
     setting: Setting, images: Images, job: Job, trained: Callable[[dict[str, float]], None] = lambda figures: None
 ) -> Row:
     """Pre-trains and evaluates; `trained` is told the figures of pre-training as soon as there are some."""
-    begin, figures, steps, encoder = (
-        time.perf_counter(),
-        dict.fromkeys(("first_loss", "loss", "step_ms"), math.nan),
-        0,
-        None,
-    )
+    begin, steps, encoder = time.perf_counter(), 0, None
+    figures = dict.fromkeys(("first_loss", "loss", "step_ms"), math.nan)
     with tempfile.TemporaryDirectory() as folder:
         if METHODS[job.key].pretrain:
             run = Pretraining(setting, images, job)
@@ -454,10 +453,10 @@ def save_encoder(method: PretrainMethod, folder: Path) -> Path:
 
 
 def work(connection: Connection, setting: Setting) -> None:
-    """A process of its own: does what comes through the connection until that is closed; answers (kind, subject, value).
+    """A process of its own: does what comes through the connection until that is closed.
 
-    ("measure", key) is answered by ("measured", key, seconds), ("job", job) by ("trained", job, figures) and
-    ("row", job, row); what raises by ("error", subject, traceback).
+    Answers are (kind, subject, value): of ("measure", key) they are ("measured", key, seconds), of ("job", job)
+    ("trained", job, figures) and ("row", job, row); of what raises ("error", subject, traceback).
     """
     torch.set_num_threads(1)
     utils.setup_logging(rank=1)  # warnings only
@@ -503,21 +502,23 @@ class Pool:
         deadline: float,
         answered: Callable[[str, Any, Any], None],
         fits: Callable[[Any], bool] = lambda subject: True,
-    ) -> None:
+    ) -> list[Any]:
         """Hands out the tasks in their order, those that `fits` says can still end in time, until all are done or the
-        deadline; tells what is answered."""  # fmt: skip
-        waiting = list(tasks)
+        deadline; tells what is answered. Returns the subjects that had no time to end."""
+        waiting, left_out = list(tasks), []
         while time.monotonic() < deadline:
             for worker in [worker for worker in self.workers if worker not in self.busy]:
                 while waiting and not fits(waiting[0][1]):
-                    waiting.pop(0)
+                    left_out.append(waiting.pop(0)[1])
                 if waiting:
                     self.busy[worker] = waiting.pop(0)
-                    worker.send(self.busy[worker])
+                    with contextlib.suppress(OSError):  # it has died, which `receive` will find out
+                        worker.send(self.busy[worker])
             if not self.busy:
-                return
+                break
             for worker in wait(list(self.busy), timeout=max(0.0, deadline - time.monotonic())):
                 self.receive(worker, answered)
+        return [subject for _, subject in (*self.busy.values(), *waiting)] + left_out
 
     def receive(self, worker: Connection, answered: Callable[[str, Any, Any], None]) -> None:
         try:
@@ -585,12 +586,17 @@ class Report:
         if row.steps:
             ok = ok and math.isfinite(row.pretrain_loss)
         values = {name: value for name, value in vars(row).items() if name not in ("method", "seed", "data")}
-        self.checks.record(f"{row.method} seed {row.seed}", ok=ok, **values)
+        known = {name: value for name, value in values.items() if value != "" and value == value}
+        self.checks.record(f"{row.method} seed {row.seed}", ok=ok, **known)
+
+    def cut_off(self, jobs: Sequence[Job]) -> None:
+        """Names the jobs that the deadline ended, with what pre-training had come to."""
+        for job in jobs:
+            figures = self.trained.get(job, {})
+            self.checks.record(name_of(job), skipped="no time left", epochs=job.epochs, **figures)
 
     def finish(self) -> None:
-        """What was pre-trained and not evaluated any more, and the table."""
-        for job, figures in self.trained.items():
-            self.checks.record(f"{name_of(job)}, not evaluated", epochs=job.epochs, **figures)
+        """Writes the table."""
         if self.rows:
             text = table(self.rows, self.rows[0].data)
             utils.write_text(self.checks.output / "learns.md", text + "\n")
@@ -631,13 +637,13 @@ def run_in_processes(
 ) -> None:  # fmt: skip
     """Measures, settles the epochs, and runs the jobs seed after seed, until the deadline."""
     cores = len(os.sched_getaffinity(0))
-    size = max(1, min(10, cores - 2)) if size is None else size
+    size = max(1, min(PROCESSES, cores - 1)) if size is None else size
     deadline = time.monotonic() + checks.time_left() - RESERVE_SECONDS
     pool = Pool(setting, size)
     try:
         steps_per_epoch = len(torch.load(setting.images_file)["train"][: setting.pretrain_images]) // setting.batch_size
-        step_seconds = measured(checks, pool, keys, deadline, report)
-        evaluation = measured_evaluation(pool, random_keys, deadline, report)
+        step_seconds = measured(checks, pool, keys, random_keys, deadline, report)
+        evaluation = max((row.seconds for row in report.rows), default=10.0)  # random weights' are nothing else
         left = SHARE_OF_TIME * (deadline - time.monotonic())
         left -= evaluation * math.ceil(len(step_seconds) / size)
         epochs = epochs_that_fit(step_seconds, steps_per_epoch, size, left)
@@ -651,13 +657,23 @@ def run_in_processes(
         jobs = [Job(key, seeds[0], epochs) for key in step_seconds]
         for seed in seeds[1:]:
             jobs += [Job(key, seed, epochs if key in step_seconds else 0) for key in (*step_seconds, *random_keys)]
-        pool.run([("job", job) for job in jobs], deadline, report, fits)
+        report.cut_off(pool.run([("job", job) for job in jobs], deadline, report, fits))
     finally:
         pool.close()
 
 
-def measured(checks: Checks, pool: Pool, keys: Sequence[str], deadline: float, report: Report) -> dict[str, float]:
-    """Seconds of a step of each method, beside those of the others; without those that cannot be run."""
+def measured(
+    checks: Checks,
+    pool: Pool,
+    keys: Sequence[str],
+    random_keys: Sequence[str],
+    deadline: float,
+    report: Report,
+) -> dict[str, float]:
+    """Seconds of a step of each method, beside those of the others; without those that cannot be run.
+
+    Random weights are evaluated at the same time.
+    """
     found = {}
 
     def answered(kind: str, subject: Any, value: Any) -> None:
@@ -666,15 +682,11 @@ def measured(checks: Checks, pool: Pool, keys: Sequence[str], deadline: float, r
         else:
             report(kind, subject, value)
 
-    pool.run([("measure", key) for key in keys], deadline, answered)
-    checks.record("ms a step, processes side by side", **{key: round(1e3 * value, 2) for key, value in found.items()})
+    evaluations = [("job", Job(key, SEEDS[0], 0)) for key in random_keys]
+    pool.run([("measure", key) for key in keys] + evaluations, deadline, answered)
+    step_ms = {key: round(1e3 * value, 2) for key, value in found.items()}
+    checks.record("ms a step, processes side by side", **step_ms)
     return {key: found[key] for key in keys if key in found}
-
-
-def measured_evaluation(pool: Pool, keys: Sequence[str], deadline: float, report: Report) -> float:
-    """Evaluates the random weights, and returns how long the slowest took."""
-    pool.run([("job", Job(key, SEEDS[0], 0)) for key in keys], deadline, report)
-    return max((row.seconds for row in report.rows), default=10.0)
 
 
 if __name__ == "__main__":
