@@ -98,10 +98,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Row(Result):
-    """A row of learns.csv: that of compare_methods.py, and how it was made. first_loss: the mean of the first epoch."""
+    """A row of learns.csv: that of compare_methods.py, and how it was made.
+
+    lr: the peak; first_loss: the mean of the first epoch.
+    """
 
     epochs: int
     steps: int
+    lr: float
     first_loss: float
     step_ms: float
     seconds: float
@@ -414,14 +418,15 @@ def run_job(
 ) -> Row:
     """Pre-trains and evaluates; `trained` is told the figures of pre-training as soon as there are some."""
     begin, steps, encoder = time.perf_counter(), 0, None
-    figures = dict.fromkeys(("first_loss", "loss", "step_ms"), math.nan)
+    figures = dict.fromkeys(("lr", "first_loss", "loss", "step_ms"), math.nan)
     with tempfile.TemporaryDirectory() as folder:
         if METHODS[job.key].pretrain:
             run = Pretraining(setting, images, job)
             start = time.perf_counter()
             first_loss, loss = run.run()
             steps = run.steps
-            figures = {"first_loss": first_loss, "loss": loss, "step_ms": 1e3 * (time.perf_counter() - start) / steps}
+            step_ms = 1e3 * (time.perf_counter() - start) / steps
+            figures = {"lr": run.args.lr, "first_loss": first_loss, "loss": loss, "step_ms": step_ms}
             trained(figures)
             encoder = save_encoder(run.method, Path(folder))
             del run
@@ -434,6 +439,7 @@ def run_job(
         **found,
         epochs=job.epochs if steps else 0,
         steps=steps,
+        lr=figures["lr"],
         first_loss=figures["first_loss"],
         step_ms=figures["step_ms"],
         seconds=time.perf_counter() - begin,
@@ -455,8 +461,9 @@ def save_encoder(method: PretrainMethod, folder: Path) -> Path:
 def work(connection: Connection, setting: Setting) -> None:
     """A process of its own: does what comes through the connection until that is closed.
 
-    Answers are (kind, subject, value): of ("measure", key) they are ("measured", key, seconds), of ("job", job)
-    ("trained", job, figures) and ("row", job, row); of what raises ("error", subject, traceback).
+    Answers are (kind, subject, value): of ("load", number) ("loaded", number, None) when the images are on the device,
+    of ("measure", key) ("measured", key, seconds), of ("job", job) ("trained", job, figures) and ("row", job, row); of
+    what raises ("error", subject, traceback).
     """
     torch.set_num_threads(1)
     utils.setup_logging(rank=1)  # warnings only
@@ -468,7 +475,9 @@ def work(connection: Connection, setting: Setting) -> None:
             return
         try:
             images = images or Images(setting)
-            if kind == "measure":
+            if kind == "load":
+                connection.send(("loaded", subject, None))
+            elif kind == "measure":
                 connection.send(("measured", subject, measure(setting, images, subject)))
             else:
                 tell = partial(report_trained, connection, subject)
@@ -574,7 +583,7 @@ class Report:
             self.trained.pop(subject, None)
             self.add(value)
         elif kind == "error":
-            name = name_of(subject) if isinstance(subject, Job) else f"measuring {subject}"
+            name = name_of(subject) if isinstance(subject, Job) else f"process for {subject}"
             error = value.rstrip().rpartition("\n")[2][:500]
             self.checks.record(name, ok=False, error=error, details=value)
 
@@ -682,6 +691,7 @@ def measured(
         else:
             report(kind, subject, value)
 
+    pool.run([("load", number) for number in range(len(pool.workers))], deadline, report)  # to begin side by side
     evaluations = [("job", Job(key, SEEDS[0], 0)) for key in random_keys]
     pool.run([("measure", key) for key in keys] + evaluations, deadline, answered)
     step_ms = {key: round(1e3 * value, 2) for key, value in found.items()}
