@@ -9,6 +9,7 @@ is left over the next seeds. Every finished method is a line of results.jsonl an
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -120,7 +121,7 @@ def prepare(checks: Checks, folder: Path) -> Setting:
     """Decodes both splits and writes them where every process can read them."""
     path, device = checks.data_path, checks.device
     source_flags = f"--input_size {SIZE[0]} {COMMON} --device {device.type} "
-    source_flags += "--data_set digits" if path is None else f"--data_set IMNET --data_path {path}"
+    source_flags += "--data_set digits" if path is None else f"--data_set IMNET --data_path {shlex.quote(str(path))}"
     tensors = {}
     for split in ("train", "val"):
         kind, root = ("digits", None) if path is None else ("IMNET", str(path))
@@ -185,7 +186,7 @@ def pretrain_args(setting: Setting, job: Job, steps_per_epoch: int) -> Namespace
         f"--warmup_epochs 0 --precision {setting.precision} --seed {job.seed}"
     )
     own = [*flags_of(METHODS[job.key].pretrain), "--batch_size", str(setting.batch_size)]
-    args = options.parse("pretrain", [*common.split(), *own])
+    args = options.parse("pretrain", [*shlex.split(common), *own])
     options.resolve_lr(args)
     return args
 
@@ -280,7 +281,7 @@ def synchronize(device: torch.device) -> None:
 
 def evaluate(setting: Setting, images: Images, job: Job, encoder: Path | None) -> dict[str, float]:
     """The accuracies of compare_methods.py, in percent."""
-    network = [*flags_of(METHODS[job.key].classifier), *setting.source_flags.split(), "--seed", str(job.seed)]
+    network = [*flags_of(METHODS[job.key].classifier), *shlex.split(setting.source_flags), "--seed", str(job.seed)]
     network += ["--precision", setting.precision] + ([] if encoder is None else ["--finetune", str(encoder)])
     args = run_knn.parse([*network, *PROBE.split()])
     backbone = build_backbone(args).to(images.device)

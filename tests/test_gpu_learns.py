@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -96,21 +97,22 @@ def test_the_deadline_ends_jobs_and_a_dead_process_is_named(tmp_path):
 
 
 def test_features_and_neighbours_are_those_of_run_knn(tmp_path):
+    data = tmp_path / "with space"
     for split in ("train", "val"):
         source, lines = digits_source(train=split == "train"), []
         for index in range(40 if split == "train" else 20):
-            (tmp_path / split).mkdir(exist_ok=True)
-            Image.fromarray(source.read(index)).save(tmp_path / split / f"{index}.png")
+            (data / split).mkdir(exist_ok=True, parents=True)
+            Image.fromarray(source.read(index)).save(data / split / f"{index}.png")
             lines.append(f"{index}.png {source.labels[index]}")
-        (tmp_path / f"{split}_map.txt").write_text("\n".join(lines) + "\n")
-    setting = prepare(tiny_checks(tmp_path, 60, data_path=tmp_path), tmp_path)
+        (data / f"{split}_map.txt").write_text("\n".join(lines) + "\n")
+    setting = prepare(tiny_checks(tmp_path, 60, data_path=data), tmp_path)
     images, job = Images(setting), Job("mae", 0, 1)
     run = gpu_learns.Pretraining(setting, images, job)
     run.run()
     encoder = gpu_learns.save_encoder(run.method, tmp_path)
     found = gpu_learns.evaluate(setting, images, job, encoder)["knn_acc1"]
     network = gpu_learns.flags_of(gpu_learns.METHODS["mae"].classifier)
-    flags = [*network, *setting.source_flags.split(), *PROBE.split(), "--finetune", str(encoder), "--knn_k", "20"]
+    flags = [*network, *shlex.split(setting.source_flags), *PROBE.split(), "--finetune", str(encoder), "--knn_k", "20"]
     assert found == pytest.approx(run_knn.main(run_knn.parse(flags))[0].acc1)
     assert np.isfinite(found)
 
