@@ -34,7 +34,8 @@ class Method:
     """What is trained first: no `pretrain` flags are random weights; `parts` names the source of part maps.
 
     `classifier` are the flags of the network that is evaluated. "{patch}" and "{cell}" in flags are the data set's.
-    `length` is the name of a schedule below: methods whose step takes much longer get fewer epochs.
+    `length` is the name of a schedule below: methods whose step takes much longer get fewer epochs. `words`: it needs
+    visual words, which only the data on the device of scripts/gpu_learns.py come with.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Method:
     classifier: str = f"--model vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
     parts: str = ""
     length: str = "long"
+    words: bool = False
 
 
 MAE = f"--model_kwargs {ENCODER} {DECODER} --patch_size {{patch}} --norm_pix_loss --lr 2e-3 --opt_betas 0.9 0.95"
@@ -58,10 +60,19 @@ MASKFEAT = (
     f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --mask_type random --lr 2e-3 "
     "--opt_betas 0.9 0.95"
 )
+# the visual words are as many as scripts/gpu_learns.py makes of patches; published are 8192, of a network
+BEIT = (
+    f"--model_kwargs {ENCODER} vocab_size=512 --patch_size {{patch}} --color_jitter 0.4 --lr 1.5e-3 "
+    "--opt_betas 0.9 0.999 --clip_grad 3"
+)
+ABS_POS_CLASSIFIER = f"--model beit_tiny_patch16_224_abs_pos --model_kwargs {ENCODER} --patch_size {{patch}}"
 # pixels are masked by the cells of {cell}, a quarter of the image's side; the ResNet's last map has as many places
 MIM = "--mask_type random_mps32 --mask_ratio 0.6 --mask_patch_size {cell} --lr 1e-3 --lr_schedule stepfix_cosine"
 MIM_VIT = f"{MIM} --model_kwargs {ENCODER} --patch_size {{patch}}"
 MIM_CLASSIFIER = f"--model mim_vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+MIM_RESNET = (
+    f"{MIM} --model_kwargs output_stride={{cell}} --no_sync_bn --opt_betas 0.9 0.98 --train_interpolation bicubic"
+)
 RESNET = "--model resnet18 --model_kwargs output_stride={cell}"
 METHODS = {
     "random": Method("random weights"),
@@ -73,6 +84,22 @@ METHODS = {
     "semaim": Method("SemAIM, semantic order", f"{SEMAIM} attention_center", length="short"),
     "semaim_raster": Method("SemAIM, raster order", f"{SEMAIM} raster", length="short"),
     "saim": Method("SAIM, random order", f"{SEMAIM} stochastic", length="short"),
+    "igpt": Method("ViT-iGPT, row-major order", f"{SEMAIM} zigzag", length="short"),
+    "beit": Method(
+        "BEiT",
+        f"--model beit_tiny_patch16_224_8k_vocab {BEIT} --mask_type block",
+        CONMIM_CLASSIFIER,
+        length="medium",
+        words=True,
+    ),
+    "semanticmim_beit": Method(
+        "SemanticMIM in BEiT's form",
+        f"--model semanticmim_beit_tiny_patch16_224 {BEIT} --mask_type random --mask_ratio 0.6 --num_cls_tokens 1",
+        ABS_POS_CLASSIFIER,
+        length="medium",
+        words=True,
+    ),
+    "random_beit": Method("random weights, BEiT's ViT", classifier=CONMIM_CLASSIFIER),
     "maskfeat": Method("MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1", length="medium"),
     "semanticmim_maskfeat": Method(
         "SemanticMIM in MaskFeat's form",
@@ -83,13 +110,8 @@ METHODS = {
     "a2mim_vit": Method("A2MIM, ViT", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"),
     "random_mim_vit": Method("random weights, A2MIM's ViT", classifier=MIM_CLASSIFIER),
     "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
-    "a2mim_resnet18": Method(
-        "A2MIM, ResNet-18",
-        f"--model a2mim_resnet18 {MIM} --model_kwargs output_stride={{cell}} --no_sync_bn --opt_betas 0.9 0.98 "
-        "--train_interpolation bicubic",
-        RESNET,
-        length="mim",
-    ),
+    "simmim_resnet18": Method("SimMIM, ResNet-18", f"--model simmim_resnet18 {MIM_RESNET}", RESNET, length="mim"),
+    "a2mim_resnet18": Method("A2MIM, ResNet-18", f"--model a2mim_resnet18 {MIM_RESNET}", RESNET, length="mim"),
 }
 
 
@@ -277,7 +299,8 @@ def table(results: Sequence[Result], data: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    without_words = [key for key, method in METHODS.items() if not method.words]
+    parser.add_argument("--methods", nargs="+", choices=without_words, default=without_words)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare", help="folder of all runs")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of all runs")
