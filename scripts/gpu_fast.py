@@ -121,8 +121,8 @@ CASES = {
 LAUNCHES = _mae("MAE Ti, 32 px", "mae_tiny_patch16_224", 256)  # always of 32 pixels: many small kernels
 # Not those with stochastic depth: the rate is another in each block, and each would be compiled by itself.
 COMPILED = (
-    "ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, HOG", "ConMIM L", "MAE L", "Fine-tuning, drop_path 0",
-    "MaskFeat B",
+    "ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, HOG", "ConMIM L", "MAE L", "BEiT B",
+    "Fine-tuning MAE's ViT-B", "MaskFeat B",
 )  # fmt: skip
 LATER = ("SemMAE L", "SemanticMIM L, words", "SemanticMIM L, HOG", "BEiT L", "MaskFeat L")
 PLAIN = ("ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, words", "A2MIM ResNet-50")
