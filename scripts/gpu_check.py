@@ -9,7 +9,11 @@ exception and the next one runs. Exit code 1: a check failed.
 """
 
 import argparse
+import faulthandler
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -24,8 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 HIDDEN = ("details", "comparison", "method")  # not on the terminal: too long, or in the check's name
+GRACE = 15.0  # seconds after its time in which a section has to end by itself
 # Fractions of --minutes; what a section leaves over goes to the ones after it.
-SECTIONS = {"right": 0.25, "fast": 0.5, "learns": 0.25}
+SECTIONS = {"right": 0.22, "fast": 0.48, "learns": 0.3}
 
 
 @dataclass
@@ -53,6 +58,11 @@ class Checks:
         verdict = {True: "ok", False: "FAILED", None: ""}[ok]
         text = "  ".join(f"{name} {short(value)}" for name, value in values.items() if name not in HIDDEN)
         print(f"{self.section:6s} {check:44s} {verdict:6s} {text}", flush=True)
+
+    def read_back(self) -> None:
+        """Takes the results that other processes have recorded."""
+        lines = (self.output / "results.jsonl").read_text().splitlines()
+        self.results = [json.loads(line) for line in lines if line.endswith("}")]
 
     def attempt(self, check: str, run: Callable[[], dict[str, Any] | None], *, seconds: float = 0.0) -> bool:
         """Runs one check and records what it returns; False if it raised, or had no time to begin.
@@ -105,17 +115,36 @@ def describe_machine(checks: Checks) -> None:
     checks.record("machine", **values)
 
 
-def run_sections(checks: Checks, names: list[str], minutes: float) -> None:
-    """Runs the sections within `minutes` together."""
-    functions = section_functions()
-    end = time.monotonic() + 60 * minutes
-    remaining = {name: SECTIONS[name] for name in names}
-    for name in names:
+def run_sections(checks: Checks, args: argparse.Namespace) -> None:
+    """Runs the sections within --minutes together, each in a process of its own: a crash ends one of them only."""
+    end = time.monotonic() + 60 * args.minutes
+    remaining = {name: part for name, part in SECTIONS.items() if name in args.only}
+    for name in list(remaining):
         share = remaining[name] / sum(remaining.values())
         del remaining[name]
         checks.section = name
-        checks.deadline = time.monotonic() + share * (end - time.monotonic())
-        checks.attempt(f"section {name}", lambda name=name: functions[name](checks))
+        seconds = share * (end - time.monotonic())
+        command = [sys.executable, __file__, "--section", name, "--minutes", f"{seconds / 60:.3f}"]
+        command += ["--output", str(args.output), "--device", args.device]
+        if args.data_path is not None:
+            command += ["--data_path", str(args.data_path)]
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            code = process.wait(seconds + GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        checks.read_back()
+        if code != 0:
+            checks.record(f"section {name}", ok=False, error=f"ended with {code}")
+
+
+def run_section(checks: Checks, name: str, minutes: float) -> None:
+    """Runs one section in this process."""
+    checks.section = name
+    checks.deadline = time.monotonic() + 60 * minutes
+    function = section_functions()[name]
+    checks.attempt(f"section {name}", lambda: function(checks))
 
 
 def show_table(checks: Checks) -> None:
@@ -140,13 +169,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "gpu", help="folder of results.jsonl")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data_path", type=Path, default=None, help="small images for `learns`; without: digits")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # of a process begun by this script
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.jsonl").unlink(missing_ok=True)
+    faulthandler.enable()
     device = torch.device(args.device)
     checks = Checks(device, args.output, deadline=0.0, tiny=device.type == "cpu", data_path=args.data_path)
+    if args.section is not None:
+        return run_section(checks, args.section, args.minutes)
+    (args.output / "results.jsonl").unlink(missing_ok=True)
     describe_machine(checks)
-    run_sections(checks, [name for name in SECTIONS if name in args.only], args.minutes)
+    run_sections(checks, args)
     show_table(checks)
     sys.exit(any(row["ok"] is False for row in checks.results))
 

@@ -6,6 +6,7 @@ GROUP --output FOLDER`. On a CPU the comparisons with the device itself are left
 """
 
 import argparse
+import faulthandler
 import io
 import json
 import math
@@ -17,7 +18,7 @@ import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
@@ -62,7 +63,7 @@ MARGIN = 3.0  # seconds at the end of the section for what the groups found
 
 def arguments(name: str, device: torch.device, *flags: str) -> Namespace:
     """The flags of a tiny pre-training by method `name`."""
-    place = ("--device", device.type, "--precision", "fp32", "--drop_path", "0")
+    place = ("--device", device.type, "--precision", "fp32", "--drop_path", "0", "--matmul_precision", "highest")
     return options.parse("pretrain", [*PRETRAIN, *METHODS[name], *place, *flags])
 
 
@@ -605,15 +606,6 @@ def reference_case(cases: Any, folder: Path, device: torch.device) -> dict[str, 
     return row | {"share": largest, "worst": worst, "ok": largest <= 1}
 
 
-GROUPS: dict[str, Callable[[Checks], None]] = {
-    "engines": engine_checks,
-    "resume": resume_checks,
-    "ranks": rank_checks,
-    "compile": compile_checks,
-    "cases": case_checks,
-}
-
-
 @dataclass
 class Group:
     """A group that runs, and where its results and words go."""
@@ -671,40 +663,61 @@ def attempt(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def comparisons(checks: Checks) -> None:
-    """What runs in this process: the most valuable first, each for every method."""
+def comparisons(checks: Checks, methods: Sequence[str]) -> None:
+    """Compares devices, precisions and kernels: the most valuable first, each for every method."""
     device = checks.device
     on_gpu = device.type == "cuda"
-    for name in METHODS if on_gpu else ():
+    for name in methods if on_gpu else ():
         attempt(checks, "device against CPU, fp32", name, partial(against_cpu, name, device))
-    for name in METHODS if on_gpu else ():
+    for name in methods if on_gpu else ():
         attempt(checks, "no wait in a step, bf16", name, partial(waits, name, device))
     for precision in ("bf16", "fp16") if on_gpu else ("bf16",):
-        for name in METHODS:
+        for name in methods:
             run = partial(lower_precision, name, device, precision=precision)
             attempt(checks, f"{precision} against fp32", name, run)
-    for name in METHODS:
+    for name in methods:
         attempt(checks, "skip of a non-finite step, fp32", name, partial(skips, name, device))
     for precision in ("fp32", "bf16") if on_gpu else ("fp32",):
-        for name in TRANSFORMERS:
+        for name in (name for name in methods if name in TRANSFORMERS):
             run = partial(kernels, name, device, precision=precision)
             attempt(checks, f"sdpa against eager, {precision}", name, run)
-    for name in METHODS:
+    for name in methods:
         attempt(checks, "grad checkpointing", name, partial(checkpointing, name, device))
+    for name in methods if on_gpu else ():
+        attempt(checks, "no wait in a step, fp16", name, partial(waits, name, device, precision="fp16"))
+
+
+def frozen_features(checks: Checks) -> None:
+    """Compares k-NN and linear probing on the device with the CPU's."""
+    device = checks.device
     checks.attempt("k-NN on the device against CPU", partial(neighbours, device), seconds=MARGIN + 2)
     checks.attempt("linear probing on the device against CPU", partial(probing, device), seconds=MARGIN + 2)
-    for name in METHODS if on_gpu else ():
-        attempt(checks, "no wait in a step, fp16", name, partial(waits, name, device, precision="fp16"))
+
+
+def cnn_checks(checks: Checks) -> None:
+    """Compares the one method without attention, whose kernels are other libraries'."""
+    comparisons(checks, [name for name in METHODS if name not in TRANSFORMERS])
+
+
+GROUPS: dict[str, Callable[[Checks], None]] = {
+    "engines": engine_checks,
+    "resume": resume_checks,
+    "ranks": rank_checks,
+    "compile": compile_checks,
+    "cases": case_checks,
+    "cnn": cnn_checks,
+}
 
 
 def run(checks: Checks) -> None:
     """Runs the section."""
-    names = [name for name in GROUPS if not checks.tiny or name in ("engines", "resume")]
+    names = [name for name in GROUPS if not checks.tiny or name in ("engines", "resume", "cnn")]
     groups: list[Group] = []
     try:
         for name in names:
             groups.append(start_group(name, checks))
-        comparisons(checks)
+        comparisons(checks, TRANSFORMERS)
+        frozen_features(checks)
         while any(group.process.poll() is None for group in groups) and checks.time_left() > MARGIN:
             time.sleep(0.2)
     finally:
@@ -720,6 +733,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="what it may take")
     args = parser.parse_args(argv)
+    faulthandler.enable()
     deadline = time.monotonic() + args.seconds
     checks = Checks(args.device, args.output, deadline, tiny=args.device.type == "cpu", section="right")
     GROUPS[args.group](checks)
