@@ -214,7 +214,7 @@ def test_saved_configuration_gives_the_same_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero_stage", "opt", "more"),
-    [(None, "momentum", ()), ("0", "lars", ()), ("3", "momentum", ("--no_batch_norm",))],
+    [(None, "momentum", ()), ("0", "lars", ()), ("3", "momentum", ("--no_batch_norm", "--lr_sweep", "0.01", "0.03"))],
 )
 def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt, more):
     """One process that accumulates the ranks' batches; 355 images of validation cannot be halved."""
