@@ -18,6 +18,7 @@ from masking_generator import PATCH_ORDERS
 from modeling_finetune import ATTENTION_KERNELS, is_of_timm, list_models
 from modeling_targets import PREDICTED_FEATURES, TARGET_PRECISIONS
 from optim_factory import LR_SCHEDULES, takes_betas
+from parallel import has_bf16
 from recipes import recipe_for
 from transforms import INTERPOLATIONS
 from utils import log
@@ -328,7 +329,7 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--model_ema_force_cpu", action="store_true")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and exit")
-    group.add_argument("--dist_eval", action="store_true", help="share the validation images among processes")
+    _switch(group, "dist_eval", "no_dist_eval", help="share the validation images among processes")
     group.add_argument("--disable_eval_during_finetuning", action="store_true")
     group.add_argument("--crop_pct", type=float, default=None)
     group.add_argument(
@@ -370,6 +371,9 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)
     group.add_argument(
         "--deepspeed_config", default=None, metavar="FILE.json", help="overrides what the flags would generate"
+    )
+    group.add_argument(
+        "--offload", choices=("optimizer",), default=None, help="keep the optimizer's state and step on the host"
     )
     group.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     group.add_argument(
@@ -504,8 +508,9 @@ def validate(args: argparse.Namespace) -> None:
     separate = getattr(args, "separate_mask_ratio", None)
     if separate is not None and (not 0 < separate < 1 or args.mask_type == "block"):
         raise ValueError(f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random --mask_type")
-    if args.deepspeed_config and not args.enable_deepspeed:
-        raise ValueError("--deepspeed_config needs --enable_deepspeed")
+    for name in ("deepspeed_config", "offload"):
+        if getattr(args, name) and not args.enable_deepspeed:
+            raise ValueError(f"--{name} needs --enable_deepspeed")
     if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
         raise ValueError(f"--deepspeed_config {args.deepspeed_config} does not exist")
     if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
@@ -544,7 +549,7 @@ def resolve_lr(args: argparse.Namespace) -> None:
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
     """Settles --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only sometimes faster)."""
     if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        args.precision = "bf16" if device.type == "cuda" and has_bf16() else "fp32"
 
 
 def resolve_matmul_precision(args: argparse.Namespace, device: torch.device) -> str:

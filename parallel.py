@@ -7,6 +7,8 @@ and the optimizer is told, on the device, to skip.
 """
 
 import json
+import math
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
+from utils import log
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What DeepSpeed reads at the top level; it ignores a misspelt key without a word, so we do not (specs/engine.md 1.8).
@@ -41,8 +44,13 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Refuses what the hardware cannot do, in one sentence."""
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if precision == "bf16" and device.type == "cuda" and not has_bf16():
         raise ValueError("--precision bf16 is not supported by this GPU; take fp16 or fp32")
+
+
+def has_bf16() -> bool:
+    """Whether this GPU computes in bf16; older ones emulate it, slower than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Runner:
@@ -55,6 +63,7 @@ class Runner:
         self.network, self.update_freq, self.clip_grad = network, update_freq, clip_grad
         self.statistics = BatchStatistics()
         self.dtype: torch.dtype | None = None  # of autocast
+        self.gradients = GradientCheck(network)
 
     def watch(self, *modules: nn.Module | None) -> None:
         """Batch statistics of these modules are put back after a skipped step."""
@@ -66,15 +75,71 @@ class Runner:
 
     def step(self) -> dict[str, Tensor]:
         """Applies the gradients: {"grad_norm": 2-norm before clipping, "applied": 1.0, or 0.0 for a skipped step}."""
+        result = self.apply_gradients()
+        self.statistics.put_back_unless(result["applied"])
+        self.statistics.kept = []
+        self.gradients.after_step(result["applied"])
+        return result
+
+    def apply_gradients(self) -> dict[str, Tensor]:
+        """What `step` does to the weights, and returns."""
         raise NotImplementedError
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The network's state with whole float32 weights; every rank must call."""
+        """The network's state with whole float32 weights; every rank must call, and rank 0 gets it."""
         return self.network.state_dict()
 
     def whole(self, parameters: list[Tensor]):
         """A context that yields whole float32 values of the network's parameters."""
         return nullcontext(parameters)
+
+
+class GradientCheck:
+    """Finds trainable tensors that training leaves alone: in the first applied steps of a run no rank has a gradient
+    for them that is not zero.
+
+    A single such tensor may be meant, and is named in the log; most of a network never is, and is an error. It takes
+    several steps, because behind a head that starts at zero all gradients are zero in the first ones.
+    """
+
+    steps = 5
+
+    def __init__(self, network: nn.Module):
+        named = [(name, p) for name, p in network.named_parameters() if p.requires_grad and p.numel() > 1]
+        self.names = [name for name, _ in named]
+        self.seen = torch.zeros(len(named), device=named[0][1].device if named else None)
+        self.done = torch.zeros((), device=self.seen.device)
+        self.asked = 0
+        self.hooks = [p.register_hook(partial(self._note, number)) for number, (_, p) in enumerate(named)]
+
+    @torch.no_grad()
+    def _note(self, number: int, gradient: Tensor) -> None:
+        """Before reduction and sharding: all engines look the same here. What is not finite says nothing."""
+        largest = torch.linalg.vector_norm(gradient.detach(), math.inf)
+        self.seen[number] += ((largest > 0) & largest.isfinite()).to(self.seen)
+
+    def after_step(self, applied: Tensor) -> None:
+        """Judges once, after enough applied steps; waits for the device then, and not before `steps` steps."""
+        if not self.hooks:
+            return
+        self.done += applied.to(self.done)
+        self.asked += 1
+        if self.asked < self.steps or self.done < self.steps:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        counts = utils.reduce_sum(self.seen).tolist()
+        self._judge([name for name, count in zip(self.names, counts, strict=True) if not count])
+
+    def _judge(self, untouched: list[str]) -> None:
+        if not untouched:
+            return
+        shown = ", ".join(untouched[:5]) + (", ..." if len(untouched) > 5 else "")
+        text = f"{len(untouched)} of {len(self.names)} trainable tensors had no gradient in {self.steps} steps: {shown}"
+        if 2 * len(untouched) > len(self.names):
+            raise ValueError(f"{text}. Most of the network is not trained: run without --compile or --enable_deepspeed")
+        log.warning("%s", text)
 
 
 class BatchStatistics:
@@ -89,8 +154,26 @@ class BatchStatistics:
         self.kept = [buffer.clone() for buffer in self.buffers]
 
     def put_back_unless(self, applied: Tensor) -> None:
+        """A module on another device than the flag (an average kept on the host) waits for it once."""
+        flags = {device: applied.to(device) > 0 for device in {buffer.device for buffer in self.buffers}}
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
-            buffer.copy_(torch.where(applied > 0, buffer, kept))
+            buffer.copy_(torch.where(flags[buffer.device], buffer, kept))
+
+
+@torch.no_grad()
+def average_batch_statistics(module: nn.Module, device: torch.device) -> None:
+    """Replaces the running statistics of each process by their mean over all, sent from `device`; all ranks call.
+
+    In float64, so that statistics which are equal on all ranks stay as they are to the last bit.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+    if not buffers or not utils.in_group():
+        return
+    means = utils.mean_over_ranks(torch.cat([buffer.double().flatten() for buffer in buffers]).to(device))
+    parts = means.split([buffer.numel() for buffer in buffers])
+    for buffer, mean in zip(buffers, parts, strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
 def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
@@ -186,21 +269,16 @@ class TorchRunner(Runner):
             self.scaler.scale(spoil_if_nonfinite(out["loss"]) / self.update_freq).backward()
         return out
 
-    def step(self):
+    def apply_gradients(self):
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         applied = norm.isfinite().float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            step_unless_nonfinite(self.optimizer, applied)
+        step_unless_nonfinite(self.optimizer, applied)  # not the scaler's step, which would not guard a first one
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.statistics.put_back_unless(applied)
-        self.statistics.kept = []
         return {"grad_norm": norm, "applied": applied}
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,18 +294,19 @@ class TorchRunner(Runner):
 # DeepSpeed
 
 
-def deepspeed_config(args: Namespace) -> dict[str, Any]:
+def deepspeed_config(args: Namespace, parameters: int = 0) -> dict[str, Any]:
     """The configuration that the flags ask for, or --deepspeed_config with what it leaves open filled in from them.
 
     `gradient_clipping` is always written: DeepSpeed's default clips at 1.0 (specs/engine.md 0.1).
     bf16 takes the `torch_autocast` section: float32 weights and the same numbers as DDP. fp16 takes the section of its
     own, with BEiT's values: DeepSpeed 0.19 neither lowers nor undoes the scale of autocast's fp16 under ZeRO.
+    `parameters`, the number of trainable ones, sizes the buckets.
     """
     config = {
         "train_micro_batch_size_per_gpu": args.batch_size,
         "gradient_accumulation_steps": args.update_freq,
         "gradient_clipping": args.clip_grad or 0.0,
-        "zero_optimization": {"stage": args.zero_stage},
+        "zero_optimization": zero_section(args, parameters),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -236,7 +315,39 @@ def deepspeed_config(args: Namespace) -> dict[str, Any]:
     given["zero_optimization"] = config["zero_optimization"] | given.get("zero_optimization", {})
     if not {"torch_autocast", "bf16", "fp16"} & given.keys():
         config |= precision_section(args.precision)
-    return config | given
+    config |= given
+    check_zero_section(config["zero_optimization"], args)
+    if offloads(config["zero_optimization"]):  # or DeepSpeed refuses every optimizer but its own, which it compiles
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
+
+
+def zero_section(args: Namespace, parameters: int) -> dict[str, Any]:
+    """Of the flags. DeepSpeed's own buckets take 2 GB and hold a whole ViT: nothing is sent before backward ends."""
+    section: dict[str, Any] = {"stage": args.zero_stage}
+    if parameters:
+        bucket = min(500_000_000, math.ceil(parameters / 8 / 2**20) * 2**20)
+        section |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if args.device == "cuda":
+        section["overlap_comm"] = True
+    if args.offload == "optimizer":
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device == "cuda"}
+    return section
+
+
+def offloads(zero_section: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lives outside the device."""
+    return (zero_section.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def check_zero_section(section: dict[str, Any], args: Namespace) -> None:
+    """Refuses what does not work with the stage, wherever that comes from."""
+    if getattr(args, "compile", False) and section["stage"] == 3:
+        raise ValueError(
+            "--compile does not work with ZeRO stage 3, whose gather hooks cut the gradients: use --zero_stage 2"
+        )
+    if offloads(section) and section["stage"] == 0:
+        raise ValueError("--offload optimizer needs a sharded optimizer: use --zero_stage 1, 2 or 3")
 
 
 def precision_section(precision: str) -> dict[str, Any]:
@@ -286,7 +397,7 @@ class DeepSpeedRunner(Runner):
         deepspeed = import_deepspeed(device)
         self.config, self.device = config, device
         self.optimizer = optimizer
-        self.guard = StepGuard(optimizer)
+        self.guard = StepGuard(optimizer, device)
         reduced = [dtype for name, dtype in AUTOCAST_DTYPES.items() if config.get(name, {}).get("enabled")]
         if reduced:
             run_with_rounded_weights(network, device, reduced[0])
@@ -308,16 +419,14 @@ class DeepSpeedRunner(Runner):
             self.model.step()
         return out
 
-    def step(self):
+    def apply_gradients(self):
         norm = self._whole_norm() if self.stage == 0 else None
-        self.guard.reset(self.device)
+        self.guard.reset()
         self.model.step()
         applied = self.guard.applied * float(self.model.was_step_applied())
         if norm is None:
             known = self.model.get_global_grad_norm()  # not where the user's configuration switches it off
             norm = torch.as_tensor(float("nan") if known is None else known, device=self.device)
-        self.statistics.put_back_unless(applied)
-        self.statistics.kept = []
         return {"grad_norm": norm.float(), "applied": applied}
 
     def _whole_norm(self) -> Tensor:
@@ -325,10 +434,15 @@ class DeepSpeedRunner(Runner):
         return torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
 
     def full_state_dict(self):
-        state = {name: buffer.detach().clone() for name, buffer in self.network.state_dict().items()}
-        for name, parameter in self.network.named_parameters():
-            with self.whole([parameter]) as (tensor,):
-                state[name] = tensor.detach().float().cpu().clone()
+        """One parameter at a time, whole on every rank for that long; only rank 0 keeps them, on the host."""
+        state, keeps = {}, dist.get_rank() == 0
+        for name, value in self.network.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter):
+                with self.whole([value]) as (tensor,):
+                    if keeps:
+                        state[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+            elif keeps:
+                state[name] = value.detach().clone()
         return state
 
     @contextmanager
@@ -369,30 +483,37 @@ def batch_norm_in_float32(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 class StepGuard:
-    """Stands before optimizer.step: skips it on every rank where a gradient on any rank is not finite."""
+    """Stands before optimizer.step: skips it on every rank where a gradient on any rank is not finite.
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer, self.applied = optimizer, torch.ones(())
+    ZeRO-3 calls it for each of its sub-groups, after it has looked at the gradients of all.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.optimizer, self.device = optimizer, device
+        self.reset()
         self._step = optimizer.step
         optimizer.step = self
 
-    def reset(self, device: torch.device) -> None:
-        self.applied = torch.ones((), device=device)
+    def reset(self) -> None:
+        self.applied = torch.ones((), device=self.device)
 
     def __call__(self, closure=None):
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.nn.utils.get_total_norm(gradients).isfinite().float() if gradients else self.applied.clone()
+        place = finite.device  # the host's under ZeRO-Offload, from where NCCL sends nothing
+        finite = finite.to(self.device)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        self.applied = torch.minimum(self.applied, finite.to(self.applied.device))
+        self.applied = torch.minimum(self.applied, finite)
         self.optimizer.step = self._step
         try:
-            step_unless_nonfinite(self.optimizer, self.applied)
+            step_unless_nonfinite(self.optimizer, self.applied.to(place))
         finally:
             self.optimizer.step = self
 
 
 def import_deepspeed(device: torch.device):
     """Imports DeepSpeed so that it needs no compiler on a CPU (specs/engine.md 1.3)."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it takes a GPU unasked, also under --device cpu
     try:
         import deepspeed
     except ImportError as error:

@@ -12,6 +12,7 @@ from engine_for_finetuning import averages, tally
 from engine_for_pretraining import Normalize
 from features import Backbone
 from optim_factory import Groups
+from parallel import average_batch_statistics
 
 
 class LinearHead(nn.Sequential):
@@ -100,10 +101,7 @@ class Probe(nn.Module):
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         """Each rank normalises its own batches; the running statistics are those of all, and equal on all ranks."""
-        if utils.in_group():
-            statistics = [buffer for buffer in self.heads.buffers() if buffer.is_floating_point()]
-            means = utils.mean_over_ranks(torch.stack(statistics))
-            torch._foreach_copy_(statistics, list(means))
+        average_batch_statistics(self.heads, next(self.heads.parameters()).device)
 
 
 @torch.no_grad()

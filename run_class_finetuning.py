@@ -13,11 +13,11 @@ from engine_for_finetuning import Classification, evaluate
 from engine_for_pretraining import Normalize, Training, train
 from modeling_finetune import create_model, input_size_of, to_pair
 from optim_factory import param_groups
-from parallel import AUTOCAST_DTYPES
+from parallel import AUTOCAST_DTYPES, average_batch_statistics
 from run_pretraining import dry_run, launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
 from transforms import build_finetune_transform
-from utils import log, refused
+from utils import from_first_rank, log, refused
 
 
 def build_classifier(args: Namespace) -> nn.Module:
@@ -50,7 +50,7 @@ def weights_class_tokens(args: Namespace) -> int | None:
 
 
 def build_eval_loader(args: Namespace, transform):
-    """Every image once: on each process, or shared among them with --dist_eval."""
+    """Every image once: shared among the processes, or on each of them with --no_dist_eval."""
     dataset = build_dataset(args, train=False, transform=transform, need_labels=True)
     rank, world_size = (args.rank, args.world_size) if args.dist_eval else (0, 1)
     sampler = EvalBatchSampler(len(dataset), int(1.5 * args.batch_size), rank=rank, world_size=world_size)
@@ -103,14 +103,20 @@ class Evaluator:
         return result
 
     def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
+        """Rank 0's figures decide for all: ranks that evaluate by themselves may round otherwise, and a checkpoint
+        takes every one of them."""
+        average = self.task.average and self.task.average.module
+        for network in (self.task.model, average):
+            if network is not None:  # what rank 0 saves is then what every rank evaluates
+                average_batch_statistics(network, self.normalize.device)
         if self.args.disable_eval_during_finetuning:
             return {}
-        figures = {f"test_{k}": v for k, v in self(self.task.model).items()}
+        figures = {f"test_{k}": v for k, v in from_first_rank(self(self.task.model)).items()}
         if figures["test_acc1"] > position.best:
             position.best = figures["test_acc1"]
             session.save_best(position, of_average=False)
-        if self.task.average is not None:
-            figures |= {f"test_ema_{k}": v for k, v in self(self.task.average.module).items()}
+        if average is not None:
+            figures |= {f"test_ema_{k}": v for k, v in from_first_rank(self(average)).items()}
             if figures["test_ema_acc1"] > position.best_average:
                 position.best_average = figures["test_ema_acc1"]
                 session.save_best(position, of_average=True)

@@ -18,7 +18,7 @@ from run_class_finetuning import settle_classes
 from run_pretraining import dry_run, launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
 from transforms import PROBE_CROPS, ProbeTransform
-from utils import log, write_rows
+from utils import from_first_rank, log, write_rows
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class Evaluator:
     def __call__(self, epoch: int) -> list[Result]:
         args = self.args
         found = evaluate_heads(self.probe, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision))
+        found = from_first_rank(found)  # the best is to be the same one on all ranks
         names = ("model", "finetune", "pool", "feature_norm", "opt", "seed")
         about = {"epoch": epoch} | {name: getattr(args, name) for name in names}
         self.results = [Result(lr=rate, **own, **about) for rate, own in zip(self.rates, found, strict=True)]

@@ -198,7 +198,8 @@ def build_optimizer(args: Namespace, groups: list[dict], device: torch.device) -
     optimizer = create_optimizer(args, groups, device)
     if needs_create_graph(optimizer):
         raise ValueError(f"--opt {args.opt} needs second derivatives, which these engines do not compute; take another")
-    if args.enable_deepspeed and deepspeed_config(args)["zero_optimization"]["stage"] and not works_on_shards(args.opt):
+    config = deepspeed_config(args) if args.enable_deepspeed else None  # which refuses what cannot work
+    if config and config["zero_optimization"]["stage"] and not works_on_shards(args.opt):
         raise ValueError(f"--opt {args.opt} needs whole matrices: use --zero_stage 0, or adamw or sgd with ZeRO")
     return optimizer
 
@@ -207,7 +208,7 @@ def build_runner(args: Namespace, network: nn.Module, groups: list[dict], device
     """Plain, DDP or DeepSpeed, whose configuration is also written to the output folder."""
     optimizer = build_optimizer(args, groups, device)
     if args.enable_deepspeed:
-        config = deepspeed_config(args)
+        config = deepspeed_config(args, utils.count_parameters(network))
         if args.output_dir and args.rank == 0:
             utils.write_text(Path(args.output_dir) / "deepspeed_config.json", json.dumps(config, indent=2) + "\n")
         return DeepSpeedRunner(network, optimizer, config=config, device=device)

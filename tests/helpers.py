@@ -144,8 +144,13 @@ def column(figures: list[dict], name: str) -> list[float]:
 
 
 def whole_weights(run: Training) -> dict[str, Tensor]:
-    """The trained network's whole float32 weights and buffers; every rank must call."""
-    return {name: value.clone() for name, value in run.runner.full_state_dict().items()}
+    """The trained network's whole float32 weights and buffers, on every rank; every rank must call."""
+    network = run.runner.network
+    weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        with run.runner.whole([parameter]) as (whole,):
+            weights[name] = whole.detach().to("cpu", torch.float32, copy=True)
+    return weights
 
 
 def average_weights(run: Training) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ All engines run one after another in the same spawned processes, once on one ran
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from datasets import BadImagesError, EvalBatchSampler, build_dataset, build_load
 from engine_for_finetuning import evaluate
 from engine_for_pretraining import share_bad_images
 from modeling_finetune import create_model, sincos_pos_embed
+from parallel import BatchStatistics
 from run_class_finetuning import Evaluator, build_classifier
 from transforms import build_finetune_transform
 
@@ -48,8 +51,13 @@ AVERAGED = ("--model_ema", "--model_ema_decay", "0.9", "--clip_grad", "3.0")
 EVALUATED = 101  # odd, and no multiple of the batch
 
 
+# What stage 3 does to large networks: no parameter is kept whole, and they are stepped in several sub-groups.
+PARTITIONED = Path(__file__).parent / "zero3_partitioned.json"
+
+
 def engine_flags(engine: str) -> list[str]:
-    return [] if engine == "torch" else ["--enable_deepspeed", "--zero_stage", engine.removeprefix("zero")]
+    flags = [] if engine == "torch" else ["--enable_deepspeed", "--zero_stage", engine.removeprefix("zero")]
+    return flags + (["--deepspeed_config", str(PARTITIONED)] if engine == "zero3" else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,13 +158,38 @@ def evaluations(run) -> dict:
 
 
 def one_rank(folder: Path) -> dict:
-    results = {"pretrain": pretrain_all(folder)}
+    # first: DeepSpeed's stage 3 changes torch's functions for the rest of the process, and compiled code with them
+    results = {"compiled": {engine: compiled(folder / "compiled" / engine, engine) for engine in ENGINES[:-1]}}
+    results["pretrain"] = pretrain_all(folder)
     results["refused"] = {engine: refusal_by(folder, folder / "zero1", engine) for engine in ("zero2", "torch")}
     results["half"] = half_precision(folder)
     results["user"] = {stage: users_config(folder / f"user{stage}", stage) for stage in (1, 3)}
     results["rounded"] = evaluate_rounded(folder / "rounded")
     results["frozen"] = keep_frozen(folder / "frozen")
+    results["offloaded"] = {engine: offloaded(folder / "offloaded" / engine, engine) for engine in ENGINES[2:]}
     return results
+
+
+def compiled(folder: Path, engine: str) -> dict[str, list[float]]:
+    """Losses of MAE with --compile, whose graphs run as they were traced: what Inductor makes of them is its affair."""
+    torch._dynamo.reset()  # or blocks of the engine before this one serve
+    traced = partial(torch.compile, backend="eager")
+    with mock.patch.object(torch, "compile", traced):
+        run, _ = start("pretrain", folder, *engine_flags(engine), *METHODS["mae"], "--compile")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    losses = column(train_steps(run, 0, STEPS), "loss")
+    plain, _ = start("pretrain", folder / "plain", *METHODS["mae"])
+    return {
+        "losses": losses,
+        "plain": column(train_steps(plain, 0, STEPS), "loss"),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs,
+    }
+
+
+def offloaded(folder: Path, engine: str) -> dict:
+    """Three steps of MAE with the optimizer on the host, and where DeepSpeed has put it."""
+    run, _ = start("pretrain", folder, *engine_flags(engine), *METHODS["mae"], "--offload", "optimizer")
+    return outcome(run, train_steps(run, 0, 3)) | {"offloads": run.runner.model.zero_use_cpu_optimizer()}
 
 
 def refusal_by(_, folder: Path, engine: str, *flags: str) -> str:
@@ -239,6 +272,35 @@ def two_ranks(folder: Path) -> dict:
         "pretrain": pretrain_all(folder / "pretrain"),
         "methods": {name: pretrain_all(folder / name, SHARDED, flags) for name, flags in METHODS.items()},
         "finetune": finetune_all(folder / "finetune"),
+        "evaluated": {engine: evaluate_apart(folder / "apart" / engine, engine) for engine in ("torch", "zero3")},
+    }
+
+
+def evaluate_apart(folder: Path, engine: str) -> dict:
+    """A ResNet with the batch statistics of each rank; the evaluation of rank 1 sees other labels than rank 0's."""
+    flags = (
+        *("--model", "resnet18", "--input_size", "64", "--layer_decay", "1", "--drop_path", "0", "--init_scale", "1"),
+        *("--model_kwargs", "patch_size=null", "channels=[8,8,16,16]", "--no_dist_eval", "--model_ema"),
+    )
+    run, position = start("finetune", folder, *engine_flags(engine), *flags)
+    train_steps(run, 0, 3)
+    transform = build_finetune_transform(run.args, train=False)
+    dataset = build_dataset(run.args, train=False, transform=transform, need_labels=True)
+    loader = build_loader(dataset, EvalBatchSampler(EVALUATED, 12), num_workers=0, pin_mem=False)
+    batches = list(loader)
+    own = [batch | {"label": (batch["label"] + run.args.rank) % 10} for batch in batches]
+    apart = BatchStatistics(run.task.model).buffers[0].clone()
+    figures = Evaluator(run, own).after_epoch(position, run.session)
+    saved = build_classifier(run.args)
+    utils.barrier()
+    saved.load_state_dict(checkpoint.load_checkpoint(folder / "checkpoint-best.pth")["model"])
+    return {
+        "figures": figures,
+        "position": vars(position),
+        "apart": apart,
+        "statistics": [buffer.clone() for buffer in BatchStatistics(run.task.model, run.task.average.module).buffers],
+        "saved": evaluate(saved, batches, run.normalize),
+        "kept": len(run.runner.full_state_dict()),
     }
 
 
@@ -406,6 +468,33 @@ def test_resuming_another_way(alone, folders, tmp_path):
 def test_finetuning_equals_ddp(pair, engine):
     for rank in pair:
         assert_equal_runs(rank["finetune"][engine], rank["finetune"]["torch"], TOLERANCE[engine])
+
+
+@pytest.mark.parametrize("engine", ["torch", "zero3"])
+def test_ranks_agree_on_what_is_best(pair, engine):
+    """Otherwise one of them waits for ever for the others to save. The figures are those of the saved network."""
+    first, second = (rank["evaluated"][engine] for rank in pair)
+    assert not torch.equal(first["apart"], second["apart"])
+    assert differing(first["statistics"], second["statistics"]) == []
+    assert first["figures"] == second["figures"] and first["position"] == second["position"]
+    for name, value in first["saved"].items():
+        assert first["figures"][f"test_{name}"] == pytest.approx(value, rel=1e-5)
+    assert first["kept"] > 0 and (engine == "torch" or second["kept"] == 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES[:-1])
+def test_compiled_blocks_train_as_plain_ones(alone, engine):
+    found = alone["compiled"][engine]
+    assert found["graphs"] > 0, "nothing was compiled"
+    assert found["losses"] == pytest.approx(found["plain"], abs=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES[2:])
+def test_the_optimizer_on_the_host_takes_the_same_steps(alone, tmp_path, engine):
+    run, _ = start("pretrain", tmp_path, *METHODS["mae"])
+    plain, found = outcome(run, train_steps(run, 0, 3)), alone["offloaded"][engine]
+    assert found["offloads"]
+    assert_equal_runs(found, plain, TOLERANCE[engine])
 
 
 def test_shared_evaluation_counts_every_image_once(pair):

@@ -2,22 +2,26 @@
 
 import copy
 import json
+import logging
 import math
 import platform
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import METHODS, arguments, average_weights, column, differing, run_command, start, train_steps
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import options
 import parallel
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from ema import MovingAverage
 from engine_for_finetuning import evaluate, tally
 from engine_for_pretraining import Normalize
-from parallel import deepspeed_config
+from parallel import BatchStatistics, GradientCheck, TorchRunner, deepspeed_config
 from run_class_finetuning import Evaluator
 from run_pretraining import flops_per_image
 from transforms import MEAN_STD, build_finetune_transform
@@ -123,6 +127,89 @@ def test_nonfinite_first_step_leaves_no_trace(tmp_path):
     assert differing(initial, run.task.state_dict()) == []
     twin, _ = start("pretrain", tmp_path / "twin")
     assert column(train_steps(run, 1, 3), "loss") == column(train_steps(twin, 1, 3), "loss")
+
+
+class Lines(nn.Module):
+    """Squared outputs of one to three linear maps in a row, of which `cut` get no gradient."""
+
+    def __init__(self, cut: int = 0):
+        super().__init__()
+        self.lines = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.cut = cut
+
+    def forward(self, batch):
+        x = batch["image"]
+        for number, line in enumerate(self.lines, 1):
+            x = line(x).detach() if number <= self.cut else line(x)
+        return {"loss": x.square().mean()}
+
+
+def lines_runner(network: nn.Module, precision: str = "fp32") -> TorchRunner:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=True)
+    return TorchRunner(network, optimizer, device=CPU, precision=precision, update_freq=1, clip_grad=None)
+
+
+def test_a_scaled_first_step_that_is_skipped_leaves_no_trace():
+    """At its first scales fp16 overflows; fused SGD would keep a momentum of whatever the memory held."""
+    network = Lines()
+    twin = copy.deepcopy(network)
+    batch = {"image": torch.randn(8, 4)}
+    runner, unspoilt = lines_runner(network, "fp16"), lines_runner(twin, "fp16")
+    hook = network.lines[0].weight.register_hook(lambda grad: grad * math.inf)
+    runner.micro_step(batch, last=True)
+    assert runner.step()["applied"] == 0
+    hook.remove()
+    assert runner.scaler.get_scale() == 2**15
+    assert not any(state.get("momentum_buffer") is not None for state in runner.optimizer.state.values())
+    unspoilt.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15)
+    for _ in range(3):
+        for each in (runner, unspoilt):
+            each.micro_step(batch, last=True)
+            assert each.step()["applied"] == 1
+    assert differing(network.state_dict(), twin.state_dict()) == []
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_tensors_without_gradients_are_named(caplog, cut):
+    """One of three layers is named, two are an error; a last layer that starts at zero is neither."""
+    network = Lines(cut)
+    for tensor in network.lines[2].parameters():
+        nn.init.zeros_(tensor)
+    nn.init.ones_(network.lines[2].bias)  # of squares, or the loss is at its minimum
+    logging.getLogger("unimim").propagate = True
+    runner, batch = lines_runner(network), {"image": torch.randn(8, 4)}
+    spoilt = 2  # a skipped step does not count, and what is not finite is no gradient
+    for step in range(GradientCheck.steps):
+        runner.micro_step({"image": batch["image"] * (math.nan if step == spoilt else 1)}, last=True)
+        runner.step()
+    assert runner.gradients.hooks and not caplog.messages
+    runner.micro_step(batch, last=True)
+    if cut == 2:
+        with pytest.raises(ValueError, match=r"4 of 6 trainable tensors had no gradient .*lines\.0\.weight"):
+            runner.step()
+        return
+    runner.step()
+    named = "2 of 6 trainable tensors had no gradient in 5 steps: lines.0.weight, lines.0.bias"
+    assert caplog.messages == ([named] if cut else [])
+
+
+def test_statistics_on_the_host_take_a_flag_from_the_device():
+    """--model_ema_force_cpu: weights on a GPU, which pretends to be there, and an average beside them on the host."""
+    with FakeTensorMode():
+        statistics = BatchStatistics(nn.BatchNorm1d(3, device="cuda"), nn.BatchNorm1d(3))
+        statistics.keep()
+        statistics.put_back_unless(torch.ones((), device="cuda"))
+        assert {buffer.device.type for buffer in statistics.buffers} == {"cpu", "cuda"}
+
+
+def test_precision_auto_takes_no_emulation(monkeypatch):
+    """A V100 has no bf16, but torch computes it there all the same."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    args = Namespace(precision="auto")
+    options.resolve_precision(args, torch.device("cuda"))
+    assert args.precision == "fp32"
+    with pytest.raises(ValueError, match="--precision bf16 is not supported by this GPU"):
+        parallel.check_precision("bf16", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd"])
@@ -383,6 +470,34 @@ def test_configuration_follows_the_flags(tmp_path):
     assert bf16["torch_autocast"]["enabled"] and bf16["torch_autocast"]["dtype"] == "bfloat16" and "bf16" not in bf16
     fp16 = deepspeed_config(deepspeed_args(tmp_path, None, "--precision", "fp16"))
     assert fp16["fp16"]["loss_scale"] == 0 and "torch_autocast" not in fp16
+
+
+@pytest.mark.parametrize(
+    ("parameters", "bucket"), [(22_000_000, 3 * 2**20), (86_000_000, 11 * 2**20), (5_000_000_000, 500_000_000)]
+)
+def test_buckets_follow_the_network(tmp_path, parameters, bucket):
+    """Eight to a network, so that most of it is sent before backward ends; what the user's file says stays."""
+    args = deepspeed_args(tmp_path, {"zero_optimization": {"allgather_bucket_size": 7}})
+    args.device = "cuda"
+    found = deepspeed_config(args, parameters)["zero_optimization"]
+    assert found == {"stage": 1, "reduce_bucket_size": bucket, "allgather_bucket_size": 7, "overlap_comm": True}
+
+
+@pytest.mark.parametrize("place", ["flag", "file"])
+def test_offload_lets_this_optimizer_through(tmp_path, place):
+    """DeepSpeed refuses every optimizer but its own there, unless it is told not to."""
+    given = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} if place == "file" else None
+    args = deepspeed_args(tmp_path, given, *(("--offload", "optimizer") if place == "flag" else ()))
+    config = deepspeed_config(args)
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    assert "zero_force_ds_cpu_optimizer" not in deepspeed_config(deepspeed_args(tmp_path, None))
+
+
+def test_compile_refuses_the_stage_of_the_file(tmp_path):
+    args = deepspeed_args(tmp_path, {"zero_optimization": {"stage": 3}}, "--compile")
+    with pytest.raises(ValueError, match="--compile does not work with ZeRO stage 3"):
+        deepspeed_config(args)
 
 
 @pytest.mark.parametrize(

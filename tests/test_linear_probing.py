@@ -212,10 +212,13 @@ def test_saved_configuration_gives_the_same_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero_stage", "opt"), [(None, "momentum"), ("0", "lars"), ("3", "momentum")])
-def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt):
+@pytest.mark.parametrize(
+    ("zero_stage", "opt", "more"),
+    [(None, "momentum", ()), ("0", "lars", ()), ("3", "momentum", ("--no_batch_norm", "--lr_sweep", "0.01", "0.03"))],
+)
+def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt, more):
     """One process that accumulates the ranks' batches; 355 images of validation cannot be halved."""
-    flags = ("--batch_size", "64", *SWEEP, "--no_auto_resume", "--opt", opt)
+    flags = ("--batch_size", "64", *SWEEP, "--no_auto_resume", "--opt", opt, *more)
     engine = ("--enable_deepspeed", "--zero_stage", zero_stage) if zero_stage else ()
     run_here(tmp_path / "one", *flags, "--update_freq", "2")
     first, second = in_ranks(2, run_here, tmp_path / "two", *flags, *engine)
@@ -225,7 +228,7 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt):
         torch.testing.assert_close(heads[name], alone[name], rtol=1e-5, atol=1e-6)
     # the checkpoint has rank 0's statistics: with others on rank 1 its half of the images would score otherwise
     saved = str(tmp_path / "two" / "checkpoint-2.pth")
-    single = run_here(tmp_path / "check", *SWEEP, "--eval", "--resume", saved)
+    single = run_here(tmp_path / "check", *SWEEP, *more, "--eval", "--resume", saved)
     for ours, theirs in zip(single, first, strict=True):
         assert (ours.acc1, ours.acc5) == (theirs.acc1, theirs.acc5)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
