@@ -18,7 +18,7 @@ import run_class_finetuning
 import run_pretraining
 from datasets import digits_source
 from modeling_finetune import create_model
-from recipes import recipe_for
+from unimim.recipes import recipe_for
 from utils import free_port
 
 # Names and defaults are what users' commands stand on: a change of them is a decision.
@@ -36,7 +36,7 @@ BOTH = {
     "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0, "resume": "", "auto_resume": True,
     "no_auto_resume": True, "save_ckpt": True, "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0,
     "keep_checkpoints": None, "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine",
-    "sync_bn": False, "no_sync_bn": False, "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
+    "recipe": None, "sync_bn": False, "no_sync_bn": False, "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
 }  # fmt: skip
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0), "data_pipeline": "fast",
