@@ -285,7 +285,10 @@ class Attention(nn.Module):
         return "eager" if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32) else "sdpa"
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-        mask = None if bias is None else bias.to(q.dtype)[(None,) * (4 - bias.ndim)]  # [1 or B, h or 1, T, T]
+        mask = None
+        if bias is not None:
+            # dense along the keys: the fused kernels refuse other strides, and torch then takes the explicit form
+            mask = bias.to(q.dtype).contiguous()[(None,) * (4 - bias.ndim)]  # [1 or B, h or 1, T, T]
         dropout = self.attn_drop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 

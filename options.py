@@ -1,11 +1,12 @@
 """The command line: flags in labelled groups, and the order in which their values win.
 
-Defaults < the model's recipe (recipes.py) < --config FILE.yaml < flags given on the command line.
+Defaults < the recipe (--recipe NAME, else the model's) < --config FILE.yaml < flags given on the command line.
 Flag names are the published ones (specs/conmim.md 7); flags that never had an effect there are accepted and named.
 """
 
 import argparse
 import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from modeling_finetune import ATTENTION_KERNELS, is_of_timm, list_models
 from modeling_targets import PREDICTED_FEATURES, TARGET_PRECISIONS
 from optim_factory import LR_SCHEDULES, takes_betas
 from parallel import has_bf16
-from recipes import recipe_for
 from transforms import INTERPOLATIONS
+from unimim.recipes import Recipe, by_name, names_for, recipe_for
 from utils import log
 
 # Accepted because published commands carry them; they had no effect there either.
@@ -384,9 +385,18 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
 
 
+def add_recipe_flag(group: argparse._ArgumentGroup) -> None:
+    """Adds --recipe, whose values `parse` and `parse_flags` take as defaults."""
+    group.add_argument(
+        "--recipe", default=None, metavar="NAME",
+        help="published settings, --model too; scripts/recipe.sh --list shows them. None: those of the model, if any",
+    )  # fmt: skip
+
+
 def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     """Output, log, checkpoints and resuming."""
     group = parser.add_argument_group("run")
+    add_recipe_flag(group)
     group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
     group.add_argument("--output_dir", default="", help="empty: nothing is saved")
     group.add_argument("--log_dir", default=None, help="tensorboard folder")
@@ -426,34 +436,66 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     try:
         overlay = read_config(first.config, parser) if first.config else {}
         parser.set_defaults(**overlay)
-        recipe = recipe_for(parser.parse_known_args(argv)[0].model, stage)
-        parser.set_defaults(**{**(recipe.flags if recipe else {}), **overlay})
+        first, _ = parser.parse_known_args(argv)
+        recipe = named_recipe(first.recipe, stage) or recipe_for(first.model, stage)
+        parser.set_defaults(**{**(recipe_values(recipe, parser) if recipe else {}), **overlay})
         args = parser.parse_args(argv)
         adapt_defaults(args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None)
         validate(args)
     except ValueError as error:
         parser.error(str(error))
     args.recipe = recipe.name if recipe else None
+    args.other_recipes = () if first.recipe else names_for(args.model, stage, args.recipe)
     return args
 
 
 def parse_flags(
-    parser: argparse.ArgumentParser, argv: list[str] | None, *checks: Callable[[argparse.Namespace], None]
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    *checks: Callable[[argparse.Namespace], None],
+    stage: str | None = None,
 ) -> argparse.Namespace:
-    """Of a script without recipes: defaults < --config < command line, then the checks.
+    """Of a script whose model has no recipe by itself: defaults < --recipe < --config < command line, then the checks.
 
-    Exits with argparse's message on bad flags.
+    `stage` is that of the recipes which --recipe may name, None without that flag. Exits with argparse's message on bad
+    flags.
     """
     config = parser.parse_known_args(argv)[0].config
     try:
-        if config:
-            parser.set_defaults(**read_config(config, parser))
+        overlay = read_config(config, parser) if config else {}
+        parser.set_defaults(**overlay)
+        first, _ = parser.parse_known_args(argv)
+        recipe = named_recipe(first.recipe, stage) if stage else None
+        if recipe:
+            parser.set_defaults(**{**recipe_values(recipe, parser), **overlay})
         args = parser.parse_args(argv)
         for check in checks:
             check(args)
     except ValueError as error:
         parser.error(str(error))
+    if stage and recipe is None:
+        args.other_recipes = names_for(getattr(args, "model", ""), stage)
     return args
+
+
+def named_recipe(name: str | None, stage: str) -> Recipe | None:
+    """The recipe of that name, which must be of this stage; None for None."""
+    recipe = by_name(name) if name else None
+    if recipe and recipe.stage != stage:
+        raise ValueError(f"--recipe {name} is not for this script; use it with {recipe.program}")
+    return recipe
+
+
+def recipe_values(recipe: Recipe, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The values that the recipe's model and flags have for this parser, as if they stood on the command line."""
+    bare = copy.deepcopy(parser)
+    bare._defaults.clear()
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    values = vars(bare.parse_args(recipe.words()))
+    if not recipe.model.endswith("*"):  # of a whole family of networks
+        values["teacher" if recipe.stage == "parts" else "model"] = recipe.model
+    return values
 
 
 def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
@@ -490,12 +532,12 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     if ("lr" in values) != ("blr" in values):  # one of them replaces what the recipe says of either
         values = {"lr": None, "blr": None} | values
     known = {action.dest for action in parser._actions}
-    if unknown := values.keys() - known - {"recipe"}:
+    if unknown := values.keys() - known:
         raise ValueError(f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}")
     for action in parser._actions:  # argparse checks types of defaults, not choices
         if action.choices and values.get(action.dest, action.default) not in (*action.choices, action.default):
             raise ValueError(f"--config {path}: --{action.dest} is not one of {', '.join(map(str, action.choices))}")
-    return {name: value for name, value in values.items() if name != "recipe"}
+    return values
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -564,7 +606,9 @@ def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
     for name in LEFTOVERS["pretrain"] + LEFTOVERS["finetune"]:
         if getattr(args, name, None):
             log.info("--%s is accepted for old commands' sake and has no effect, as in the published code", name)
-    log.info("recipe: %s", args.recipe or "none for this model; the flags' defaults")
+    others = getattr(args, "other_recipes", ())
+    choose = f"; --recipe takes for this model also {', '.join(others)}" if others else ""
+    log.info("recipe: %s%s", args.recipe or "none, the flags' defaults", choose)
     for name, value in derived.items():
         log.info("  %-22s %s", name, value)
     if args.output_dir and args.rank == 0:
@@ -574,7 +618,7 @@ def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
 
 def as_config(args: argparse.Namespace) -> dict[str, Any]:
     """The effective configuration in plain types; it can be given to --config again."""
-    skipped = {"rank", "world_size", "local_rank", "config", "dry_run", "list_models", "deepspeed"}
+    skipped = {"rank", "world_size", "local_rank", "config", "dry_run", "list_models", "deepspeed", "other_recipes"}
     leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
     values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -451,9 +451,18 @@ class DeepSpeedRunner(Runner):
             yield [self._master(p) if self.rounded and p.requires_grad else p for p in parameters]
 
     def _master(self, parameter: Tensor) -> Tensor:
+        """Returns the whole float32 value of which the engine trains a rounded copy."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(parameter)
+        if self.stage > 0:
+            return safe_get_full_fp32_param(parameter)
+        # stage 0 keeps rounded and float32 parameters in two lists of lists of the same order
+        wrapper = self.model.optimizer
+        for rounded, whole in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for ours, master in zip(rounded, whole, strict=True):
+                if ours is parameter:
+                    return master
+        raise AssertionError("the optimizer does not hold this parameter")
 
     def save(self, folder: str, tag: str) -> None:
         """Writes the sharded state for an exact resume; every rank must call."""

@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_data_flags(parser, "knn")
     options.add_process_flags(parser)
     group = parser.add_argument_group("run")
+    options.add_recipe_flag(group)
     group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
     group.add_argument("--output_dir", default="", help="folder of knn.csv; empty: nothing is saved")
     group.add_argument("--seed", type=int, default=0, help="of random weights")
@@ -58,8 +59,8 @@ def validate(args: Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    """Defaults < --config < command line. Exits with argparse's message on bad flags."""
-    return options.parse_flags(build_parser(), argv, validate)
+    """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
+    return options.parse_flags(build_parser(), argv, validate, stage="knn")
 
 
 def main(args: Namespace) -> list[Result]:

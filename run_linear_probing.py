@@ -86,14 +86,13 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    """Defaults < --config < command line. Exits with argparse's message on bad flags."""
-    args = options.parse_flags(build_parser(), argv, options.validate, validate)
+    """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
+    args = options.parse_flags(build_parser(), argv, options.validate, validate, stage="linear")
     if args.lr_sweep:
         args.lr_sweep = sorted(args.lr_sweep)  # the optimizer's state goes by position
         args.lr, args.blr = max(args.lr_sweep), None
     if args.warmup_epochs is None:
         args.warmup_epochs = round(args.epochs / 9)
-    args.recipe = "linear probing (specs/semaim.md 9)"
     return args
 
 

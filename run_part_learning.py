@@ -28,7 +28,9 @@ from part_learning import (
 from run_pretraining import launch, set_up, start_training, train_loader
 from session import Position
 from transforms import MEAN_STD, build_pretrain_transform
+from unimim.recipes import by_name
 
+RECIPE = "semmae_parts"  # gives the defaults
 STATISTICS_BATCHES = 50  # of optimizer steps, from which the features' mean and deviation are taken
 WARMUP_SHARE = 0.05  # of the steps, where the flags give no warm-up
 
@@ -47,11 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add, stage in ((options.add_data_flags, "pretrain"), (options.add_optimizer_flags, "pretrain"),
                        (options.add_engine_flags, "pretrain"), (options.add_run_flags, "finetune")):  # fmt: skip
         add(parser, stage)
-    # spec C.3, step 6; the teachers of C.4 expect ImageNet's mean and deviation
-    parser.set_defaults(
-        batch_size=256, epochs=3, lr=1e-3, min_lr=0.0, opt_betas=(0.9, 0.99), weight_decay=0.01, clip_grad=1.0,
-        warmup_epochs=0, crop_scale=(0.5, 1.0), imagenet_default_mean_and_std=True, save_ckpt_freq=1,
-    )  # fmt: skip
+    parser.set_defaults(**by_name(RECIPE).flags, recipe=RECIPE)
     return parser
 
 
@@ -104,9 +102,8 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    args = options.parse_flags(build_parser(), argv, options.validate, validate)
-    args.recipe = "SemMAE stage 1 (specs/semmae.md C.3)"
-    return args
+    """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
+    return options.parse_flags(build_parser(), argv, options.validate, validate, stage="parts")
 
 
 def teacher_kwargs(args: Namespace) -> dict[str, Any]:

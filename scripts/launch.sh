@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one of this repository's scripts on NNODES x NPROC processes; the recipes beside it call it.
+# Runs one of this repository's scripts on NNODES x NPROC processes; recipe.sh beside it calls it.
 # Command:   scripts/launch.sh run_pretraining.py --model ...   (torchrun must be on the PATH: activate the environment)
 #            On several machines call it once on each, with that machine's NODE_RANK and the first one's MASTER_ADDR.
 # Signals:   SIGTERM, SIGINT and SIGUSR1 are passed on: the ranks save and stop. What still runs after 30 seconds is

@@ -1,4 +1,4 @@
-"""Linear segmentation of Pascal VOC on the frozen patch tokens of a ViT (specs/semanticmim.md 5); `--help` lists flags.
+"""Linear segmentation of Pascal VOC on the frozen patch tokens of a ViT; `--help` lists flags.
 
 python semantic_segmentation/voc_linear_probe.py --data_path /data/VOC2012 --finetune FILE --output_dir out
 """
@@ -31,8 +31,10 @@ from parallel import AUTOCAST_DTYPES
 from run_pretraining import dry_run, launch, set_up, start_training, train_loader
 from session import Origin, Position, Session
 from transforms import PILLOW_ERRORS, BrokenImageError, RawImage, Sample, ViewDraws, decode, draw_view, fast_crop
+from unimim.recipes import by_name
 from utils import log, write_rows
 
+RECIPE = "semanticmim_maskfeat_base_voc"  # gives the defaults
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -287,19 +289,13 @@ def build_parser() -> argparse.ArgumentParser:
     for add, stage in ((options.add_optimizer_flags, "pretrain"), (options.add_engine_flags, "finetune"),
                        (options.add_run_flags, "finetune")):  # fmt: skip
         add(parser, stage)
-    parser.set_defaults(
-        input_size=448, batch_size=60, epochs=25, opt="momentum", opt_betas=None, lr=None, blr=0.01 * 256 / 60,
-        lr_schedule="step", lr_steps=(10, 20), min_lr=0.0, warmup_epochs=0, weight_decay=1e-4,
-        imagenet_default_mean_and_std=True,
-    )  # fmt: skip
+    parser.set_defaults(**by_name(RECIPE).flags, opt_betas=None, recipe=RECIPE)
     return parser
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    """Defaults < --config < command line. Exits with argparse's message on bad flags."""
-    args = options.parse_flags(build_parser(), argv, options.validate, validate)
-    args.recipe = "VOC linear probing (specs/semanticmim.md 5)"
-    return args
+    """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
+    return options.parse_flags(build_parser(), argv, options.validate, validate, stage="voc")
 
 
 def validate(args: Namespace) -> None:

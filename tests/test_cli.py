@@ -18,7 +18,7 @@ import run_class_finetuning
 import run_pretraining
 from datasets import digits_source
 from modeling_finetune import create_model
-from recipes import recipe_for
+from unimim.recipes import recipe_for
 from utils import Place, find_place, first_host, free_port, leave_process_group
 
 # Names and defaults are what users' commands stand on: a change of them is a decision.
@@ -37,7 +37,7 @@ BOTH = {
     "auto_resume": True,
     "no_auto_resume": True, "save_ckpt": True, "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0,
     "keep_checkpoints": None, "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine",
-    "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
+    "recipe": None, "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
     "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
 }  # fmt: skip
 PRETRAIN_ONLY = {

@@ -19,7 +19,6 @@ import visualize
 from checkpoint import save_checkpoint
 from datasets import digits_source, map_source
 from modeling_finetune import create_model
-from recipes import Recipe, all_recipes
 from transforms import decode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,24 +286,3 @@ def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
 def test_spread_is_mean_and_sample_deviation():
     assert report.spread([1.0, 2.0, 6.0]) == "3.0 ± 2.6"
     assert report.spread([41.96]) == "42.0"
-
-
-def peak_lr(recipe: Recipe) -> float:
-    """The rate itself, or from the base rate for 256 images."""
-    given = recipe.flags.get("lr")
-    return recipe.flags["blr"] * recipe.effective_batch / 256 if given is None else given
-
-
-def test_every_published_recipe_is_listed_with_its_numbers():
-    page = (ROOT / "docs" / "recipes.md").read_text()
-    published = [recipe for recipe in all_recipes() if recipe.has_script and recipe.stage != "knn"]
-    rows = re.findall(r"^\| \[`(\w+)\.sh`\]\((\S+)\) \| (\d+) \| (.*?) \| (\S+) \| (\S+) \|", page, re.MULTILINE)
-    assert {row[0]: row[1:] for row in rows} == {
-        r.name: (
-            f"../scripts/{r.name}.sh", str(r.flags["epochs"]), r.hardware, f"{peak_lr(r):g}",
-            "none" if r.published is None else str(r.published),
-        )
-        for r in published
-    }  # fmt: skip
-    assert all((ROOT / "scripts" / f"{recipe.name}.sh").is_file() for recipe in published)
-    assert "(../scripts/semaim_large_knn.sh)" in page

@@ -1,0 +1,223 @@
+"""Shows the recipes: their names, one of them as a command, or all of them as docs/recipes.md."""
+
+import argparse
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from unimim.recipes import (
+    FAMILIES,
+    Recipe,
+    all_recipes,
+    by_name,
+    checkpoint_of,
+    command,
+    launch_command,
+    processes,
+)
+
+# What --print stands in for the places that nobody has named yet.
+EXAMPLE = {"DATA_PATH": "/data"}
+
+
+def listing() -> str:
+    """Returns a line for each recipe: name, model, stage and published number."""
+    recipes = all_recipes()
+    width = max(len(recipe.name) for recipe in recipes)
+    models = max(len(recipe.model) for recipe in recipes)
+    lines = (f"{recipe.name:{width}}  {recipe.model:{models}}  {recipe.stage:8}  {_top1(recipe)}" for recipe in recipes)
+    return "\n".join(lines)
+
+
+def _top1(recipe: Recipe) -> str:
+    return "none" if recipe.published is None else str(recipe.published)
+
+
+# --------------------------------------------------------------------------------------------------
+# One recipe
+
+
+def header(recipe: Recipe) -> str:
+    """Returns title, source, hardware, published number, note and call, as comments of a shell."""
+    rows = {
+        "Source": recipe.source,
+        "Hardware": _hardware(recipe),
+        "Published": published(recipe),
+        "Note": recipe.note,
+        "Call": _call(recipe),
+    }
+    lines = [recipe.title]
+    for name, text in rows.items():
+        if text:
+            start = f"{name + ':':11}"
+            lines += textwrap.wrap(
+                text,
+                width=117,
+                initial_indent=start,
+                subsequent_indent=" " * 11,
+                break_on_hyphens=False,
+            )
+    return "\n".join(f"# {line}" for line in lines)
+
+
+def published(recipe: Recipe) -> str:
+    """Returns the published number in words: what it is of, and what other settings reach."""
+    if recipe.published is None:
+        return "no figure"
+    also = f" ({recipe.also})" if recipe.also else ""
+    top1 = f"{recipe.published} top-1 on {recipe.data}"
+    if recipe.stage == "pretrain":
+        return f"{top1} after fine-tuning at {recipe.flags.get('input_size', 224)} px{also}"
+    before = recipe
+    while before.starts_from:
+        before = by_name(before.starts_from)
+    return f"{top1}, {before.epochs} epochs pre-trained{also}"
+
+
+def _hardware(recipe: Recipe) -> str:
+    if recipe.epochs is None:
+        return f"{recipe.hardware} images at once"
+    if recipe.flags.get("blr") is not None:
+        return f"{recipe.hardware} images a step; --blr follows the batch when NNODES or NPROC differ"
+    return f"{recipe.hardware} images a step; --lr is for this batch: keep it when NNODES or NPROC differ"
+
+
+def _call(recipe: Recipe) -> str:
+    files = "".join(f" {variable}=FILE" for variable, _ in recipe.files.values())
+    checkpoint = " CHECKPOINT=FILE" if recipe.starts_from else ""
+    call = f"DATA_PATH=/data/imagenet{files}{checkpoint} scripts/recipe.sh {recipe.name}"
+    machines, _ = processes(recipe)
+    if machines == 1:
+        return call
+    return f"{call} on each of {machines} machines, with NODE_RANK and MASTER_ADDR"
+
+
+def script(recipe: Recipe, extra: list[str]) -> str:
+    """Returns the recipe as a shell would run it: its header, and a command with every flag."""
+    environment = EXAMPLE | os.environ
+    if recipe.starts_from and checkpoint_of(recipe) is None:
+        environment = {"CHECKPOINT": "CHECKPOINT"} | environment
+    program, *words = command(recipe, environment, extra)
+    machines, each = processes(recipe)
+    launch = [f"NNODES={os.environ.get('NNODES', machines)}", f"NPROC={os.environ.get('NPROC', each)}"]
+    lines = [" ".join([*launch, "scripts/launch.sh", program])]
+    for flag in _by_flag(words):
+        text = shlex.join(flag)
+        if len(lines[-1]) + len(text) > 115:
+            lines.append(" ")
+        lines[-1] += f" {text}"
+    return header(recipe) + "\n" + " \\\n".join(lines)
+
+
+def _by_flag(words: list[str]) -> Iterator[list[str]]:
+    """Each flag with its values."""
+    flag: list[str] = []
+    for word in words:
+        if word.startswith("--") and flag:
+            yield flag
+            flag = []
+        flag.append(word)
+    yield flag
+
+
+# --------------------------------------------------------------------------------------------------
+# docs/recipes.md
+
+INTRODUCTION = """\
+# Recipes
+
+Generated from `unimim/recipes/` by `python -m unimim.recipes --markdown`. `scripts/recipe.sh NAME [flags]` runs a
+recipe on NNODES x NPROC processes, `scripts/recipe.sh --print NAME` shows its whole command with its source, its
+hardware and what is unverified, and `--recipe NAME` in a run script sets the model and all its flags. Top-1 is that
+on ImageNet-1K, where a recipe names no other data, as published by the authors, not measured here: for pre-training
+after fine-tuning, for linear probing of the linear head. No source names the type of GPU.
+"""
+
+
+def markdown() -> str:
+    """Returns docs/recipes.md: a table for each family, what is unverified, and the sources."""
+    sources: list[str] = []
+    parts = [INTRODUCTION, *(_section(family, sources) for family in FAMILIES)]
+    footnotes = "\n".join(f"{number}. {source}" for number, source in enumerate(sources, start=1))
+    parts.append(f"## Sources\n\n{footnotes}\n\nThe recipes without a source are ours.\n")
+    return "\n".join(parts)
+
+
+def _section(family, sources: list[str]) -> str:
+    """The paragraphs of the module's docstring, the table of its recipes, and their notes."""
+    title, _, about = family.__doc__.strip().partition("\n\n")
+    rows = "\n".join(_row(recipe, sources) for recipe in family.RECIPES)
+    notes: dict[str, list[str]] = {}
+    for recipe in family.RECIPES:
+        if recipe.note:
+            notes.setdefault(recipe.note, []).append(f"`{recipe.name}`")
+    remarks = "\n".join(f"- {', '.join(names)}: {note}" for note, names in notes.items())
+    heads = ("recipe", "what", "images a step", "peak lr", "top-1, %", "source")
+    table = f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n{rows}"
+    return f"## {title.rstrip('.')}\n\n{about}\n\n{table}\n\n{remarks}\n"
+
+
+def _row(recipe: Recipe, sources: list[str]) -> str:
+    numbers = []
+    for source in recipe.source.split("; ") if recipe.is_published else ():
+        if source not in sources:
+            sources.append(source)
+        numbers.append(str(sources.index(source) + 1))
+    lr = "" if recipe.peak_lr is None else f"{recipe.peak_lr:g}"
+    also = f" ({recipe.also})" if recipe.also else ""
+    cells = (
+        f"`{recipe.name}`",
+        recipe.title,
+        recipe.hardware,
+        lr,
+        f"{_top1(recipe)}{also}",
+        ", ".join(numbers),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def launch_lines(recipe: Recipe, extra: list[str]) -> str:
+    """Returns what scripts/recipe.sh reads: machines, processes on each, then a word a line.
+
+    It appends `extra` itself.
+    """
+    words = launch_command(recipe, os.environ, extra)
+    return "\n".join(map(str, (*processes(recipe), *words[: len(words) - len(extra)])))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints what the flag asks for."""
+    parser = argparse.ArgumentParser(
+        prog="recipe.sh",
+        description="Runs a published recipe by its name.",
+        usage="recipe.sh NAME [flags] | --list | --print NAME [flags] | --markdown",
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="names, models, stages, published top-1")
+    what.add_argument("--print", metavar="NAME", help="show the whole command, do not run it")
+    what.add_argument("--markdown", action="store_true", help="docs/recipes.md")
+    what.add_argument("--launch", metavar="NAME", help=argparse.SUPPRESS)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv[:2])  # what follows the name is for the run script
+    extra = argv[2:]
+    try:
+        if args.list:
+            print(listing())
+        elif args.markdown:
+            print(markdown(), end="")
+        elif args.print:
+            print(script(by_name(args.print), extra))
+        else:
+            print(launch_lines(by_name(args.launch), extra))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

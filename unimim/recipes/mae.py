@@ -1,0 +1,221 @@
+"""MAE (arXiv 2111.06377) and SemMAE (arXiv 2206.10207): ViT-B, ViT-L and ViT-H.
+
+Published are MAE's commands: 4,096 images a step in pre-training (64 GPUs), 1,024 in fine-tuning (32),
+16,384 in linear probing; ImageNet-1K top-1 83.6, 85.9 and 86.9. SemMAE: 83.352 with patches of 16
+pixels, 84.444 of 8. `blr` is the peak for 256 images a step.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from unimim.recipes.recipe import OURS, Recipe
+
+MAE_README = "MAE README (facebookresearch/mae efb2a80)"
+SEMMAE_README = "SemMAE README (ucasligang/SemMAE 95b39ff)"
+SEMMAE_PAPER = "SemMAE, arXiv 2206.10207"
+
+PRETRAIN_MAE = {
+    "batch_size": 64,
+    "update_freq": 1,
+    "epochs": 1600,
+    "warmup_epochs": 40,
+    "lr": None,
+    "blr": 1.5e-4,
+    "lr_schedule": "mae",
+    "min_lr": 0.0,
+    "weight_decay": 0.05,
+    "opt_betas": (0.9, 0.95),
+    "clip_grad": None,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": True,
+    "crop_scale": (0.2, 1.0),
+    "imagenet_default_mean_and_std": True,
+    "save_ckpt_freq": 20,
+}
+PRETRAIN_SEMMAE = PRETRAIN_MAE | {"batch_size": 256, "epochs": 800, "mask_lambda_power": 2.0}
+PRETRAIN_MAE_TINY = PRETRAIN_MAE | {"batch_size": 256, "epochs": 300, "warmup_epochs": 10, "blr": 5e-4}
+PRETRAIN_SEMMAE_TINY = PRETRAIN_MAE_TINY | {"mask_lambda_power": 2.0}
+
+FINETUNE_MAE_BASE = {
+    "batch_size": 32,
+    "update_freq": 1,
+    "epochs": 100,
+    "warmup_epochs": 5,
+    "lr": None,
+    "blr": 5e-4,
+    "lr_schedule": "mae",
+    "min_lr": 1e-6,
+    "weight_decay": 0.05,
+    "layer_decay": 0.65,
+    "opt_betas": (0.9, 0.999),
+    "clip_grad": None,
+    "drop_path": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "imagenet_default_mean_and_std": True,
+}
+FINETUNE_MAE_LARGE = FINETUNE_MAE_BASE | {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2}
+FINETUNE_MAE_HUGE = FINETUNE_MAE_LARGE | {"drop_path": 0.3}
+FINETUNE_MAE_TINY = FINETUNE_MAE_BASE | {"batch_size": 256, "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0}
+
+SPLIT_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs."
+PARTS_NOTE = "Unverified: crops, which the published code has none of. The part maps come from run_part_learning.py."
+MAE_TINY_NOTE = "Ours, not published: a small model for small data on one device, derived from the ViT-B recipe."
+
+
+LINEAR_MAE = {
+    "batch_size": 512,
+    "update_freq": 1,
+    "epochs": 90,
+    "warmup_epochs": 10,
+    "lr": None,
+    "blr": 0.1,
+    "lr_schedule": "mae",
+    "min_lr": 0.0,
+    "weight_decay": 0.0,
+    "opt": "lars",
+    "momentum": 0.9,
+    "cls_token": True,
+    "train_crop": "area",
+    "crop_scale": (0.08, 1.0),
+    "imagenet_default_mean_and_std": True,
+}
+LINEAR_MAE_LARGE = LINEAR_MAE | {"epochs": 50}
+
+# SemMAE's first stage, which was never released: the settings are ours.
+LEARN_PARTS = {
+    "batch_size": 256,
+    "update_freq": 1,
+    "epochs": 3,
+    "warmup_epochs": 0,
+    "lr": 1e-3,
+    "min_lr": 0.0,
+    "weight_decay": 0.01,
+    "opt_betas": (0.9, 0.99),
+    "clip_grad": 1.0,
+    "crop_scale": (0.5, 1.0),
+    "imagenet_default_mean_and_std": True,
+    "save_ckpt_freq": 1,
+}
+LEARN_PARTS_NOTE = (
+    "Ours, not published: SemMAE's code and settings of this stage were never released. "
+    "Add --extract FOLDER to write the part maps."
+)
+
+
+def _mae(size: str, patch: int, published: float, finetune: Mapping[str, Any], also: str = "") -> tuple[Recipe, ...]:
+    """Pre-training for 1600 epochs with normalized pixels, and the fine-tuning after it."""
+    model = f"{size}_patch{patch}_224"
+    shared = {
+        "source": MAE_README,
+        "published": published,
+        "method": "MAE",
+        "network": f"ViT-{size[0].upper()}/{patch}",
+    }
+    return (
+        Recipe(
+            name=f"mae_{size}_pretrain",
+            stage="pretrain",
+            model=f"mae_{model}",
+            gpus=64,
+            flags=PRETRAIN_MAE,
+            note=SPLIT_NOTE.format(4096),
+            also=also,
+            **shared,
+        ),
+        Recipe(
+            name=f"mae_{size}_finetune",
+            stage="finetune",
+            model=f"vit_{model}",
+            gpus=32,
+            flags=finetune,
+            note=SPLIT_NOTE.format(1024),
+            **shared,
+        ),
+    )
+
+
+def _semmae(name: str, patch: int, published: float) -> tuple[Recipe, ...]:
+    """Pre-training on part maps for 800 epochs, and MAE's fine-tuning after it."""
+    model = f"base_patch{patch}_224"
+    shared = {"published": published, "method": "SemMAE", "network": f"ViT-B/{patch}"}
+    return (
+        Recipe(
+            name=f"semmae_{name}_pretrain",
+            stage="pretrain",
+            model=f"semmae_{model}",
+            gpus=16,
+            flags=PRETRAIN_SEMMAE,
+            source=f"{SEMMAE_README}; {SEMMAE_PAPER}",
+            note=PARTS_NOTE,
+            files={"part_maps": ("PART_MAPS", "output/part_maps")},
+            **shared,
+        ),
+        Recipe(
+            name=f"semmae_{name}_finetune",
+            stage="finetune",
+            model=f"vit_{model}",
+            gpus=32,
+            flags=FINETUNE_MAE_BASE,
+            source=SEMMAE_README,
+            note=SPLIT_NOTE.format(1024),
+            **shared,
+        ),
+    )
+
+
+def _linear(size: str, flags: Mapping[str, Any], published: float) -> Recipe:
+    return Recipe(
+        name=f"mae_{size}_linear",
+        stage="linear",
+        model=f"vit_{size}_patch16_224",
+        gpus=32,
+        flags=flags,
+        source=MAE_README,
+        published=published,
+        note=SPLIT_NOTE.format(16384),
+        method="MAE",
+        network=f"ViT-{size[0].upper()}/16",
+    )
+
+
+def _own(name: str, stage: str, model: str, flags: Mapping[str, Any]) -> Recipe:
+    """A recipe of ours: of ViT-Ti or ViT-S on small data."""
+    return Recipe(
+        name=f"{name}_{stage}",
+        stage=stage,
+        model=f"{model}_patch16_224",
+        gpus=1,
+        flags=flags,
+        source=OURS,
+        note=MAE_TINY_NOTE,
+        method={"mae": "MAE", "semmae": "SemMAE"}[name.partition("_")[0]],
+        network="ViT-Ti/16" if name.endswith("tiny") else "ViT-S/16",
+        files={"part_maps": ("PART_MAPS", "output/part_maps")} if "semmae" in name else {},
+    )
+
+
+RECIPES = (
+    *_mae("base", 16, 83.6, FINETUNE_MAE_BASE),
+    *_mae("large", 16, 85.9, FINETUNE_MAE_LARGE, also="85.5 with --epochs 800"),
+    *_mae("huge", 14, 86.9, FINETUNE_MAE_HUGE),
+    _linear("base", LINEAR_MAE, 67.8),
+    _linear("large", LINEAR_MAE_LARGE, 76.0),
+    *_semmae("base", 16, 83.352),
+    *_semmae("base_patch8", 8, 84.444),
+    Recipe(
+        name="semmae_parts",
+        stage="parts",
+        model="vit_small_patch16_224.dino",
+        gpus=1,
+        flags=LEARN_PARTS,
+        source=OURS,
+        note=LEARN_PARTS_NOTE,
+        method="SemMAE",
+        network="DINO's ViT-S/16",
+    ),
+    *(_own(f"mae_{size}", "pretrain", f"mae_{size}", PRETRAIN_MAE_TINY) for size in ("tiny", "small")),
+    *(_own(f"mae_{size}", "finetune", f"vit_{size}", FINETUNE_MAE_TINY) for size in ("tiny", "small")),
+    *(_own(f"semmae_{size}", "pretrain", f"semmae_{size}", PRETRAIN_SEMMAE_TINY) for size in ("tiny", "small")),
+)
