@@ -42,6 +42,7 @@ class Checks:
     deadline: float  # of the section that runs, in seconds of time.monotonic()
     tiny: bool = False  # sizes for a CPU
     data_path: Path | None = None  # small images to learn on
+    models: tuple[str, ...] = ()  # of the section `fast`; none: all of them
     section: str = ""
     results: list[dict[str, Any]] = field(default_factory=list)
 
@@ -128,6 +129,8 @@ def run_sections(checks: Checks, args: argparse.Namespace) -> None:
         command += ["--output", str(args.output), "--device", args.device]
         if args.data_path is not None:
             command += ["--data_path", str(args.data_path)]
+        if args.models:
+            command += ["--models", *args.models]
         process = subprocess.Popen(command, start_new_session=True)
         try:
             code = process.wait(seconds + GRACE)
@@ -169,12 +172,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "gpu", help="folder of results.jsonl")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data_path", type=Path, default=None, help="small images for `learns`; without: digits")
+    parser.add_argument("--models", nargs="+", default=[], help="rows of `fast`, by their names; without: all")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # of a process begun by this script
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     faulthandler.enable()
     device = torch.device(args.device)
     checks = Checks(device, args.output, deadline=0.0, tiny=device.type == "cpu", data_path=args.data_path)
+    checks.models = tuple(args.models)
     if args.section is not None:
         return run_section(checks, args.section, args.minutes)
     (args.output / "results.jsonl").unlink(missing_ok=True)

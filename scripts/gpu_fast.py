@@ -104,6 +104,7 @@ CASES = {
         Case("Fine-tuning BEiT's ViT-B", "beit_base_patch16_224", 256, stage="finetune"),
         Case("Fine-tuning MAE's ViT-B", "vit_base_patch16_224", 256, stage="finetune"),
         Case("Fine-tuning, drop_path 0", "vit_base_patch16_224", 256, stage="finetune", flags=("--drop_path", "0")),
+        Case("ConMIM B, flex", "conmim_base_patch16_224", 256, CONMIM, flags=("--attn", "flex")),
         _mae("SemMAE B", "semmae_base_patch16_224", 512),
         _words("BEiT B", "beit_base_patch16_224_8k_vocab", 256),
         Case("SemanticMIM B, HOG", "semanticmim_maskfeat_base_patch16_224", 256),
@@ -119,10 +120,9 @@ CASES = {
     )
 }
 LAUNCHES = _mae("MAE Ti, 32 px", "mae_tiny_patch16_224", 256)  # always of 32 pixels: many small kernels
-# Not those with stochastic depth: the rate is another in each block, and each would be compiled by itself.
 COMPILED = (
     "ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, HOG", "ConMIM L", "MAE L", "BEiT B",
-    "Fine-tuning MAE's ViT-B", "MaskFeat B",
+    "Fine-tuning MAE's ViT-B", "MaskFeat B", "Fine-tuning BEiT's ViT-B", "ConMIM B, flex",
 )  # fmt: skip
 LATER = ("SemMAE L", "SemanticMIM L, words", "SemanticMIM L, HOG", "BEiT L", "MaskFeat L")
 PLAIN = ("ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, words", "A2MIM ResNet-50")
@@ -162,8 +162,9 @@ class Bench:
         return self.checks.tiny
 
     def of(self, names: tuple[str, ...]) -> list[Case]:
-        """The cases of these names."""
-        return [CASES[name] for name in names]
+        """The cases of these names, as far as --models asks for them."""
+        asked = self.checks.models or tuple(CASES)
+        return [CASES[name] for name in names if name in asked]
 
 
 def run(checks: Checks) -> None:
@@ -392,7 +393,9 @@ def prepare(bench: Bench) -> None:
     checks, begin = bench.checks, time.monotonic()
     processes = {}
     if not bench.tiny and checks.time_left() > 5 * len(CASES):
-        processes = {name: compile_ahead(bench, name, len(COMPILED)) for name in COMPILED}
+        processes = {
+            name: compile_ahead(bench, name, len(COMPILED)) for name in COMPILED if CASES[name] in bench.of(COMPILED)
+        }
     try:
         for case in early_cases(bench):
             forms = (False, True) if case.name in PLAIN else (False,)
@@ -436,7 +439,7 @@ def file_name(name: str) -> str:
 
 def early_cases(bench: Bench) -> list[Case]:
     """The cases that are worth the first minutes; with tiny sizes all of them."""
-    return [case for name, case in CASES.items() if bench.tiny or name not in LATER]
+    return bench.of(tuple(name for name in CASES if bench.tiny or name not in LATER))
 
 
 def count(bench: Bench, case: Case, plain: bool, tiny: bool | None = None) -> None:
@@ -471,15 +474,18 @@ def measure_plain(bench: Bench) -> None:
 
 
 def profile_steps(bench: Bench) -> None:
-    for case in bench.of(PROFILED):
-        bench.checks.attempt(f"{case.name}, profile", partial(profile_step, bench, case), seconds=8)
+    """Plain steps and, on a GPU, compiled ones: what is left there is what to work on."""
+    for variant in ("eager",) if bench.tiny else ("compiled", "eager"):
+        for case in bench.of(PROFILED):
+            run = partial(profile_step, bench, case, variant)
+            bench.checks.attempt(f"{case.name}, {variant}, profile", run, seconds=8)
 
 
-def profile_step(bench: Bench, case: Case) -> dict[str, Any]:
+def profile_step(bench: Bench, case: Case, variant: str) -> dict[str, Any]:
     """Where the time of one step goes: the ten longest kernels, the kinds of kernels, the share without any."""
     device = bench.device
     release(device)
-    step = make_step(case, batch_of(bench, case), device, tiny=bench.tiny).step
+    step = make_step(case, batch_of(bench, case), device, tiny=bench.tiny, variant=variant).step
     step_times(step, device, 1, 3)
     seconds = statistics.median(step_times(step, device, 3, 1))
     on_gpu = device.type == "cuda"
@@ -489,7 +495,7 @@ def profile_step(bench: Bench, case: Case) -> dict[str, Any]:
         synchronize(device)
     averages = profiler.key_averages()
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    path = bench.checks.output / f"profile-{file_name(case.name)}.txt"
+    path = bench.checks.output / f"profile-{file_name(case.name)}-{variant}.txt"
     path.write_text(averages.table(sort_by=order, row_limit=30, max_name_column_width=100))
     # a kernel and what launched it both come with its time: only kernels count, no ranges that the profiler adds
     kernels = [
