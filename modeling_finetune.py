@@ -315,7 +315,8 @@ def attention_under_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tenso
     def add_bias(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[head, query, key]
 
-    return flex_attention(q, k, v, score_mod=add_bias)
+    # one stage of the pipeline: with more, the gradient of the bias does not fit into an H100's shared memory
+    return flex_attention(q, k, v, score_mod=add_bias, kernel_options={"num_stages": 1})
 
 
 class DropPath(nn.Module):

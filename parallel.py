@@ -346,6 +346,11 @@ def check_zero_section(section: dict[str, Any], args: Namespace) -> None:
         raise ValueError(
             "--compile does not work with ZeRO stage 3, whose gather hooks cut the gradients: use --zero_stage 2"
         )
+    if args.precision == "fp16" and section["stage"] == 0:
+        raise ValueError(
+            "--precision fp16 does not work with ZeRO stage 0, whose float32 weights DeepSpeed keeps to itself: "
+            "use --zero_stage 1, or leave out --enable_deepspeed"
+        )
     if offloads(section) and section["stage"] == 0:
         raise ValueError("--offload optimizer needs a sharded optimizer: use --zero_stage 1, 2 or 3")
 
@@ -454,15 +459,7 @@ class DeepSpeedRunner(Runner):
         """Returns the whole float32 value of which the engine trains a rounded copy."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if self.stage > 0:
-            return safe_get_full_fp32_param(parameter)
-        # stage 0 keeps rounded and float32 parameters in two lists of lists of the same order
-        wrapper = self.model.optimizer
-        for rounded, whole in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-            for ours, master in zip(rounded, whole, strict=True):
-                if ours is parameter:
-                    return master
-        raise AssertionError("the optimizer does not hold this parameter")
+        return safe_get_full_fp32_param(parameter)
 
     def save(self, folder: str, tag: str) -> None:
         """Writes the sharded state for an exact resume; every rank must call."""

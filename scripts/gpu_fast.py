@@ -104,7 +104,6 @@ CASES = {
         Case("Fine-tuning BEiT's ViT-B", "beit_base_patch16_224", 256, stage="finetune"),
         Case("Fine-tuning MAE's ViT-B", "vit_base_patch16_224", 256, stage="finetune"),
         Case("Fine-tuning, drop_path 0", "vit_base_patch16_224", 256, stage="finetune", flags=("--drop_path", "0")),
-        Case("ConMIM B, flex", "conmim_base_patch16_224", 256, CONMIM, flags=("--attn", "flex")),
         _mae("SemMAE B", "semmae_base_patch16_224", 512),
         _words("BEiT B", "beit_base_patch16_224_8k_vocab", 256),
         Case("SemanticMIM B, HOG", "semanticmim_maskfeat_base_patch16_224", 256),
@@ -122,7 +121,7 @@ CASES = {
 LAUNCHES = _mae("MAE Ti, 32 px", "mae_tiny_patch16_224", 256)  # always of 32 pixels: many small kernels
 COMPILED = (
     "ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, HOG", "ConMIM L", "MAE L", "BEiT B",
-    "Fine-tuning MAE's ViT-B", "MaskFeat B", "Fine-tuning BEiT's ViT-B", "ConMIM B, flex",
+    "Fine-tuning MAE's ViT-B", "MaskFeat B", "Fine-tuning BEiT's ViT-B",
 )  # fmt: skip
 LATER = ("SemMAE L", "SemanticMIM L, words", "SemanticMIM L, HOG", "BEiT L", "MaskFeat L")
 PLAIN = ("ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, words", "A2MIM ResNet-50")
@@ -514,8 +513,10 @@ def profile_step(bench: Bench, case: Case, variant: str) -> dict[str, Any]:
         for name, ms, calls in kernels[:10]
     ]
     shares = {kind: round(share, 1) for kind, share in kinds.items() if share >= 0.05}
-    bench.notes[f"Kernels of a step: {case.name}"] = top
-    bench.notes.setdefault("Kinds of kernels, percent of their time", []).append({"model": case.name, **shares})
+    bench.notes[f"Kernels of a step: {case.name}, {variant}"] = top
+    bench.notes.setdefault("Kinds of kernels, percent of their time", []).append(
+        {"step": f"{case.name}, {variant}", **shares}
+    )
     idle = 1 - whole / 1e3 / seconds
     return {"kernel_ms": whole, "ms_per_step": 1e3 * seconds, "idle_share": idle, "kinds": shares, "top": top}
 

@@ -403,24 +403,25 @@ def engine_checks(checks: Checks) -> None:
         for stage in (0, 1, 2, 3):
             attempt(checks, f"ZeRO {stage} against plain", name, partial(zero, name, device, folder, stage))
     if device.type == "cuda":
-        for precision in ("fp16", "bf16"):
+        for precision, stages in (("fp16", (1, 2, 3)), ("bf16", (0, 2, 3))):
             for name in FEW:
-                for stage in (0, 2, 3):
+                for stage in stages:
                     run = partial(zero, name, device, folder, stage, precision=precision)
-                    attempt(checks, f"DeepSpeed {precision}, ZeRO {stage}, against fp32", name, run)
+                    attempt(checks, f"DeepSpeed {precision}, ZeRO {stage}, against plain", name, run)
     else:
         run = partial(zero, "mae", device, folder, 2, precision="bf16")
-        attempt(checks, "DeepSpeed bf16, ZeRO 2, against fp32", "mae", run)
+        attempt(checks, "DeepSpeed bf16, ZeRO 2, against plain", "mae", run)
     checks.attempt("SyncBN in a group of one", partial(sync_bn_of_one, device, folder))
     utils.leave_process_group()
 
 
 def zero(name: str, device: torch.device, folder: Path, stage: int, *, precision: str = "fp32") -> dict[str, Any]:
-    """Four steps by DeepSpeed against four by plain torch in fp32."""
+    """Four steps by DeepSpeed against four by plain torch; in fp16, whose first steps may be skipped, against fp32."""
+    reference = "fp32" if precision == "fp16" else precision
     flags = ("--enable_deepspeed", "--zero_stage", str(stage), "--precision", precision)
     tolerance = {"fp32": (1e-4, MOVED), "bf16": (5e-2, 0.3), "fp16": (2e-2, 0.1)}[precision]
     with exact_products():
-        theirs, _ = start(name, device, folder / "plain", *STEADY)
+        theirs, _ = start(name, device, folder / "plain", *STEADY, "--precision", reference)
         ours, _ = start(name, device, folder / f"zero{stage}", *STEADY, *flags)
         return trained_alike(ours, theirs, 4, tolerance)
 

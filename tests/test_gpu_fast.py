@@ -44,8 +44,8 @@ def test_every_model_has_a_row(output):
     for name in gpu_fast.CASES:
         assert table.count(f"\n| {name} | {eager[name]['batch']} | ") >= 1
     for name in gpu_fast.PROFILED:
-        assert f"### Kernels of a step: {name}" in table
-        assert (output / f"profile-{gpu_fast.file_name(name)}.txt").read_text()
+        assert f"### Kernels of a step: {name}, eager" in table
+        assert (output / f"profile-{gpu_fast.file_name(name)}-eager.txt").read_text()
     assert "into MAE B's step" in table and "| high |" in table and "| highest |" in table
 
 
