@@ -161,9 +161,10 @@ def share_bad_images(dataset: Dataset) -> None:
     """
     if not utils.has_peers() or not isinstance(dataset, ImageDataset):
         return
-    found = utils.gathered(dataset.bad.nonzero().flatten().tolist())
+    found = utils.gathered(dataset.bad.sorted())
     broken = sorted({index for own in found for index in own})
-    dataset.bad[broken] = 1
+    for index in broken:
+        dataset.bad.add(index)
     if len(broken) > dataset.max_bad_images:
         listed = ", ".join(dataset.source.path(index) for index in broken[:10])
         raise BadImagesError(

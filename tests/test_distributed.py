@@ -535,11 +535,12 @@ def stops_and_bad_images(folder: Path) -> dict:
                     break
     dataset = build_dataset(arguments("pretrain", folder, "--max_bad_images", "3"), train=True, need_labels=False,
                             transform=None)  # fmt: skip
-    dataset.bad[[4, 5] if rank == 0 else [5, 6]] = 1
+    for index in [4, 5] if rank == 0 else [5, 6]:
+        dataset.bad.add(index)
     share_bad_images(dataset)
-    shared = dataset.bad.nonzero().flatten().tolist()
+    shared = dataset.bad.sorted()
     if rank == 0:
-        dataset.bad[9] = 1
+        dataset.bad.add(9)
     try:
         share_bad_images(dataset)
         said = ""
