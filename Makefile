@@ -17,7 +17,7 @@ help: ## show this list
 venv: $(STAMP) ## install everything into .venv, unless that is done already
 
 demo: $(STAMP) ## pre-train, fine-tune and evaluate a tiny ConMIM, report in output/demo
-	$(RUN) scripts/demo.py
+	$(RUN) scripts/experiments/demo.py
 
 test: $(STAMP) ## run all tests, the slow ones too
 	$(RUN) -m pytest

@@ -6,356 +6,32 @@ broken images; the batch samplers yield lists of (epoch, index), so that a sampl
 
 import argparse
 import hashlib
-import logging
-import mmap
 import os
 import signal
-import struct
 import threading
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from file_index import IMAGE_EXTENSIONS, PathTable, locate, read_map_file, split_archive, zip_members
-from transforms import BrokenImageError, RawImage
+from unimim.data.files import Key
+from unimim.data.jpeg import BrokenImageError
+from unimim.data.random import _ORDER_STREAM, _REPLACEMENT_STREAM, sample_rng
+from unimim.data.sources import (
+    ArraySource,
+    FileSource,
+    PartSource,
+    Source,
+    _detect,
+    _split_folder,
+    build_source,
+    first_of_each_class,
+    logger,
+)
 
-logger = logging.getLogger("unimim")
-
-DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes")
-DIGITS_SIZE = 32
-DIGITS_VAL_EVERY = 5  # each class's every fifth digit is held out
-
-Key = tuple[int, int]  # (epoch, index); a negative index -1-i loads image i as padding
 Transform = Callable[..., dict[str, torch.Tensor]]  # (raw, rng), and the image's maps where there are some
-
-# what a generator is for: without it, (seed, a) and (seed, a, 0) would be the same stream
-_SAMPLE_STREAM, _ORDER_STREAM, _REPLACEMENT_STREAM, _PARTS_STREAM = range(4)
-
-
-def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The one generator of all randomness of image `index` in `epoch`; all three are non-negative."""
-    return np.random.default_rng((seed, epoch, index, _SAMPLE_STREAM))
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-class FolderFiles:
-    """The files `names` below the folder `root`."""
-
-    def __init__(self, root: Path, names: PathTable | Iterable[str]):
-        self.root, self.names = root, names if isinstance(names, PathTable) else PathTable(names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, self.names[index])
-
-    def read(self, index: int) -> bytes:
-        try:
-            with open(self.path(index), "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise BrokenImageError(error.strerror or str(error)) from error
-
-
-class ZipFiles:
-    """The members `names` of a zip, read in place: stored ones as they are, deflated ones inflated.
-
-    The positions are looked up once and kept as arrays; the memory map is opened by the process that reads first, never
-    inherited or pickled. A name that is not in the archive is a broken image.
-
-    Raises:
-        ValueError: the file is missing, is no zip archive, or holds none of the names.
-    """
-
-    def __init__(self, archive: Path, names: PathTable | Iterable[str]):
-        self.archive, self.names = archive, names if isinstance(names, PathTable) else PathTable(names)
-        members = zip_members(archive)
-        found = locate(members.names, self.names)
-        if len(found) and found.max() < 0:
-            held = members.names[0] if len(members.names) else "nothing"
-            raise ValueError(
-                f"{archive} holds none of the listed members, such as '{self.names[0]}'; it holds '{held}'"
-            )
-        self.offset = np.where(found < 0, -1, members.offset[found])
-        self.packed_size, self.size = members.packed_size[found], members.size[found]
-        self.method = members.method[found].astype(np.int16)
-        self._map, self._pid = None, None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> str:
-        return f"{self.archive}@/{self.names[index]}"
-
-    def read(self, index: int) -> bytes:
-        """The bytes of member `index`; its checksum is left to the decoder, which sees most damage anyway."""
-        if self.offset[index] < 0:
-            raise BrokenImageError("not in the archive")
-        content = self._content()
-        start = self._data_start(content, int(self.offset[index]))
-        packed = content[start : start + int(self.packed_size[index])]
-        if len(packed) < self.packed_size[index]:
-            raise BrokenImageError("the archive ends inside this member")
-        return _unpack(packed, int(self.method[index]), int(self.size[index]))
-
-    def _content(self) -> mmap.mmap:
-        if self._pid != os.getpid():
-            with open(self.archive, "rb") as file:
-                self._map, self._pid = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.getpid()
-        return self._map
-
-    @staticmethod
-    def _data_start(content: mmap.mmap, offset: int) -> int:
-        # name and extra lengths of the local header may differ from the central directory's
-        header = content[offset : offset + 30]
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise BrokenImageError("no member starts where the archive's directory says")
-        name_length, extra_length = struct.unpack("<HH", header[26:])
-        return offset + 30 + name_length + extra_length
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None, "_pid": None}
-
-
-def _unpack(packed: bytes, method: int, size: int) -> bytes:
-    if method == zipfile.ZIP_STORED:
-        return packed
-    if method != zipfile.ZIP_DEFLATED:
-        raise BrokenImageError(f"compression method {method} is not supported; store or deflate")
-    try:
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed)
-    except zlib.error as error:
-        raise BrokenImageError(str(error)) from error
-    if len(data) != size:
-        raise BrokenImageError(f"inflates to {len(data)} bytes instead of {size}")
-    return data
-
-
-# --- sources ----------------------------------------------------------------------------------------------------------
-
-
-class Source(Protocol):
-    """Images by number: encoded bytes or decoded [H, W, 3] uint8, with int64 `labels` (-1: none) and class names."""
-
-    labels: np.ndarray
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def path(self, index: int) -> str: ...
-
-    def read(self, index: int) -> RawImage: ...
-
-
-class FileSource:
-    """Labelled files in a folder or a zip."""
-
-    def __init__(self, files: FolderFiles | ZipFiles, labels: list[int] | np.ndarray, classes: list[str]):
-        self.files, self.labels, self.classes = files, np.asarray(labels, dtype=np.int64), classes
-        assert len(self.labels) == len(files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def path(self, index: int) -> str:
-        return self.files.path(index)
-
-    def read(self, index: int) -> bytes:
-        return self.files.read(index)
-
-
-class ArraySource:
-    """Decoded images [N, H, W, 3] uint8 in memory."""
-
-    def __init__(self, name: str, images: np.ndarray, labels: list[int] | np.ndarray, classes: list[str]):
-        self.name, self.images = name, images
-        self.labels, self.classes = np.asarray(labels, dtype=np.int64), classes
-        assert len(self.labels) == len(images)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def path(self, index: int) -> str:
-        return f"{self.name}[{index}]"
-
-    def read(self, index: int) -> np.ndarray:
-        return self.images[index]
-
-
-class PartSource:
-    """The images of `source` numbered `chosen`, in that order."""
-
-    def __init__(self, source: Source, chosen: np.ndarray):
-        self.source, self.chosen = source, chosen
-        self.labels, self.classes = source.labels[chosen], source.classes
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def path(self, index: int) -> str:
-        return self.source.path(self.chosen[index])
-
-    def read(self, index: int) -> RawImage:
-        return self.source.read(self.chosen[index])
-
-
-def first_of_each_class(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Ascending numbers of the first `fraction` (rounded, at least one image) of each class in `labels` [N].
-
-    Raises:
-        ValueError: a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"--label_fraction is {fraction}; it must be above 0 and at most 1")
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return np.sort(np.concatenate([numbers[: max(1, round(fraction * len(numbers)))] for numbers in members]))
-
-
-def map_source(root: Path, split: str) -> FileSource:
-    """The images that `root/<split>_map.txt` lists: in the folder `root/<split>`, in `root/<split>.zip`, or in a zip
-    that the map itself names (`train.zip@/path`, Swin's form)."""
-    map_file = root / f"{split}_map.txt"
-    names, labels = read_map_file(map_file)
-    archive, names = split_archive(map_file, names)
-    if archive is None and (root / split).is_dir():
-        files = FolderFiles(root / split, names)
-    else:
-        archive = archive or root / f"{split}.zip"
-        if not archive.is_file():
-            raise ValueError(f"{map_file} lists images, but neither {root / split} nor {archive} exists")
-        files = ZipFiles(archive, names)
-    return FileSource(files, labels, [str(label) for label in range(int(labels.max()) + 1)])
-
-
-def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = None) -> FileSource:
-    """Images below `root`, found recursively in sorted order; with labels, its sub-folders are the classes.
-
-    `classes` fixes the class order (that of the training folder). Without need of labels any folder will do, flat or
-    nested; images that lie directly in it have label -1, and so have all if it is flat.
-    """
-    if not root.is_dir():
-        raise ValueError(f"image folder {root} does not exist")
-    found = class_names(root) if classes is None else classes
-    unknown = set(class_names(root)) - set(found)
-    if need_labels and unknown:
-        raise ValueError(f"{root} has class folders that the training folder lacks, such as '{min(unknown)}'")
-    names = sorted(images_below(root))
-    number = {name: label for label, name in enumerate(found)}
-    labels = [number.get(name.partition(os.sep)[0], -1) if os.sep in name else -1 for name in names]
-    if need_labels:  # as upstream: images outside every class folder belong to no class
-        names = [name for name, label in zip(names, labels, strict=True) if label >= 0]
-        labels = [label for label in labels if label >= 0]
-    if not names:
-        kind = "class folders with images" if need_labels else "images"
-        raise ValueError(f"{root} holds no {kind} ({' '.join(IMAGE_EXTENSIONS)})")
-    return FileSource(FolderFiles(root, names), labels, found)
-
-
-def class_names(root: Path) -> list[str]:
-    """Sorted names of the sub-folders of `root`, hidden ones left out."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def images_below(root: Path) -> Iterator[str]:
-    """Relative paths of all image files below `root`, links followed, hidden folders left out; in no order."""
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(IMAGE_EXTENSIONS):
-                yield os.path.relpath(os.path.join(folder, name), root)
-
-
-def cifar_source(root: Path, classes: int, *, train: bool) -> ArraySource:
-    """CIFAR-10 or CIFAR-100 as torchvision stores it below `root`; nothing is downloaded."""
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    try:
-        data = (CIFAR100 if classes == 100 else CIFAR10)(str(root), train=train, download=False)
-    except RuntimeError as error:
-        raise ValueError(f"--data_path {root} does not hold torchvision's CIFAR-{classes} folder: {error}") from error
-    return ArraySource(f"CIFAR-{classes}", data.data, data.targets, data.classes)
-
-
-def digits_source(*, train: bool) -> ArraySource:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32; a fifth of each class is the val split."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    held_out = np.zeros(len(digits.target), dtype=bool)
-    for label in range(10):
-        held_out[np.flatnonzero(digits.target == label)[DIGITS_VAL_EVERY - 1 :: DIGITS_VAL_EVERY]] = True
-    chosen = ~held_out if train else held_out
-    levels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    size = (DIGITS_SIZE, DIGITS_SIZE)
-    images = np.stack([np.asarray(Image.fromarray(d).resize(size, Image.Resampling.BICUBIC)) for d in levels])
-    labels = digits.target[chosen]
-    return ArraySource("digits", np.repeat(images[..., None], 3, axis=3), labels, [str(label) for label in range(10)])
-
-
-def shapes_source(cache: Path | None, *, train: bool) -> FileSource:
-    """The generated scenes of `shapes.py`, written into the cache folder if they are not there yet."""
-    from shapes import cached_shapes
-
-    return map_source(cached_shapes(cache), "train" if train else "val")
-
-
-def build_source(
-    data_set: str | None, data_path: str | None, *, train: bool, need_labels: bool, train_path: str | None = None
-) -> Source:
-    """The source of `--data_set` at `--data_path`; without the former the kind is detected, without both it is digits.
-
-    `train_path` is the training folder of an image_folder that is evaluated: it fixes the order of the classes.
-
-    Raises:
-        ValueError: an unknown kind, a missing path, or data that is not there.
-    """
-    kind = data_set or _detect(data_path)
-    if kind not in DATA_SETS:
-        raise ValueError(f"--data_set is '{kind}'; it must be one of {', '.join(DATA_SETS)}")
-    root = None if data_path is None else Path(data_path)
-    if kind == "digits":
-        if root is not None:
-            raise ValueError(f"--data_set digits comes with scikit-learn; leave --data_path {root} out")
-        return digits_source(train=train)
-    if kind == "shapes":
-        return shapes_source(root, train=train)
-    if root is None:
-        raise ValueError(f"--data_set {kind} needs --data_path")
-    if kind == "IMNET":
-        return map_source(root, "train" if train else "val")
-    if kind == "image_folder":
-        class_root = _split_folder(Path(train_path or root), train=True)
-        classes = class_names(class_root) if need_labels and class_root.is_dir() else None
-        return folder_source(_split_folder(root, train), need_labels=need_labels, classes=classes)
-    return cifar_source(root, 100 if kind == "CIFAR" else 10, train=train)
-
-
-def _detect(data_path: str | None) -> str:
-    if data_path is None:
-        logger.info("neither --data_set nor --data_path is given: using scikit-learn's handwritten digits")
-        return "digits"
-    if any(os.path.isfile(os.path.join(data_path, f"{split}_map.txt")) for split in ("train", "val")):
-        kind, reason = "IMNET", "it holds a map file"
-    else:
-        kind, reason = "image_folder", "it holds no map file"
-    logger.info("data set %s detected at %s (%s)", kind, data_path, reason)
-    return kind
-
-
-def _split_folder(root: Path, train: bool) -> Path:
-    """`root/train` or `root/val` where `root` is divided so, else `root` itself."""
-    split = "train" if train else "val"
-    return root / split if all((root / name).is_dir() for name in ("train", split)) else root
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------
@@ -452,23 +128,6 @@ class SharedNumbers:
     def sorted(self) -> list[int]:
         slots = self.slots.numpy()
         return np.unique(slots[slots >= 0]).tolist()
-
-
-class RandomParts:
-    """Part maps [rows, columns] without meaning: each cell's part is drawn uniformly, the same for an image each time.
-
-    In the place of real maps they show what these are worth.
-    """
-
-    def __init__(self, num_parts: int, grid: tuple[int, int], seed: int):
-        self.num_parts, self.grid, self.seed = num_parts, grid, seed
-
-    def read(self, index: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, index, 0, _PARTS_STREAM))
-        return rng.integers(self.num_parts, size=self.grid, dtype=np.uint8)
-
-    def read_scores(self, index: int) -> np.ndarray:
-        raise ValueError("--part_source random has no scores: take token_selection=random")
 
 
 def build_dataset(args: argparse.Namespace, *, train: bool, transform: Transform, need_labels: bool) -> ImageDataset:

@@ -4,76 +4,20 @@ A task is a module with `forward(batch) -> {"loss": ...}`, `before_epoch(epoch, 
 `after_step(progress, applied)`: a pre-training method, or a classifier with its criterion (engine_for_finetuning.py).
 """
 
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-import utils
 from datasets import BadImagesError, ImageDataset
 from optim_factory import set_schedule
-from parallel import Runner
-from session import Position, Session
-from utils import Progress, RunLog, StepMonitor, StopSignal, Throughput, log
-
-
-class Normalize:
-    """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalised floats.
-
-    "image_second" stays as it is: it is for a network that normalises in its own way.
-    """
-
-    def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device):
-        self.device = device
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in mean_std)
-
-    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "index"}
-        for name, value in moved.items():
-            if value.dtype == torch.uint8 and value.ndim == 4 and name != "image_second":
-                moved[name] = value.float().div_(255).sub_(self.mean).div_(self.std)
-        for name in {"mask", "target_mask"} & batch.keys():  # counted on the host: no wait for the device
-            counts = batch[name].flatten(1).sum(1)
-            moved[f"{name}_counts"] = int(counts.min()), int(counts.max())
-        if "mask" in batch:
-            moved["max_masked"] = moved["mask_counts"][1]
-        return moved
-
-
-@dataclass
-class Training:
-    """Everything that one run of the loop needs."""
-
-    args: Namespace
-    runner: Runner
-    task: torch.nn.Module
-    normalize: Normalize
-    loader: DataLoader
-    n_parameters: int
-    lr: np.ndarray
-    weight_decay: np.ndarray
-    monitor: StepMonitor
-    throughput: Throughput
-    session: Session
-    run_log: RunLog
-    stop: StopSignal
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.loader.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        return self.args.epochs * self.steps_per_epoch
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; everything is saved."""
+from unimim.engine.distributed import gathered, has_peers, seed_step
+from unimim.engine.monitor import Progress, clock, memory_gib
+from unimim.engine.session import Position
+from unimim.engine.state import Stopped, Training
+from unimim.logs import log
 
 
 def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
@@ -105,7 +49,7 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
 def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Tensor]]) -> None:
     """Update number `update` of the run: schedules, forward and backward of each micro-batch, optimizer, average."""
     set_schedule(run.runner.optimizer, run.lr[update], run.weight_decay[update])
-    utils.seed_step(run.args.seed, run.args.rank, update)
+    seed_step(run.args.seed, run.args.rank, update)
     outs = [
         run.runner.micro_step(run.normalize(batch), last=k == len(micro_batches))
         for k, batch in enumerate(micro_batches, 1)
@@ -135,7 +79,7 @@ def show(run: Training, progress: Progress, position: Position) -> None:
         return
     rates = [group["lr"] for group in run.runner.optimizer.param_groups]
     update = position.epoch * run.steps_per_epoch + position.step
-    memory = utils.memory_gib(run.normalize.device)
+    memory = memory_gib(run.normalize.device)
     text = {
         "loss": f"{recent['loss']:.4f}",
         "lr": f"{max(rates):.2e}",
@@ -143,7 +87,7 @@ def show(run: Training, progress: Progress, position: Position) -> None:
         "img/s": f"{speed['images_per_s']:.1f}",
         "data": f"{speed['data_wait']:.0f}%",
         "mem": f"{memory:.1f}G",
-        "eta": utils.clock((run.total_steps - update) * speed["s_per_step"]),
+        "eta": clock((run.total_steps - update) * speed["s_per_step"]),
     }
     if "mfu" in speed:
         text["mfu"] = f"{speed['mfu']:.0f}%"
@@ -159,9 +103,9 @@ def share_bad_images(dataset: Dataset) -> None:
 
     BadImagesError: the whole run has more than --max_bad_images. Each rank by itself stops there at once.
     """
-    if not utils.has_peers() or not isinstance(dataset, ImageDataset):
+    if not has_peers() or not isinstance(dataset, ImageDataset):
         return
-    found = utils.gathered(dataset.bad.sorted())
+    found = gathered(dataset.bad.sorted())
     broken = sorted({index for own in found for index in own})
     for index in broken:
         dataset.bad.add(index)

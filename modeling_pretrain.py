@@ -18,18 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from backbones import (
-    TIMM_BACKBONES,
-    MaskToken,
-    PixelNeck,
-    build_backbone,
-    family_of,
-    is_listed_by_timm,
-    map_of,
-    place_of,
-)
-from ema import MovingAverage
-from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, mean_filled
 from masking_generator import (
     COUNT_FIXES,
     ORDERS_WITH_TIES,
@@ -41,6 +29,16 @@ from masking_generator import (
     patch_order,
     semantic_mask,
     visible_patches,
+)
+from modeling_backbones import (
+    TIMM_BACKBONES,
+    MaskToken,
+    PixelNeck,
+    build_backbone,
+    family_of,
+    is_listed_by_timm,
+    map_of,
+    place_of,
 )
 from modeling_finetune import (
     MAE_SIZES,
@@ -59,6 +57,7 @@ from modeling_finetune import (
     to_pair,
     unpatchify,
 )
+from modeling_losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, mean_filled
 from modeling_targets import (
     HOG,
     PREDICTED_FEATURES,
@@ -69,7 +68,8 @@ from modeling_targets import (
     load_teacher,
     load_tokenizer,
 )
-from utils import refused
+from unimim.engine.ema import MovingAverage
+from unimim.errors import refused
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import StateDict, interpolate_pos_embed, load_checkpoint, load_module_state
 from modeling_finetune import VisionTransformer, check_choice, take
+from unimim.checkpoint.files import load_checkpoint, load_module_state
+from unimim.checkpoint.names import StateDict
+from unimim.checkpoint.resizing import interpolate_pos_embed
 
 TEACHERS = ("dino", "clip")
 PREDICTED_FEATURES = ("none", "inference", "ema", *TEACHERS)

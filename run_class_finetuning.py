@@ -3,50 +3,27 @@
 from argparse import Namespace
 from pathlib import Path
 
-import torch
 from torch import nn
 
-import checkpoint
-import options
+import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate
-from engine_for_pretraining import Normalize, Training, train
-from modeling_finetune import create_model, input_size_of, to_pair
+from engine_for_pretraining import train
 from optim_factory import param_groups
-from parallel import AUTOCAST_DTYPES, average_batch_statistics
-from run_pretraining import dry_run, launch, set_up, start_training, train_loader
-from session import Origin, Position, Session
-from transforms import build_finetune_transform
-from utils import from_first_rank, log, refused
-
-
-def build_classifier(args: Namespace) -> nn.Module:
-    """The classifier that --model names."""
-    flags = {
-        "num_classes": args.nb_classes,
-        "init_values": args.layer_scale_init_value,
-        "drop": args.drop,
-        "attn_drop": args.attn_drop_rate,
-        "drop_path": args.drop_path,
-        "pos_embed": "learned" if args.abs_pos_emb else None,
-        "rel_pos_bias": {None: None, True: "per_block", False: "none"}[args.rel_pos_bias],
-        "global_pool": "avg" if args.use_mean_pooling else "token",
-        "init_scale": args.init_scale,
-        "num_cls_tokens": weights_class_tokens(args),
-        "attn": args.attn,
-        "grad_checkpointing": args.grad_checkpointing,
-    }
-    torch.manual_seed(args.seed)
-    return create_model(args.model, **{**options.given(flags), **options.model_kwargs(args)})
-
-
-def weights_class_tokens(args: Namespace) -> int | None:
-    """How many class tokens the model must have for the weights that it will get; None: its own number."""
-    if args.resume:
-        return checkpoint.class_tokens(args.resume)
-    if args.finetune:
-        return checkpoint.class_tokens(args.finetune, model_key=args.model_key, prefix=args.model_prefix)
-    return None
+from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.loading import load_pretrained
+from unimim.cli.models import build_classifier
+from unimim.cli.options import derived, parse, report
+from unimim.data.classes import check_eval_size, settle_classes, settle_size
+from unimim.data.pretraining import train_loader
+from unimim.data.views import build_finetune_transform
+from unimim.engine.batch_norm import average_batch_statistics
+from unimim.engine.distributed import from_first_rank
+from unimim.engine.runner import AUTOCAST_DTYPES
+from unimim.engine.session import Origin, Position, Session
+from unimim.engine.setup import dry_run, launch, set_up, start_training
+from unimim.engine.state import Normalize, Training
+from unimim.logs import log
 
 
 def build_eval_loader(args: Namespace, transform):
@@ -55,30 +32,6 @@ def build_eval_loader(args: Namespace, transform):
     rank, world_size = (args.rank, args.world_size) if args.dist_eval else (0, 1)
     sampler = EvalBatchSampler(len(dataset), int(1.5 * args.batch_size), rank=rank, world_size=world_size)
     return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
-
-
-def settle_size(args: Namespace) -> None:
-    """--input_size defaults to the model's own."""
-    args.input_size = options.model_kwargs(args).get("input_size") or input_size_of(args.model)
-
-
-@torch.no_grad()
-def check_eval_size(args: Namespace, model: nn.Module) -> None:
-    """ValueError now, not after the first epoch: the network does not take images of --eval_input_size."""
-    size = args.eval_input_size
-    if size not in (None, args.input_size):
-        with refused(f"--eval_input_size {size}: --model {args.model} is for --input_size {args.input_size}"):
-            model.eval()(torch.zeros(1, 3, *to_pair(size)))
-        model.train()
-
-
-def settle_classes(args: Namespace, dataset) -> None:
-    """--nb_classes defaults to the data set's number; a smaller one than the labels need is refused."""
-    found = len(dataset.source.classes)
-    if args.nb_classes is None:
-        args.nb_classes = found
-    if found > args.nb_classes:
-        raise ValueError(f"--nb_classes {args.nb_classes} is too few: the data set has {found} classes")
 
 
 def undecayed(args: Namespace, model: nn.Module) -> set[str]:
@@ -126,7 +79,7 @@ class Evaluator:
 def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loader) -> None:
     """--eval: the accuracy of --resume (or of --finetune) in one line."""
     if args.resume:
-        Origin(Path(args.resume), checkpoint.load_checkpoint(args.resume)).load_weights(model, None, "model_ema")
+        Origin(Path(args.resume), load_checkpoint(args.resume)).load_weights(model, None, "model_ema")
     elif not args.finetune:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
     if args.dry_run:
@@ -148,7 +101,7 @@ def main(args: Namespace) -> None:
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
     if args.finetune:
-        found = checkpoint.load_pretrained(model, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
+        found = load_pretrained(model, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
         log.info("%s", found)
     check_eval_size(args, model)
     if args.eval:
@@ -159,7 +112,7 @@ def main(args: Namespace) -> None:
     )
     loader = train_loader(args, dataset)
     images = f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, {args.nb_classes} classes"
-    options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": images})
+    report(args, derived(args, loader.steps_per_epoch) | {"images": images})
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
     if args.dry_run:
         return dry_run(args, groups, loader.steps_per_epoch, normalize.device)
@@ -172,4 +125,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, options.parse("finetune"))
+    launch(main, parse("finetune"))

@@ -5,12 +5,15 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-import options
-from features import add_backbone_flags, build_backbone, evaluation_images, features_of
-from knn import Accuracy, evaluate_knn
-from run_class_finetuning import settle_classes
-from run_pretraining import launch, set_up
-from utils import log, write_rows
+import modeling_pretrain  # noqa: F401  (registers the methods)
+from unimim.cli.flags import add_data_flags, add_process_flags, add_recipe_flag
+from unimim.cli.options import parse_flags
+from unimim.data.classes import settle_classes
+from unimim.engine.setup import launch, set_up
+from unimim.evaluation.features import add_backbone_flags, build_backbone, evaluation_images, features_of
+from unimim.evaluation.knn import Accuracy, evaluate_knn
+from unimim.files import write_rows
+from unimim.logs import log
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--temperature", type=float, nargs="+", default=[0.07], metavar="T", help="votes are exp(similarity / T)"
     )
     group.add_argument("--batch_size", type=int, default=128, help="images per process and step")
-    options.add_data_flags(parser, "knn")
-    options.add_process_flags(parser)
+    add_data_flags(parser, "knn")
+    add_process_flags(parser)
     group = parser.add_argument_group("run")
-    options.add_recipe_flag(group)
+    add_recipe_flag(group)
     group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
     group.add_argument("--output_dir", default="", help="folder of knn.csv; empty: nothing is saved")
     group.add_argument("--seed", type=int, default=0, help="of random weights")
@@ -60,7 +63,7 @@ def validate(args: Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
-    return options.parse_flags(build_parser(), argv, validate, stage="knn")
+    return parse_flags(build_parser(), argv, validate, stage="knn")
 
 
 def main(args: Namespace) -> list[Result]:

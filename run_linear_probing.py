@@ -8,17 +8,31 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-import options
+import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import EvalBatchSampler, ImageDataset, build_loader
-from engine_for_pretraining import Normalize, train
-from features import Backbone, FeatureDataset, add_backbone_flags, build_backbone, evaluation_images, features_of
-from parallel import AUTOCAST_DTYPES
-from probing import Probe, evaluate_heads, head_groups, head_names, side_by_side
-from run_class_finetuning import settle_classes
-from run_pretraining import dry_run, launch, set_up, start_training, train_loader
-from session import Origin, Position, Session
-from transforms import PROBE_CROPS, ProbeTransform
-from utils import from_first_rank, log, write_rows
+from engine_for_pretraining import train
+from unimim.cli import options
+from unimim.cli.flags import add_data_flags, add_engine_flags, add_optimizer_flags, add_run_flags
+from unimim.cli.options import parse_flags, report
+from unimim.data.classes import settle_classes
+from unimim.data.pretraining import train_loader
+from unimim.data.views import PROBE_CROPS, ProbeTransform
+from unimim.engine.distributed import from_first_rank
+from unimim.engine.runner import AUTOCAST_DTYPES
+from unimim.engine.session import Origin, Position, Session
+from unimim.engine.setup import dry_run, launch, set_up, start_training
+from unimim.engine.state import Normalize
+from unimim.evaluation.features import (
+    Backbone,
+    FeatureDataset,
+    add_backbone_flags,
+    build_backbone,
+    evaluation_images,
+    features_of,
+)
+from unimim.evaluation.linear_probe import Probe, evaluate_heads, head_groups, head_names, side_by_side
+from unimim.files import write_rows
+from unimim.logs import log
 
 
 @dataclass(frozen=True)
@@ -49,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_backbone_flags(parser)
     _probe_flags(parser)
     # those of pre-training where the others have what a linear layer does not: layer decay
-    for add, stage in ((options.add_data_flags, "finetune"), (options.add_optimizer_flags, "pretrain"),
-                       (options.add_engine_flags, "finetune"), (options.add_run_flags, "finetune")):  # fmt: skip
+    for add, stage in ((add_data_flags, "finetune"), (add_optimizer_flags, "pretrain"),
+                       (add_engine_flags, "finetune"), (add_run_flags, "finetune")):  # fmt: skip
         add(parser, stage)
     # specs/semaim.md 9; without --warmup_epochs the warm-up is the published 10 of 90 epochs
     parser.set_defaults(
@@ -87,7 +101,7 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
-    args = options.parse_flags(build_parser(), argv, options.validate, validate, stage="linear")
+    args = parse_flags(build_parser(), argv, options.validate, validate, stage="linear")
     if args.lr_sweep:
         args.lr_sweep = sorted(args.lr_sweep)  # the optimizer's state goes by position
         args.lr, args.blr = max(args.lr_sweep), None
@@ -206,7 +220,7 @@ def main(args: Namespace) -> list[Result]:
     loader = train_loader(args, data["train"])
     sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
     derived = options.derived(args, loader.steps_per_epoch) | {"images": sizes, "heads": ", ".join(heads)}
-    options.report(args, derived)
+    report(args, derived)
     if args.dry_run:
         dry_run(args, groups, loader.steps_per_epoch, normalize.device)
         return []

@@ -11,12 +11,20 @@ from typing import Any
 
 import torch
 
-import options
+import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import build_dataset
-from engine_for_pretraining import Normalize, train
+from engine_for_pretraining import train
 from optim_factory import param_groups
-from part_extraction import contact_sheet, evaluate, extract
-from part_learning import (
+from unimim.cli import options
+from unimim.cli.flags import add_data_flags, add_engine_flags, add_optimizer_flags, add_run_flags
+from unimim.cli.options import derived, model_kwargs, parse_flags, report
+from unimim.data.pretraining import train_loader
+from unimim.data.views import MEAN_STD, build_pretrain_transform
+from unimim.engine.session import Position
+from unimim.engine.setup import launch, set_up, start_training
+from unimim.engine.state import Normalize
+from unimim.parts.extraction import contact_sheet, evaluate, extract
+from unimim.parts.learning import (
     BACKGROUNDS,
     PART_SOURCES,
     RECONSTRUCTIONS,
@@ -25,9 +33,6 @@ from part_learning import (
     Teacher,
     load_teacher,
 )
-from run_pretraining import launch, set_up, start_training, train_loader
-from session import Position
-from transforms import MEAN_STD, build_pretrain_transform
 from unimim.recipes import by_name
 
 RECIPE = "semmae_parts"  # gives the defaults
@@ -46,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     _part_flags(parser)
     _map_flags(parser)
     # those of pre-training, but for --resume_copy, which has no meaning here
-    for add, stage in ((options.add_data_flags, "pretrain"), (options.add_optimizer_flags, "pretrain"),
-                       (options.add_engine_flags, "pretrain"), (options.add_run_flags, "finetune")):  # fmt: skip
+    for add, stage in ((add_data_flags, "pretrain"), (add_optimizer_flags, "pretrain"),
+                       (add_engine_flags, "pretrain"), (add_run_flags, "finetune")):  # fmt: skip
         add(parser, stage)
     parser.set_defaults(**by_name(RECIPE).flags, recipe=RECIPE)
     return parser
@@ -103,12 +108,12 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
-    return options.parse_flags(build_parser(), argv, options.validate, validate, stage="parts")
+    return parse_flags(build_parser(), argv, options.validate, validate, stage="parts")
 
 
 def teacher_kwargs(args: Namespace) -> dict[str, Any]:
     """Constructor options from --teacher_kwargs (YAML values)."""
-    return options.model_kwargs(Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None))
+    return model_kwargs(Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None))
 
 
 def validate(args: Namespace) -> None:
@@ -153,7 +158,7 @@ def train_learner(args: Namespace, task: PartLearning, normalize: Normalize) -> 
     steps = args.epochs * loader.steps_per_epoch
     if args.warmup_steps < 0 and not args.warmup_epochs:
         args.warmup_steps = max(1, round(WARMUP_SHARE * steps))
-    options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": len(loader.dataset)})
+    report(args, derived(args, loader.steps_per_epoch) | {"images": len(loader.dataset)})
     if args.dry_run:
         return
     groups = param_groups(task.learner, args.weight_decay)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from analysis import common
 from modeling_finetune import Attention, to_pair
-from run_pretraining import launch
-from utils import refused
+from unimim.engine.setup import launch
+from unimim.errors import refused
 
 
 @dataclass(frozen=True)

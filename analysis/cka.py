@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis import common
-from run_pretraining import launch
+from unimim.engine.setup import launch
 
 FEATURES = ("map", "mean")
 LEAST_BATCH = 4  # the unbiased HSIC divides by n - 3

@@ -23,19 +23,23 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-import checkpoint
-import options
-import run_class_finetuning
-import run_pretraining
-from backbones import feature_places
 from datasets import ImageDataset, build_dataset, build_loader
-from engine_for_pretraining import Normalize
+from modeling_backbones import feature_places
 from modeling_finetune import Block, builder_of, create_model
 from modeling_pretrain import PretrainMethod
-from parallel import AUTOCAST_DTYPES
-from report import COLOURS
-from transforms import MEAN_STD, EvalTransform
-from utils import log, write_rows
+from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
+from unimim.cli import flags
+from unimim.cli.flags import add_data_flags, add_process_flags
+from unimim.cli.models import build_classifier, build_method
+from unimim.cli.options import model_kwargs, parse_flags
+from unimim.data.views import MEAN_STD, EvalTransform
+from unimim.engine import setup
+from unimim.engine.runner import AUTOCAST_DTYPES
+from unimim.engine.state import Normalize
+from unimim.files import write_rows
+from unimim.logs import log
+from unimim.report import COLOURS
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
@@ -64,19 +68,19 @@ def build_parser(description: str, name: str, *, images: int, batch_size: int = 
         "checkpoint that carries the flags of its run",
     )  # fmt: skip
     group.add_argument("--labels", nargs="+", default=[], help="what the checkpoints are called in tables and figures")
-    group.add_argument("--model_key", default=checkpoint.PUBLISHED_KEYS, help="where the weights are in the files")
+    group.add_argument("--model_key", default=PUBLISHED_KEYS, help="where the weights are in the files")
     group.add_argument("--model_prefix", default="", help="prefix of the weights' names in the files")
     group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
     group.add_argument("--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own")
     group.add_argument(
         "--model_kwargs", nargs="*", default=[], metavar="K=V", help="any constructor options of --model"
     )
-    options.add_data_flags(parser, "analysis")
+    add_data_flags(parser, "analysis")
     group = parser.add_argument_group("images")
     group.add_argument("--images", type=int, default=images, help="how many of the validation images")
     group.add_argument("--batch_size", type=int, default=batch_size, help="images in a forward pass")
     group.add_argument("--crop_pct", type=float, default=None, help="of the images; None: 0.875, 1 from 384 px")
-    options.add_process_flags(parser)
+    add_process_flags(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
     group.add_argument("--output_dir", default="output/analysis", help=f"folder of {name}.csv and {name}.png")
@@ -90,7 +94,7 @@ def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None, *checks: Callable[[Namespace], None]
 ) -> argparse.Namespace:
     """Defaults < --config < command line. Exits with argparse's message on bad flags."""
-    return options.parse_flags(parser, argv, check_flags, *checks)
+    return parse_flags(parser, argv, check_flags, *checks)
 
 
 def check_flags(args: Namespace) -> None:
@@ -169,10 +173,10 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     Raises:
         ValueError: the file carries no flags and no name is given; or its weights are of another network.
     """
-    run = {} if path == RANDOM else checkpoint.load_checkpoint(path).get("args") or {}
+    run = {} if path == RANDOM else load_checkpoint(path).get("args") or {}
     torch.manual_seed(args.seed)
     if name:
-        model = named_model(name, options.model_kwargs(args), num_classes)
+        model = named_model(name, model_kwargs(args), num_classes)
     elif run:
         model = model_of_run(run, args)
     else:
@@ -180,9 +184,7 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     is_method, missing = isinstance(model, PretrainMethod), []
     if path != RANDOM:
         whole = 0.9 if is_method else 1.0  # a teacher may have fewer parts than the method
-        found = checkpoint.load_pretrained(
-            model, path, model_key=args.model_key, prefix=args.model_prefix, min_matched=whole
-        )
+        found = load_pretrained(model, path, model_key=args.model_key, prefix=args.model_prefix, min_matched=whole)
         log.info("%s", found)
         missing = found.missing
     classifies = not is_method and bool(num_classes or run) and not any(key.startswith(_HEADS) for key in missing)
@@ -204,11 +206,11 @@ def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module
 def model_of_run(run: dict[str, Any], args: Namespace) -> nn.Module:
     """The method or classifier of a run's flags, over which those of the command line win."""
     stage = "pretrain" if "mask_type" in run else "finetune"
-    of_run = options.build_parser(stage).parse_args([])
+    of_run = flags.build_parser(stage).parse_args([])
     vars(of_run).update(run)
     vars(of_run).update({name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name)})
     of_run.model_kwargs = [*of_run.model_kwargs, *args.model_kwargs]
-    build = run_pretraining.build_method if stage == "pretrain" else run_class_finetuning.build_classifier
+    build = build_method if stage == "pretrain" else build_classifier
     return build(of_run)
 
 
@@ -233,7 +235,7 @@ def mean_std(args: Namespace, run: dict[str, Any]) -> str:
 
 def set_up(args: Namespace) -> torch.device:
     """Starts the log and settles device and precision; analyses that do not share their work are of one process."""
-    device = run_pretraining.set_up(args).device
+    device = setup.set_up(args).device
     if args.world_size > 1:
         raise ValueError("this analysis runs in one process")
     return device

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis import common
-from run_pretraining import launch
-from utils import log
+from unimim.engine.setup import launch
+from unimim.logs import log
 
 FEATURES = ("mean", "place")
 

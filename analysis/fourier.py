@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis import common
-from run_pretraining import launch
-from utils import write_rows
+from unimim.engine.setup import launch
+from unimim.files import write_rows
 
 EPSILON = 1e-6  # of the amplitudes, before their logarithm
 

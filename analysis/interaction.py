@@ -22,16 +22,17 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-import checkpoint
-import run_pretraining
-import utils
 from analysis import common
-from datasets import ImageDataset, build_source
-from engine_for_pretraining import Normalize
-from losses import enlarged
-from run_pretraining import launch
-from transforms import MEAN_STD
-from utils import Progress, log
+from datasets import ImageDataset
+from modeling_losses import enlarged
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint
+from unimim.data.sources import build_source
+from unimim.data.views import MEAN_STD
+from unimim.engine.distributed import barrier
+from unimim.engine.monitor import Progress
+from unimim.engine.setup import launch, set_up
+from unimim.engine.state import Normalize
+from unimim.logs import log
 
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 REWARDS = ("modified", "normal", "yi")
@@ -236,7 +237,7 @@ def read_done(path: Path, about: dict[str, str]) -> dict[int, Tensor]:
     """Finished orders of an image, none without the file. ValueError: it is of something else."""
     if not path.is_file():
         return {}
-    held = checkpoint.load_checkpoint(path)
+    held = load_checkpoint(path)
     for name, value in about.items():
         if (there := held["about"].get(name)) != value:
             raise ValueError(
@@ -260,12 +261,12 @@ def strengths_of(args: Namespace, network: common.Network, device: torch.device)
             done = read_done(path, about)
             image_strengths(
                 args, network, image, label, number, done,
-                lambda path=path, done=done: checkpoint.save_checkpoint(path, {"about": about, "orders": done}),
+                lambda path=path, done=done: save_checkpoint(path, {"about": about, "orders": done}),
             )  # fmt: skip
         progress.advance()
         progress.show(turn + 1, {})
     progress.close()
-    utils.barrier()
+    barrier()
     found = [read_done(path, about) for path in files]
     return {order: torch.stack([done[order] for done in found]) for order in orders(args)}
 
@@ -328,7 +329,7 @@ def check_network(args: Namespace, network: common.Network) -> None:
 
 
 def main(args: Namespace) -> list[Strength]:
-    device = run_pretraining.set_up(args).device
+    device = set_up(args).device
     source = build_source(args.data_set, args.eval_data_path or args.data_path, train=False, need_labels=True)
     networks = common.load_networks(args, args.nb_classes or len(source.classes))
     for network in networks:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from detection.task import TASK
-from downstream import runner
+from unimim.openmmlab import runner
 
 OPACITY = 0.45
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from downstream.runner import Task
+from unimim.openmmlab.runner import Task
 
 
 def save_predictions(cfg: Any, path: str) -> None:

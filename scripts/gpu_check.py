@@ -94,7 +94,7 @@ def short(value: Any) -> str:
 
 def section_functions() -> dict[str, Callable[[Checks], None]]:
     """Returns what runs each section; imported late, so that --help needs no model code."""
-    from scripts import gpu_fast, gpu_learns, gpu_right
+    from scripts.benchmarks import gpu_fast, gpu_learns, gpu_right
 
     return {"right": gpu_right.run, "fast": gpu_fast.run, "learns": gpu_learns.run}
 

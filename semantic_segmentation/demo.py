@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from downstream import runner
 from semantic_segmentation.task import TASK
+from unimim.openmmlab import runner
 
 OPACITY = 0.6
 

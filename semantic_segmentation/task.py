@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from downstream.runner import Task
+from unimim.openmmlab.runner import Task
 
 
 def save_predictions(cfg, path: str) -> None:

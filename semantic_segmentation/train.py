@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from downstream import runner
 from semantic_segmentation.task import TASK
+from unimim.openmmlab import runner
 
 if __name__ == "__main__":
     runner.launch(lambda: runner.train(TASK, description=__doc__))

@@ -20,19 +20,29 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
-import options
-import utils
-from datasets import EvalBatchSampler, FileSource, FolderFiles, ImageDataset, build_loader
-from engine_for_pretraining import Normalize, train
-from features import add_network_flags, build_vit
+import modeling_pretrain  # noqa: F401  (registers the methods)
+from datasets import EvalBatchSampler, ImageDataset, build_loader
+from engine_for_pretraining import train
 from modeling_finetune import VisionTransformer
-from parallel import AUTOCAST_DTYPES
-from run_pretraining import dry_run, launch, set_up, start_training, train_loader
-from session import Origin, Position, Session
-from transforms import PILLOW_ERRORS, BrokenImageError, RawImage, Sample, ViewDraws, decode, draw_view, fast_crop
+from unimim.checkpoint.loading import load_pretrained
+from unimim.cli import options
+from unimim.cli.flags import add_engine_flags, add_loader_flags, add_optimizer_flags, add_run_flags
+from unimim.cli.options import derived, parse_flags, report
+from unimim.data.crops import ViewDraws, fast_crop
+from unimim.data.files import FolderFiles
+from unimim.data.jpeg import PILLOW_ERRORS, BrokenImageError, RawImage, decode
+from unimim.data.pretraining import train_loader
+from unimim.data.sources import FileSource
+from unimim.data.views import Sample, draw_view
+from unimim.engine.distributed import reduce_sum
+from unimim.engine.runner import AUTOCAST_DTYPES
+from unimim.engine.session import Origin, Position, Session
+from unimim.engine.setup import dry_run, launch, set_up, start_training
+from unimim.engine.state import Normalize
+from unimim.evaluation.features import add_network_flags, build_vit
+from unimim.files import write_rows
+from unimim.logs import log
 from unimim.recipes import by_name
-from utils import log, write_rows
 
 RECIPE = "semanticmim_maskfeat_base_voc"  # gives the defaults
 CLASSES = (
@@ -206,7 +216,7 @@ def build_backbones(args: Namespace, device: torch.device) -> dict[str, Backbone
     if args.eval_size != args.input_size:
         other = build_vit(Namespace(**vars(args) | {"input_size": args.eval_size}))
         if not args.finetune:  # other sizes draw other random weights
-            checkpoint.load_pretrained(other, vit.state_dict(), min_matched=0.0)
+            load_pretrained(other, vit.state_dict(), min_matched=0.0)
         backbones["val"] = Backbone(other, args.layer_indices).to(device)
     return backbones
 
@@ -263,7 +273,7 @@ def evaluate(task: Segmentation, loader: DataLoader, normalize: Normalize, dtype
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             predictions = task.logits(moved["image"], labels.shape[1:], "val").argmax(1)
         confusion += confusion_matrix(labels, predictions, classes)
-    return utils.reduce_sum(confusion)
+    return reduce_sum(confusion)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +288,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default=None, help="VOC2012: JPEGImages, SegmentationClass(Aug), ImageSets")
     group.add_argument("--nb_classes", type=int, default=len(CLASSES), help="with the background")
-    options.add_loader_flags(group)
+    add_loader_flags(group)
     group = parser.add_argument_group("segmentation probe")
     group.add_argument("--layer_indices", type=int, default=-5, help="block whose patch tokens are classified")
     group.add_argument("--train_mask_size", type=int, default=100, help="side to which logits and labels are resized")
@@ -286,8 +296,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--val_batch_size", type=int, default=5, help="images per process in evaluation")
     group.add_argument("--val_freq", type=int, default=1, help="epochs between evaluations; the last one always is")
     group.add_argument("--eval", action="store_true", help="evaluate --resume and exit")
-    for add, stage in ((options.add_optimizer_flags, "pretrain"), (options.add_engine_flags, "finetune"),
-                       (options.add_run_flags, "finetune")):  # fmt: skip
+    for add, stage in ((add_optimizer_flags, "pretrain"), (add_engine_flags, "finetune"),
+                       (add_run_flags, "finetune")):  # fmt: skip
         add(parser, stage)
     parser.set_defaults(**by_name(RECIPE).flags, opt_betas=None, recipe=RECIPE)
     return parser
@@ -295,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
-    return options.parse_flags(build_parser(), argv, options.validate, validate, stage="voc")
+    return parse_flags(build_parser(), argv, options.validate, validate, stage="voc")
 
 
 def validate(args: Namespace) -> None:
@@ -371,7 +381,7 @@ def main(args: Namespace) -> Result | None:
         return evaluator(origin.state["epoch"])
     loader = train_loader(args, data["train"])
     sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
-    options.report(args, options.derived(args, loader.steps_per_epoch) | {"images": sizes})
+    report(args, derived(args, loader.steps_per_epoch) | {"images": sizes})
     groups = [{"params": list(head.parameters()), "weight_decay": args.weight_decay, "decay": True}]  # bias too
     if args.dry_run:
         dry_run(args, groups, loader.steps_per_epoch, normalize.device)

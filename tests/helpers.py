@@ -15,14 +15,18 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-import options
-import run_class_finetuning
-import run_pretraining
-import utils
+from datasets import build_dataset
 from engine_for_finetuning import Classification
-from engine_for_pretraining import Training, grouped, train_one_step
+from engine_for_pretraining import grouped, train_one_step
 from optim_factory import param_groups
-from session import Position
+from unimim.cli.models import build_classifier, build_method
+from unimim.cli.options import parse
+from unimim.data.pretraining import build_data, train_loader
+from unimim.data.views import build_finetune_transform
+from unimim.engine.distributed import StopSignal, free_port, leave_process_group
+from unimim.engine.session import Position
+from unimim.engine.setup import set_up, start_training
+from unimim.engine.state import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--input_size", "16", "--patch_size", "4", "--data_set", "digits", "--num_workers", "0", "--device", "cpu"]
@@ -85,13 +89,13 @@ FINETUNE = [
 def arguments(stage: str, folder: Path | str, *flags: str) -> Namespace:
     """The flags of a tiny run of `stage` ("pretrain" or "finetune") that writes to `folder`."""
     base = {"pretrain": PRETRAIN, "finetune": FINETUNE}[stage]
-    return options.parse(stage, [*base, "--output_dir", str(folder), *flags])
+    return parse(stage, [*base, "--output_dir", str(folder), *flags])
 
 
 @contextmanager
 def own_signals() -> Iterator[None]:
     """A run listens to signals; afterwards they mean again what they mean to pytest."""
-    before = {number: signal.getsignal(number) for number in (*utils.StopSignal.signals, signal.SIGCHLD)}
+    before = {number: signal.getsignal(number) for number in (*StopSignal.signals, signal.SIGCHLD)}
     try:
         yield
     finally:
@@ -108,22 +112,22 @@ def start(stage: str, folder: Path | str, *flags: str) -> tuple[Training, Positi
 
 
 def _start_pretraining(args: Namespace) -> tuple[Training, Position]:
-    normalize = run_pretraining.set_up(args)
-    method = run_pretraining.build_method(args)
-    loader = run_pretraining.build_data(args, method)
+    normalize = set_up(args)
+    method = build_method(args)
+    loader = build_data(args, method)
     groups = param_groups(method, args.weight_decay)
-    return run_pretraining.start_training(args, method, method, loader, groups, normalize, "teacher")
+    return start_training(args, method, method, loader, groups, normalize, "teacher")
 
 
 def _start_finetuning(args: Namespace) -> tuple[Training, Position]:
-    normalize = run_pretraining.set_up(args)
-    model = run_class_finetuning.build_classifier(args)
-    transform = run_class_finetuning.build_finetune_transform(args, train=not args.no_aug)
-    dataset = run_class_finetuning.build_dataset(args, train=True, transform=transform, need_labels=True)
-    loader = run_pretraining.train_loader(args, dataset)
+    normalize = set_up(args)
+    model = build_classifier(args)
+    transform = build_finetune_transform(args, train=not args.no_aug)
+    dataset = build_dataset(args, train=True, transform=transform, need_labels=True)
+    loader = train_loader(args, dataset)
     task = Classification(model, args, normalize.device)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    return run_pretraining.start_training(args, task, model, loader, groups, normalize, "model_ema")
+    return start_training(args, task, model, loader, groups, normalize, "model_ema")
 
 
 def train_steps(run: Training, first: int, last: int, spoil: Callable[[int, list], None] | None = None) -> list[dict]:
@@ -206,9 +210,7 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
 def in_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments) -> list[Any]:
     """function(folder, *arguments) in `ranks` fresh processes under a launcher's variables: what each returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.start_processes(
-        _rank, (ranks, utils.free_port(), function, folder, arguments), nprocs=ranks, start_method="spawn"
-    )
+    mp.start_processes(_rank, (ranks, free_port(), function, folder, arguments), nprocs=ranks, start_method="spawn")
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -217,7 +219,7 @@ def _rank(rank: int, ranks: int, port: int, function: Callable, folder: Path, ar
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     torch.save(function(folder, *arguments), folder / f"result-{rank}.pt")
-    utils.leave_process_group()
+    leave_process_group()
 
 
 def gloo_threads() -> int:

@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-import checkpoint
-from backbones import family_of
-from checkpoint import from_openmixup
-from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, half_spectrum, whole_mean
+from modeling_backbones import family_of
 from modeling_finetune import create_model
+from modeling_losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, half_spectrum, whole_mean
 from optim_factory import annealing, by_rules, param_groups, set_schedule
-from scripts.extract_backbone import extract
-from scripts.straightforward import make_straightforward
+from scripts.benchmarks.published import make_straightforward
+from scripts.tools.extract_backbone import extract
+from unimim.checkpoint import files
+from unimim.checkpoint.files import save_encoder
+from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.names import from_openmixup
 
 TINY = {
     "resnet18": {"channels": [8, 8, 16, 16], "input_size": 64},
@@ -275,7 +277,7 @@ def test_what_is_exported_is_timms(tmp_path, name):
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.eval()
-    checkpoint.save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
+    save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
     exported = timm_model(name, model)
     load_checkpoint(exported, str(tmp_path / "encoder.safetensors"), strict=True)
     images, exported = images_of(model), exported.eval()
@@ -293,9 +295,9 @@ def test_pretrain_export_extract(tmp_path, method):
     train_steps(run, 0, 2)
     run.session.save(position, finished=True)
     source, output = str(tmp_path / "checkpoint-0.pth"), tmp_path / "extracted.safetensors"
-    script = [sys.executable, str(ROOT / "scripts" / "extract_backbone.py"), source]
+    script = [sys.executable, str(ROOT / "scripts/tools/extract_backbone.py"), source]
     subprocess.run([*script, str(output)], check=True)
-    ours, theirs = (checkpoint.load_checkpoint(path) for path in (output, tmp_path / "encoder-0.safetensors"))
+    ours, theirs = (files.load_checkpoint(path) for path in (output, tmp_path / "encoder-0.safetensors"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not any(key.startswith(("inject", "neck", "backbone")) for key in ours)
     model, images = run.task.eval(), images_of(run.task)
@@ -345,7 +347,7 @@ def test_a_run_is_fine_tuned_and_looked_at(tmp_path):
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "input_size": 16, "patch_size": 4}
     for name in ("checkpoint-0.pth", "encoder-0.safetensors"):
         classifier = create_model("mim_vit_tiny_patch16_224", **sizes, num_classes=10)
-        report = checkpoint.load_pretrained(classifier, tmp_path / name)
+        report = load_pretrained(classifier, tmp_path / name)
         assert report.matched == 1 and set(report.missing) == {
             "fc_norm.weight",
             "fc_norm.bias",
@@ -353,7 +355,7 @@ def test_a_run_is_fine_tuned_and_looked_at(tmp_path):
             "head.bias",
         }
     again = create_model("a2mim_vit_tiny_patch16_224", **sizes, mask_layer=1, mask_init=1e-6)
-    assert checkpoint.load_pretrained(again, tmp_path / "checkpoint-0.pth").missing == []
+    assert load_pretrained(again, tmp_path / "checkpoint-0.pth").missing == []
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])
@@ -374,7 +376,7 @@ def test_published_names_load_into_classifiers(prefix):
             published[prefix + key] = weights[own]
     if prefix:
         published |= {"neck.decoder.0.weight": torch.zeros(1), "backbone.mask_token": torch.zeros(1)}
-    report = checkpoint.load_pretrained(model, {"state_dict": published, "meta": {}})
+    report = load_pretrained(model, {"state_dict": published, "meta": {}})
     assert report.matched == 1
     assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
 

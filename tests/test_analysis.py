@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from helpers import METHODS, SIZE, arguments
 from torch import Tensor, nn
 
-import checkpoint
-import options
 from analysis import attention_distance, cka, common, effective_rank, fourier, interaction
 from modeling_finetune import VisionTransformer, create_model
-from run_pretraining import build_method, launch
+from unimim.checkpoint.files import save_checkpoint, save_encoder
+from unimim.cli.models import build_method
+from unimim.cli.options import as_config
+from unimim.engine.setup import launch
 
 CPU = torch.device("cpu")
 VIT = {"input_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
@@ -322,16 +323,14 @@ def method_file(folder: Path, method: str) -> Path:
     args = arguments("pretrain", folder, *METHODS[method])
     network = scrambled(build_method(args))
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_checkpoint(
-        folder / "checkpoint-1.pth", {"model": network.state_dict(), "args": options.as_config(args)}
-    )
-    checkpoint.save_encoder(folder / "encoder-1.safetensors", network.encoder_state_dict(), {"format": "timm"})
+    save_checkpoint(folder / "checkpoint-1.pth", {"model": network.state_dict(), "args": as_config(args)})
+    save_encoder(folder / "encoder-1.safetensors", network.encoder_state_dict(), {"format": "timm"})
     return folder / "checkpoint-1.pth"
 
 
 def classifier_file(path: Path) -> Path:
     network = scrambled(create_model("vit_tiny_patch16_224", **VIT | {"num_classes": 10}, global_pool="token"))
-    checkpoint.save_checkpoint(path, {"model": network.state_dict()})
+    save_checkpoint(path, {"model": network.state_dict()})
     return path
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import visualize
-from attention_maps import best_iou, class_maps, patch_maps, patch_shares, pixel_auc, pointing
-from checkpoint import interpolate_pos_embed, save_checkpoint
+from analysis import attention_agreement, visualize
 from modeling_finetune import create_model
-from scripts import attention_agreement
+from unimim.checkpoint.files import save_checkpoint
+from unimim.checkpoint.resizing import interpolate_pos_embed
+from unimim.evaluation.attention import best_iou, class_maps, patch_maps, patch_shares, pixel_auc, pointing
 
 SIZE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 MODELS = {  # a model and what its constructor takes beside the size

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,23 +22,31 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
-import checkpoint as ckpt
-from checkpoint import (
-    geometric_ratio,
-    interpolate_pos_embed,
-    interpolate_rel_pos_bias,
+from modeling_finetune import VisionTransformer
+from modeling_pretrain import ConMIM
+from unimim.checkpoint.files import (
+    _download,
+    begin_deepspeed_folder,
+    check_checkpoint,
+    deepspeed_folder,
+    encoder_file,
+    finish_deepspeed_folder,
     latest_valid_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    load_pretrained,
     prune_checkpoints,
     save_checkpoint,
     save_encoder,
-    source_coordinates,
-    to_timm,
+    sync_deepspeed_folder,
 )
-from modeling_finetune import VisionTransformer
-from modeling_pretrain import ConMIM
+from unimim.checkpoint.loading import _fold_blocks, load_pretrained
+from unimim.checkpoint.names import to_timm
+from unimim.checkpoint.resizing import (
+    geometric_ratio,
+    interpolate_pos_embed,
+    interpolate_rel_pos_bias,
+    source_coordinates,
+)
 
 SIZE = {"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +132,7 @@ def test_what_would_not_read_back_is_refused_before_anything_is_written(tmp_path
 
 KILLED = """
 import sys, torch
-from checkpoint import save_checkpoint
+from unimim.checkpoint.files import save_checkpoint
 big = torch.zeros(60_000_000)
 while True:
     save_checkpoint(sys.argv[1], {"model": {"w": big}})
@@ -241,12 +250,12 @@ def test_downloads_are_checked_against_the_hash_in_their_name(tmp_path, monkeypa
     for name in ("encoder-0123456789abcdef.pth", "checkpoint_copy-799.pth"):
         save_checkpoint(tmp_path / name, {"name": name})
     with pytest.raises(ValueError, match=r"cannot be downloaded.*hash"):
-        ckpt._download((tmp_path / "encoder-0123456789abcdef.pth").as_uri())
+        _download((tmp_path / "encoder-0123456789abcdef.pth").as_uri())
     # an epoch is no hash, and a file fetched once is not fetched again
     url = (tmp_path / "checkpoint_copy-799.pth").as_uri()
-    fetched = ckpt._download(url)
+    fetched = _download(url)
     (tmp_path / "checkpoint_copy-799.pth").unlink()
-    assert load_checkpoint(ckpt._download(url)) == {"name": "checkpoint_copy-799.pth"} and "hub" in fetched.parts
+    assert load_checkpoint(_download(url)) == {"name": "checkpoint_copy-799.pth"} and "hub" in fetched.parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,21 +299,21 @@ def test_any_changed_bit_is_either_noticed_or_harmless(tmp_path):
 
 def test_a_deepspeed_folder_counts_only_with_its_marker(tmp_path, caplog):
     older, newer = write(tmp_path, "checkpoint-1.pth", "checkpoint-2.pth")
-    folder = ckpt.deepspeed_folder(newer)
+    folder = deepspeed_folder(newer)
     folder.mkdir()
     assert latest_valid_checkpoint(tmp_path) == older and "incomplete" in caplog.text
-    ckpt.finish_deepspeed_folder(folder)
+    finish_deepspeed_folder(folder)
     assert latest_valid_checkpoint(tmp_path) == newer
-    ckpt.begin_deepspeed_folder(folder)
+    begin_deepspeed_folder(folder)
     assert latest_valid_checkpoint(tmp_path) == older
 
 
 def test_pruning_keeps_the_newest_and_takes_what_belongs_to_the_others(tmp_path):
     paths = write(tmp_path, "checkpoint-0.pth", "checkpoint-1-4.pth", "checkpoint-1.pth", "checkpoint-best.pth")
     for path in paths[:3]:
-        save_file({"w": torch.ones(1)}, ckpt.encoder_file(path))
-        ckpt.deepspeed_folder(path).mkdir()
-        ckpt.finish_deepspeed_folder(ckpt.deepspeed_folder(path))
+        save_file({"w": torch.ones(1)}, encoder_file(path))
+        deepspeed_folder(path).mkdir()
+        finish_deepspeed_folder(deepspeed_folder(path))
     prune_checkpoints(tmp_path, None)
     assert len(list(tmp_path.iterdir())) == 10
     prune_checkpoints(tmp_path, 2)
@@ -336,7 +345,7 @@ def test_shards_without_a_checkpoint_are_pruned_and_nothing_else(tmp_path):
     for name in ("checkpoint-1", "checkpoint-2-5", "checkpoint-3", "checkpoint-4", "checkpoint-best"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
-    ckpt.finish_deepspeed_folder(tmp_path / "checkpoint-3")
+    finish_deepspeed_folder(tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-4" / "notes.txt").touch()  # somebody's own
     prune_checkpoints(tmp_path, None)
     assert len(list(tmp_path.iterdir())) == 6
@@ -354,25 +363,25 @@ def test_shards_are_on_the_disk_before_their_marker(tmp_path, monkeypatch):
     folder.mkdir()
     shard = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     shard.write_bytes(b"x")
-    ckpt.sync_deepspeed_folder(folder)
-    ckpt.finish_deepspeed_folder(folder)
+    sync_deepspeed_folder(folder)
+    finish_deepspeed_folder(folder)
     calls = [call for call in calls if not call.endswith(".tmp")]
     assert calls == list(map(str, (shard, folder, folder / "complete", folder, tmp_path)))
 
 
 def test_an_interrupted_deletion_leaves_no_checkpoint_that_looks_whole(tmp_path, monkeypatch):
     old, new = write(tmp_path, "checkpoint-0.pth", "checkpoint-1.pth")
-    ckpt.deepspeed_folder(old).mkdir()
-    ckpt.finish_deepspeed_folder(ckpt.deepspeed_folder(old))
+    deepspeed_folder(old).mkdir()
+    finish_deepspeed_folder(deepspeed_folder(old))
 
     def interrupted(folder):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ckpt.shutil, "rmtree", interrupted)
+        patch.setattr(shutil, "rmtree", interrupted)
         prune_checkpoints(tmp_path, 1)
     with pytest.raises(ValueError, match="incomplete"):
-        ckpt.check_checkpoint(old)
+        check_checkpoint(old)
     prune_checkpoints(tmp_path, 1)
     assert list(tmp_path.iterdir()) == [new]
 
@@ -475,7 +484,7 @@ def test_the_report_folds_blocks(tmp_path):
     assert lines[1].startswith("  loaded (") and "blocks.0-2.attn.qkv.weight" in lines[1]
     assert lines[2] == "  expanded (3): blocks.0-2.attn.relative_position_bias_table"
     assert [line.split()[0] for line in lines[3:]] == ["ignored", "missing"]
-    assert ckpt._fold_blocks(["a", "blocks.0.x", "blocks.1.x", "blocks.4.x", "blocks.3.y"]) == [
+    assert _fold_blocks(["a", "blocks.0.x", "blocks.1.x", "blocks.4.x", "blocks.3.y"]) == [
         "a",
         "blocks.0-1,4.x",
         "blocks.3.y",

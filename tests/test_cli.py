@@ -12,14 +12,18 @@ import pytest
 import yaml
 from helpers import FINETUNE, PRETRAIN, ROOT, arguments, in_ranks, own_signals, run_command, script, start_command
 
-import checkpoint
-import options
 import run_class_finetuning
 import run_pretraining
-from datasets import digits_source
 from modeling_finetune import create_model
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint
+from unimim.cli.flags import build_parser
+from unimim.cli.models import build_classifier
+from unimim.cli.options import as_config, model_kwargs, parse
+from unimim.data.sources import digits_source
+from unimim.engine.distributed import Place, find_place, first_host, free_port, leave_process_group
+from unimim.engine.setup import launch, set_up
+from unimim.logs import log, setup_logging
 from unimim.recipes import recipe_for
-from utils import Place, find_place, first_host, free_port, leave_process_group
 
 # Names and defaults are what users' commands stand on: a change of them is a decision.
 BOTH = {
@@ -100,7 +104,7 @@ MAINS = {"pretrain": run_pretraining.main, "finetune": run_class_finetuning.main
 
 
 def flags_of(stage: str) -> dict:
-    actions = options.build_parser(stage)._actions
+    actions = build_parser(stage)._actions
     return {name.removeprefix("--"): a.default for a in actions for name in a.option_strings if a.dest != "help"}
 
 
@@ -111,7 +115,7 @@ def test_flags_and_defaults_are_frozen(stage, own):
 
 @pytest.mark.parametrize(("stage", "command"), [("pretrain", PUBLISHED_PRETRAIN), ("finetune", PUBLISHED_FINETUNE)])
 def test_published_flags_are_accepted(stage, command):
-    args = options.parse(stage, command.split())
+    args = parse(stage, command.split())
     assert args.rel_pos_bias is False and args.auto_resume is False and args.weight_decay_end == 0.1
     if stage == "finetune":
         assert args.cutmix_minmax == [0.2, 0.8] and args.use_mean_pooling is False and args.save_ckpt is False
@@ -124,21 +128,21 @@ def test_published_flags_are_accepted(stage, command):
 def test_defaults_recipe_file_command_line(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("lr: 1e-2\nepochs: 7\nmask_ratio: 0.6\n")
-    base = options.parse("pretrain", ["--model", "conmim_base_patch16_224"])
-    plain = options.parse("pretrain", ["--model", "beit_tiny_patch16_224"])
+    base = parse("pretrain", ["--model", "conmim_base_patch16_224"])
+    plain = parse("pretrain", ["--model", "beit_tiny_patch16_224"])
     assert (plain.lr, plain.epochs, plain.recipe) == (5e-4, 300, None)
     assert (base.lr, base.epochs, base.clip_grad, base.recipe) == (1.5e-3, 800, 3.0, "conmim_base_pretrain")
-    overlaid = options.parse("pretrain", ["--config", str(file), "--epochs", "9"])
+    overlaid = parse("pretrain", ["--config", str(file), "--epochs", "9"])
     assert (overlaid.lr, overlaid.epochs, overlaid.mask_ratio, overlaid.clip_grad) == (1e-2, 9, 0.6, 3.0)
 
 
 def test_model_of_the_file_chooses_the_recipe(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: conmim_large_patch16_224\nclip_grad: null\n")
-    args = options.parse("pretrain", ["--config", str(file)])
+    args = parse("pretrain", ["--config", str(file)])
     assert args.recipe == "conmim_large_pretrain" and args.clip_grad is None
     assert args.lr == recipe_for("conmim_large_patch16_224", "pretrain").flags["lr"]
-    args = options.parse("pretrain", ["--config", str(file), "--model", "conmim_small_patch16_224"])
+    args = parse("pretrain", ["--config", str(file), "--model", "conmim_small_patch16_224"])
     assert args.recipe == "conmim_small_pretrain"
 
 
@@ -146,13 +150,13 @@ def test_model_of_the_file_chooses_the_recipe(tmp_path):
 def test_saved_configuration_gives_the_same_run(tmp_path, stage, base):
     flags = ["--opt_betas", "0.8", "0.9", "--no_pin_mem", "--save_ckpt_steps", "5", "--output_dir", str(tmp_path)]
     with dry_run_folder(tmp_path):
-        args = options.parse(stage, [*base, *flags, "--dry_run"])
+        args = parse(stage, [*base, *flags, "--dry_run"])
         MAINS[stage](args)
         saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
-        again = options.parse(stage, ["--config", str(tmp_path / "config.yaml"), "--dry_run"])
+        again = parse(stage, ["--config", str(tmp_path / "config.yaml"), "--dry_run"])
         MAINS[stage](again)
     assert saved["opt_betas"] == [0.8, 0.9] and saved["precision"] == "fp32" and saved["pin_mem"] is False
-    assert options.as_config(again) == options.as_config(args) == saved
+    assert as_config(again) == as_config(args) == saved
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved
 
 
@@ -214,7 +218,7 @@ def test_mistake_is_named_in_one_line(tmp_path, capfd, stage, flags, named):
     argv = [*(PRETRAIN if stage == "pretrain" else FINETUNE), "--output_dir", str(tmp_path / "out"), "--dry_run"]
     with dry_run_folder(tmp_path), pytest.raises(SystemExit) as stopped:
         argv += flags.format(tmp=tmp_path).split()
-        run_pretraining.launch(MAINS[stage], options.parse(stage, argv))
+        launch(MAINS[stage], parse(stage, argv))
     said = capfd.readouterr()
     lines = [line for line in (said.out + said.err).splitlines() if "error: " in line]
     assert stopped.value.code in (1, 2)
@@ -242,7 +246,7 @@ def test_error_in_a_loader_worker_is_one_line(tmp_path, capfd):
     (tmp_path / "data" / "train" / "3.png").write_bytes(b"no image")
     flags = ("--data_set", "IMNET", "--data_path", str(tmp_path / "data"), "--strict_data", "--num_workers", "2")
     with own_signals(), pytest.raises(SystemExit) as stopped:
-        run_pretraining.launch(run_pretraining.main, arguments("pretrain", tmp_path, *flags))
+        launch(run_pretraining.main, arguments("pretrain", tmp_path, *flags))
     said = capfd.readouterr().out
     assert stopped.value.code == 1 and "Traceback" not in said
     assert re.search(r"^error: .*1 of 30 images are broken.*3\.png$", said, re.MULTILINE)
@@ -250,9 +254,10 @@ def test_error_in_a_loader_worker_is_one_line(tmp_path, capfd):
 
 def test_unforeseen_error_ends_the_process(tmp_path):
     """Its traceback keeps the loader alive, whose workers leave signals to their parent; no rank may hang on them."""
-    program = "import engine_for_pretraining as e, options, run_pretraining as r, sys\n"
+    program = "import engine_for_pretraining as e, run_pretraining as r, sys\n"
+    program += "from unimim.cli import options\nfrom unimim.engine import setup\n"
     program += "e.train_one_step = lambda *args: 1 / 0\n"
-    program += "r.launch(r.main, options.parse('pretrain', sys.argv[1:]))"
+    program += "setup.launch(r.main, options.parse('pretrain', sys.argv[1:]))"
     command = [sys.executable, "-c", program, *PRETRAIN, "--output_dir", str(tmp_path), "--num_workers", "2"]
     result = run_command(command)
     assert result.returncode == 1 and result.stdout.rstrip().endswith("ZeroDivisionError: division by zero")
@@ -260,28 +265,28 @@ def test_unforeseen_error_ends_the_process(tmp_path):
 
 def test_steps_of_the_rate_must_be_given(capsys):
     with pytest.raises(SystemExit):
-        options.parse("pretrain", ["--lr_schedule", "step"])
+        parse("pretrain", ["--lr_schedule", "step"])
     assert "--lr_schedule step needs --lr_steps" in capsys.readouterr().err
-    assert options.parse("pretrain", ["--lr_schedule", "step", "--lr_steps", "3"]).lr_steps == [3]
+    assert parse("pretrain", ["--lr_schedule", "step", "--lr_steps", "3"]).lr_steps == [3]
 
 
 def test_leftovers_are_named(tmp_path, capfd):
     with dry_run_folder(tmp_path):
-        run_pretraining.main(options.parse("pretrain", [*PRETRAIN, "--warmup_lr", "1e-6", "--dry_run"]))
+        run_pretraining.main(parse("pretrain", [*PRETRAIN, "--warmup_lr", "1e-6", "--dry_run"]))
     assert "--warmup_lr is accepted" in capfd.readouterr().out
 
 
 def test_error_of_any_rank_is_printed(tmp_path, capfd):
     """Ranks above 0 are silent but for errors."""
     args = arguments("pretrain", tmp_path, "--patch_size", "5")
-    run_pretraining.utils.setup_logging(1)
-    run_pretraining.log.info("quiet")
+    setup_logging(1)
+    log.info("quiet")
 
     def main(_):
         raise ValueError("--patch_size is wrong")
 
     with own_signals(), pytest.raises(SystemExit):
-        run_pretraining.launch(main, args)
+        launch(main, args)
     assert capfd.readouterr().out == "[rank 1] error: --patch_size is wrong\n"
 
 
@@ -336,7 +341,7 @@ def test_deepspeed_takes_the_device_of_the_flags(tmp_path, monkeypatch):
     """On a machine with GPUs it would take one of them under a model on the CPU."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     with dry_run_folder(tmp_path):
-        run_pretraining.set_up(arguments("pretrain", tmp_path, "--enable_deepspeed"))
+        set_up(arguments("pretrain", tmp_path, "--enable_deepspeed"))
         leave_process_group()
         assert os.environ["DS_ACCELERATOR"] == "cpu"
 
@@ -344,19 +349,20 @@ def test_deepspeed_takes_the_device_of_the_flags(tmp_path, monkeypatch):
 TASK_OF_SRUN = """
 import os, sys, time
 import torch.distributed as dist
-import options, run_pretraining, utils
+from unimim.cli import options
+from unimim.engine import distributed, setup
 rank, port = sys.argv[1:]
 place = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NODELIST": "localhost"}
 os.environ.update(place, MASTER_PORT=port)
 dist.destroy_process_group = lambda: time.sleep(600)
 
 def main(args):
-    run_pretraining.set_up(args)
+    setup.set_up(args)
     if args.rank == 1:
         1 / 0
-    utils.barrier()
+    distributed.barrier()
 
-run_pretraining.launch(main, options.parse("pretrain", ["--device", "cpu"]))
+setup.launch(main, options.parse("pretrain", ["--device", "cpu"]))
 """
 
 
@@ -394,7 +400,7 @@ def test_launcher_starts_the_script(tmp_path, name):
     result = run_command(script(stage, tmp_path, *flags, launcher=LAUNCHERS[name] + port))
     assert result.returncode == 0, result.stdout
     assert "epoch 0 [2/2]" in result.stdout
-    state = checkpoint.load_checkpoint(tmp_path / "checkpoint-0.pth")
+    state = load_checkpoint(tmp_path / "checkpoint-0.pth")
     assert state["engine"]["world_size"] == ranks and state["rng"]["updates"] == 2
     assert (tmp_path / "deepspeed_config.json").exists() == ("--enable_deepspeed" in flags)
 
@@ -430,13 +436,13 @@ def make_inputs(args) -> None:
     if getattr(args, "finetune", ""):
         form, size = args.model.split("_")[:2]
         name = f"{'conmim' if form == 'beit' else 'mae'}_{size}_patch16_224"
-        method = create_model(name, **options.model_kwargs(args))
+        method = create_model(name, **model_kwargs(args))
         teacher = {} if method.teacher is None else {"teacher": method.teacher.state_dict()}
-        checkpoint.save_checkpoint(args.finetune, {"model": method.state_dict(), **teacher})
+        save_checkpoint(args.finetune, {"model": method.state_dict(), **teacher})
     if args.resume and getattr(args, "eval", False):
         args.nb_classes = args.nb_classes or 10
-        model = run_class_finetuning.build_classifier(argparse.Namespace(**{**vars(args), "resume": ""}))
-        checkpoint.save_checkpoint(args.resume, {"model": model.state_dict(), "engine": {}})
+        model = build_classifier(argparse.Namespace(**{**vars(args), "resume": ""}))
+        save_checkpoint(args.resume, {"model": model.state_dict(), "engine": {}})
 
 
 def dry_run_all(folder: Path, commands: list[str]) -> list[str]:
@@ -453,9 +459,7 @@ def dry_run_all(folder: Path, commands: list[str]) -> list[str]:
             for before, word in zip(words[at:], words[at + 1 :], strict=False)
         ]
         try:
-            args = options.parse(
-                stage, [*argv, "--device", "cpu", "--batch_size", "2", "--update_freq", "1", "--dry_run"]
-            )
+            args = parse(stage, [*argv, "--device", "cpu", "--batch_size", "2", "--update_freq", "1", "--dry_run"])
             make_inputs(args)
             MAINS[stage](args)
         except (Exception, SystemExit) as error:

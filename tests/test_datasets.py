@@ -16,24 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets
-import file_index
-from datasets import (
-    BadImagesError,
-    EvalBatchSampler,
-    ImageDataset,
-    TrainBatchSampler,
-    build_dataset,
-    build_loader,
-    build_source,
-    map_source,
-    sample_rng,
-)
-from file_index import PathTable, locate, read_map_file, split_archive, zip_members
+from datasets import BadImagesError, EvalBatchSampler, ImageDataset, TrainBatchSampler, build_dataset, build_loader
 from masking_generator import build_mask_generator
-from scripts import make_map_file, zip_dataset
-from shapes import background
-from transforms import build_finetune_transform, build_pretrain_transform
+from scripts.tools import make_map_file, zip_dataset
+from unimim.data import file_index
+from unimim.data.file_index import PathTable, locate, read_map_file, split_archive, zip_members
+from unimim.data.random import sample_rng
+from unimim.data.shapes import background
+from unimim.data.sources import ArraySource, build_source, map_source
+from unimim.data.views import build_finetune_transform, build_pretrain_transform
 
 NAMES = [f"{name}/{name} {number}.jpg" for name in ("cat", "dog") for number in range(6)]  # with spaces
 
@@ -476,7 +467,7 @@ def test_too_many_broken_images_stop_the_run(folder_root):
 
 
 def test_the_memory_of_broken_images_goes_by_how_many_are_allowed():
-    source = datasets.ArraySource("many", np.zeros((10**6, 1, 1, 3), dtype=np.uint8), np.zeros(10**6), ["0"])
+    source = ArraySource("many", np.zeros((10**6, 1, 1, 3), dtype=np.uint8), np.zeros(10**6), ["0"])
     bad = ImageDataset(source, VIEW, seed=0, max_bad_images=100).bad
     for number in (999_999, 7, 7 + len(bad.slots), 7):  # the third would have the second's place
         bad.add(number)

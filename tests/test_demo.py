@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-import report
-import visualize
-from checkpoint import save_checkpoint
-from datasets import digits_source, map_source
+from analysis import visualize
 from modeling_finetune import create_model
-from transforms import decode
+from unimim import report
+from unimim.checkpoint.files import save_checkpoint
+from unimim.data.jpeg import decode
+from unimim.data.sources import digits_source, map_source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +59,7 @@ class Page(HTMLParser):
 def demo(tmp_path_factory):
     """A few steps of everything: the folder and what was printed."""
     folder = tmp_path_factory.mktemp("demo") / "with space"
-    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--fast", "--output", str(folder)]
+    command = [sys.executable, str(ROOT / "scripts/experiments/demo.py"), "--fast", "--output", str(folder)]
     result = subprocess.run(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout
     return folder, result.stdout, Page((folder / "report.html").read_text())

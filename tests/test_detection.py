@@ -13,11 +13,12 @@ from helpers import ROOT, run_command
 from PIL import Image
 from torch import nn
 
-import checkpoint
-import utils
 from detection import check_coco, demo
 from detection.task import TASK
-from downstream import runner
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint, save_encoder
+from unimim.checkpoint.resizing import interpolate_pos_embed, interpolate_rel_pos_bias
+from unimim.engine.distributed import free_port
+from unimim.openmmlab import runner
 
 runner.prepare(TASK, "none")
 
@@ -271,7 +272,7 @@ def test_tables_of_the_windowed_ViT_have_the_published_sizes_and_positions_say_w
 
 def saved(folder, state: dict) -> str:
     path = folder / "checkpoint-0.pth"
-    checkpoint.save_checkpoint(path, {"model": state})
+    save_checkpoint(path, {"model": state})
     return str(path)
 
 
@@ -295,7 +296,7 @@ def test_mimdet_takes_encoder_and_decoder_of_a_whole_mae(tmp_path, caplog):
     for name, value in own.items():
         inner = name.split(".", 1)[1]
         if inner.endswith("pos_embed"):
-            assert torch.equal(value, checkpoint.interpolate_pos_embed(state[inner], (4, 4), 1)), name
+            assert torch.equal(value, interpolate_pos_embed(state[inner], (4, 4), 1)), name
         elif not inner.startswith(("patch_embed.", "conv_feat_proj.")):
             assert torch.equal(value, state[inner]), name
     assert all(torch.equal(value, stem[name]) for name, value in backbone.encoder.patch_embed.state_dict().items())
@@ -320,7 +321,7 @@ def test_mimdet_takes_the_tables_of_BEiTs_form_without_the_class_tokens_rows(tmp
     backbone.init_weights()
     name = "rel_pos_bias" if shared else "blocks.2.attn"
     table = state[f"{name}.relative_position_bias_table"]
-    expected = checkpoint.interpolate_rel_pos_bias(table, 3, 4)[:-3]
+    expected = interpolate_rel_pos_bias(table, 3, 4)[:-3]
     torch.testing.assert_close(backbone.encoder.blocks[2].attn.relative_position_bias_table.data, expected)
     assert torch.equal(backbone.encoder.blocks[2].gamma_1, state["blocks.2.gamma_1"])
     assert torch.equal(backbone.encoder.blocks[2].attn.q_bias, state["blocks.2.attn.q_bias"])
@@ -339,7 +340,7 @@ def test_the_windowed_ViT_takes_MAEs_weights_with_their_positions(tmp_path):
     state = mae_state()
     backbone = WindowViT("tiny", **WINDOWS, pretrained=saved(tmp_path, state))
     backbone.init_weights()
-    assert torch.equal(backbone.pos_embed, checkpoint.interpolate_pos_embed(state["pos_embed"], 4, 1)[:, 1:])
+    assert torch.equal(backbone.pos_embed, interpolate_pos_embed(state["pos_embed"], 4, 1)[:, 1:])
     assert torch.equal(backbone.patch_embed.proj.weight, state["patch_embed.proj.weight"])
     assert torch.equal(backbone.blocks[1].attn.qkv.bias, state["blocks.1.attn.qkv.bias"])
     assert not backbone.window_bias.relative_position_bias_table.any()  # as published, from zero
@@ -358,7 +359,7 @@ def test_the_windowed_ViT_resizes_a_shared_table_for_windows_and_for_the_whole(t
         expected = nn.functional.interpolate(grid[None], size=2 * side - 1, mode="bicubic")[0].flatten(1).T
         torch.testing.assert_close(found.data, expected)
         found = getattr(geometric, name).relative_position_bias_table
-        torch.testing.assert_close(found.data, checkpoint.interpolate_rel_pos_bias(table, 3, side)[:-3])
+        torch.testing.assert_close(found.data, interpolate_rel_pos_bias(table, 3, side)[:-3])
 
 
 def test_the_windowed_ViT_averages_the_tables_of_the_blocks_that_share_one(tmp_path):
@@ -366,13 +367,13 @@ def test_the_windowed_ViT_averages_the_tables_of_the_blocks_that_share_one(tmp_p
     backbone = WindowViT("tiny", **WINDOWS | BEIT | {"pos_embed": "none", "window": 4, "input_size": 192})
     backbone.load(saved(tmp_path, state))
     tables = torch.stack([state[f"blocks.{k}.attn.relative_position_bias_table"][:-3] for k in (0, 2, 4, 6)])
-    expected = checkpoint.interpolate_pos_embed(tables.mean(0, keepdim=True), 7, 0)[0]
+    expected = interpolate_pos_embed(tables.mean(0, keepdim=True), 7, 0)[0]
     torch.testing.assert_close(backbone.window_bias.relative_position_bias_table.data, expected)
 
 
 def test_an_exported_encoder_gives_the_weights_of_its_checkpoint(tmp_path):
     state = beit_state(rel_pos_bias="shared")
-    checkpoint.save_encoder(tmp_path / "encoder-0.safetensors", state, {})
+    save_encoder(tmp_path / "encoder-0.safetensors", state, {})
     one, other = (WindowViT("tiny", **WINDOWS | BEIT | {"pos_embed": "none"}) for _ in range(2))
     one.load(saved(tmp_path, state))
     other.load(str(tmp_path / "encoder-0.safetensors"))
@@ -663,7 +664,7 @@ def test_a_checkpoint_gives_what_validation_in_training_found(coco, trained, tmp
 def test_a_resumed_training_equals_one_without_a_break(coco, trained, tmp_path):
     train_tiny(coco, tmp_path, 1)
     train_tiny(coco, tmp_path, 2, "--resume")
-    files = [checkpoint.load_checkpoint(folder / "epoch_2.pth") for folder in (trained[0], tmp_path)]  # safely
+    files = [load_checkpoint(folder / "epoch_2.pth") for folder in (trained[0], tmp_path)]  # safely
     whole, resumed = (file["state_dict"] for file in files)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -692,12 +693,12 @@ def test_the_demo_draws_what_it_finds(coco, trained, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_together(coco, tmp_path):
     """Six steps of two processes; what they validated together, one process finds in their file."""
-    launch = ["env", f"PYTHON={sys.executable}", f"PORT={utils.free_port()}", str(ROOT / "detection/dist_train.sh")]
+    launch = ["env", f"PYTHON={sys.executable}", f"PORT={free_port()}", str(ROOT / "detection/dist_train.sh")]
     start = [str(TINY_CONFIG), "2", "--pretrained", "none", "--seed", "0"]
     done = run_command([*launch, *start, *flags(coco, tmp_path, *schedule(3, 3))])
     assert done.returncode == 0, done.stdout[-3000:]
     path = tmp_path / "epoch_3.pth"
-    meta = checkpoint.load_checkpoint(path)["meta"]
+    meta = load_checkpoint(path)["meta"]
     assert (meta["iter"], meta["epoch"]) == (6, 3)  # one process would need 12
     rows = [json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()]
     together = next(row for row in rows if "coco/bbox_mAP" in row)

@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-import run_pretraining
-from datasets import digits_source
-from device_loader import (
+from masking_generator import build_mask_generator
+from scripts.benchmarks.gpu_learns import PRETRAINED, Images, Job, Pretraining, Setting
+from scripts.experiments.compare_methods import METHODS
+from unimim.data.color import FAST_JITTER
+from unimim.data.crops import ViewDraws, crop_map, fast_crop, majority
+from unimim.data.device_loader import (
     DeviceLoader,
     DeviceMasks,
     brightness,
@@ -22,19 +25,10 @@ from device_loader import (
     saturation,
     strong_view,
 )
-from engine_for_pretraining import Normalize
-from masking_generator import build_mask_generator
-from scripts.compare_methods import METHODS
-from scripts.gpu_learns import PRETRAINED, Images, Job, Pretraining, Setting
-from transforms import (
-    FAST_JITTER,
-    MEAN_STD,
-    ViewDraws,
-    build_pretrain_transform,
-    crop_map,
-    fast_crop,
-    majority,
-)
+from unimim.data.pretraining import mask_generator
+from unimim.data.sources import digits_source
+from unimim.data.views import MEAN_STD, build_pretrain_transform
+from unimim.engine.state import Normalize
 
 CPU = torch.device("cpu")
 
@@ -73,7 +67,7 @@ def test_every_method_gets_what_the_cpu_would_give_it(key, digits):
     setting, images = digits
     run = Pretraining(setting, images, Job(key, seed=0, epochs=1))
     args, method = run.args, run.method
-    masks = {view: run_pretraining.mask_generator(args, method, view) for view in ("mask", "target_mask")}
+    masks = {view: mask_generator(args, method, view) for view in ("mask", "target_mask")}
     transform = build_pretrain_transform(
         tuple(view for view in method.views if view != "target_ids"),
         input_size=method.image_size,

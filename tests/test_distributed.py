@@ -29,16 +29,18 @@ from helpers import (
     whole_weights,
 )
 
-import checkpoint
-import run_pretraining
-import utils
 from datasets import BadImagesError, EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import evaluate
 from engine_for_pretraining import share_bad_images
 from modeling_finetune import create_model, sincos_pos_embed
-from parallel import BatchStatistics
-from run_class_finetuning import Evaluator, build_classifier
-from transforms import build_finetune_transform
+from run_class_finetuning import Evaluator
+from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.loading import load_pretrained
+from unimim.cli.models import build_classifier
+from unimim.data.views import build_finetune_transform
+from unimim.engine.batch_norm import BatchStatistics
+from unimim.engine.distributed import StopSignal, barrier, leave_process_group
+from unimim.engine.setup import set_up
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 6, 3
@@ -253,7 +255,7 @@ def evaluate_rounded(folder: Path) -> dict[str, float]:
     loader = build_loader(dataset, EvalBatchSampler(EVALUATED, 12), num_workers=0, pin_mem=False)
     found = Evaluator(run, loader).after_epoch(position, run.session)
     whole = build_classifier(run.args)
-    whole.load_state_dict(checkpoint.load_checkpoint(folder / "checkpoint-best.pth")["model"])
+    whole.load_state_dict(load_checkpoint(folder / "checkpoint-best.pth")["model"])
     return {"rounded": found["test_loss"], "whole": evaluate(whole, loader, run.normalize)["loss"]}
 
 
@@ -263,7 +265,7 @@ def keep_frozen(folder: Path) -> bool:
     run, position = start("pretrain", folder, *flags)
     train_steps(run, 0, 2)
     run.session.save(position, finished=True)
-    saved = checkpoint.load_checkpoint(folder / "checkpoint-0.pth")["model"]["pos_embed"]
+    saved = load_checkpoint(folder / "checkpoint-0.pth")["model"]["pos_embed"]
     return torch.equal(saved, sincos_pos_embed(32, (4, 4)).bfloat16().float())
 
 
@@ -292,8 +294,8 @@ def evaluate_apart(folder: Path, engine: str) -> dict:
     apart = BatchStatistics(run.task.model).buffers[0].clone()
     figures = Evaluator(run, own).after_epoch(position, run.session)
     saved = build_classifier(run.args)
-    utils.barrier()
-    saved.load_state_dict(checkpoint.load_checkpoint(folder / "checkpoint-best.pth")["model"])
+    barrier()
+    saved.load_state_dict(load_checkpoint(folder / "checkpoint-best.pth")["model"])
     return {
         "figures": figures,
         "position": vars(position),
@@ -400,7 +402,7 @@ def test_resume_is_bit_exact(runs, ranks, engine):
 def test_plain_file_holds_the_live_weights(runs, folders, ranks, engine):
     folder = folders[1] / engine if ranks == 1 else folders[2] / "pretrain" / engine
     live = runs[ranks][0][engine]["first"]
-    saved = checkpoint.load_checkpoint(folder / f"checkpoint-0-{SAVED}.pth")
+    saved = load_checkpoint(folder / f"checkpoint-0-{SAVED}.pth")
     assert (
         differing({"model": live["weights"], "teacher": live["teacher"]}, {k: saved[k] for k in ("model", "teacher")})
         == []
@@ -408,7 +410,7 @@ def test_plain_file_holds_the_live_weights(runs, folders, ranks, engine):
     assert (folder / f"checkpoint-0-{SAVED}").is_dir() == (engine != "torch")
     sizes = {k: int(v) for k, v in (item.split("=") for item in SIZE)}
     model = create_model("beit_tiny_patch16_224", **sizes, input_size=16, patch_size=4, num_classes=10)
-    report = checkpoint.load_pretrained(model, folder / f"checkpoint-0-{SAVED}.pth")
+    report = load_pretrained(model, folder / f"checkpoint-0-{SAVED}.pth")
     assert report.matched == 1.0
     assert torch.equal(model.blocks[1].attn.qkv.weight, live["teacher"]["blocks.1.attn.qkv.weight"])
 
@@ -510,7 +512,7 @@ def test_shared_evaluation_counts_every_image_once(pair):
 def train_and_leave(folder: Path) -> tuple[int, int]:
     train_steps(start("pretrain", folder)[0], 0, 2)
     before = gloo_threads()
-    utils.leave_process_group()
+    leave_process_group()
     return before, gloo_threads()
 
 
@@ -521,12 +523,12 @@ def test_leaving_the_group_ends_its_threads(tmp_path):
 
 def stops_and_bad_images(folder: Path) -> dict:
     """A request on rank 1 only, in its third step and in an epoch's last one; broken images that both ranks met."""
-    normalize = run_pretraining.set_up(arguments("pretrain", folder))
+    normalize = set_up(arguments("pretrain", folder))
     rank = dist.get_rank()
     answers = {}
     with own_signals():
         for when in (2, 4):
-            stop = utils.StopSignal()
+            stop = StopSignal()
             answers[when] = []
             for step in range(5):
                 stop.received = "SIGTERM" if rank == 1 and step >= when else None

@@ -9,20 +9,22 @@ import torch
 import torchvision
 from torch import nn
 
-import checkpoint
-from downstream import compat, doctor
+from unimim.checkpoint.files import save_encoder
+from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.resizing import interpolate_rel_pos_bias
+from unimim.openmmlab import compat, doctor
 
 compat.prepare("mmseg", "mmdet")
 
 from mmcv.ops import RoIAlign  # noqa: E402
 
-from downstream.checkpoint import class_tokens, load_backbone  # noqa: E402
-from downstream.cnn_backbone import TimmBackbone  # noqa: E402
-from downstream.data import Key, PositionSampler  # noqa: E402
-from downstream.layer_decay import layer_groups  # noqa: E402
-from downstream.pyramid import BeitPyramid  # noqa: E402
-from downstream.vit_backbone import VisionTransformerBackbone, resized_table  # noqa: E402
 from modeling_finetune import VisionTransformer, create_model  # noqa: E402
+from unimim.openmmlab.checkpoint import class_tokens, load_backbone  # noqa: E402
+from unimim.openmmlab.cnn_backbone import TimmBackbone  # noqa: E402
+from unimim.openmmlab.data import Key, PositionSampler  # noqa: E402
+from unimim.openmmlab.layer_decay import layer_groups  # noqa: E402
+from unimim.openmmlab.pyramid import BeitPyramid  # noqa: E402
+from unimim.openmmlab.vit_backbone import VisionTransformerBackbone, resized_table  # noqa: E402
 
 TINY = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8, "input_size": 32, "out_indices": (0, 1, 2, 3)}
 BEIT = TINY | {"rel_pos_bias": "per_block", "init_values": 0.1}
@@ -112,7 +114,7 @@ def test_other_sizes_equal_a_model_of_that_size_with_resized_weights(form):
     for parameter in backbone.parameters():
         nn.init.normal_(parameter, std=0.1)
     large = VisionTransformerBackbone(**form | {"input_size": (40, 64)}).eval()
-    checkpoint.load_pretrained(large, backbone.state_dict(), min_matched=1.0)
+    load_pretrained(large, backbone.state_dict(), min_matched=1.0)
     images = torch.randn(1, 3, 40, 64)
     for found, expected in zip(backbone(images), large(images), strict=True):
         assert found.shape == (1, 32, 5, 8)
@@ -124,7 +126,7 @@ def test_other_sizes_equal_a_model_of_that_size_with_resized_weights(form):
 def test_resized_tables_have_the_loaders_numbers_and_a_gradient():
     table = torch.randn(7 * 7 + 3, 2, dtype=torch.float64, requires_grad=True)
     found = resized_table(table, (4, 4), (3, 6))
-    torch.testing.assert_close(found, checkpoint.interpolate_rel_pos_bias(table, 4, (3, 6)))
+    torch.testing.assert_close(found, interpolate_rel_pos_bias(table, 4, (3, 6)))
     found[:-3].sum().backward()
     assert table.grad[:-3].abs().sum() > 0 and not table.grad[-3:].any()
 
@@ -255,7 +257,7 @@ def test_every_kind_of_file_loads_whole(kind, tmp_path):
         return
     # the same network, resized by the reference route
     expected = VisionTransformerBackbone(**options)
-    checkpoint.load_pretrained(expected, vit.state_dict(), min_matched=1.0)
+    load_pretrained(expected, vit.state_dict(), min_matched=1.0)
     assert all(map(torch.equal, backbone.state_dict().values(), expected.state_dict().values()))
     assert bool(report.interpolated) == (to_form is not None)
 
@@ -263,7 +265,7 @@ def test_every_kind_of_file_loads_whole(kind, tmp_path):
 def test_exported_encoders_load(tmp_path):
     vit = source_of(BEIT)
     state = {k: v for k, v in vit.state_dict().items() if not k.startswith("norm")}
-    checkpoint.save_encoder(tmp_path / "encoder-0.safetensors", state, {})
+    save_encoder(tmp_path / "encoder-0.safetensors", state, {})
     backbone = VisionTransformerBackbone(**BEIT)
     assert load_backbone(backbone, tmp_path / "encoder-0.safetensors").matched == 1.0
     assert torch.equal(backbone.blocks[3].attn.proj.weight, vit.blocks[3].attn.proj.weight)
@@ -326,7 +328,7 @@ def test_layer_decay_gives_each_block_its_rate():
 def test_layer_decay_keeps_its_ratios_through_mmengines_constructor_and_schedule():
     from mmengine.optim import LinearLR, PolyLR, build_optim_wrapper
 
-    import downstream.register  # noqa: F401
+    import unimim.openmmlab.register  # noqa: F401
 
     model = Segmentor(VisionTransformerBackbone(**BEIT))
     wrapper = build_optim_wrapper(model, {

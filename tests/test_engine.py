@@ -15,17 +15,20 @@ from helpers import METHODS, arguments, average_weights, column, differing, run_
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import options
-import parallel
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
-from ema import MovingAverage
-from engine_for_finetuning import evaluate, tally
-from engine_for_pretraining import Normalize
-from parallel import BatchStatistics, GradientCheck, TorchRunner, deepspeed_config
+from engine_for_finetuning import evaluate
 from run_class_finetuning import Evaluator
-from run_pretraining import flops_per_image
-from transforms import MEAN_STD, build_finetune_transform
-from utils import NonFiniteError, StepMonitor, peak_tflops
+from unimim.cli.options import resolve_precision
+from unimim.data.views import MEAN_STD, build_finetune_transform
+from unimim.engine import runner
+from unimim.engine.batch_norm import BatchStatistics
+from unimim.engine.deepspeed import deepspeed_config
+from unimim.engine.ema import MovingAverage
+from unimim.engine.monitor import NonFiniteError, StepMonitor, peak_tflops
+from unimim.engine.runner import GradientCheck, TorchRunner, check_precision, step_on_device
+from unimim.engine.setup import flops_per_image
+from unimim.engine.state import Normalize
+from unimim.evaluation.accuracy import tally
 
 CPU = torch.device("cpu")
 
@@ -206,10 +209,10 @@ def test_precision_auto_takes_no_emulation(monkeypatch):
     """A V100 has no bf16, but torch computes it there all the same."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     args = Namespace(precision="auto")
-    options.resolve_precision(args, torch.device("cuda"))
+    resolve_precision(args, torch.device("cuda"))
     assert args.precision == "fp32"
     with pytest.raises(ValueError, match="--precision bf16 is not supported by this GPU"):
-        parallel.check_precision("bf16", torch.device("cuda"))
+        check_precision("bf16", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd"])
@@ -222,7 +225,7 @@ def test_skipping_on_the_device_equals_skipping_on_the_host(tmp_path, monkeypatc
         assert run.runner.optimizer._step_supports_amp_scaling
         train_steps(run, 0, 2)
         if way == "device":
-            monkeypatch.setattr(parallel, "step_unless_nonfinite", parallel.step_on_device)
+            monkeypatch.setattr(runner, "step_unless_nonfinite", step_on_device)
         train_steps(run, 2, 6, lambda update, batches: nan_images(update, batches) if update in spoilt else None)
         ways[way] = snapshot(run)
     assert differing(ways["host"], ways["device"]) == []
@@ -558,7 +561,7 @@ def test_recomputation_is_no_work_of_the_model(tmp_path, network):
 PAGE_FAULTS = """
 import resource
 import torch
-import utils
+from unimim.engine import monitor
 
 def page_faults(tensors):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -568,7 +571,7 @@ def page_faults(tensors):
 
 page_faults(5)
 by_default = page_faults(5)
-utils.keep_freed_memory()
+monitor.keep_freed_memory()
 page_faults(20)  # until the heap has settled
 print(by_default, page_faults(5))
 """

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import files
+from unimim import files
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITER = """
-import sys, files
+import sys
+from unimim import files
 name, count, text = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 for _ in range(count):
     files.write_text(name, text * 1000)

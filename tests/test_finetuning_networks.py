@@ -10,17 +10,20 @@ import torch.nn.functional as F
 from helpers import start, train_steps
 from torch import Tensor, nn
 
-import checkpoint
-import options
 import run_class_finetuning
 import run_linear_probing
-from checkpoint import interpolate_rel_pos_bias, load_pretrained
 from datasets import TrainBatchSampler
 from engine_for_finetuning import BinaryCrossEntropy, Classification
-from features import build_backbone
 from modeling_finetune import create_model, input_size_of
 from optim_factory import layers_of, param_groups
-from probing import Probe, side_by_side
+from unimim.checkpoint.files import save_encoder
+from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.resizing import interpolate_rel_pos_bias
+from unimim.cli.options import parse
+from unimim.data.classes import check_eval_size, settle_size
+from unimim.data.views import build_finetune_transform
+from unimim.evaluation.features import build_backbone
+from unimim.evaluation.linear_probe import Probe, side_by_side
 
 TINY = {
     "resnet18": {"channels": [8, 8, 16, 16], "input_size": 64},
@@ -130,7 +133,7 @@ def test_defaults_of_vits_give_way_for_networks_without_a_recipe():
         ("swin_tiny", [], (0.9, 0.1)),
         ("beit_small_patch16_224_abs_pos", [], (0.9, 0.1)),
     ):
-        args = options.parse("finetune", ["--model", name, *flags])
+        args = parse("finetune", ["--model", name, *flags])
         assert (args.layer_decay, args.drop_path) == expected
 
 
@@ -140,22 +143,22 @@ def test_a_size_to_evaluate_at_is_refused_before_training(name):
     model = create_model(name, **sizes, num_classes=7)
     args = Namespace(model=name, input_size=model.patch_embed.img_size[0], eval_input_size=96)
     with pytest.raises(ValueError, match=f"--eval_input_size 96: --model {name} is for --input_size"):
-        run_class_finetuning.check_eval_size(args, model)
+        check_eval_size(args, model)
     resnet = create_model("resnet18", **TINY["resnet18"], num_classes=7)
-    run_class_finetuning.check_eval_size(args, resnet)
+    check_eval_size(args, resnet)
     assert resnet.training
 
 
 def test_models_know_their_size():
     assert [input_size_of(f"beit_tiny_patch16_{size}") for size in (224, 384)] == [224, 384]
     assert input_size_of("resnet50") == 224 and input_size_of("nothing") == 0
-    args = options.parse("finetune", ["--model", "beit_tiny_patch16_384"])
-    run_class_finetuning.settle_size(args)
+    args = parse("finetune", ["--model", "beit_tiny_patch16_384"])
+    settle_size(args)
     assert args.input_size == 384
-    assert options.parse("finetune", ["--model", "resnet50"]).eval_input_size == 224
-    assert options.parse("finetune", ["--model", "resnet50", "--input_size", "96"]).eval_input_size is None
-    args = options.parse("finetune", ["--model", "resnet18", "--model_kwargs", "input_size=96"])
-    run_class_finetuning.settle_size(args)
+    assert parse("finetune", ["--model", "resnet50"]).eval_input_size == 224
+    assert parse("finetune", ["--model", "resnet50", "--input_size", "96"]).eval_input_size is None
+    args = parse("finetune", ["--model", "resnet18", "--model_kwargs", "input_size=96"])
+    settle_size(args)
     assert args.input_size == 96
 
 
@@ -177,7 +180,7 @@ def test_binary_cross_entropy_is_summed_over_classes():
 
 def test_the_average_has_the_networks_batch_statistics():
     """Its weights are averaged, its statistics are not (specs/a2mim.md 4.4)."""
-    args = options.parse("finetune", ["--model_ema", "--model_ema_decay", "0.5"])
+    args = parse("finetune", ["--model_ema", "--model_ema_decay", "0.5"])
     args.nb_classes = 3
     task = Classification(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), args, torch.device("cpu"))
     before, average = task.average.module[1].weight.clone(), task.average.module
@@ -192,7 +195,7 @@ def test_the_average_has_the_networks_batch_statistics():
 def test_the_averages_decay_rises():
     """m (1 - 0.1 (1 - i / W)) in the first W of the epochs (specs/a2mim.md 4.4)."""
     flags = ["--model_ema", "--model_ema_decay", "0.8", "--model_ema_warmup_epochs", "5", "--epochs", "10"]
-    args = options.parse("finetune", flags)
+    args = parse("finetune", flags)
     args.nb_classes = 3
     task = Classification(nn.Linear(4, 3), args, torch.device("cpu"))
     for progress, decay in ((0.0, 0.72), (0.25, 0.76), (0.5, 0.8), (0.9, 0.8)):
@@ -241,9 +244,7 @@ def test_a_resnet_is_trained_small_and_evaluated_large(tmp_path):
     assert np.isfinite(losses).all()
     still = {name for name, value in run.task.model.state_dict().items() if torch.equal(value, before[name])}
     assert still == set()
-    loader = run_class_finetuning.build_eval_loader(
-        run.args, run_class_finetuning.build_finetune_transform(run.args, train=False)
-    )
+    loader = run_class_finetuning.build_eval_loader(run.args, build_finetune_transform(run.args, train=False))
     assert next(iter(loader))["image"].shape[-2:] == (96, 96)
     assert run.loader.dataset[0, 0]["image"].shape[-2:] == (64, 64)
 
@@ -259,7 +260,7 @@ def probe_args(path, **changes) -> Namespace:
 
 def test_a_frozen_network_keeps_its_statistics(tmp_path):
     """The published probe leaves batch normalisation in train mode; features are the mean of the last map."""
-    checkpoint.save_encoder(tmp_path / "encoder.safetensors", encoder_of("resnet18"), {"format": "timm"})
+    save_encoder(tmp_path / "encoder.safetensors", encoder_of("resnet18"), {"format": "timm"})
     backbone = build_backbone(probe_args(tmp_path / "encoder.safetensors"))
     assert (backbone.dim, backbone.image_size) == (16, (64, 64))
     probe = Probe(side_by_side([0.1], backbone.dim, 10, 0), backbone).train()
@@ -274,10 +275,10 @@ def test_a_frozen_network_keeps_its_statistics(tmp_path):
 
 
 def test_what_only_vits_have_is_refused(tmp_path):
-    checkpoint.save_encoder(tmp_path / "encoder.safetensors", encoder_of("resnet18"), {"format": "timm"})
+    save_encoder(tmp_path / "encoder.safetensors", encoder_of("resnet18"), {"format": "timm"})
     with pytest.raises(ValueError, match="--feature_norm plain is for ViTs"):
         build_backbone(probe_args(tmp_path / "encoder.safetensors", feature_norm="plain"))
     other = {name: value for name, value in encoder_of("resnet18").items() if "layer4" not in name}
-    checkpoint.save_encoder(tmp_path / "other.safetensors", other, {"format": "timm"})
+    save_encoder(tmp_path / "other.safetensors", other, {"format": "timm"})
     with pytest.raises(ValueError, match="100% are needed"):
         build_backbone(probe_args(tmp_path / "other.safetensors"))

@@ -10,11 +10,10 @@ import torch
 from helpers import ROOT
 
 from modeling_finetune import Block
-from run_class_finetuning import build_classifier
-from run_pretraining import build_method
-from scripts import gpu_fast
-from scripts.benchmark import random_batch
-from utils import count_flops
+from scripts.benchmarks import gpu_fast
+from scripts.benchmarks.benchmark import random_batch
+from unimim.cli.models import build_classifier, build_method
+from unimim.engine.monitor import count_flops
 
 
 @pytest.fixture(scope="module")

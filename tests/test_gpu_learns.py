@@ -16,11 +16,11 @@ from helpers import ROOT
 from PIL import Image
 
 import run_knn
-from datasets import digits_source
-from scripts import gpu_learns
-from scripts.compare_methods import PROBE
+from scripts.benchmarks import gpu_learns
+from scripts.benchmarks.gpu_learns import PRETRAINED, RANDOM, Images, Job, epochs_that_fit, prepare, run_in_processes
+from scripts.experiments.compare_methods import PROBE
 from scripts.gpu_check import Checks
-from scripts.gpu_learns import PRETRAINED, RANDOM, Images, Job, epochs_that_fit, prepare, run_in_processes
+from unimim.data.sources import digits_source
 
 
 def tiny_checks(folder: Path, seconds: float, data_path: Path | None = None) -> Checks:

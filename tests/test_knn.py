@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from helpers import SIZE, TINY, in_ranks
 from PIL import Image
 
-import checkpoint
-import knn
 import run_knn
-from features import Features, build_backbone, evaluation_images, extract
-from knn import Accuracy, evaluate_knn
 from modeling_finetune import create_model
-from run_pretraining import launch, set_up
+from unimim.checkpoint.files import save_checkpoint, save_encoder
+from unimim.engine.setup import launch, set_up
+from unimim.evaluation import knn
+from unimim.evaluation.features import Features, build_backbone, evaluation_images, extract
+from unimim.evaluation.knn import Accuracy, evaluate_knn
 
 BASE = ["--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE]
 
@@ -113,7 +113,7 @@ def classifier_file(path: Path, pool: str, **more) -> str:
     vit = create_model("vit_tiny_patch16_224", **options, global_pool=pool, num_classes=0)
     for parameter in vit.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    checkpoint.save_checkpoint(path, {"model": vit.state_dict() | more})
+    save_checkpoint(path, {"model": vit.state_dict() | more})
     return str(path)
 
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_with_a_gap_is_refused(tmp_path):
     file = classifier_file(tmp_path / "a.pth", "token")
     state = torch.load(file)["model"]
     del state["blocks.1.mlp.fc2.bias"]
-    checkpoint.save_checkpoint(file, {"model": state})
+    save_checkpoint(file, {"model": state})
     with pytest.raises(ValueError, match=r"100% are needed: the model has blocks\.1\.mlp\.fc2\.bias"):
         build_backbone(parse("--finetune", file))
 
@@ -180,9 +180,9 @@ def test_features_of_every_method(tmp_path, method, classifier, form):
     encoder, file = network.teacher or network, tmp_path / form
     if form == "checkpoint.pth":
         teacher = {"teacher": network.teacher.state_dict()} if network.teacher else {}
-        checkpoint.save_checkpoint(file, {"model": network.state_dict(), **teacher})
+        save_checkpoint(file, {"model": network.state_dict(), **teacher})
     else:
-        checkpoint.save_encoder(file, network.encoder_state_dict(), {"format": "timm"})
+        save_encoder(file, network.encoder_state_dict(), {"format": "timm"})
     with torch.no_grad():
         tokens = encoder.norm(encoder.eval().forward_features(images()))
     for flag, expected in (("--cls_token", tokens[:, 0]), ("--global_pool", tokens[:, 1:].mean(1))):
@@ -221,7 +221,7 @@ def test_the_cache_gives_the_same_and_belongs_to_its_settings(tmp_path):
     assert run_here(tmp_path / "b", "--finetune", file, *cache) == fresh
     stored = torch.load(tmp_path / "cache/train.pth")
     stored["labels"] = stored["labels"].roll(1)  # to see whether it is read
-    checkpoint.save_checkpoint(tmp_path / "cache/train.pth", stored)
+    save_checkpoint(tmp_path / "cache/train.pth", stored)
     assert run_here(tmp_path / "c", "--finetune", file, *cache)[0].acc1 < fresh[0].acc1
     other = classifier_file(tmp_path / "b.pth", "avg")
     for flags in (["--global_pool"], ["--label_fraction", "0.5"], ["--crop_pct", "1"], ["--finetune", other]):

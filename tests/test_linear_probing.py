@@ -12,11 +12,12 @@ from helpers import SIZE, TINY, differing, in_ranks, own_signals
 
 import run_linear_probing
 from datasets import TrainBatchSampler
-from features import build_backbone, evaluation_images, extract
 from optim_factory import cosine_at
-from probing import LinearHead
-from run_pretraining import launch, set_up
-from transforms import ProbeTransform, draw_clipped_crop, draw_short_side_crop
+from unimim.data.crops import draw_clipped_crop, draw_short_side_crop
+from unimim.data.views import ProbeTransform
+from unimim.engine.setup import launch, set_up
+from unimim.evaluation.features import build_backbone, evaluation_images, extract
+from unimim.evaluation.linear_probe import LinearHead
 
 BASE = [
     *("--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE),

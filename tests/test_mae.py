@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
 from masking_generator import semantic_mask
 from modeling_finetune import create_model, list_models, patchify, take, unpatchify
 from modeling_pretrain import MAE, SemMAE, pixel_statistics
 from optim_factory import param_groups
-from scripts.straightforward import StraightforwardMAE
-from utils import count_flops
+from scripts.benchmarks.published import StraightforwardMAE
+from unimim.checkpoint.files import load_checkpoint, save_encoder
+from unimim.checkpoint.loading import load_pretrained
+from unimim.engine.monitor import count_flops
 
 SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 3}
@@ -248,10 +249,10 @@ def test_options_of_another_form_are_refused():
 
 def test_the_exported_encoder_is_timms(tmp_path):
     model = small(input_size=16).eval()
-    checkpoint.save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
+    save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
     theirs = timm.models.VisionTransformer(**sizes).eval()
-    theirs.load_state_dict(checkpoint.load_checkpoint(tmp_path / "encoder.safetensors"), strict=True)
+    theirs.load_state_dict(load_checkpoint(tmp_path / "encoder.safetensors"), strict=True)
     images = pictures(size=(16, 16))
     cells = torch.arange(16).expand(3, -1)
     ours = model.forward_encoder(patchify(images, (4, 4)), cells)
@@ -264,7 +265,7 @@ def test_a_published_file_is_fine_tuned(pool):
     model = small(SemMAE, input_size=32)
     options = {**SMALL, "input_size": 16, "num_classes": 5, "global_pool": pool}
     classifier = create_model("vit_tiny_patch16_224", **options)
-    report = checkpoint.load_pretrained(classifier, {"model": model.state_dict(), "epoch": 99})
+    report = load_pretrained(classifier, {"model": model.state_dict(), "epoch": 99})
     assert report.matched == 1.0
     assert report.interpolated == ["pos_embed"]
     missing = ["head.weight", "head.bias"]

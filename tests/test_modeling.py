@@ -23,7 +23,7 @@ from modeling_finetune import (
     table_rows,
 )
 from modeling_pretrain import ConMIM, masked_positions, take
-from run_pretraining import compile_blocks
+from unimim.engine.compiling import compile_blocks
 
 KERNELS = ("eager", "sdpa", "auto")
 SIZE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "input_size": (16, 24), "patch_size": 4}

@@ -10,12 +10,15 @@ import timm
 import torch
 from PIL import Image
 
-import part_extraction
 import run_part_learning
-import utils
-from checkpoint import save_encoder
 from modeling_finetune import VisionTransformer
-from part_learning import (
+from unimim.checkpoint.files import save_encoder
+from unimim.data.part_maps import MISSING, PartMaps, PartMapWriter
+from unimim.data.shapes import cached_shapes, make_scene
+from unimim.data.views import MEAN_STD
+from unimim.engine.distributed import StopSignal
+from unimim.parts import extraction
+from unimim.parts.learning import (
     Features,
     PartLearner,
     PartLearning,
@@ -31,10 +34,7 @@ from part_learning import (
     temperature_at,
     without_single_cells,
 )
-from part_maps import MISSING, PartMaps, PartMapWriter
-from part_metrics import PartQuality, best_union_iou, nmi, overlap
-from shapes import cached_shapes, make_scene
-from transforms import MEAN_STD
+from unimim.parts.metrics import PartQuality, best_union_iou, nmi, overlap
 
 TINY = {"patch_size": 8, "depth": 2}
 TIMM = "vit_tiny_patch16_224"
@@ -42,7 +42,7 @@ TIMM = "vit_tiny_patch16_224"
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    before = {number: signal.getsignal(number) for number in utils.StopSignal.signals}
+    before = {number: signal.getsignal(number) for number in StopSignal.signals}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -396,8 +396,8 @@ def rows_of(folder: Path, count: int = 21) -> np.ndarray:
 def test_a_run_trains_extracts_measures_and_shows(data, tmp_path):
     flags = ["--extract", str(tmp_path / "parts"), "--save_scores", "--part_grid", "8", "--split", "val"]
     run(data, tmp_path, *flags, "--evaluate", str(tmp_path / "q.csv"), "--visualize", str(tmp_path / "sheet.png"))
-    source = part_extraction.build_dataset(parse(data, tmp_path), train=False, transform=None, need_labels=False).source
-    maps = PartMaps.open(tmp_path / "parts", paths=part_extraction.image_names(source), map_file=data / "val_map.txt")
+    source = extraction.build_dataset(parse(data, tmp_path), train=False, transform=None, need_labels=False).source
+    maps = PartMaps.open(tmp_path / "parts", paths=extraction.image_names(source), map_file=data / "val_map.txt")
     assert (len(maps), maps.grid, maps.num_parts, maps.meta.background_id) == (6, (8, 8), 7, 0)
     teacher, learner = trained(tmp_path)
     image = Image.open(data / "images/validation/000004.png").resize((32, 32), Image.Resampling.BICUBIC)
@@ -411,7 +411,7 @@ def test_a_run_trains_extracts_measures_and_shows(data, tmp_path):
         ["learned", "7"], ["attention_heads", "4"], ["kmeans", "7"], ["random", "7"],
     ]  # fmt: skip
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    panel = part_extraction.PANEL
+    panel = extraction.PANEL
     assert sheet.shape == (16 + 6 * panel, 4 * panel, 3)
     assert np.array_equal(sheet[16 + 4 * panel : 16 + 5 * panel : 5, :panel:5], np.asarray(image))
 
@@ -439,7 +439,7 @@ def test_two_ranks_write_what_one_writes(data, tmp_path):
         for rank in range(ranks):
             args = parse(data, tmp_path, "--extract", str(folder), "--batch_size", "3")
             args.rank, args.world_size = rank, ranks
-            part_extraction.extract(args, task, normalize)
+            extraction.extract(args, task, normalize)
             if (rank, ranks) == (0, 2):
                 assert PartMapWriter(folder).missing().tolist() == list(range(1, 21, 2))
     assert np.array_equal(rows_of(folders[0]), rows_of(folders[1]))

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import pickle
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from part_maps import (
+from scripts.tools.convert_packed_parts import convert
+from unimim.data.part_maps import (
     MISSING,
     SCORES,
     MissingMapError,
@@ -24,10 +24,7 @@ from part_maps import (
     read_packed,
     write_zip,
 )
-from transforms import MEAN_STD
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from convert_packed_parts import convert
+from unimim.data.views import MEAN_STD
 
 NAMES = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg", "b/3.jpg"]
 META = PartMeta(7, (3, 4), len(NAMES), background_id=0, names_sha256=names_sha256(NAMES))

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-import options
 import run_pretraining
-from datasets import ArraySource, ImageDataset, RandomParts
+from datasets import ImageDataset
 from modeling_pretrain import SemMAE
 from optim_factory import cosine_at
-from part_maps import PartMapWriter, PartMeta
-from run_pretraining import open_parts, schedules
-from transforms import ViewDraws, build_pretrain_transform, crop_map, majority
-from utils import StopSignal
+from unimim.cli.options import parse, resolve_lr
+from unimim.data.crops import ViewDraws, crop_map, majority
+from unimim.data.part_maps import PartMapWriter, PartMeta, RandomParts
+from unimim.data.pretraining import open_parts
+from unimim.data.sources import ArraySource
+from unimim.data.views import build_pretrain_transform
+from unimim.engine.distributed import StopSignal
+from unimim.engine.setup import schedules
 
 PALETTE = np.array([[250, 30, 30], [30, 220, 40], [40, 60, 230], [230, 220, 40], [30, 30, 30]], dtype=np.uint8)
 
@@ -125,7 +128,7 @@ def test_a_run_moves_the_weight_from_epoch_to_epoch(tmp_path):
         "--device cpu --model_kwargs embed_dim=16 depth=1 num_heads=1 --data_set digits --num_workers 0 "
         "--batch_size 512 --epochs 3 --warmup_epochs 0 --no_save_ckpt"
     )
-    args = options.parse("pretrain", [*flags.split(), "--output_dir", str(tmp_path)])
+    args = parse("pretrain", [*flags.split(), "--output_dir", str(tmp_path)])
     handlers = {number: signal.getsignal(number) for number in StopSignal.signals}
     run_pretraining.main(args)
     for number, handler in handlers.items():
@@ -169,9 +172,9 @@ def test_opening_part_maps(tmp_path):
 
 def test_either_rate_replaces_the_other(tmp_path):
     def rates(*flags: str) -> tuple[float, float | None]:
-        args = options.parse("pretrain", ["--batch_size", "64", "--update_freq", "2", *flags])
+        args = parse("pretrain", ["--batch_size", "64", "--update_freq", "2", *flags])
         args.world_size = 4
-        options.resolve_lr(args)
+        resolve_lr(args)
         return args.lr, args.blr
 
     recipe = ("--model", "mae_base_patch16_224")

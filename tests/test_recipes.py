@@ -12,14 +12,14 @@ import torch
 from helpers import ROOT, TOKENIZER, own_signals
 from torch.overrides import TorchFunctionMode
 
-import options
 import run_class_finetuning
 import run_knn
 import run_linear_probing
 import run_part_learning
 import run_pretraining
 from semantic_segmentation import voc_linear_probe
-from shapes import write_shapes
+from unimim.cli.options import parse, report
+from unimim.data.shapes import write_shapes
 from unimim.recipes import (
     STAGES,
     Recipe,
@@ -35,8 +35,8 @@ from unimim.recipes import (
 from unimim.recipes.__main__ import markdown, published
 
 PARSE = {
-    "pretrain": lambda words: options.parse("pretrain", words),
-    "finetune": lambda words: options.parse("finetune", words),
+    "pretrain": lambda words: parse("pretrain", words),
+    "finetune": lambda words: parse("finetune", words),
     "linear": run_linear_probing.parse,
     "knn": run_knn.parse,
     "parts": run_part_learning.parse,
@@ -122,12 +122,10 @@ def test_name_means_the_same_as_the_whole_command(recipe: Recipe) -> None:
 def test_recipe_sets_the_model_and_gives_way_to_file_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("recipe: maskfeat_base_finetune\nepochs: 7\nmixup: 0.5\n")
-    args = options.parse("finetune", ["--config", str(file), "--mixup", "0.25"])
+    args = parse("finetune", ["--config", str(file), "--mixup", "0.25"])
     assert (args.recipe, args.model) == ("maskfeat_base_finetune", "vit_base_patch16_224")
     assert (args.lr, args.blr, args.epochs, args.mixup) == (8e-3, None, 7, 0.25)
-    args = options.parse(
-        "finetune", ["--recipe", "saim_base_finetune", "--lr", "1e-3", "--model", "vit_tiny_patch16_224"]
-    )
+    args = parse("finetune", ["--recipe", "saim_base_finetune", "--lr", "1e-3", "--model", "vit_tiny_patch16_224"])
     assert (args.lr, args.blr, args.use_mean_pooling, args.model) == (1e-3, None, False, "vit_tiny_patch16_224")
     args = run_linear_probing.parse(["--recipe", "a2mim_resnet50_linear", "--blr", "0.2"])
     assert (args.model, args.pool, args.lr, args.blr, args.lr_steps) == ("resnet50", "avg", None, 0.2, [60, 80])
@@ -138,7 +136,7 @@ def test_recipes_that_were_not_taken_are_named(caplog) -> None:
     assert {"semmae_base_finetune", "maskfeat_base_finetune"} < set(others) and len(others) == 6
     with caplog.at_level("INFO", logger="unimim"):
         for words in (["--model", "vit_base_patch16_224"], ["--recipe", "saim_base_finetune"]):
-            options.report(options.parse("finetune", words), {})
+            report(parse("finetune", words), {})
     first, second = (record.getMessage() for record in caplog.records)
     assert first == f"recipe: mae_base_finetune; --recipe takes for this model also {', '.join(others)}"
     assert second == "recipe: saim_base_finetune"
@@ -154,7 +152,7 @@ def test_recipes_that_were_not_taken_are_named(caplog) -> None:
 )
 def test_wrong_name_is_refused(name: str, said: str, capsys) -> None:
     with pytest.raises(SystemExit):
-        options.parse("pretrain", ["--recipe", name])
+        parse("pretrain", ["--recipe", name])
     assert f"--recipe {name} {said}" in capsys.readouterr().err
 
 

@@ -25,22 +25,6 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from analysis import fourier, interaction
-from attention_maps import class_maps, patch_maps
-from backbones import PixelNeck
-from checkpoint import (
-    class_tokens,
-    from_mmpretrain,
-    from_openmixup,
-    fuse_qkv,
-    geometric_ratio,
-    interpolate_pos_embed,
-    interpolate_rel_pos_bias,
-    load_pretrained,
-    source_coordinates,
-)
-from features import Features
-from knn import evaluate_knn
-from losses import FocalFrequencyLoss, ReconstructionLoss, Regression, mean_filled
 from masking_generator import (
     SimMIMMask,
     mask_lambda_schedule,
@@ -49,7 +33,9 @@ from masking_generator import (
     semantic_mask,
     visible_patches,
 )
+from modeling_backbones import PixelNeck
 from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, to_pair, unpatchify
+from modeling_losses import FocalFrequencyLoss, ReconstructionLoss, Regression, mean_filled
 from modeling_pretrain import (
     A2MIM,
     MAE,
@@ -90,9 +76,20 @@ from optim_factory import (
     param_groups,
     set_schedule,
 )
-from probing import LinearHead, head_groups
 from semantic_segmentation.voc_linear_probe import class_iou, confusion_matrix
-from transforms import MEAN_STD
+from unimim.checkpoint.loading import class_tokens, load_pretrained
+from unimim.checkpoint.names import from_mmpretrain, from_openmixup, fuse_qkv
+from unimim.checkpoint.resizing import (
+    geometric_ratio,
+    interpolate_pos_embed,
+    interpolate_rel_pos_bias,
+    source_coordinates,
+)
+from unimim.data.views import MEAN_STD
+from unimim.evaluation.attention import class_maps, patch_maps
+from unimim.evaluation.features import Features
+from unimim.evaluation.knn import evaluate_knn
+from unimim.evaluation.linear_probe import LinearHead, head_groups
 
 CASES = Path(os.environ.get("REFERENCE_CASES", Path(__file__).parent / "reference_cases"))
 FOLDERS = sorted(file.parent for file in CASES.glob("*/*/case.json"))

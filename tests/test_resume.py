@@ -27,8 +27,9 @@ from helpers import (
     whole_weights,
 )
 
-import checkpoint
-from utils import RunLog, StopSignal, free_port
+from unimim.checkpoint.files import latest_valid_checkpoint, load_checkpoint, save_checkpoint
+from unimim.engine.distributed import StopSignal, free_port
+from unimim.engine.monitor import RunLog
 
 WORKERS = ("--num_workers", "2", "--update_freq", "2")
 AUGMENTED = (
@@ -39,7 +40,7 @@ AUGMENTED = (
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
     """The last checkpoints, tensor for tensor, and every line of log.txt."""
-    states = [checkpoint.load_checkpoint(folder / "checkpoint-1.pth") for folder in (ours, theirs)]
+    states = [load_checkpoint(folder / "checkpoint-1.pth") for folder in (ours, theirs)]
     for state in states:
         assert state.pop("args")["update_freq"] == 2
     assert len(states[0]["optimizer"]["state"]) > 20
@@ -113,22 +114,24 @@ def test_stopped_finetuning_resumes_bit_exactly(tmp_path):
         assert process.returncode == os.EX_TEMPFAIL == 75, output
         said = re.search(rf"^stopped by {number.name} after step (\d+) of epoch {epoch}; .*$", output, re.MULTILINE)
         assert said and output.rstrip().endswith(said.group(0)) and "Traceback" not in output
-        assert checkpoint.latest_valid_checkpoint(stopped).name == f"checkpoint-{epoch}-{said.group(1)}.pth"
+        assert latest_valid_checkpoint(stopped).name == f"checkpoint-{epoch}-{said.group(1)}.pth"
     finish(start_command(script("finetune", stopped, *WORKERS, *AUGMENTED)))
     finish(uninterrupted)
     assert_same_run(stopped, whole)
-    best = [checkpoint.load_checkpoint(folder / "checkpoint-best.pth") for folder in (stopped, whole)]
+    best = [load_checkpoint(folder / "checkpoint-best.pth") for folder in (stopped, whole)]
     assert differing(*({k: v for k, v in state.items() if k != "args"} for state in best)) == []
 
 
 RANK_OF_A_LAUNCHER = """
 import os, pathlib, sys
 sys.path.insert(0, {root!r})
-import options, run_pretraining
+import run_pretraining
+from unimim.cli import options
+from unimim.engine import setup
 folder, rank = pathlib.Path({folder!r}), os.environ["RANK"]
 (folder / f"pid-{{rank}}").write_text(str(os.getpid()))
 try:
-    run_pretraining.launch(run_pretraining.main, options.parse("pretrain"))
+    setup.launch(run_pretraining.main, options.parse("pretrain"))
 except SystemExit as end:
     (folder / f"code-{{rank}}").write_text(str(end.code))
     raise
@@ -155,15 +158,16 @@ def test_launch_script_stops_all_ranks_with_a_checkpoint(tmp_path):
     said = re.search(r"stopped by (SIGUSR1|SIGTERM) after step (\d+) of epoch 0", output)
     assert said and "DataLoader worker" not in output, output
     path = tmp_path / f"checkpoint-0-{said.group(2)}.pth"
-    assert checkpoint.load_checkpoint(path)["engine"]["world_size"] == 2
+    assert load_checkpoint(path)["engine"]["world_size"] == 2
     assert process.returncode != 0
     assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["75", "75"]
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 STUCK = """
-import ctypes, time, utils
-stop = utils.StopSignal()
+import ctypes, time
+from unimim.engine.distributed import StopSignal
+stop = StopSignal()
 print("ready", flush=True)
 while stop.received is None:
     time.sleep(0.01)
@@ -261,9 +265,9 @@ def test_what_decides_the_samples_must_stay_in_mid_epoch(tmp_path, flags, messag
 
 def edit(path: Path, change) -> None:
     """Another run's file: `change(state)` of what this one wrote."""
-    state = checkpoint.load_checkpoint(path)
+    state = load_checkpoint(path)
     change(state)
-    checkpoint.save_checkpoint(path, state)
+    save_checkpoint(path, state)
 
 
 def test_other_images_of_the_same_number_are_refused_in_mid_epoch(saved):

@@ -14,12 +14,12 @@ from helpers import ROOT, in_ranks, run_command
 from PIL import Image
 from tiny_segmentation import CONFIGS, VAL, evaluate_and_leave, tiny_flags, write_images
 
-import utils
-from checkpoint import load_checkpoint
-from downstream import runner
-from scripts import compare_transfer
+from scripts.experiments import compare_transfer
 from semantic_segmentation import demo, prepare_ade20k
 from semantic_segmentation.task import TASK
+from unimim.checkpoint.files import load_checkpoint
+from unimim.engine.distributed import free_port
+from unimim.openmmlab import runner
 
 runner.prepare(TASK, "none")
 
@@ -274,7 +274,7 @@ def test_the_demo_draws_over_images(data, trained, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate(data, trained, tmp_path):
     def launched(script: str, *arguments: str) -> str:
-        where = ["env", f"PYTHON={sys.executable}", f"PORT={utils.free_port()}"]
+        where = ["env", f"PYTHON={sys.executable}", f"PORT={free_port()}"]
         done = run_command([*where, "bash", str(ROOT / "semantic_segmentation" / script), *arguments])
         assert done.returncode == 0, done.stdout[-3000:]
         return done.stdout

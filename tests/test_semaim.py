@@ -8,13 +8,14 @@ import timm
 import torch
 from torch import Tensor
 
-import checkpoint
-import visualize
+from analysis import visualize
 from masking_generator import ORDERS_WITHOUT_NOISE, PATCH_ORDERS, patch_order, visible_patches
 from modeling_finetune import create_model, list_models, patchify, take, unpatchify
 from modeling_pretrain import SemAIM, pixel_statistics
-from scripts.straightforward import make_straightforward
-from utils import count_flops
+from scripts.benchmarks.published import make_straightforward
+from unimim.checkpoint.files import load_checkpoint, save_encoder
+from unimim.checkpoint.loading import load_pretrained
+from unimim.engine.monitor import count_flops
 
 GRIDS = [(side, side) for side in range(6, 21)] + [(6, 9), (14, 7)]
 SMALL = {"input_size": (16, 24), "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "query_depth": 2}
@@ -504,10 +505,10 @@ def test_what_is_refused(options, said):
 @pytest.mark.parametrize("share_weight", [False, True])
 def test_the_exported_encoder_is_timms(tmp_path, share_weight):
     model = small(input_size=16, share_weight=share_weight, query_depth=4).eval()
-    checkpoint.save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
+    save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
     theirs = timm.models.VisionTransformer(**sizes).eval()
-    theirs.load_state_dict(checkpoint.load_checkpoint(tmp_path / "encoder.safetensors"), strict=True)
+    theirs.load_state_dict(load_checkpoint(tmp_path / "encoder.safetensors"), strict=True)
     images = pictures(size=(16, 16))
     ours = model.norm(model.forward_features(images))
     torch.testing.assert_close(ours, theirs.forward_features(images), rtol=1e-5, atol=1e-5)
@@ -524,7 +525,7 @@ def test_a_checkpoint_is_fine_tuned(share_weight, published):
     if published:
         wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
         state = {"epoch": 800, "state_dict": wrapped, "model": "aim_base"}
-    report = checkpoint.load_pretrained(classifier, state)
+    report = load_pretrained(classifier, state)
     assert report.matched == 1.0
     own = model.blocks[2].attn
     expected = torch.cat((own.q.weight, own.k.weight, own.v.weight)) if share_weight else own.qkv.weight

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from masking_generator import mask_lambda_schedule, num_visible, others_first, semantic_mask
-from scripts.straightforward import semantic_mask_of_one
+from scripts.benchmarks.published import semantic_mask_of_one
 
 cases = st.tuples(
     st.integers(2, 80),  # tokens

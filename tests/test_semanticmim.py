@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from helpers import METHODS, TOKENIZER, arguments
 from torch import Tensor, nn
 
-import run_pretraining
-from engine_for_pretraining import Normalize
 from modeling_finetune import create_model, list_models
 from modeling_pretrain import BEiT, MaskFeat, SemanticBEiT, SemanticMIM, WordHead, WordLoss
 from optim_factory import param_groups
-from scripts.benchmark import LivingBytes
-from scripts.straightforward import make_straightforward
-from transforms import MEAN_STD
-from utils import count_flops
+from scripts.benchmarks.benchmark import LivingBytes
+from scripts.benchmarks.published import make_straightforward
+from unimim.cli.models import build_method
+from unimim.data.pretraining import build_data
+from unimim.data.views import MEAN_STD
+from unimim.engine.monitor import count_flops
+from unimim.engine.state import Normalize
 
 SIZE = {"input_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 FORMS = {"beit": (SemanticBEiT, {"vocab_size": 24, "init_values": 0.1}), "maskfeat": (MaskFeat, {})}
@@ -358,7 +359,7 @@ def test_registered_models():
 
 
 def test_the_tokenizer_is_no_part_of_the_network(tmp_path):
-    method = run_pretraining.build_method(arguments("pretrain", tmp_path, *METHODS["semanticmim_beit"]))
+    method = build_method(arguments("pretrain", tmp_path, *METHODS["semanticmim_beit"]))
     assert method.tokenizer.vocab_size == 64 and method.second_size == (32, 32)
     assert method.frozen is method.tokenizer.encoder
     assert not any("conv" in name for name in [*method.state_dict(), *dict(method.named_parameters())])
@@ -371,7 +372,7 @@ def test_what_is_refused(tmp_path, capsys):
     def said(method: str, *flags: str) -> str:
         args = arguments("pretrain", tmp_path, *METHODS[method], *flags)
         with pytest.raises(ValueError) as error:
-            run_pretraining.build_data(args, run_pretraining.build_method(args))
+            build_data(args, build_method(args))
         return str(error.value)
 
     assert "has 64 words, the model 8192: give --model_kwargs vocab_size=64" in said("beit", "--model_kwargs")
@@ -385,7 +386,7 @@ def test_what_is_refused(tmp_path, capsys):
     args = arguments("pretrain", tmp_path, "--model", "beit_tiny_patch16_224_8k_vocab")
     args.model_kwargs = []
     with pytest.raises(ValueError, match="needs --discrete_vae_weight_path"):
-        run_pretraining.build_data(args, run_pretraining.build_method(args))
+        build_data(args, build_method(args))
     with pytest.raises(ValueError, match="num_cls_tokens=2 must be"):
         create_model("beit_tiny_patch16_224", num_cls_tokens=2)
     assert TOKENIZER.is_file()

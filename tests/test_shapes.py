@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import shapes
 from datasets import build_dataset
-from scripts import make_shapes
-from transforms import build_finetune_transform
+from scripts.tools import make_shapes
+from unimim.data import shapes
+from unimim.data.views import build_finetune_transform
 
 ROOT = Path(__file__).resolve().parent.parent
 # of write_shapes(root, 20, 5): file names and contents in sorted order
@@ -141,7 +141,9 @@ def test_the_data_set_is_loaded_from_its_cache(root, monkeypatch):
 
 
 def test_a_cache_whose_writing_was_killed_is_written_anew(tmp_path):
-    program = "import sys, pathlib, shapes; shapes.cached_shapes(pathlib.Path(sys.argv[1]), 10**6, 1)"
+    program = (
+        "import sys, pathlib; from unimim.data import shapes; shapes.cached_shapes(pathlib.Path(sys.argv[1]), 10**6, 1)"
+    )
     writer = subprocess.Popen([sys.executable, "-c", program, tmp_path / "shapes"], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".shapes.*.tmp/images/training/*.png")):

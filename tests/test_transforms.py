@@ -12,10 +12,12 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms import InterpolationMode as Mode
 
-import transforms
-from masking_generator import build_mask_generator
-from shapes import background
-from transforms import BrokenImageError, ColourDraws, build_finetune_transform, build_pretrain_transform, decode
+from masking_generator import as_pair, build_mask_generator
+from unimim.data.color import JITTER_RANGES, REFERENCE_JITTER, ColourDraws, draw_colour, fast_colour, reference_colour
+from unimim.data.crops import INTERPOLATIONS, PILLOW_FILTERS, draw_crop
+from unimim.data.jpeg import CHROMA_ROWS, BrokenImageError, cuttable_height, decode, decode_pillow, open_picture
+from unimim.data.shapes import background
+from unimim.data.views import PIPELINES, build_finetune_transform, build_pretrain_transform, draw_view
 
 NO_COLOUR = ColourDraws(jitter=(), grey=False, blur_radius=None, solarise=False)
 
@@ -63,7 +65,7 @@ ENCODED = {
 @pytest.mark.parametrize("kind", ENCODED)
 def test_decode_equals_pillow(kind):
     expected = np.asarray(Image.open(io.BytesIO(ENCODED[kind])).convert("RGB"))
-    for picture in (decode(ENCODED[kind]), np.asarray(transforms.decode_pillow(ENCODED[kind]))):
+    for picture in (decode(ENCODED[kind]), np.asarray(decode_pillow(ENCODED[kind]))):
         assert picture.shape == (40, 60, 3) and picture.dtype == np.uint8
         assert (picture == expected).all()
 
@@ -82,16 +84,16 @@ SEQUENTIAL = {
 @pytest.mark.parametrize("kind", SEQUENTIAL)
 def test_the_first_rows_of_a_jpeg_are_exact_without_those_below(kind):
     raw, whole = SEQUENTIAL[kind], decode(SEQUENTIAL[kind])
-    size, decode_rows = transforms.open_picture(raw)
+    size, decode_rows = open_picture(raw)
     assert size == (67, 45)
     for rows in range(1, 68):
         top = decode_rows(rows)
-        assert rows <= len(top) <= rows + transforms.CHROMA_ROWS and (top[:rows] == whole[:rows]).all()
+        assert rows <= len(top) <= rows + CHROMA_ROWS and (top[:rows] == whole[:rows]).all()
 
 
 @pytest.mark.parametrize("kind", ENCODED)
 def test_a_picture_that_is_opened_first_is_the_same(kind):
-    size, decode_rows = transforms.open_picture(ENCODED[kind])
+    size, decode_rows = open_picture(ENCODED[kind])
     assert size == (40, 60)
     assert all((decode_rows(rows)[:rows] == decode(ENCODED[kind])[:rows]).all() for rows in (1, 20, 40))
 
@@ -99,23 +101,23 @@ def test_a_picture_that_is_opened_first_is_the_same(kind):
 def test_only_whole_sequential_jpegs_are_decoded_in_part():
     not_whole = [SEQUENTIAL["420"][:-400], SEQUENTIAL["420"] + bytes(200), b"\xff\xd8\xff\xd9", COLOURS.tobytes()]
     for raw in (ENCODED["progressive jpeg"], ENCODED["cmyk jpeg"], ENCODED["png"], *not_whole):
-        assert transforms.cuttable_height(raw) is None
-    assert all(transforms.cuttable_height(raw) for raw in SEQUENTIAL.values())
+        assert cuttable_height(raw) is None
+    assert all(cuttable_height(raw) for raw in SEQUENTIAL.values())
 
 
 def test_a_truncated_jpeg_is_broken_also_where_the_crop_needs_none_of_what_is_lost():
     """Whether a file counts as broken must not depend on the draws."""
     for lost in (3, 100, 1000):
         with pytest.raises(BrokenImageError):
-            transforms.open_picture(SEQUENTIAL["420"][:-lost])
+            open_picture(SEQUENTIAL["420"][:-lost])
 
 
 def test_damage_within_a_jpeg_is_forgiven_as_by_pillow():
     raw = bytearray(SEQUENTIAL["420"])
     raw[-500:-450] = bytes(50)
-    expected = np.asarray(transforms.decode_pillow(bytes(raw)))
+    expected = np.asarray(decode_pillow(bytes(raw)))
     for rows in (40, 67):
-        assert (transforms.open_picture(bytes(raw))[1](rows)[:rows] == expected[:rows]).all()
+        assert (open_picture(bytes(raw))[1](rows)[:rows] == expected[:rows]).all()
 
 
 def test_exif_orientation_is_ignored():
@@ -128,7 +130,7 @@ def test_exif_orientation_is_ignored():
     "raw", [b"", b"no image at all", ENCODED["jpeg 4:2:0"][:600], ENCODED["png"][:600], b"\xff\xd8"]
 )
 def test_broken_bytes_are_reported_as_such(raw):
-    for decoder in (decode, transforms.decode_pillow):
+    for decoder in (decode, decode_pillow):
         with pytest.raises(BrokenImageError):
             decoder(raw)
 
@@ -138,7 +140,7 @@ def test_broken_bytes_are_reported_as_such(raw):
 
 def test_draws_have_the_published_distribution():
     rng = np.random.default_rng(0)
-    found = [transforms.draw_view(rng, (400, 400), (0.08, 1.0), "bicubic", strong=True) for _ in range(4000)]
+    found = [draw_view(rng, (400, 400), (0.08, 1.0), "bicubic", strong=True) for _ in range(4000)]
     areas = np.array([draws.box[2] * draws.box[3] / 400**2 for draws in found])
     aspects = np.array([draws.box[3] / draws.box[2] for draws in found])
     assert areas.min() > 0.075 and areas.max() <= 1
@@ -157,9 +159,9 @@ def test_draws_have_the_published_distribution():
 
 def test_jitter_steps_come_in_every_order_with_factors_in_range():
     rng = np.random.default_rng(0)
-    steps = [draws.jitter for draws in (transforms.draw_colour(rng) for _ in range(1500)) if draws.jitter]
+    steps = [draws.jitter for draws in (draw_colour(rng) for _ in range(1500)) if draws.jitter]
     assert len({tuple(name for name, _ in jitter) for jitter in steps}) == 24
-    for name, (low, high) in transforms.JITTER_RANGES.items():
+    for name, (low, high) in JITTER_RANGES.items():
         factors = [dict(jitter)[name] for jitter in steps]
         assert low <= min(factors) < low + 0.02 * (high - low) and high - 0.02 * (high - low) < max(factors) <= high
 
@@ -168,12 +170,12 @@ def test_jitter_steps_come_in_every_order_with_factors_in_range():
     "size, box", [((10, 1000), (0, 493, 10, 13)), ((1000, 9), (494, 0, 12, 9)), ((1, 1), (0, 0, 1, 1))]
 )
 def test_crop_of_a_strip_is_central_and_clipped_to_the_aspect_range(size, box):
-    assert transforms.draw_crop(np.random.default_rng(0), size, (0.9, 1.0)) == box
+    assert draw_crop(np.random.default_rng(0), size, (0.9, 1.0)) == box
 
 
 def test_boxes_stay_inside_and_reach_the_edges():
     rng = np.random.default_rng(0)
-    boxes = np.array([transforms.draw_crop(rng, (30, 40), (0.08, 1.0)) for _ in range(2000)])
+    boxes = np.array([draw_crop(rng, (30, 40), (0.08, 1.0)) for _ in range(2000)])
     assert boxes[:, :2].min() == 0
     assert (boxes[:, 0] + boxes[:, 2]).max() == 30 and (boxes[:, 1] + boxes[:, 3]).max() == 40
 
@@ -181,18 +183,18 @@ def test_boxes_stay_inside_and_reach_the_edges():
 # --- the two pipelines ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interpolation", transforms.INTERPOLATIONS)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("size", [64, (48, 112)])
 def test_weak_views_agree_within_two_levels(interpolation, size):
     pipelines = [
         build_pretrain_transform(("image",), input_size=size, interpolation=interpolation, pipeline=pipeline)
-        for pipeline in transforms.PIPELINES
+        for pipeline in PIPELINES
     ]
     means = []
     for seed in range(12):
         raw = jpeg(seed, height=150 + 40 * (seed % 4), width=230)
         fast, reference = (pipeline(raw, np.random.default_rng(seed))["image"] for pipeline in pipelines)
-        assert fast.dtype == torch.uint8 and fast.shape == (3, *transforms.as_pair(size)) and fast.is_contiguous()
+        assert fast.dtype == torch.uint8 and fast.shape == (3, *as_pair(size)) and fast.is_contiguous()
         difference = levels_apart(fast, reference)
         assert difference.max() <= 2
         means.append(difference.mean())
@@ -200,7 +202,7 @@ def test_weak_views_agree_within_two_levels(interpolation, size):
 
 
 def test_weak_views_agree_at_full_size():
-    pipelines = [build_pretrain_transform(("image",), input_size=224, pipeline=p) for p in transforms.PIPELINES]
+    pipelines = [build_pretrain_transform(("image",), input_size=224, pipeline=p) for p in PIPELINES]
     for seed in range(10):
         raw = jpeg(seed)
         fast, reference = (pipeline(raw, np.random.default_rng(seed))["image"] for pipeline in pipelines)
@@ -225,8 +227,8 @@ def test_colour_operations_agree_with_pillow(change, most):
     anything = rng.integers(0, 256, (120, 130, 3), dtype=np.uint8)
     for picture in (photo(3, 90, 120), anything):
         before = np.ascontiguousarray(picture.transpose(2, 0, 1))
-        fast = transforms.fast_colour(before.copy(), draws)
-        expected = np.asarray(transforms.reference_colour(Image.fromarray(picture), draws)).transpose(2, 0, 1)
+        fast = fast_colour(before.copy(), draws)
+        expected = np.asarray(reference_colour(Image.fromarray(picture), draws)).transpose(2, 0, 1)
         assert levels_apart(fast, expected).max() <= most
         if change not in ({"jitter": (("hue", 0.0),)}, {"blur_radius": 0.12}):
             assert levels_apart(fast, before).mean() > 0.3  # it does something
@@ -237,7 +239,7 @@ def test_strong_views_agree_on_average():
     views = ("image", "image_strong", "mask")
     pipelines = [
         build_pretrain_transform(views, input_size=96, pipeline=pipeline, mask_generator=generator)
-        for pipeline in transforms.PIPELINES
+        for pipeline in PIPELINES
     ]
     means = []
     for seed in range(20):
@@ -252,7 +254,7 @@ def test_both_views_are_the_same_crop():
     transform = build_pretrain_transform(("image", "image_strong"), input_size=64)
     picture, untouched = photo(0, 90, 120), 0
     for seed in range(60):
-        draws = transforms.draw_view(np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=True)
+        draws = draw_view(np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=True)
         sample = transform(picture, np.random.default_rng(seed))
         if draws.colour == NO_COLOUR:
             untouched += 1
@@ -270,7 +272,7 @@ def test_the_weak_view_does_not_depend_on_the_other_views():
         assert torch.equal(alone(picture, rngs[0])["image"], full(picture, rngs[1])["image"])
 
 
-@pytest.mark.parametrize("pipeline", transforms.PIPELINES)
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_the_second_picture_is_the_same_crop_in_another_size(pipeline):
     """Both sizes are those of Pillow after jitter, flip and crop of the whole picture, in BEiT's order."""
     transform = build_pretrain_transform(
@@ -279,21 +281,19 @@ def test_the_second_picture_is_the_same_crop_in_another_size(pipeline):
     picture = photo(0, 90, 120)
     orders = set()
     for seed in range(12):
-        draws = transforms.draw_view(
-            np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=False, jitter=0.4
-        )
+        draws = draw_view(np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=False, jitter=0.4)
         orders.add(tuple(name for name, _ in draws.jitter))
         assert all(0.6 <= factor <= 1.4 for _, factor in draws.jitter) and len(draws.jitter) == 3
         sample = transform(picture, np.random.default_rng(seed))
         whole = Image.fromarray(picture)
         for name, factor in draws.jitter:
-            whole = transforms.REFERENCE_JITTER[name](whole, factor)
+            whole = REFERENCE_JITTER[name](whole, factor)
         if draws.flip:
             whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         top, left, height, width = draws.box
         crop = whole.crop((left, top, left + width, top + height))
         for name, side, resample in (("image", 64, "bicubic"), ("image_second", 32, "lanczos")):
-            expected = np.asarray(crop.resize((side, side), transforms.PILLOW_FILTERS[resample])).transpose(2, 0, 1)
+            expected = np.asarray(crop.resize((side, side), PILLOW_FILTERS[resample])).transpose(2, 0, 1)
             assert sample[name].shape == (3, side, side) and sample[name].dtype == torch.uint8
             apart = levels_apart(sample[name], expected)
             assert apart.mean() < 0.5 and apart.max() <= (0 if pipeline == "reference" else 4)
@@ -304,7 +304,7 @@ def test_jpegs_are_jittered_whole():
     """Contrast is about the mean of the whole picture: rows below the crop count."""
     views = [
         build_pretrain_transform(("image",), input_size=64, color_jitter=0.4, pipeline=pipeline)
-        for pipeline in transforms.PIPELINES
+        for pipeline in PIPELINES
     ]
     for seed in range(8):
         fast, reference = (view(jpeg(seed, 150, 200), np.random.default_rng(seed))["image"] for view in views)
@@ -312,10 +312,8 @@ def test_jpegs_are_jittered_whole():
 
 
 def test_views_without_jitter_are_drawn_as_before():
-    plain = transforms.draw_view(np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True)
-    also = transforms.draw_view(
-        np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True, second="bilinear"
-    )
+    plain = draw_view(np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True)
+    also = draw_view(np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True, second="bilinear")
     assert (plain.flip, plain.box, plain.colour, plain.jitter) == (also.flip, also.box, also.colour, ())
 
 
@@ -337,7 +335,7 @@ def test_two_masks_are_drawn_one_after_the_other():
 
 def test_random_interpolation_uses_both_filters():
     rng = np.random.default_rng(0)
-    drawn = {transforms.draw_view(rng, (50, 50), (0.08, 1.0), "random", strong=False).interpolation for _ in range(30)}
+    drawn = {draw_view(rng, (50, 50), (0.08, 1.0), "random", strong=False).interpolation for _ in range(30)}
     assert drawn == {"bilinear", "bicubic"}
 
 
@@ -378,7 +376,7 @@ def test_training_augmentation_follows_from_its_generator_alone(changes):
     views = [transform(raw, np.random.default_rng(seed))["image"] for seed in (1, 1, 2, 3)]
     assert random.getstate() == states[0]
     assert (np.random.get_state()[1] == states[1]).all() and torch.equal(torch.get_rng_state(), states[2])
-    assert views[0].dtype == torch.uint8 and views[0].shape == (3, *transforms.as_pair(args.input_size))
+    assert views[0].dtype == torch.uint8 and views[0].shape == (3, *as_pair(args.input_size))
     assert torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2]) and not torch.equal(views[2], views[3])
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling_targets import HOG, DalleEncoder, VisualTokenizer, dalle_pixels, load_tokenizer
-from scripts.benchmark import LivingBytes
-from scripts.straightforward import one_hot_histograms
+from scripts.benchmarks.benchmark import LivingBytes
+from scripts.benchmarks.published import one_hot_histograms
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 

@@ -13,15 +13,15 @@ import yaml
 from helpers import in_ranks, own_signals, run_command
 from PIL import Image
 
-from checkpoint import save_checkpoint
 from datasets import BadImagesError
-from features import build_vit
 from modeling_finetune import create_model
-from run_pretraining import launch, schedules
-from scripts import make_shapes
+from scripts.tools import make_shapes
 from semantic_segmentation import voc_linear_probe as voc
-from shapes import make_scene, with_edges, write_shapes
-from transforms import ViewDraws
+from unimim.checkpoint.files import save_checkpoint
+from unimim.data.crops import ViewDraws
+from unimim.data.shapes import make_scene, with_edges, write_shapes
+from unimim.engine.setup import launch, schedules
+from unimim.evaluation.features import build_vit
 
 SIZE = ("embed_dim=32", "depth=3", "num_heads=2")
 BASE = [

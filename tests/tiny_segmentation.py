@@ -73,11 +73,11 @@ def evaluate_and_leave(work: Path, config: str, network: str, flags: list[str]) 
     """
     from helpers import gloo_threads
 
-    import utils
-    from downstream import runner
     from semantic_segmentation.task import TASK
+    from unimim.engine.distributed import leave_process_group
+    from unimim.openmmlab import runner
 
     runner.test(TASK, [config, network, "--launcher", "pytorch", *flags])
     before = gloo_threads()
-    utils.leave_process_group()
+    leave_process_group()
     return before, gloo_threads()

@@ -1,6 +1,6 @@
 """What detection's configurations name, in mmdet's registry: `custom_imports = dict(imports=["det_ext"])`."""
 
-from downstream import compat
+from unimim.openmmlab import compat
 
 compat.prepare("mmdet")
 

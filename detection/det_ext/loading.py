@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-import checkpoint
-from checkpoint import StateDict
-from downstream.checkpoint import log, read
+from unimim.checkpoint.loading import backbone_weights, load_pretrained
+from unimim.checkpoint.names import StateDict
+from unimim.openmmlab.checkpoint import log, read
 
 TABLE = "relative_position_bias_table"
 _CLASS_ROWS = 3
@@ -22,7 +22,7 @@ def weights_without_class(path: str | Path, *, prefix: int = 0) -> StateDict:
 
     Tables [R, h] lose the rows of the class token; positions [1, n + N, C] keep `prefix` of the n rows of class tokens.
     """
-    state = checkpoint.backbone_weights(read(path), str(path))
+    state = backbone_weights(read(path), str(path))
     tokens = sum(state[name].shape[1] for name in ("cls_token", "reg_token") if name in state)
     for name, value in state.items():
         if name.endswith(TABLE):
@@ -66,7 +66,7 @@ def view_of(owner: nn.Module, names: tuple[str, ...]) -> nn.Module:
 def load(model: nn.Module, state: StateDict, source: str) -> None:
     """`checkpoint.load_pretrained` with its report in the log. ValueError: under 90 % of `model` matched."""
     try:
-        report = checkpoint.load_pretrained(model, state)
+        report = load_pretrained(model, state)
     except ValueError as error:
         raise ValueError(f"--pretrained {source}: {error}") from error
     report.source = source

@@ -15,11 +15,11 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import interpolate_pos_embed
 from det_ext import loading
 from det_ext.offset_bias import bias_between, bias_of_map
-from downstream.checkpoint import log
 from modeling_finetune import MAE_SIZES, Attention, Block, check_choice, sincos_pos_embed, take
+from unimim.checkpoint.resizing import interpolate_pos_embed
+from unimim.openmmlab.checkpoint import log
 
 STRIDE = 16  # of the stem, whatever patches the ViT was trained on
 PADDING = 100.0  # noise of cells without a pixel: they are sampled last

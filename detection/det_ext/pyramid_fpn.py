@@ -4,7 +4,7 @@ from mmdet.models.necks import FPN
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from downstream.pyramid import BeitPyramid
+from unimim.openmmlab.pyramid import BeitPyramid
 
 
 @MODELS.register_module()

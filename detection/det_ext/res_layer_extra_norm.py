@@ -5,7 +5,7 @@ from mmdet.models.roi_heads.shared_heads import ResLayer
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from downstream.checkpoint import load_backbone
+from unimim.openmmlab.checkpoint import load_backbone
 
 
 @MODELS.register_module()

@@ -11,11 +11,12 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import StateDict, interpolate_pos_embed
 from det_ext import loading
 from det_ext.offset_bias import OffsetBias
-from downstream.checkpoint import log
 from modeling_finetune import MAE_SIZES, Block, PatchEmbed, check_choice, patchify, sincos_pos_embed, unpatchify
+from unimim.checkpoint.names import StateDict
+from unimim.checkpoint.resizing import interpolate_pos_embed
+from unimim.openmmlab.checkpoint import log
 
 GROUPS = 4
 POSITIONS = ("none", "sincos", "sincos_trainable", "learned")

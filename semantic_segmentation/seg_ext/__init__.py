@@ -2,7 +2,7 @@
 
 from mmseg.registry import MODELS, TRANSFORMS
 
-import downstream.register  # noqa: F401
+import unimim.openmmlab.register  # noqa: F401
 from seg_ext.segmentor import WindowedEncoderDecoder
 from seg_ext.transforms import MergeObjects, ResizeShortestAtLeast
 

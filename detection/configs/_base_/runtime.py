@@ -1,5 +1,5 @@
 default_scope = "mmdet"
-custom_imports = {"imports": ["downstream.register", "det_ext"], "allow_failed_imports": False}
+custom_imports = {"imports": ["unimim.openmmlab.register", "det_ext"], "allow_failed_imports": False}
 default_hooks = {
     "timer": {"type": "IterTimerHook"},
     "logger": {"type": "LoggerHook", "interval": 50},

@@ -1,0 +1,757 @@
+"""The section `right` of gpu_check.py: tiny forms of every method on the device against what they must be equal to.
+
+The device is compared with the CPU, each precision with float32, each kernel and engine with the plain one. What needs
+a process of its own runs beside that as a group, and its results are read at the end:
+`python scripts/benchmarks/gpu_right.py GROUP --output FOLDER`. On a CPU the comparisons with the device are left out.
+"""
+
+import argparse
+import faulthandler
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
+
+from helpers import METHODS as OTHERS
+from helpers import PRETRAIN, SIZE, TINY, differing, own_signals
+
+import run_knn
+import run_linear_probing
+from engine_for_pretraining import train_one_step
+from modeling_pretrain import PretrainMethod
+from optim_factory import param_groups
+from scripts.gpu_check import Checks
+from unimim.cli.models import build_method
+from unimim.cli.options import parse
+from unimim.data.pretraining import build_data
+from unimim.engine import setup
+from unimim.engine.batch_norm import synchronised_batch_norm
+from unimim.engine.compiling import compile_blocks
+from unimim.engine.distributed import (
+    barrier,
+    free_port,
+    init_distributed,
+    leave_process_group,
+)
+from unimim.engine.runner import Runner
+from unimim.engine.session import Position
+from unimim.engine.setup import build_runner, start_training
+from unimim.engine.state import Normalize, Training
+from unimim.logs import log
+
+METHODS: dict[str, tuple[str, ...]] = {"conmim": ()} | OTHERS  # flags over those of PRETRAIN
+TRANSFORMERS = [name for name in METHODS if name != "a2mim_resnet"]
+FEW = ("conmim", "mae")
+CLOSE = {"fp32": (1e-5, 5e-4), "bf16": (3e-2, 0.2), "fp16": (5e-3, 0.05)}  # relative: of the loss, of all gradients
+WORDS = (3e-2, 0.5)  # in lower precision the tokenizer may choose other words
+STEADY = ("--opt_eps", "1e-4")  # AdamW makes whole steps of gradients that are rounding noise otherwise
+MOVED = 1e-2  # how far apart two trainings may end, as a share of the way
+MARGIN = 3.0  # seconds at the end of the section for what the groups found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiny runs
+
+
+def arguments(name: str, device: torch.device, *flags: str) -> Namespace:
+    """The flags of a tiny pre-training by method `name`."""
+    place = ("--device", device.type, "--precision", "fp32", "--drop_path", "0", "--matmul_precision", "highest")
+    return parse("pretrain", [*PRETRAIN, *METHODS[name], *place, *flags])
+
+
+def set_up(args: Namespace) -> Normalize:
+    """As run_pretraining's, without its words on the terminal."""
+    normalize = setup.set_up(args)
+    log.setLevel("ERROR")
+    return normalize
+
+
+@dataclass
+class Built:
+    """A method with its runner on a device."""
+
+    method: PretrainMethod
+    runner: Runner
+    normalize: Normalize
+
+    def gradients(self, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """Loss of a batch from the loader, and the float32 gradients on the CPU that now lie in the parameters."""
+        loss = self.runner.micro_step(self.normalize(batch), last=True)["loss"]
+        scale = self.runner.scaler.get_scale()
+        found = {name: p.grad for name, p in self.method.named_parameters() if p.grad is not None}
+        return float(loss.detach()), {name: grad.float().cpu() / scale for name, grad in found.items()}
+
+
+def build(name: str, device: torch.device, *flags: str) -> Built:
+    """Method `name` as run_pretraining.py builds it: the same weights on every device."""
+    args = arguments(name, device, *flags)
+    normalize = set_up(args)
+    method = build_method(args).to(normalize.device)
+    if method.teacher is not None:
+        method.teacher.to(normalize.device)
+    runner = build_runner(args, method, param_groups(method, args.weight_decay), normalize.device)
+    runner.watch(method, method.teacher)
+    method.train()
+    method.before_epoch(0, args.epochs)
+    return Built(method, runner, normalize)
+
+
+@cache
+def host_batches(name: str, count: int = 4) -> list[dict[str, Tensor]]:
+    """The first batches of the loader, pinned where there is a GPU: images, masks and noise for every device."""
+    args = arguments(name, torch.device("cpu"))
+    set_up(args)
+    loader = build_data(args, build_method(args))
+    loader.batch_sampler.set_position(0)
+    return list(islice(loader, count))
+
+
+def start(name: str, device: torch.device, folder: Path | str, *flags: str) -> tuple[Training, Position]:
+    """What run_pretraining.py's main() does up to the first step."""
+    args = arguments(name, device, "--output_dir", str(folder), *flags)
+    normalize = set_up(args)
+    method = build_method(args)
+    loader = build_data(args, method)
+    groups = param_groups(method, args.weight_decay)
+    method.to(normalize.device)
+    if method.teacher is not None:
+        method.teacher.to(normalize.device)
+    with own_signals():
+        run, position = start_training(args, method, method, loader, groups, normalize, "teacher")
+    run.task.train()
+    run.task.before_epoch(0, args.epochs)
+    return run, position
+
+
+def updates(run: Training, first: int, last: int) -> Iterator[None]:
+    """Does updates first ... last - 1 of epoch 0, one at a time."""
+    run.loader.batch_sampler.set_position(0, first)
+    for update, batch in zip(range(first, last), run.loader, strict=False):
+        train_one_step(run, update, [batch])
+        yield
+
+
+def train_steps(run: Training, first: int, last: int) -> list[float]:
+    """The losses of updates first ... last - 1 of epoch 0."""
+    losses = []
+    for _ in updates(run, first, last):
+        losses.append(run.monitor.read().get("loss", math.nan))
+    return losses
+
+
+def weights(run: Training) -> dict[str, Tensor]:
+    """The whole float32 weights and buffers, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in run.runner.full_state_dict().items()}
+
+
+def everything(run: Training) -> dict[str, Any]:
+    """Copies of weights, teacher and optimizer state."""
+    teacher = {} if run.task.teacher is None else run.task.teacher.state_dict()
+    state = [
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in one.items()}
+        for one in run.runner.optimizer.state.values()
+    ]
+    return {"weights": weights(run), "teacher": {k: v.clone() for k, v in teacher.items()}, "optimizer": state}
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 products and convolutions without TF32 for a while."""
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+def norm_of(values: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in values.values()))
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Differences of tensors of the same names; names that only one side has are a ValueError."""
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"only one side has {sorted(ours.keys() ^ theirs.keys())[:3]}")
+    return {name: ours[name].double() - theirs[name].double() for name in ours}
+
+
+def relative(ours: float, theirs: float) -> float:
+    return abs(ours - theirs) / max(abs(theirs), 1e-12)
+
+
+Step = tuple[float, dict[str, Tensor]]  # loss and gradients
+
+
+def compared(ours: Step, theirs: Step, tolerance: tuple[float, float]) -> dict[str, Any]:
+    """The row of two steps: relative difference of the loss, and of all gradients in the 2-norm; NaN never passes."""
+    differences = apart(ours[1], theirs[1])
+    whole = norm_of(theirs[1])
+    worst = max(differences, key=lambda name: float(differences[name].norm()))
+    row = {
+        "loss": relative(ours[0], theirs[0]),
+        "gradients": norm_of(differences) / whole,
+        "tolerance": tolerance,
+        "worst": f"{worst} {float(differences[worst].norm()) / whole:.1e}",
+    }
+    return row | {"ok": row["loss"] <= tolerance[0] and row["gradients"] <= tolerance[1]}
+
+
+def trained_alike(ours: Training, theirs: Training, steps: int, tolerance: tuple[float, float]) -> dict[str, Any]:
+    """The row of two runs after some steps: their losses, and their weights as a share of how far these moved."""
+    initial = weights(theirs)
+    losses = [train_steps(run, 0, steps) for run in (ours, theirs)]
+    return alike(*losses, weights(ours), weights(theirs), initial, tolerance)
+
+
+def alike(
+    losses: list[float],
+    other_losses: list[float],
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    initial: dict[str, Tensor],
+    tolerance: tuple[float, float],
+) -> dict[str, Any]:
+    """See `trained_alike`. Running statistics of batch normalisation count as weights."""
+    kept = [name for name, value in theirs.items() if value.is_floating_point() and not value.equal(initial[name])]
+    ours, theirs, initial = ({name: side[name] for name in kept} for side in (ours, theirs, initial))
+    row = {
+        "loss": max(relative(a, b) for a, b in zip(losses, other_losses, strict=True)),
+        "weights": norm_of(apart(ours, theirs)) / norm_of(apart(theirs, initial)),
+        "tolerance": tolerance,
+    }
+    return row | {"ok": row["loss"] <= tolerance[0] and row["weights"] <= tolerance[1]}
+
+
+def against_cpu(name: str, device: torch.device) -> dict[str, Any]:
+    """Loss and gradients on the device against the CPU, in fp32."""
+    batch = host_batches(name)[0]
+    with exact_products():
+        ours = build(name, device).gradients(batch)
+    return compared(ours, build(name, torch.device("cpu")).gradients(batch), CLOSE["fp32"])
+
+
+def predicts_words(method: PretrainMethod) -> bool:
+    return hasattr(method, "tokenizer")
+
+
+def lower_precision(name: str, device: torch.device, *, precision: str) -> dict[str, Any]:
+    """A first step near to the one in fp32, and three more that are finite and applied."""
+    batches = host_batches(name)
+    with exact_products():
+        theirs = build(name, device).gradients(batches[0])
+    built = build(name, device, "--precision", precision)
+    ours = built.gradients(batches[0])
+    skipped = 0
+    while not bool(built.runner.step()["applied"]) and skipped < 8:  # a loss scale comes down
+        ours = built.gradients(batches[0])
+        skipped += 1
+    row = compared(ours, theirs, WORDS if predicts_words(built.method) else CLOSE[precision])
+    losses = []
+    for batch in batches[1:]:
+        losses.append(built.gradients(batch)[0])
+        row["ok"] &= bool(built.runner.step()["applied"])
+    row["ok"] &= all(map(math.isfinite, losses))
+    return row | {"skipped": skipped, "losses": [round(loss, 4) for loss in losses]}
+
+
+def kernels(name: str, device: torch.device, *, precision: str = "fp32") -> dict[str, Any]:
+    """--attn sdpa against eager."""
+    steps = []
+    with exact_products():
+        for kernel in ("sdpa", "eager"):
+            built = build(name, device, "--attn", kernel, "--precision", precision)
+            steps.append(built.gradients(host_batches(name)[0]))
+    return compared(*steps, CLOSE[precision])
+
+
+def checkpointing(name: str, device: torch.device) -> dict[str, Any]:
+    """--grad_checkpointing against keeping everything."""
+    with exact_products():
+        ours, theirs = (build(name, device, *flags) for flags in (["--grad_checkpointing"], []))
+        batch = host_batches(name)[0]
+        return compared(ours.gradients(batch), theirs.gradients(batch), (1e-6, 1e-5))
+
+
+def skips(name: str, device: torch.device, *, precision: str = "fp32") -> dict[str, Any]:
+    """Images of NaNs, then an infinite gradient under a finite loss, leave no trace; the next step is applied."""
+    run, _ = start(name, device, "", "--precision", precision)
+    train_steps(run, 0, 2)
+    before = everything(run)
+    run.loader.batch_sampler.set_position(0, 2)
+    batches = list(islice(run.loader, 3))
+    spoiled = {
+        key: torch.full(value.shape, math.nan) if key in ("image", "image_strong") else value
+        for key, value in batches[0].items()
+    }
+    train_one_step(run, 2, [spoiled])
+    run.monitor.read()
+    changed = {"by_loss": differing(before, everything(run))}
+    trained = next(p for p in run.task.parameters() if p.requires_grad)
+    hook = trained.register_hook(lambda grad: grad * math.inf)
+    train_one_step(run, 3, [batches[1]])
+    run.monitor.read()
+    hook.remove()
+    changed["by_gradient"] = differing(before, everything(run))
+    streak = run.monitor.streak
+    train_one_step(run, 4, [batches[2]])
+    run.monitor.read()
+    moved = differing(before, everything(run)) != [] and run.monitor.streak == 0
+    left = {key: places[:3] for key, places in changed.items()}
+    return left | {"skipped": streak, "goes_on": moved, "ok": not any(changed.values()) and streak == 2 and moved}
+
+
+def waits(name: str, device: torch.device, *, precision: str = "bf16") -> dict[str, Any]:
+    """Three training steps under which every wait for the device is an error; then the places of all of them."""
+    run, _ = start(name, device, "", "--precision", precision)
+    train_steps(run, 0, 2)  # the first ones may wait: torch's fused optimizers cannot skip the very first
+    pinned = all(v.is_pinned() for v in host_batches(name)[0].values() if isinstance(v, Tensor))
+    batches = updates(run, 2, 8)
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            next(batches)
+    except RuntimeError as error:
+        torch.cuda.set_sync_debug_mode("default")
+        return {"error": f"{error} {our_frames(error.__traceback__)}", "all": waiting_places(run), "ok": False}
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # in fp16 the first steps may be skipped until the loss scale fits: then there is no loss
+    return {"pinned": pinned, "loss": run.monitor.read().get("loss"), "ok": pinned}
+
+
+def our_frames(found: Any) -> list[str]:
+    """file:line function of the repository's own innermost frames."""
+    frames = traceback.extract_tb(found) if found is not None else traceback.extract_stack()
+    own = [f for f in frames if str(ROOT) in f.filename and "site-packages" not in f.filename]
+    own = [f for f in own if f.name not in ("remember", "our_frames")]
+    return [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in own[-4:]]
+
+
+def waiting_places(run: Training) -> list[str]:
+    """Where another step waits for the device; of the backward pass only that it does is known."""
+    places: list[str] = []
+
+    def remember(message, *_args, **_options) -> None:
+        if "synchroniz" in str(message):
+            places.append(" < ".join(reversed(our_frames(None))))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = remember
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            next(updates(run, 6, 7))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return list(dict.fromkeys(places))
+
+
+def neighbours(device: torch.device) -> dict[str, Any]:
+    """k-NN of random features on the device against the CPU, in percent of the digits."""
+    flags = (*TINY, "--model", "vit_tiny_patch16_224", "--model_kwargs", *SIZE, "--knn_k", "5", "20")
+    found = {}
+    with exact_products():
+        for place in ("cpu", device.type):
+            with redirect_stdout(io.StringIO()):
+                found[place] = run_knn.main(run_knn.parse([*flags, "--device", place]))
+    pairs = list(zip(found["cpu"], found[device.type], strict=True))
+    largest = max(abs(a.acc1 - b.acc1) for a, b in pairs)
+    return {"top1": [round(b.acc1, 2) for _, b in pairs], "apart": largest, "tolerance": 0.6, "ok": largest <= 0.6}
+
+
+def probing(device: torch.device) -> dict[str, Any]:
+    """Two epochs of linear probing on the device against the CPU."""
+    flags = (*TINY, "--model", "vit_tiny_patch16_224", "--model_kwargs", *SIZE, "--no_aug", "--epochs", "2")
+    flags = (*flags, "--batch_size", "64", "--lr", "0.1", "--warmup_epochs", "0", "--precision", "fp32")
+    last = {}
+    with exact_products():
+        for place in ("cpu", device.type):
+            with own_signals(), redirect_stdout(io.StringIO()):
+                last[place] = run_linear_probing.main(run_linear_probing.parse([*flags, "--device", place]))[-1]
+    ours, theirs = last[device.type], last["cpu"]
+    row = {"loss": relative(ours.loss, theirs.loss), "acc1": ours.acc1, "apart": abs(ours.acc1 - theirs.acc1)}
+    return row | {"tolerance": (1e-3, 0.6), "ok": row["loss"] <= 1e-3 and row["apart"] <= 0.6}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups: in a process of their own
+
+
+def engine_checks(checks: Checks) -> None:
+    """DeepSpeed against plain torch on one device, and batch normalisation over a group of one."""
+    device = checks.device
+    folder = checks.output
+    names = FEW if checks.tiny else (*FEW, "a2mim_resnet", "semaim")
+    for name in names:
+        for stage in (0, 1, 2, 3):
+            attempt(checks, f"ZeRO {stage} against plain", name, partial(zero, name, device, folder, stage))
+    if device.type == "cuda":
+        for precision, stages in (("fp16", (1, 2, 3)), ("bf16", (0, 2, 3))):
+            for name in FEW:
+                for stage in stages:
+                    run = partial(zero, name, device, folder, stage, precision=precision)
+                    attempt(checks, f"DeepSpeed {precision}, ZeRO {stage}, against plain", name, run)
+    else:
+        run = partial(zero, "mae", device, folder, 2, precision="bf16")
+        attempt(checks, "DeepSpeed bf16, ZeRO 2, against plain", "mae", run)
+    checks.attempt("SyncBN in a group of one", partial(sync_bn_of_one, device, folder))
+    leave_process_group()
+
+
+def zero(name: str, device: torch.device, folder: Path, stage: int, *, precision: str = "fp32") -> dict[str, Any]:
+    """Four steps by DeepSpeed against four by plain torch; in fp16, whose first steps may be skipped, against fp32."""
+    reference = "fp32" if precision == "fp16" else precision
+    flags = ("--enable_deepspeed", "--zero_stage", str(stage), "--precision", precision)
+    tolerance = {"fp32": (1e-4, MOVED), "bf16": (5e-2, 0.3), "fp16": (2e-2, 0.1)}[precision]
+    with exact_products():
+        theirs, _ = start(name, device, folder / "plain", *STEADY, "--precision", reference)
+        ours, _ = start(name, device, folder / f"zero{stage}", *STEADY, *flags)
+        return trained_alike(ours, theirs, 4, tolerance)
+
+
+def sync_bn_of_one(device: torch.device, folder: Path) -> dict[str, Any]:
+    """Batch normalisation by sums over a group with one member, and torch's, against plain: results and gradients."""
+    device = init_distributed(arguments("mae", device, "--enable_deepspeed", "--output_dir", str(folder)))
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8).to(device)
+    x = torch.randn(16, 8, 5, 5).to(device).requires_grad_()
+    steps = []
+    forwards = [norm, partial(synchronised_batch_norm, norm)]
+    if device.type != "cpu":  # where torch has none
+        forwards.append(nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+    for forward in forwards:
+        y = forward(x)
+        loss = y.square().mul(torch.linspace(0, 1, y.numel(), device=device).view_as(y)).sum()
+        (gradient,) = torch.autograd.grad(loss, x)
+        steps.append((float(loss.detach()), {"x": gradient.cpu()}))
+    rows = [compared(step, steps[0], (1e-5, 1e-4)) for step in steps[1:]]
+    return max(rows, key=lambda row: row["gradients"]) | {"ok": all(row["ok"] for row in rows)}
+
+
+def resume_checks(checks: Checks) -> None:
+    """Three steps, a checkpoint and three more, against three from the checkpoint."""
+    for exact in (True, False):
+        names = METHODS if exact and not checks.tiny else ("conmim", "mae", "a2mim_resnet")
+        for name in names:
+            folder = checks.output / f"{name}-{exact}"
+            how = "deterministic kernels" if exact else "default kernels"
+            attempt(checks, f"resume, {how}", name, partial(resume, name, checks.device, folder, exact=exact))
+
+
+def resume(name: str, device: torch.device, folder: Path, *, exact: bool) -> dict[str, Any]:
+    """Weights, teacher, optimizer and losses to the last bit, which without deterministic kernels is not promised.
+
+    torch refuses an operation that has no such kernel; it is then named, and runs as it is.
+    """
+    refused = ""
+    warned: list[str] = []
+    try:
+        places = differences_after_resume(name, device, folder / "strict", deterministic=exact)
+    except RuntimeError as error:
+        if "determinis" not in str(error):
+            raise
+        refused = str(error)[:200]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            places = differences_after_resume(name, device, folder / "warned", deterministic=True, warn_only=True)
+        warned = sorted({str(w.message)[:80] for w in caught if "determinis" in str(w.message)})
+    row = {"exact": places == [], "differing": len(places), "where": places[:3]}
+    promised = exact and not refused
+    return row | {"no_such_kernel": refused, "warned": warned, "ok": not places if promised or not places else None}
+
+
+def differences_after_resume(
+    name: str, device: torch.device, folder: Path, *, deterministic: bool, warn_only: bool = False
+) -> list[str]:
+    """Where steps 3 to 5 of a resumed run end otherwise than those of the run itself."""
+    flags = ("--precision", "bf16")
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    try:
+        run, position = start(name, device, folder, *flags)
+        train_steps(run, 0, 3)
+        position.step = 3
+        run.session.save(position, finished=False)
+        losses = train_steps(run, 3, 6)
+        resumed, there = start(name, device, folder, *flags)
+        assert there.step == 3, there
+        again = train_steps(resumed, 3, 6)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return differing({**everything(run), "losses": losses}, {**everything(resumed), "losses": again})
+
+
+def compile_checks(checks: Checks) -> None:
+    """--compile against eager; the same block's code is compiled anew for each method."""
+    for name in TRANSFORMERS:
+        run = partial(compiled, name, checks.device)
+        attempt(checks, "--compile against eager, fp32", name, run, seconds=5.0)
+    for name in FEW:
+        run = partial(compiled, name, checks.device, precision="bf16")
+        attempt(checks, "--compile against eager, bf16", name, run, seconds=5.0)
+
+
+def compiled(name: str, device: torch.device, *, precision: str = "fp32") -> dict[str, Any]:
+    """Loss and gradients of compiled blocks."""
+    torch._dynamo.reset()  # otherwise the methods use up each other's recompilations
+    torch._dynamo.utils.counters.clear()
+    batch = host_batches(name)[0]
+    flags = ("--precision", precision)
+    with exact_products():
+        theirs = build(name, device, *flags).gradients(batch)
+        built = build(name, device, *flags)
+        method = built.method
+        compile_blocks(method, method.teacher, method.frozen)
+        row = compared(built.gradients(batch), theirs, CLOSE[precision])
+    graphs = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    return row | {"graphs": graphs, "ok": row["ok"] and graphs > 0}
+
+
+def rank_checks(checks: Checks) -> None:
+    """Two ranks against one process: with nccl where there are two GPUs, else with gloo on one device."""
+    for name in ("mae", "a2mim_resnet"):  # the latter with batch normalisation over both
+        attempt(checks, "two ranks against one process", name, partial(two_ranks, name, checks.device, checks.output))
+
+
+def two_ranks(name: str, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Three steps by DDP, each rank with half of the batch, against the whole batch in one process."""
+    import torch.multiprocessing as mp
+
+    places = torch.cuda.device_count() if device.type == "cuda" else 0
+    backend = "nccl" if places > 1 else "gloo"
+    path = folder / f"{name}.pt"
+    mp.start_processes(one_rank, (name, device, path, backend, free_port()), nprocs=2, start_method="spawn")
+    losses, trained = torch.load(path)
+    with exact_products():
+        run, _ = start(name, device, "", *STEADY, "--batch_size", "8")
+        initial = weights(run)
+        alone = train_steps(run, 0, 3)
+    return alike(losses, alone, trained, weights(run), initial, (1e-4, MOVED)) | {"backend": backend}
+
+
+def one_rank(rank: int, name: str, device: torch.device, path: Path, backend: str, port: int) -> None:
+    """Trains as one of two; the first writes losses and weights to `path`."""
+    local = rank if backend == "nccl" else 0
+    place = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(local)
+    torch.distributed.init_process_group(backend, rank=rank, world_size=2)
+    with exact_products():
+        run, _ = start(name, device, "", *STEADY, "--batch_size", "4")
+        losses = train_steps(run, 0, 3)
+    if rank == 0:
+        torch.save((losses, weights(run)), path)
+    barrier()
+    leave_process_group()
+
+
+def case_checks(checks: Checks) -> None:
+    """The reference cases with everything on the device, ten times their tolerance.
+
+    Some adapters make tensors on the CPU on purpose or pass through numpy: these cases cannot run there, which is no
+    failure.
+    """
+    import test_reference_cases as cases
+
+    def smallest_first(folder: Path) -> int:
+        return (folder / "tensors.safetensors").stat().st_size
+
+    for folder in sorted(cases.FOLDERS, key=smallest_first):
+        name = f"{folder.parent.name}/{folder.name}"
+        checks.attempt(f"reference case {name}", partial(reference_case, cases, folder, checks.device), seconds=1.0)
+
+
+def reference_case(cases: Any, folder: Path, device: torch.device) -> dict[str, Any]:
+    """The largest difference of a case's outputs as a share of what is allowed."""
+    case = cases.load(folder)
+    on_device = cases.Case(case.spec, {name: value.to(device) for name, value in case.tensors.items()})
+    row: dict[str, Any] = {"comparison": "reference case", "ok": None}
+    try:
+        with exact_products(), torch.device(device):
+            computed = cases.ADAPTERS[folder.parent.name](on_device)
+            names = case.inputs("outputs/")
+            computed = {name: torch.as_tensor(computed[name]).detach().cpu().double() for name in names}
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        misplaced = any(word in str(error) for word in ("device", "cuda", "CPU", "numpy"))
+        if device.type == "cpu" or not misplaced or "CUDA error" in str(error):
+            raise
+        return row | {"cannot": f"{type(error).__name__}: {error}"[:200]}
+    largest = 0.0
+    worst = ""
+    for name, expected in case.inputs("outputs/").items():
+        allowed = case.spec["outputs"][name]
+        difference = (computed[name] - expected.double()).abs()
+        limit = 10 * (allowed["atol"] + allowed["rtol"] * expected.double().abs()).clamp(min=1e-7)
+        share = torch.where(difference == 0, 0.0, difference / limit).nan_to_num(nan=math.inf)
+        if share.numel() and float(share.max()) > largest:
+            largest = float(share.max())
+            worst = name
+    return row | {"share": largest, "worst": worst, "ok": largest <= 1}
+
+
+@dataclass
+class Group:
+    """A group that runs, and where its results and words go."""
+
+    name: str
+    process: subprocess.Popen
+    folder: Path
+
+    def stop(self) -> None:
+        """Ends it with its own children."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def report(self, checks: Checks) -> None:
+        """Records what the group recorded, and whether it ended badly."""
+        results = self.folder / "results.jsonl"
+        lines = results.read_text().splitlines() if results.exists() else []
+        for line in lines:
+            if line.endswith("}"):  # the last one may be cut
+                row = json.loads(line)
+                checks.record(row.pop("check"), ok=row.pop("ok"), **{k: v for k, v in row.items() if k != "section"})
+        code = self.process.returncode
+        if code == -signal.SIGKILL:
+            checks.record(f"group {self.name}", skipped="no time left", results=len(lines))
+        elif code != 0:
+            words = (self.folder / "output.txt").read_text()[-3000:]
+            checks.record(f"group {self.name}", ok=False, error=f"ended with {code}", details=words)
+
+
+def start_group(name: str, checks: Checks) -> Group:
+    """Begins a group in a process of its own, with what deterministic products ask of the environment."""
+    folder = checks.output / "right" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    seconds = checks.time_left() - MARGIN - 1
+    command = [sys.executable, str(Path(__file__)), name, "--output", str(folder), "--seconds", f"{seconds:.0f}"]
+    environment = {"OMP_NUM_THREADS": "2"} | os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    with open(folder / "output.txt", "w") as output:
+        process = subprocess.Popen(
+            [*command, "--device", str(checks.device)], cwd=ROOT, env=environment, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    return Group(name, process, folder)
+
+
+def attempt(
+    checks: Checks, comparison: str, name: str, run: Callable[[], dict[str, Any]], *, seconds: float = 0.5
+) -> None:
+    """Checks one method in one comparison."""
+    about = {"comparison": comparison, "method": name}
+    checks.attempt(f"{comparison}: {name}", lambda: about | run(), seconds=MARGIN + seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def comparisons(checks: Checks, methods: Sequence[str]) -> None:
+    """Compares devices, precisions and kernels: the most valuable first, each for every method."""
+    device = checks.device
+    on_gpu = device.type == "cuda"
+    for name in methods if on_gpu else ():
+        attempt(checks, "device against CPU, fp32", name, partial(against_cpu, name, device))
+    for name in methods if on_gpu else ():
+        attempt(checks, "no wait in a step, bf16", name, partial(waits, name, device))
+    for precision in ("bf16", "fp16") if on_gpu else ("bf16",):
+        for name in methods:
+            run = partial(lower_precision, name, device, precision=precision)
+            attempt(checks, f"{precision} against fp32", name, run)
+    for name in methods:
+        attempt(checks, "skip of a non-finite step, fp32", name, partial(skips, name, device))
+    for precision in ("fp32", "bf16") if on_gpu else ("fp32",):
+        for name in (name for name in methods if name in TRANSFORMERS):
+            run = partial(kernels, name, device, precision=precision)
+            attempt(checks, f"sdpa against eager, {precision}", name, run)
+    for name in methods:
+        attempt(checks, "grad checkpointing", name, partial(checkpointing, name, device))
+    for name in methods if on_gpu else ():
+        attempt(checks, "no wait in a step, fp16", name, partial(waits, name, device, precision="fp16"))
+
+
+def frozen_features(checks: Checks) -> None:
+    """Compares k-NN and linear probing on the device with the CPU's."""
+    device = checks.device
+    checks.attempt("k-NN on the device against CPU", partial(neighbours, device), seconds=MARGIN + 2)
+    checks.attempt("linear probing on the device against CPU", partial(probing, device), seconds=MARGIN + 2)
+
+
+def cnn_checks(checks: Checks) -> None:
+    """Compares the one method without attention, whose kernels are other libraries'."""
+    comparisons(checks, [name for name in METHODS if name not in TRANSFORMERS])
+
+
+GROUPS: dict[str, Callable[[Checks], None]] = {
+    "engines": engine_checks,
+    "resume": resume_checks,
+    "ranks": rank_checks,
+    "compile": compile_checks,
+    "cases": case_checks,
+    "cnn": cnn_checks,
+}
+
+
+def run(checks: Checks) -> None:
+    """Runs the section."""
+    names = [name for name in GROUPS if not checks.tiny or name in ("engines", "resume", "cnn")]
+    groups: list[Group] = []
+    try:
+        for name in names:
+            groups.append(start_group(name, checks))
+        comparisons(checks, TRANSFORMERS)
+        frozen_features(checks)
+        while any(group.process.poll() is None for group in groups) and checks.time_left() > MARGIN:
+            time.sleep(0.2)
+    finally:
+        for group in groups:
+            group.stop()
+            group.report(checks)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Runs one group of the section `right`.")
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--output", type=Path, required=True, help="folder of results.jsonl")
+    parser.add_argument("--device", type=torch.device, required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="what it may take")
+    args = parser.parse_args(argv)
+    faulthandler.enable()
+    deadline = time.monotonic() + args.seconds
+    checks = Checks(args.device, args.output, deadline, tiny=args.device.type == "cpu", section="right")
+    GROUPS[args.group](checks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Pre-training methods against each other and against random weights, on the same small data sets.
+
+    python scripts/experiments/compare_methods.py [--data cifar10 shapes] [--methods mae semmae] [--seeds 0 1 2]
+
+Every method of the same length is pre-trained for the same epochs, with an encoder of the same size; its averaged
+tokens are classified by k-NN and a linear probe, and it is fine-tuned by the same recipe. Runs that are finished below
+--output are kept; interrupted ones go on. Writes results.csv there and prints a Markdown table for each data set.
+Another method is one more line of METHODS.
+"""
+
+import argparse
+import csv
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from unimim import report
+from unimim.files import write_rows
+
+SHARED = ROOT.parent / "shared" / "data"
+ENCODER = "embed_dim=192 depth=6 num_heads=3"
+DECODER = "decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained first: no `pretrain` flags are random weights; `parts` names the source of part maps.
+
+    `classifier` are the flags of the network that is evaluated. "{patch}" and "{cell}" in flags are the data set's.
+    `length` is the name of a schedule below: methods whose step takes much longer get fewer epochs. `words`: it needs
+    visual words, which only the data on the device of scripts/benchmarks/gpu_learns.py come with.
+    """
+
+    label: str
+    pretrain: str = ""
+    classifier: str = f"--model vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+    parts: str = ""
+    length: str = "long"
+    words: bool = False
+
+
+MAE = f"--model_kwargs {ENCODER} {DECODER} --patch_size {{patch}} --norm_pix_loss --lr 2e-3 --opt_betas 0.9 0.95"
+SEMAIM = (
+    f"--model semaim_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --query_depth 6 --norm_pix_loss "
+    "--lr 5e-4 --opt_betas 0.9 0.95 --clip_grad 3 --permutation_type"
+)
+CONMIM = (
+    f"--model conmim_tiny_patch16_224 --model_kwargs {ENCODER} projector_hidden_dim=256 --patch_size {{patch}} "
+    "--layer_scale_init_value 0.1 --mask_type random --mask_ratio 0.5 --t_momentum 0.999 --lr 2e-3 --clip_grad 3"
+)
+CONMIM_CLASSIFIER = f"--model beit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+MASKFEAT = (
+    f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --mask_type random --lr 2e-3 "
+    "--opt_betas 0.9 0.95"
+)
+# the visual words are as many as scripts/benchmarks/gpu_learns.py makes of patches; published are 8192, of a network
+BEIT = (
+    f"--model_kwargs {ENCODER} vocab_size=512 --patch_size {{patch}} --color_jitter 0.4 --lr 1.5e-3 "
+    "--opt_betas 0.9 0.999 --clip_grad 3"
+)
+ABS_POS_CLASSIFIER = f"--model beit_tiny_patch16_224_abs_pos --model_kwargs {ENCODER} --patch_size {{patch}}"
+# pixels are masked by the cells of {cell}, a quarter of the image's side; the ResNet's last map has as many places
+MIM = "--mask_type random_mps32 --mask_ratio 0.6 --mask_patch_size {cell} --lr 1e-3 --lr_schedule stepfix_cosine"
+MIM_VIT = f"{MIM} --model_kwargs {ENCODER} --patch_size {{patch}}"
+MIM_CLASSIFIER = f"--model mim_vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+MIM_RESNET = (
+    f"{MIM} --model_kwargs output_stride={{cell}} --no_sync_bn --opt_betas 0.9 0.98 --train_interpolation bicubic"
+)
+RESNET = "--model resnet18 --model_kwargs output_stride={cell}"
+METHODS = {
+    "random": Method("random weights"),
+    "conmim": Method("ConMIM", CONMIM, CONMIM_CLASSIFIER, length="small_batches"),
+    "mae": Method("MAE", f"--model mae_tiny_patch16_224 {MAE}"),
+    "semmae": Method("SemMAE, learned parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="learned"),
+    "semmae_kmeans": Method("SemMAE, k-means parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="kmeans"),
+    "semmae_random": Method("SemMAE, random parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="random"),
+    "semaim": Method("SemAIM, semantic order", f"{SEMAIM} attention_center", length="short"),
+    "semaim_raster": Method("SemAIM, raster order", f"{SEMAIM} raster", length="short"),
+    "saim": Method("SAIM, random order", f"{SEMAIM} stochastic", length="short"),
+    "igpt": Method("ViT-iGPT, row-major order", f"{SEMAIM} zigzag", length="short"),
+    "beit": Method(
+        "BEiT",
+        f"--model beit_tiny_patch16_224_8k_vocab {BEIT} --mask_type block",
+        CONMIM_CLASSIFIER,
+        length="medium",
+        words=True,
+    ),
+    "semanticmim_beit": Method(
+        "SemanticMIM in BEiT's form",
+        f"--model semanticmim_beit_tiny_patch16_224 {BEIT} --mask_type random --mask_ratio 0.6 --num_cls_tokens 1",
+        ABS_POS_CLASSIFIER,
+        length="medium",
+        words=True,
+    ),
+    "random_beit": Method("random weights, BEiT's ViT", classifier=CONMIM_CLASSIFIER),
+    "maskfeat": Method("MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1", length="medium"),
+    "semanticmim_maskfeat": Method(
+        "SemanticMIM in MaskFeat's form",
+        f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8",
+        length="medium",
+    ),
+    "simmim_vit": Method("SimMIM, ViT", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"),
+    "a2mim_vit": Method("A2MIM, ViT", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"),
+    "random_mim_vit": Method("random weights, A2MIM's ViT", classifier=MIM_CLASSIFIER),
+    "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
+    "simmim_resnet18": Method("SimMIM, ResNet-18", f"--model simmim_resnet18 {MIM_RESNET}", RESNET, length="mim"),
+    "a2mim_resnet18": Method("A2MIM, ResNet-18", f"--model a2mim_resnet18 {MIM_RESNET}", RESNET, length="mim"),
+}
+
+
+COMMON = "--imagenet_default_mean_and_std --num_workers 0"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Flags of a data set, and the length of each stage on it."""
+
+    source: str
+    patch: int
+    cell: int
+    pretrain: str
+    schedules: dict[str, str]
+    finetune: str
+    parts: str
+
+
+DATA = {
+    "cifar10": Data(
+        source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32 {COMMON}",
+        patch=4,
+        cell=8,
+        pretrain="--min_lr 0 --batch_size 256 --crop_scale 0.2 1",
+        schedules={
+            "long": "--epochs 7 --warmup_steps 54",
+            "short": "--epochs 1 --warmup_steps 8",
+            "medium": "--epochs 1 --warmup_steps 8",
+            "mim": "--epochs 7 --warmup_steps 54",
+            "small_batches": "--batch_size 64 --epochs 2 --warmup_steps 60",
+        },
+        finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
+        parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
+    ),
+    "shapes": Data(
+        source=f"--data_set shapes --input_size 64 {COMMON}",
+        patch=8,
+        cell=16,
+        pretrain="--min_lr 0 --batch_size 64 --crop_scale 0.2 1",
+        schedules={
+            "long": "--epochs 12 --warmup_steps 37",
+            "short": "--epochs 2 --warmup_steps 6",
+            "medium": "--epochs 8 --warmup_steps 25",
+            "mim": "--epochs 2 --warmup_steps 6",
+            "small_batches": "--epochs 8 --warmup_steps 25",
+        },
+        finetune="--batch_size 64 --epochs 6 --warmup_epochs 1 --label_fraction 1",
+        parts="--batch_size 64 --epochs 3 --decoder_widths 64 48 32 24 --part_grid 16",
+    ),
+}
+PROBE = "--global_pool --batch_size 256"
+LINEAR = "--no_aug --epochs 30 --warmup_epochs 0 --lr 0.1"
+FINETUNE = (
+    "--label_fraction 0.1 --lr 5e-4 --layer_decay 1 --drop_path 0 --init_scale 1e-3 --aa= --color_jitter 0 --reprob 0 "
+    "--smoothing 0 --weight_decay 0.05 --min_lr 1e-6"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of results.csv: accuracies in percent, of last epochs; nan where nothing was pre-trained."""
+
+    data: str
+    method: str
+    seed: int
+    pretrain_loss: float
+    knn_acc1: float
+    linear_acc1: float
+    finetune_acc1: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+class Comparison:
+    """The runs of one data set and seed, each in a folder of its own below `folder`."""
+
+    def __init__(self, name: str, seed: int, output: Path, precision: str, threads: int):
+        self.name, self.data, self.seed = name, DATA[name], seed
+        self.folder, self.threads = output / name / f"seed{seed}", threads
+        self.precision = precision
+        self.common = f"--save_ckpt_freq 1000 --precision {precision} --seed {seed}"
+
+    def run(self, command: str, folder: Path) -> Path:
+        """Runs a script of the repository unless it has finished in `folder`; its output goes to output.txt there."""
+        done = folder / "finished"
+        if not done.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            print(f"{folder}: python {command}", flush=True)
+            arguments = [*shlex.split(command), "--output_dir", str(folder)]
+            with (folder / "output.txt").open("a") as log:
+                environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
+                ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            last_line = (folder / "output.txt").read_text().rstrip().rpartition("\n")[2]
+            if ended.returncode or "stopped by" in last_line:
+                raise SystemExit(f"{folder}: not finished: {last_line}")
+            done.touch()
+        return folder
+
+    def pretrain(self, key: str) -> Path:
+        method = METHODS[key]
+        schedule = f"{self.data.pretrain} {self.data.schedules[method.length]}"
+        own = self.fitted(method.pretrain)
+        command = f"run_pretraining.py {self.data.source} {schedule} {self.common} {own}"
+        if method.parts == "random":
+            command += " --part_source random"
+        elif method.parts:
+            command += f" --part_maps {shlex.quote(str(self.part_maps(method.parts) / 'maps'))}"
+            command += " --part_source kmeans" if method.parts == "kmeans" else ""
+        return self.run(command, self.folder / key / "pretrain")
+
+    def fitted(self, flags: str) -> str:
+        """A method's flags with this data set's sizes."""
+        return flags.format(patch=self.data.patch, cell=self.data.cell)
+
+    def part_maps(self, source: str) -> Path:
+        """Stage 1 of SemMAE; its teacher is MAE, pre-trained with this seed."""
+        folder = self.folder / f"parts_{source}"
+        teacher = shlex.quote(str(encoder_of(self.pretrain("mae"))))
+        command = (
+            f"run_part_learning.py {self.data.source} {self.common} {self.data.parts} --teacher {teacher} "
+            f"--part_source {source} --extract {shlex.quote(str(folder / 'maps'))}"
+        )
+        return self.run(command, folder)
+
+    def evaluate(self, key: str) -> Result:
+        method, loss, start = METHODS[key], float("nan"), ""
+        if method.pretrain:
+            pretrained = self.pretrain(key)
+            loss = report.read_log(pretrained)[-1]["train_loss"]
+            start = f"--finetune {shlex.quote(str(encoder_of(pretrained)))}"
+        network = f"{self.fitted(method.classifier)} {self.data.source} {start}"
+        return Result(
+            self.name, key, self.seed, loss, *self.probe(key, network),
+            self.accuracy(f"run_class_finetuning.py {network} {FINETUNE} {self.data.finetune}", key, "finetune"),
+        )  # fmt: skip
+
+    def probe(self, key: str, network: str) -> tuple[float, float]:
+        """k-NN and linear accuracy of the same features."""
+        features = f"{network} {PROBE} --feature_cache {shlex.quote(str(self.folder / key / 'features'))}"
+        knn = f"run_knn.py {features} --knn_k 20 --seed {self.seed} --precision {self.precision}"
+        rows = list(csv.DictReader((self.run(knn, self.folder / key / "knn") / "knn.csv").open()))
+        return float(rows[0]["acc1"]), self.accuracy(f"run_linear_probing.py {features} {LINEAR}", key, "linear")
+
+    def accuracy(self, command: str, key: str, stage: str) -> float:
+        """Of the last epoch of a run."""
+        return report.read_log(self.run(f"{command} {self.common}", self.folder / key / stage))[-1]["test_acc1"]
+
+    def results(self, keys: Iterable[str]) -> list[Result]:
+        return [self.evaluate(key) for key in keys]
+
+
+def encoder_of(folder: Path) -> Path:
+    """The last epoch's encoder of a pre-training; interrupted ones leave others beside it."""
+    return folder / f"encoder-{report.read_log(folder)[-1]['epoch']}.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def table(results: Sequence[Result], data: str) -> str:
+    """Markdown: a row for each method with mean and deviation over the seeds, then each seed."""
+    rows = [result for result in results if result.data == data]
+    seeds = sorted({row.seed for row in rows})
+    lines = [
+        f"| {data} | pre-training loss | k-NN, % | linear, % | fine-tuned, % | "
+        + " | ".join(f"seed {seed}, fine-tuned" for seed in seeds)
+        + " |",
+        "|---" * (5 + len(seeds)) + "|",
+    ]
+    for key, method in METHODS.items():
+        own = {row.seed: row for row in rows if row.method == key}
+        if own:
+            losses = report.spread([row.pretrain_loss for row in own.values()], digits=3) if method.pretrain else ""
+            kinds = ("knn_acc1", "linear_acc1", "finetune_acc1")
+            means = " | ".join(report.spread([getattr(row, kind) for row in own.values()]) for kind in kinds)
+            each = [f"{own[seed].finetune_acc1:.1f}" if seed in own else "" for seed in seeds]
+            lines.append(f"| {method.label} | {losses} | {means} | {' | '.join(each)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    without_words = [key for key, method in METHODS.items() if not method.words]
+    parser.add_argument("--methods", nargs="+", choices=without_words, default=without_words)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare", help="folder of all runs")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of all runs")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="seeds at a time")
+    args = parser.parse_args(argv)
+    if "cifar10" in args.data and not (SHARED / "cifar10").is_dir():
+        parser.error(f"{SHARED / 'cifar10'} is absent: take --data shapes")
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    chains = [
+        Comparison(name, seed, args.output.resolve(), args.precision, threads)
+        for name in args.data
+        for seed in args.seeds
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = [row for rows in pool.map(lambda chain: chain.results(args.methods), chains) for row in rows]
+    write_rows(args.output / "results.csv", results)
+    print("\n\n".join(table(results, name) for name in args.data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The values of the flags: defaults < recipe < --config FILE.yaml < command line, then checks."""
+
+import argparse
+import contextlib
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from modeling_finetune import is_of_timm, list_models
+from optim_factory import takes_betas
+from unimim.cli.flags import LEFTOVERS, build_parser
+from unimim.engine.runner import has_bf16
+from unimim.files import write_text
+from unimim.logs import log
+from unimim.recipes import Recipe, by_name, names_for, recipe_for
+
+
+def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line with recipe and config file as defaults. Exits with argparse's message on bad flags."""
+    parser = build_parser(stage)
+    first, _ = parser.parse_known_args(argv)
+    if first.list_models:
+        parser.exit(message="\n".join(list_models()) + "\n")
+    try:
+        overlay = read_config(first.config, parser) if first.config else {}
+        parser.set_defaults(**overlay)
+        first, _ = parser.parse_known_args(argv)
+        recipe = named_recipe(first.recipe, stage) or recipe_for(first.model, stage)
+        parser.set_defaults(**{**(recipe_values(recipe, parser) if recipe else {}), **overlay})
+        args = parser.parse_args(argv)
+        adapt_defaults(args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None)
+        validate(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.recipe = recipe.name if recipe else None
+    args.other_recipes = () if first.recipe else names_for(args.model, stage, args.recipe)
+    return args
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    *checks: Callable[[argparse.Namespace], None],
+    stage: str | None = None,
+) -> argparse.Namespace:
+    """Of a script whose model has no recipe by itself: defaults < --recipe < --config < command line, then the checks.
+
+    `stage` is that of the recipes which --recipe may name, None without that flag. Exits with argparse's message on bad
+    flags.
+    """
+    config = parser.parse_known_args(argv)[0].config
+    try:
+        overlay = read_config(config, parser) if config else {}
+        parser.set_defaults(**overlay)
+        first, _ = parser.parse_known_args(argv)
+        recipe = named_recipe(first.recipe, stage) if stage else None
+        if recipe:
+            parser.set_defaults(**{**recipe_values(recipe, parser), **overlay})
+        args = parser.parse_args(argv)
+        for check in checks:
+            check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if stage and recipe is None:
+        args.other_recipes = names_for(getattr(args, "model", ""), stage)
+    return args
+
+
+def named_recipe(name: str | None, stage: str) -> Recipe | None:
+    """The recipe of that name, which must be of this stage; None for None."""
+    recipe = by_name(name) if name else None
+    if recipe and recipe.stage != stage:
+        raise ValueError(f"--recipe {name} is not for this script; use it with {recipe.program}")
+    return recipe
+
+
+def recipe_values(recipe: Recipe, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The values that the recipe's model and flags have for this parser, as if they stood on the command line."""
+    bare = copy.deepcopy(parser)
+    bare._defaults.clear()
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    values = vars(bare.parse_args(recipe.words()))
+    if not recipe.model.endswith("*"):  # of a whole family of networks
+        values["teacher" if recipe.stage == "parts" else "model"] = recipe.model
+    return values
+
+
+def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
+    """Names of the flags that stand on the command line."""
+    parser = build_parser(stage)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) -> None:
+    """Defaults that do not fit what was asked for give way; what the user gave stays, and may be refused later."""
+    if "layer_decay" in args and not has_recipe and is_of_timm(args.model):  # they are for ViTs, few networks take them
+        args.layer_decay = args.layer_decay if "layer_decay" in given else 1.0
+        args.drop_path = args.drop_path if "drop_path" in given else 0.0
+    if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
+        args.warmup_epochs = args.epochs // 5
+    if "eval_input_size" in args and "input_size" in given and "eval_input_size" not in given:
+        args.eval_input_size = None
+    if "opt_betas" not in given and args.opt_betas is not None and not takes_betas(args.opt, len(args.opt_betas)):
+        args.opt_betas = None
+
+
+def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The values of a YAML file, which must all be flags of this script."""
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path} does not exist")
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must hold lines of the form flag: value")
+    if ("lr" in values) != ("blr" in values):  # one of them replaces what the recipe says of either
+        values = {"lr": None, "blr": None} | values
+    known = {action.dest for action in parser._actions}
+    if unknown := values.keys() - known:
+        raise ValueError(f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}")
+    for action in parser._actions:  # argparse checks types of defaults, not choices
+        if action.choices and values.get(action.dest, action.default) not in (*action.choices, action.default):
+            raise ValueError(f"--config {path}: --{action.dest} is not one of {', '.join(map(str, action.choices))}")
+    return values
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Combinations that cannot work, each refused in one sentence."""
+    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq", "aug_repeats"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.enable_deepspeed and not args.output_dir and args.save_ckpt:
+        raise ValueError("--enable_deepspeed writes its configuration and checkpoints: give --output_dir")
+    separate = getattr(args, "separate_mask_ratio", None)
+    if separate is not None and (not 0 < separate < 1 or args.mask_type == "block"):
+        raise ValueError(f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random --mask_type")
+    for name in ("deepspeed_config", "offload"):
+        if getattr(args, name) and not args.enable_deepspeed:
+            raise ValueError(f"--{name} needs --enable_deepspeed")
+    if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
+        raise ValueError(f"--deepspeed_config {args.deepspeed_config} does not exist")
+    if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
+        raise ValueError(f"--keep_checkpoints must be at least 1, not {args.keep_checkpoints}")
+    if getattr(args, "lr_schedule", "") == "step" and not args.lr_steps:
+        raise ValueError("--lr_schedule step needs --lr_steps, the epochs after which the rate falls")
+    mixing = getattr(args, "mixup", 0) or getattr(args, "cutmix", 0) or getattr(args, "cutmix_minmax", None)
+    if mixing and args.batch_size % 2:
+        raise ValueError(f"--mixup and --cutmix pair images up: --batch_size must be even, not {args.batch_size}")
+
+
+def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
+    options = {name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name) is not None}
+    for item in args.model_kwargs:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--model_kwargs takes K=V pairs, not {item!r}")
+        options[key] = yaml.safe_load(value)
+        with contextlib.suppress(ValueError):  # YAML takes 1e-6 for a word
+            options[key] = float(options[key]) if isinstance(options[key], str) else options[key]
+    return options
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those flags that have a value; for the others the model's own holds."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def resolve_lr(args: argparse.Namespace) -> None:
+    """--blr is for 256 images a step and grows with the effective batch. A script without training has no --lr."""
+    if "lr" in args and args.lr is None:
+        args.lr = args.blr * effective_batch(args) / 256
+
+
+def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
+    """Settles --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only sometimes faster)."""
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" and has_bf16() else "fp32"
+
+
+def resolve_matmul_precision(args: argparse.Namespace, device: torch.device) -> str:
+    """Settles --matmul_precision auto. Scripts without training do not have the flag: they stay exact."""
+    if getattr(args, "matmul_precision", "highest") == "auto":
+        args.matmul_precision = "high" if device.type == "cuda" else "highest"
+    return getattr(args, "matmul_precision", "highest")
+
+
+def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
+    """Prints the recipe and the derived quantities, and saves the whole configuration as config.yaml."""
+    for name in LEFTOVERS["pretrain"] + LEFTOVERS["finetune"]:
+        if getattr(args, name, None):
+            log.info("--%s is accepted for old commands' sake and has no effect, as in the published code", name)
+    others = getattr(args, "other_recipes", ())
+    choose = f"; --recipe takes for this model also {', '.join(others)}" if others else ""
+    log.info("recipe: %s%s", args.recipe or "none, the flags' defaults", choose)
+    for name, value in derived.items():
+        log.info("  %-22s %s", name, value)
+    if args.output_dir and args.rank == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_text(Path(args.output_dir) / "config.yaml", yaml.safe_dump(as_config(args), sort_keys=True))
+
+
+def as_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The effective configuration in plain types; it can be given to --config again."""
+    skipped = {"rank", "world_size", "local_rank", "config", "dry_run", "list_models", "deepspeed", "other_recipes"}
+    leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
+    values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def effective_batch(args: argparse.Namespace) -> int:
+    """Images per optimizer step over all processes."""
+    return args.batch_size * args.update_freq * args.world_size
+
+
+def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    """Length of the warm-up: --warmup_steps if given, else --warmup_epochs."""
+    return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+
+
+def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
+    """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
+    warmup = warmup_steps(args, steps_per_epoch)
+    scaled = f"--blr {args.blr:g} x {effective_batch(args)} / 256" if args.blr else "not scaled by the batch size"
+    falls = f"cosine to {args.min_lr:g}"
+    if args.lr_schedule == "step":
+        falls = f"times {args.lr_gamma:g} after epochs {', '.join(map(str, args.lr_steps)) or 'none'}"
+    return {
+        "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = {effective_batch(args)}",
+        "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
+        "lr": f"0 -> {args.lr:g} in {warmup} steps, {falls}; {scaled}",
+        "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",
+        "precision": args.precision,
+        "float32 products": {"high": "in TF32", "highest": "exact"}[getattr(args, "matmul_precision", "highest")],
+    }

@@ -1,0 +1,34 @@
+"""The classes and image sizes of a labelled data set, settled with the flags."""
+
+from argparse import Namespace
+
+import torch
+from torch import nn
+
+from modeling_finetune import input_size_of, to_pair
+from unimim.cli.options import model_kwargs
+from unimim.errors import refused
+
+
+def settle_size(args: Namespace) -> None:
+    """--input_size defaults to the model's own."""
+    args.input_size = model_kwargs(args).get("input_size") or input_size_of(args.model)
+
+
+@torch.no_grad()
+def check_eval_size(args: Namespace, model: nn.Module) -> None:
+    """ValueError now, not after the first epoch: the network does not take images of --eval_input_size."""
+    size = args.eval_input_size
+    if size not in (None, args.input_size):
+        with refused(f"--eval_input_size {size}: --model {args.model} is for --input_size {args.input_size}"):
+            model.eval()(torch.zeros(1, 3, *to_pair(size)))
+        model.train()
+
+
+def settle_classes(args: Namespace, dataset) -> None:
+    """--nb_classes defaults to the data set's number; a smaller one than the labels need is refused."""
+    found = len(dataset.source.classes)
+    if args.nb_classes is None:
+        args.nb_classes = found
+    if found > args.nb_classes:
+        raise ValueError(f"--nb_classes {args.nb_classes} is too few: the data set has {found} classes")

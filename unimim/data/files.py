@@ -1,0 +1,113 @@
+"""Files of a data set: in folders, or in zip archives that are read in place."""
+
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from unimim.data.file_index import PathTable, locate, zip_members
+from unimim.data.jpeg import BrokenImageError
+
+Key = tuple[int, int]  # (epoch, index); a negative index -1-i loads image i as padding
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class FolderFiles:
+    """The files `names` below the folder `root`."""
+
+    def __init__(self, root: Path, names: PathTable | Iterable[str]):
+        self.root, self.names = root, names if isinstance(names, PathTable) else PathTable(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+    def read(self, index: int) -> bytes:
+        try:
+            with open(self.path(index), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BrokenImageError(error.strerror or str(error)) from error
+
+
+class ZipFiles:
+    """The members `names` of a zip, read in place: stored ones as they are, deflated ones inflated.
+
+    The positions are looked up once and kept as arrays; the memory map is opened by the process that reads first, never
+    inherited or pickled. A name that is not in the archive is a broken image.
+
+    Raises:
+        ValueError: the file is missing, is no zip archive, or holds none of the names.
+    """
+
+    def __init__(self, archive: Path, names: PathTable | Iterable[str]):
+        self.archive, self.names = archive, names if isinstance(names, PathTable) else PathTable(names)
+        members = zip_members(archive)
+        found = locate(members.names, self.names)
+        if len(found) and found.max() < 0:
+            held = members.names[0] if len(members.names) else "nothing"
+            raise ValueError(
+                f"{archive} holds none of the listed members, such as '{self.names[0]}'; it holds '{held}'"
+            )
+        self.offset = np.where(found < 0, -1, members.offset[found])
+        self.packed_size, self.size = members.packed_size[found], members.size[found]
+        self.method = members.method[found].astype(np.int16)
+        self._map, self._pid = None, None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> str:
+        return f"{self.archive}@/{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        """The bytes of member `index`; its checksum is left to the decoder, which sees most damage anyway."""
+        if self.offset[index] < 0:
+            raise BrokenImageError("not in the archive")
+        content = self._content()
+        start = self._data_start(content, int(self.offset[index]))
+        packed = content[start : start + int(self.packed_size[index])]
+        if len(packed) < self.packed_size[index]:
+            raise BrokenImageError("the archive ends inside this member")
+        return _unpack(packed, int(self.method[index]), int(self.size[index]))
+
+    def _content(self) -> mmap.mmap:
+        if self._pid != os.getpid():
+            with open(self.archive, "rb") as file:
+                self._map, self._pid = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.getpid()
+        return self._map
+
+    @staticmethod
+    def _data_start(content: mmap.mmap, offset: int) -> int:
+        # name and extra lengths of the local header may differ from the central directory's
+        header = content[offset : offset + 30]
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise BrokenImageError("no member starts where the archive's directory says")
+        name_length, extra_length = struct.unpack("<HH", header[26:])
+        return offset + 30 + name_length + extra_length
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_map": None, "_pid": None}
+
+
+def _unpack(packed: bytes, method: int, size: int) -> bytes:
+    if method == zipfile.ZIP_STORED:
+        return packed
+    if method != zipfile.ZIP_DEFLATED:
+        raise BrokenImageError(f"compression method {method} is not supported; store or deflate")
+    try:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed)
+    except zlib.error as error:
+        raise BrokenImageError(str(error)) from error
+    if len(data) != size:
+        raise BrokenImageError(f"inflates to {len(data)} bytes instead of {size}")
+    return data

@@ -1,0 +1,114 @@
+"""The loader of what a pre-training method reads."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from torch import nn
+
+from datasets import TrainBatchSampler, build_dataset, build_loader
+from masking_generator import build_mask_generator
+from unimim.cli.options import effective_batch
+from unimim.data.part_maps import PartMaps, RandomParts, image_names
+from unimim.data.views import build_pretrain_transform
+from unimim.logs import log
+
+
+def mask_generator(args: Namespace, method: nn.Module, view: str):
+    """The masks that come with the data, None for a method that does not read this view."""
+    if view not in method.views:
+        return None
+    return build_mask_generator(
+        args.mask_type,
+        input_size=method.image_size,
+        patch_size=method.cell_size,
+        mask_ratio=args.mask_ratio if view == "mask" else args.separate_mask_ratio,
+        num_mask_patches=args.num_mask_patches,
+        min_mask_patches_per_block=args.min_mask_patches_per_block,
+        max_mask_patches_per_block=args.max_mask_patches_per_block,
+        mask_patch_size=args.mask_patch_size,
+    )
+
+
+def build_data(args: Namespace, method: nn.Module):
+    """The loader of what the method reads."""
+    if "target_ids" in method.views:
+        raise ValueError(f"--model {args.model} needs --discrete_vae_weight_path: DALL-E's encoder, encoder.pkl")
+    sides = zip(method.image_size, method.cell_size, strict=True)
+    transform = build_pretrain_transform(
+        method.views,
+        input_size=method.image_size,
+        grid=tuple(side // cell for side, cell in sides),
+        noise_size=method.noise_size,
+        interpolation=args.train_interpolation,
+        pipeline=args.data_pipeline,
+        mask_generator=mask_generator(args, method, "mask"),
+        target_mask_generator=mask_generator(args, method, "target_mask"),
+        crop_scale=tuple(args.crop_scale),
+        color_jitter=args.color_jitter,
+        second_size=second_size(args, method),
+        second_interpolation=args.second_interpolation,
+    )
+    dataset = build_dataset(args, train=True, transform=transform, need_labels=False)
+    if "part_ids" in method.views:
+        parts = open_parts(args, dataset.source, method)
+        readers = {"part_ids": parts.read, "part_scores": parts.read_scores}
+        dataset.maps = {view: read for view, read in readers.items() if view in method.views}
+    return train_loader(args, dataset)
+
+
+def second_size(args: Namespace, method: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of the pictures for the tokenizer: one word for each patch."""
+    if "image_second" not in method.views:
+        return None
+    if args.second_input_size is not None and {args.second_input_size} != {*method.second_size}:
+        raise ValueError(
+            f"--second_input_size {args.second_input_size}: with one word a patch it is {method.second_size}"
+        )
+    return method.second_size
+
+
+def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomParts:
+    """The part maps of the images in `source`, of the kind and with as many parts as the flags and the method say."""
+    if args.part_source == "random":
+        log.warning("--part_source random: the parts have no meaning; this is a run for comparison")
+        return RandomParts(method.num_parts, method.patch_embed.grid_size, args.seed)
+    if args.part_maps is None:
+        raise ValueError(f"--model {args.model} needs --part_maps, as run_part_learning.py writes them")
+    map_file = Path(args.data_path or "", "train_map.txt")
+    parts = PartMaps.open(
+        args.part_maps, paths=image_names(source), map_file=map_file if args.data_path and map_file.is_file() else None
+    )
+    if args.part_source not in ("maps", parts.meta.part_source):
+        raise ValueError(
+            f"--part_maps {args.part_maps} holds {parts.meta.part_source} parts, not {args.part_source}: "
+            f"run_part_learning.py --part_source {args.part_source} --extract FOLDER makes these"
+        )
+    log.info("part maps: %s, %d parts", parts.meta.part_source, parts.num_parts)
+    if parts.num_parts > method.num_parts:
+        raise ValueError(
+            f"--part_maps {args.part_maps} has {parts.num_parts} parts: give --num_parts {parts.num_parts}"
+        )
+    return parts
+
+
+def train_loader(args: Namespace, dataset):
+    """A loader of whole optimizer steps, `steps_per_epoch` of them; what is left over of an epoch is dropped."""
+    steps = len(dataset) // effective_batch(args)
+    if steps == 0:
+        raise ValueError(
+            f"{len(dataset)} images do not fill one step of {effective_batch(args)}: "
+            "lower --batch_size, --update_freq or the number of processes"
+        )
+    sampler = TrainBatchSampler(
+        len(dataset),
+        args.batch_size,
+        batches_per_epoch=steps * args.update_freq,
+        rank=args.rank,
+        world_size=args.world_size,
+        seed=args.seed,
+        repeats=getattr(args, "aug_repeats", 1),
+        step_batches=args.update_freq * args.world_size,
+    )
+    loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
+    loader.steps_per_epoch = steps
+    return loader

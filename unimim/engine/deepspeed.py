@@ -1,0 +1,256 @@
+"""How a step is run by DeepSpeed ZeRO, and its configuration."""
+
+import json
+import math
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from unimim.engine.batch_norm import batch_norm_in_float32, synchronised_batch_norm
+from unimim.engine.runner import AUTOCAST_DTYPES, Runner, spoil_if_nonfinite, step_unless_nonfinite
+
+# What DeepSpeed reads at the top level; it ignores a misspelt key without a word, so we do not (specs/engine.md 1.8).
+DEEPSPEED_KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast", "bf16",
+    "fp16", "steps_per_print", "wall_clock_breakdown", "dump_state", "prescale_gradients", "gradient_predivide_factor",
+    "communication_data_type", "seq_parallel_communication_data_type", "activation_checkpointing", "aio",
+    "flops_profiler", "comms_logger", "checkpoint", "data_types", "tensorboard", "wandb", "csv_monitor", "autotuning",
+    "compile", "sparse_gradients", "disable_allgather", "memory_breakdown", "dataloader_drop_last",
+}  # fmt: skip
+
+
+def deepspeed_config(args: Namespace, parameters: int = 0) -> dict[str, Any]:
+    """The configuration that the flags ask for, or --deepspeed_config with what it leaves open filled in from them.
+
+    `gradient_clipping` is always written: DeepSpeed's default clips at 1.0 (specs/engine.md 0.1).
+    bf16 takes the `torch_autocast` section: float32 weights and the same numbers as DDP. fp16 takes the section of its
+    own, with BEiT's values: DeepSpeed 0.19 neither lowers nor undoes the scale of autocast's fp16 under ZeRO.
+    `parameters`, the number of trainable ones, sizes the buckets.
+    """
+    config = {
+        "train_micro_batch_size_per_gpu": args.batch_size,
+        "gradient_accumulation_steps": args.update_freq,
+        "gradient_clipping": args.clip_grad or 0.0,
+        "zero_optimization": zero_section(args, parameters),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    given = read_deepspeed_config(args.deepspeed_config) if args.deepspeed_config else {}
+    check_deepspeed_config(given, config, args)
+    given["zero_optimization"] = config["zero_optimization"] | given.get("zero_optimization", {})
+    if not {"torch_autocast", "bf16", "fp16"} & given.keys():
+        config |= precision_section(args.precision)
+    config |= given
+    check_zero_section(config["zero_optimization"], args)
+    if offloads(config["zero_optimization"]):  # or DeepSpeed refuses every optimizer but its own, which it compiles
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
+
+
+def zero_section(args: Namespace, parameters: int) -> dict[str, Any]:
+    """Of the flags. DeepSpeed's own buckets take 2 GB and hold a whole ViT: nothing is sent before backward ends."""
+    section: dict[str, Any] = {"stage": args.zero_stage}
+    if parameters:
+        bucket = min(500_000_000, math.ceil(parameters / 8 / 2**20) * 2**20)
+        section |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if args.device == "cuda":
+        section["overlap_comm"] = True
+    if args.offload == "optimizer":
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device == "cuda"}
+    return section
+
+
+def offloads(zero_section: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lives outside the device."""
+    return (zero_section.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def check_zero_section(section: dict[str, Any], args: Namespace) -> None:
+    """Refuses what does not work with the stage, wherever that comes from."""
+    if getattr(args, "compile", False) and section["stage"] == 3:
+        raise ValueError(
+            "--compile does not work with ZeRO stage 3, whose gather hooks cut the gradients: use --zero_stage 2"
+        )
+    if args.precision == "fp16" and section["stage"] == 0:
+        raise ValueError(
+            "--precision fp16 does not work with ZeRO stage 0, whose float32 weights DeepSpeed keeps to itself: "
+            "use --zero_stage 1, or leave out --enable_deepspeed"
+        )
+    if offloads(section) and section["stage"] == 0:
+        raise ValueError("--offload optimizer needs a sharded optimizer: use --zero_stage 1, 2 or 3")
+
+
+def precision_section(precision: str) -> dict[str, Any]:
+    if precision == "fp16":
+        return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 7, "loss_scale_window": 128}}
+    if precision == "bf16":  # no module is named whose gradients and shards could be sent in bf16, as DDP sends none
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
+    return {}
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    try:
+        given = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--deepspeed_config {path} is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--deepspeed_config {path} must hold one JSON object")
+    return given
+
+
+def check_deepspeed_config(given: dict, ours: dict, args: Namespace) -> None:
+    name = f"--deepspeed_config {args.deepspeed_config}"
+    if named := {"optimizer", "scheduler"} & given.keys():
+        raise ValueError(f"{name} has the section {min(named)}, which comes from the flags here: leave it out")
+    if unknown := given.keys() - DEEPSPEED_KEYS:
+        raise ValueError(f"{name}: DeepSpeed does not know the keys {sorted(unknown)}, and would ignore them silently")
+    batches = {"train_batch_size": args.batch_size * args.update_freq * args.world_size, **ours}
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+        if given.get(key, batches[key]) != batches[key]:
+            raise ValueError(f"{name} says {key} {given[key]}, the flags say {batches[key]}: make them equal")
+    if args.clip_grad and given.get("gradient_clipping", args.clip_grad) != args.clip_grad:
+        raise ValueError(f"{name} says gradient_clipping {given['gradient_clipping']}, --clip_grad {args.clip_grad}")
+    stage = given.get("zero_optimization", {}).get("stage", args.zero_stage)
+    if given.get("bf16", {}).get("enabled") and stage == 0:
+        raise ValueError(f"{name}: bf16 with ZeRO stage 0 takes a wrong first step in DeepSpeed; use stage 1 or more")
+    if given.get("torch_autocast", {}).get("dtype") in ("fp16", "float16"):
+        raise ValueError(f"{name}: torch_autocast with fp16 clips scaled gradients in DeepSpeed; use the section fp16")
+
+
+class DeepSpeedRunner(Runner):
+    """DeepSpeed ZeRO 0 to 3. The configuration written is kept in `config`."""
+
+    def __init__(self, network, optimizer, *, config: dict[str, Any], device: torch.device):
+        super().__init__(
+            network, update_freq=config["gradient_accumulation_steps"], clip_grad=config["gradient_clipping"] or None
+        )
+        deepspeed = import_deepspeed(device)
+        self.config, self.device = config, device
+        self.optimizer = optimizer
+        self.guard = StepGuard(optimizer, device)
+        reduced = [dtype for name, dtype in AUTOCAST_DTYPES.items() if config.get(name, {}).get("enabled")]
+        if reduced:
+            run_with_rounded_weights(network, device, reduced[0])
+        self.model, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, config=dict(config))
+        self.stage = self.model.zero_optimization_stage()
+        self.gathered_parameters = deepspeed.zero.GatheredParameters
+        autocast = self.model.torch_autocast_dtype() if self.model.torch_autocast_enabled() else None
+        self.dtype = reduced[0] if reduced else autocast
+        # the weights themselves, or stage 3's gathered copies of them, may then be rounded
+        self.rounded = bool(reduced) or (autocast is not None and self.stage == 3)
+
+    def micro_step(self, batch, *, last):
+        if not self.statistics.kept:
+            self.statistics.keep()
+        out = self.model(batch)
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(spoil_if_nonfinite(out["loss"]))  # divides by the accumulation count itself
+        if not last:
+            self.model.step()
+        return out
+
+    def apply_gradients(self):
+        norm = self._whole_norm() if self.stage == 0 else None
+        self.guard.reset()
+        self.model.step()
+        applied = self.guard.applied * float(self.model.was_step_applied())
+        if norm is None:
+            known = self.model.get_global_grad_norm()  # not where the user's configuration switches it off
+            norm = torch.as_tensor(float("nan") if known is None else known, device=self.device)
+        return {"grad_norm": norm.float(), "applied": applied}
+
+    def _whole_norm(self) -> Tensor:
+        """Stage 0 keeps whole gradients and reports no norm in float32."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+
+    def full_state_dict(self):
+        """One parameter at a time, whole on every rank for that long; only rank 0 keeps them, on the host."""
+        state, keeps = {}, dist.get_rank() == 0
+        for name, value in self.network.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter):
+                with self.whole([value]) as (tensor,):
+                    if keeps:
+                        state[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+            elif keeps:
+                state[name] = value.detach().clone()
+        return state
+
+    @contextmanager
+    def whole(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        with self.gathered_parameters(parameters, enabled=self.stage == 3):
+            yield [self._master(p) if self.rounded and p.requires_grad else p for p in parameters]
+
+    def _master(self, parameter: Tensor) -> Tensor:
+        """Returns the whole float32 value of which the engine trains a rounded copy."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+
+    def save(self, folder: str, tag: str) -> None:
+        """Writes the sharded state for an exact resume; every rank must call."""
+        self.model.save_checkpoint(folder, tag=tag, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> None:
+        self.model.load_checkpoint(folder, tag=tag)
+
+
+def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Lets weights that DeepSpeed keeps in bf16 or fp16 meet float32 images and batch statistics."""
+    # inside the network, because DeepSpeed ends an autocast around it
+    network.forward = torch.autocast(device.type, dtype)(network.forward)
+    for norm in network.modules():
+        if isinstance(norm, _BatchNorm):
+            synchronised = isinstance(norm, nn.SyncBatchNorm) or "forward" in vars(norm)
+            norm.forward = partial(synchronised_batch_norm if synchronised else batch_norm_in_float32, norm)
+
+
+class StepGuard:
+    """Stands before optimizer.step: skips it on every rank where a gradient on any rank is not finite.
+
+    ZeRO-3 calls it for each of its sub-groups, after it has looked at the gradients of all.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.optimizer, self.device = optimizer, device
+        self.reset()
+        self._step = optimizer.step
+        optimizer.step = self
+
+    def reset(self) -> None:
+        self.applied = torch.ones((), device=self.device)
+
+    def __call__(self, closure=None):
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.nn.utils.get_total_norm(gradients).isfinite().float() if gradients else self.applied.clone()
+        place = finite.device  # the host's under ZeRO-Offload, from where NCCL sends nothing
+        finite = finite.to(self.device)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self.applied = torch.minimum(self.applied, finite)
+        self.optimizer.step = self._step
+        try:
+            step_unless_nonfinite(self.optimizer, self.applied.to(place))
+        finally:
+            self.optimizer.step = self
+
+
+def import_deepspeed(device: torch.device):
+    """Imports DeepSpeed so that it needs no compiler on a CPU (specs/engine.md 1.3)."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it takes a GPU unasked, also under --device cpu
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError("--enable_deepspeed needs the package deepspeed: pip install -r requirements.txt") from error
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if device.type == "cpu" and isinstance(compatible, dict):
+        compatible["deepspeed_shm_comm"] = False  # gloo alone does; the helper would be compiled at each first start
+    return deepspeed

@@ -1,0 +1,190 @@
+"""How a step is run: plain torch and DDP behind one small interface."""
+
+import math
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unimim.engine.batch_norm import BatchStatistics
+from unimim.engine.distributed import in_group, reduce_sum
+from unimim.logs import log
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuses what the hardware cannot do, in one sentence."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32")
+    if precision == "bf16" and device.type == "cuda" and not has_bf16():
+        raise ValueError("--precision bf16 is not supported by this GPU; take fp16 or fp32")
+
+
+def has_bf16() -> bool:
+    """Whether this GPU computes in bf16; older ones emulate it, slower than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class Runner:
+    """What plain, DDP and DeepSpeed runs share. `network` is the module itself, `model` the wrapped one."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, network: nn.Module, *, update_freq: int, clip_grad: float | None):
+        self.network, self.update_freq, self.clip_grad = network, update_freq, clip_grad
+        self.statistics = BatchStatistics()
+        self.dtype: torch.dtype | None = None  # of autocast
+        self.gradients = GradientCheck(network)
+
+    def watch(self, *modules: nn.Module | None) -> None:
+        """Batch statistics of these modules are put back after a skipped step."""
+        self.statistics = BatchStatistics(*modules)
+
+    def micro_step(self, batch: dict[str, Tensor], *, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; `last` of the `update_freq` ones that make a step."""
+        raise NotImplementedError
+
+    def step(self) -> dict[str, Tensor]:
+        """Applies the gradients: {"grad_norm": 2-norm before clipping, "applied": 1.0, or 0.0 for a skipped step}."""
+        result = self.apply_gradients()
+        self.statistics.put_back_unless(result["applied"])
+        self.statistics.kept = []
+        self.gradients.after_step(result["applied"])
+        return result
+
+    def apply_gradients(self) -> dict[str, Tensor]:
+        """What `step` does to the weights, and returns."""
+        raise NotImplementedError
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The network's state with whole float32 weights; every rank must call, and rank 0 gets it."""
+        return self.network.state_dict()
+
+    def whole(self, parameters: list[Tensor]):
+        """A context that yields whole float32 values of the network's parameters."""
+        return nullcontext(parameters)
+
+
+class GradientCheck:
+    """Finds trainable tensors that training leaves alone: in the first applied steps of a run no rank has a gradient
+    for them that is not zero.
+
+    A single such tensor may be meant, and is named in the log; most of a network never is, and is an error. It takes
+    several steps, because behind a head that starts at zero all gradients are zero in the first ones.
+    """
+
+    steps = 5
+
+    def __init__(self, network: nn.Module):
+        named = [(name, p) for name, p in network.named_parameters() if p.requires_grad and p.numel() > 1]
+        self.names = [name for name, _ in named]
+        self.seen = torch.zeros(len(named), device=named[0][1].device if named else None)
+        self.done = torch.zeros((), device=self.seen.device)
+        self.asked = 0
+        self.hooks = [p.register_hook(partial(self._note, number)) for number, (_, p) in enumerate(named)]
+
+    @torch.no_grad()
+    def _note(self, number: int, gradient: Tensor) -> None:
+        """Before reduction and sharding: all engines look the same here. What is not finite says nothing."""
+        largest = torch.linalg.vector_norm(gradient.detach(), math.inf)
+        self.seen[number] += ((largest > 0) & largest.isfinite()).to(self.seen)
+
+    def after_step(self, applied: Tensor) -> None:
+        """Judges once, after enough applied steps; waits for the device then, and not before `steps` steps."""
+        if not self.hooks:
+            return
+        self.done += applied.to(self.done)
+        self.asked += 1
+        if self.asked < self.steps or self.done < self.steps:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        counts = reduce_sum(self.seen).tolist()
+        self._judge([name for name, count in zip(self.names, counts, strict=True) if not count])
+
+    def _judge(self, untouched: list[str]) -> None:
+        if not untouched:
+            return
+        shown = ", ".join(untouched[:5]) + (", ..." if len(untouched) > 5 else "")
+        text = f"{len(untouched)} of {len(self.names)} trainable tensors had no gradient in {self.steps} steps: {shown}"
+        if 2 * len(untouched) > len(self.names):
+            raise ValueError(f"{text}. Most of the network is not trained: run without --compile or --enable_deepspeed")
+        log.warning("%s", text)
+
+
+def spoil_if_nonfinite(loss: Tensor) -> Tensor:
+    """The same loss; but if it is not finite, so is every gradient that comes from it."""
+    return loss * (1.0 + 0.0 * loss.detach())
+
+
+def step_unless_nonfinite(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """Steps where `applied` is 1. Fused optimizers skip on the device; for others the host has to look.
+
+    It looks before a first step too: a fused SGD that skips that one leaves its momentum uninitialised.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if fused and optimizer.state and applied.device.type != "cpu":
+        step_on_device(optimizer, applied)
+    elif applied:
+        optimizer.step()
+
+
+def step_on_device(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """The fused kernels read the gradient scaler's flag, and leave everything as it is where it is set."""
+    optimizer.grad_scale, optimizer.found_inf = None, 1.0 - applied
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+
+
+class TorchRunner(Runner):
+    """One process, or DDP where there are several."""
+
+    def __init__(self, network, optimizer, *, device, precision, update_freq, clip_grad):
+        super().__init__(network, update_freq=update_freq, clip_grad=clip_grad)
+        self.optimizer, self.device = optimizer, device
+        self.dtype = AUTOCAST_DTYPES.get(precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.model = network
+        if in_group() and dist.get_world_size() > 1:
+            ids = None if device.type == "cpu" else [device]
+            self.model = DistributedDataParallel(
+                network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    def micro_step(self, batch, *, last):
+        if not self.statistics.kept:
+            self.statistics.keep()
+        accumulating = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if accumulating else nullcontext():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                out = self.model(batch)
+            self.scaler.scale(spoil_if_nonfinite(out["loss"]) / self.update_freq).backward()
+        return out
+
+    def apply_gradients(self):
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        applied = norm.isfinite().float()
+        if self.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        step_unless_nonfinite(self.optimizer, applied)  # not the scaler's step, which would not guard a first one
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "applied": applied}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,381 @@
+"""What a run keeps on disk: its checkpoints, the position to resume from, and the clean encoder.
+
+A checkpoint holds plain tensors and dicts: model, teacher or averaged model, optimizer, scaler, epoch and step (the
+position of schedules and data; all randomness follows from it and the seed), the meters of the epoch, the flags, and
+what tells whether another run sees the same images. The optimizer's state goes by the parameters' names.
+A DeepSpeed run keeps optimizer shards in the folder of the same name, for an exact resume on as many ranks.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from datasets import fingerprint
+from unimim.checkpoint.files import (
+    begin_deepspeed_folder,
+    check_checkpoint,
+    deepspeed_folder,
+    encoder_file,
+    finish_deepspeed_folder,
+    latest_valid_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    save_encoder,
+    sync_deepspeed_folder,
+)
+from unimim.cli.options import as_config, effective_batch
+from unimim.engine.deepspeed import DeepSpeedRunner
+from unimim.engine.distributed import barrier, from_first_rank
+from unimim.engine.ema import MovingAverage
+from unimim.engine.monitor import StepMonitor
+from unimim.engine.runner import Runner
+from unimim.logs import log
+
+# What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
+HYPER_PARAMETERS = ("betas", "eps", "momentum", "nesterov", "lr_scale")
+GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
+
+
+@dataclass
+class Position:
+    """`step` optimizer steps of `epoch` are done; `best` is the best validation accuracy so far in percent."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float = 0.0
+    best_average: float = 0.0
+
+
+class Session:
+    """Saves and resumes one run. `network` is the model whose names the checkpoint carries."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        runner: Runner,
+        network: nn.Module,
+        monitor: StepMonitor,
+        *,
+        average: MovingAverage | None,
+        average_key: str,
+        steps_per_epoch: int,
+        dataset: Dataset,
+    ):
+        self.args, self.runner, self.network, self.monitor = args, runner, network, monitor
+        self.average, self.average_key, self.steps_per_epoch = average, average_key, steps_per_epoch
+        self.dataset = dataset
+        self.folder = Path(args.output_dir) if args.output_dir and args.save_ckpt else None
+        self.sharded = isinstance(runner, DeepSpeedRunner)
+
+    # -- saving
+
+    def save(self, position: Position, *, finished: bool) -> None:
+        """Writes checkpoint-<epoch>.pth of a finished epoch, else checkpoint-<epoch>-<step>.pth; all ranks call it."""
+        if self.folder is None:
+            return
+        stem = f"checkpoint-{position.epoch}" if finished else f"checkpoint-{position.epoch}-{position.step}"
+        state = self._state(position) | self._progress(position)
+        if self.sharded:
+            self._save_shards(stem)
+        if self.args.rank == 0:
+            self._save_encoder(stem, state[self.average_key] or state["model"])
+            self._write(stem, state)
+            prune_checkpoints(self.folder, self.args.keep_checkpoints, self.folder / f"{stem}.pth")
+        barrier()
+
+    def save_best(self, position: Position, *, of_average: bool) -> None:
+        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the average; all ranks must call."""
+        if self.folder is None:
+            return
+        state = self._state(position)
+        if of_average:
+            state["model"] = state[self.average_key]
+        if self.args.rank == 0:
+            self._write("checkpoint-best-ema" if of_average else "checkpoint-best", state | {self.average_key: None})
+
+    def _write(self, stem: str, state: dict[str, Any]) -> None:
+        save_checkpoint(self.folder / f"{stem}.pth", state)
+        log.info("saved %s", self.folder / f"{stem}.pth")
+
+    def _state(self, position: Position) -> dict[str, Any]:
+        weights, prefix = self.runner.full_state_dict(), self._prefix()
+        return {
+            "model": {k.removeprefix(prefix): v for k, v in weights.items()},
+            self.average_key: None if self.average is None else dict(self.average.module.state_dict()),
+            "args": as_config(self.args),
+            "engine": self._engine(),
+            **vars(position),
+        }
+
+    def _progress(self, position: Position) -> dict[str, Any]:
+        """What only a resumed run needs. All random draws are functions of the seed and the number of updates done."""
+        updates = position.epoch * self.steps_per_epoch + position.step
+        progress = {"rng": {"seed": self.args.seed, "updates": updates}, "monitor": self.monitor.state()}
+        progress["data"] = self._data
+        if self.sharded:
+            return progress
+        return progress | self.runner.state_dict() | {"param_names": self._param_names()}
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        """Which images an epoch goes through, in how many steps."""
+        return {
+            "images": len(self.dataset),
+            "fingerprint": fingerprint(self.dataset),
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+    def _param_names(self) -> list[list[str]]:
+        """Of each group of the optimizer, in its order."""
+        prefix = self._prefix()
+        names = {id(p): name.removeprefix(prefix) for name, p in self.runner.network.named_parameters()}
+        return [[names[id(p)] for p in group["params"]] for group in self.runner.optimizer.param_groups]
+
+    def _prefix(self) -> str:
+        """The runner may wrap the network in a task; the checkpoint carries the network's own names."""
+        names = (name for name, module in self.runner.network.named_modules() if module is self.network)
+        return "".join(f"{name}." for name in names if name)
+
+    def _engine(self) -> dict[str, Any]:
+        kind = {"kind": "deepspeed", "zero_stage": self.runner.stage} if self.sharded else {"kind": "torch"}
+        return kind | {"world_size": self.args.world_size, "global_batch": effective_batch(self.args)}
+
+    def _save_shards(self, stem: str) -> None:
+        if self.args.rank == 0:
+            begin_deepspeed_folder(self.folder / stem)
+        barrier()
+        self.runner.save(str(self.folder), stem)
+        sync_deepspeed_folder(self.folder / stem)
+        barrier()
+        if self.args.rank == 0:
+            finish_deepspeed_folder(self.folder / stem)
+
+    def _save_encoder(self, stem: str, weights: dict[str, Tensor]) -> None:
+        """`weights` are whole ones: an engine may have sharded or rounded the network's own."""
+        if hasattr(self.network, "encoder_state_dict"):
+            path = encoder_file(self.folder / f"{stem}.pth")
+            metadata = {"model": self.args.model, "format": "timm"}
+            save_encoder(path, self.network.encoder_state_dict(weights), metadata)
+
+    # -- resuming
+
+    def resume(self, origin: "Origin | None") -> Position:
+        """The position after `origin`, whose weights are in the network already; restores optimizer and meters."""
+        if origin is None:
+            return Position(epoch=self.args.start_epoch)
+        if origin.published:
+            epoch = int(origin.state.get("epoch", -1)) + 1
+            log.warning("%s is a published checkpoint: weights only, from epoch %d", origin.path, epoch)
+            return Position(epoch=epoch)
+        position = self._position(origin)
+        self._load_optimizer(origin)
+        log.info(
+            "resumed %s: at epoch %d, step %d of %d", origin.path, position.epoch, position.step, self.steps_per_epoch
+        )
+        return position
+
+    def _position(self, origin: "Origin") -> Position:
+        state = origin.state
+        if "rng" not in state:
+            raise ValueError(f"{origin.path} holds weights only: give it to --finetune, or to --eval with --resume")
+        position = Position(**{name: state[name] for name in vars(Position())})
+        # a finished epoch, however many steps it has in this run
+        if origin.path.stem == f"checkpoint-{position.epoch}":
+            for change in self._changes(state):
+                log.warning("%s was saved with %s", origin.path, change)
+            return Position(position.epoch + 1, 0, position.best, position.best_average)
+        batch, ours = state["engine"]["global_batch"], effective_batch(self.args)
+        if batch != ours:
+            raise ValueError(
+                f"{origin.path} was saved in mid-epoch with an effective batch of {batch}, this run has {ours}: keep "
+                "--batch_size x --update_freq x processes the same, or resume from the end of an epoch"
+            )
+        for change in self._changes(state):
+            if change.of_order:
+                raise ValueError(
+                    f"{origin.path} was saved in mid-epoch with {change}: the rest of the epoch would be of other "
+                    "samples; keep it the same, or resume from the end of an epoch"
+                )
+            log.warning("%s was saved with %s", origin.path, change)
+        if position.step > self.steps_per_epoch:
+            raise ValueError(
+                f"{origin.path} was saved at step {position.step} of an epoch, which has {self.steps_per_epoch} steps "
+                "in this run: give the same --data_path, or resume from the end of an epoch"
+            )
+        self.monitor.load(state["monitor"])
+        return position
+
+    def _changes(self, state: dict[str, Any]) -> "Iterator[Change]":
+        """What the run that wrote `state` had otherwise; of what the file does not know, nothing is said."""
+        there, ours = state["args"], as_config(self.args)
+        for name in sorted(there.keys() & ours.keys()):
+            of_order = name in ("seed", "aug_repeats") or "mask" in name
+            if (of_order or name == "precision") and there[name] != ours[name]:
+                yield Change(f"--{name}", there[name], ours[name], of_order)
+        data = state.get("data", {})
+        if data and data["images"] != self._data["images"]:
+            yield Change("--data_path: number of images", data["images"], self._data["images"], True)
+        elif data and data["fingerprint"] != self._data["fingerprint"]:
+            yield Change("--data_path: list of images", data["fingerprint"], self._data["fingerprint"], True)
+        steps = data.get("steps_per_epoch", self.steps_per_epoch)
+        schedules = f"{there['epochs']} x {steps} steps", f"{ours['epochs']} x {self.steps_per_epoch} steps"
+        if schedules[0] != schedules[1]:
+            yield Change("--epochs: a schedule of", *schedules, False)
+
+    def _load_optimizer(self, origin: "Origin") -> None:
+        """Each engine resumes its own optimizer state; from another engine only the weights come along.
+
+        Hyper-parameters are those of this run's flags, whatever the file says.
+        """
+        engine, path, ours = origin.state["engine"], origin.path, self.args.opt
+        settings = [dict(group) for group in self.runner.optimizer.param_groups]
+        if (opt := origin.state["args"].get("opt", ours)).lower() != ours.lower():
+            if self.sharded and engine["kind"] == "deepspeed":
+                raise ValueError(f"{path} holds shards of --opt {opt}, which --opt {ours} cannot use: keep --opt {opt}")
+            log.warning("%s holds the state of --opt %s: that of --opt %s starts afresh", path, opt, ours)
+            return
+        if self.sharded and engine["kind"] == "deepspeed":
+            for key, ours in (("zero_stage", self.runner.stage), ("world_size", self.args.world_size)):
+                if engine[key] != ours:
+                    raise ValueError(
+                        f"{path} was written by DeepSpeed with {key} {engine[key]}, this run has {ours}: its optimizer "
+                        "shards cannot be read. Run it the same way, or without --enable_deepspeed to take the weights"
+                    )
+            check_checkpoint(path)
+            if not deepspeed_folder(path).is_dir():
+                raise ValueError(f"{path} was written by DeepSpeed and needs the folder {path.stem} beside it")
+            self.runner.load(str(path.parent), path.stem)
+        elif not self.sharded and engine["kind"] == "torch":
+            self.runner.load_state_dict(origin.state | {"optimizer": self._optimizer_state(origin)})
+        else:
+            log.warning("%s was written by another engine: weights are resumed, the optimizer starts afresh", path)
+            return
+        self._put_back(settings, path)
+
+    def _optimizer_state(self, origin: "Origin") -> dict[str, Any]:
+        """The file's optimizer state in the order of this run's groups, in memory of its own."""
+        saved, there, ours = origin.state["optimizer"], origin.state.get("param_names"), self._param_names()
+        if there is not None and there != ours:  # a file without names goes by position
+            saved = in_order_of(ours, saved, there, self.runner.optimizer.param_groups)
+            held = {name for names in there for name in names}
+            if new := [name for names in ours for name in names if name not in held]:
+                log.warning("%s has no optimizer state of %d parameters, such as %s", origin.path, len(new), new[0])
+        return saved | {"state": in_own_memory(saved["state"])}
+
+    def _put_back(self, settings: list[dict[str, Any]], path: Path) -> None:
+        """This run's settings into the optimizer's groups, and a line on each that differs in the file."""
+        differing: dict[str, str] = {}
+        for group, ours in zip(self.runner.optimizer.param_groups, settings, strict=True):
+            for name in GROUP_SETTINGS:
+                if name not in ours:
+                    continue
+                there = group.get(name, ours[name])
+                if name in HYPER_PARAMETERS and plain(there) != plain(ours[name]):
+                    differing.setdefault(name, f"{name} {plain(there)}, this run takes {plain(ours[name])}")
+                group[name] = ours[name]
+        for text in differing.values():
+            log.warning("%s was saved with %s", path, text)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that a resumed run has otherwise; `of_order`: it decides which samples a step sees."""
+
+    name: str
+    there: Any
+    ours: Any
+    of_order: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.there}, this run has {self.ours}"
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, for comparison and for the log."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def in_order_of(
+    ours: list[list[str]], saved: dict[str, Any], there: list[list[str]], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """An optimizer's saved state with groups of the names `there` as one with groups of the names `ours`.
+
+    A group gets what the optimizer keeps in that of its first known parameter, or in ours of `groups` without one.
+    """
+    place = {}
+    for names, group in zip(there, saved["param_groups"], strict=True):
+        place |= {name: (number, group) for name, number in zip(names, group["params"], strict=True)}
+    state, arranged, first = {}, [], 0
+    for names, own in zip(ours, groups, strict=True):
+        numbers = list(range(first, first + len(names)))
+        base = next((place[name][1] for name in names if name in place), own)
+        arranged.append({**base, "params": numbers})
+        for name, number in zip(names, numbers, strict=True):
+            if name in place and place[name][0] in saved["state"]:
+                state[number] = saved["state"][place[name][0]]
+        first += len(names)
+    return {"state": state, "param_groups": arranged}
+
+
+def in_own_memory(value: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors are no longer the file's, which may be mapped."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: in_own_memory(item) for key, item in value.items()}
+    return [in_own_memory(item) for item in value] if isinstance(value, list) else value
+
+
+@dataclass
+class Origin:
+    """A checkpoint to go on from, read before the engine wraps the network."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @classmethod
+    def find(cls, args: Namespace) -> "Origin | None":
+        """--resume, else with --auto_resume the newest whole checkpoint of the output folder, else None."""
+        path = args.resume
+        if not path and args.auto_resume and args.output_dir:
+            path = latest_valid_checkpoint(args.output_dir) if args.rank == 0 else None
+            path = from_first_rank(path and str(path))  # the others may see the folder at another time
+        # mapped: the processes of a node share the pages, and read only what they use
+        return cls(Path(path), load_checkpoint(path, mmap=True)) if path else None
+
+    @property
+    def published(self) -> bool:
+        return "engine" not in self.state
+
+    def load_weights(self, network: nn.Module, average: MovingAverage | None, average_key: str, copy: str = "") -> None:
+        """Puts the checkpoint's weights into the network and its average.
+
+        A published file holds one network; the teacher is `copy` (--resume_copy), or the student where none is given.
+        An average that the file lacks starts from the weights.
+        """
+        states = [self.state.get("model"), self.state.get(average_key) or self.state.get("model")]
+        if self.published:
+            states = [self.state, load_checkpoint(copy) if copy else self.state]
+        for module, state in zip((network, average and average.module), states, strict=True):
+            if module is not None and state is not None:
+                fill(module, state, self.path)
+
+
+def fill(module: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Loads every tensor of the module by name. Keys that it has no use for are left out: published files have some."""
+    weights: dict[str, Tensor] = state.get("model", state.get("module", state))
+    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    own = module.state_dict()
+    if wrong := [k for k in own if k not in weights or own[k].shape != weights[k].shape]:
+        raise ValueError(
+            f"{path} does not fit the model that these flags build: {len(wrong)} of its tensors are missing there or "
+            f"have another shape, among them {', '.join(wrong[:3])}"
+        )
+    module.load_state_dict({k: weights[k] for k in own})

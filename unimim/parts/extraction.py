@@ -1,0 +1,285 @@
+"""What learned parts are for: maps of a whole data set, their agreement with objects, and a sheet to look at.
+
+The part sources other than "learned" are the baselines of SemMAE's ablation (specs/semmae.md C.6, D).
+"""
+
+import csv
+import hashlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datasets import ImageDataset, build_dataset, build_loader
+from unimim.data.jpeg import RawImage, decode
+from unimim.data.part_maps import SCORES, PartMaps, PartMapWriter, PartMeta, file_sha256, image_names, names_sha256
+from unimim.data.shapes import FOLDERS, cached_shapes
+from unimim.data.sources import Source
+from unimim.engine.distributed import barrier
+from unimim.engine.runner import AUTOCAST_DTYPES
+from unimim.engine.state import Normalize
+from unimim.logs import log
+from unimim.parts.learning import (
+    PART_SOURCES,
+    Features,
+    PartLearning,
+    attention_head_maps,
+    hard_maps,
+    kmeans_maps,
+    random_maps,
+)
+from unimim.parts.metrics import PartQuality, overlap, usage
+
+MASK_IDS = 256  # of an 8-bit mask
+PANEL = 160  # pixels of a picture on the contact sheet
+
+# one colour for each id, the first ones easy to tell apart; part 0 is grey
+_FIRST_COLOURS = [
+    (128, 128, 128), (230, 60, 60), (60, 180, 75), (60, 100, 230), (245, 190, 30), (150, 50, 190), (60, 210, 220),
+    (240, 130, 200),
+]  # fmt: skip
+_MORE_COLOURS = np.random.default_rng(0).integers(0, 256, (256 - len(_FIRST_COLOURS), 3))
+PALETTE = np.concatenate((_FIRST_COLOURS, _MORE_COLOURS)).astype(np.uint8)
+
+
+# --- from images to maps ----------------------------------------------------------------------------------------------
+
+
+class WholeImage:
+    """The whole picture squeezed to a square, which part maps are made on: {"image": uint8 [3, S, S]} (C.7)."""
+
+    def __init__(self, size: int):
+        self.size = (size, size)
+
+    def __call__(self, raw: RawImage, rng: np.random.Generator) -> dict[str, Tensor]:
+        image = Image.fromarray(decode(raw)).resize(self.size, Image.Resampling.BICUBIC)
+        return {"image": torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())}
+
+
+def whole_images(args: Namespace, *, train: bool) -> ImageDataset:
+    return build_dataset(args, train=train, transform=WholeImage(args.input_size), need_labels=False)
+
+
+def batches_of(args: Namespace, dataset: ImageDataset, rows: list[int]) -> Iterator[dict[str, Tensor]]:
+    """The images `rows` in this order."""
+    keys = [(0, row) for row in rows]
+    batches = [keys[first : first + args.batch_size] for first in range(0, len(keys), args.batch_size)]
+    return iter(build_loader(dataset, batches, num_workers=args.num_workers, pin_mem=args.pin_mem))
+
+
+class Viewer:
+    """Batches of uint8 images to the teacher's features, under the run's precision."""
+
+    def __init__(self, args: Namespace, task: PartLearning, normalize: Normalize):
+        self.teacher, self.normalize = task.teacher, normalize
+        dtype = AUTOCAST_DTYPES.get(args.precision)
+        self.precision = partial(torch.autocast, normalize.device.type, dtype, enabled=dtype is not None)
+
+    def __call__(self, batch: dict[str, Tensor]) -> Features:
+        with self.precision():
+            return self.teacher(self.normalize(batch)["image"])
+
+
+class MapMaker:
+    """Features to hard part maps uint8 [B, Hp, Wp] on the CPU, by one part source.
+
+    `num_parts` counts the ids, `background_id` is the one that is not a part of an object, or None.
+    """
+
+    def __init__(self, args: Namespace, source: str, task: PartLearning):
+        self.clean = args.clean and source != "random"
+        teacher_grid = task.teacher.grid
+        self.grid = teacher_grid if args.part_grid is None else (args.part_grid, args.part_grid)
+        self.num_parts, self.background_id = task.learner.num_ids, None
+        self.soft: Callable[[Features, list[int]], Tensor]
+        if source == "learned":
+            self.background_id = None if args.background == "none" else 0
+            self.soft = lambda features, _: task.learner.maps(features)
+        elif source == "attention_heads":
+            self.num_parts, self.background_id = 1 + task.teacher.num_heads, 0
+            self.soft = lambda features, _: attention_head_maps(features, teacher_grid)
+        elif source == "kmeans":
+            self.soft = lambda features, _: kmeans_maps(features, teacher_grid, self.num_parts)
+        else:
+            self.soft = lambda _, indices: random_maps(indices, teacher_grid, self.num_parts, args.seed)
+
+    def __call__(self, features: Features, indices: list[int]) -> Tensor:
+        return hard_maps(self.soft(features, indices), self.grid, clean=self.clean).cpu()
+
+
+def attention_scores(features: Features, teacher_grid: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """How much the class token attends to each cell of `grid`, mean of the heads: float16 [B, Hp, Wp]."""
+    attention = features.attention.mean(1, keepdim=True).unflatten(-1, teacher_grid)
+    resized = F.interpolate(attention, size=grid, mode="bilinear", align_corners=False)
+    return resized[:, 0].cpu().numpy().astype(np.float16)
+
+
+# --- a whole data set -------------------------------------------------------------------------------------------------
+
+
+def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
+    """Writes the part map of every image that has none yet into --extract; each process makes its own rows."""
+    view, make = Viewer(args, task, normalize), MapMaker(args, args.part_source, task)
+    dataset, folder = whole_images(args, train=args.split == "train"), Path(args.extract)
+    if args.rank == 0:
+        PartMapWriter.create(folder, map_meta(args, make, task, dataset.source))
+    barrier()
+    writer = PartMapWriter(folder)
+    rows = writer.missing(args.rank, args.world_size).tolist()
+    with tqdm(total=len(rows), desc=f"{args.part_source} parts", unit="image", disable=args.rank > 0 or None) as bar:
+        for batch in batches_of(args, dataset, rows):
+            features, indices = view(batch), batch["index"].tolist()
+            maps = make(features, indices).numpy()
+            scores = (
+                attention_scores(features, task.teacher.grid, make.grid) if args.save_scores else [None] * len(maps)
+            )
+            for row in zip(indices, maps, scores, strict=True):
+                writer.write(*row)
+            bar.update(len(maps))
+    writer.flush()
+    barrier()
+    if args.rank == 0:
+        report_maps(folder, writer)
+
+
+def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source) -> PartMeta:
+    folder = data_folder(args)
+    map_file = folder / f"{args.split}_map.txt" if folder else None
+    return PartMeta(
+        num_parts=make.num_parts,
+        grid=make.grid,
+        num_images=len(source),
+        background_id=make.background_id,
+        part_source=args.part_source,
+        teacher=" ".join(filter(None, (args.teacher, args.teacher_checkpoint))),
+        checkpoint_sha256=weights_sha256(task.learner if args.part_source == "learned" else task.teacher),
+        map_file_sha256=file_sha256(map_file) if map_file and map_file.is_file() else None,
+        names_sha256=names_sha256(image_names(source)),
+        scores=SCORES if args.save_scores else None,
+    )
+
+
+def data_folder(args: Namespace) -> Path | None:
+    """--data_path, or where the shapes lie without one."""
+    if args.data_set == "shapes":
+        return cached_shapes(None if args.data_path is None else Path(args.data_path))
+    return None if args.data_path is None else Path(args.data_path)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def report_maps(folder: Path, writer: PartMapWriter) -> None:
+    """Says how the parts are used, and which images have no map because they cannot be read."""
+    missing = writer.missing()
+    written = np.setdiff1d(np.arange(writer.meta.num_images), missing)
+    log.info("%s: %d part maps of %s cells", folder, len(written), writer.meta.grid)
+    if len(missing):
+        log.warning("%d images cannot be read and have no map: rows %s ...", len(missing), missing[:10].tolist())
+    shares, present = usage(PartMaps.open(folder), written)
+    for part, (share, images) in enumerate(zip(shares, present, strict=True)):
+        log.info("  part %d: %4.1f %% of the cells, in %5.1f %% of the images", part, 100 * share, 100 * images)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: Namespace, task: PartLearning, normalize: Normalize) -> list[dict[str, float | str]]:
+    """Agreement of every part source with the masks of the val split (`PartQuality`), logged and written as CSV.
+
+    Every process measures everything; the first one writes.
+    """
+    dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
+    folder = Path(args.mask_path) if args.mask_path else data_folder(args) / "annotations" / FOLDERS["val"]
+    makers = {source: MapMaker(args, source, task) for source in PART_SOURCES}
+    qualities = {source: PartQuality(make.num_parts, MASK_IDS) for source, make in makers.items()}
+    for batch in batches_of(args, dataset, list(range(len(dataset)))):
+        features, indices = view(batch), batch["index"].tolist()
+        masks = [read_mask(folder, dataset.source.path(index)) for index in indices]
+        for source, make in makers.items():
+            for parts, mask in zip(make(features, indices).numpy(), masks, strict=True):
+                qualities[source].add(overlap(parts, mask, make.num_parts, MASK_IDS))
+    rows = [{"part_source": s, "parts": makers[s].num_parts, **quality.figures()} for s, quality in qualities.items()]
+    if args.rank == 0:
+        write_table(Path(args.evaluate), rows)
+    return rows
+
+
+def read_mask(folder: Path, image_path: str) -> np.ndarray:
+    """The mask that is named as the image, uint8 [H, W]; 0 is the background."""
+    file = folder / f"{Path(image_path).stem}.png"
+    try:
+        return np.asarray(Image.open(file))
+    except OSError as error:
+        raise ValueError(f"mask {file} of image {image_path} cannot be read: {error}") from error
+
+
+def write_table(file: Path, rows: list[dict[str, float | str]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, rows[0])
+        table.writeheader()
+        table.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    for row in rows:
+        log.info("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
+    """Writes --visualize: a row for each image with itself, its parts and the class token's attention.
+
+    For learned parts the picture that the decoder makes of them comes last.
+    """
+    dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
+    make, rows = MapMaker(args, args.part_source, task), []
+    for batch in batches_of(args, dataset, list(range(min(args.visualize_images, len(dataset))))):
+        features, images = view(batch), batch["image"].permute(0, 2, 3, 1).numpy()
+        colours = PALETTE[make(features, batch["index"].tolist()).numpy()]
+        parts = [_blended(image, colour) for image, colour in zip(images, colours, strict=True)]
+        columns = [images, parts, _grey(attention_scores(features, task.teacher.grid, make.grid))]
+        if args.part_source == "learned":
+            painted = (255 * task.learner.reconstruct(features)).byte()
+            columns.append(painted.permute(0, 2, 3, 1).cpu().numpy())
+        rows += [np.concatenate([_panel(picture) for picture in row], axis=1) for row in zip(*columns, strict=True)]
+    titles = ("image", f"parts: {args.part_source}", "attention", "reconstruction")
+    file = Path(args.visualize)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _with_titles(Image.fromarray(np.concatenate(rows)), titles[: len(columns)]).save(file)
+    log.info("contact sheet written to %s", file)
+
+
+def _panel(picture: np.ndarray) -> np.ndarray:
+    """Enlarged without smoothing, so that cells stay cells."""
+    return np.asarray(Image.fromarray(picture).resize((PANEL, PANEL), Image.Resampling.NEAREST))
+
+
+def _blended(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    return (0.4 * _panel(image) + 0.6 * _panel(colours)).astype(np.uint8)
+
+
+def _grey(scores: np.ndarray) -> np.ndarray:
+    """Scores [B, H, W] as grey pictures [B, H, W, 3], the largest of each white."""
+    scaled = 255 * scores.astype(np.float32) / scores.max(axis=(1, 2), keepdims=True)
+    return scaled.astype(np.uint8)[..., None].repeat(3, axis=-1)
+
+
+def _with_titles(sheet: Image.Image, titles: tuple[str, ...]) -> Image.Image:
+    titled = Image.new("RGB", (sheet.width, sheet.height + 16), "white")
+    titled.paste(sheet, (0, 16))
+    draw = ImageDraw.Draw(titled)
+    for number, title in enumerate(titles):
+        draw.text((number * PANEL + 4, 2), title, fill="black")
+    return titled

@@ -1,0 +1,459 @@
+"""SemMAE's first stage: a frozen ViT's features become a few semantic parts of each image (specs/semmae.md C).
+
+The class token is embedded into part tokens, each patch goes to the part it resembles, and the parts have to suffice a
+small decoder to paint the image again. What the paper leaves open is this project's own choice (C.2, C.3), as are the
+baselines below: attention heads, k-means and random parts.
+Shapes in comments: B images, N = H * W patches, C channels, K parts (background among them), h heads.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling_finetune import VisionTransformer
+from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.loading import load_pretrained
+from unimim.data.part_maps import Grid
+from unimim.engine.distributed import reduce_sum
+
+BACKGROUNDS = ("token", "attention", "none")
+RECONSTRUCTIONS = {"mse": F.mse_loss, "l1": F.l1_loss}
+PART_SOURCES = ("learned", "attention_heads", "kmeans", "random")
+
+ANNEALED = 0.7  # share of training over which the temperature falls
+SIMILAR = 0.1  # cosine of two maps from which on the diversity loss parts them
+LEAST_SHARE = 0.03  # of all cells, below which a part counts as dying out
+FOREGROUND_MASS = 0.6  # of the class token's attention (C.5)
+
+# --- the teacher ------------------------------------------------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """What the teacher sees: class token [B, C] and patch tokens [B, N, C] after the final norm, and how much the class
+    token attends to each patch in the last block, [B, h, N]."""
+
+    cls: Tensor
+    patches: Tensor
+    attention: Tensor
+
+
+class Teacher(nn.Module):
+    """A frozen ViT, timm's or this repository's: normalised images [B, 3, S, S] to `Features`."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        if not hasattr(vit, "blocks") or not hasattr(vit.blocks[-1].attn, "qkv"):
+            raise ValueError("--teacher must be a vision transformer with a joint qkv projection, as DINO's and iBOT's")
+        self.vit = vit.eval().requires_grad_(False)
+        self.dim, self.grid = vit.embed_dim, tuple(vit.patch_embed.grid_size)
+        self.num_heads = vit.blocks[-1].attn.num_heads
+        # fused kernels show no probabilities, so the last block's input is kept to compute them again
+        vit.blocks[-1].attn.register_forward_pre_hook(self._keep_input)
+
+    def _keep_input(self, _attention: nn.Module, inputs: tuple) -> None:
+        self._last_input = inputs[0]
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        tokens = self.vit.forward_features(images)
+        if isinstance(self.vit, VisionTransformer):  # timm's has applied it
+            tokens = self.vit.norm(tokens)
+        prefix = self.vit.num_prefix_tokens
+        return Features(tokens[:, 0].float(), tokens[:, prefix:].float(), self._class_attention()[..., prefix:])
+
+    def _class_attention(self) -> Tensor:
+        """softmax(q k / sqrt(d) + bias) of the last block for the class token's query: [B, h, T]."""
+        attn = self.vit.blocks[-1].attn
+        if isinstance(self.vit, VisionTransformer):
+            q, k, _ = attn.project(self._last_input)
+            bias = attn.position_bias(None)
+            return attn.probabilities(q[:, :, :1], k, None if bias is None else bias[:, :1])[:, :, 0].float()
+        # [B, T, 3 * C] to [3, B, h, T, d]
+        qkv = attn.qkv(self._last_input).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(qkv[0, :, :, :1]), attn.k_norm(qkv[1])
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].float()
+
+
+def load_teacher(
+    name_or_path: str,
+    *,
+    image_size: int,
+    checkpoint: str = "",
+    allow_random: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+) -> Teacher:
+    """The teacher that --teacher names, for square images of `image_size` pixels; positions are resized to its grid.
+
+    A file gives the model by its tensors' shapes; timm's, DINO's, iBOT's and this repository's naming are understood.
+    A timm name takes its weights from the file `checkpoint`, else from timm's hub; `allow_random` leaves them random.
+    `model_kwargs` are further options of the constructor, such as num_heads, which no tensor tells.
+
+    Raises:
+        ValueError: no such model or file, weights that do not fit, or a hub that cannot be reached.
+    """
+    if Path(name_or_path).is_file():
+        vit = vit_of(teacher_state(name_or_path), name_or_path, input_size=image_size, **(model_kwargs or {}))
+    elif timm.is_model(name_or_path):
+        options = {"img_size": image_size, "num_classes": 0, **(model_kwargs or {})}
+        vit = _timm_vit(name_or_path, options, checkpoint, allow_random)
+    else:
+        raise ValueError(f"--teacher {name_or_path} is neither a file nor a model that timm knows")
+    return Teacher(vit)
+
+
+def _timm_vit(name: str, options: dict[str, Any], checkpoint: str, allow_random: bool) -> nn.Module:
+    try:
+        vit = timm.create_model(name, pretrained=not (checkpoint or allow_random), **options)
+    except (OSError, RuntimeError) as error:  # the hub's errors are OSErrors
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--teacher {name} cannot be downloaded ({reason}): give --teacher_checkpoint FILE, "
+            "or --allow_random_teacher to do without its weights"
+        ) from error
+    except TypeError as error:
+        raise ValueError(f"--teacher {name} does not take one of {sorted(options)}: {error}") from error
+    if checkpoint:
+        load_strictly(vit, teacher_state(checkpoint), checkpoint)
+    return vit
+
+
+_CONTAINERS = ("teacher", "state_dict", "model", "student", "module")
+_WRAPPERS = ("module.", "_orig_mod.", "backbone.")
+_BACKBONE = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "norm_pre.", "rel_pos_bias.", "blocks.", "norm.")
+
+
+def teacher_state(path: str) -> dict[str, Tensor]:
+    """The backbone's tensors of a checkpoint, whatever holds them (C.4): heads, decoders and mask tokens are left out.
+
+    The state dict may be bare or lie under teacher, state_dict, model, student or module, in this order; its names may
+    begin with module., _orig_mod. and backbone.
+    """
+    found = load_checkpoint(path)
+    state = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), dict)), found)
+    tensors = {_unwrapped(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    kept = {k: v for k, v in tensors.items() if k.startswith(_BACKBONE) and not k.endswith("relative_position_index")}
+    if "cls_token" not in kept or "patch_embed.proj.weight" not in kept:
+        raise ValueError(f"{path} holds no ViT with a class token; its tensors are {', '.join(list(tensors)[:4])}, ...")
+    return kept
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def vit_of(state: dict[str, Tensor], path: str, **options: Any) -> VisionTransformer:
+    """The ViT whose tensors these are, with heads of 64 channels (80 in MAE's huge) unless a bias table tells."""
+    dim, patch = state["patch_embed.proj.weight"].shape[0], tuple(state["patch_embed.proj.weight"].shape[-2:])
+    tables = [value for name, value in state.items() if name.endswith("relative_position_bias_table")]
+    names = " ".join(state)
+    shape = {
+        "patch_size": patch,
+        "embed_dim": dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "num_heads": tables[0].shape[-1] if tables else dim // (80 if dim == 1280 else 64),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "qkv_bias": "attn.qkv.bias" in names or "attn.q_bias" in names,
+        "k_bias": "attn.qkv.bias" in names,
+        "init_values": 1.0 if "gamma" in names else None,
+        "pos_embed": "learned" if "pos_embed" in state else "none",
+        "rel_pos_bias": "per_block" if tables else "none",
+    }
+    try:
+        vit = VisionTransformer(**{**shape, **options, "num_classes": 0, "global_pool": "token"})
+    except TypeError as error:
+        raise ValueError(f"--teacher_kwargs: {error}") from error
+    load_strictly(vit, state, path)
+    return vit
+
+
+def load_strictly(vit: nn.Module, state: dict[str, Tensor], path: str) -> None:
+    """Puts every tensor in its place; one left over on either side is a ValueError."""
+    report = load_pretrained(vit, state, min_matched=0.0)
+    wrong = [f"{name} is missing" for name in report.missing] + [f"{name} has no place" for name in report.ignored]
+    if wrong:
+        raise ValueError(f"{path} does not fit --teacher: {'; '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}")
+
+
+# --- the learner ------------------------------------------------------------------------------------------------------
+
+
+class PartLearner(nn.Module):
+    """Part tokens, part maps and the decoder (C.3). `num_parts` counts foreground parts.
+
+    background "token": a learned token competes with the part tokens for each patch, and part 0 is what it wins;
+    "attention": part 0 is where the teacher's class token does not look (`foreground`); "none": every part is equal.
+    `weights` are those of reconstruction, diversity and balance; the last 0 gives the paper's two terms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: Grid,
+        *,
+        num_parts: int = 6,
+        background: str = "token",
+        widths: tuple[int, ...] = (256, 128, 64, 32),
+        reconstruction: str = "mse",
+        weights: tuple[float, float, float] = (10.0, 0.1, 0.1),
+    ):
+        super().__init__()
+        assert background in BACKGROUNDS and reconstruction in RECONSTRUCTIONS, (background, reconstruction)
+        self.grid, self.background, self.weights = grid, background, weights
+        self.reconstruction = RECONSTRUCTIONS[reconstruction]
+        self.temperature = math.inf  # the caller's affair: it falls with the steps
+        self.embed = nn.Linear(dim, num_parts * dim)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.bias, std=0.5)  # so that the part tokens differ from the start
+        self.bg_token = nn.Parameter(0.02 * torch.randn(dim)) if background == "token" else None
+        self.decoder = Decoder(num_parts + (background == "token"), dim, widths)
+        for name in ("cls", "feat"):
+            self.register_buffer(f"{name}_mean", torch.zeros(dim))
+            self.register_buffer(f"{name}_std", torch.ones(dim))
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids a map may hold: K."""
+        return self.embed.out_features // self.embed.in_features + (self.background != "none")
+
+    def forward(self, features: Features, images: Tensor) -> dict[str, Tensor]:
+        """Losses against images [B, 3, S, S] in [0, 1]; `loss` is their weighted sum."""
+        maps, cls = self.soft_maps(features)
+        blurred = blur(maps)
+        picture = self.decoder(blurred, cls)
+        with torch.autocast(images.device.type, enabled=False):
+            target = F.interpolate(images, size=picture.shape[-2:], mode="bilinear", antialias=True)
+            terms = (self.reconstruction(picture.float(), target), similarity(blurred), starvation(maps))
+        loss = sum(weight * term for weight, term in zip(self.weights, terms, strict=True))
+        names = ("reconstruction", "diversity", "balance")
+        figures = {name: term.detach() for name, term in zip(names, terms, strict=True)}
+        return {"loss": loss, **figures, "confidence": maps.detach().amax(1).mean()}
+
+    def soft_maps(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Which part each patch belongs to, as probabilities [B, K, H, W], and the standardised class token [B, C]."""
+        with torch.autocast(features.cls.device.type, enabled=False):
+            cls = (features.cls - self.cls_mean) / self.cls_std
+            patches = (features.patches - self.feat_mean) / self.feat_std
+            tokens = self.part_tokens(cls)
+            logits = F.normalize(tokens, dim=-1) @ F.normalize(patches, dim=-1).transpose(1, 2) / self.temperature
+            return logits.softmax(1).unflatten(-1, self.grid), cls
+
+    def part_tokens(self, cls: Tensor) -> Tensor:
+        """Class token [B, C] to part tokens [B, K, C], the background's first."""
+        tokens = self.embed(cls).unflatten(-1, (-1, cls.shape[-1]))
+        if self.bg_token is None:
+            return tokens
+        return torch.cat((self.bg_token.expand(len(cls), 1, -1), tokens), dim=1)
+
+    @torch.no_grad()
+    def maps(self, features: Features) -> Tensor:
+        """Blurred maps of all ids, [B, K, H, W], to take the largest of (`hard_maps`)."""
+        blurred = blur(self.soft_maps(features)[0])
+        return on_foreground(blurred, features, self.grid) if self.background == "attention" else blurred
+
+    @torch.no_grad()
+    def reconstruct(self, features: Features) -> Tensor:
+        """What the decoder makes of the parts: [B, 3, S', S'] in [0, 1]."""
+        maps, cls = self.soft_maps(features)
+        return self.decoder(blur(maps), cls)
+
+    @torch.no_grad()
+    def standardise(self, batches: Iterable[Features]) -> None:
+        """Fixes mean and deviation of every channel to those of these features, on all processes together."""
+        cls, feat = Moments(self.cls_mean), Moments(self.feat_mean)
+        for features in batches:
+            cls.add(features.cls)
+            feat.add(features.patches.flatten(0, 1))
+        for moments, mean, std in ((cls, self.cls_mean, self.cls_std), (feat, self.feat_mean, self.feat_std)):
+            found = moments.read()
+            mean.copy_(found[0])
+            std.copy_(found[1])
+
+
+class Moments:
+    """Mean and deviation of the rows of tensors [n, C], over all processes; `like` is a tensor [C]."""
+
+    def __init__(self, like: Tensor):
+        self.sums = torch.zeros(3, *like.shape, dtype=torch.float64, device=like.device)
+
+    def add(self, rows: Tensor) -> None:
+        rows = rows.double()
+        self.sums += torch.stack((torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)))
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        count, total, squares = reduce_sum(self.sums.clone())
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp(min=1e-6).sqrt()
+
+
+class Decoder(nn.Module):
+    """A small painter in StyleGAN's manner: maps [B, K, H, W] are its only view of where things are, the class token
+    [B, C] sets mean and deviation of every channel. Each width after the first doubles the side.
+    """
+
+    def __init__(self, maps: int, dim: int, widths: tuple[int, ...]):
+        super().__init__()
+        pairs = zip((maps, *widths), widths, strict=False)
+        self.convs = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairs)
+        self.adain = nn.ModuleList(nn.Linear(dim, 2 * width) for width in widths)
+        for layer in self.adain:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        self.to_rgb = nn.Conv2d(widths[-1], 3, 1)
+
+    def forward(self, x: Tensor, cls: Tensor) -> Tensor:
+        for number, (conv, adain) in enumerate(zip(self.convs, self.adain, strict=True)):
+            if number:
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            scale, shift = adain(cls)[..., None, None].chunk(2, dim=1)
+            x = F.leaky_relu(F.instance_norm(conv(x), eps=1e-5) * (1 + scale) + shift, 0.2)
+        return self.to_rgb(x).sigmoid()
+
+
+def blur(maps: Tensor) -> Tensor:
+    """3 x 3 binomial filter with repeated edges: no fine detail can be smuggled to the decoder."""
+    line = maps.new_tensor([0.25, 0.5, 0.25])
+    kernel = torch.outer(line, line).expand(maps.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=maps.shape[1])
+
+
+def similarity(maps: Tensor) -> Tensor:
+    """Diversity loss: how far the cosine of two parts' maps exceeds `SIMILAR`, over all pairs of different parts."""
+    flat = F.normalize(maps.float().flatten(2), dim=-1)
+    parts = flat.shape[1]
+    excess = (flat @ flat.transpose(1, 2) - SIMILAR).clamp(min=0)
+    apart = ~torch.eye(parts, dtype=torch.bool, device=maps.device)
+    return excess[:, apart].mean() if parts > 1 else excess.sum() * 0
+
+
+def starvation(maps: Tensor) -> Tensor:
+    """Balance loss: how far a part's share of the batch lies below `LEAST_SHARE`, over all parts."""
+    return ((LEAST_SHARE - maps.mean((0, 2, 3))).clamp(min=0) / LEAST_SHARE).mean()
+
+
+def temperature_at(progress: float, start: float, end: float) -> float:
+    """Falls geometrically from `start` to `end` over the first `ANNEALED` of the run (`progress` from 0 to 1)."""
+    return start * (end / start) ** min(progress / ANNEALED, 1.0)
+
+
+class PartLearning(nn.Module):
+    """What the engine trains: batches of normalised images to the learner's losses. The teacher is no submodule, so
+    that it is neither wrapped nor optimized nor saved."""
+
+    average = None
+
+    def __init__(self, learner: PartLearner, teacher: Teacher, mean_std, temperatures: tuple[float, float]):
+        super().__init__()
+        self.learner, self.temperatures = learner, temperatures
+        self._teacher = (teacher,)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_std)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.after_step(0.0)
+
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher[0]
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.learner(self.teacher(batch["image"]), batch["image"] * self.std + self.mean)
+
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        """Nothing changes with the epochs: the temperature falls step by step."""
+
+    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
+        self.learner.temperature = temperature_at(progress, *self.temperatures)
+
+
+# --- hard maps --------------------------------------------------------------------------------------------------------
+
+
+def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> Tensor:
+    """The id of the largest of maps [B, K, H, W] in every cell of `grid` (None: H x W): uint8 [B, Hp, Wp] (C.6).
+
+    The smallest id wins a tie; a finer grid is interpolated first; `clean` removes single cells.
+    """
+    if grid is not None and grid != tuple(maps.shape[-2:]):
+        maps = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
+    parts = maps.argmax(1)
+    return (without_single_cells(parts, maps.shape[1]) if clean else parts).to(torch.uint8)
+
+
+def without_single_cells(parts: Tensor, num_parts: int) -> Tensor:
+    """Cells of int64 [B, H, W] that agree with none of their 8 neighbours take the neighbours' most frequent id."""
+    one_hot = F.one_hot(parts, num_parts).permute(0, 3, 1, 2).float()
+    ring = one_hot.new_ones(3, 3).index_put((torch.tensor(1), torch.tensor(1)), one_hot.new_zeros(()))
+    neighbours = F.conv2d(one_hot, ring.expand(num_parts, 1, 3, 3), padding=1, groups=num_parts)
+    alone = neighbours.gather(1, parts[:, None])[:, 0] == 0
+    return torch.where(alone, neighbours.argmax(1), parts)
+
+
+def foreground(attention: Tensor, grid: Grid) -> Tensor:
+    """The fewest cells that hold `FOREGROUND_MASS` of attention [B, h, N], after a 3 x 3 majority: bool [B, H, W]."""
+    mass = attention.mean(1)
+    mass, order = (mass / mass.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
+    needed = mass.cumsum(-1) - mass < FOREGROUND_MASS
+    inside = torch.zeros_like(needed).scatter(1, order, needed).unflatten(-1, grid)
+    votes = F.avg_pool2d(F.pad(inside[:, None].float(), (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return votes[:, 0] > 0.5
+
+
+def on_foreground(maps: Tensor, features: Features, grid: Grid) -> Tensor:
+    """Positive maps [B, K - 1, H, W] inside the foreground, with the background as part 0: [B, K, H, W]."""
+    inside = foreground(features.attention, grid)[:, None]
+    return torch.cat(((~inside).float(), maps * inside), dim=1)
+
+
+# --- parts without learning -------------------------------------------------------------------------------------------
+
+
+def attention_head_maps(features: Features, grid: Grid) -> Tensor:
+    """One part for each head of the class token's attention, on its foreground: [B, 1 + h, H, W]."""
+    return on_foreground(features.attention.unflatten(-1, grid), features, grid)
+
+
+def kmeans_maps(features: Features, grid: Grid, num_parts: int, iterations: int = 20) -> Tensor:
+    """k-means on each image's own normalised patch tokens: minus the squared distance to the centres, [B, K, H, W].
+
+    Centres start at the tokens that lie farthest from each other, so that nothing is random; ids are not comparable
+    between images.
+    """
+    tokens = F.normalize(features.patches, dim=-1)
+    centres = _farthest_tokens(tokens, num_parts)
+    for _ in range(iterations):
+        members = F.one_hot(torch.cdist(tokens, centres).argmin(-1), num_parts).to(tokens.dtype)  # [B, N, K]
+        sizes = members.sum(1)[..., None]
+        means = members.transpose(1, 2) @ tokens / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+    return -torch.cdist(tokens, centres).square().transpose(1, 2).unflatten(-1, grid)
+
+
+def _farthest_tokens(tokens: Tensor, count: int) -> Tensor:
+    """[B, N, C] to [B, count, C]: first the token farthest from the mean, then the one farthest from those chosen."""
+    chosen, distance = [], torch.cdist(tokens, tokens.mean(1, keepdim=True))[..., 0]
+    for number in range(count):
+        row = distance.argmax(-1)[:, None, None].expand(-1, 1, tokens.shape[-1])
+        chosen.append(tokens.gather(1, row))
+        to_last = torch.cdist(tokens, chosen[-1])[..., 0]
+        distance = torch.minimum(distance, to_last) if number else to_last
+    return torch.cat(chosen, dim=1)
+
+
+def random_maps(indices: list[int], grid: Grid, num_parts: int, seed: int) -> Tensor:
+    """Noise [B, K, H, W] that depends on the seed and the image's number only."""
+    draws = [np.random.default_rng((seed, index)).random((num_parts, *grid), dtype=np.float32) for index in indices]
+    return torch.from_numpy(np.stack(draws))
