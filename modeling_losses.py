@@ -94,7 +94,7 @@ def half_of_weights(weights: Tensor) -> Tensor:
     return (0.5 * (weights + mirrored))[..., : weights.shape[-1] // 2 + 1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FocalFrequencyLoss:
     """Squared distance of two spectra, frequencies weighted by how far apart they are (specs/a2mim.md 3.5).
 
@@ -102,6 +102,8 @@ class FocalFrequencyLoss:
     and its size depends on the images a device and micro-step.
     log_matrix: the logarithm of the weights. batch_matrix: weights are divided by the largest of all, else by the
     largest of their image and colour, where the published code crashes.
+    matrix: weights [..., H, W] in [0, 1] of all frequencies, which take the place of the distances'; they need not be
+    symmetric, and no gradient goes through them.
     """
 
     loss_weight: float = 1.0
@@ -109,18 +111,27 @@ class FocalFrequencyLoss:
     ave_spectrum: bool = True
     log_matrix: bool = True
     batch_matrix: bool = True
+    matrix: Tensor | None = None
 
-    def __call__(self, difference: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Loss of the difference [B, c, H, W] of two images: a transform is linear, so that one does for both.
+    def __post_init__(self):
+        if self.matrix is not None and not ((self.matrix >= 0) & (self.matrix <= 1)).all():
+            raise ValueError("matrix has values outside [0, 1]; use weights within, such as matrix / matrix.max()")
 
-        `weights` [..., H, W] in [0, 1] take the place of the distances'.
-        """
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Loss of the difference [B, c, H, W] of two images: a transform is linear, so that one does for both."""
         if self.ave_spectrum:
             difference = difference.mean(0, keepdim=True)
         distance = half_spectrum(difference)
         square = distance.real.square() + distance.imag.square()
-        weights = self.weights(square.detach()) if weights is None else half_of_weights(weights.detach())
+        weights = self.weights(square.detach()) if self.matrix is None else self.given_weights(difference)
         return self.loss_weight * whole_mean(weights * square, difference.shape[-1])
+
+    def given_weights(self, images: Tensor) -> Tensor:
+        """The matrix as weights [..., H, V] of the half spectrum of images [B, c, H, W]."""
+        if self.matrix.shape[-2:] != images.shape[-2:]:
+            theirs, ours = (tuple(x.shape[-2:]) for x in (images, self.matrix))
+            raise ValueError(f"matrix is of {ours} frequencies; use one of the images' size {theirs}")
+        return half_of_weights(self.matrix.detach().to(images))
 
     def weights(self, square: Tensor) -> Tensor:
         """Of squared distances [B, c, H, V]."""

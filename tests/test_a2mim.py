@@ -196,11 +196,24 @@ def test_half_a_spectrum_gives_the_whole_loss(size, options):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 12), (12, 7)])
-def test_given_weights_need_not_be_symmetric(size):
-    difference, weights = torch.randn(3, 3, *size, dtype=torch.float64), torch.rand(*size, dtype=torch.float64)
-    spectrum = torch.fft.fft2(difference, norm="ortho").mean(0)
-    expected = (weights * spectrum.abs().square()).mean()
-    torch.testing.assert_close(FocalFrequencyLoss()(difference, weights), expected)
+@pytest.mark.parametrize("ave_spectrum", [True, False])
+@pytest.mark.parametrize("axes", [(), (3,), (3, 1)], ids=str)
+def test_a_given_matrix_need_not_be_symmetric(size, ave_spectrum, axes):
+    difference = torch.randn(3, 3, *size, dtype=torch.float64)
+    matrix = torch.rand(*axes, *size, dtype=torch.float64)
+    spectrum = torch.fft.fft2(difference, norm="ortho")
+    spectrum = spectrum.mean(0, keepdim=True) if ave_spectrum else spectrum
+    expected = (matrix * spectrum.abs().square()).mean()
+    criterion = FocalFrequencyLoss(ave_spectrum=ave_spectrum, matrix=matrix)
+    torch.testing.assert_close(criterion(difference), expected)
+
+
+def test_a_given_matrix_must_fit():
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        FocalFrequencyLoss(matrix=torch.full((8, 8), 1.5))
+    # as many columns of the half spectrum, so that nothing else would notice
+    with pytest.raises(ValueError, match=r"\(8, 9\) frequencies; use one of the images' size \(8, 8\)"):
+        FocalFrequencyLoss(matrix=torch.ones(8, 9))(torch.randn(1, 3, 8, 8))
 
 
 def test_mean_over_half_a_spectrum():

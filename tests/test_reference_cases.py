@@ -12,7 +12,7 @@ import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
@@ -91,7 +91,8 @@ from unimim.evaluation.features import Features
 from unimim.evaluation.knn import evaluate_knn
 from unimim.evaluation.linear_probe import LinearHead, head_groups
 
-CASES = Path(os.environ.get("REFERENCE_CASES", Path(__file__).parent / "reference_cases"))
+OWN_CASES = Path(__file__).parent / "reference_cases"
+CASES = Path(os.environ.get("REFERENCE_CASES", OWN_CASES))
 FOLDERS = sorted(file.parent for file in CASES.glob("*/*/case.json"))
 
 
@@ -129,7 +130,9 @@ def set_norms(model: nn.Module, config: dict) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {f"grad/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    """Of every parameter: zeros of one that the loss does not come from or that is not trained."""
+    found = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
+    return {f"grad/{name}": grad for name, grad in found.items()}
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -986,36 +989,58 @@ def semanticmim_attention(case: Case) -> dict[str, Tensor]:
 # -- SimMIM and A2MIM
 
 
+def given_matrix(case: Case, variant: str) -> Tensor | None:
+    """The weights of frequencies of a variant that is given them, in whichever way its case does so.
+
+    The option `matrix` says whether, which input it is, or its numbers; without a word of it in any variant, all take
+    what the inputs have. An input may belong to one variant, whose name is in its own.
+    """
+    variants = case.config["variants"]
+    stated = variants[variant].get("matrix", not any("matrix" in options for options in variants.values()))
+    if isinstance(stated, list):
+        return torch.tensor(stated)
+    inputs = case.inputs()
+    if isinstance(stated, str):
+        return inputs[stated.removeprefix("inputs/")]
+    return inputs.get(f"{variant}/matrix", inputs.get("matrix")) if stated else None
+
+
 def focal_frequency_loss(case: Case) -> dict[str, Tensor]:
-    """And the same again from the weights of all frequencies, given as a matrix."""
+    """And where no matrix is given, the same again from the weights of all frequencies as one."""
     inputs, computed = case.inputs(), {}
     for name, options in case.config["variants"].items():
         predicted = inputs["pred"].clone().requires_grad_()
-        criterion = FocalFrequencyLoss(**options)
+        matrix = given_matrix(case, name)
+        criterion = FocalFrequencyLoss(**(options | {"matrix": matrix}))
         loss = criterion(predicted - inputs["target"])
         loss.backward()
         computed |= {f"{name}/loss": loss, f"{name}/grad/pred": predicted.grad}
+        if matrix is not None:
+            continue
         difference = (predicted - inputs["target"]).detach()
         spectrum = torch.fft.fft2(
             difference.mean(0, keepdim=True) if criterion.ave_spectrum else difference, norm="ortho"
         )
-        torch.testing.assert_close(criterion(difference, criterion.weights(spectrum.abs() ** 2)), loss.detach())
+        given = replace(criterion, matrix=criterion.weights(spectrum.abs() ** 2))
+        torch.testing.assert_close(given(difference), loss.detach())
     return computed
 
 
-def reconstruction_loss(head: dict) -> ReconstructionLoss:
+def reconstruction_loss(head: dict, matrix: Tensor | None = None) -> ReconstructionLoss:
     """Of a published configuration of a head: SimMIM's has no options but the number of colours."""
     loss = {key: value for key, value in head.get("loss", {}).items() if key not in ("type", "mode", "reduction")}
     mode = head.get("loss", {"mode": "l1_loss"})["mode"].removesuffix("_loss")
     names = ("unmask_weight", "fft_weight", "fft_focal", "fft_unmask_weight", "fft_unmask_replace", "fft_reweight")
-    return ReconstructionLoss(Regression(mode, **loss), **{key: head[key] for key in names if key in head})
+    options = {key: head[key] for key in names if key in head}
+    return ReconstructionLoss(Regression(mode, **loss), **options, focal=FocalFrequencyLoss(matrix=matrix))
 
 
 def a2mim_head(case: Case) -> dict[str, Tensor]:
     inputs, computed = case.inputs(), {}
     for name, head in case.config["variants"].items():
         predicted = inputs["pred"].clone().requires_grad_()
-        out = reconstruction_loss(head)(predicted, inputs["image"], inputs["mask"])
+        criterion = reconstruction_loss(head, given_matrix(case, name))
+        out = criterion(predicted, inputs["image"], inputs["mask"])
         out["loss"].backward()
         computed |= {f"{name}/{key}": value for key, value in (out | {"grad/pred": predicted.grad}).items()}
     return computed
@@ -1141,6 +1166,8 @@ def masked_reconstruction(case: Case) -> dict[str, Tensor]:
     loss = model.loss(predicted, inputs["image"], inputs["mask"])["loss"]
     loss.backward()
     computed = {"loss": loss, "features": features, "reconstruction_0": predicted[:1]}
+    # a published token that is no parameter here is not trained there either
+    computed |= {f"grad/{name}": torch.zeros_like(value) for name, value in weights.items() if name not in names}
     if "image_filled_0" in inputs:
         torch.testing.assert_close(model.seen(inputs["image"], inputs["mask"])[:1], inputs["image_filled_0"])
     gradient_of, state = gradients(model), model.state_dict()
@@ -1199,14 +1226,17 @@ def a2mim_param_groups(case: Case) -> dict[str, Tensor]:
 
 
 def resnet_key_map(case: Case) -> dict[str, Tensor]:
-    """Published names are timm's: of the whole ResNet-50, and of a small network with its features."""
+    """Published names are timm's: of the whole ResNet-50, where they or their shapes are listed, and of a small
+    network with its features.
+    """
     config = case.config
-    theirs = config["resnet50_full_shapes"]
-    resnet50 = timm.create_model("resnet50", num_classes=0).state_dict()
-    assert {name: list(value.shape) for name, value in resnet50.items()} == theirs
-    assert list(from_openmixup({f"backbone.{name}": torch.zeros(1) for name in theirs})) == list(
-        config["resnet50_full_key_map"].values()
-    )
+    shapes, names = config.get("resnet50_full_shapes"), config.get("resnet50_full_key_map")
+    resnet50 = timm.create_model("resnet50", num_classes=0).state_dict() if shapes or names else {}
+    if shapes:
+        assert {name: list(value.shape) for name, value in resnet50.items()} == shapes
+    if names:
+        ours = list(from_openmixup({f"backbone.{name}": torch.zeros(1) for name in names}))
+        assert ours == list(names.values()) and set(ours) == resnet50.keys()
     channels = [config["base_channels"] * 2**stage for stage in range(4)]
     resnet = timm.create_model(f"resnet{config['depth']}", num_classes=0, channels=channels)
     load_weights(resnet, from_openmixup(case.inputs("weights/")))
@@ -1357,3 +1387,98 @@ def test_reference_case(folder: Path):
     case, method = load(folder), folder.parent.name
     assert method in ADAPTERS, f"no adapter for {method}: the method of {folder} is not implemented"
     check(case, ADAPTERS[method](case))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What further cases may state or leave out
+
+
+def crafted(tmp_path: Path, source: str, config: dict, inputs: dict, outputs: dict[str, Tensor]) -> Case:
+    """The case `source` written and read again with other configuration, more inputs and no outputs but these."""
+    case = load(OWN_CASES / source)
+    kept = {name: value for name, value in case.tensors.items() if not name.startswith("outputs/")}
+    given = {f"inputs/{name}": value for name, value in inputs.items()}
+    expected = {f"outputs/{name}": value.contiguous() for name, value in outputs.items()}
+    save_file(kept | given | expected, tmp_path / "tensors.safetensors")
+    tolerances = {name: {"rtol": 1e-4, "atol": 1e-7} for name in outputs}
+    (tmp_path / "case.json").write_text(json.dumps(case.spec | {"config": config, "outputs": tolerances}))
+    return load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "backbone", "parameter"),
+    [
+        ("mae/normpix", {}, "decoder_pos_embed"),
+        ("semaim/saim_share_weight", {}, "pos_embed"),
+        ("a2mim_vit/l2_gamma", {"mask_token": "randn"}, "backbone.mask_token"),
+        ("a2mim_vit/l2_gamma", {"mask_token": "mean"}, "backbone.mask_token"),
+        ("a2mim_vit/l2_gamma", {"mask_token": "none"}, "backbone.mask_gamma"),
+    ],
+)
+def test_no_gradient_is_one_of_zeros(tmp_path, source, backbone, parameter):
+    original = load(OWN_CASES / source)
+    config = original.config
+    if backbone:
+        config["backbone"] |= backbone
+    zeros = torch.zeros_like(original.tensors[f"weights/{parameter}"])
+    case = crafted(tmp_path, source, config, {}, {f"grad/{parameter}": zeros})
+    computed = ADAPTERS[source.partition("/")[0]](case)
+    check(case, computed)
+    case.tensors[f"outputs/grad/{parameter}"] += 1
+    with pytest.raises(AssertionError, match=parameter):
+        check(case, computed)
+
+
+def weighted_spectrum(predicted: Tensor, target: Tensor, matrix: Tensor, ave_spectrum: bool) -> tuple[Tensor, Tensor]:
+    """Mean of weighted squared distances of whole complex spectra, and its gradient."""
+    predicted = predicted.clone().requires_grad_()
+    spectrum = torch.fft.fft2(predicted, norm="ortho") - torch.fft.fft2(target, norm="ortho")
+    spectrum = spectrum.mean(0, keepdim=True) if ave_spectrum else spectrum
+    loss = (matrix * spectrum.abs().square()).mean()
+    loss.backward()
+    return loss.detach(), predicted.grad
+
+
+@pytest.mark.parametrize("stated", ["input", "option", "name", "numbers", "of one variant"])
+def test_a_case_may_give_the_weights_of_frequencies(tmp_path, stated):
+    """In any of the ways in which it can be stated; a variant that is given none has weights of its own."""
+    source = "focal_frequency_loss/options_24"
+    original, matrix = load(OWN_CASES / source), torch.rand(24, 24)
+    variants = {name: original.config["variants"][name] for name in ("default", "no_ave")}
+    option = {"option": True, "name": "inputs/matrix", "numbers": matrix.tolist()}.get(stated)
+    if option:
+        variants["no_ave"] |= {"matrix": option}
+    inputs = {"of one variant": {"no_ave/matrix": matrix}, "numbers": {}}.get(stated, {"matrix": matrix})
+    pictures = original.inputs()["pred"], original.inputs()["target"]
+    outputs = {}
+    for name in variants:
+        if name == "no_ave" or stated == "input":
+            loss, grad = weighted_spectrum(*pictures, matrix, ave_spectrum=name == "default")
+        else:
+            loss, grad = (original.inputs("outputs/")[f"{name}/{key}"] for key in ("loss", "grad/pred"))
+        outputs |= {f"{name}/loss": loss, f"{name}/grad/pred": grad}
+    case = crafted(tmp_path, source, {"variants": variants}, inputs, outputs)
+    check(case, focal_frequency_loss(case))
+
+
+def test_a_heads_loss_takes_the_weights_of_frequencies(tmp_path):
+    source = "a2mim_head/fft_focal_modes"
+    original, matrix = load(OWN_CASES / source), torch.rand(3, 24, 24)
+    head = original.config["variants"]["focal_target_w0p0"] | {"fft_unmask_weight": 1.0}
+    inputs = original.inputs()
+    loss, _ = weighted_spectrum(inputs["pred"], inputs["image"], matrix, ave_spectrum=True)
+    case = crafted(tmp_path, source, {"variants": {"all": head}}, {"matrix": matrix}, {"all/loss_freq": loss})
+    check(case, a2mim_head(case))
+
+
+@pytest.mark.parametrize("left_out", [{"resnet50_full_shapes"}, {"resnet50_full_shapes", "resnet50_full_key_map"}])
+def test_a_key_map_needs_no_list_of_shapes(tmp_path, left_out):
+    source = "resnet_key_map/r18_tiny"
+    original = load(OWN_CASES / source)
+    config = {name: value for name, value in original.config.items() if name not in left_out}
+    case = crafted(tmp_path, source, config, {}, original.inputs("outputs/"))
+    check(case, resnet_key_map(case))
+    if "resnet50_full_key_map" in config:
+        config["resnet50_full_key_map"].popitem()
+        with pytest.raises(AssertionError):
+            resnet_key_map(crafted(tmp_path, source, config, {}, original.inputs("outputs/")))
