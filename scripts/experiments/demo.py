@@ -177,7 +177,7 @@ class Demo:
         return trained, run(f"{arm} {seed}", f"{base} --num_workers 0 --eval --resume {folder}/checkpoint-best.pth")
 
     def draw(self, kind: str, flags: str) -> Run:
-        return run(kind, f"visualize.py {kind} {flags} --output {self.folder}/{kind}.png")
+        return run(kind, f"analysis/visualize.py {kind} {flags} --output {self.folder}/{kind}.png")
 
     def execute(self) -> tuple[Run, dict[str, list[tuple[Run, Run]]], list[Run]]:
         """Pre-training, each arm's fine-tunings with their evaluations, MAE and pictures: one process on each core.
