@@ -275,9 +275,7 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
 
 def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
     flags = ["--model", "mae_tiny_patch16_224", "--input_size", "32", "--patch_size", "8"]
-    with pytest.raises(
-        ValueError, match=r"draws its masks itself: analysis/visualize\.py reconstruct"
-    ):
+    with pytest.raises(ValueError, match=r"draws its masks itself: analysis/visualize\.py reconstruct"):
         visualize.masks(*visualize.parse(["masks", "--output", "x", *flags]))
 
 
