@@ -3,8 +3,6 @@
 import logging
 import sys
 
-from unimim.files import write_rows as write_rows
-
 log = logging.getLogger("unimim")
 
 
