@@ -179,7 +179,7 @@ def test_tensors_without_gradients_are_named(monkeypatch, cut):
     for tensor in network.lines[2].parameters():
         nn.init.zeros_(tensor)
     nn.init.ones_(network.lines[2].bias)  # of squares, or the loss is at its minimum
-    said = []  # by way of the logger's method, since other tests leave the logger at levels of their own
+    said = []  # by way of the method, whatever state other tests have left the logger in
     monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
     runner, batch = lines_runner(network), {"image": torch.randn(8, 4)}
     spoilt = 2  # a skipped step does not count, and what is not finite is no gradient

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unimim.files import write_rows as write_rows
-
 
 @contextmanager
 def refused(sentence: str) -> Iterator[None]:

@@ -23,8 +23,6 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # first imported inside a group, its default arguments hold the group for ever
 from torch import Tensor
 
-from unimim.files import write_rows as write_rows
-
 
 @dataclass(frozen=True)
 class Place:

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from unimim.engine.distributed import mean_over_ranks
-from unimim.files import write_rows as write_rows
 from unimim.files import write_text
 from unimim.logs import log
 
