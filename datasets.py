@@ -1,7 +1,9 @@
-"""Where images come from: folders, map files, zips and small embedded sets; and in which order they are loaded.
+"""Where images come from: folders, map files, zips and small embedded sets; and in which order they
+are loaded.
 
-A source knows paths, labels and how to read one image; `ImageDataset` decodes and augments behind a guard that replaces
-broken images; the batch samplers yield lists of (epoch, index), so that a sample depends on (seed, epoch, index) only.
+A source knows paths, labels and how to read one image; `ImageDataset` decodes and augments behind a
+guard that replaces broken images; the batch samplers yield lists of (epoch, index), so that a
+sample depends on (seed, epoch, index) only.
 """
 
 import argparse
@@ -31,7 +33,9 @@ from unimim.data.sources import (
     logger,
 )
 
-Transform = Callable[..., dict[str, torch.Tensor]]  # (raw, rng), and the image's maps where there are some
+Transform = Callable[
+    ..., dict[str, torch.Tensor]
+]  # (raw, rng), and the image's maps where there are some
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------
@@ -44,14 +48,21 @@ class BadImagesError(RuntimeError):
 class ImageDataset(Dataset):
     """Samples of `source` through `transform`, by keys (epoch, index).
 
-    A sample is the transform's dict plus "label" and "index", the number of the image that was really used. A broken
-    image is logged once and replaced by another, which depends on (seed, index) only; all workers share the set of
-    broken images. More than `max_bad_images` of them, or the first if `strict`, raise BadImagesError.
-    `maps` reads what else belongs to an image, by the name of the view that the transform makes of it.
+    A sample is the transform's dict plus "label" and "index", the number of the image that was
+    really used. A broken image is logged once and replaced by another, which depends on (seed,
+    index) only; all workers share the set of broken images. More than `max_bad_images` of them, or
+    the first if `strict`, raise BadImagesError. `maps` reads what else belongs to an image, by the
+    name of the view that the transform makes of it.
     """
 
     def __init__(
-        self, source: Source, transform: Transform, *, seed: int, max_bad_images: int = 100, strict: bool = False
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        seed: int,
+        max_bad_images: int = 100,
+        strict: bool = False,
     ):
         self.source, self.transform, self.seed = source, transform, seed
         self.maps: dict[str, Callable[[int], np.ndarray]] = {}
@@ -72,7 +83,11 @@ class ImageDataset(Dataset):
             except BrokenImageError as error:
                 self._report(used, error)
                 continue
-            return {**sample, "label": int(self.source.labels[used]), "index": -1 - used if index < 0 else used}
+            return {
+                **sample,
+                "label": int(self.source.labels[used]),
+                "index": -1 - used if index < 0 else used,
+            }
         raise AssertionError("candidates never end")
 
     def _candidates(self, wanted: int) -> Iterator[int]:
@@ -102,11 +117,12 @@ class ImageDataset(Dataset):
 
 
 class SharedNumbers:
-    """A set of at least `capacity` numbers from 0 on in memory that forked and spawned workers share, without a lock.
+    """A set of at least `capacity` numbers from 0 on in memory that forked and spawned workers
+    share, without a lock.
 
-    Each number has its place, or one of those behind it if that is taken. Of two processes that take one place at the
-    same moment the later wins: the other's number is missing then, and is added again when it is met again. What does
-    not fit any more is left out.
+    Each number has its place, or one of those behind it if that is taken. Of two processes that
+    take one place at the same moment the later wins: the other's number is missing then, and is
+    added again when it is met again. What does not fit any more is left out.
     """
 
     def __init__(self, capacity: int):
@@ -130,27 +146,46 @@ class SharedNumbers:
         return np.unique(slots[slots >= 0]).tolist()
 
 
-def build_dataset(args: argparse.Namespace, *, train: bool, transform: Transform, need_labels: bool) -> ImageDataset:
-    """The data set of the flags `data_set`, `data_path`, `eval_data_path`, `seed`, `max_bad_images`, `strict_data`.
+def build_dataset(
+    args: argparse.Namespace, *, train: bool, transform: Transform, need_labels: bool
+) -> ImageDataset:
+    """The data set of the flags `data_set`, `data_path`, `eval_data_path`, `seed`,
+    `max_bad_images`, `strict_data`.
 
     For training `label_fraction`, where there is such a flag, keeps the first images of each class.
-    For evaluation `eval_data_path` replaces `data_path` where it is given; an image_folder needs it unless it is
-    divided into `train` and `val`.
+    For evaluation `eval_data_path` replaces `data_path` where it is given; an image_folder needs it
+    unless it is divided into `train` and `val`.
     """
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
     kind = args.data_set or _detect(path)
-    if kind == "image_folder" and not train and not eval_path and _split_folder(Path(path), train) == Path(path):
-        raise ValueError(f"evaluation on image folders needs --eval_data_path, or a folder {path}/val")
-    source = build_source(kind, path, train=train, need_labels=need_labels, train_path=args.data_path)
+    if (
+        kind == "image_folder"
+        and not train
+        and not eval_path
+        and _split_folder(Path(path), train) == Path(path)
+    ):
+        raise ValueError(
+            f"evaluation on image folders needs --eval_data_path, or a folder {path}/val"
+        )
+    source = build_source(
+        kind, path, train=train, need_labels=need_labels, train_path=args.data_path
+    )
     fraction = getattr(args, "label_fraction", 1.0)
     if train and fraction != 1.0:
         source = PartSource(source, first_of_each_class(source.labels, fraction))
-    return ImageDataset(source, transform, seed=args.seed, max_bad_images=args.max_bad_images, strict=args.strict_data)
+    return ImageDataset(
+        source,
+        transform,
+        seed=args.seed,
+        max_bad_images=args.max_bad_images,
+        strict=args.strict_data,
+    )
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Sixteen hexadecimal digits of which images there are and in which order, by their names below their root."""
+    """Sixteen hexadecimal digits of which images there are and in which order, by their names below
+    their root."""
     digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=8)
     source = getattr(dataset, "source", None)
     while isinstance(source, PartSource):
@@ -169,13 +204,15 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 class TrainBatchSampler:
-    """Batches of (epoch, index) of one rank: chunks of `batch_size` of a permutation by (seed, epoch).
+    """Batches of (epoch, index) of one rank: chunks of `batch_size` of a permutation by (seed,
+    epoch).
 
-    Micro-batch j of rank r is chunk j * world_size + r, so one process that accumulates world_size times as often sees,
-    in order, what the ranks see side by side. Partial chunks are dropped.
+    Micro-batch j of rank r is chunk j * world_size + r, so one process that accumulates world_size
+    times as often sees, in order, what the ranks see side by side. Partial chunks are dropped.
 
-    With `repeats` each image comes that many times in a step of `step_batches` chunks, in as many of them as there are,
-    each time with draws of its own; an epoch has the same number of batches (specs/a2mim.md 4.4).
+    With `repeats` each image comes that many times in a step of `step_batches` chunks, in as many
+    of them as there are, each time with draws of its own; an epoch has the same number of batches
+    (specs/a2mim.md 4.4).
 
     Raises:
         ValueError: fewer images than one batch on every rank.
@@ -202,11 +239,17 @@ class TrainBatchSampler:
             )
         self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
         self.batches = whole if batches_per_epoch is None else min(whole, batches_per_epoch)
-        self.seed, self.shuffle, self.repeats, self.step_batches = seed, shuffle, repeats, step_batches
+        self.seed, self.shuffle, self.repeats, self.step_batches = (
+            seed,
+            shuffle,
+            repeats,
+            step_batches,
+        )
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration runs through, from micro-batch `start_batch` on."""
+        """Choose the epoch that the next iteration runs through, from micro-batch `start_batch`
+        on."""
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
@@ -216,15 +259,23 @@ class TrainBatchSampler:
         order = self._order(self.epoch)
         for batch in range(self.start_batch, self.batches):
             places = self._places(batch * self.world_size + self.rank)
-            copies, indices = self.epoch * self.repeats + places % self.repeats, order[places // self.repeats]
+            copies, indices = (
+                self.epoch * self.repeats + places % self.repeats,
+                order[places // self.repeats],
+            )
             yield list(zip(copies.tolist(), indices.tolist(), strict=True))
 
     def _places(self, chunk: int) -> np.ndarray:
-        """Those of a chunk's images in the epoch's order: the chunks of a step take turns where images repeat."""
+        """Those of a chunk's images in the epoch's order: the chunks of a step take turns where
+        images repeat."""
         if self.repeats == 1:
             return np.arange(chunk * self.batch_size, (chunk + 1) * self.batch_size)
         step, turn = divmod(chunk, self.step_batches)
-        return step * self.step_batches * self.batch_size + turn + self.step_batches * np.arange(self.batch_size)
+        return (
+            step * self.step_batches * self.batch_size
+            + turn
+            + self.step_batches * np.arange(self.batch_size)
+        )
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
@@ -263,7 +314,8 @@ def build_loader(
     pin_mem: bool,
     multiprocessing_context: str | None = None,
 ) -> DataLoader:
-    """A loader whose batches depend on the sampler's keys only; workers stay alive between epochs."""
+    """A loader whose batches depend on the sampler's keys only; workers stay alive between
+    epochs."""
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -277,7 +329,8 @@ def build_loader(
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A launcher or a terminal signals the whole group; the parent still needs batches to finish its step."""
+    """A launcher or a terminal signals the whole group; the parent still needs batches to finish
+    its step."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,4 +1,5 @@
-"""Classification: the task that the training loop of engine_for_pretraining.py trains, and its evaluation."""
+"""Classification: the task that the training loop of engine_for_pretraining.py trains, and its
+evaluation."""
 
 from argparse import Namespace
 from collections.abc import Iterable
@@ -18,7 +19,8 @@ from unimim.evaluation.accuracy import averages, tally
 
 
 class Classification(nn.Module):
-    """A classifier with its criterion, mixup, random erasing and moving average (specs/conmim.md 6.4, 6.5)."""
+    """A classifier with its criterion, mixup, random erasing and moving average (specs/conmim.md
+    6.4, 6.5)."""
 
     def __init__(self, model: nn.Module, args: Namespace, device: torch.device):
         super().__init__()
@@ -27,10 +29,15 @@ class Classification(nn.Module):
         self.mixup = make_mixup(args) if mixing else None
         self.erase = None
         if args.reprob and not args.no_aug:
-            self.erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
+            self.erase = RandomErasing(
+                args.reprob, mode=args.remode, max_count=args.recount, device=str(device)
+            )
         self.criterion = make_criterion(args, mixing)
         self.average = MovingAverage(model, copy_buffers=True) if args.model_ema else None
-        self.average_decay, self.average_warmup = args.model_ema_decay, args.model_ema_warmup_epochs / args.epochs
+        self.average_decay, self.average_warmup = (
+            args.model_ema_decay,
+            args.model_ema_warmup_epochs / args.epochs,
+        )
         if self.average is not None and args.model_ema_force_cpu:
             self.average.module.to("cpu")
 
@@ -50,14 +57,16 @@ class Classification(nn.Module):
         """Nothing changes with the epochs."""
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """The average's decay rises from nine tenths of what it is after the warm-up (specs/a2mim.md 4.4)."""
+        """The average's decay rises from nine tenths of what it is after the warm-up
+        (specs/a2mim.md 4.4)."""
         if self.average is not None:
             risen = min(progress / self.average_warmup, 1.0) if self.average_warmup else 1.0
             self.average.update(self.average_decay * (0.9 + 0.1 * risen), applied)
 
 
 class BinaryCrossEntropy(nn.Module):
-    """Of each class by itself, summed over the classes: targets are labels [B] or shares [B, classes]."""
+    """Of each class by itself, summed over the classes: targets are labels [B] or shares [B,
+    classes]."""
 
     def __init__(self, smoothing: float = 0.0):
         super().__init__()

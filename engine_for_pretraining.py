@@ -1,7 +1,9 @@
-"""The training loop, for every method and for fine-tuning alike: one optimizer step after another, whatever is trained.
+"""The training loop, for every method and for fine-tuning alike: one optimizer step after another,
+whatever is trained.
 
 A task is a module with `forward(batch) -> {"loss": ...}`, `before_epoch(epoch, epochs)` and
-`after_step(progress, applied)`: a pre-training method, or a classifier with its criterion (engine_for_finetuning.py).
+`after_step(progress, applied)`: a pre-training method, or a classifier with its criterion
+(engine_for_finetuning.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +23,8 @@ from unimim.logs import log
 
 
 def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
-    """Trains from `position` to the end of its epoch and returns the epoch's means. `position` moves along.
+    """Trains from `position` to the end of its epoch and returns the epoch's means. `position`
+    moves along.
 
     Raises Stopped after a signal, NonFiniteError after too many skipped steps.
     """
@@ -29,7 +32,9 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
     run.task.train()
     run.task.before_epoch(epoch, args.epochs)
     run.loader.batch_sampler.set_position(epoch, position.step * args.update_freq)
-    progress = Progress(f"epoch {epoch}", run.steps_per_epoch, position.step, every=args.log_every, rank=args.rank)
+    progress = Progress(
+        f"epoch {epoch}", run.steps_per_epoch, position.step, every=args.log_every, rank=args.rank
+    )
     run.throughput.restart()
     try:
         for micro_batches in grouped(run.throughput.timed(run.loader), args.update_freq):
@@ -47,7 +52,8 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
 
 
 def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Tensor]]) -> None:
-    """Update number `update` of the run: schedules, forward and backward of each micro-batch, optimizer, average."""
+    """Update number `update` of the run: schedules, forward and backward of each micro-batch,
+    optimizer, average."""
     set_schedule(run.runner.optimizer, run.lr[update], run.weight_decay[update])
     seed_step(run.args.seed, run.args.rank, update)
     outs = [
@@ -56,8 +62,12 @@ def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Ten
     ]
     result = run.runner.step()
     on_host = result["applied"].device.type == "cpu"
-    run.task.after_step(update / run.total_steps, float(result["applied"]) if on_host else result["applied"])
-    figures = {name: torch.stack([out[name].detach().float() for out in outs]).mean() for name in outs[0]}
+    run.task.after_step(
+        update / run.total_steps, float(result["applied"]) if on_host else result["applied"]
+    )
+    figures = {
+        name: torch.stack([out[name].detach().float() for out in outs]).mean() for name in outs[0]
+    }
     run.monitor.push(update, [batch["index"] for batch in micro_batches], figures | result)
     run.throughput.steps += 1
     if on_host:  # reading costs no wait there
@@ -93,15 +103,23 @@ def show(run: Training, progress: Progress, position: Position) -> None:
         text["mfu"] = f"{speed['mfu']:.0f}%"
     progress.show(position.step, text)
     decays = [g["weight_decay"] for g in run.runner.optimizer.param_groups if g["weight_decay"] > 0]
-    optimizer = {"opt/lr": max(rates), "opt/min_lr": min(rates), "opt/weight_decay": decays[-1] if decays else 0.0}
+    optimizer = {
+        "opt/lr": max(rates),
+        "opt/min_lr": min(rates),
+        "opt/weight_decay": decays[-1] if decays else 0.0,
+    }
     figures = {f"train/{name}": value for name, value in recent.items() if name != "applied"}
-    run.run_log.step(figures | optimizer | {f"perf/{k}": v for k, v in speed.items()} | {"perf/memory": memory}, update)
+    run.run_log.step(
+        figures | optimizer | {f"perf/{k}": v for k, v in speed.items()} | {"perf/memory": memory},
+        update,
+    )
 
 
 def share_bad_images(dataset: Dataset) -> None:
     """Marks on every rank the images that any rank found broken; all ranks call.
 
-    BadImagesError: the whole run has more than --max_bad_images. Each rank by itself stops there at once.
+    BadImagesError: the whole run has more than --max_bad_images. Each rank by itself stops there at
+    once.
     """
     if not has_peers() or not isinstance(dataset, ImageDataset):
         return
@@ -118,7 +136,8 @@ def share_bad_images(dataset: Dataset) -> None:
 
 
 def save_if_due(run: Training, position: Position) -> None:
-    """Checkpoints within an epoch, and the agreed stop of all ranks after a signal on any of them."""
+    """Checkpoints within an epoch, and the agreed stop of all ranks after a signal on any of
+    them."""
     args = run.args
     stop = run.stop.agreed(last=position.step == run.steps_per_epoch)
     due = args.save_ckpt_steps and position.step % args.save_ckpt_steps == 0
@@ -139,7 +158,8 @@ def save_at_epoch_end(run: Training, position: Position) -> None:
 
 
 def train(run: Training, position: Position, after_epoch) -> None:
-    """Epoch after epoch. `after_epoch(position) -> dict` evaluates, and its figures go into log.txt."""
+    """Epoch after epoch. `after_epoch(position) -> dict` evaluates, and its figures go into
+    log.txt."""
     run.run_log.forget_from(position.epoch)
     try:
         while position.epoch < run.args.epochs:
@@ -158,5 +178,9 @@ def train_and_report(run: Training, position: Position, after_epoch) -> None:
     # before the checkpoint: a run killed in between does the epoch again, and its line with it
     run.run_log.epoch(figures, (position.epoch + 1) * run.steps_per_epoch)
     save_at_epoch_end(run, position)
-    log.info("epoch %d: %s", position.epoch, "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "epoch"))
+    log.info(
+        "epoch %d: %s",
+        position.epoch,
+        "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "epoch"),
+    )
     run.monitor.reset()

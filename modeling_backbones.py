@@ -1,7 +1,9 @@
-"""Backbones that are masked between their stages: the repository's ViT and timm's networks, none of them changed.
+"""Backbones that are masked between their stages: the repository's ViT and timm's networks, none of
+them changed.
 
-A `Place` names a module of a backbone; `MaskToken` hooks itself in there. One rule for every network, as long as it
-says where its places are. Shapes in comments: B images, C channels of a map, h x w its places, T tokens.
+A `Place` names a module of a backbone; `MaskToken` hooks itself in there. One rule for every
+network, as long as it says where its places are. Shapes in comments: B images, C channels of a map,
+h x w its places, T tokens.
 """
 
 import math
@@ -19,7 +21,14 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
-from modeling_finetune import MIM_VIT_SIZES, VisionTransformer, check_choice, register, register_family, to_pair
+from modeling_finetune import (
+    MIM_VIT_SIZES,
+    VisionTransformer,
+    check_choice,
+    register,
+    register_family,
+    to_pair,
+)
 from modeling_losses import enlarged
 from unimim.errors import refused
 
@@ -35,9 +44,12 @@ MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")
 
 
 class MapViT(VisionTransformer):
-    """BEiT's blocks under learned positions, which end in a map [B, C, h, w] (specs/a2mim.md 2.3)."""
+    """BEiT's blocks under learned positions, which end in a map [B, C, h, w] (specs/a2mim.md
+    2.3)."""
 
-    def __init__(self, *, rel_pos_bias: str = "per_block", pos_embed: str = "learned", init_values=0.1, **vit):
+    def __init__(
+        self, *, rel_pos_bias: str = "per_block", pos_embed: str = "learned", init_values=0.1, **vit
+    ):
         form = {"rel_pos_bias": rel_pos_bias, "pos_embed": pos_embed, "init_values": init_values}
         super().__init__(**form, **vit, num_classes=0, global_pool="token")
 
@@ -60,8 +72,8 @@ class MapViT(VisionTransformer):
 class Place(NamedTuple):
     """Where a mask token goes in: before or behind the module of that name, among `width` channels.
 
-    stride: pixels along the side of one place there. axis: of the channels; -1 means [B, ..., C]. grid: of the patches
-    where the features are tokens [B, T, C].
+    stride: pixels along the side of one place there. axis: of the channels; -1 means [B, ..., C].
+    grid: of the patches where the features are tokens [B, T, C].
     """
 
     module: str
@@ -73,17 +85,20 @@ class Place(NamedTuple):
 
 
 def vit_places(vit: VisionTransformer) -> list[Place]:
-    """Behind the patch embedding, then before each block but the last: layer 1 is before the first."""
+    """Behind the patch embedding, then before each block but the last: layer 1 is before the
+    first."""
     names = [("patch_embed", False)] + [(f"blocks.{k}", True) for k in range(len(vit.blocks) - 1)]
     embed = vit.patch_embed
     return [Place(*name, vit.embed_dim, embed.patch_size[0], -1, embed.grid_size) for name in names]
 
 
 def resnet_places(resnet: ResNet) -> list[Place]:
-    """Before each of the four stages; at its first block, as checkpointing of activations goes past the stage."""
+    """Before each of the four stages; at its first block, as checkpointing of activations goes past
+    the stage."""
     info = resnet.feature_info
     return [
-        Place(f"layer{k + 1}.0", True, info[k]["num_chs"], info[max(k, 1)]["reduction"]) for k in range(len(info) - 1)
+        Place(f"layer{k + 1}.0", True, info[k]["num_chs"], info[max(k, 1)]["reduction"])
+        for k in range(len(info) - 1)
     ]
 
 
@@ -107,7 +122,12 @@ def convnext_places(convnext: ConvNeXt) -> list[Place]:
 def feature_places(network: nn.Module) -> list[Place]:
     """Behind each module that timm lists as a feature of the network."""
     return [
-        Place(info["module"], info.get("hook_type") == "forward_pre", info["num_chs"], info["reduction"])
+        Place(
+            info["module"],
+            info.get("hook_type") == "forward_pre",
+            info["num_chs"],
+            info["reduction"],
+        )
         for info in network.feature_info
     ]
 
@@ -122,9 +142,11 @@ def features_last(network: nn.Module, images: Tensor) -> Tensor:
 
 
 class Family(NamedTuple):
-    """places: of a network, by `mask_layer`. feature_map: images [B, 3, H, W] to the last map [B, C, h, w].
+    """places: of a network, by `mask_layer`. feature_map: images [B, 3, H, W] to the last map [B,
+    C, h, w].
 
-    rules: the name of the published optimizers' rules. channels_last: where maps [B, h, w, C] are faster.
+    rules: the name of the published optimizers' rules. channels_last: where maps [B, h, w, C] are
+    faster.
     """
 
     places: Callable[[nn.Module], list[Place]]
@@ -133,15 +155,26 @@ class Family(NamedTuple):
     channels_last: tuple[str, ...] = ()
 
 
-# timm's ConvNeXt has the last norm in its head, behind the pooling; pre-training norms every place of the map
+# timm's ConvNeXt has the last norm in its head, behind the pooling; pre-training norms every place
+# of the map
 _FAMILIES: dict[type[nn.Module], Family] = {
     VisionTransformer: Family(vit_places, lambda vit, images: vit(images), "vit"),
-    ResNet: Family(resnet_places, lambda resnet, images: resnet.forward_features(images), "cnn", ("cpu", "cuda")),
+    ResNet: Family(
+        resnet_places,
+        lambda resnet, images: resnet.forward_features(images),
+        "cnn",
+        ("cpu", "cuda"),
+    ),
     SwinTransformer: Family(swin_places, features_last, "swin"),
     ConvNeXt: Family(
-        convnext_places, lambda net, images: net.head.norm(net.forward_features(images)), "convnext", ("cuda",)
+        convnext_places,
+        lambda net, images: net.head.norm(net.forward_features(images)),
+        "convnext",
+        ("cuda",),
     ),
-    nn.Module: Family(inner_places, lambda network, images: network.forward_features(images), "cnn", ("cuda",)),
+    nn.Module: Family(
+        inner_places, lambda network, images: network.forward_features(images), "cnn", ("cuda",)
+    ),
 }
 
 
@@ -150,15 +183,19 @@ def family_of(backbone: nn.Module) -> Family:
 
 
 def is_listed_by_timm(backbone: nn.Module) -> bool:
-    """Whether nothing is known here of the backbone but the features that timm lists: it may not fit."""
+    """Whether nothing is known here of the backbone but the features that timm lists: it may not
+    fit."""
     return family_of(backbone) is _FAMILIES[nn.Module]
 
 
 def place_of(backbone: nn.Module, mask_layer: int) -> Place:
-    """The place number `mask_layer`, -1 for the last. ValueError: the backbone has no such place."""
+    """The place number `mask_layer`, -1 for the last. ValueError: the backbone has no such
+    place."""
     places = family_of(backbone).places(backbone)
     if not -1 <= mask_layer < len(places):
-        raise ValueError(f"mask_layer={mask_layer} is none of this backbone's, which are 0 to {len(places) - 1}")
+        raise ValueError(
+            f"mask_layer={mask_layer} is none of this backbone's, which are 0 to {len(places) - 1}"
+        )
     return places[mask_layer]
 
 
@@ -167,9 +204,16 @@ def place_of(backbone: nn.Module, mask_layer: int) -> Place:
 
 
 def build_backbone(
-    name: str, input_size: tuple[int, int], *, drop_path: float, attn: str, grad_checkpointing: bool, **options
+    name: str,
+    input_size: tuple[int, int],
+    *,
+    drop_path: float,
+    attn: str,
+    grad_checkpointing: bool,
+    **options,
 ) -> nn.Module:
-    """One of `MIM_VIT_SIZES`, or timm's network of that name with random weights and without classifier.
+    """One of `MIM_VIT_SIZES`, or timm's network of that name with random weights and without
+    classifier.
 
     Raises:
         ValueError: neither, or a network that gives no features or no map.
@@ -178,10 +222,17 @@ def build_backbone(
         given = {"attn": attn, "grad_checkpointing": grad_checkpointing, "drop_path": drop_path}
         return MapViT(input_size=input_size, **MIM_VIT_SIZES[name] | given | options)
     backbone = timm_network(
-        name, input_size, num_classes=0, drop_path=drop_path, grad_checkpointing=grad_checkpointing, **options
+        name,
+        input_size,
+        num_classes=0,
+        drop_path=drop_path,
+        grad_checkpointing=grad_checkpointing,
+        **options,
     )
     if len(getattr(backbone, "feature_info", None) or ()) < 2:
-        raise ValueError(f"--model: timm lists too few features of {name}: there is no place for a mask token")
+        raise ValueError(
+            f"--model: timm lists too few features of {name}: there is no place for a mask token"
+        )
     if is_listed_by_timm(backbone):
         freeze_unused(backbone, name, input_size)
     return backbone
@@ -206,7 +257,9 @@ def timm_network(
         network = timm.create_model(name, **options)
     except TypeError as error:
         if "drop_path_rate" in str(error):
-            raise ValueError(f"--drop_path {drop_path}: {name} has no stochastic depth, give 0") from error
+            raise ValueError(
+                f"--drop_path {drop_path}: {name} has no stochastic depth, give 0"
+            ) from error
         raise
     if grad_checkpointing:
         with refused(f"--grad_checkpointing: timm's {name} has none"):
@@ -238,12 +291,19 @@ def put_in_order(network: nn.Module, devices: tuple[str, ...]) -> None:
 
 
 def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -> None:
-    """Engines wait for a gradient of every parameter: what the map does not come from is not trained."""
+    """Engines wait for a gradient of every parameter: what the map does not come from is not
+    trained."""
     training = backbone.training
     with refused(f"--model: timm's {name} does not take images of {input_size} (--input_size)"):
         features = family_of(backbone).feature_map(backbone.eval(), torch.zeros(1, 3, *input_size))
-    if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[1] != backbone.num_features:
-        raise ValueError(f"--model: timm's {name} ends in no map of {backbone.num_features} channels")
+    if (
+        not isinstance(features, Tensor)
+        or features.ndim != 4
+        or features.shape[1] != backbone.num_features
+    ):
+        raise ValueError(
+            f"--model: timm's {name} ends in no map of {backbone.num_features} channels"
+        )
     features.sum().backward()
     for parameter in backbone.parameters():
         parameter.requires_grad_(parameter.grad is not None)
@@ -265,14 +325,22 @@ def map_of(backbone: nn.Module) -> tuple[int, int]:
 class MaskToken(nn.Module):
     """Puts a token in at one place of a backbone, where `mask` says so (specs/a2mim.md 2.1).
 
-    kind: "learnable"; "randn" and "zero" are never trained; "mean" is that of the features of the batch, without their
-    gradient, "instance_mean" that of each image; "none" leaves the features as they are.
-    replace: in place of the features; else it is added to them, and what there is of them at masked positions is scaled
-    by `mask_gamma`, which begins at `mask_init` and exists only if that is positive. detach: and has no gradient.
+    kind: "learnable"; "randn" and "zero" are never trained; "mean" is that of the features of the
+    batch, without their gradient, "instance_mean" that of each image; "none" leaves the features as
+    they are. replace: in place of the features; else it is added to them, and what there is of them
+    at masked positions is scaled by `mask_gamma`, which begins at `mask_init` and exists only if
+    that is positive. detach: and has no gradient.
     """
 
     def __init__(
-        self, place: Place, *, kind: str, replace: bool, mask_init: float, detach: bool, token_std: float = 0.02
+        self,
+        place: Place,
+        *,
+        kind: str,
+        replace: bool,
+        mask_init: float,
+        detach: bool,
+        token_std: float = 0.02,
     ):
         super().__init__()
         check_choice("mask_token", kind, MASK_TOKENS)
@@ -287,7 +355,9 @@ class MaskToken(nn.Module):
         if kind == "randn":
             nn.init.normal_(self.mask_token)
         if mask_init > 0 and not replace:
-            self.mask_gamma = nn.Parameter(torch.full(shape if place.axis == 1 else shape[-1:], float(mask_init)))
+            self.mask_gamma = nn.Parameter(
+                torch.full(shape if place.axis == 1 else shape[-1:], float(mask_init))
+            )
 
     def attach(self, backbone: nn.Module) -> None:
         """From now on the backbone's features go through here."""
@@ -298,7 +368,8 @@ class MaskToken(nn.Module):
             module.register_forward_hook(lambda _, inputs, output: self(output))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, C, h, w], [B, h, w, C] or [B, T, C]; `mask` [B, rows, columns], 1 = masked, is set before."""
+        """Features [B, C, h, w], [B, h, w, C] or [B, T, C]; `mask` [B, rows, columns], 1 = masked,
+        is set before."""
         if self.mask is None or self.kind == "none":
             return x
         hidden, token = self.hidden(x), self.token(x).to(x.dtype)
@@ -311,10 +382,13 @@ class MaskToken(nn.Module):
         return torch.where(hidden, x + token, x)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The mask as bool [B, 1, h, w], [B, h, w, 1] or [B, T, 1]; tokens in front of the patches are never masked."""
+        """The mask as bool [B, 1, h, w], [B, h, w, 1] or [B, T, 1]; tokens in front of the patches
+        are never masked."""
         grid = self.place.grid
         size = grid or (x.shape[2:] if self.place.axis == 1 else x.shape[1:3])
-        assert self.mask.shape[-2] <= size[0] and self.mask.shape[-1] <= size[1], "the mask is finer than the features"
+        assert self.mask.shape[-2] <= size[0] and self.mask.shape[-1] <= size[1], (
+            "the mask is finer than the features"
+        )
         mask = enlarged(self.mask.bool(), tuple(size))
         if grid:
             mask = F.pad(mask.flatten(1), (x.shape[1] - math.prod(grid), 0))
@@ -326,19 +400,28 @@ class MaskToken(nn.Module):
         if self.place.grid:
             x = x[:, -math.prod(self.place.grid) :]
         space = (2, 3) if self.place.axis == 1 else tuple(range(1, x.ndim - 1))
-        return x.detach().mean((0, *space), keepdim=True) if self.kind == "mean" else x.mean(space, keepdim=True)
+        return (
+            x.detach().mean((0, *space), keepdim=True)
+            if self.kind == "mean"
+            else x.mean(space, keepdim=True)
+        )
 
 
 class PixelNeck(nn.Module):
-    """A map [B, C, h, w] to pixels [B, 3, h * stride, w * stride] by one convolution (specs/a2mim.md 3.1).
+    """A map [B, C, h, w] to pixels [B, 3, h * stride, w * stride] by one convolution
+    (specs/a2mim.md 3.1).
 
     decoder_kernel: of a depth-wise convolution with norm and GELU in front of it; None is without.
     """
 
-    def __init__(self, width: int, stride: int, *, kernel: int = 1, decoder_kernel: int | None = None):
+    def __init__(
+        self, width: int, stride: int, *, kernel: int = 1, decoder_kernel: int | None = None
+    ):
         super().__init__()
         self.stride = stride
-        self.decoder = nn.Identity() if decoder_kernel is None else depthwise_layer(width, decoder_kernel)
+        self.decoder = (
+            nn.Identity() if decoder_kernel is None else depthwise_layer(width, decoder_kernel)
+        )
         self.pred = nn.Conv2d(width, 3 * stride**2, kernel, padding=kernel // 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -351,7 +434,9 @@ class PixelNeck(nn.Module):
 
 def depthwise_layer(width: int, kernel: int) -> nn.Sequential:
     convolution = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
-    return nn.Sequential(OrderedDict(conv=convolution, ln=LayerNorm2d(width, eps=1e-5), act=nn.GELU()))
+    return nn.Sequential(
+        OrderedDict(conv=convolution, ln=LayerNorm2d(width, eps=1e-5), act=nn.GELU())
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,7 +457,8 @@ def classifier(
     grad_checkpointing: bool = False,
     **options,
 ) -> nn.Module:
-    """timm's network of the name `backbone` to fine-tune, unchanged but for the factor `init_scale` of its head.
+    """timm's network of the name `backbone` to fine-tune, unchanged but for the factor `init_scale`
+    of its head.
 
     `attn` and `global_pool` choose among what only the repository's ViT has: any value does.
     """

@@ -1,9 +1,9 @@
 """The vision transformer of the repository and the classifiers built on it.
 
-One `Attention`, one `Block` and one `VisionTransformer` cover BEiT's form (query and value bias, relative position
-tables, layer scale, mean pooling) and MAE's form (full bias, sine-cosine positions, class token or mean pooling).
-Shapes in comments: B images, N patches, T = 1 + N tokens (class token first), C channels, h heads, d = C / h. There may
-be n class tokens; T is n + N then.
+One `Attention`, one `Block` and one `VisionTransformer` cover BEiT's form (query and value bias,
+relative position tables, layer scale, mean pooling) and MAE's form (full bias, sine-cosine
+positions, class token or mean pooling). Shapes in comments: B images, N patches, T = 1 + N tokens
+(class token first), C channels, h heads, d = C / h. There may be n class tokens; T is n + N then.
 """
 
 import inspect
@@ -40,7 +40,8 @@ _FAMILIES: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register(name: str, build: Callable[..., nn.Module], **defaults) -> None:
-    """Makes `build(**defaults)` the model called `name` here, and in timm too where timm has no model of that name."""
+    """Makes `build(**defaults)` the model called `name` here, and in timm too where timm has no
+    model of that name."""
     _MODELS[name] = partial(build, **defaults)
     if not timm.is_model(name):
         named = partial(_MODELS[name])
@@ -49,7 +50,8 @@ def register(name: str, build: Callable[..., nn.Module], **defaults) -> None:
 
 
 def register_family(prefix: str, build: Callable[..., nn.Module], **defaults) -> None:
-    """Makes `build(backbone=rest, **defaults)` the model called `prefix` + rest, for each model of timm called rest."""
+    """Makes `build(backbone=rest, **defaults)` the model called `prefix` + rest, for each model of
+    timm called rest."""
     _FAMILIES[prefix] = partial(build, **defaults)
 
 
@@ -57,8 +59,12 @@ def builder_of(name: str) -> Callable[..., nn.Module] | None:
     """What builds the model of that name; None if there is no such model."""
     if name in _MODELS:
         return _MODELS[name]
-    families = ((prefix, name.removeprefix(prefix)) for prefix in _FAMILIES if name.startswith(prefix))
-    return next((partial(_FAMILIES[p], backbone=rest) for p, rest in families if timm.is_model(rest)), None)
+    families = (
+        (prefix, name.removeprefix(prefix)) for prefix in _FAMILIES if name.startswith(prefix)
+    )
+    return next(
+        (partial(_FAMILIES[p], backbone=rest) for p, rest in families if timm.is_model(rest)), None
+    )
 
 
 def list_models(prefix: str = "") -> list[str]:
@@ -66,18 +72,24 @@ def list_models(prefix: str = "") -> list[str]:
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
-    """Builds a registered model of this repository. ValueError: an unknown name, or an option that it does not take."""
+    """Builds a registered model of this repository. ValueError: an unknown name, or an option that
+    it does not take."""
     builder = builder_of(name)
     if builder is None:
-        raise ValueError(f"--model {name} is unknown here; the models are: {', '.join(list_models())}")
+        raise ValueError(
+            f"--model {name} is unknown here; the models are: {', '.join(list_models())}"
+        )
     try:
         return builder(**kwargs)
     except TypeError as error:
-        raise ValueError(f"--model {name} does not take one of the options {sorted(kwargs)}: {error}") from error
+        raise ValueError(
+            f"--model {name} does not take one of the options {sorted(kwargs)}: {error}"
+        ) from error
 
 
 def is_of_timm(name: str) -> bool:
-    """Whether that model is a classifier of timm's, with timm's options in place of the repository's."""
+    """Whether that model is a classifier of timm's, with timm's options in place of the
+    repository's."""
     builder = builder_of(name)
     return builder is not None and not isinstance(builder.func, type)
 
@@ -89,13 +101,18 @@ def input_size_of(name: str) -> int:
 
 
 def options_of(name: str) -> set[str]:
-    """Names of the options that the constructor of a registered model takes; none for an unknown model."""
+    """Names of the options that the constructor of a registered model takes; none for an unknown
+    model."""
     found: set[str] = set()
     builder = builder_of(name)
     for cls in getattr(builder.func, "__mro__", ()) if builder else ():
-        parameters = inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
+        parameters = (
+            inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
+        )
         found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):  # hands nothing on to its base
+        if parameters and not any(
+            p.kind is p.VAR_KEYWORD for p in parameters
+        ):  # hands nothing on to its base
             break
     return found
 
@@ -109,14 +126,16 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Images [B, c, H, W] cut into patches of ph x pw pixels: [B, N, ph * pw * c], in the order row, column, colour."""
+    """Images [B, c, H, W] cut into patches of ph x pw pixels: [B, N, ph * pw * c], in the order
+    row, column, colour."""
     ph, pw = patch
     cut = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # [B, c, gh, ph, gw, pw]
     return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: patches [B, N, ph * pw * c] of a grid (rows, columns) to images [B, c, H, W]."""
+    """The inverse of `patchify`: patches [B, N, ph * pw * c] of a grid (rows, columns) to images
+    [B, c, H, W]."""
     cut = patches.unflatten(1, grid).unflatten(3, (*patch, -1))  # [B, gh, gw, ph, pw, c]
     return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
@@ -127,7 +146,8 @@ def take(tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 class PatchProjection(nn.Conv2d):
-    """The patches' convolution, which also takes patches [B, M, p * p * c] that `patchify` has cut already."""
+    """The patches' convolution, which also takes patches [B, M, p * p * c] that `patchify` has cut
+    already."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
@@ -142,8 +162,12 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size, self.patch_size = to_pair(img_size), to_pair(patch_size)
         if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
-            raise ValueError(f"--input_size {self.img_size} is not a multiple of --patch_size {self.patch_size}")
-        self.grid_size = tuple(side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True))
+            raise ValueError(
+                f"--input_size {self.img_size} is not a multiple of --patch_size {self.patch_size}"
+            )
+        self.grid_size = tuple(
+            side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True)
+        )
         self.num_patches = math.prod(self.grid_size)
         self.proj = PatchProjection(in_chans, embed_dim, self.patch_size, stride=self.patch_size)
 
@@ -158,13 +182,18 @@ class PatchEmbed(nn.Module):
 
     def check(self, x: Tensor) -> None:
         if x.shape[-2:] != self.img_size:
-            raise ValueError(f"images are {tuple(x.shape[-2:])}, the model was built for --input_size {self.img_size}")
+            raise ValueError(
+                f"images are {tuple(x.shape[-2:])}, the model was built for --input_size {self.img_size}"
+            )
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
-    """Row of the bias table for each pair (query, key) of 1 + gh * gw tokens: int64 [T, T] (specs/conmim.md 1.1)."""
+    """Row of the bias table for each pair (query, key) of 1 + gh * gw tokens: int64 [T, T]
+    (specs/conmim.md 1.1)."""
     gh, gw = grid
-    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij"))
+    y, x = (
+        axis.flatten() for axis in torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
+    )
     rows = table_rows(grid)
     index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.int64)
     index[1:, 1:] = (y[:, None] - y + gh - 1) * (2 * gw - 1) + (x[:, None] - x + gw - 1)
@@ -173,7 +202,8 @@ def relative_position_index(grid: tuple[int, int]) -> Tensor:
 
 
 def table_rows(grid: tuple[int, int]) -> int:
-    """Offsets between two patches of the grid, and three rows for class-to-patch, patch-to-class, class-to-class."""
+    """Offsets between two patches of the grid, and three rows for class-to-patch, patch-to-class,
+    class-to-class."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
@@ -188,7 +218,9 @@ class RelativePositionBias(nn.Module):
     def __init__(self, grid: tuple[int, int], num_heads: int):
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+        self.register_buffer(
+            "relative_position_index", relative_position_index(grid), persistent=False
+        )
 
     def forward(self) -> Tensor:
         return bias_of(self.relative_position_bias_table, self.relative_position_index)
@@ -197,49 +229,75 @@ class RelativePositionBias(nn.Module):
 class QKVLinear(nn.Linear):
     """The joint projection to queries, keys and values, each [B, T, C].
 
-    It can be lent a `bias`, so that keys go without one, and makes queries of the `last` tokens only if that is given.
+    It can be lent a `bias`, so that keys go without one, and makes queries of the `last` tokens
+    only if that is given.
     """
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, last: int | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, last: int | None = None
+    ) -> tuple[Tensor, ...]:
         bias = self.bias if bias is None else bias
         if last is None:
             return F.linear(x, self.weight, bias).chunk(3, dim=-1)
         dims = [self.in_features, 2 * self.in_features]
         biases = (None, None) if bias is None else bias.split(dims)
         query_weight, other_weight = self.weight.split(dims)
-        return F.linear(x[:, -last:], query_weight, biases[0]), *F.linear(x, other_weight, biases[1]).chunk(2, dim=-1)
+        return F.linear(x[:, -last:], query_weight, biases[0]), *F.linear(
+            x, other_weight, biases[1]
+        ).chunk(2, dim=-1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with BEiT's query and value bias and an additive position bias (specs/conmim.md 1.1).
+    """Multi-head self-attention with BEiT's query and value bias and an additive position bias
+    (specs/conmim.md 1.1).
 
-    `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "flex" is torch's FlexAttention
-    for a position bias on a GPU, where a bias that is trained keeps the others from their fastest kernels; "auto" takes
-    what is faster for the device, the dtype and the bias at hand (docs/benchmarks.md).
+    `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "flex" is
+    torch's FlexAttention for a position bias on a GPU, where a bias that is trained keeps the
+    others from their fastest kernels; "auto" takes what is faster for the device, the dtype and the
+    bias at hand (docs/benchmarks.md).
     """
 
-    def __init__(self, dim, num_heads, *, qkv_bias, k_bias, attn_drop, proj_drop, grid=None, kernel="auto"):
+    def __init__(
+        self, dim, num_heads, *, qkv_bias, k_bias, attn_drop, proj_drop, grid=None, kernel="auto"
+    ):
         super().__init__()
         if kernel not in ATTENTION_KERNELS:
-            raise ValueError(f"--attn {kernel} is unknown; take one of {', '.join(ATTENTION_KERNELS)}")
+            raise ValueError(
+                f"--attn {kernel} is unknown; take one of {', '.join(ATTENTION_KERNELS)}"
+            )
         self.num_heads, self.kernel, self.attn_drop = num_heads, kernel, attn_drop
         self.q_bias = self.v_bias = self.relative_position_bias_table = None
         if qkv_bias and not k_bias:
-            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+            self.q_bias, self.v_bias = (
+                nn.Parameter(torch.zeros(dim)),
+                nn.Parameter(torch.zeros(dim)),
+            )
         if grid is not None:
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), num_heads))
-            self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+            self.relative_position_bias_table = nn.Parameter(
+                torch.zeros(table_rows(grid), num_heads)
+            )
+            self.register_buffer(
+                "relative_position_index", relative_position_index(grid), persistent=False
+            )
         self.qkv = QKVLinear(dim, 3 * dim, bias=qkv_bias and k_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Tensor, bias: Tensor | None = None, last: int | None = None, *, causal: bool = False
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        last: int | None = None,
+        *,
+        causal: bool = False,
     ) -> Tensor:
         return self.attend(*self.project(x, last), bias, causal)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
-        """Queries, keys and values, each [B, h, T, d], to tokens [B, T, C]; `causal` ones take no bias."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False
+    ) -> Tensor:
+        """Queries, keys and values, each [B, h, T, d], to tokens [B, T, C]; `causal` ones take no
+        bias."""
         bias = self.position_bias(bias)
         kernel = self.choose_kernel(q, bias, causal)
         if kernel == "flex":
@@ -248,15 +306,23 @@ class Attention(nn.Module):
             x = self.fused(q, k, v, bias, causal)
         else:
             if causal:
-                bias = torch.full(q.shape[2:3] * 2, -math.inf, device=q.device, dtype=q.dtype).triu(1)  # [T, T]
-            x = F.dropout(self.probabilities(q, k, bias), self.attn_drop, self.training).to(v.dtype) @ v
+                bias = torch.full(q.shape[2:3] * 2, -math.inf, device=q.device, dtype=q.dtype).triu(
+                    1
+                )  # [T, T]
+            x = (
+                F.dropout(self.probabilities(q, k, bias), self.attn_drop, self.training).to(v.dtype)
+                @ v
+            )
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def project(self, x: Tensor, last: int | None = None) -> list[Tensor]:
-        """Tokens [B, T, C] to queries (of the `last` ones, if that is given), keys, values, each [B, h, T, d]."""
+        """Tokens [B, T, C] to queries (of the `last` ones, if that is given), keys, values, each
+        [B, h, T, d]."""
         bias = None
         if self.q_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
+            bias = torch.cat(
+                (self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias)
+            )
         return [self.split_heads(t) for t in self.qkv(x, bias, last)]
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -271,36 +337,54 @@ class Attention(nn.Module):
         return own if shared is None else own + shared
 
     def choose_kernel(self, q: Tensor, bias: Tensor | None, causal: bool = False) -> str:
-        """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias (specs/engine.md 4.2).
+        """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias
+        (specs/engine.md 4.2).
 
-        FlexAttention has no dropout and, on a CPU, no gradient: "flex" is "auto" there, and wherever there is no bias.
+        FlexAttention has no dropout and, on a CPU, no gradient: "flex" is "auto" there, and
+        wherever there is no bias.
         """
         if self.kernel in ("sdpa", "eager"):
             return self.kernel
         trains_bias = torch.is_grad_enabled() and bias is not None and bias.requires_grad
         drops = self.attn_drop > 0 and self.training
-        can_flex = bias is not None and bias.ndim == 3 and not causal and not drops and q.device.type != "cpu"
+        can_flex = (
+            bias is not None
+            and bias.ndim == 3
+            and not causal
+            and not drops
+            and q.device.type != "cpu"
+        )
         if can_flex and (self.kernel == "flex" or (AUTO_TAKES_FLEX and trains_bias)):
             return "flex"
-        return "eager" if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32) else "sdpa"
+        return (
+            "eager"
+            if q.device.type == "cpu" and (trains_bias or q.dtype != torch.float32)
+            else "sdpa"
+        )
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         mask = None
         if bias is not None:
-            # dense along the keys: the fused kernels refuse other strides, and torch then takes the explicit form
-            mask = bias.to(q.dtype).contiguous()[(None,) * (4 - bias.ndim)]  # [1 or B, h or 1, T, T]
+            # dense along the keys: the fused kernels refuse other strides, and torch then takes the
+            # explicit form
+            mask = bias.to(q.dtype).contiguous()[
+                (None,) * (4 - bias.ndim)
+            ]  # [1 or B, h or 1, T, T]
         dropout = self.attn_drop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+        )
 
     def probabilities(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(d) + bias) over keys: [B, h, T, T]. The bias is [h, T, T], or a mask [B, 1, T, T]."""
+        """softmax(q k^T / sqrt(d) + bias) over keys: [B, h, T, T]. The bias is [h, T, T], or a mask
+        [B, 1, T, T]."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
 
 
 def flexible(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """FlexAttention of [B, h, T, d] under a bias [h, T, T], which gets its gradient; outside of compiled blocks it is
-    compiled by itself."""
+    """FlexAttention of [B, h, T, d] under a bias [h, T, T], which gets its gradient; outside of
+    compiled blocks it is compiled by itself."""
     if torch.compiler.is_compiling() or q.device.type == "cpu":
         return attention_under_bias(q, k, v, bias)
     return compiled_flex()(q, k, v, bias)
@@ -315,15 +399,16 @@ def attention_under_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tenso
     def add_bias(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[head, query, key]
 
-    # one stage of the pipeline: with more, the gradient of the bias does not fit into an H100's shared memory
+    # one stage of the pipeline: with more, the gradient of the bias does not fit into an H100's
+    # shared memory
     return flex_attention(q, k, v, score_mod=add_bias, kernel_options={"num_stages": 1})
 
 
 class DropPath(nn.Module):
     """Stochastic depth: for each image the factor of what a block adds, 0 or 1 / (1 - rate).
 
-    The draws are timm's. `share_graph` is for compiled blocks: torch.compile makes a graph for each number that it
-    reads, and so for each rate; a tensor is the same graph with another input.
+    The draws are timm's. `share_graph` is for compiled blocks: torch.compile makes a graph for each
+    number that it reads, and so for each rate; a tensor is the same graph with another input.
     """
 
     def __init__(self, drop_prob: float = 0.0):
@@ -358,7 +443,8 @@ class DropPath(nn.Module):
 
 
 class LinearOfGelu(torch.autograd.Function):
-    """linear(gelu(x)) that keeps x and not gelu(x), a fifth of what a block keeps: the backward pass makes it again."""
+    """linear(gelu(x)) that keeps x and not gelu(x), a fifth of what a block keeps: the backward
+    pass makes it again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -380,10 +466,12 @@ class LinearOfGelu(torch.autograd.Function):
 
 
 class ActivatedLinear(nn.Linear):
-    """A linear layer with an activation in front, by default an exact GELU: [..., in_features] to [..., D].
+    """A linear layer with an activation in front, by default an exact GELU: [..., in_features] to
+    [..., D].
 
-    `recompute`: keep less and make the GELU again in the backward pass, with equal numbers. "auto" does so on a CPU;
-    on a GPU it is a thirtieth of a step for a fifth of the memory. Compiled graphs decide that by themselves.
+    `recompute`: keep less and make the GELU again in the backward pass, with equal numbers. "auto"
+    does so on a CPU; on a GPU it is a thirtieth of a step for a fifth of the memory. Compiled
+    graphs decide that by themselves.
     """
 
     act = staticmethod(F.gelu)
@@ -398,11 +486,14 @@ class ActivatedLinear(nn.Linear):
         if not self.recomputes(x):
             return super().forward(self.act(x))
         # x has autocast's dtype, which a function of our own has to bring about for the weights
-        return LinearOfGelu.apply(x, *(None if p is None else p.to(x.dtype) for p in (self.weight, self.bias)))
+        return LinearOfGelu.apply(
+            x, *(None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        )
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between; dropout comes after the second only (specs/conmim.md 1.1)."""
+    """Two linear layers with an exact GELU between; dropout comes after the second only
+    (specs/conmim.md 1.1)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float, out_dim: int | None = None):
         super().__init__()
@@ -417,9 +508,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic depth.
 
-    With `last` only that many tokens at the end are computed and returned; of the others only keys and values are.
-    With `rows` int64 [B, M] only those tokens go through the MLP and are returned. With `causal` no token sees a later
-    one.
+    With `last` only that many tokens at the end are computed and returned; of the others only keys
+    and values are. With `rows` int64 [B, M] only those tokens go through the MLP and are returned.
+    With `causal` no token sees a later one.
     """
 
     attention = Attention
@@ -457,27 +548,34 @@ class Block(nn.Module):
 
 
 def add_scaled(x: Tensor, branch: Tensor, gamma: Tensor | None, factor: Tensor | None) -> Tensor:
-    """x + branch * gamma [C] * factor [B, 1, 1] in one kernel, which reads each in its own dtype."""
+    """x + branch * gamma [C] * factor [B, 1, 1] in one kernel, which reads each in its own
+    dtype."""
     scales = [scale for scale in (gamma, factor) if scale is not None]
     if not scales:
         return x + branch
-    with torch.autocast(x.device.type, enabled=False):  # it would write a wider copy of the branch first
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # it would write a wider copy of the branch first
         return torch.addcmul(x, branch, math.prod(scales[1:], start=scales[0]))
 
 
 def sincos_pos_embed(embed_dim: int, grid: tuple[int, int]) -> Tensor:
-    """MAE's fixed 2-D positions with a zero row for the class token: [1, 1 + gh * gw, C]. Columns first, then rows."""
+    """MAE's fixed 2-D positions with a zero row for the class token: [1, 1 + gh * gw, C]. Columns
+    first, then rows."""
     if embed_dim % 4:
         raise ValueError(f"sine-cosine positions need embed_dim divisible by 4, not {embed_dim}")
     omega = 10000.0 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim / 4))
-    y, x = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    y, x = torch.meshgrid(
+        *(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij"
+    )
     angles = [axis.flatten()[:, None] * omega for axis in (x, y)]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     return F.pad(table, (0, 0, 1, 0)).float().unsqueeze(0)
 
 
 def positions_of(table: Tensor, cells: Tensor, num_cls: int = 1) -> Tensor:
-    """Rows of a table [1, n + N, C] for n class tokens and the patches at cells [B, M]: [B, n + M, C]."""
+    """Rows of a table [1, n + N, C] for n class tokens and the patches at cells [B, M]: [B, n + M,
+    C]."""
     first = torch.arange(num_cls, device=cells.device).expand(len(cells), -1)
     return table[0, torch.cat((first, cells + num_cls), dim=1)]
 
@@ -489,12 +587,13 @@ def positions_of(table: Tensor, cells: Tensor, num_cls: int = 1) -> Tensor:
 class VisionTransformer(nn.Module):
     """A ViT with a class token whose options give BEiT's or MAE's form.
 
-    num_cls_tokens: how many class tokens there are, each with a position of its own, if there are learned ones.
-    pos_embed: "none", "learned", "sincos" (fixed) or "sincos_trainable".
-    rel_pos_bias: "none", "shared" (one table, BEiT pre-training), "per_block" (BEiT fine-tuning) or "both", added.
-    k_bias: keys have a bias too (MAE's form); without it only queries and values do (BEiT's form).
-    global_pool: "avg" (mean of patch tokens, then `fc_norm`), "token" (class token, or the mean of several; `norm`).
-    num_classes 0 leaves the head out: `forward` then returns the pooled vector [B, C].
+    num_cls_tokens: how many class tokens there are, each with a position of its own, if there are
+    learned ones. pos_embed: "none", "learned", "sincos" (fixed) or "sincos_trainable".
+    rel_pos_bias: "none", "shared" (one table, BEiT pre-training), "per_block" (BEiT fine-tuning) or
+    "both", added. k_bias: keys have a bias too (MAE's form); without it only queries and values do
+    (BEiT's form). global_pool: "avg" (mean of patch tokens, then `fc_norm`), "token" (class token,
+    or the mean of several; `norm`). num_classes 0 leaves the head out: `forward` then returns the
+    pooled vector [B, C].
     """
 
     block = Block
@@ -531,15 +630,23 @@ class VisionTransformer(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         if num_cls_tokens < 1 or (num_cls_tokens > 1 and rel_pos_bias != "none"):
-            raise ValueError(f"num_cls_tokens={num_cls_tokens} must be 1 or more, and 1 with a relative position bias")
-        self.embed_dim, self.num_prefix_tokens, self.global_pool = embed_dim, num_cls_tokens, global_pool
+            raise ValueError(
+                f"num_cls_tokens={num_cls_tokens} must be 1 or more, and 1 with a relative position bias"
+            )
+        self.embed_dim, self.num_prefix_tokens, self.global_pool = (
+            embed_dim,
+            num_cls_tokens,
+            global_pool,
+        )
         self.grad_checkpointing = grad_checkpointing
         self.patch_embed = PatchEmbed(input_size, patch_size, in_chans, embed_dim)
         grid = self.patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
         self.pos_embed = self._make_pos_embed(pos_embed)
         self.pos_drop = nn.Dropout(drop)
-        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if rel_pos_bias in ("shared", "both") else None
+        self.rel_pos_bias = (
+            RelativePositionBias(grid, num_heads) if rel_pos_bias in ("shared", "both") else None
+        )
         block = partial(
             self.block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, init_values=init_values,
             qkv_bias=qkv_bias, k_bias=k_bias, attn_drop=attn_drop, kernel=attn,
@@ -556,7 +663,11 @@ class VisionTransformer(nn.Module):
         if kind == "none":
             return None
         if kind == "learned":
-            return nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.patch_embed.num_patches, self.embed_dim))
+            return nn.Parameter(
+                torch.zeros(
+                    1, self.num_prefix_tokens + self.patch_embed.num_patches, self.embed_dim
+                )
+            )
         table = sincos_pos_embed(self.embed_dim, self.patch_embed.grid_size)
         table = F.pad(table, (0, 0, self.num_prefix_tokens - 1, 0))
         return nn.Parameter(table, requires_grad=kind == "sincos_trainable")
@@ -596,7 +707,8 @@ class VisionTransformer(nn.Module):
     # -- forward
 
     def forward(self, x: Tensor, cells: Tensor | None = None) -> Tensor:
-        """Images [B, 3, H, W] to logits [B, num_classes]; with `cells` int64 [B, M] only those patches are seen."""
+        """Images [B, 3, H, W] to logits [B, num_classes]; with `cells` int64 [B, M] only those
+        patches are seen."""
         return self.head(self.pool(self.forward_features(x, cells)))
 
     def forward_features(self, x: Tensor, cells: Tensor | None = None) -> Tensor:
@@ -604,14 +716,18 @@ class VisionTransformer(nn.Module):
         patches = self.patch_embed(x)
         if cells is None:
             return self.run_blocks(self.embed(patches, self.pos_embed))
-        assert self.pos_embed is not None and self.rel_pos_bias is None, "listed patches need absolute positions only"
-        # the class token goes without a position, as published; the row of a sine-cosine table is 0 anyway
+        assert self.pos_embed is not None and self.rel_pos_bias is None, (
+            "listed patches need absolute positions only"
+        )
+        # the class token goes without a position, as published; the row of a sine-cosine table is 0
+        # anyway
         prefix = self.num_prefix_tokens
         listed = F.pad(self.pos_embed[0, prefix + cells], (0, 0, prefix, 0))
         return self.run_blocks(self.embed(take(patches, cells), listed))
 
     def embed(self, patches: Tensor, positions: Tensor | None) -> Tensor:
-        """Puts the class tokens in front of patch embeddings [B, M, C] and adds positions [1 or B, n + M, C]."""
+        """Puts the class tokens in front of patch embeddings [B, M, C] and adds positions [1 or B,
+        n + M, C]."""
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
         return self.pos_drop(x if positions is None else x + positions)
 
@@ -648,7 +764,9 @@ class VisionTransformer(nn.Module):
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
         """Attention probabilities of one block: [B, h, T, T]. ValueError: no such block."""
         if not -len(self.blocks) <= layer < len(self.blocks):
-            raise ValueError(f"--layer {layer}: there are {len(self.blocks)} blocks, counted from 0 or from the end")
+            raise ValueError(
+                f"--layer {layer}: there are {len(self.blocks)} blocks, counted from 0 or from the end"
+            )
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         layer %= len(self.blocks)
         x = self.embed(self.patch_embed(x), self.pos_embed)
@@ -670,8 +788,14 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 for _size, _options in VIT_SIZES.items():
     for _input_size in (224, 384):
-        # BEiT's: a relative position table in each block, layer scale, mean pooling (specs/conmim.md 1.3)
-        _beit = {**_options, "input_size": _input_size, "rel_pos_bias": "per_block", "init_values": 0.1}
+        # BEiT's: a relative position table in each block, layer scale, mean pooling
+        # (specs/conmim.md 1.3)
+        _beit = {
+            **_options,
+            "input_size": _input_size,
+            "rel_pos_bias": "per_block",
+            "init_values": 0.1,
+        }
         register(f"beit_{_size}_patch16_{_input_size}", VisionTransformer, **_beit)
         # SemanticMIM's in that form: absolute positions (specs/semanticmim.md 1.1)
         _beit |= {"rel_pos_bias": "none", "pos_embed": "learned"}
@@ -679,9 +803,14 @@ for _size, _options in VIT_SIZES.items():
 
 for _size, _options in MAE_SIZES.items():
     for _patch_size in (16, 14, 8):
-        # MAE's: sine-cosine positions that train on, keys with a bias; the head's deviation is 0.02 * `init_scale`
-        # (specs/semmae.md A.9)
-        _vit = {**_options, "patch_size": _patch_size, "k_bias": True, "pos_embed": "sincos_trainable"}
+        # MAE's: sine-cosine positions that train on, keys with a bias; the head's deviation is 0.02
+        # * `init_scale` (specs/semmae.md A.9)
+        _vit = {
+            **_options,
+            "patch_size": _patch_size,
+            "k_bias": True,
+            "pos_embed": "sincos_trainable",
+        }
         register(f"vit_{_size}_patch{_patch_size}_224", VisionTransformer, **_vit)
 
 for _size, _options in MIM_VIT_SIZES.items():

@@ -1,7 +1,7 @@
 """Losses of reconstructed pixels: spatial and in the frequency domain (specs/a2mim.md 3.2 to 3.5).
 
-Shapes in comments: B images, c colours, H x W pixels; h x w a mask's cells; V = W // 2 + 1 columns of the half spectrum
-that a real image has, of which the other columns are mirror images.
+Shapes in comments: B images, c colours, H x W pixels; h x w a mask's cells; V = W // 2 + 1 columns
+of the half spectrum that a real image has, of which the other columns are mirror images.
 """
 
 from dataclasses import dataclass
@@ -16,25 +16,30 @@ REPLACEMENTS = ("target", "prediction", "mean", "mixed")
 
 
 def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask [B, h, w] of any dtype at `size`: whole cells are repeated, others go by the nearest one: [B, H, W]."""
+    """A mask [B, h, w] of any dtype at `size`: whole cells are repeated, others go by the nearest
+    one: [B, H, W]."""
     (rows, columns), (height, width) = mask.shape[-2:], size
     if height % rows == 0 and width % columns == 0:
-        return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
+        return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(
+            width // columns, dim=-1
+        )
     return F.interpolate(mask.unsqueeze(1).float(), size, mode="nearest").squeeze(1).to(mask.dtype)
 
 
 def mean_filled(images: Tensor, mask: Tensor) -> Tensor:
-    """Images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image and colour by itself (1.2)."""
+    """Images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image and colour
+    by itself (1.2)."""
     hidden = enlarged(mask, images.shape[-2:]).unsqueeze(1).bool()
     return torch.where(hidden, images.mean((2, 3), keepdim=True), images)
 
 
 @dataclass(frozen=True)
 class Regression:
-    """Element-wise loss of a distance: the distance itself ("l1"), or weighted up where it is large ("focal_l1").
+    """Element-wise loss of a distance: the distance itself ("l1"), or weighted up where it is large
+    ("focal_l1").
 
-    The weight is tanh(alpha * d / 2) or tanh(alpha * d), for `activate` "sigmoid" and "tanh", to the power `gamma`; it
-    is part of what is differentiated. `residual` adds the distance itself.
+    The weight is tanh(alpha * d / 2) or tanh(alpha * d), for `activate` "sigmoid" and "tanh", to
+    the power `gamma`; it is part of what is differentiated. `residual` adds the distance itself.
     """
 
     mode: str = "l1"
@@ -59,9 +64,14 @@ class Regression:
 
 
 def spatial_loss(
-    predicted: Tensor, target: Tensor, mask: Tensor, regression: Regression, unmask_weight: float = 0.0
+    predicted: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    regression: Regression,
+    unmask_weight: float = 0.0,
 ) -> Tensor:
-    """Loss of masked pixels, and by `unmask_weight` of the others; one mean over the whole batch (3.3).
+    """Loss of masked pixels, and by `unmask_weight` of the others; one mean over the whole batch
+    (3.3).
 
     predicted, target [B, c, H, W]; mask [B, H, W], 1 = masked.
     """
@@ -80,29 +90,33 @@ def half_spectrum(images: Tensor) -> Tensor:
 
 
 def whole_mean(values: Tensor, width: int) -> Tensor:
-    """Mean over the whole spectrum, W columns wide, of values [..., H, V] that are equal for mirrored frequencies.
+    """Mean over the whole spectrum, W columns wide, of values [..., H, V] that are equal for
+    mirrored frequencies.
 
-    Every column stands for two, but for the first and, where the width is even, the last, which mirror themselves.
+    Every column stands for two, but for the first and, where the width is even, the last, which
+    mirror themselves.
     """
     alone = values[..., 0].sum() + (values[..., -1].sum() if width % 2 == 0 else 0)
     return (2 * values.sum() - alone) / (values[..., 0].numel() * width)
 
 
 def half_of_weights(weights: Tensor) -> Tensor:
-    """Weights of all frequencies [..., H, W] as those of the half spectrum [..., H, V] that give the same sum."""
+    """Weights of all frequencies [..., H, W] as those of the half spectrum [..., H, V] that give
+    the same sum."""
     mirrored = weights.flip((-2, -1)).roll((1, 1), (-2, -1))
     return (0.5 * (weights + mirrored))[..., : weights.shape[-1] // 2 + 1]
 
 
 @dataclass(frozen=True, eq=False)
 class FocalFrequencyLoss:
-    """Squared distance of two spectra, frequencies weighted by how far apart they are (specs/a2mim.md 3.5).
+    """Squared distance of two spectra, frequencies weighted by how far apart they are
+    (specs/a2mim.md 3.5).
 
-    ave_spectrum: of the mean images of the batch on this device. The gradient is then nearly the same for every image,
-    and its size depends on the images a device and micro-step.
-    log_matrix: the logarithm of the weights. batch_matrix: weights are divided by the largest of all, else by the
-    largest of their image and colour, where the published code crashes.
-    matrix: weights [..., H, W] in [0, 1] of all frequencies, which take the place of the distances'; they need not be
+    ave_spectrum: of the mean images of the batch on this device. The gradient is then nearly the
+    same for every image, and its size depends on the images a device and micro-step. log_matrix:
+    the logarithm of the weights. batch_matrix: weights are divided by the largest of all, else by
+    the largest of their image and colour, where the published code crashes. matrix: weights [...,
+    H, W] in [0, 1] of all frequencies, which take the place of the distances'; they need not be
     symmetric, and no gradient goes through them.
     """
 
@@ -115,22 +129,29 @@ class FocalFrequencyLoss:
 
     def __post_init__(self):
         if self.matrix is not None and not ((self.matrix >= 0) & (self.matrix <= 1)).all():
-            raise ValueError("matrix has values outside [0, 1]; use weights within, such as matrix / matrix.max()")
+            raise ValueError(
+                "matrix has values outside [0, 1]; use weights within, such as matrix / matrix.max()"
+            )
 
     def __call__(self, difference: Tensor) -> Tensor:
-        """Loss of the difference [B, c, H, W] of two images: a transform is linear, so that one does for both."""
+        """Loss of the difference [B, c, H, W] of two images: a transform is linear, so that one
+        does for both."""
         if self.ave_spectrum:
             difference = difference.mean(0, keepdim=True)
         distance = half_spectrum(difference)
         square = distance.real.square() + distance.imag.square()
-        weights = self.weights(square.detach()) if self.matrix is None else self.given_weights(difference)
+        weights = (
+            self.weights(square.detach()) if self.matrix is None else self.given_weights(difference)
+        )
         return self.loss_weight * whole_mean(weights * square, difference.shape[-1])
 
     def given_weights(self, images: Tensor) -> Tensor:
         """The matrix as weights [..., H, V] of the half spectrum of images [B, c, H, W]."""
         if self.matrix.shape[-2:] != images.shape[-2:]:
             theirs, ours = (tuple(x.shape[-2:]) for x in (images, self.matrix))
-            raise ValueError(f"matrix is of {ours} frequencies; use one of the images' size {theirs}")
+            raise ValueError(
+                f"matrix is of {ours} frequencies; use one of the images' size {theirs}"
+            )
         return half_of_weights(self.matrix.detach().to(images))
 
     def weights(self, square: Tensor) -> Tensor:
@@ -146,10 +167,11 @@ class FocalFrequencyLoss:
 class ReconstructionLoss:
     """A2MIM's loss; with `fft_weight` 0 and "l1" it is SimMIM's (specs/a2mim.md 3.3, 3.4).
 
-    fft_unmask_weight: what a visible pixel of the prediction counts for among the frequencies; the rest of it is
-    replaced by fft_unmask_replace: the target, the prediction itself without its gradient, the target's mean colour, or
-    half of each of the first two ("mixed"); None is the target.
-    fft_focal: the loss above, else the regression on the distance of spectra; fft_reweight: which then weighs itself.
+    fft_unmask_weight: what a visible pixel of the prediction counts for among the frequencies; the
+    rest of it is replaced by fft_unmask_replace: the target, the prediction itself without its
+    gradient, the target's mean colour, or half of each of the first two ("mixed"); None is the
+    target. fft_focal: the loss above, else the regression on the distance of spectra; fft_reweight:
+    which then weighs itself.
     """
 
     regression: Regression = Regression()
@@ -166,19 +188,23 @@ class ReconstructionLoss:
             check_choice("fft_unmask_replace", self.fft_unmask_replace, REPLACEMENTS)
 
     def __call__(self, predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """predicted, target [B, c, H, W], mask [B, h, w], 1 = masked: {"loss", "loss_spatial"[, "loss_freq"]}."""
+        """predicted, target [B, c, H, W], mask [B, h, w], 1 = masked: {"loss", "loss_spatial"[,
+        "loss_freq"]}."""
         with torch.autocast(predicted.device.type, enabled=False):
             predicted, target = predicted.float(), target.float()
             mask = enlarged(mask, target.shape[-2:]).float()
             spatial = spatial_loss(predicted, target, mask, self.regression, self.unmask_weight)
             if not self.fft_weight:
                 return {"loss": spatial, "loss_spatial": spatial.detach()}
-            frequency = self.frequency_loss(self.seen(predicted, target, mask.unsqueeze(1)) - target)
+            frequency = self.frequency_loss(
+                self.seen(predicted, target, mask.unsqueeze(1)) - target
+            )
             loss = spatial + self.fft_weight * frequency
             return {"loss": loss, "loss_spatial": spatial.detach(), "loss_freq": frequency.detach()}
 
     def seen(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """The prediction with most of its visible pixels replaced, [B, c, H, W]; mask [B, 1, H, W]."""
+        """The prediction with most of its visible pixels replaced, [B, c, H, W]; mask [B, 1, H,
+        W]."""
         if self.fft_unmask_weight >= 1:
             return predicted
         share = mask + (1 - mask) * self.fft_unmask_weight

@@ -1,10 +1,11 @@
-"""Every pre-training method of the repository: mask, encode, (decode,) loss, top-down on one screen each.
+"""Every pre-training method of the repository: mask, encode, (decode,) loss, top-down on one screen
+each.
 
-A method is a `PretrainMethod`: it names the batch keys it reads (`views`), computes a loss from a batch, and may move
-a teacher after each optimizer step. It knows nothing of flags, data sets, optimizers, devices and engines.
-Shapes in comments: B images, N patches, T = 1 + N tokens, C channels, M masked patches an image, D projected width;
-L tokens that take part, P = patch height * patch width * 3 numbers of a patch; n class tokens, V visible patches, K
-visual words.
+A method is a `PretrainMethod`: it names the batch keys it reads (`views`), computes a loss from a
+batch, and may move a teacher after each optimizer step. It knows nothing of flags, data sets,
+optimizers, devices and engines. Shapes in comments: B images, N patches, T = 1 + N tokens, C
+channels, M masked patches an image, D projected width; L tokens that take part, P = patch height *
+patch width * 3 numbers of a patch; n class tokens, V visible patches, K visual words.
 """
 
 import math
@@ -57,7 +58,13 @@ from modeling_finetune import (
     to_pair,
     unpatchify,
 )
-from modeling_losses import FocalFrequencyLoss, ReconstructionLoss, Regression, enlarged, mean_filled
+from modeling_losses import (
+    FocalFrequencyLoss,
+    ReconstructionLoss,
+    Regression,
+    enlarged,
+    mean_filled,
+)
 from modeling_targets import (
     HOG,
     PREDICTED_FEATURES,
@@ -75,10 +82,11 @@ Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the rando
 
 
 class Reconstruction(NamedTuple):
-    """Pictures [B, 3, H, W] in the units of the normalised images; what a picture does not show is 0, the mean colour.
+    """Pictures [B, 3, H, W] in the units of the normalised images; what a picture does not show is
+    0, the mean colour.
 
-    masked: the known patches; predicted: what is predicted of each; pasted: the known patches and what is predicted
-    elsewhere.
+    masked: the known patches; predicted: what is predicted of each; pasted: the known patches and
+    what is predicted elsewhere.
     """
 
     original: Tensor
@@ -90,13 +98,14 @@ class Reconstruction(NamedTuple):
 class PretrainMethod(nn.Module):
     """What the engine asks of every method; its other base is the network that it trains.
 
-    `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view "noise" [B, noise_size]
-    holds for each image, so that what is random follows from seed, epoch and image, not from processes and batches.
-    `teacher`: an average of the network that is no submodule, so that neither DDP nor DeepSpeed wraps, casts or
-    optimizes it; None without one. `not_exported`: beginnings of the names of what is no part of the encoder. `frozen`:
-    a network beside it that makes targets and can be compiled. `predicts_pixels`: whether `reconstruct` can show what
-    is predicted. `most_masked`: what lists of masked patches are filled up to, so that compiled blocks see one length;
-    None: the batch's largest number.
+    `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view
+    "noise" [B, noise_size] holds for each image, so that what is random follows from seed, epoch
+    and image, not from processes and batches. `teacher`: an average of the network that is no
+    submodule, so that neither DDP nor DeepSpeed wraps, casts or optimizes it; None without one.
+    `not_exported`: beginnings of the names of what is no part of the encoder. `frozen`: a network
+    beside it that makes targets and can be compiled. `predicts_pixels`: whether `reconstruct` can
+    show what is predicted. `most_masked`: what lists of masked patches are filled up to, so that
+    compiled blocks see one length; None: the batch's largest number.
     """
 
     views: tuple[str, ...] = ("image",)
@@ -112,14 +121,16 @@ class PretrainMethod(nn.Module):
         raise NotImplementedError
 
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Pictures of what is predicted of a batch, by a method that `predicts_pixels`; `noise` as for `forward`."""
+        """Pictures of what is predicted of a batch, by a method that `predicts_pixels`; `noise` as
+        for `forward`."""
         raise NotImplementedError
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
         """Called when epoch number `epoch`, from 0, of a run of `epochs` begins or is resumed."""
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Called after each optimizer step with the share of the run that lay before it, in [0, 1)."""
+        """Called after each optimizer step with the share of the run that lay before it, in [0,
+        1)."""
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -136,7 +147,8 @@ class PretrainMethod(nn.Module):
         return self.patch_embed.patch_size
 
     def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The clean encoder in `weights`, by default in what the published recipe fine-tunes: the teacher, if any."""
+        """The clean encoder in `weights`, by default in what the published recipe fine-tunes: the
+        teacher, if any."""
         if weights is None:
             weights = (self if self.teacher is None else self.teacher).state_dict()
         return {k: v for k, v in weights.items() if not k.startswith(self.not_exported)}
@@ -154,7 +166,8 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
         self._init_token(self.mask_token)
 
     def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Images [B, 3, H, W], with the mask token where mask [B, gh, gw] is True, to normed tokens [B, T, C]."""
+        """Images [B, 3, H, W], with the mask token where mask [B, gh, gw] is True, to normed tokens
+        [B, T, C]."""
         return self.norm(self.run_blocks(self.embed_masked(images, mask)))
 
     def embed_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
@@ -164,7 +177,8 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         return self.embed(x, self.pos_embed)
 
-    # Pre-training cuts the normal distribution at one standard deviation, and the convolution follows it too.
+    # Pre-training cuts the normal distribution at one standard deviation, and the convolution
+    # follows it too.
 
     def _init_module(self, module: nn.Module) -> None:
         super()._init_module(module)
@@ -177,10 +191,12 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
 
 
 def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Where mask [B, N] is True: positions int64 [B, M] in row-major order and which of them count, bool [B, M].
+    """Where mask [B, N] is True: positions int64 [B, M] in row-major order and which of them count,
+    bool [B, M].
 
-    M is `count`, the largest number of masked patches in the batch; when it is not given it is read from the mask,
-    which on a GPU waits for the device. Images with fewer are filled up with positions that do not count.
+    M is `count`, the largest number of masked patches in the batch; when it is not given it is read
+    from the mask, which on a GPU waits for the device. Images with fewer are filled up with
+    positions that do not count.
     """
     count = int(mask.sum(1).max()) if count is None else count
     positions = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
@@ -192,12 +208,14 @@ def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Te
 
 
 class ConMIM(MaskedImageModel):
-    """Masked image modelling with denoising contrast (ICLR 2023, arXiv 2205.09616; specs/conmim.md 2).
+    """Masked image modelling with denoising contrast (ICLR 2023, arXiv 2205.09616; specs/conmim.md
+    2).
 
-    The student sees a weakly augmented image with masked patches, the teacher a strongly augmented one in full; each
-    masked patch must pick its own teacher feature among all patches of the same image.
-    Differences from the published code: no unused `lm_head`; the teacher's dropout and stochastic depth are off; only
-    masked rows enter the similarity (same loss); the similarity and softmax are in float32; any grid.
+    The student sees a weakly augmented image with masked patches, the teacher a strongly augmented
+    one in full; each masked patch must pick its own teacher feature among all patches of the same
+    image. Differences from the published code: no unused `lm_head`; the teacher's dropout and
+    stochastic depth are off; only masked rows enter the similarity (same loss); the similarity and
+    softmax are in float32; any grid.
     """
 
     views = ("image", "image_strong", "mask")
@@ -229,22 +247,30 @@ class ConMIM(MaskedImageModel):
         return self.contrast(logits, positions, counts)
 
     def project(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Projected patch tokens [B, N, D]. The class token passes through too: it counts in the batch statistics."""
+        """Projected patch tokens [B, N, D]. The class token passes through too: it counts in the
+        batch statistics."""
         tokens = self.encode_masked(images, mask)
-        return self.projectors(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)[:, self.num_prefix_tokens :]
+        return self.projectors(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)[
+            :, self.num_prefix_tokens :
+        ]
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Cosine similarity over temperature, within each image: [B, M, D], [B, N, D] to [B, M, N]."""
+        """Cosine similarity over temperature, within each image: [B, M, D], [B, N, D] to [B, M,
+        N]."""
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = (F.normalize(x.float(), dim=-1) for x in (queries, keys))
             return queries @ keys.transpose(1, 2) / self.temperature
 
     def contrast(self, logits: Tensor, positions: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Cross entropy over the patches of the image, averaged over all masked patches of the batch."""
+        """Cross entropy over the patches of the image, averaged over all masked patches of the
+        batch."""
         total = counts.sum().clamp(min=1)
         losses = F.cross_entropy(logits.flatten(0, 1), positions.flatten(), reduction="none")
         hits = (logits.detach().argmax(-1) == positions) & counts
-        return {"loss": (losses * counts.flatten()).sum() / total, "contrast_acc": hits.sum() / total}
+        return {
+            "loss": (losses * counts.flatten()).sum() / total,
+            "contrast_acc": hits.sum() / total,
+        }
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         """Teacher momentum: cosine from `t_momentum` to 1 over the run (specs/conmim.md 5.4)."""
@@ -253,7 +279,8 @@ class ConMIM(MaskedImageModel):
 
 
 def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """Three bias-free linear layers, each with batch normalisation, the last without affine (specs/conmim.md 1.2)."""
+    """Three bias-free linear layers, each with batch normalisation, the last without affine
+    (specs/conmim.md 1.2)."""
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False),
         nn.BatchNorm1d(hidden_dim),
@@ -267,7 +294,8 @@ def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 
 def without_dropout(module: nn.Module) -> None:
-    """Switches dropout and stochastic depth off and leaves the training mode, with its batch statistics, on."""
+    """Switches dropout and stochastic depth off and leaves the training mode, with its batch
+    statistics, on."""
     for part in module.modules():
         for rate in ("p", "drop_prob", "attn_drop"):
             if isinstance(getattr(part, rate, None), float):
@@ -279,27 +307,45 @@ def without_dropout(module: nn.Module) -> None:
 
 
 class PlainViT(PretrainMethod, VisionTransformer):
-    """MAE's form: fixed sine-cosine positions, keys with a bias, and its start (specs/semmae.md A.7, semaim.md 2.8)."""
+    """MAE's form: fixed sine-cosine positions, keys with a bias, and its start (specs/semmae.md
+    A.7, semaim.md 2.8)."""
 
     def __init__(self, **vit):
-        form = {"pos_embed": "sincos", "rel_pos_bias": "none", "k_bias": True, "global_pool": "token", "num_classes": 0}
+        form = {
+            "pos_embed": "sincos",
+            "rel_pos_bias": "none",
+            "k_bias": True,
+            "global_pool": "token",
+            "num_classes": 0,
+        }
         super().__init__(**vit, **form, num_cls_tokens=1)
 
     def draws(self, batch: dict[str, Tensor]) -> Tensor:
         """The noise that came with the images, [B, noise_size], drawn here if there is none."""
         images = batch["image"]
-        return batch["noise"] if "noise" in batch else torch.rand(len(images), self.noise_size, device=images.device)
+        return (
+            batch["noise"]
+            if "noise" in batch
+            else torch.rand(len(images), self.noise_size, device=images.device)
+        )
 
     def panels(self, images: Tensor, known: Tensor, predicted: Tensor) -> Reconstruction:
-        """The pictures of predicted patches [B, N, P], the patches at cells `known` [B, V] being known."""
+        """The pictures of predicted patches [B, N, P], the patches at cells `known` [B, V] being
+        known."""
         patches = self.patch_embed.cut(images)
         seen = take(patches, known)
-        pictures = put(torch.zeros_like(patches), known, seen), predicted, put(predicted, known, seen)
+        pictures = (
+            put(torch.zeros_like(patches), known, seen),
+            predicted,
+            put(predicted, known, seen),
+        )
         grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
         return Reconstruction(images, *(unpatchify(picture, grid, patch) for picture in pictures))
 
     def no_weight_decay(self) -> set[str]:
-        return set()  # the class and the mask token are decayed, the positions are not trained (A.8)
+        return (
+            set()
+        )  # the class and the mask token are decayed, the positions are not trained (A.8)
 
     def init_weights(self, init_scale: float) -> None:
         self.apply(self._init_module)
@@ -308,7 +354,9 @@ class PlainViT(PretrainMethod, VisionTransformer):
     def _init_module(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        if isinstance(module, nn.Linear) and module.bias is not None:  # the convolution's keeps torch's default
+        if (
+            isinstance(module, nn.Linear) and module.bias is not None
+        ):  # the convolution's keeps torch's default
             nn.init.zeros_(module.bias)
 
 
@@ -316,9 +364,10 @@ class MAE(PlainViT):
     """Masked autoencoder (CVPR 2022, arXiv 2111.06377; specs/semmae.md A).
 
     The encoder sees the visible patches only; a narrow decoder predicts the pixels of the others.
-    Differences from the published code, all without effect on the numbers: only visible patches are projected; tokens
-    carry their positions, so that the decoder takes them in the shuffled order and nothing is put back; its last block
-    computes the masked tokens only, the others being keys and values; any grid, also one that is not square.
+    Differences from the published code, all without effect on the numbers: only visible patches are
+    projected; tokens carry their positions, so that the decoder takes them in the shuffled order
+    and nothing is put back; its last block computes the masked tokens only, the others being keys
+    and values; any grid, also one that is not square.
     """
 
     views = ("image", "noise")
@@ -364,10 +413,17 @@ class MAE(PlainViT):
         predicted = self.forward_decoder(latent, order, order.shape[1] - visible)
         return {"loss": self.forward_loss(predicted, take(patches, order[:, visible:]))}
 
-    def mask_patches(self, batch: dict[str, Tensor], noise: Noise = None) -> tuple[Tensor, Tensor, int]:
-        """Patches [B, N, P], cells of the tokens that take part [B, L], visible ones first, and how many those are."""
+    def mask_patches(
+        self, batch: dict[str, Tensor], noise: Noise = None
+    ) -> tuple[Tensor, Tensor, int]:
+        """Patches [B, N, P], cells of the tokens that take part [B, L], visible ones first, and how
+        many those are."""
         order = self.random_masking(batch, noise)
-        return self.patch_embed.cut(batch["image"]), order, num_visible(order.shape[1], self.mask_ratio)
+        return (
+            self.patch_embed.cut(batch["image"]),
+            order,
+            num_visible(order.shape[1], self.mask_ratio),
+        )
 
     def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """A random order of the grid's cells, int64 [B, N]: ascending in noise [B, N]."""
@@ -379,7 +435,8 @@ class MAE(PlainViT):
         return self.norm(self.run_blocks(x))
 
     def forward_decoder(self, latent: Tensor, cells: Tensor, count: int) -> Tensor:
-        """Predictions [B, count, P] for the last `count` of the tokens at cells [B, L], the visible ones first."""
+        """Predictions [B, count, P] for the last `count` of the tokens at cells [B, L], the visible
+        ones first."""
         x = self.decoder_embed(latent)
         masked = self.mask_token.to(x.dtype).expand(len(x), 1 + cells.shape[1] - x.shape[1], -1)
         x = torch.cat((x, masked), dim=1) + positions_of(self.decoder_pos_embed, cells)
@@ -389,7 +446,8 @@ class MAE(PlainViT):
         return self.decoder_pred(self.decoder_norm(self._run_block(last_block, x, last=count)))
 
     def forward_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error over masked patches [B, M, P], in float32; every image has as many of them."""
+        """Mean squared error over masked patches [B, M, P], in float32; every image has as many of
+        them."""
         target = target.float()
         if self.norm_pix_loss:
             mean, deviation = pixel_statistics(target)
@@ -398,7 +456,8 @@ class MAE(PlainViT):
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch. Predictions of normalised pixels get the mean and deviation of the true patch."""
+        """Predicts every patch. Predictions of normalised pixels get the mean and deviation of the
+        true patch."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
         predicted = self.forward_decoder(latent, order, order.shape[1]).float()
@@ -410,13 +469,15 @@ class MAE(PlainViT):
 
 
 def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (unbiased variance + 1e-6) of each patch [B, M, P]: two tensors [B, M, 1]."""
+    """Mean and deviation (unbiased variance + 1e-6) of each patch [B, M, P]: two tensors [B, M,
+    1]."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
 def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """A copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of `take`."""
+    """A copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
+    `take`."""
     return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
 
 
@@ -425,15 +486,17 @@ def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
 
 
 class SemMAE(MAE):
-    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207; specs/semmae.md B).
+    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207; specs/semmae.md
+    B).
 
-    "part_ids" of a batch holds the part of each patch, integers [B, gh, gw] below `num_parts`. `mask_lambda` goes from
-    nearly 1, a share of every part, to 0, whole parts, as 1 - (share of epochs begun) ** `mask_lambda_power`; a number
-    given for it stays. `token_share` below 1 leaves all but that share of the patches out of encoder and loss: chosen
-    for each image at random, or the best by `token_selection` "score"; a batch may also list them as "cells" [B, L].
-    Differences from the published code: images and part maps in place of packed tokens, so that crops are possible; any
-    patch size and grid; the schedule's length is the run's, not 800; the sort that mends the counts is stable;
-    `count_fix` "apportion" needs no mending.
+    "part_ids" of a batch holds the part of each patch, integers [B, gh, gw] below `num_parts`.
+    `mask_lambda` goes from nearly 1, a share of every part, to 0, whole parts, as 1 - (share of
+    epochs begun) ** `mask_lambda_power`; a number given for it stays. `token_share` below 1 leaves
+    all but that share of the patches out of encoder and loss: chosen for each image at random, or
+    the best by `token_selection` "score"; a batch may also list them as "cells" [B, L]. Differences
+    from the published code: images and part maps in place of packed tokens, so that crops are
+    possible; any patch size and grid; the schedule's length is the run's, not 800; the sort that
+    mends the counts is stable; `count_fix` "apportion" needs no mending.
     """
 
     views = ("image", "part_ids", "noise")
@@ -467,7 +530,9 @@ class SemMAE(MAE):
         self.mask_lambda = 1.0 if mask_lambda is None else mask_lambda
         self.schedule = None
         if mask_lambda is None:
-            self.schedule = partial(mask_lambda_schedule, power=mask_lambda_power, kind=lambda_schedule)
+            self.schedule = partial(
+                mask_lambda_schedule, power=mask_lambda_power, kind=lambda_schedule
+            )
             self.before_epoch(0, 1)  # refuses a schedule that cannot be
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
@@ -479,14 +544,19 @@ class SemMAE(MAE):
         out = super().forward(batch, noise)
         return out | {"mask_lambda": torch.full_like(out["loss"].detach(), self.mask_lambda)}
 
-    def random_masking(self, batch: dict[str, Tensor], noise: tuple[Tensor | None, ...] | None = None) -> Tensor:
+    def random_masking(
+        self, batch: dict[str, Tensor], noise: tuple[Tensor | None, ...] | None = None
+    ) -> Tensor:
         """Cells of the tokens that take part, int64 [B, L], visible ones first.
 
-        `noise`: uniform draws for the order of the tokens [B, L], of the parts [B, K], and, where tokens are chosen at
-        random, for their choice [B, N]. The view "noise" holds them one after another.
+        `noise`: uniform draws for the order of the tokens [B, L], of the parts [B, K], and, where
+        tokens are chosen at random, for their choice [B, N]. The view "noise" holds them one after
+        another.
         """
         if noise is None:
-            noise = self.draws(batch).split((self.num_tokens, self.num_parts, self.choice_size), dim=1)
+            noise = self.draws(batch).split(
+                (self.num_tokens, self.num_parts, self.choice_size), dim=1
+            )
         noise_tokens, noise_parts, noise_choice = (*noise, None)[:3]
         cells = self.choose_tokens(batch, noise_choice)
         parts = batch["part_ids"].flatten(1).long()
@@ -497,7 +567,8 @@ class SemMAE(MAE):
         return masks.order if cells is None else cells.gather(1, masks.order)
 
     def choose_tokens(self, batch: dict[str, Tensor], noise: Tensor | None) -> Tensor | None:
-        """Cells of the tokens that take part, int64 [B, L]; None: all of them in row-major order."""
+        """Cells of the tokens that take part, int64 [B, L]; None: all of them in row-major
+        order."""
         if "cells" in batch:
             return batch["cells"]
         if self.num_tokens == self.patch_embed.num_patches:
@@ -514,23 +585,29 @@ class SemMAE(MAE):
 
 
 class QueryAttention(Attention):
-    """Attention with three projections in place of the joint one, so that keys and values can come from elsewhere."""
+    """Attention with three projections in place of the joint one, so that keys and values can come
+    from elsewhere."""
 
     def __init__(self, dim: int, num_heads: int, **options):
         super().__init__(dim, num_heads, **options)
         del self.qkv
         self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    ) -> Tensor:
         return self.attend(*self.project(x, context=context), mask, causal)
 
-    def project(self, x: Tensor, last: int | None = None, context: Tensor | None = None) -> list[Tensor]:
+    def project(
+        self, x: Tensor, last: int | None = None, context: Tensor | None = None
+    ) -> list[Tensor]:
         queries, context = x if last is None else x[:, -last:], x if context is None else context
         return [self.split_heads(t) for t in (self.q(queries), self.k(context), self.v(context))]
 
 
 class QueryBlock(Block):
-    """A block whose tokens [B, T, C] look at `context` [B, S, C], by default themselves; both pass the same norm."""
+    """A block whose tokens [B, T, C] look at `context` [B, S, C], by default themselves; both pass
+    the same norm."""
 
     attention = QueryAttention
 
@@ -550,22 +627,24 @@ class QueryBlock(Block):
 
 
 class SemAIM(PlainViT):
-    """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457; specs/semaim.md) and its ancestors:
-    SAIM is the order "stochastic", ViT-iGPT the order "zigzag".
+    """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457; specs/semaim.md)
+    and its ancestors: SAIM is the order "stochastic", ViT-iGPT the order "zigzag".
 
-    Every image has an order of its patches. The content stream h sees of each patch what is not later; the query stream
-    g knows positions and looks at what of h is earlier, and predicts each patch from that. An order with "attention"
-    follows a map of the network itself, of its average (`use_ema_model`) or of the features' teacher.
-    `predict_feature`: "none" are pixels; "inference" and "ema" the unmasked tokens of the network or its average;
-    "clip" and "dino" those of `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published
-    that model sees images normalised for ours, or with `image_mean_std`, which names that normalisation, by its own.
-    Differences from the published code: tokens are sorted by the order, which makes both streams causal attention
-    without masks; of order values that rounding made equal, the patch with the lower number is first. With the order
-    "attention", in which ties are the rule, and with `attn` "eager" nothing is sorted, masks are explicit, and ties
-    see each other as published. The map passes the last block
-    once, and only what is asked of it; `order_precision` "auto" lets it be autocast. `share_weight` and "ema" with an
-    attention order work; the head has the teacher's width; targets are float32; blocks behind the last one that a
-    query block looks at are frozen; any grid.
+    Every image has an order of its patches. The content stream h sees of each patch what is not
+    later; the query stream g knows positions and looks at what of h is earlier, and predicts each
+    patch from that. An order with "attention" follows a map of the network itself, of its average
+    (`use_ema_model`) or of the features' teacher. `predict_feature`: "none" are pixels; "inference"
+    and "ema" the unmasked tokens of the network or its average; "clip" and "dino" those of
+    `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published that
+    model sees images normalised for ours, or with `image_mean_std`, which names that normalisation,
+    by its own. Differences from the published code: tokens are sorted by the order, which makes
+    both streams causal attention without masks; of order values that rounding made equal, the patch
+    with the lower number is first. With the order "attention", in which ties are the rule, and with
+    `attn` "eager" nothing is sorted, masks are explicit, and ties see each other as published. The
+    map passes the last block once, and only what is asked of it; `order_precision` "auto" lets it
+    be autocast. `share_weight` and "ema" with an attention order work; the head has the teacher's
+    width; targets are float32; blocks behind the last one that a query block looks at are frozen;
+    any grid.
     """
 
     not_exported = ("query_blocks.", "prediction_head.", "gaussian_blur.")
@@ -608,14 +687,19 @@ class SemAIM(PlainViT):
         self.order_precision, self.predict_feature = order_precision, predict_feature
         self.norm_pix_loss, self.loss_type = norm_pix_loss, loss_type
         self.dense = attn == "eager" or permutation_type in ORDERS_WITH_TIES
-        self.has_map, self.has_features = permutation_type.startswith("attention"), predict_feature != "none"
+        self.has_map, self.has_features = (
+            permutation_type.startswith("attention"),
+            predict_feature != "none",
+        )
         self.predicts_pixels = not self.has_features
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
         self.noise_size = sum(self.noise_sizes)
         self.views = ("image", "noise") if self.noise_size else ("image",)
         self.share_weight = share_weight
         self.build_query_blocks(query_depth, drop_path, mlp_ratio=mlp_ratio, kernel=attn)
-        self.gaussian_blur = None if self.has_features else build_blur(gaussian_kernel_size, gaussian_sigma)
+        self.gaussian_blur = (
+            None if self.has_features else build_blur(gaussian_kernel_size, gaussian_sigma)
+        )
         target = self.load_target(target_model, target_precision, image_mean_std)
         self.build_head(prediction_head_type, mlp_ratio, self.target_width(target, out_dim))
         self.average = MovingAverage(self) if use_ema_model else None
@@ -639,24 +723,39 @@ class SemAIM(PlainViT):
 
     def build_head(self, kind: str, mlp_ratio: float, width: int) -> None:
         hidden = int(self.embed_dim * mlp_ratio)
-        head = Mlp(self.embed_dim, hidden, 0.0, width) if kind == "MLP" else nn.Linear(self.embed_dim, width)
+        head = (
+            Mlp(self.embed_dim, hidden, 0.0, width)
+            if kind == "MLP"
+            else nn.Linear(self.embed_dim, width)
+        )
         self.prediction_head = head.apply(self._init_module)
 
     def target_width(self, target: Teacher | None, out_dim: int | None) -> int:
         """Numbers that are predicted of each patch."""
         if self.predict_feature not in TEACHERS:
-            return self.embed_dim if self.has_features else 3 * math.prod(self.patch_embed.patch_size)
+            return (
+                self.embed_dim if self.has_features else 3 * math.prod(self.patch_embed.patch_size)
+            )
         if target is None and out_dim is None:
-            raise ValueError(f"--predict_feature {self.predict_feature} needs --target_model: a file or timm's name")
+            raise ValueError(
+                f"--predict_feature {self.predict_feature} needs --target_model: a file or timm's name"
+            )
         return out_dim if target is None else target.width
 
-    def load_target(self, source: str | None, precision: str, image_mean_std: MeanStd | None) -> Teacher | None:
-        """The model whose features are predicted, if that is neither the network nor its average."""
+    def load_target(
+        self, source: str | None, precision: str, image_mean_std: MeanStd | None
+    ) -> Teacher | None:
+        """The model whose features are predicted, if that is neither the network nor its
+        average."""
         if source is None:
             return None
         if self.predict_feature not in TEACHERS:
-            raise ValueError(f"--target_model is of no use without --predict_feature {' or '.join(TEACHERS)}")
-        return load_teacher(self.predict_feature, source, self.patch_embed.grid_size, precision, image_mean_std)
+            raise ValueError(
+                f"--target_model is of no use without --predict_feature {' or '.join(TEACHERS)}"
+            )
+        return load_teacher(
+            self.predict_feature, source, self.patch_embed.grid_size, precision, image_mean_std
+        )
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
         """`noise` replaces the random draws of `order_of`."""
@@ -665,10 +764,15 @@ class SemAIM(PlainViT):
         order = self.order_of(batch, attention, noise)  # [B, N], smaller is earlier
         target = self.pixel_target(images) if features is None else features[:, 1:]  # [B, N, P]
         predicted, cells = self.predict(images, order)
-        return {"loss": self.loss_map(predicted, target if cells is None else take(target, cells)).mean()}
+        return {
+            "loss": self.loss_map(
+                predicted, target if cells is None else take(target, cells)
+            ).mean()
+        }
 
     def predict(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Predictions [B, N, P] and the cells [B, N] that they are of, None being row-major order."""
+        """Predictions [B, N, P] and the cells [B, N] that they are of, None being row-major
+        order."""
         if self.dense:
             cells, (_, g) = None, self.masked_streams(images, order)
             g = g[:, 1:]
@@ -679,15 +783,21 @@ class SemAIM(PlainViT):
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch, each from all earlier ones; the first `known_share` of the order counts as known.
+        """Predicts every patch, each from all earlier ones; the first `known_share` of the order
+        counts as known.
 
-        The predictions are of the blurred image, and of normalised pixels they get the blurred patch's own statistics.
+        The predictions are of the blurred image, and of normalised pixels they get the blurred
+        patch's own statistics.
         """
         assert self.predicts_pixels, self.predict_feature
         images = batch["image"]
         order = self.order_of(batch, self.look_ahead(batch)[1], noise)
         predicted, cells = self.predict(images, order)
-        predicted = predicted.float() if cells is None else put(torch.zeros_like(predicted), cells, predicted).float()
+        predicted = (
+            predicted.float()
+            if cells is None
+            else put(torch.zeros_like(predicted), cells, predicted).float()
+        )
         if self.norm_pix_loss:
             mean, deviation = pixel_statistics(self.blurred_patches(images))
             predicted = predicted * deviation + mean
@@ -696,38 +806,61 @@ class SemAIM(PlainViT):
 
     # -- the order
 
-    def order_of(self, batch: dict[str, Tensor], attention: Tensor | None, noise: Noise = None) -> Tensor:
-        """Order values [B, N]. `noise`: uniform draws [B, N], for "stochastic_center" a pair with others [B, 2]."""
+    def order_of(
+        self, batch: dict[str, Tensor], attention: Tensor | None, noise: Noise = None
+    ) -> Tensor:
+        """Order values [B, N]. `noise`: uniform draws [B, N], for "stochastic_center" a pair with
+        others [B, 2]."""
         if noise is None and self.noise_size:
             noise = self.draws(batch).split(self.noise_sizes, dim=1)
         draws = noise if isinstance(noise, tuple) else (noise,)
         noise, center_noise = (*draws, None, None)[:2]
         images, grid = batch["image"], self.patch_embed.grid_size
-        order = patch_order(self.permutation_type, grid, noise, attention, center_noise, images.device)
+        order = patch_order(
+            self.permutation_type, grid, noise, attention, center_noise, images.device
+        )
         return order.to(images.device).expand(len(images), -1)
 
     @torch.no_grad()
     def look_ahead(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Features to predict [B, T, D] and the map of the order [B, N], from whole images; each None if not needed."""
+        """Features to predict [B, T, D] and the map of the order [B, N], from whole images; each
+        None if not needed."""
         if self.predict_feature in TEACHERS:
-            features = batch["target_tokens"] if self.target is None else self.target(batch["image"])
+            features = (
+                batch["target_tokens"] if self.target is None else self.target(batch["image"])
+            )
             return features, stretched(similarity(features[:, :1], features[:, 1:]))
         if not (self.has_map or self.has_features):
             return None, None
-        network = self if self.teacher is None or self.predict_feature == "inference" else self.teacher
-        # the published pass for the map alone is in float32; weights that an engine has rounded stay as they are
+        network = (
+            self if self.teacher is None or self.predict_feature == "inference" else self.teacher
+        )
+        # the published pass for the map alone is in float32; weights that an engine has rounded
+        # stay as they are
         weight = network.patch_embed.proj.weight
-        whole = not self.has_features and self.order_precision == "fp32" and weight.dtype == torch.float32
-        with evaluating(network), torch.autocast(weight.device.type, enabled=False) if whole else nullcontext():
+        whole = (
+            not self.has_features
+            and self.order_precision == "fp32"
+            and weight.dtype == torch.float32
+        )
+        with (
+            evaluating(network),
+            torch.autocast(weight.device.type, enabled=False) if whole else nullcontext(),
+        ):
             return network.unmasked(batch["image"])
 
     def unmasked(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Normed tokens [B, T, C] if features are predicted, and the map [B, N]; of the last block what that takes."""
+        """Normed tokens [B, T, C] if features are predicted, and the map [B, N]; of the last block
+        what that takes."""
         x = self.embed(self.patch_embed(images), self.pos_embed)
         *blocks, last_block = self.blocks
         for block in blocks:
             x = block(x)
-        attention = class_attention(last_block, x) if self.has_map and self.attention_type == "self" else None
+        attention = (
+            class_attention(last_block, x)
+            if self.has_map and self.attention_type == "self"
+            else None
+        )
         if attention is not None and not self.has_features:
             return None, attention
         count = self.patch_embed.num_patches
@@ -742,17 +875,19 @@ class SemAIM(PlainViT):
     # -- the two streams
 
     def sorted_streams(self, images: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """h [B, N, C] of the class token and all patches but the last, g [B, N, C]; cells [B, N] in ascending order.
+        """h [B, N, C] of the class token and all patches but the last, g [B, N, C]; cells [B, N] in
+        ascending order.
 
-        Row r of h is the r-th patch, 0 the class token, and row r of g the (r + 1)-th: both see rows 0 ... r of h. The
-        last patch is seen by none.
+        Row r of h is the r-th patch, 0 the class token, and row r of g the (r + 1)-th: both see
+        rows 0 ... r of h. The last patch is seen by none.
         """
         patches = take(self.patch_embed.cut(images), cells[:, :-1])
         h = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, cells[:, :-1]))
         return self.run_streams(h, self.pos_embed[0, 1 + cells])
 
     def masked_streams(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """h and g, [B, T, C] each, in row-major order; under explicit masks made of order values [B, N]."""
+        """h and g, [B, T, C] each, in row-major order; under explicit masks made of order values
+        [B, N]."""
         h = self.embed(self.patch_embed(images), self.pos_embed)
         masks = (additive_mask(visible_patches(order, itself=itself)) for itself in (True, False))
         return self.run_streams(h, self.pos_embed.expand_as(h), *masks)
@@ -760,19 +895,23 @@ class SemAIM(PlainViT):
     def run_streams(
         self, h: Tensor, g: Tensor, mask_h: Tensor | None = None, mask_g: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Both streams after the last block, without norm; masks [B, 1, T, T], none for causal attention."""
+        """Both streams after the last block, without norm; masks [B, 1, T, T], none for causal
+        attention."""
         query_blocks = self.blocks if self.share_weight else self.query_blocks
         for depth, block in enumerate(self.blocks, 1):
             h = self._run_block(block, h, mask_h, causal=mask_h is None)
             query, rest = divmod(depth, self.blocks_per_query)
             if rest == 0:
-                g = self._run_block(query_blocks[query - 1], g, mask_g, context=h, causal=mask_g is None)
+                g = self._run_block(
+                    query_blocks[query - 1], g, mask_g, context=h, causal=mask_g is None
+                )
         return h, g
 
     # -- target and loss
 
     def pixel_target(self, images: Tensor) -> Tensor:
-        """Patches [B, N, P] of the blurred images, each normalised by itself if so asked, in float32."""
+        """Patches [B, N, P] of the blurred images, each normalised by itself if so asked, in
+        float32."""
         patches = self.blurred_patches(images)
         if not self.norm_pix_loss:
             return patches
@@ -781,7 +920,9 @@ class SemAIM(PlainViT):
 
     def blurred_patches(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            images = images.float() if self.gaussian_blur is None else self.gaussian_blur(images.float())
+            images = (
+                images.float() if self.gaussian_blur is None else self.gaussian_blur(images.float())
+            )
         return self.patch_embed.cut(images)
 
     def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
@@ -795,7 +936,8 @@ class SemAIM(PlainViT):
     # -- the average
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
-        """The average's decay rises for a hundred epochs, however long the run (specs/semaim.md 6)."""
+        """The average's decay rises for a hundred epochs, however long the run (specs/semaim.md
+        6)."""
         self.ema_decay = 0.999 + 0.0009 * min(epoch / 100, 1.0)
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
@@ -804,7 +946,8 @@ class SemAIM(PlainViT):
 
 
 def order_noise_sizes(kind: str, patches: int) -> tuple[int, ...]:
-    """How many draws an order takes for each image: for its patches, and for the row and column of its centre."""
+    """How many draws an order takes for each image: for its patches, and for the row and column of
+    its centre."""
     if kind in ORDERS_WITHOUT_NOISE:
         return ()
     return (patches, 2) if kind == "stochastic_center" else (patches,)
@@ -814,13 +957,18 @@ def blocks_per_query(depth: int, query_depth: int) -> int:
     """How many encoder blocks lie between two query blocks, which must not outnumber them."""
     step = depth // query_depth if query_depth > 0 else 0
     if step == 0 or depth // step > query_depth:
-        raise ValueError(f"--query_depth {query_depth} does not share out {depth} blocks: take a divisor of {depth}")
+        raise ValueError(
+            f"--query_depth {query_depth} does not share out {depth} blocks: take a divisor of {depth}"
+        )
     return step
 
 
 def class_attention(block: Block, x: Tensor) -> Tensor:
-    """How much the class token of x [B, T, C] attends to each patch in this block, mean over heads: [B, N]."""
-    q, k, _ = block.attn.project(block.norm1(x.roll(-1, dims=1)), last=1)  # the class token comes last
+    """How much the class token of x [B, T, C] attends to each patch in this block, mean over heads:
+    [B, N]."""
+    q, k, _ = block.attn.project(
+        block.norm1(x.roll(-1, dims=1)), last=1
+    )  # the class token comes last
     return block.attn.probabilities(q, k, None)[:, :, 0, :-1].mean(1)
 
 
@@ -837,12 +985,17 @@ def stretched(x: Tensor) -> Tensor:
 
 def additive_mask(visible: Tensor) -> Tensor:
     """0 where bool [B, T, T] is True, else -inf, for all heads: [B, 1, T, T]."""
-    return torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, -math.inf).unsqueeze(1)
+    return (
+        torch.zeros_like(visible, dtype=torch.float32)
+        .masked_fill_(~visible, -math.inf)
+        .unsqueeze(1)
+    )
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout and stochastic depth for a while. A network that has neither is left alone."""
+    """Without dropout and stochastic depth for a while. A network that has neither is left
+    alone."""
     training = network.training
     if not (training and is_random(network)):
         yield
@@ -855,10 +1008,16 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def is_random(network: nn.Module) -> bool:
-    """Whether a ViT drops something in training: all blocks are built with the same rates of dropout."""
+    """Whether a ViT drops something in training: all blocks are built with the same rates of
+    dropout."""
     rates = [network.pos_drop.p]
     for block in network.blocks:
-        rates += [block.attn.attn_drop, block.attn.proj_drop.p, block.mlp.drop.p, block.drop_path.drop_prob]
+        rates += [
+            block.attn.attn_drop,
+            block.attn.proj_drop.p,
+            block.mlp.drop.p,
+            block.drop_path.drop_prob,
+        ]
     return any(rates)
 
 
@@ -867,19 +1026,26 @@ def is_random(network: nn.Module) -> bool:
 
 
 class WordLoss(torch.autograd.Function):
-    """Sum of the cross entropies of linear(x), and how many words are hit, without the logits of all rows at once.
+    """Sum of the cross entropies of linear(x), and how many words are hit, without the logits of
+    all rows at once.
 
-    x [R, C], weight [K, C], bias [K], words int64 [R], counts float32 [R]: 0 leaves a row out. The gradients are made
-    with the logits of a few rows at a time, which costs no more products than keeping the logits.
+    x [R, C], weight [K, C], bias [K], words int64 [R], counts float32 [R]: 0 leaves a row out. The
+    gradients are made with the logits of a few rows at a time, which costs no more products than
+    keeping the logits.
     """
 
     rows = 4096
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, words: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, words: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         total, hits = counts.new_zeros(()), counts.new_zeros(())
         wanted = any(ctx.needs_input_grad)
-        grads = [torch.empty_like(x), *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias))]
+        grads = [
+            torch.empty_like(x),
+            *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias)),
+        ]
         for start in range(0, len(x), WordLoss.rows):
             few = slice(start, start + WordLoss.rows)
             logits = F.linear(x[few], weight, bias)
@@ -889,7 +1055,12 @@ class WordLoss(torch.autograd.Function):
             del logits
             total -= (slope.gather(1, word) * count).sum()
             if wanted:
-                slope = slope.exp_().scatter_add_(1, word, torch.full_like(count, -1.0)).mul_(count).to(dtype)
+                slope = (
+                    slope.exp_()
+                    .scatter_add_(1, word, torch.full_like(count, -1.0))
+                    .mul_(count)
+                    .to(dtype)
+                )
                 grads[0][few] = slope @ weight.to(dtype)
                 grads[1] += slope.T @ x[few].to(dtype)
                 grads[2] += slope.sum(0)
@@ -901,7 +1072,10 @@ class WordLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         return (
-            *(g * grad if n else None for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)),
+            *(
+                g * grad if n else None
+                for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            ),
             None,
             None,
         )
@@ -910,10 +1084,15 @@ class WordLoss(torch.autograd.Function):
 class WordHead(nn.Linear):
     """Predicts the visual words of tokens, and says how well."""
 
-    def forward(self, tokens: Tensor, words: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean loss and share of hits of tokens [B, M, C] against words int64 [B, M]; those count where bool [B, M]."""
+    def forward(
+        self, tokens: Tensor, words: Tensor, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss and share of hits of tokens [B, M, C] against words int64 [B, M]; those count
+        where bool [B, M]."""
         counts = torch.ones_like(words, dtype=torch.float32) if counts is None else counts.float()
-        loss, hits = WordLoss.apply(tokens.flatten(0, 1), self.weight, self.bias, words.flatten(), counts.flatten())
+        loss, hits = WordLoss.apply(
+            tokens.flatten(0, 1), self.weight, self.bias, words.flatten(), counts.flatten()
+        )
         total = counts.sum().clamp(min=1)
         return loss / total, hits / total
 
@@ -921,8 +1100,8 @@ class WordHead(nn.Linear):
 class WordPredictor(PretrainMethod):
     """A method whose target are the visual words of its patches (specs/semanticmim.md 2.1).
 
-    They come from the tokenizer in `discrete_vae_weight_path`, which sees the same crop as "image_second", or without
-    one with the batch, as "target_ids" [B, N].
+    They come from the tokenizer in `discrete_vae_weight_path`, which sees the same crop as
+    "image_second", or without one with the batch, as "target_ids" [B, N].
     """
 
     not_exported = ("mask_token", "lm_head.")
@@ -935,7 +1114,9 @@ class WordPredictor(PretrainMethod):
         self.views = ("image", "target_ids" if path is None else "image_second", *self.views[1:])
         if path is None:
             return
-        self.second_size = tuple(self.tokenizer.encoder.stride * side for side in self.patch_embed.grid_size)
+        self.second_size = tuple(
+            self.tokenizer.encoder.stride * side for side in self.patch_embed.grid_size
+        )
         if self.tokenizer.vocab_size != vocab_size:
             raise ValueError(
                 f"--discrete_vae_weight_path {path} has {self.tokenizer.vocab_size} words, the model {vocab_size}: "
@@ -953,7 +1134,11 @@ class WordPredictor(PretrainMethod):
         return self.tokenizer(batch["image_second"], positions)
 
     def compare(
-        self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor, counts: Tensor | None = None
+        self,
+        tokens: Tensor,
+        batch: dict[str, Tensor],
+        positions: Tensor,
+        counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of tokens [B, M, C] of the patches at these positions."""
         loss, hits = self.lm_head(tokens, self.words_at(batch, positions), counts)
@@ -961,11 +1146,13 @@ class WordPredictor(PretrainMethod):
 
 
 class BEiT(WordPredictor, MaskedImageModel):
-    """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254; specs/semanticmim.md 1.7).
+    """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254; specs/semanticmim.md
+    1.7).
 
-    Every patch passes the blocks, the masked ones as a mask token; of these the visual word is predicted.
-    Differences from the published code, without effect on the numbers: the MLP of the last block, the last norm and the
-    head see masked patches only; so does the tokenizer's last layer.
+    Every patch passes the blocks, the masked ones as a mask token; of these the visual word is
+    predicted. Differences from the published code, without effect on the numbers: the MLP of the
+    last block, the last norm and the head see masked patches only; so does the tokenizer's last
+    layer.
     """
 
     def __init__(
@@ -992,16 +1179,17 @@ class BEiT(WordPredictor, MaskedImageModel):
 
 
 class SemanticMIM(PretrainMethod, VisionTransformer):
-    """Masked image modelling through a bottleneck (arXiv 2406.10673; specs/semanticmim.md): what its two forms share.
+    """Masked image modelling through a bottleneck (arXiv 2406.10673; specs/semanticmim.md): what
+    its two forms share.
 
-    The encoder sees class tokens and visible patches. With `use_bottleneck` mask tokens pass blocks of their own, in
-    which they look at the class tokens, of the encoder's block of the same depth, and at each other: what they learn of
-    the image has to pass the class tokens. Without it all tokens pass the same blocks, which is the baseline.
-    Where "mask" [B, gh, gw] is True a patch is not visible; predicted are the same patches or, with `separate_mask`,
-    those of "target_mask". Every image must have as many of either.
-    Differences from the published code, without effect on the numbers: only visible patches are projected; the
-    encoder's last block computes no more than what is looked at; stochastic depth acts once on the MLP, not twice; any
-    grid.
+    The encoder sees class tokens and visible patches. With `use_bottleneck` mask tokens pass blocks
+    of their own, in which they look at the class tokens, of the encoder's block of the same depth,
+    and at each other: what they learn of the image has to pass the class tokens. Without it all
+    tokens pass the same blocks, which is the baseline. Where "mask" [B, gh, gw] is True a patch is
+    not visible; predicted are the same patches or, with `separate_mask`, those of "target_mask".
+    Every image must have as many of either. Differences from the published code, without effect on
+    the numbers: only visible patches are projected; the encoder's last block computes no more than
+    what is looked at; stochastic depth acts once on the MLP, not twice; any grid.
     """
 
     views = ("image", "mask")
@@ -1019,7 +1207,12 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         attn: str = "auto",
         **vit,
     ):
-        form = {"pos_embed": "learned", "rel_pos_bias": "none", "global_pool": "token", "num_classes": 0}
+        form = {
+            "pos_embed": "learned",
+            "rel_pos_bias": "none",
+            "global_pool": "token",
+            "num_classes": 0,
+        }
         shared = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "init_values": init_values}
         super().__init__(drop_path=drop_path, attn=attn, **shared, **vit, **form)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
@@ -1032,7 +1225,9 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
                 k_bias=own.q_bias is None, **shared,
             )  # fmt: skip
             rates = torch.linspace(0, drop_path, len(self.blocks), device="cpu").tolist()
-            self.mask_blocks = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
+            self.mask_blocks = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(
+                self._init_module
+            )
             self._rescale(self.mask_blocks)
         self.views = (*self.views, "target_mask") if separate_mask else self.views
 
@@ -1040,19 +1235,25 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         visible, predicted = self.cells(batch)
         return self.compare(self.encode(batch["image"], visible, predicted), batch, predicted)
 
-    def compare(self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    def compare(
+        self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
+    ) -> dict[str, Tensor]:
         """The loss of tokens [B, M, C] of the patches at positions [B, M], and further figures."""
         raise NotImplementedError
 
     def cells(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cells of the visible patches, int64 [B, V], and of those that are predicted, [B, M], in row-major order."""
+        """Cells of the visible patches, int64 [B, V], and of those that are predicted, [B, M], in
+        row-major order."""
         hidden, count = common_count(batch, "mask")
         visible, _ = masked_positions(~hidden, hidden.shape[1] - count)
-        predicted, _ = masked_positions(*common_count(batch, "target_mask" if "target_mask" in batch else "mask"))
+        predicted, _ = masked_positions(
+            *common_count(batch, "target_mask" if "target_mask" in batch else "mask")
+        )
         return visible, predicted
 
     def encode(self, images: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
-        """Normed mask tokens [B, M, C] of the cells `predicted`, from the patches in the cells `visible`."""
+        """Normed mask tokens [B, M, C] of the cells `predicted`, from the patches in the cells
+        `visible`."""
         patches = self.patch_embed.proj(take(self.patch_embed.cut(images), visible))
         x = self.embed(patches, positions_of(self.pos_embed, visible, self.num_prefix_tokens))
         masked = self.mask_token + self.pos_embed[0, self.num_prefix_tokens + predicted]
@@ -1061,23 +1262,27 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return self.norm(self.run_bottleneck(x, masked))
 
     def run_bottleneck(self, x: Tensor, masked: Tensor) -> Tensor:
-        """Class and visible tokens [B, n + V, C] and mask tokens [B, M, C] to mask tokens after the last block.
+        """Class and visible tokens [B, n + V, C] and mask tokens [B, M, C] to mask tokens after the
+        last block.
 
-        Inside, the class tokens come last among the visible ones and first among the mask tokens, so that in both
-        streams what is wanted of a block is at the end.
+        Inside, the class tokens come last among the visible ones and first among the mask tokens,
+        so that in both streams what is wanted of a block is at the end.
         """
         num_cls, count = self.num_prefix_tokens, masked.shape[1]
         x, last_block = x.roll(-num_cls, dims=1), self.blocks[-1]
         for block, mask_block in zip(self.blocks, self.mask_blocks, strict=True):
             x = self._run_block(block, x, last=num_cls if block is last_block else None)
-            masked = self._run_block(mask_block, torch.cat((x[:, -num_cls:], masked), dim=1), last=count)
+            masked = self._run_block(
+                mask_block, torch.cat((x[:, -num_cls:], masked), dim=1), last=count
+            )
         return masked
 
 
 def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
     """Mask bool [B, N] of this name, and of how many patches it is True in every image.
 
-    ValueError: not of the same number. The counts come with the batch from the host, where there is an engine.
+    ValueError: not of the same number. The counts come with the batch from the host, where there is
+    an engine.
     """
     mask = batch[name].flatten(1)
     known = batch.get(f"{name}_counts")
@@ -1093,7 +1298,8 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
 
 
 class SemanticBEiT(WordPredictor, SemanticMIM):
-    """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual words."""
+    """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual
+    words."""
 
     not_exported = (*SemanticMIM.not_exported, *WordPredictor.not_exported)
 
@@ -1120,19 +1326,29 @@ class SemanticBEiT(WordPredictor, SemanticMIM):
 
 
 class MaskFeat(SemanticMIM):
-    """Masked feature prediction (CVPR 2022, arXiv 2112.09133), the baseline, and SemanticMIM in its form: keys with a
-    bias, no layer scale, histograms of oriented gradients of the normalised image (specs/semanticmim.md 2.2)."""
+    """Masked feature prediction (CVPR 2022, arXiv 2112.09133), the baseline, and SemanticMIM in its
+    form: keys with a bias, no layer scale, histograms of oriented gradients of the normalised image
+    (specs/semanticmim.md 2.2)."""
 
     not_exported = (*SemanticMIM.not_exported, "hog_head.")
 
-    def __init__(self, *, hog_nbins: int = 9, hog_pool: int | None = None, hog_window: int | None = None, **semantic):
+    def __init__(
+        self,
+        *,
+        hog_nbins: int = 9,
+        hog_pool: int | None = None,
+        hog_window: int | None = None,
+        **semantic,
+    ):
         super().__init__(**semantic, k_bias=True)
         grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
         pool = max(patch[0] // 2, 1) if hog_pool is None else hog_pool
         self.hog = HOG(grid, patch, hog_nbins, pool, patch[0] if hog_window is None else hog_window)
         self.hog_head = nn.Linear(self.embed_dim, self.hog.width).apply(self._init_module)
 
-    def compare(self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    def compare(
+        self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
+    ) -> dict[str, Tensor]:
         """Mean squared error in float32."""
         target = take(self.hog(batch["image"]), positions)
         return {"loss": F.mse_loss(self.hog_head(tokens).float(), target)}
@@ -1154,7 +1370,8 @@ class MaskFeat(SemanticMIM):
 
 _UNDECAYED = {"weight_decay": 0.0}
 _NORM_NAMES = r"(bn|ln|gn)(\d+)?.(weight|bias)"
-# What the published optimizers exempt, by a search in the names; the token's and gamma's rules follow (a2mim.md 4.1).
+# What the published optimizers exempt, by a search in the names; the token's and gamma's rules
+# follow (a2mim.md 4.1).
 _RULES = {
     "vit": (_NORM_NAMES, "norm", "bias", "pos_embed", "cls_token", "gamma"),
     "swin": ("norm", "bias", "absolute_pos_embed", "relative_position_bias_table"),
@@ -1164,13 +1381,15 @@ _RULES = {
 
 
 class SimMIM(PretrainMethod):
-    """Predicts the pixels of masked squares from the other features of any backbone (specs/a2mim.md 1 to 3).
+    """Predicts the pixels of masked squares from the other features of any backbone (specs/a2mim.md
+    1 to 3).
 
-    A token takes the place of masked features in between two stages of the backbone; a neck of one convolution makes
-    pixels of its last map. `backbone` is one of `MIM_VIT_SIZES` or a name of timm; options not named here are its own.
-    mask_layer, mask_token, replace, mask_init, detach, token_std: see `MaskToken`, and `Place` of the backbone.
-    kernel, decoder_kernel: see `PixelNeck`. token_lr, gamma_lr: factors of the learning rate of token and gamma; with
-    gamma_lr None gamma has no rule of its own, and is decayed unless the backbone's rules say otherwise.
+    A token takes the place of masked features in between two stages of the backbone; a neck of one
+    convolution makes pixels of its last map. `backbone` is one of `MIM_VIT_SIZES` or a name of
+    timm; options not named here are its own. mask_layer, mask_token, replace, mask_init, detach,
+    token_std: see `MaskToken`, and `Place` of the backbone. kernel, decoder_kernel: see
+    `PixelNeck`. token_lr, gamma_lr: factors of the learning rate of token and gamma; with gamma_lr
+    None gamma has no rule of its own, and is decayed unless the backbone's rules say otherwise.
     """
 
     views = ("image", "mask")
@@ -1201,7 +1420,12 @@ class SimMIM(PretrainMethod):
         super().__init__()
         self.token_lr, self.gamma_lr, self.input_size = token_lr, gamma_lr, to_pair(input_size)
         self.backbone = build_backbone(
-            backbone, self.input_size, drop_path=drop_path, attn=attn, grad_checkpointing=grad_checkpointing, **options
+            backbone,
+            self.input_size,
+            drop_path=drop_path,
+            attn=attn,
+            grad_checkpointing=grad_checkpointing,
+            **options,
         )
         width, stride = map_of(self.backbone)
         if any(side % stride for side in self.input_size):
@@ -1219,12 +1443,15 @@ class SimMIM(PretrainMethod):
 
     @torch.no_grad()
     def check_place(self, name: str) -> None:
-        """ValueError: features that are no map where the token goes in, as some of timm's networks have."""
+        """ValueError: features that are no map where the token goes in, as some of timm's networks
+        have."""
         if not is_listed_by_timm(self.backbone):
             return
         place, training = self.inject.place, self.training
         mask = torch.ones(1, *(side // place.stride for side in self.input_size))
-        with refused(f"--model: there is no place for a mask token behind {place.module} of {name}"):
+        with refused(
+            f"--model: there is no place for a mask token behind {place.module} of {name}"
+        ):
             self.eval().features(torch.zeros(1, 3, *self.input_size), mask)
         self.train(training)
         self.inject.mask = None
@@ -1242,7 +1469,8 @@ class SimMIM(PretrainMethod):
         return self.loss(predicted, batch["image"], batch["mask"])
 
     def features(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """The last map [B, C, h, w] of images [B, 3, H, W] masked by [B, rows, columns], or whole ones."""
+        """The last map [B, C, h, w] of images [B, 3, H, W] masked by [B, rows, columns], or whole
+        ones."""
         self.inject.mask = mask
         return family_of(self.backbone).feature_map(self.backbone, self.seen(images, mask))
 
@@ -1259,15 +1487,22 @@ class SimMIM(PretrainMethod):
         images, mask = batch["image"], batch["mask"]
         predicted = self.predict(self.features(images, mask), images).float()
         hidden = enlarged(mask, images.shape[-2:]).bool().unsqueeze(1)
-        return Reconstruction(images, images.masked_fill(hidden, 0), predicted, torch.where(hidden, predicted, images))
+        return Reconstruction(
+            images, images.masked_fill(hidden, 0), predicted, torch.where(hidden, predicted, images)
+        )
 
     # -- what optimizers and exporters ask
 
     def param_rules(self) -> dict[str, dict[str, float]]:
-        """The published rules of decay and learning rate, by what is found in a parameter's name."""
+        """The published rules of decay and learning rate, by what is found in a parameter's
+        name."""
         rules = dict.fromkeys(_RULES[family_of(self.backbone).rules], _UNDECAYED)
         rules["mask_token"] = _UNDECAYED | {"lr_mult": self.token_lr}
-        return rules if self.gamma_lr is None else rules | {"mask_gamma": _UNDECAYED | {"lr_mult": self.gamma_lr}}
+        return (
+            rules
+            if self.gamma_lr is None
+            else rules | {"mask_gamma": _UNDECAYED | {"lr_mult": self.gamma_lr}}
+        )
 
     def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The backbone under its own names, which are timm's for timm's networks."""
@@ -1278,11 +1513,11 @@ class SimMIM(PretrainMethod):
 class A2MIM(SimMIM):
     """Architecture-agnostic masked image modelling (ICML 2023, arXiv 2205.13943; specs/a2mim.md).
 
-    Masked pixels are given the image's mean colour; deep in the backbone a token is added to their features; the loss
-    also compares the spectra of prediction and image. See `ReconstructionLoss`, `Regression` and `FocalFrequencyLoss`.
-    mean_residual: the image's mean colour is added to the prediction.
-    Differences from the published code, without effect on the numbers: one real transform of the mean difference in
-    place of two complex ones of whole batches.
+    Masked pixels are given the image's mean colour; deep in the backbone a token is added to their
+    features; the loss also compares the spectra of prediction and image. See `ReconstructionLoss`,
+    `Regression` and `FocalFrequencyLoss`. mean_residual: the image's mean colour is added to the
+    prediction. Differences from the published code, without effect on the numbers: one real
+    transform of the mean difference in place of two complex ones of whole batches.
     """
 
     fills_input = True
@@ -1324,14 +1559,19 @@ class A2MIM(SimMIM):
 # ---------------------------------------------------------------------------------------------------------------------
 # Registered methods
 
-# The published decoder has 8 blocks of width 512; those of the small encoders are ours, with its 32 channels a head.
+# The published decoder has 8 blocks of width 512; those of the small encoders are ours, with its 32
+# channels a head.
 _DECODERS = {
     "tiny": {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3},
     "small": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
 }
 
 for _size, _options in VIT_SIZES.items():
-    register(f"conmim_{_size}_patch16_224", ConMIM, **{**_options, "rel_pos_bias": "shared", "init_values": 0.1})
+    register(
+        f"conmim_{_size}_patch16_224",
+        ConMIM,
+        **{**_options, "rel_pos_bias": "shared", "init_values": 0.1},
+    )
     _beit = {**_options, "init_values": 0.1}
     register(f"beit_{_size}_patch16_224_8k_vocab", BEiT, **_beit, rel_pos_bias="shared")
     register(f"semanticmim_beit_{_size}_patch16_224", SemanticBEiT, **_beit)
@@ -1341,19 +1581,37 @@ for _size, _options in VIT_SIZES.items():
 
 for _size, _options in MAE_SIZES.items():
     _patch_size = 14 if _size == "huge" else 16
-    register(f"mae_{_size}_patch{_patch_size}_224", MAE, **_options, patch_size=_patch_size, **_DECODERS.get(_size, {}))
-    # the published query stream has 12 blocks, but those of the huge encoder's 32 must share them out
-    register(f"semaim_{_size}_patch16_224", SemAIM, **_options, query_depth=16 if _size == "huge" else 12)
+    register(
+        f"mae_{_size}_patch{_patch_size}_224",
+        MAE,
+        **_options,
+        patch_size=_patch_size,
+        **_DECODERS.get(_size, {}),
+    )
+    # the published query stream has 12 blocks, but those of the huge encoder's 32 must share them
+    # out
+    register(
+        f"semaim_{_size}_patch16_224", SemAIM, **_options, query_depth=16 if _size == "huge" else 12
+    )
 
-for _size, _options in VIT_SIZES.items():  # SemAIM's ancestors, and its form with CLIP's features for pixels
+for (
+    _size,
+    _options,
+) in VIT_SIZES.items():  # SemAIM's ancestors, and its form with CLIP's features for pixels
     register(f"saim_{_size}_patch16_224", SemAIM, **_options, permutation_type="stochastic")
     register(f"igpt_{_size}_patch16_224", SemAIM, **_options, permutation_type="zigzag")
     register(f"semaim_clip_{_size}_patch16_224", SemAIM, **_options, predict_feature="clip")
 
-for _size in ("base", "large"):  # a quarter of the 28 x 28 patches, as many tokens as with patches of 16 pixels
-    register(f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25)
+for _size in (
+    "base",
+    "large",
+):  # a quarter of the 28 x 28 patches, as many tokens as with patches of 16 pixels
+    register(
+        f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25
+    )
 
-# SimMIM's and A2MIM's published backbones, A2MIM with the token and losses of its recipes (specs/a2mim.md 2, 3.6)
+# SimMIM's and A2MIM's published backbones, A2MIM with the token and losses of its recipes
+# (specs/a2mim.md 2, 3.6)
 _DEEP_TOKEN = {"mask_layer": 3, "mask_init": 1e-6, "token_lr": 0.1}  # before the last stage
 _CNN_LOSS = {"pixel_loss": "focal_l1", "fft_unmask_weight": 1e-3}
 _SPECTRA = {  # what the published recipes weigh them by; those of ResNet-18 and 34 are ours, as of ResNet-50

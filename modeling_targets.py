@@ -1,8 +1,8 @@
-"""What methods predict, as far as it is more than cutting an image into patches: blurred pixels, histograms of oriented
-gradients, the ids of a tokenizer, teachers' features.
+"""What methods predict, as far as it is more than cutting an image into patches: blurred pixels,
+histograms of oriented gradients, the ids of a tokenizer, teachers' features.
 
-Shapes in comments: B images, T = 1 + N tokens (class token first), C channels of the tower, D of what it gives;
-M masked patches, G channels of the tokenizer's first layer.
+Shapes in comments: B images, T = 1 + N tokens (class token first), C channels of the tower, D of
+what it gives; M masked patches, G channels of the tokenizer's first layer.
 """
 
 import math
@@ -39,7 +39,9 @@ class GaussianBlur(nn.Module):
     def __init__(self, kernel_size: int, sigma: float):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1 or sigma <= 0:
-            raise ValueError(f"--gaussian_kernel_size {kernel_size} must be odd and --gaussian_sigma {sigma} positive")
+            raise ValueError(
+                f"--gaussian_kernel_size {kernel_size} must be odd and --gaussian_sigma {sigma} positive"
+            )
         offsets = torch.arange(kernel_size) - kernel_size // 2
         row = torch.exp(-offsets.square() / (2 * sigma**2))
         kernel = torch.outer(row, row)
@@ -57,7 +59,9 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
         ValueError: only one of the two is given, or a value that cannot be.
     """
     if (kernel_size is None) != (sigma is None):
-        raise ValueError("--gaussian_kernel_size and --gaussian_sigma are given together or not at all")
+        raise ValueError(
+            "--gaussian_kernel_size and --gaussian_sigma are given together or not at all"
+        )
     return None if kernel_size is None else GaussianBlur(kernel_size, sigma)
 
 
@@ -66,21 +70,32 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
 
 
 class HOG:
-    """MaskFeat's target: how much gradient each cell has in each direction, by colour (specs/semanticmim.md 2.2).
+    """MaskFeat's target: how much gradient each cell has in each direction, by colour
+    (specs/semanticmim.md 2.2).
 
-    A cell is `pool` x `pool` pixels; each of its pixels counts by the size of its gradient, under a Gaussian `window`
-    (0: none) that is repeated over the image. Directions are unsigned. Given normalised images the result is that of
-    the published code, given uint8 ones it is the same but where the horizontal gradient is exactly 0: there the
-    rounding of normalised images decides between the first and the last bin, the raw ones always take the first.
+    A cell is `pool` x `pool` pixels; each of its pixels counts by the size of its gradient, under a
+    Gaussian `window` (0: none) that is repeated over the image. Directions are unsigned. Given
+    normalised images the result is that of the published code, given uint8 ones it is the same but
+    where the horizontal gradient is exactly 0: there the rounding of normalised images decides
+    between the first and the last bin, the raw ones always take the first.
     """
 
-    def __init__(self, grid: tuple[int, int], patch: tuple[int, int], nbins: int = 9, pool: int = 8, window: int = 16):
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        patch: tuple[int, int],
+        nbins: int = 9,
+        pool: int = 8,
+        window: int = 16,
+    ):
         if nbins < 1 or pool < 1 or any(side % pool for side in patch):
             raise ValueError(
                 f"hog_pool={pool} must divide patches of {patch[0]} x {patch[1]} pixels, hog_nbins={nbins} be 1 or more"
             )
         if window and any(count * side % window for count, side in zip(grid, patch, strict=True)):
-            raise ValueError(f"hog_window={window} does not divide images of {grid} patches of {patch} pixels")
+            raise ValueError(
+                f"hog_window={window} does not divide images of {grid} patches of {patch} pixels"
+            )
         self.grid, self.cells = grid, (patch[0] // pool, patch[1] // pool)
         self.nbins, self.pool, self.window = nbins, pool, window
 
@@ -90,22 +105,29 @@ class HOG:
         return 3 * self.nbins * math.prod(self.cells)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to float32 [B, N, width], in the order colour, bin, cell row, cell column."""
-        cut = self.histograms(images).unflatten(4, (-1, self.cells[1])).unflatten(3, (-1, self.cells[0]))
+        """Images [B, 3, H, W] to float32 [B, N, width], in the order colour, bin, cell row, cell
+        column."""
+        cut = (
+            self.histograms(images)
+            .unflatten(4, (-1, self.cells[1]))
+            .unflatten(3, (-1, self.cells[0]))
+        )
         return cut.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)
 
     @torch.no_grad()
     def histograms(self, images: Tensor) -> Tensor:
         """Normalised histograms of the cells, float32 [B, 3, nbins, H / pool, W / pool].
 
-        On a CPU a few images at a time: what they need while they are at work is a small multiple of the result. A GPU
-        takes all at once, as small kernels would leave it idle.
+        On a CPU a few images at a time: what they need while they are at work is a small multiple
+        of the result. A GPU takes all at once, as small kernels would leave it idle.
         """
         window = gaussian_window(self.window, images.device) if self.window else None
         with torch.autocast(images.device.type, enabled=False):
             if images.device.type != "cpu":
                 return self._histograms(images, window)
-            return torch.cat([self._histograms(few, window) for few in images.split(max(1, len(images) // 32))])
+            return torch.cat(
+                [self._histograms(few, window) for few in images.split(max(1, len(images) // 32))]
+            )
 
     def _histograms(self, images: Tensor, window: Tensor | None) -> Tensor:
         magnitude, bins = oriented_gradients(images.float(), self.nbins)
@@ -121,7 +143,8 @@ class HOG:
 
 
 def oriented_gradients(images: Tensor, nbins: int) -> tuple[Tensor, Tensor]:
-    """Size, float32, and direction, int64 below `nbins`, of the gradient at each pixel; all [B, 3, H, W].
+    """Size, float32, and direction, int64 below `nbins`, of the gradient at each pixel; all [B, 3,
+    H, W].
 
     Plain sums in place of convolutions, which a GPU would compute in TF32 or half precision.
     """
@@ -168,9 +191,12 @@ class EncoderBlock(nn.Module):
 
 
 class DalleEncoder(nn.Module):
-    """DALL-E's encoder of pictures to visual tokens (specs/semanticmim.md 2.1): groups of blocks, halved in between."""
+    """DALL-E's encoder of pictures to visual tokens (specs/semanticmim.md 2.1): groups of blocks,
+    halved in between."""
 
-    def __init__(self, n_hid: int = 256, blocks_per_group: int = 2, vocab_size: int = 8192, groups: int = 4):
+    def __init__(
+        self, n_hid: int = 256, blocks_per_group: int = 2, vocab_size: int = 8192, groups: int = 4
+    ):
         super().__init__()
         self.stride = 2 ** (groups - 1)
         gain = (groups * blocks_per_group) ** -2
@@ -184,7 +210,8 @@ class DalleEncoder(nn.Module):
         self.blocks["output"] = nn.ModuleDict({"conv": nn.Conv2d(widths[-1], vocab_size, 1)})
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures in [0.1, 0.9], [B, 3, H, W], to what the last convolution sees: [B, 8 G, H / stride, W / stride]."""
+        """Pictures in [0.1, 0.9], [B, 3, H, W], to what the last convolution sees: [B, 8 G, H /
+        stride, W / stride]."""
         x = self.blocks["input"](pictures)
         groups = [group for name, group in self.blocks.items() if name.startswith("group_")]
         for number, group in enumerate(groups):
@@ -194,15 +221,18 @@ class DalleEncoder(nn.Module):
         return F.relu(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features [..., 8 G] of single places, channels last, to the logits of the tokens [..., vocab_size]."""
+        """Features [..., 8 G] of single places, channels last, to the logits of the tokens [...,
+        vocab_size]."""
         output = self.blocks["output"]["conv"]
         return F.linear(features, output.weight.flatten(1), output.bias)
 
 
 class VisualTokenizer:
-    """The frozen encoder and what it needs around it. It is no submodule: no engine wraps, saves or trains it.
+    """The frozen encoder and what it needs around it. It is no submodule: no engine wraps, saves or
+    trains it.
 
-    precision "auto" leaves float32 weights to the autocast around a call; else the encoder runs in that dtype.
+    precision "auto" leaves float32 weights to the autocast around a call; else the encoder runs in
+    that dtype.
     """
 
     rows = 4096  # places whose logits are held at once
@@ -210,7 +240,12 @@ class VisualTokenizer:
     def __init__(self, encoder: DalleEncoder, precision: str = "auto"):
         check_choice("target_precision", precision, TARGET_PRECISIONS)
         self.dtype = DTYPES[precision]
-        self.encoder = encoder.to(self.dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.encoder = (
+            encoder.to(self.dtype)
+            .to(memory_format=torch.channels_last)
+            .eval()
+            .requires_grad_(False)
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -218,8 +253,8 @@ class VisualTokenizer:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Ids int64 of uint8 pictures [B, 3, H, W], or of floats that `dalle_pixels` has mapped: [B, M] at the places
-        `positions` int64 [B, M], of all without them."""
+        """Ids int64 of uint8 pictures [B, 3, H, W], or of floats that `dalle_pixels` has mapped:
+        [B, M] at the places `positions` int64 [B, M], of all without them."""
         if self.encoder.blocks["input"].weight.device != pictures.device:
             self.encoder.to(pictures.device)
         if not pictures.is_floating_point():
@@ -231,7 +266,8 @@ class VisualTokenizer:
             return self.choose(self.encoder(pictures.to(self.dtype)), positions)
 
     def choose(self, features: Tensor, positions: Tensor | None) -> Tensor:
-        """Of features [B, 8 G, h, w] only the listed places need logits, a few thousand of them at a time."""
+        """Of features [B, 8 G, h, w] only the listed places need logits, a few thousand of them at
+        a time."""
         places = features.flatten(2).transpose(1, 2)
         places = places if positions is None else take(places, positions)
         ids = [self.encoder.logits(few).argmax(-1) for few in places.flatten(0, 1).split(self.rows)]
@@ -244,21 +280,33 @@ def dalle_pixels(pictures: Tensor) -> Tensor:
 
 
 def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
-    """The tokenizer in a file: OpenAI's encoder.pkl, whose pickle is read and not executed, OpenMMLab's state dict, or
-    safetensors, under any prefix.
+    """The tokenizer in a file: OpenAI's encoder.pkl, whose pickle is read and not executed,
+    OpenMMLab's state dict, or safetensors, under any prefix.
 
     Raises:
         ValueError: no such file, or no such encoder in it.
     """
     found = load_module_state(source)
-    prefix = next((name.removesuffix("blocks.input.w") for name in found if name.endswith("blocks.input.w")), None)
+    prefix = next(
+        (name.removesuffix("blocks.input.w") for name in found if name.endswith("blocks.input.w")),
+        None,
+    )
     if prefix is None:
-        raise ValueError(f"--discrete_vae_weight_path {source} holds no encoder of DALL-E: blocks.input.w is missing")
-    names = {name: name.removeprefix(prefix) for name in found if name.startswith(f"{prefix}blocks.")}
-    weights = {re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", ours)): found[name] for name, ours in names.items()}
+        raise ValueError(
+            f"--discrete_vae_weight_path {source} holds no encoder of DALL-E: blocks.input.w is missing"
+        )
+    names = {
+        name: name.removeprefix(prefix) for name in found if name.startswith(f"{prefix}blocks.")
+    }
+    weights = {
+        re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", ours)): found[name]
+        for name, ours in names.items()
+    }
     encoder = DalleEncoder(
         n_hid=len(weights["blocks.input.weight"]),
-        blocks_per_group=len({name for name in weights if re.fullmatch(r"blocks\.group_1\..*conv_1\.weight", name)}),
+        blocks_per_group=len(
+            {name for name in weights if re.fullmatch(r"blocks\.group_1\..*conv_1\.weight", name)}
+        ),
         vocab_size=len(weights.get("blocks.output.conv.weight", ())),
         groups=len({name.split(".")[1] for name in weights if ".group_" in name}),
     )
@@ -275,9 +323,11 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
 
 
 class VisualTower(VisionTransformer):
-    """The vision transformer of DINO, or that of CLIP with its norm before the blocks and its projection.
+    """The vision transformer of DINO, or that of CLIP with its norm before the blocks and its
+    projection.
 
-    CLIP's differs in the norms' epsilon, and OpenAI's in an activation that comes near GELU (specs/semaim.md 5.3).
+    CLIP's differs in the norms' epsilon, and OpenAI's in an activation that comes near GELU
+    (specs/semaim.md 5.3).
     """
 
     def __init__(self, *, is_clip: bool = False, quick_gelu: bool = False, **vit):
@@ -300,13 +350,20 @@ def near_gelu(x: Tensor) -> Tensor:
 
 
 class Teacher:
-    """A frozen tower. It is no submodule of what it teaches, so that no engine wraps, saves or trains it.
+    """A frozen tower. It is no submodule of what it teaches, so that no engine wraps, saves or
+    trains it.
 
-    precision "auto" leaves float32 weights to the autocast around a call; else the tower runs in that dtype.
-    mean_std: what the images that it is given are normalised by, and what it wants; None leaves them as they are.
+    precision "auto" leaves float32 weights to the autocast around a call; else the tower runs in
+    that dtype. mean_std: what the images that it is given are normalised by, and what it wants;
+    None leaves them as they are.
     """
 
-    def __init__(self, tower: VisualTower, precision: str = "auto", mean_std: tuple[MeanStd, MeanStd] | None = None):
+    def __init__(
+        self,
+        tower: VisualTower,
+        precision: str = "auto",
+        mean_std: tuple[MeanStd, MeanStd] | None = None,
+    ):
         check_choice("target_precision", precision, TARGET_PRECISIONS)
         self.dtype = DTYPES[precision]
         self.tower = tower.to(self.dtype).eval().requires_grad_(False)
@@ -320,7 +377,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Tokens float32 [B, T, D] of images [B, 3, H, W], which are brought to the size that gives T."""
+        """Tokens float32 [B, T, D] of images [B, 3, H, W], which are brought to the size that gives
+        T."""
         if self.tower.cls_token.device != images.device:
             self.tower.to(images.device)
         if self.mean_std is not None:
@@ -338,13 +396,19 @@ class Teacher:
 
 
 def load_teacher(
-    kind: str, source: str, grid: tuple[int, int], precision: str = "auto", image_mean_std: MeanStd | None = None
+    kind: str,
+    source: str,
+    grid: tuple[int, int],
+    precision: str = "auto",
+    image_mean_std: MeanStd | None = None,
 ) -> Teacher:
-    """The `kind` ("clip" or "dino") of teacher in a file, or under timm's name, for images of `grid` patches.
+    """The `kind` ("clip" or "dino") of teacher in a file, or under timm's name, for images of
+    `grid` patches.
 
-    Files: OpenAI's archives and state dicts of CLIP, whole or the visual tower alone; DINO's checkpoints; the weights
-    of timm's models of either. Positions are resized to the grid. In timm's names the activation does not show: files
-    and models tagged "openai" get OpenAI's. Given the images' mean and deviation, they get the teacher's own.
+    Files: OpenAI's archives and state dicts of CLIP, whole or the visual tower alone; DINO's
+    checkpoints; the weights of timm's models of either. Positions are resized to the grid. In
+    timm's names the activation does not show: files and models tagged "openai" get OpenAI's. Given
+    the images' mean and deviation, they get the teacher's own.
 
     Raises:
         ValueError: no such file and no such name, or weights of another kind.
@@ -353,19 +417,28 @@ def load_teacher(
     openai = "conv1.weight" in weights
     is_name = not Path(source).is_file()
     quick = openai or not is_name or "openai" in source or "quickgelu" in source
-    weights = {key: value.float() for key, value in (from_openai(weights) if openai else weights).items()}
+    weights = {
+        key: value.float() for key, value in (from_openai(weights) if openai else weights).items()
+    }
     if "pos_embed" not in weights or "blocks.0.attn.qkv.weight" not in weights:
-        raise ValueError(f"--target_model {source} holds no vision transformer in names of OpenAI, DINO or timm")
+        raise ValueError(
+            f"--target_model {source} holds no vision transformer in names of OpenAI, DINO or timm"
+        )
     if ("norm_pre.weight" in weights) != (kind == "clip"):
-        raise ValueError(f"--target_model {source} is not of the kind that --predict_feature {kind} needs")
+        raise ValueError(
+            f"--target_model {source} is not of the kind that --predict_feature {kind} needs"
+        )
     mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD[kind])
-    return Teacher(build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision, mean_std)
+    return Teacher(
+        build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision, mean_std
+    )
 
 
 def build_tower(
     weights: StateDict, grid: tuple[int, int], *, quick_gelu: bool, num_heads: int | None = None
 ) -> VisualTower:
-    """The tower that these weights, in native names, are of. Heads have 64 channels unless their number is given."""
+    """The tower that these weights, in native names, are of. Heads have 64 channels unless their
+    number is given."""
     is_clip = "norm_pre.weight" in weights
     width, _, *patch = weights["patch_embed.proj.weight"].shape
     projection = weights.get("head.weight") if is_clip else None
@@ -381,7 +454,11 @@ def build_tower(
         quick_gelu=quick_gelu,
     )
     own = tower.state_dict()
-    absent = {name: torch.zeros_like(own[name]) for name in ("patch_embed.proj.bias", "head.bias") if name in own}
+    absent = {
+        name: torch.zeros_like(own[name])
+        for name in ("patch_embed.proj.bias", "head.bias")
+        if name in own
+    }
     weights = absent | weights | {"pos_embed": interpolate_pos_embed(weights["pos_embed"], grid, 1)}
     tower.load_state_dict({name: weights[name] for name in own})
     return tower
@@ -390,13 +467,21 @@ def build_tower(
 def read_weights(source: str) -> dict[str, Any]:
     """What a file holds, or the weights of timm's model of that name."""
     if Path(source).is_file() or str(source).startswith("https://"):
-        return torch.jit.load(source, "cpu").state_dict() if is_archive(source) else load_checkpoint(source)
+        return (
+            torch.jit.load(source, "cpu").state_dict()
+            if is_archive(source)
+            else load_checkpoint(source)
+        )
     if not timm.is_model(source.split(".")[0]):
-        raise ValueError(f"--target_model {source} is neither a file nor the name of a model of timm")
+        raise ValueError(
+            f"--target_model {source} is neither a file nor the name of a model of timm"
+        )
     try:
         return timm.create_model(source, pretrained=True).state_dict()
     except Exception as error:  # whatever the hub, the network or the cache raise
-        raise ValueError(f"--target_model {source}: timm has no weights for it here ({error})") from error
+        raise ValueError(
+            f"--target_model {source}: timm has no weights for it here ({error})"
+        ) from error
 
 
 def is_archive(path: str) -> bool:
@@ -412,7 +497,11 @@ def visual_weights(found: dict[str, Any]) -> StateDict:
     for key in ("state_dict", "teacher", "model"):
         found = found[key] if isinstance(found.get(key), dict) else found
     for prefix in ("module.", "visual.", "trunk.", "backbone."):
-        inside = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+        inside = {
+            name.removeprefix(prefix): value
+            for name, value in found.items()
+            if name.startswith(prefix)
+        }
         found = inside or found
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 

@@ -1,4 +1,5 @@
-"""Parameter groups with layer-wise learning-rate decay or by rules, optimizers by name, and per-step schedules."""
+"""Parameter groups with layer-wise learning-rate decay or by rules, optimizers by name, and
+per-step schedules."""
 
 import difflib
 import importlib
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 Groups = list[dict[str, Any]]
-Rules = Mapping[str, Mapping[str, float]]  # what is searched for in names -> {"weight_decay": ..., "lr_mult": ...}
+Rules = Mapping[
+    str, Mapping[str, float]
+]  # what is searched for in names -> {"weight_decay": ..., "lr_mult": ...}
 ANNEALINGS = ("stepfix_cosine", "cosine_iters", "cosine_epochs", "step")
 LR_SCHEDULES = ("cosine", "mae", *ANNEALINGS)
 
@@ -23,7 +26,8 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def layer_id(name: str, num_layers: int) -> int:
-    """Depth of parameter `name` in a transformer of `num_layers` blocks (spec ConMIM 5.2; MAE's rule is the same).
+    """Depth of parameter `name` in a transformer of `num_layers` blocks (spec ConMIM 5.2; MAE's
+    rule is the same).
 
     0 = patch embedding, class and mask tokens, positions; i + 1 = block i with its own bias table;
     num_layers + 1 = everything else: a shared bias table, the last norms, the head.
@@ -35,10 +39,11 @@ def layer_id(name: str, num_layers: int) -> int:
 
 
 def layers_of(names: Collection[str], depths: Sequence[int] = ()) -> tuple[dict[str, int], int]:
-    """The layer of each parameter of a ViT, or of timm's Swin or ConvNeXt, by its name, and the last layer's number.
+    """The layer of each parameter of a ViT, or of timm's Swin or ConvNeXt, by its name, and the
+    last layer's number.
 
-    0 is nearest to the image, the last layer is the head's (spec ConMIM 5.2, A2MIM 4.4). `depths`: blocks in each
-    stage, by default those that the names tell of; a ViT is a single stage.
+    0 is nearest to the image, the last layer is the head's (spec ConMIM 5.2, A2MIM 4.4). `depths`:
+    blocks in each stage, by default those that the names tell of; a ViT is a single stage.
 
     Raises:
         ValueError: another network.
@@ -49,7 +54,9 @@ def layers_of(names: Collection[str], depths: Sequence[int] = ()) -> tuple[dict[
     if known and len(depths) == 1:
         return {name: layer_id(name, depths[0]) for name in names}, depths[0] + 1
     if not known or len(depths) != 4:
-        raise ValueError("--layer_decay is for ViT, Swin and ConvNeXt: give --layer_decay 1 for this network")
+        raise ValueError(
+            "--layer_decay is for ViT, Swin and ConvNeXt: give --layer_decay 1 for this network"
+        )
     last = (12 if depths[2] > 9 else 6) + 1 if in_stages else sum(depths) + 1
     rule = _convnext_layer if in_stages else _swin_layer
     return {name: rule(name, depths, last) for name in names}, last
@@ -89,7 +96,8 @@ def _convnext_layer(name: str, depths: Sequence[int], last: int) -> int:
 
 
 def layer_scales(layer_decay: float, num_layers: int) -> np.ndarray:
-    """Learning-rate factor of layers 0 ... num_layers + 1, float64: layer_decay ** (num_layers + 1 - layer), last 1."""
+    """Learning-rate factor of layers 0 ... num_layers + 1, float64: layer_decay ** (num_layers + 1
+    - layer), last 1."""
     return layer_decay ** np.arange(num_layers + 1, -1, -1, dtype=np.float64)
 
 
@@ -99,7 +107,8 @@ def param_groups(
     layer_decay: float | None = None,
     no_decay_names: Collection[str] = (),
 ) -> Groups:
-    """Optimizer groups of the trainable parameters of `model`, in order of first appearance (spec ConMIM 5.1, 5.2).
+    """Optimizer groups of the trainable parameters of `model`, in order of first appearance (spec
+    ConMIM 5.1, 5.2).
 
     One-dimensional parameters, names that end in `.bias`, and those in `model.no_weight_decay()` or `no_decay_names`
     are not decayed. So a model whose `no_weight_decay()` is empty follows MAE's rule for pre-training, where class and
@@ -107,8 +116,8 @@ def param_groups(
     With `layer_decay` < 1 a parameter's lr_scale is that of its layer among `layer_scales`, see `layers_of`, otherwise
     1. A model with `param_rules()` is grouped by these in place of all that, see `by_rules`.
 
-    A group holds `params`, `weight_decay`, `lr_scale`, `group_name`, and `decay`, which tells the decayed groups from
-    the others also where the weight decay is 0 at present.
+    A group holds `params`, `weight_decay`, `lr_scale`, `group_name`, and `decay`, which tells the
+    decayed groups from the others also where the weight decay is 0 at present.
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"--layer_decay is a factor in (0, 1], got {layer_decay}")
@@ -133,8 +142,8 @@ def param_groups(
 def by_rules(name: str, rules: Rules, lr: float, weight_decay: float) -> tuple[float, float]:
     """Learning rate and weight decay of parameter `name` (spec A2MIM 4.1).
 
-    Every rule whose pattern is found in the name applies, later ones over earlier ones; `<value>_mult` multiplies what
-    is given here.
+    Every rule whose pattern is found in the name applies, later ones over earlier ones;
+    `<value>_mult` multiplies what is given here.
     """
     base = {"lr": lr, "weight_decay": weight_decay}
     found = dict(base)
@@ -161,16 +170,28 @@ def _groups_by_rules(model: nn.Module, weight_decay: float, rules: Rules) -> Gro
 
 def _empty_group(weight_decay: float, decay: bool) -> dict[str, Any]:
     name = "decay" if decay else "no_decay"
-    return {"params": [], "weight_decay": float(weight_decay), "lr_scale": 1.0, "group_name": name, "decay": decay}
+    return {
+        "params": [],
+        "weight_decay": float(weight_decay),
+        "lr_scale": 1.0,
+        "group_name": name,
+        "decay": decay,
+    }
 
 
-def set_schedule(optimizer: torch.optim.Optimizer, lr: float | np.ndarray, weight_decay: float) -> None:
-    """Write this step's values into every group: lr * lr_scale, and the weight decay where the group is decayed.
+def set_schedule(
+    optimizer: torch.optim.Optimizer, lr: float | np.ndarray, weight_decay: float
+) -> None:
+    """Write this step's values into every group: lr * lr_scale, and the weight decay where the
+    group is decayed.
 
     Of a pair (lr, floor) only what is above the floor is scaled: every group ends at the same rate.
     """
     # numpy's numbers would end up in checkpoints
-    (lr, floor), weight_decay = map(float, lr) if np.ndim(lr) else (float(lr), 0.0), float(weight_decay)
+    (lr, floor), weight_decay = (
+        map(float, lr) if np.ndim(lr) else (float(lr), 0.0),
+        float(weight_decay),
+    )
     for group in optimizer.param_groups:
         group["lr"] = (lr - floor) * group.get("lr_scale", 1.0) + floor
         if group.get("decay", group["weight_decay"] > 0):
@@ -188,9 +209,10 @@ def cosine_schedule(
 ) -> np.ndarray:
     """One float64 value for each of the epochs * steps_per_epoch steps (spec ConMIM 5.4).
 
-    A linear ramp from `start_warmup` to `base`, both included, over `warmup_steps` steps if positive, else over
-    `warmup_epochs`; then half a cosine from `base` towards `final`, which is approached but not reached.
-    A ramp as long as the run leaves no cosine; a longer one is a ValueError.
+    A linear ramp from `start_warmup` to `base`, both included, over `warmup_steps` steps if
+    positive, else over `warmup_epochs`; then half a cosine from `base` towards `final`, which is
+    approached but not reached. A ramp as long as the run leaves no cosine; a longer one is a
+    ValueError.
     """
     steps = epochs * steps_per_epoch
     ramp_steps = warmup_steps if warmup_steps > 0 else warmup_epochs * steps_per_epoch
@@ -204,14 +226,18 @@ def cosine_schedule(
     return np.concatenate([ramp, final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))])
 
 
-def cosine_at(epoch: np.ndarray, base: float, final: float, epochs: float, warmup_epochs: float = 0.0) -> np.ndarray:
+def cosine_at(
+    epoch: np.ndarray, base: float, final: float, epochs: float, warmup_epochs: float = 0.0
+) -> np.ndarray:
     """MAE's learning rate at fractional epochs, float64 (spec SemMAE A.8).
 
-    From 0 straight up to `base`, which is reached after `warmup_epochs`, then half a cosine to `final`, reached after
-    `epochs`. `cosine_schedule` ends its warm-up one step earlier.
+    From 0 straight up to `base`, which is reached after `warmup_epochs`, then half a cosine to
+    `final`, reached after `epochs`. `cosine_schedule` ends its warm-up one step earlier.
     """
     if warmup_epochs >= epochs:
-        raise ValueError(f"--warmup_epochs {warmup_epochs:g} leaves nothing of --epochs {epochs:g}: lower it")
+        raise ValueError(
+            f"--warmup_epochs {warmup_epochs:g} leaves nothing of --epochs {epochs:g}: lower it"
+        )
     epoch = np.asarray(epoch, dtype=np.float64)
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     falling = final + 0.5 * (base - final) * (1 + np.cos(math.pi * progress))
@@ -230,21 +256,28 @@ def annealing(
     milestones: Sequence[int] = (),
     gamma: float = 0.1,
 ) -> np.ndarray:
-    """A2MIM's learning rates and their floors for `set_schedule`, float64 [steps, 2] (spec A2MIM 4.2).
+    """A2MIM's learning rates and their floors for `set_schedule`, float64 [steps, 2] (spec A2MIM
+    4.2).
 
-    "stepfix_cosine": half a cosine after the warm-up, in which the same cosine runs backwards, from 0. The others let
-    the warm-up scale what the whole run's schedule says, from `warmup_ratio` on: "cosine_iters" and "cosine_epochs" are
-    half a cosine by steps or by epochs, "step" is `base`, times `gamma` at each milestone (in epochs), without floor.
+    "stepfix_cosine": half a cosine after the warm-up, in which the same cosine runs backwards, from
+    0. The others let the warm-up scale what the whole run's schedule says, from `warmup_ratio` on:
+    "cosine_iters" and "cosine_epochs" are half a cosine by steps or by epochs, "step" is `base`,
+    times `gamma` at each milestone (in epochs), without floor.
 
     Raises:
         ValueError: a warm-up longer than the run.
     """
     steps = epochs * steps_per_epoch
     if warmup_steps >= steps:
-        raise ValueError(f"the warm-up ({warmup_steps} steps) leaves nothing of the run ({steps} steps)")
+        raise ValueError(
+            f"the warm-up ({warmup_steps} steps) leaves nothing of the run ({steps} steps)"
+        )
     step = np.arange(steps, dtype=np.float64)
     if kind == "step":
-        share, final = gamma ** np.searchsorted(sorted(milestones), step // steps_per_epoch, side="right"), 0.0
+        share, final = (
+            gamma ** np.searchsorted(sorted(milestones), step // steps_per_epoch, side="right"),
+            0.0,
+        )
     else:
         progress = {
             "stepfix_cosine": (step - warmup_steps) / (steps - warmup_steps),
@@ -253,20 +286,32 @@ def annealing(
         }[kind]
         share = 0.5 * (1 + np.cos(math.pi * progress))
     start = 0.0 if kind == "stepfix_cosine" else warmup_ratio
-    warm = np.minimum(1 - (1 - step / max(warmup_steps, 1)) * (1 - start), 1.0) if warmup_steps else np.ones(steps)
+    warm = (
+        np.minimum(1 - (1 - step / max(warmup_steps, 1)) * (1 - start), 1.0)
+        if warmup_steps
+        else np.ones(steps)
+    )
     floor = warm * final * (1 - share)
     return np.stack((warm * base * share + floor, floor), axis=1)
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose gradients are rescaled, per matrix, to the size of the weights (spec SemMAE A.10).
+    """SGD with momentum whose gradients are rescaled, per matrix, to the size of the weights (spec
+    SemMAE A.10).
 
-    For parameters of more than one dimension: g <- g + wd * w, then g <- g * trust_coefficient * |w| / |g|, unscaled
-    where either norm is 0. One-dimensional parameters are neither decayed nor rescaled. timm's `lars` differs: it adds
-    the decay after taking the gradient's norm.
+    For parameters of more than one dimension: g <- g + wd * w, then g <- g * trust_coefficient *
+    |w| / |g|, unscaled where either norm is 0. One-dimensional parameters are neither decayed nor
+    rescaled. timm's `lars` differs: it adds the decay after taking the gradient's norm.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust_coefficient=0.001):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient=0.001,
+    ):
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -277,7 +322,8 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; `closure`, if given, re-evaluates the loss with gradients and its value is returned."""
+        """One update; `closure`, if given, re-evaluates the loss with gradients and its value is
+        returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -303,7 +349,8 @@ class LARS(torch.optim.Optimizer):
         parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
 
 
-# name -> (class of apex.optimizers, its fixed options, the optimizer to use where apex is not installed)
+# name -> (class of apex.optimizers, its fixed options, the optimizer to use where apex is not
+# installed)
 _APEX = {
     "fusedsgd": ("FusedSGD", {"nesterov": True}, "sgd"),
     "fusedmomentum": ("FusedSGD", {"nesterov": False}, "momentum"),
@@ -312,20 +359,39 @@ _APEX = {
     "fusedlamb": ("FusedLAMB", {}, "lamb"),
     "fusednovograd": ("FusedNovoGrad", {"betas": (0.95, 0.98)}, "novograd"),
 }
-_ALIASES = {"nvnovograd": "novograd", "fusedmomentum": "fusedsgd"}  # names that timm has under another one
+_ALIASES = {
+    "nvnovograd": "novograd",
+    "fusedmomentum": "fusedsgd",
+}  # names that timm has under another one
 _SGD = ("sgd", "nesterov", "momentum")
 _LOOKAHEAD = "lookahead_"
-_ELEMENTWISE = {"adam", "adamw", *_SGD, "nadam", "radam", "rmsprop", "adadelta", "adagrad", "fusedadam", "fusedadamw"}
+_ELEMENTWISE = {
+    "adam",
+    "adamw",
+    *_SGD,
+    "nadam",
+    "radam",
+    "rmsprop",
+    "adadelta",
+    "adagrad",
+    "fusedadam",
+    "fusedadamw",
+}
 
 
-def create_optimizer(args: Namespace, groups: Groups, device: torch.device | str) -> torch.optim.Optimizer:
-    """The optimizer named by `args.opt` (any case) over `groups`, whose keys survive; decay is the groups' affair.
+def create_optimizer(
+    args: Namespace, groups: Groups, device: torch.device | str
+) -> torch.optim.Optimizer:
+    """The optimizer named by `args.opt` (any case) over `groups`, whose keys survive; decay is the
+    groups' affair.
 
-    adamw, adam, sgd / nesterov (Nesterov momentum) and momentum are torch's, in their fused form where `device` has
-    one; lars is the class above; fused* are apex's; every other name is timm's. `lookahead_` before a name wraps it.
-    Reads args.lr, momentum, opt_eps and opt_betas: eps is passed where the optimizer has one, None means its default.
+    adamw, adam, sgd / nesterov (Nesterov momentum) and momentum are torch's, in their fused form
+    where `device` has one; lars is the class above; fused* are apex's; every other name is timm's.
+    `lookahead_` before a name wraps it. Reads args.lr, momentum, opt_eps and opt_betas: eps is
+    passed where the optimizer has one, None means its default.
 
-    Raises ValueError for an unknown name, for betas that the optimizer does not take, and where apex is missing.
+    Raises ValueError for an unknown name, for betas that the optimizer does not take, and where
+    apex is missing.
     """
     name = args.opt.lower()
     if name.startswith(_LOOKAHEAD):
@@ -334,7 +400,8 @@ def create_optimizer(args: Namespace, groups: Groups, device: torch.device | str
 
 
 def takes_betas(name: str, count: int) -> bool:
-    """Whether the optimizer has betas, `count` of them; an unknown name has (and is refused when it is built)."""
+    """Whether the optimizer has betas, `count` of them; an unknown name has (and is refused when it
+    is built)."""
     name = name.lower().removeprefix(_LOOKAHEAD)
     if _ALIASES.get(name, name) not in timm.optim.list_optimizers():
         return True
@@ -343,20 +410,26 @@ def takes_betas(name: str, count: int) -> bool:
 
 
 def works_on_shards(name: str) -> bool:
-    """Whether the optimizer treats every number alike: ZeRO stages 1 to 3 hand it flat shards, not whole matrices."""
+    """Whether the optimizer treats every number alike: ZeRO stages 1 to 3 hand it flat shards, not
+    whole matrices."""
     return name.lower() in _ELEMENTWISE
 
 
 def needs_create_graph(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether backward() must keep the graph (`create_graph=True`): second-order optimizers such as adahessian."""
+    """Whether backward() must keep the graph (`create_graph=True`): second-order optimizers such as
+    adahessian."""
     return getattr(optimizer, "is_second_order", False)
 
 
-def _create(name: str, args: Namespace, groups: Groups, device: torch.device | str) -> torch.optim.Optimizer:
+def _create(
+    name: str, args: Namespace, groups: Groups, device: torch.device | str
+) -> torch.optim.Optimizer:
     options = _options(name, args)
     fused = torch.device(device).type in ("cpu", "cuda")
     if name in ("adam", "adamw"):
-        return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(groups, fused=fused, **options)
+        return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(
+            groups, fused=fused, **options
+        )
     if name in _SGD:
         # torch refuses Nesterov without momentum, where both forms are the same plain SGD
         nesterov = name != "momentum" and args.momentum > 0
@@ -385,7 +458,11 @@ def _options(name: str, args: Namespace) -> dict[str, Any]:
         options["eps"] = args.opt_eps
     if args.opt_betas is not None:
         if not info.has_betas or len(args.opt_betas) != info.num_betas:
-            takes = f"takes {info.num_betas} betas" if info.has_betas else "has no betas; its flag is --momentum"
+            takes = (
+                f"takes {info.num_betas} betas"
+                if info.has_betas
+                else "has no betas; its flag is --momentum"
+            )
             raise ValueError(f"--opt_betas {args.opt_betas}: --opt {args.opt} {takes}")
         options["betas"] = tuple(args.opt_betas)
     return options

@@ -30,7 +30,9 @@ def build_eval_loader(args: Namespace, transform):
     """Every image once: shared among the processes, or on each of them with --no_dist_eval."""
     dataset = build_dataset(args, train=False, transform=transform, need_labels=True)
     rank, world_size = (args.rank, args.world_size) if args.dist_eval else (0, 1)
-    sampler = EvalBatchSampler(len(dataset), int(1.5 * args.batch_size), rank=rank, world_size=world_size)
+    sampler = EvalBatchSampler(
+        len(dataset), int(1.5 * args.batch_size), rank=rank, world_size=world_size
+    )
     return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
 
 
@@ -38,26 +40,37 @@ def undecayed(args: Namespace, model: nn.Module) -> set[str]:
     """Names of the tables that --disable_weight_decay_on_rel_pos_bias exempts."""
     if not args.disable_weight_decay_on_rel_pos_bias:
         return set()
-    return {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith("relative_position_bias_table")
+    }
 
 
 class Evaluator:
     """Evaluates the model and its average after each epoch, and keeps the best of either."""
 
     def __init__(self, run: Training, loader):
-        self.args, self.task, self.normalize, self.loader = run.args, run.task, run.normalize, loader
+        self.args, self.task, self.normalize, self.loader = (
+            run.args,
+            run.task,
+            run.normalize,
+            loader,
+        )
         self.dtype = run.runner.dtype
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
         model.to(self.normalize.device)
-        result = evaluate(model, self.loader, self.normalize, dtype=self.dtype, shared=self.args.dist_eval)
+        result = evaluate(
+            model, self.loader, self.normalize, dtype=self.dtype, shared=self.args.dist_eval
+        )
         model.to(device)
         return result
 
     def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
-        """Rank 0's figures decide for all: ranks that evaluate by themselves may round otherwise, and a checkpoint
-        takes every one of them."""
+        """Rank 0's figures decide for all: ranks that evaluate by themselves may round otherwise,
+        and a checkpoint takes every one of them."""
         average = self.task.average and self.task.average.module
         for network in (self.task.model, average):
             if network is not None:  # what rank 0 saves is then what every rank evaluates
@@ -79,7 +92,9 @@ class Evaluator:
 def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loader) -> None:
     """--eval: the accuracy of --resume (or of --finetune) in one line."""
     if args.resume:
-        Origin(Path(args.resume), load_checkpoint(args.resume)).load_weights(model, None, "model_ema")
+        Origin(Path(args.resume), load_checkpoint(args.resume)).load_weights(
+            model, None, "model_ema"
+        )
     elif not args.finetune:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
     if args.dry_run:
@@ -101,14 +116,19 @@ def main(args: Namespace) -> None:
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
     if args.finetune:
-        found = load_pretrained(model, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
+        found = load_pretrained(
+            model, args.finetune, model_key=args.model_key, prefix=args.model_prefix
+        )
         log.info("%s", found)
     check_eval_size(args, model)
     if args.eval:
         return evaluate_only(args, model, normalize, eval_loader)
 
     dataset = build_dataset(
-        args, train=True, transform=build_finetune_transform(args, train=not args.no_aug), need_labels=True
+        args,
+        train=True,
+        transform=build_finetune_transform(args, train=not args.no_aug),
+        need_labels=True,
     )
     loader = train_loader(args, dataset)
     images = f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, {args.nb_classes} classes"

@@ -1,4 +1,5 @@
-"""k-NN accuracy of a pre-trained ViT's features; `--help` lists the flags, README.md has examples."""
+"""k-NN accuracy of a pre-trained ViT's features; `--help` lists the flags, README.md has
+examples."""
 
 import argparse
 from argparse import Namespace
@@ -10,7 +11,12 @@ from unimim.cli.flags import add_data_flags, add_process_flags, add_recipe_flag
 from unimim.cli.options import parse_flags
 from unimim.data.classes import settle_classes
 from unimim.engine.setup import launch, set_up
-from unimim.evaluation.features import add_backbone_flags, build_backbone, evaluation_images, features_of
+from unimim.evaluation.features import (
+    add_backbone_flags,
+    build_backbone,
+    evaluation_images,
+    features_of,
+)
 from unimim.evaluation.knn import Accuracy, evaluate_knn
 from unimim.files import write_rows
 from unimim.logs import log
@@ -31,25 +37,48 @@ class Result(Accuracy):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add_backbone_flags(parser)
     group = parser.add_argument_group("k-NN")
-    group.add_argument("--knn_k", type=int, nargs="+", default=[10, 20, 100], metavar="K", help="neighbours that vote")
     group.add_argument(
-        "--temperature", type=float, nargs="+", default=[0.07], metavar="T", help="votes are exp(similarity / T)"
+        "--knn_k",
+        type=int,
+        nargs="+",
+        default=[10, 20, 100],
+        metavar="K",
+        help="neighbours that vote",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[0.07],
+        metavar="T",
+        help="votes are exp(similarity / T)",
     )
     group.add_argument("--batch_size", type=int, default=128, help="images per process and step")
     add_data_flags(parser, "knn")
     add_process_flags(parser)
     group = parser.add_argument_group("run")
     add_recipe_flag(group)
-    group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
-    group.add_argument("--output_dir", default="", help="folder of knn.csv; empty: nothing is saved")
+    group.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE.yaml",
+        help="flag values; flags on the command line win",
+    )
+    group.add_argument(
+        "--output_dir", default="", help="folder of knn.csv; empty: nothing is saved"
+    )
     group.add_argument("--seed", type=int, default=0, help="of random weights")
     group.add_argument("--dry_run", action="store_true", help="check the flags and exit")
     # as published: no autocast, and the mean and deviation that the recipes pre-train with
-    parser.set_defaults(precision="fp32", imagenet_default_mean_and_std=True, enable_deepspeed=False)
+    parser.set_defaults(
+        precision="fp32", imagenet_default_mean_and_std=True, enable_deepspeed=False
+    )
     return parser
 
 
@@ -69,17 +98,29 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(args: Namespace) -> list[Result]:
     normalize = set_up(args)
     backbone = build_backbone(args).to(normalize.device)
-    images = {name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")}
+    images = {
+        name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")
+    }
     for dataset in images.values():
         settle_classes(args, dataset)
     if args.dry_run:
         return []
-    bank, queries = (features_of(args, dataset, backbone, normalize, name) for name, dataset in images.items())
+    bank, queries = (
+        features_of(args, dataset, backbone, normalize, name) for name, dataset in images.items()
+    )
     accuracies = evaluate_knn(
-        bank, queries, args.knn_k, args.temperature, args.nb_classes, rank=args.rank, world_size=args.world_size
+        bank,
+        queries,
+        args.knn_k,
+        args.temperature,
+        args.nb_classes,
+        rank=args.rank,
+        world_size=args.world_size,
     )
     sizes = {"train_images": len(bank), "val_images": len(queries)}
-    about = {name: getattr(args, name) for name in ("model", "finetune", "pool", "feature_norm", "seed")}
+    about = {
+        name: getattr(args, name) for name in ("model", "finetune", "pool", "feature_norm", "seed")
+    }
     results = [Result(**vars(accuracy), **about, **sizes) for accuracy in accuracies]
     for r in results:
         log.info("k %d  temperature %g: top-1 %.3f  top-5 %.3f", r.k, r.temperature, r.acc1, r.acc5)

@@ -1,4 +1,5 @@
-"""Linear probing of a frozen network, for one learning rate or several at once; `--help` lists the flags."""
+"""Linear probing of a frozen network, for one learning rate or several at once; `--help` lists the
+flags."""
 
 import argparse
 from argparse import Namespace
@@ -30,7 +31,13 @@ from unimim.evaluation.features import (
     evaluation_images,
     features_of,
 )
-from unimim.evaluation.linear_probe import Probe, evaluate_heads, head_groups, head_names, side_by_side
+from unimim.evaluation.linear_probe import (
+    Probe,
+    evaluate_heads,
+    head_groups,
+    head_names,
+    side_by_side,
+)
 from unimim.files import write_rows
 from unimim.logs import log
 
@@ -58,7 +65,9 @@ class Result:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add_backbone_flags(parser)
     _probe_flags(parser)
@@ -90,7 +99,9 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
         help="area: MAE's, by --crop_scale; short_side: SemAIM's, as large as the picture allows",
     )  # fmt: skip
     group.add_argument(
-        "--no_aug", action="store_true", help="train on features of images as for evaluation, computed once"
+        "--no_aug",
+        action="store_true",
+        help="train on features of images as for evaluation, computed once",
     )
     group.add_argument(
         "--no_batch_norm", dest="batch_norm", action="store_false",
@@ -115,13 +126,21 @@ def validate(args: Namespace) -> None:
         if min(args.lr_sweep) <= 0 or len(set(head_names(args.lr_sweep))) < len(args.lr_sweep):
             raise ValueError(f"--lr_sweep takes different positive rates, not {args.lr_sweep}")
         if args.lr is not None and args.lr != max(args.lr_sweep):
-            raise ValueError(f"--lr_sweep {args.lr_sweep} says every rate: leave --lr {args.lr:g} out")
+            raise ValueError(
+                f"--lr_sweep {args.lr_sweep} says every rate: leave --lr {args.lr:g} out"
+            )
         if args.clip_grad and len(args.lr_sweep) > 1:
-            raise ValueError("--clip_grad would clip the heads of --lr_sweep together: run them one by one")
+            raise ValueError(
+                "--clip_grad would clip the heads of --lr_sweep together: run them one by one"
+            )
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
-        raise ValueError(f"--crop_scale takes MIN <= MAX, both above 0 and at most 1, not {args.crop_scale}")
+        raise ValueError(
+            f"--crop_scale takes MIN <= MAX, both above 0 and at most 1, not {args.crop_scale}"
+        )
     if args.feature_cache and not args.no_aug:
-        raise ValueError("--feature_cache holds features of images without augmentation: give --no_aug too")
+        raise ValueError(
+            "--feature_cache holds features of images without augmentation: give --no_aug too"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,19 +148,37 @@ def validate(args: Namespace) -> None:
 
 
 class Evaluator:
-    """Evaluates all heads, writes linear.csv, and keeps the checkpoint of the best head's best epoch."""
+    """Evaluates all heads, writes linear.csv, and keeps the checkpoint of the best head's best
+    epoch."""
 
-    def __init__(self, args: Namespace, probe: Probe, rates: list[float], loader: DataLoader, normalize: Normalize):
-        self.args, self.probe, self.rates, self.loader, self.normalize = args, probe, rates, loader, normalize
+    def __init__(
+        self,
+        args: Namespace,
+        probe: Probe,
+        rates: list[float],
+        loader: DataLoader,
+        normalize: Normalize,
+    ):
+        self.args, self.probe, self.rates, self.loader, self.normalize = (
+            args,
+            probe,
+            rates,
+            loader,
+            normalize,
+        )
         self.results: list[Result] = []  # the latest
 
     def __call__(self, epoch: int) -> list[Result]:
         args = self.args
-        found = evaluate_heads(self.probe, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision))
+        found = evaluate_heads(
+            self.probe, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision)
+        )
         found = from_first_rank(found)  # the best is to be the same one on all ranks
         names = ("model", "finetune", "pool", "feature_norm", "opt", "seed")
         about = {"epoch": epoch} | {name: getattr(args, name) for name in names}
-        self.results = [Result(lr=rate, **own, **about) for rate, own in zip(self.rates, found, strict=True)]
+        self.results = [
+            Result(lr=rate, **own, **about) for rate, own in zip(self.rates, found, strict=True)
+        ]
         if args.output_dir and args.rank == 0:
             write_rows(Path(args.output_dir) / "linear.csv", self.results)
         for r in self.results:
@@ -156,7 +193,10 @@ class Evaluator:
             session.save_best(position, of_average=False)
         figures = {f"test_{name}": getattr(best, name) for name in ("acc1", "acc5", "loss")}
         if len(results) > 1:
-            figures |= {f"test_acc1_{name}": r.acc1 for name, r in zip(self.probe.heads, results, strict=True)}
+            figures |= {
+                f"test_acc1_{name}": r.acc1
+                for name, r in zip(self.probe.heads, results, strict=True)
+            }
         return figures | {"best_acc1": position.best}
 
 
@@ -175,7 +215,9 @@ def evaluate_only(args: Namespace, heads: nn.ModuleDict, evaluator: Evaluator) -
 
 def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]:
     """{"train", "val"}; with --no_aug both as for evaluation. Settles --nb_classes."""
-    images = {name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")}
+    images = {
+        name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")
+    }
     for dataset in images.values():
         settle_classes(args, dataset)
     if not args.no_aug:
@@ -190,13 +232,16 @@ def in_features(
 ) -> dict[str, FeatureDataset]:
     """--no_aug: what the backbone makes of the images, once for all epochs."""
     return {
-        name: FeatureDataset(features_of(args, dataset, backbone, normalize, name)) for name, dataset in images.items()
+        name: FeatureDataset(features_of(args, dataset, backbone, normalize, name))
+        for name, dataset in images.items()
     }
 
 
 def shared_loader(args: Namespace, dataset: Dataset) -> DataLoader:
     """Every image once, shared among the ranks."""
-    sampler = EvalBatchSampler(len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size)
+    sampler = EvalBatchSampler(
+        len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size
+    )
     return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
 
 
@@ -208,7 +253,9 @@ def main(args: Namespace) -> list[Result]:
     backbone = build_backbone(args).to(normalize.device)
     data = build_images(args, backbone)
     rates = args.lr_sweep or [args.lr]
-    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed, args.batch_norm).to(normalize.device)
+    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed, args.batch_norm).to(
+        normalize.device
+    )
     probe = Probe(heads, backbone)
     groups = head_groups(heads.values(), rates, args.weight_decay)
     if args.no_aug and not args.dry_run:
@@ -219,7 +266,10 @@ def main(args: Namespace) -> list[Result]:
 
     loader = train_loader(args, data["train"])
     sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
-    derived = options.derived(args, loader.steps_per_epoch) | {"images": sizes, "heads": ", ".join(heads)}
+    derived = options.derived(args, loader.steps_per_epoch) | {
+        "images": sizes,
+        "heads": ", ".join(heads),
+    }
     report(args, derived)
     if args.dry_run:
         dry_run(args, groups, loader.steps_per_epoch, normalize.device)

@@ -1,4 +1,5 @@
-"""Learns SemMAE's semantic parts and writes part maps for a data set; `--help` lists the flags, README.md has examples.
+"""Learns SemMAE's semantic parts and writes part maps for a data set; `--help` lists the flags,
+README.md has examples.
 
 One command does one or more of: train (resumed where it stopped; a finished run is not trained again), --extract,
 --evaluate, --visualize.
@@ -45,7 +46,9 @@ WARMUP_SHARE = 0.05  # of the steps, where the flags give no warm-up
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     _teacher_flags(parser)
     _part_flags(parser)
@@ -64,45 +67,84 @@ def _teacher_flags(parser: argparse.ArgumentParser) -> None:
         "--teacher", default="vit_small_patch16_224.dino",
         help="checkpoint file of a ViT (timm's, DINO's, iBOT's or this repository's naming), or timm's name of one",
     )  # fmt: skip
-    group.add_argument("--teacher_checkpoint", default="", help="weights for a timm name; empty: timm's hub")
-    group.add_argument("--teacher_kwargs", nargs="*", default=[], metavar="K=V", help="constructor options of it")
-    group.add_argument("--allow_random_teacher", action="store_true", help="a timm name without its weights, for tests")
-    group.add_argument("--input_size", type=int, default=224, help="image side in pixels, for teacher and learner")
+    group.add_argument(
+        "--teacher_checkpoint", default="", help="weights for a timm name; empty: timm's hub"
+    )
+    group.add_argument(
+        "--teacher_kwargs", nargs="*", default=[], metavar="K=V", help="constructor options of it"
+    )
+    group.add_argument(
+        "--allow_random_teacher",
+        action="store_true",
+        help="a timm name without its weights, for tests",
+    )
+    group.add_argument(
+        "--input_size", type=int, default=224, help="image side in pixels, for teacher and learner"
+    )
 
 
 def _part_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("parts")
-    group.add_argument("--num_parts", type=int, default=6, help="foreground parts; the background comes on top")
-    group.add_argument("--background", choices=BACKGROUNDS, default="token", help="what makes part 0")
     group.add_argument(
-        "--decoder_widths", type=int, nargs="+", default=[256, 128, 64, 32], metavar="W", help="each next one doubles"
+        "--num_parts", type=int, default=6, help="foreground parts; the background comes on top"
+    )
+    group.add_argument(
+        "--background", choices=BACKGROUNDS, default="token", help="what makes part 0"
+    )
+    group.add_argument(
+        "--decoder_widths",
+        type=int,
+        nargs="+",
+        default=[256, 128, 64, 32],
+        metavar="W",
+        help="each next one doubles",
     )
     group.add_argument("--reconstruction", choices=tuple(RECONSTRUCTIONS), default="mse")
     group.add_argument(
         "--loss_weights", type=float, nargs=3, default=(10.0, 0.1, 0.1), metavar=("R", "D", "B"),
         help="of reconstruction, diversity and balance; B = 0 is the paper's two-term form",
     )  # fmt: skip
-    group.add_argument("--tau_start", type=float, default=0.2, help="temperature of the part softmax at first")
+    group.add_argument(
+        "--tau_start", type=float, default=0.2, help="temperature of the part softmax at first"
+    )
     group.add_argument("--tau_end", type=float, default=0.07, help="and from 70 %% of the steps on")
 
 
 def _map_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("part maps")
     group.add_argument(
-        "--part_source", choices=PART_SOURCES, default="learned", help="all but learned are baselines without training"
+        "--part_source",
+        choices=PART_SOURCES,
+        default="learned",
+        help="all but learned are baselines without training",
     )
-    group.add_argument("--extract", default="", metavar="FOLDER", help="write part maps of the data set; resumable")
+    group.add_argument(
+        "--extract", default="", metavar="FOLDER", help="write part maps of the data set; resumable"
+    )
     group.add_argument("--split", choices=("train", "val"), default="train", help="of --extract")
-    group.add_argument("--part_grid", type=int, default=None, help="side of the maps in cells; None: the teacher's")
-    group.add_argument("--save_scores", action="store_true", help="of --extract: class attention beside the maps")
-    group.add_argument("--no_clean", dest="clean", action="store_false", help="keep single cells of another part")
     group.add_argument(
-        "--evaluate", default="", metavar="FILE.csv", help="agreement of all part sources with the val split's masks"
+        "--part_grid", type=int, default=None, help="side of the maps in cells; None: the teacher's"
     )
     group.add_argument(
-        "--mask_path", default=None, help="of --evaluate: folder of masks, named as images; None: those of shapes"
+        "--save_scores", action="store_true", help="of --extract: class attention beside the maps"
     )
-    group.add_argument("--visualize", default="", metavar="FILE.png", help="contact sheet of the val split")
+    group.add_argument(
+        "--no_clean", dest="clean", action="store_false", help="keep single cells of another part"
+    )
+    group.add_argument(
+        "--evaluate",
+        default="",
+        metavar="FILE.csv",
+        help="agreement of all part sources with the val split's masks",
+    )
+    group.add_argument(
+        "--mask_path",
+        default=None,
+        help="of --evaluate: folder of masks, named as images; None: those of shapes",
+    )
+    group.add_argument(
+        "--visualize", default="", metavar="FILE.png", help="contact sheet of the val split"
+    )
     group.add_argument("--visualize_images", type=int, default=8, help="rows of the contact sheet")
 
 
@@ -113,7 +155,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def teacher_kwargs(args: Namespace) -> dict[str, Any]:
     """Constructor options from --teacher_kwargs (YAML values)."""
-    return model_kwargs(Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None))
+    return model_kwargs(
+        Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None)
+    )
 
 
 def validate(args: Namespace) -> None:
@@ -121,11 +165,17 @@ def validate(args: Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.num_parts > 250:
-        raise ValueError(f"--num_parts {args.num_parts} is more than the 250 that a part map can hold")
+        raise ValueError(
+            f"--num_parts {args.num_parts} is more than the 250 that a part map can hold"
+        )
     if not 0 < args.tau_end <= args.tau_start:
-        raise ValueError(f"--tau_end {args.tau_end} must be positive and at most --tau_start {args.tau_start}")
+        raise ValueError(
+            f"--tau_end {args.tau_end} must be positive and at most --tau_start {args.tau_start}"
+        )
     if args.evaluate and args.mask_path is None and args.data_set != "shapes":
-        raise ValueError("--evaluate compares with masks: give --mask_path, or --data_set shapes, which has some")
+        raise ValueError(
+            "--evaluate compares with masks: give --mask_path, or --data_set shapes, which has some"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +204,9 @@ def train_learner(args: Namespace, task: PartLearning, normalize: Normalize) -> 
         pipeline=args.data_pipeline,
         crop_scale=tuple(args.crop_scale),
     )
-    loader = train_loader(args, build_dataset(args, train=True, transform=transform, need_labels=False))
+    loader = train_loader(
+        args, build_dataset(args, train=True, transform=transform, need_labels=False)
+    )
     steps = args.epochs * loader.steps_per_epoch
     if args.warmup_steps < 0 and not args.warmup_epochs:
         args.warmup_steps = max(1, round(WARMUP_SHARE * steps))
@@ -187,7 +239,9 @@ def main(args: Namespace) -> None:
         model_kwargs=teacher_kwargs(args),
     )
     mean_std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
-    task = PartLearning(build_learner(args, teacher), teacher, mean_std, (args.tau_start, args.tau_end))
+    task = PartLearning(
+        build_learner(args, teacher), teacher, mean_std, (args.tau_start, args.tau_end)
+    )
     teacher.to(normalize.device)
     task.to(normalize.device)
     if args.part_source == "learned" or args.evaluate:

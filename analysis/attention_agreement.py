@@ -1,9 +1,11 @@
-"""How well attention finds the objects of `shapes`, whose masks are known: one CSV row for a layer of a checkpoint.
+"""How well attention finds the objects of `shapes`, whose masks are known: one CSV row for a layer
+of a checkpoint.
 
     python analysis/attention_agreement.py --checkpoint out/semanticmim/checkpoint-29.pth [--layer -1] [--csv FILE]
 
-Further flags describe the model of a file that has none of its own (`encoder-*.safetensors`) and win over those of
-the others. Values are means over the validation images, or as many as --images says; every map is the mean over heads.
+Further flags describe the model of a file that has none of its own (`encoder-*.safetensors`) and
+win over those of the others. Values are means over the validation images, or as many as --images
+says; every map is the mean over heads.
 
 cls_*       what the class tokens see, on average, against all objects together
 one_cls_*   each class token by itself, against all objects together: mean over class tokens
@@ -35,7 +37,14 @@ from analysis.visualize import load_model, normalization
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.data.shapes import VAL_IMAGES, make_scene
 from unimim.engine.state import Normalize
-from unimim.evaluation.attention import best_iou, class_maps, patch_maps, patch_shares, pixel_auc, pointing
+from unimim.evaluation.attention import (
+    best_iou,
+    class_maps,
+    patch_maps,
+    patch_shares,
+    pixel_auc,
+    pointing,
+)
 from unimim.files import write_text
 
 Pair = tuple[int, int]
@@ -44,15 +53,19 @@ SEED = 0  # of the random maps
 
 
 def scene_at(index: int, size: Pair) -> tuple[Tensor, Tensor]:
-    """A validation scene at `size` (height, width), uint8 [3, H, W], and the object of each pixel, uint8 [H, W]."""
+    """A validation scene at `size` (height, width), uint8 [3, H, W], and the object of each pixel,
+    uint8 [H, W]."""
     scene = make_scene("val", index)
     image = Image.fromarray(scene.image).resize(size[::-1], Image.Resampling.BICUBIC)
     objects = Image.fromarray(scene.instances).resize(size[::-1], Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(objects))
 
 
-def figures(attention: Tensor, objects: Tensor, num_cls: int, grid: Pair) -> Iterator[tuple[str, float]]:
-    """All values of one image, from attention [h, T, T] and the objects' numbers [H, W]; 0 is the background."""
+def figures(
+    attention: Tensor, objects: Tensor, num_cls: int, grid: Pair
+) -> Iterator[tuple[str, float]]:
+    """All values of one image, from attention [h, T, T] and the objects' numbers [H, W]; 0 is the
+    background."""
     shares = patch_shares(objects > 0, grid)
     maps = class_maps(attention, num_cls, grid).flatten(1)  # [n, N]
     for name, measure in MEASURES.items():
@@ -65,25 +78,34 @@ def figures(attention: Tensor, objects: Tensor, num_cls: int, grid: Pair) -> Ite
             yield f"patch_{name}", float(measure(seen, wanted))
 
 
-def patch_queries(attention: Tensor, objects: Tensor, num_cls: int, grid: Pair) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each patch of which an object has more than half: what it sees of the other patches, and that object."""
+def patch_queries(
+    attention: Tensor, objects: Tensor, num_cls: int, grid: Pair
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each patch of which an object has more than half: what it sees of the other patches, and
+    that object."""
     for number in objects[objects > 0].unique().tolist():
         shares = patch_shares(objects == number, grid)
         for cell in (shares > 0.5).nonzero().flatten().tolist():
             others = torch.arange(len(shares)) != cell
             if shares[others].any():
-                yield patch_maps(attention, num_cls, grid, [cell])[0].flatten()[others], shares[others]
+                yield (
+                    patch_maps(attention, num_cls, grid, [cell])[0].flatten()[others],
+                    shares[others],
+                )
 
 
 @torch.no_grad()
 def measure(model: nn.Module, normalize: Normalize, layer: int, images: int) -> dict[str, float]:
-    """Means over the first `images` validation scenes; those of patches are taken image by image first."""
+    """Means over the first `images` validation scenes; those of patches are taken image by image
+    first."""
     num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
     draws, found = torch.Generator().manual_seed(SEED), defaultdict(list)
     model.eval()
     for index in range(images):
         image, objects = scene_at(index, model.patch_embed.img_size)
-        attention = model.attention_maps(normalize({"image": image[None]})["image"], layer)[0].float()
+        attention = model.attention_maps(normalize({"image": image[None]})["image"], layer)[
+            0
+        ].float()
         random = torch.rand(attention.shape, generator=draws)
         for prefix, values in (("", attention), ("random_", random)):
             own = defaultdict(list)
@@ -96,13 +118,23 @@ def measure(model: nn.Module, normalize: Normalize, layer: int, images: int) -> 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, help="any checkpoint of a ViT")
-    parser.add_argument("--model_key", default=PUBLISHED_KEYS, help="'model' for the student instead")
-    parser.add_argument("--layer", type=int, nargs="+", default=[-1], help="blocks, counted from 0 or from the end")
-    parser.add_argument("--images", type=int, default=VAL_IMAGES, help="number of validation images")
-    parser.add_argument("--csv", type=Path, default=None, metavar="FILE", help="the rows go there too")
+    parser.add_argument(
+        "--model_key", default=PUBLISHED_KEYS, help="'model' for the student instead"
+    )
+    parser.add_argument(
+        "--layer", type=int, nargs="+", default=[-1], help="blocks, counted from 0 or from the end"
+    )
+    parser.add_argument(
+        "--images", type=int, default=VAL_IMAGES, help="number of validation images"
+    )
+    parser.add_argument(
+        "--csv", type=Path, default=None, metavar="FILE", help="the rows go there too"
+    )
     own, flags = parser.parse_known_args(argv)
     if not 1 <= own.images <= VAL_IMAGES:
         parser.error(f"--images {own.images} must lie between 1 and {VAL_IMAGES}")
@@ -112,9 +144,16 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 def rows_of(own: Namespace, flags: list[str]) -> list[dict[str, object]]:
     """A row for each layer."""
     model, args = load_model(own.checkpoint, own.model_key, flags)
-    about = {"checkpoint": own.checkpoint, "model": args.model, "class_tokens": model.num_prefix_tokens}
+    about = {
+        "checkpoint": own.checkpoint,
+        "model": args.model,
+        "class_tokens": model.num_prefix_tokens,
+    }
     normalize = normalization(args)
-    return [about | {"layer": layer} | measure(model, normalize, layer, own.images) for layer in own.layer]
+    return [
+        about | {"layer": layer} | measure(model, normalize, layer, own.images)
+        for layer in own.layer
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

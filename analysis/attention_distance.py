@@ -2,9 +2,10 @@
 
     python analysis/attention_distance.py --checkpoint a/checkpoint-99.pth b/encoder-99.safetensors --data_path DATA
 
-The distance in pixels between a patch and those it attends to, weighted by the attention and averaged over patches and
-images (Dosovitskiy et al., 2010.11929). Tokens that are no patches are left out and the others' shares rescaled; Swin
-looks no further than its windows. Writes attention_distance.csv, a row for each head, and attention_distance.png.
+The distance in pixels between a patch and those it attends to, weighted by the attention and
+averaged over patches and images (Dosovitskiy et al., 2010.11929). Tokens that are no patches are
+left out and the others' shares rescaled; Swin looks no further than its windows. Writes
+attention_distance.csv, a row for each head, and attention_distance.png.
 """
 
 import sys
@@ -28,7 +29,8 @@ from unimim.errors import refused
 
 @dataclass(frozen=True)
 class Distance:
-    """One row of attention_distance.csv, in pixels. relative: over the distance of uniform attention there."""
+    """One row of attention_distance.csv, in pixels. relative: over the distance of uniform
+    attention there."""
 
     label: str
     layer: str
@@ -44,13 +46,17 @@ class Distance:
 
 def patch_distances(grid: tuple[int, int], stride: tuple[float, float]) -> Tensor:
     """Between the centres of patches of a grid that are `stride` pixels apart: float64 [N, N]."""
-    axes = [torch.arange(count, dtype=torch.float64) * pixels for count, pixels in zip(grid, stride, strict=True)]
+    axes = [
+        torch.arange(count, dtype=torch.float64) * pixels
+        for count, pixels in zip(grid, stride, strict=True)
+    ]
     centres = torch.cartesian_prod(*axes).view(-1, 2)
     return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
-    """Mean distance [B, h] that is looked, from attention [B, h, T, T] whose last N tokens are those of [N, N]."""
+    """Mean distance [B, h] that is looked, from attention [B, h, T, T] whose last N tokens are
+    those of [N, N]."""
     patches = len(distances)
     among = attention[..., -patches:, -patches:].double()
     shares = among / among.sum(-1, keepdim=True).clamp(min=torch.finfo(among.dtype).tiny)
@@ -83,15 +89,21 @@ def attentions_of(network: nn.Module) -> list[Attending]:
         stride = tuple(pixels / places for pixels, places in zip(size, whole, strict=True))
         found.append(Attending(name, module.attn, grid, stride))
     if not found:
-        raise ValueError(f"{type(network).__name__} has no attention that is known here: leave it out")
+        raise ValueError(
+            f"{type(network).__name__} has no attention that is known here: leave it out"
+        )
     return found
 
 
 @torch.no_grad()
 def look(
-    network: nn.Module, images: Tensor, attentions: Sequence[Attending], see: Callable[[Attending, Tensor], None]
+    network: nn.Module,
+    images: Tensor,
+    attentions: Sequence[Attending],
+    see: Callable[[Attending, Tensor], None],
 ) -> None:
-    """Calls see(attending, its probabilities [B, h, T, T]) for each that images [B, 3, H, W] go through."""
+    """Calls see(attending, its probabilities [B, h, T, T]) for each that images [B, 3, H, W] go
+    through."""
     handles = []
     for attending in attentions:
         module, watch = attending.module, partial(see, attending)
@@ -100,7 +112,11 @@ def look(
             handles.append(module.register_forward_pre_hook(hook))
         else:  # timm's, which drops out of them where they are computed at all
             module.fused_attn = False
-            handles.append(module.attn_drop.register_forward_pre_hook(lambda _, inputs, watch=watch: watch(inputs[0])))
+            handles.append(
+                module.attn_drop.register_forward_pre_hook(
+                    lambda _, inputs, watch=watch: watch(inputs[0])
+                )
+            )
     try:
         network.forward_features(images)
     finally:
@@ -114,12 +130,18 @@ def _own_probabilities(see: Callable[[Tensor], None], module: Attention, inputs:
     see(module.probabilities(q, k, module.position_bias(bias)))
 
 
-def distances_of(args: Namespace, network: common.Network, device: torch.device) -> list[tuple[Attending, Tensor]]:
-    """Every attention in the order of the forward pass, with its heads' mean distances [h] over all images."""
+def distances_of(
+    args: Namespace, network: common.Network, device: torch.device
+) -> list[tuple[Attending, Tensor]]:
+    """Every attention in the order of the forward pass, with its heads' mean distances [h] over all
+    images."""
     features = network.features.to(device)
     with refused(network.label):
         attentions = attentions_of(features)
-    between = {attending: patch_distances(attending.grid, attending.stride).to(device) for attending in attentions}
+    between = {
+        attending: patch_distances(attending.grid, attending.stride).to(device)
+        for attending in attentions
+    }
     sums: dict[Attending, Tensor] = {}
     count = 0
 
@@ -139,7 +161,9 @@ def tabulate(label: str, found: Sequence[tuple[Attending, Tensor]]) -> list[Dist
     for depth, (attending, heads) in zip(common.depths(len(found)), found, strict=True):
         uniform = float(patch_distances(attending.grid, attending.stride).mean())
         rows += [
-            Distance(label, attending.name, depth, head, distance, distance / uniform if uniform else 0.0)
+            Distance(
+                label, attending.name, depth, head, distance, distance / uniform if uniform else 0.0
+            )
             for head, distance in enumerate(heads.tolist())
         ]
     return rows
@@ -150,13 +174,20 @@ def tabulate(label: str, found: Sequence[tuple[Attending, Tensor]]) -> list[Dist
 
 
 def draw(rows: Sequence[Distance]) -> Figure:
-    """Heads as points, their means as lines; beside it the same over what uniform attention would give."""
+    """Heads as points, their means as lines; beside it the same over what uniform attention would
+    give."""
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for own, style in common.by_network(rows):
         depths = list(dict.fromkeys(row.depth for row in own))
         for axis, value in ((left, "distance"), (right, "relative")):
-            axis.scatter([r.depth for r in own], [getattr(r, value) for r in own], s=8, alpha=0.5, color=style["color"])
+            axis.scatter(
+                [r.depth for r in own],
+                [getattr(r, value) for r in own],
+                s=8,
+                alpha=0.5,
+                color=style["color"],
+            )
             means = [mean(getattr(r, value) for r in own if r.depth == depth) for depth in depths]
             axis.plot(depths, means, **style)
     left.set(xlabel="depth", ylabel="mean attention distance (pixels)", ylim=(0, None))
@@ -170,7 +201,9 @@ def draw(rows: Sequence[Distance]) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    return common.parse(common.build_parser(__doc__.splitlines()[0], "attention_distance", images=256), argv)
+    return common.parse(
+        common.build_parser(__doc__.splitlines()[0], "attention_distance", images=256), argv
+    )
 
 
 def main(args: Namespace) -> list[Distance]:

@@ -2,10 +2,11 @@
 
     python analysis/cka.py --checkpoint a/checkpoint-99.pth b/checkpoint-99.pth --data_path DATA --images 1024
 
-Linear centred kernel alignment (Kornblith et al., 1905.00414) of every pair of layers, each image's whole map being one
-vector (--features map) or its mean over places (mean). The three HSIC terms are unbiased and averaged over minibatches
-before the division (Nguyen et al., 2010.15327), so that --batch_size hardly matters; with few images a value may lie
-slightly outside [0, 1]. Writes cka.csv, a row for each pair of layers, and cka.png.
+Linear centred kernel alignment (Kornblith et al., 1905.00414) of every pair of layers, each image's
+whole map being one vector (--features map) or its mean over places (mean). The three HSIC terms are
+unbiased and averaged over minibatches before the division (Nguyen et al., 2010.15327), so that
+--batch_size hardly matters; with few images a value may lie slightly outside [0, 1]. Writes
+cka.csv, a row for each pair of layers, and cka.png.
 """
 
 import sys
@@ -49,9 +50,11 @@ def gram(features: Tensor) -> Tensor:
 
 
 def unbiased_hsic(grams: Tensor) -> Tensor:
-    """The unbiased HSIC of every pair of L Gram matrices [L, n, n] of the same n >= 4 images: [L, L].
+    """The unbiased HSIC of every pair of L Gram matrices [L, n, n] of the same n >= 4 images: [L,
+    L].
 
-    With zeros on the diagonals: (tr(KL) + sum(K) sum(L) / ((n - 1)(n - 2)) - 2 sum(KL) / (n - 2)) / (n (n - 3)).
+    With zeros on the diagonals: (tr(KL) + sum(K) sum(L) / ((n - 1)(n - 2)) - 2 sum(KL) / (n - 2)) /
+    (n (n - 3)).
     """
     n = grams.shape[-1]
     assert n >= LEAST_BATCH, "no unbiased HSIC of so few images"
@@ -60,7 +63,9 @@ def unbiased_hsic(grams: Tensor) -> Tensor:
     totals = rows.sum(1)
     traces = flat @ flat.T
     products = rows @ rows.T  # sum(KL), the matrices being symmetric
-    return (traces + torch.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 * products / (n - 2)) / (n * (n - 3))
+    return (traces + torch.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 * products / (n - 2)) / (
+        n * (n - 3)
+    )
 
 
 def cka(hsic: Tensor) -> Tensor:
@@ -82,7 +87,8 @@ def grams_of(args: Namespace, network: common.Network, images: Tensor) -> dict[s
 def compare(
     args: Namespace, networks: Sequence[common.Network], device: torch.device
 ) -> tuple[list[tuple[str, str]], Tensor]:
-    """(label, layer) of all L layers of all networks, and their CKA [L, L]. All networks see the same images."""
+    """(label, layer) of all L layers of all networks, and their CKA [L, L]. All networks see the
+    same images."""
     for network in networks:
         network.features.to(device)
     total, count = torch.zeros(()), 0
@@ -90,9 +96,17 @@ def compare(
     for views in zip(*(common.batches(args, network, device) for network in networks), strict=True):
         if len(views[0]) < args.batch_size and count:  # another size would have to weigh less
             break
-        found = [grams_of(args, network, images) for network, images in zip(networks, views, strict=True)]
-        names = [(network.label, name) for network, grams in zip(networks, found, strict=True) for name in grams]
-        total = total + unbiased_hsic(torch.stack([g for grams in found for g in grams.values()])).cpu()
+        found = [
+            grams_of(args, network, images) for network, images in zip(networks, views, strict=True)
+        ]
+        names = [
+            (network.label, name)
+            for network, grams in zip(networks, found, strict=True)
+            for name in grams
+        ]
+        total = (
+            total + unbiased_hsic(torch.stack([g for grams in found for g in grams.values()])).cpu()
+        )
         count += 1
     return names, cka(total / count)
 
@@ -112,9 +126,12 @@ def tabulate(names: list[tuple[str, str]], values: Tensor) -> list[Similarity]:
 
 
 def draw(names: list[tuple[str, str]], values: Tensor) -> Figure:
-    """A panel for each network with itself and with each other one; layers run to the right and up."""
+    """A panel for each network with itself and with each other one; layers run to the right and
+    up."""
     networks = list(dict.fromkeys(label for label, _ in names))
-    places = {label: [k for k, (other, _) in enumerate(names) if other == label] for label in networks}
+    places = {
+        label: [k for k, (other, _) in enumerate(names) if other == label] for label in networks
+    }
     side = len(networks)
     figure = Figure(figsize=(2.8 * side + 0.9, 2.8 * side), layout="constrained")
     axes = figure.subplots(side, side, squeeze=False)
@@ -139,13 +156,20 @@ def draw(names: list[tuple[str, str]], values: Tensor) -> Figure:
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = common.build_parser(__doc__.splitlines()[0], "cka", images=512, batch_size=64)
     group = parser.add_argument_group("CKA")
-    group.add_argument("--features", choices=FEATURES, default="map", help="an image's vector: the map, or its mean")
+    group.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="map",
+        help="an image's vector: the map, or its mean",
+    )
     return common.parse(parser, argv, check_flags)
 
 
 def check_flags(args: Namespace) -> None:
     if min(args.batch_size, args.images) < LEAST_BATCH:
-        raise ValueError(f"--batch_size and --images must be at least {LEAST_BATCH} for an unbiased HSIC")
+        raise ValueError(
+            f"--batch_size and --images must be at least {LEAST_BATCH} for an unbiased HSIC"
+        )
 
 
 def main(args: Namespace) -> list[Similarity]:

@@ -1,4 +1,5 @@
-"""What the analyses share: their flags, networks of any checkpoint, images, features of every layer, tables, figures.
+"""What the analyses share: their flags, networks of any checkpoint, images, features of every
+layer, tables, figures.
 
 Shapes in comments: B images, C channels of a map of h x w places.
 """
@@ -52,10 +53,14 @@ _HEADS = ("head.", "fc.")
 # Flags
 
 
-def build_parser(description: str, name: str, *, images: int, batch_size: int = 32) -> argparse.ArgumentParser:
+def build_parser(
+    description: str, name: str, *, images: int, batch_size: int = 32
+) -> argparse.ArgumentParser:
     """The flags of every analysis; `name` is that of the files it writes."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     group = parser.add_argument_group("networks")
     group.add_argument(
@@ -67,26 +72,58 @@ def build_parser(description: str, name: str, *, images: int, batch_size: int = 
         help="a model of this repository or of timm, for all checkpoints or one for each; not needed, or '', for a "
         "checkpoint that carries the flags of its run",
     )  # fmt: skip
-    group.add_argument("--labels", nargs="+", default=[], help="what the checkpoints are called in tables and figures")
-    group.add_argument("--model_key", default=PUBLISHED_KEYS, help="where the weights are in the files")
-    group.add_argument("--model_prefix", default="", help="prefix of the weights' names in the files")
-    group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
-    group.add_argument("--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own")
     group.add_argument(
-        "--model_kwargs", nargs="*", default=[], metavar="K=V", help="any constructor options of --model"
+        "--labels",
+        nargs="+",
+        default=[],
+        help="what the checkpoints are called in tables and figures",
+    )
+    group.add_argument(
+        "--model_key", default=PUBLISHED_KEYS, help="where the weights are in the files"
+    )
+    group.add_argument(
+        "--model_prefix", default="", help="prefix of the weights' names in the files"
+    )
+    group.add_argument(
+        "--input_size", type=int, default=None, help="image side in pixels; None is the model's own"
+    )
+    group.add_argument(
+        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
+    )
+    group.add_argument(
+        "--model_kwargs",
+        nargs="*",
+        default=[],
+        metavar="K=V",
+        help="any constructor options of --model",
     )
     add_data_flags(parser, "analysis")
     group = parser.add_argument_group("images")
-    group.add_argument("--images", type=int, default=images, help="how many of the validation images")
-    group.add_argument("--batch_size", type=int, default=batch_size, help="images in a forward pass")
-    group.add_argument("--crop_pct", type=float, default=None, help="of the images; None: 0.875, 1 from 384 px")
+    group.add_argument(
+        "--images", type=int, default=images, help="how many of the validation images"
+    )
+    group.add_argument(
+        "--batch_size", type=int, default=batch_size, help="images in a forward pass"
+    )
+    group.add_argument(
+        "--crop_pct", type=float, default=None, help="of the images; None: 0.875, 1 from 384 px"
+    )
     add_process_flags(parser)
     group = parser.add_argument_group("run")
-    group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
-    group.add_argument("--output_dir", default="output/analysis", help=f"folder of {name}.csv and {name}.png")
+    group.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE.yaml",
+        help="flag values; flags on the command line win",
+    )
+    group.add_argument(
+        "--output_dir", default="output/analysis", help=f"folder of {name}.csv and {name}.png"
+    )
     group.add_argument("--seed", type=int, default=0, help="of random weights and draws")
     # None: as in the checkpoint's run, or ImageNet's
-    parser.set_defaults(precision="fp32", imagenet_default_mean_and_std=None, enable_deepspeed=False)
+    parser.set_defaults(
+        precision="fp32", imagenet_default_mean_and_std=None, enable_deepspeed=False
+    )
     return parser
 
 
@@ -102,11 +139,18 @@ def check_flags(args: Namespace) -> None:
         check_positive(args, name)
     count = len(args.checkpoint)
     if len(args.model) not in (0, 1, count):
-        raise ValueError(f"--model takes one name or one for each of the {count} checkpoints, not {len(args.model)}")
-    if any(path == RANDOM and not name for path, name in zip(args.checkpoint, models(args), strict=True)):
+        raise ValueError(
+            f"--model takes one name or one for each of the {count} checkpoints, not {len(args.model)}"
+        )
+    if any(
+        path == RANDOM and not name
+        for path, name in zip(args.checkpoint, models(args), strict=True)
+    ):
         raise ValueError("random weights need --model; or give --checkpoint")
     if args.labels and len(args.labels) != count:
-        raise ValueError(f"--labels must be one for each of the {count} checkpoints, not {len(args.labels)}")
+        raise ValueError(
+            f"--labels must be one for each of the {count} checkpoints, not {len(args.labels)}"
+        )
     if len(set(labels(args))) != count:
         raise ValueError(f"--labels must differ: {', '.join(labels(args))}")
 
@@ -122,7 +166,9 @@ def labels(args: Namespace) -> list[str]:
         return args.labels
     for parts in range(2, 9):
         found = [
-            f"{model} ({RANDOM})" if path == RANDOM else "/".join(Path(path).with_suffix("").parts[-parts:])
+            f"{model} ({RANDOM})"
+            if path == RANDOM
+            else "/".join(Path(path).with_suffix("").parts[-parts:])
             for path, model in zip(args.checkpoint, models(args), strict=True)
         ]
         if len(set(found)) == len(found):
@@ -132,7 +178,11 @@ def labels(args: Namespace) -> list[str]:
 
 def models(args: Namespace) -> list[str]:
     """A name for each checkpoint; empty: that which its file carries."""
-    return args.model if len(args.model) == len(args.checkpoint) else (args.model or [""]) * len(args.checkpoint)
+    return (
+        args.model
+        if len(args.model) == len(args.checkpoint)
+        else (args.model or [""]) * len(args.checkpoint)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,9 +191,11 @@ def models(args: Namespace) -> list[str]:
 
 @dataclass
 class Network:
-    """A frozen network in eval mode. `features.forward_features` takes images; `model` gives logits if it `classifies`.
+    """A frozen network in eval mode. `features.forward_features` takes images; `model` gives logits
+    if it `classifies`.
 
-    size: (height, width) of its images. mean_std: the key in `MEAN_STD` of what they are normalised by.
+    size: (height, width) of its images. mean_std: the key in `MEAN_STD` of what they are normalised
+    by.
     """
 
     label: str
@@ -184,17 +236,29 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     is_method, missing = isinstance(model, PretrainMethod), []
     if path != RANDOM:
         whole = 0.9 if is_method else 1.0  # a teacher may have fewer parts than the method
-        found = load_pretrained(model, path, model_key=args.model_key, prefix=args.model_prefix, min_matched=whole)
+        found = load_pretrained(
+            model, path, model_key=args.model_key, prefix=args.model_prefix, min_matched=whole
+        )
         log.info("%s", found)
         missing = found.missing
-    classifies = not is_method and bool(num_classes or run) and not any(key.startswith(_HEADS) for key in missing)
+    classifies = (
+        not is_method
+        and bool(num_classes or run)
+        and not any(key.startswith(_HEADS) for key in missing)
+    )
     network = Network(label, model, image_size(model, args, run), mean_std(args, run), classifies)
-    log.info("%s: images of %d x %d, normalised by the values of %s", label, *network.size, network.mean_std)
+    log.info(
+        "%s: images of %d x %d, normalised by the values of %s",
+        label,
+        *network.size,
+        network.mean_std,
+    )
     return network
 
 
 def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module:
-    """A model of this repository, or else of timm. ValueError: neither has it, or not with these options."""
+    """A model of this repository, or else of timm. ValueError: neither has it, or not with these
+    options."""
     builder = builder_of(name)
     if builder is None:
         raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
@@ -208,7 +272,9 @@ def model_of_run(run: dict[str, Any], args: Namespace) -> nn.Module:
     stage = "pretrain" if "mask_type" in run else "finetune"
     of_run = flags.build_parser(stage).parse_args([])
     vars(of_run).update(run)
-    vars(of_run).update({name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name)})
+    vars(of_run).update(
+        {name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name)}
+    )
     of_run.model_kwargs = [*of_run.model_kwargs, *args.model_kwargs]
     build = build_method if stage == "pretrain" else build_classifier
     return build(of_run)
@@ -234,7 +300,8 @@ def mean_std(args: Namespace, run: dict[str, Any]) -> str:
 
 
 def set_up(args: Namespace) -> torch.device:
-    """Starts the log and settles device and precision; analyses that do not share their work are of one process."""
+    """Starts the log and settles device and precision; analyses that do not share their work are of
+    one process."""
     device = setup.set_up(args).device
     if args.world_size > 1:
         raise ValueError("this analysis runs in one process")
@@ -248,9 +315,15 @@ def image_set(args: Namespace, network: Network, *, need_labels: bool = False) -
 
 
 def batches(args: Namespace, network: Network, device: torch.device) -> Iterator[Tensor]:
-    """Normalised images [B, 3, H, W] from all over the data set: they may be in the order of their classes."""
+    """Normalised images [B, 3, H, W] from all over the data set: they may be in the order of their
+    classes."""
     dataset = image_set(args, network)
-    chosen = np.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).round().astype(int).tolist()
+    chosen = (
+        np.linspace(0, len(dataset) - 1, min(args.images, len(dataset)))
+        .round()
+        .astype(int)
+        .tolist()
+    )
     keys = [
         [(0, index) for index in chosen[first : first + args.batch_size]]
         for first in range(0, len(chosen), args.batch_size)
@@ -272,7 +345,8 @@ def autocast(args: Namespace, device: torch.device):
 class Layer(NamedTuple):
     """A place whose features are looked at: what goes into or comes out of the module of that name.
 
-    axis: of the channels of a map; -1 means [B, h, w, C]. grid: of the patches where the features are tokens [B, T, C].
+    axis: of the channels of a map; -1 means [B, h, w, C]. grid: of the patches where the features
+    are tokens [B, T, C].
     """
 
     name: str
@@ -294,7 +368,8 @@ _CONVOLUTION_BLOCKS = (BasicBlock, Bottleneck, ConvNeXtBlock)
 
 
 def layers_of(network: nn.Module) -> list[Layer]:
-    """The embedding or stem, then every block; a transformer's after its attention and after its MLP (a2mim.md 7.2).
+    """The embedding or stem, then every block; a transformer's after its attention and after its
+    MLP (a2mim.md 7.2).
 
     Of an unknown network what timm lists as its features. ValueError: nothing is listed either.
     """
@@ -304,19 +379,25 @@ def layers_of(network: nn.Module) -> list[Layer]:
             grid = getattr(module, "input_resolution", None) or network.patch_embed.grid_size
             # the second norm sees the sum after the attention, layer scale included
             layers += [Layer(name, name, True, -1, grid)] * (not layers)
-            layers += [Layer(f"{name}.attn", f"{name}.norm2", True, -1, grid), Layer(name, name, False, -1, grid)]
+            layers += [
+                Layer(f"{name}.attn", f"{name}.norm2", True, -1, grid),
+                Layer(name, name, False, -1, grid),
+            ]
         elif isinstance(module, _CONVOLUTION_BLOCKS):
             layers += [Layer(name, name, True)] * (not layers) + [Layer(name, name, False)]
     if layers:
         return [layers[0]._replace(name="embedding"), *layers[1:]]
     if not getattr(network, "feature_info", None):
-        raise ValueError(f"--model: {type(network).__name__} has no blocks or features that are known here")
+        raise ValueError(
+            f"--model: {type(network).__name__} has no blocks or features that are known here"
+        )
     return [Layer(place.module, place.module, place.before) for place in feature_places(network)]
 
 
 @contextmanager
 def hooked(hooks: Sequence[tuple[nn.Module, bool, Callable[[Tensor], None]]]) -> Iterator[None]:
-    """Each (module, before, see): `see` is called with what goes into the module, or what comes out of it."""
+    """Each (module, before, see): `see` is called with what goes into the module, or what comes out
+    of it."""
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, see=see: see(inputs[0]))
         if before
@@ -334,13 +415,19 @@ def hooked(hooks: Sequence[tuple[nn.Module, bool, Callable[[Tensor], None]]]) ->
 def look(
     network: nn.Module, images: Tensor, layers: Sequence[Layer], reduce: Callable[[Tensor], Any]
 ) -> dict[str, Any]:
-    """`reduce` of the map [B, C, h, w] of every layer that images [B, 3, H, W] go through, in that order, by name."""
+    """`reduce` of the map [B, C, h, w] of every layer that images [B, 3, H, W] go through, in that
+    order, by name."""
     found: dict[str, Any] = {}
 
     def see(layer: Layer, features: Tensor) -> None:
         found[layer.name] = reduce(layer.as_map(features))
 
-    with hooked([(network.get_submodule(layer.module), layer.before, partial(see, layer)) for layer in layers]):
+    with hooked(
+        [
+            (network.get_submodule(layer.module), layer.before, partial(see, layer))
+            for layer in layers
+        ]
+    ):
         network.forward_features(images)
     return found
 
@@ -365,7 +452,9 @@ def by_network(rows: Sequence[Any]) -> Iterator[tuple[list[Any], dict[str, Any]]
 def draw_lines(axis: Axes, rows: Sequence[Any], x: str, y: str) -> None:
     """Field `y` of the rows over field `x`, a line for each network."""
     for own, style in by_network(rows):
-        axis.plot([getattr(row, x) for row in own], [getattr(row, y) for row in own], marker=".", **style)
+        axis.plot(
+            [getattr(row, x) for row in own], [getattr(row, y) for row in own], marker=".", **style
+        )
 
 
 def save(args: Namespace, name: str, rows: Sequence[Any], figure: Figure) -> None:

@@ -2,9 +2,10 @@
 
     python analysis/effective_rank.py --checkpoint a/checkpoint-99.pth b/checkpoint-99.pth --data_path DATA
 
-exp(H) of the singular values of the centred feature matrix, as shares of their sum (Roy and Vetterli, 2007). A row of
-that matrix is an image's mean over places (--features mean), of which there should be more images than channels, or a
-place (place). Writes effective_rank.csv, a row for each layer, and effective_rank.png.
+exp(H) of the singular values of the centred feature matrix, as shares of their sum (Roy and
+Vetterli, 2007). A row of that matrix is an image's mean over places (--features mean), of which
+there should be more images than channels, or a place (place). Writes effective_rank.csv, a row for
+each layer, and effective_rank.png.
 """
 
 import sys
@@ -61,7 +62,8 @@ class Moments:
 
 
 def effective_rank(squares: Tensor) -> float:
-    """exp of the entropy of singular values, whose squares [D] are given, as shares of their sum; 0 of zeros.
+    """exp of the entropy of singular values, whose squares [D] are given, as shares of their sum; 0
+    of zeros.
 
     What is below the rounding error of the largest square counts as 0: its root would not be small.
     """
@@ -73,7 +75,9 @@ def effective_rank(squares: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def moments_of(args: Namespace, network: common.Network, device: torch.device) -> dict[str, Moments]:
+def moments_of(
+    args: Namespace, network: common.Network, device: torch.device
+) -> dict[str, Moments]:
     """Of the features of every layer over all images, by name."""
     features, layers = network.features.to(device), common.layers_of(network.features)
     moments: dict[str, Moments] = {}
@@ -95,7 +99,10 @@ def tabulate(label: str, moments: dict[str, Moments]) -> list[Rank]:
         spectrum = of_layer.spectrum()
         if of_layer.count <= len(spectrum):
             log.warning(
-                "%s: %d vectors of %d channels bound the rank: more --images", layer, of_layer.count, len(spectrum)
+                "%s: %d vectors of %d channels bound the rank: more --images",
+                layer,
+                of_layer.count,
+                len(spectrum),
             )
         rank = effective_rank(spectrum)
         rows.append(Rank(label, layer, depth, len(spectrum), rank, rank / len(spectrum)))
@@ -123,9 +130,16 @@ def draw(rows: Sequence[Rank]) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    parser = common.build_parser(__doc__.splitlines()[0], "effective_rank", images=2048, batch_size=64)
+    parser = common.build_parser(
+        __doc__.splitlines()[0], "effective_rank", images=2048, batch_size=64
+    )
     group = parser.add_argument_group("effective rank")
-    group.add_argument("--features", choices=FEATURES, default="mean", help="a vector: an image's mean, or each place")
+    group.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="mean",
+        help="a vector: an image's mean, or each place",
+    )
     return common.parse(parser, argv)
 
 

@@ -1,8 +1,10 @@
-"""Which spatial frequencies the features of each layer hold: relative log amplitudes (specs/a2mim.md 7.2).
+"""Which spatial frequencies the features of each layer hold: relative log amplitudes
+(specs/a2mim.md 7.2).
 
     python analysis/fourier.py --checkpoint a/checkpoint-99.pth random --model vit_base_patch16_224 --data_path DATA
 
-Writes fourier.csv, a row for each layer and frequency, fourier_layers.csv, a row for each layer, and fourier.png.
+Writes fourier.csv, a row for each layer and frequency, fourier_layers.csv, a row for each layer,
+and fourier.png.
 """
 
 import sys
@@ -25,7 +27,8 @@ EPSILON = 1e-6  # of the amplitudes, before their logarithm
 
 @dataclass(frozen=True)
 class Amplitude:
-    """One row of fourier.csv. depth: from 0, the first layer, to 1; frequency: along the diagonal, in units of pi."""
+    """One row of fourier.csv. depth: from 0, the first layer, to 1; frequency: along the diagonal,
+    in units of pi."""
 
     label: str
     layer: str
@@ -36,7 +39,8 @@ class Amplitude:
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """One row of fourier_layers.csv. high_frequency: relative log amplitude of the highest; variance: over places."""
+    """One row of fourier_layers.csv. high_frequency: relative log amplitude of the highest;
+    variance: over places."""
 
     label: str
     layer: str
@@ -50,10 +54,11 @@ class LayerSpectrum:
 
 
 def log_amplitudes(maps: Tensor) -> Tensor:
-    """Maps [B, C, h, w] to the mean over images and channels of log(|F| + EPSILON) on the half diagonal [h - h // 2].
+    """Maps [B, C, h, w] to the mean over images and channels of log(|F| + EPSILON) on the half
+    diagonal [h - h // 2].
 
-    F(k, k) for k = 0, 1, ... below half the side; a map with other sides than a square has its diagonal from corner
-    to corner. Half of a real map's spectrum says all.
+    F(k, k) for k = 0, 1, ... below half the side; a map with other sides than a square has its
+    diagonal from corner to corner. Half of a real map's spectrum says all.
     """
     height, width = maps.shape[-2:]
     rows = torch.arange(height - height // 2, device=maps.device)
@@ -63,7 +68,8 @@ def log_amplitudes(maps: Tensor) -> Tensor:
 
 
 def spatial_variance(maps: Tensor) -> Tensor:
-    """The unbiased variance over the places of maps [B, C, h, w], averaged over images and channels; 0 of one place."""
+    """The unbiased variance over the places of maps [B, C, h, w], averaged over images and
+    channels; 0 of one place."""
     places = maps.flatten(2)
     return (places.var(2) if places.shape[2] > 1 else torch.zeros_like(places[:, :, 0])).mean()
 
@@ -73,8 +79,11 @@ def relative(amplitudes: Tensor) -> Tensor:
     return amplitudes - amplitudes[0]
 
 
-def spectra(args: Namespace, network: common.Network, device: torch.device) -> list[tuple[str, int, Tensor, float]]:
-    """Of each layer: its name, rows of its map, relative log amplitudes [K] and variance, averaged over the images."""
+def spectra(
+    args: Namespace, network: common.Network, device: torch.device
+) -> list[tuple[str, int, Tensor, float]]:
+    """Of each layer: its name, rows of its map, relative log amplitudes [K] and variance, averaged
+    over the images."""
     features, layers = network.features.to(device), common.layers_of(network.features)
     sums: dict[str, Tensor] = {}
     sides: dict[str, int] = {}
@@ -87,7 +96,9 @@ def spectra(args: Namespace, network: common.Network, device: torch.device) -> l
             sides[name] = side
         count += len(images)
     means = {name: (total / count).cpu() for name, total in sums.items()}
-    return [(name, sides[name], relative(mean[:-1]), float(mean[-1])) for name, mean in means.items()]
+    return [
+        (name, sides[name], relative(mean[:-1]), float(mean[-1])) for name, mean in means.items()
+    ]
 
 
 def describe(maps: Tensor) -> tuple[int, Tensor]:
@@ -95,10 +106,17 @@ def describe(maps: Tensor) -> tuple[int, Tensor]:
     return maps.shape[2], torch.cat((log_amplitudes(maps), spatial_variance(maps)[None])).double()
 
 
-def tabulate(label: str, found: list[tuple[str, int, Tensor, float]]) -> tuple[list[Amplitude], list[LayerSpectrum]]:
+def tabulate(
+    label: str, found: list[tuple[str, int, Tensor, float]]
+) -> tuple[list[Amplitude], list[LayerSpectrum]]:
     curves, summary = [], []
-    for depth, (layer, side, amplitudes, variance) in zip(common.depths(len(found)), found, strict=True):
-        curves += [Amplitude(label, layer, depth, 2 * k / side, a) for k, a in enumerate(amplitudes.tolist())]
+    for depth, (layer, side, amplitudes, variance) in zip(
+        common.depths(len(found)), found, strict=True
+    ):
+        curves += [
+            Amplitude(label, layer, depth, 2 * k / side, a)
+            for k, a in enumerate(amplitudes.tolist())
+        ]
         summary.append(LayerSpectrum(label, layer, depth, float(amplitudes[-1]), variance))
     return curves, summary
 
@@ -108,7 +126,8 @@ def tabulate(label: str, found: list[tuple[str, int, Tensor, float]]) -> tuple[l
 
 
 def draw(curves: list[Amplitude], summary: list[LayerSpectrum]) -> Figure:
-    """Every layer's curve, a panel for each network; then the highest frequency and the variance by depth."""
+    """Every layer's curve, a panel for each network; then the highest frequency and the variance by
+    depth."""
     names = list(dict.fromkeys(row.label for row in summary))
     figure = Figure(figsize=(3.2 * (len(names) + 2), 3.0), layout="constrained")
     axes = figure.subplots(1, len(names) + 2)
@@ -117,7 +136,9 @@ def draw(curves: list[Amplitude], summary: list[LayerSpectrum]) -> Figure:
         for layer in (row for row in summary if row.label == name):
             points = [row for row in curves if (row.label, row.layer) == (name, layer.layer)]
             axis.plot(
-                [p.frequency for p in points], [p.relative_log_amplitude for p in points], color=colours(layer.depth)
+                [p.frequency for p in points],
+                [p.relative_log_amplitude for p in points],
+                color=colours(layer.depth),
             )
         axis.set_title(name, fontsize=9)
         axis.set(xlabel="frequency (π)", ylabel="relative log amplitude", ylim=limits(curves))
@@ -151,7 +172,9 @@ def main(args: Namespace) -> tuple[list[Amplitude], list[LayerSpectrum]]:
     device = common.set_up(args)
     curves, summary = [], []
     for network in common.load_networks(args):
-        for rows, found in zip((curves, summary), tabulate(network.label, spectra(args, network, device)), strict=True):
+        for rows, found in zip(
+            (curves, summary), tabulate(network.label, spectra(args, network, device)), strict=True
+        ):
             rows += found
     write_rows(Path(args.output_dir) / "fourier_layers.csv", summary)
     common.save(args, "fourier", curves, draw(curves, summary))

@@ -1,4 +1,5 @@
-"""Of how many patches' company two patches need to act on a classifier together: multi-order interaction strength.
+"""Of how many patches' company two patches need to act on a classifier together: multi-order
+interaction strength.
 
     python analysis/interaction.py --checkpoint out/finetuned/checkpoint-best.pth --data_path DATA --precision auto
 
@@ -45,7 +46,8 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Strength:
-    """One row of interaction.csv. strength: the mean of |I|; share: strength over its mean over all ratios."""
+    """One row of interaction.csv. strength: the mean of |I|; share: strength over its mean over all
+    ratios."""
 
     label: str
     ratio: float
@@ -82,13 +84,17 @@ def draw_pairs(grid: int, count: int, reach: int, rng: np.random.Generator) -> T
     pairs: dict[frozenset[int], tuple[int, int]] = {}
     while len(pairs) < count:
         i = int(rng.integers(grid * grid))
-        row, column = np.clip(np.array(divmod(i, grid)) + rng.integers(-reach, reach + 1, 2), 0, grid - 1).tolist()
+        row, column = np.clip(
+            np.array(divmod(i, grid)) + rng.integers(-reach, reach + 1, 2), 0, grid - 1
+        ).tolist()
         if (j := row * grid + column) != i:
             pairs.setdefault(frozenset((i, j)), (i, j))
     return torch.tensor(list(pairs.values()))
 
 
-def draw_contexts(pairs: Tensor, players: int, order: int, samples: int, rng: np.random.Generator) -> Tensor:
+def draw_contexts(
+    pairs: Tensor, players: int, order: int, samples: int, rng: np.random.Generator
+) -> Tensor:
     """For each of pairs [P, 2] sets of `order` of the other players: int64 [P, S, order].
 
     S is `samples`, or 1 where there is only one such set.
@@ -103,10 +109,15 @@ def draw_contexts(pairs: Tensor, players: int, order: int, samples: int, rng: np
 
 
 def coalitions(pairs: Tensor, contexts: Tensor, players: int) -> Tensor:
-    """Who takes part in S+i+j, S+i, S+j and S, for pairs [P, 2] and contexts [P, S, m]: bool [P, S, 4, players]."""
-    present = torch.zeros(*contexts.shape[:2], players, dtype=torch.bool).scatter_(2, contexts, True)
+    """Who takes part in S+i+j, S+i, S+j and S, for pairs [P, 2] and contexts [P, S, m]: bool [P, S,
+    4, players]."""
+    present = torch.zeros(*contexts.shape[:2], players, dtype=torch.bool).scatter_(
+        2, contexts, True
+    )
     present = present.unsqueeze(2).repeat(1, 1, 4, 1)
-    i, j = (player.view(-1, 1, 1, 1).expand(-1, present.shape[1], 2, -1) for player in pairs.unbind(1))
+    i, j = (
+        player.view(-1, 1, 1, 1).expand(-1, present.shape[1], 2, -1) for player in pairs.unbind(1)
+    )
     present[:, :, (0, 1)] = present[:, :, (0, 1)].scatter(3, i, True)
     present[:, :, (0, 2)] = present[:, :, (0, 2)].scatter(3, j, True)
     return present
@@ -118,7 +129,8 @@ def coalitions(pairs: Tensor, contexts: Tensor, players: int) -> Tensor:
 
 @torch.no_grad()
 def masked_logits(model: nn.Module, image: Tensor, present: Tensor, batch_size: int) -> Tensor:
-    """Logits, float32 [K, classes], of an image [C, H, W] of which only those players are there: bool [K, g * g]."""
+    """Logits, float32 [K, classes], of an image [C, H, W] of which only those players are there:
+    bool [K, g * g]."""
     grid = round(present.shape[1] ** 0.5)
     logits = []
     for some in present.to(image.device).split(batch_size):
@@ -130,8 +142,8 @@ def masked_logits(model: nn.Module, image: Tensor, present: Tensor, batch_size: 
 def reward(logits: Tensor, label: int, kind: str) -> Tensor:
     """Of the true class, float64 [...], from logits [..., classes].
 
-    "modified": its logit less the logarithm of the sum of the others' exponentials; "normal": its log probability;
-    "yi": its logit.
+    "modified": its logit less the logarithm of the sum of the others' exponentials; "normal": its
+    log probability; "yi": its logit.
     """
     logits = logits.double()
     if kind == "normal":
@@ -173,8 +185,11 @@ def shares(strengths: Tensor) -> Tensor:
 # Images
 
 
-def chosen_images(args: Namespace, network: common.Network, dataset: ImageDataset, normalize: Normalize):
-    """(number, image [C, H, W], label) of --images random ones, with --correct_only of those that are classified right.
+def chosen_images(
+    args: Namespace, network: common.Network, dataset: ImageDataset, normalize: Normalize
+):
+    """(number, image [C, H, W], label) of --images random ones, with --correct_only of those that
+    are classified right.
 
     Raises:
         ValueError: there is none.
@@ -190,7 +205,9 @@ def chosen_images(args: Namespace, network: common.Network, dataset: ImageDatase
         count += 1
         yield number, image[0], sample["label"]
     if count == 0:
-        raise ValueError(f"--correct_only leaves none of the images: {network.label} classifies none of them right")
+        raise ValueError(
+            f"--correct_only leaves none of the images: {network.label} classifies none of them right"
+        )
 
 
 @torch.no_grad()
@@ -199,18 +216,28 @@ def predicted(model: nn.Module, image: Tensor) -> int:
 
 
 def image_strengths(
-    args: Namespace, network: common.Network, image: Tensor, label: int, number: int, done: dict[int, Tensor], keep
+    args: Namespace,
+    network: common.Network,
+    image: Tensor,
+    label: int,
+    number: int,
+    done: dict[int, Tensor],
+    keep,
 ) -> None:
     """Fills `done` with |I| [P] of every order that it lacks, and calls `keep` after each."""
     players, device = args.grid**2, image.device
-    pairs = draw_pairs(args.grid, args.pairs, args.reach, np.random.default_rng((args.seed, number)))
+    pairs = draw_pairs(
+        args.grid, args.pairs, args.reach, np.random.default_rng((args.seed, number))
+    )
     for order in orders(args):
         if order in done:
             continue
         rng = np.random.default_rng((args.seed, number, order + 1))
         contexts = draw_contexts(pairs, players, order, args.contexts, rng)
         with common.autocast(args, device):
-            found = interactions(network.model, image, label, pairs, contexts, players, args.reward, args.batch_size)
+            found = interactions(
+                network.model, image, label, pairs, contexts, players, args.reward, args.batch_size
+            )
         done[order] = found.mean(1).abs()
         keep()
 
@@ -230,7 +257,11 @@ def description(args: Namespace, network: common.Network) -> dict[str, str]:
     for value in network.model.state_dict().values():
         weights.update(value.cpu().contiguous().numpy().data)
     about = {name: str(getattr(args, name)) for name in _SETTINGS}
-    return about | {"weights": weights.hexdigest(), "size": str(network.size), "mean and deviation": network.mean_std}
+    return about | {
+        "weights": weights.hexdigest(),
+        "size": str(network.size),
+        "mean and deviation": network.mean_std,
+    }
 
 
 def read_done(path: Path, about: dict[str, str]) -> dict[int, Tensor]:
@@ -247,16 +278,23 @@ def read_done(path: Path, about: dict[str, str]) -> dict[int, Tensor]:
     return held["orders"]
 
 
-def strengths_of(args: Namespace, network: common.Network, device: torch.device) -> dict[int, Tensor]:
+def strengths_of(
+    args: Namespace, network: common.Network, device: torch.device
+) -> dict[int, Tensor]:
     """|I| of every order [images, P], of all images on every rank; each rank computes its share of them."""
     dataset = common.image_set(args, network, need_labels=True)
     network.model.to(device)
-    about, folder = description(args, network), Path(args.output_dir) / "interaction" / network.label.replace("/", "_")
+    about, folder = (
+        description(args, network),
+        Path(args.output_dir) / "interaction" / network.label.replace("/", "_"),
+    )
     normalize = Normalize(MEAN_STD[network.mean_std], device)
     progress = Progress(network.label, args.images, 0, every=1, rank=args.rank)
     files = []
     for turn, (number, image, label) in enumerate(chosen_images(args, network, dataset, normalize)):
-        files.append(path := folder / f"image-{number}" / "orders.pth")  # one rank writes in a folder
+        files.append(
+            path := folder / f"image-{number}" / "orders.pth"
+        )  # one rank writes in a folder
         if turn % args.world_size == args.rank:
             done = read_done(path, about)
             image_strengths(
@@ -303,14 +341,31 @@ def draw(rows: Sequence[Strength]) -> Figure:
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = common.build_parser(__doc__.splitlines()[0], "interaction", images=50, batch_size=256)
     group = parser.add_argument_group("interactions")
-    group.add_argument("--grid", type=int, default=14, help="players along a side; for 32 px 16 is published")
-    group.add_argument("--pairs", type=int, default=200, help="of each image; for 32 px 50 is published")
-    group.add_argument("--contexts", type=int, default=100, help="of each pair and order; for 32 px 50 is published")
-    group.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="orders, as shares of all players")
-    group.add_argument("--reach", type=int, default=2, help="rows and columns between the two players at most")
+    group.add_argument(
+        "--grid", type=int, default=14, help="players along a side; for 32 px 16 is published"
+    )
+    group.add_argument(
+        "--pairs", type=int, default=200, help="of each image; for 32 px 50 is published"
+    )
+    group.add_argument(
+        "--contexts",
+        type=int,
+        default=100,
+        help="of each pair and order; for 32 px 50 is published",
+    )
+    group.add_argument(
+        "--ratios", type=float, nargs="+", default=RATIOS, help="orders, as shares of all players"
+    )
+    group.add_argument(
+        "--reach", type=int, default=2, help="rows and columns between the two players at most"
+    )
     group.add_argument("--reward", choices=REWARDS, default="modified")
-    group.add_argument("--nb_classes", type=int, default=None, help="of --model; None is the data set's")
-    group.add_argument("--correct_only", action="store_true", help="images that are classified right, as for 32 px")
+    group.add_argument(
+        "--nb_classes", type=int, default=None, help="of --model; None is the data set's"
+    )
+    group.add_argument(
+        "--correct_only", action="store_true", help="images that are classified right, as for 32 px"
+    )
     return common.parse(parser, argv, check_flags)
 
 
@@ -323,20 +378,32 @@ def check_flags(args: Namespace) -> None:
 
 def check_network(args: Namespace, network: common.Network) -> None:
     if not network.classifies:
-        raise ValueError(f"{network.label} has no trained classifier: give a fine-tuned --checkpoint")
+        raise ValueError(
+            f"{network.label} has no trained classifier: give a fine-tuned --checkpoint"
+        )
     if any(side % args.grid for side in network.size):
-        raise ValueError(f"--grid {args.grid} does not divide the images of {network.label}, {network.size} pixels")
+        raise ValueError(
+            f"--grid {args.grid} does not divide the images of {network.label}, {network.size} pixels"
+        )
 
 
 def main(args: Namespace) -> list[Strength]:
     device = set_up(args).device
-    source = build_source(args.data_set, args.eval_data_path or args.data_path, train=False, need_labels=True)
+    source = build_source(
+        args.data_set, args.eval_data_path or args.data_path, train=False, need_labels=True
+    )
     networks = common.load_networks(args, args.nb_classes or len(source.classes))
     for network in networks:
         check_network(args, network)
     sets = sum(1 if order in (0, args.grid**2 - 2) else args.contexts for order in orders(args))
-    log.info("%d orders, %d forward passes for each image", len(orders(args)), 4 * args.pairs * sets)
-    rows = [row for network in networks for row in tabulate(args, network.label, strengths_of(args, network, device))]
+    log.info(
+        "%d orders, %d forward passes for each image", len(orders(args)), 4 * args.pairs * sets
+    )
+    rows = [
+        row
+        for network in networks
+        for row in tabulate(args, network.label, strengths_of(args, network, device))
+    ]
     if args.rank == 0:
         common.save(args, "interaction", rows, draw(rows))
     return rows

@@ -1,5 +1,5 @@
-"""Pictures of what a model sees, predicts and looks at: `python analysis/visualize.py KIND --help`, with
-KIND one of attention, orders, masks, reconstruct.
+"""Pictures of what a model sees, predicts and looks at: `python analysis/visualize.py KIND --help`,
+with KIND one of attention, orders, masks, reconstruct.
 
 Every picture is a grid: a row for an image, a column for one way of looking at it.
 """
@@ -51,17 +51,21 @@ def draw_grid(
     grid: Pair = (1, 1),
     marks: Sequence[Sequence[int]] = (),
 ) -> Figure:
-    """A figure with one picture per row and title: [H, W, 3] uint8 is shown as it is, [h, w] floats as a map.
+    """A figure with one picture per row and title: [H, W, 3] uint8 is shown as it is, [h, w] floats
+    as a map.
 
-    Each map's colours run from 0, or from its smallest value below, to its own largest value. `cell` is a picture's
-    side in inches. `marks` lists for each column the cells of `grid` (rows, columns) that get a frame.
+    Each map's colours run from 0, or from its smallest value below, to its own largest value.
+    `cell` is a picture's side in inches. `marks` lists for each column the cells of `grid` (rows,
+    columns) that get a frame.
     """
     rows = list(rows)
     figure = Figure(figsize=(cell * len(titles), cell * (len(rows) + 0.25)), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for row, line in zip(rows, axes, strict=True):
         for picture, axis in zip(row, line, strict=True):
-            axis.imshow(picture, cmap="viridis", vmin=min(0, picture.min()), interpolation="nearest")
+            axis.imshow(
+                picture, cmap="viridis", vmin=min(0, picture.min()), interpolation="nearest"
+            )
             axis.set_axis_off()
         for axis, cells in zip(line, marks, strict=False):
             for number in cells:
@@ -72,10 +76,13 @@ def draw_grid(
 
 
 def frame(number: int, grid: Pair, shape: Pair) -> Rectangle:
-    """Around cell `number` of `grid` in a picture of `shape` (height, width) pixels, which matplotlib puts at 0."""
+    """Around cell `number` of `grid` in a picture of `shape` (height, width) pixels, which
+    matplotlib puts at 0."""
     height, width = shape[0] / grid[0], shape[1] / grid[1]
     row, column = divmod(number, grid[1])
-    return Rectangle((column * width - 0.5, row * height - 0.5), width, height, fill=False, edgecolor="red")
+    return Rectangle(
+        (column * width - 0.5, row * height - 0.5), width, height, fill=False, edgecolor="red"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,13 +110,15 @@ def attention_grid(
 ) -> Figure:
     """Where class tokens, or the patches `cells`, of images uint8 [B, 3, H, W] look in some blocks.
 
-    Heads: their mean, each, or all of that, which is the default for a single query; of several it is the mean.
-    `reduce_mean` takes away what the class tokens see on average, which is shown too.
+    Heads: their mean, each, or all of that, which is the default for a single query; of several it
+    is the mean. `reduce_mean` takes away what the class tokens see on average, which is shown too.
     """
     num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
     check_cells(cells, grid)
     if reduce_mean and not cells and num_cls == 1:
-        raise ValueError("--reduce_mean leaves nothing of a single class token: give --token_indices")
+        raise ValueError(
+            "--reduce_mean leaves nothing of a single class token: give --token_indices"
+        )
     model.eval()
     heads = heads or ("all" if (len(cells) or num_cls) == 1 else "mean")
     x, columns = normalize({"image": images})["image"], []
@@ -117,8 +126,14 @@ def attention_grid(
         attention = model.attention_maps(x, layer).float().cpu()
         found = attention_columns(attention, num_cls, grid, cells, reduce_mean)
         prefix = f"layer {layer}: " if len(layers) > 1 else ""
-        columns += [column for name, *own in found for column in split(f"{prefix}{name}", *own, heads)]
-    rows = zip([as_picture(image) for image in images], *(column.maps.numpy() for column in columns), strict=True)
+        columns += [
+            column for name, *own in found for column in split(f"{prefix}{name}", *own, heads)
+        ]
+    rows = zip(
+        [as_picture(image) for image in images],
+        *(column.maps.numpy() for column in columns),
+        strict=True,
+    )
     marks = [tuple(cells), *(column.marks for column in columns)]
     return draw_grid(rows, ["image", *(column.title for column in columns)], grid=grid, marks=marks)
 
@@ -126,24 +141,35 @@ def attention_grid(
 def attention_columns(
     attention: Tensor, num_cls: int, grid: Pair, cells: Sequence[int], reduce_mean: bool
 ) -> list[tuple[str, Tensor, tuple[int, ...]]]:
-    """Of attention [B, h, T, T], for each class token or each of the patches `cells`: its name, its maps
-    [B, h, gh, gw] and the cells to mark."""
-    maps = query_maps(attention, num_cls, grid, [num_cls + cell for cell in cells] or range(num_cls))
+    """Of attention [B, h, T, T], for each class token or each of the patches `cells`: its name, its
+    maps [B, h, gh, gw] and the cells to mark."""
+    maps = query_maps(
+        attention, num_cls, grid, [num_cls + cell for cell in cells] or range(num_cls)
+    )
     names = [f"patch {cell}" for cell in cells] or [f"class {number}" for number in range(num_cls)]
     names = [""] if names == ["class 0"] else names
     marks = [(cell,) for cell in cells] or [()] * num_cls
     if not reduce_mean:
         return list(zip(names, maps.unbind(1), marks, strict=True))
     mean = class_maps(attention, num_cls, grid).mean(1)[:, None]  # [B, 1, gh, gw]
-    return [("class mean", mean, ()), *zip(names, (maps - mean[:, None]).unbind(1), marks, strict=True)]
+    return [
+        ("class mean", mean, ()),
+        *zip(names, (maps - mean[:, None]).unbind(1), marks, strict=True),
+    ]
 
 
 def split(name: str, maps: Tensor, marks: tuple[int, ...], heads: str) -> list[Column]:
     """The columns of one query, from its maps [B, h or 1, gh, gw]."""
-    mean = Column(f"{name} mean of heads".strip() if heads == "all" else name or "mean of heads", maps.mean(1), marks)
+    mean = Column(
+        f"{name} mean of heads".strip() if heads == "all" else name or "mean of heads",
+        maps.mean(1),
+        marks,
+    )
     if heads == "mean" or maps.shape[1] == 1:
         return [mean]
-    each = [Column(f"{name} head {head}".strip(), own, marks) for head, own in enumerate(maps.unbind(1))]
+    each = [
+        Column(f"{name} head {head}".strip(), own, marks) for head, own in enumerate(maps.unbind(1))
+    ]
     return each if heads == "each" else [mean, *each]
 
 
@@ -153,9 +179,11 @@ def as_picture(image: Tensor) -> np.ndarray:
 
 
 def load_model(path: str, model_key: str, flags: list[str]) -> tuple[nn.Module, Namespace]:
-    """The model of a checkpoint with its weights, and the flags of its run, over which the given `flags` win.
+    """The model of a checkpoint with its weights, and the flags of its run, over which the given
+    `flags` win.
 
-    A file without flags of its own (an encoder export) is taken for a classifier that `flags` describe.
+    A file without flags of its own (an encoder export) is taken for a classifier that `flags`
+    describe.
     """
     saved = load_checkpoint(path).get("args") or {}
     stage = "pretrain" if "mask_type" in saved else "finetune"
@@ -182,16 +210,21 @@ def validation_images(args: Namespace, size: tuple[int, int], count: int) -> Ten
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` of `total` indices at equal distances: data sets are often in the order of their classes."""
+    """`count` of `total` indices at equal distances: data sets are often in the order of their
+    classes."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
 def normalization(args: Namespace) -> Normalize:
-    return Normalize(MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"], torch.device("cpu"))
+    return Normalize(
+        MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"],
+        torch.device("cpu"),
+    )
 
 
 def load_vit(path: str, model_key: str, flags: list[str]) -> tuple[VisionTransformer, Namespace]:
-    """The ViT of a checkpoint, which may be a method's backbone, and the flags as of `load_model`."""
+    """The ViT of a checkpoint, which may be a method's backbone, and the flags as of
+    `load_model`."""
     model, args = load_model(path, model_key, flags)
     vit = getattr(model, "backbone", model)
     if not isinstance(vit, VisionTransformer):
@@ -202,21 +235,29 @@ def load_vit(path: str, model_key: str, flags: list[str]) -> tuple[VisionTransfo
 def attention(own: Namespace, flags: list[str]) -> Figure:
     model, args = load_vit(own.checkpoint, own.model_key, flags)
     images = validation_images(args, model.patch_embed.img_size, own.images)
-    return attention_grid(model, images, normalization(args), own.layer, own.token_indices, own.heads, own.reduce_mean)
+    return attention_grid(
+        model, images, normalization(args), own.layer, own.token_indices, own.heads, own.reduce_mean
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Orders
 
 ORDERS = ("raster", "stochastic", "attention", "attention_center")
-MAPS = {"self": "self-attention", "cls": "similarity to class", "gap": "similarity to mean"}  # by --attention_type
+MAPS = {
+    "self": "self-attention",
+    "cls": "similarity to class",
+    "gap": "similarity to mean",
+}  # by --attention_type
 
 
 @torch.no_grad()
 def order_maps(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-    """The three maps that SemAIM's orders can follow, each [B, N], of normalised images (specs/semaim.md 4).
+    """The three maps that SemAIM's orders can follow, each [B, N], of normalised images
+    (specs/semaim.md 4).
 
-    A run with a target model follows the similarity to that model's class token, which is then the one shown.
+    A run with a target model follows the similarity to that model's class token, which is then the
+    one shown.
     """
     model.eval()
     prefix, target = model.num_prefix_tokens, getattr(model, "target", None)
@@ -224,22 +265,34 @@ def order_maps(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
     tokens = model.norm(model.forward_features(images)) if target is None else target(images)
     patches = tokens[:, prefix:]
     queries = {"cls": tokens[:, :1], "gap": patches.mean(1, keepdim=True)}
-    return {"self": attention} | {kind: stretched(similarity(query, patches)) for kind, query in queries.items()}
+    return {"self": attention} | {
+        kind: stretched(similarity(query, patches)) for kind, query in queries.items()
+    }
 
 
 def ranks(kind: str, grid: tuple[int, int], attention: Tensor, seed: int) -> Tensor:
-    """Place of each patch [B, N] in the order `kind`, the first one's being N and the last one's 1."""
+    """Place of each patch [B, N] in the order `kind`, the first one's being N and the last one's
+    1."""
     count, cells = attention.shape
     generator = torch.Generator().manual_seed(seed)
-    noise, center_noise = torch.rand(count, cells, generator=generator), torch.rand(count, 2, generator=generator)
+    noise, center_noise = (
+        torch.rand(count, cells, generator=generator),
+        torch.rand(count, 2, generator=generator),
+    )
     order = patch_order(kind, grid, noise, attention, center_noise).expand(count, -1)
     return cells - order.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def order_grid(
-    model: VisionTransformer, images: Tensor, normalize: Normalize, kinds: list[str], followed: str, seed: int
+    model: VisionTransformer,
+    images: Tensor,
+    normalize: Normalize,
+    kinds: list[str],
+    followed: str,
+    seed: int,
 ) -> Figure:
-    """Self-attention and similarity of images uint8 [B, 3, H, W] and the orders `kinds`, the earlier the brighter.
+    """Self-attention and similarity of images uint8 [B, 3, H, W] and the orders `kinds`, the
+    earlier the brighter.
 
     Orders that follow a map follow that of `followed`, a key of `MAPS`.
     """
@@ -265,17 +318,23 @@ def orders(own: Namespace, flags: list[str]) -> Figure:
 
 
 def mask_grid(samples: Iterable[dict[str, Tensor]]) -> Figure:
-    """What pre-training reads of each sample: the image, the same with its masked patches grey, the teacher's view."""
+    """What pre-training reads of each sample: the image, the same with its masked patches grey, the
+    teacher's view."""
     batch = default_collate(list(samples))
     columns = {"image": batch["image"], "student sees": hide(batch["image"], batch["mask"])}
     if "image_strong" in batch:
         columns["teacher sees"] = batch["image_strong"]
-    return draw_grid(zip(*([as_picture(i) for i in images] for images in columns.values()), strict=True), [*columns])
+    return draw_grid(
+        zip(*([as_picture(i) for i in images] for images in columns.values()), strict=True),
+        [*columns],
+    )
 
 
 def hide(images: Tensor, mask: Tensor) -> Tensor:
     """Images [B, 3, H, W] with the patches where mask [B, gh, gw] is True in grey."""
-    height, width = (side // cells for side, cells in zip(images.shape[-2:], mask.shape[-2:], strict=True))
+    height, width = (
+        side // cells for side, cells in zip(images.shape[-2:], mask.shape[-2:], strict=True)
+    )
     pixels = mask.repeat_interleave(height, 1).repeat_interleave(width, 2)
     return images.masked_fill(pixels.unsqueeze(1), MASKED_GREY)
 
@@ -291,7 +350,9 @@ def masks(own: Namespace, flags: list[str]) -> Figure:
     args = options.parse("pretrain", flags)
     method = build_method(args)
     if "mask" not in method.views:
-        raise ValueError(f"{args.model} draws its masks itself: analysis/visualize.py reconstruct shows them")
+        raise ValueError(
+            f"{args.model} draws its masks itself: analysis/visualize.py reconstruct shows them"
+        )
     return mask_grid(training_samples(args, method, own.images))
 
 
@@ -300,11 +361,16 @@ def masks(own: Namespace, flags: list[str]) -> Figure:
 
 
 @torch.no_grad()
-def reconstruction_grid(method: PretrainMethod, batch: dict[str, Tensor], normalize: Normalize) -> Figure:
+def reconstruction_grid(
+    method: PretrainMethod, batch: dict[str, Tensor], normalize: Normalize
+) -> Figure:
     """What is known of each image, what the method predicts, and both put together."""
     method.eval()
     panels = method.reconstruct(normalize(batch))
-    pixels = [(panel.float() * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte() for panel in panels]
+    pixels = [
+        (panel.float() * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte()
+        for panel in panels
+    ]
     rows = zip(*([as_picture(image) for image in panel] for panel in pixels), strict=True)
     return draw_grid(rows, ["image", "known patches", "predicted", "put together"])
 
@@ -312,7 +378,9 @@ def reconstruction_grid(method: PretrainMethod, batch: dict[str, Tensor], normal
 def reconstruct(own: Namespace, flags: list[str]) -> Figure:
     method, args = load_model(own.checkpoint, "model", flags)
     if not getattr(method, "predicts_pixels", False):  # a classifier says nothing of it
-        raise ValueError(f"--checkpoint {own.checkpoint} holds {args.model}, which predicts no pixels")
+        raise ValueError(
+            f"--checkpoint {own.checkpoint} holds {args.model}, which predicts no pixels"
+        )
     if method.teacher is not None:
         log.info("%s", load_pretrained(method.teacher, own.checkpoint))
     batch = default_collate(training_samples(args, method, own.images))
@@ -325,32 +393,47 @@ def reconstruct(own: Namespace, flags: list[str]) -> Figure:
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     """This script's own flags, and what is left over for the flags of the run scripts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    shared.add_argument("--output", type=Path, required=True, metavar="FILE", help="PNG, PDF or SVG to write")
+    shared.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="PNG, PDF or SVG to write"
+    )
     shared.add_argument("--images", type=int, default=6, help="number of images")
     kinds = parser.add_subparsers(
-        dest="kind", required=True, parser_class=partial(argparse.ArgumentParser, allow_abbrev=False)
+        dest="kind",
+        required=True,
+        parser_class=partial(argparse.ArgumentParser, allow_abbrev=False),
     )
     of_vit = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     of_vit.add_argument("--checkpoint", required=True, help="any checkpoint of a ViT")
-    of_vit.add_argument("--model_key", default=PUBLISHED_KEYS, help="'model' for the student instead")
+    of_vit.add_argument(
+        "--model_key", default=PUBLISHED_KEYS, help="'model' for the student instead"
+    )
     looks = kinds.add_parser(
         "attention",
         parents=[shared, of_vit],
         help="where class tokens or single patches look; further flags win over those of the run: with another "
         "--input_size positions are interpolated",
     )
-    looks.add_argument("--layer", type=int, nargs="+", default=[-1], help="blocks, counted from 0 or from the end")
+    looks.add_argument(
+        "--layer", type=int, nargs="+", default=[-1], help="blocks, counted from 0 or from the end"
+    )
     looks.add_argument(
         "--token_indices", type=int, nargs="+", default=[], metavar="PATCH",
         help="patches that look, counted row by row from 0, in place of the class tokens",
     )  # fmt: skip
     looks.add_argument(
-        "--heads", choices=HEADS, default=None, help="their mean, each, or all of that; None: all of a single query"
+        "--heads",
+        choices=HEADS,
+        default=None,
+        help="their mean, each, or all of that; None: all of a single query",
     )
     looks.add_argument(
-        "--reduce_mean", action="store_true", help="less what the class tokens see on average, which is shown too"
+        "--reduce_mean",
+        action="store_true",
+        help="less what the class tokens see on average, which is shown too",
     )
     follows = kinds.add_parser(
         "orders",
@@ -362,14 +445,18 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         help=f"as for --permutation_type: {', '.join(PATCH_ORDERS)}",
     )  # fmt: skip
     kinds.add_parser(
-        "masks", parents=[shared], help="what student and teacher see; further flags as for run_pretraining.py"
+        "masks",
+        parents=[shared],
+        help="what student and teacher see; further flags as for run_pretraining.py",
     )
     predicts = kinds.add_parser(
         "reconstruct",
         parents=[shared],
         help="what a method predicts of the pixels; further flags win over those of the run",
     )
-    predicts.add_argument("--checkpoint", required=True, help="a checkpoint-<epoch>.pth of pre-training")
+    predicts.add_argument(
+        "--checkpoint", required=True, help="a checkpoint-<epoch>.pth of pre-training"
+    )
     return parser.parse_known_args(argv)
 
 

@@ -1,8 +1,10 @@
-"""Checks that a folder is COCO 2017 as the configurations want it, before a training that would stop halfway.
+"""Checks that a folder is COCO 2017 as the configurations want it, before a training that would
+stop halfway.
 
 python detection/check_coco.py data/coco
 
-Wanted are annotations/instances_{train,val}2017.json and the images they list in train2017/ and val2017/.
+Wanted are annotations/instances_{train,val}2017.json and the images they list in train2017/ and
+val2017/.
 """
 
 import argparse
@@ -15,12 +17,15 @@ from PIL import Image, UnidentifiedImageError
 
 SPLITS = ("train2017", "val2017")
 _UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _UNUSED_IDS)  # of 80 classes
+CATEGORY_IDS = tuple(
+    number for number in range(1, 91) if number not in _UNUSED_IDS
+)  # of 80 classes
 MOST_EXAMPLES = 5
 
 
 def check_split(root: Path, split: str, every: int = 100) -> tuple[str, list[str]]:
-    """One line on a split, and a sentence on each thing that is wrong. Every `every`-th image is opened."""
+    """One line on a split, and a sentence on each thing that is wrong. Every `every`-th image is
+    opened."""
     file, folder = root / "annotations" / f"instances_{split}.json", root / split
     if not file.is_file():
         return f"{split}: missing", [f"{file} does not exist."]
@@ -28,13 +33,19 @@ def check_split(root: Path, split: str, every: int = 100) -> tuple[str, list[str
         content = json.loads(file.read_text())
     except ValueError as error:
         return f"{split}: unreadable", [f"{file} is damaged or no JSON ({error})."]
-    if lacking := [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]:
+    if lacking := [
+        key
+        for key in ("images", "annotations", "categories")
+        if not isinstance(content.get(key), list)
+    ]:
         return f"{split}: incomplete", [f"{file} has no list {' and '.join(lacking)}."]
     images, annotations = content["images"], content["annotations"]
     with_objects = len({annotation["image_id"] for annotation in annotations})
     line = f"{split}: {len(images)} images, {with_objects} of them with objects, {len(annotations)} objects"
     problems = (
-        check_categories(content["categories"]) + check_annotations(content) + check_images(folder, images, every)
+        check_categories(content["categories"])
+        + check_annotations(content)
+        + check_images(folder, images, every)
     )
     return line, [f"{split}: {problem}" for problem in problems]
 
@@ -43,7 +54,9 @@ def check_categories(categories: list[dict[str, Any]]) -> list[str]:
     found = sorted(category["id"] for category in categories)
     if found == list(CATEGORY_IDS):
         return []
-    return [f"it has {len(found)} categories, not COCO's 80 with the numbers 1 to 90: set num_classes and metainfo."]
+    return [
+        f"it has {len(found)} categories, not COCO's 80 with the numbers 1 to 90: set num_classes and metainfo."
+    ]
 
 
 def check_annotations(content: dict[str, Any]) -> list[str]:
@@ -53,9 +66,15 @@ def check_annotations(content: dict[str, Any]) -> list[str]:
     objects = content["annotations"]
     wrong = {
         "images have the same number": [number for number, count in images.items() if count > 1],
-        "objects have the same number": [n for n, count in Counter(o["id"] for o in objects).items() if count > 1],
-        "objects are in no image that is listed": [o["id"] for o in objects if o["image_id"] not in images],
-        "objects are of no category that is listed": [o["id"] for o in objects if o["category_id"] not in categories],
+        "objects have the same number": [
+            n for n, count in Counter(o["id"] for o in objects).items() if count > 1
+        ],
+        "objects are in no image that is listed": [
+            o["id"] for o in objects if o["image_id"] not in images
+        ],
+        "objects are of no category that is listed": [
+            o["id"] for o in objects if o["category_id"] not in categories
+        ],
         "objects have an empty box": [o["id"] for o in objects if not valid_box(o.get("bbox"))],
         "objects have no outline": [o["id"] for o in objects if not o.get("segmentation")],
     }
@@ -63,15 +82,21 @@ def check_annotations(content: dict[str, Any]) -> list[str]:
 
 
 def valid_box(box: Any) -> bool:
-    """COCO itself has boxes without width or height, which training leaves out: only wrong forms count."""
+    """COCO itself has boxes without width or height, which training leaves out: only wrong forms
+    count."""
     return isinstance(box, list) and len(box) == 4 and min(box[2:]) >= 0
 
 
 def check_images(folder: Path, images: list[dict[str, Any]], every: int) -> list[str]:
-    """Files that are missing, and of a sample those that are damaged or of another size than listed."""
+    """Files that are missing, and of a sample those that are damaged or of another size than
+    listed."""
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     missing = [image["file_name"] for image in images if image["file_name"] not in present]
-    problems = [f"{len(missing)} listed images are not in {folder}: {examples(missing)}."] if missing else []
+    problems = (
+        [f"{len(missing)} listed images are not in {folder}: {examples(missing)}."]
+        if missing
+        else []
+    )
     there = [image for image in images if image["file_name"] in present]
     for image in there[::every]:
         try:
@@ -81,18 +106,26 @@ def check_images(folder: Path, images: list[dict[str, Any]], every: int) -> list
             problems.append(f"{image['file_name']} cannot be opened ({error}).")
             continue
         if size != (image["width"], image["height"]):
-            problems.append(f"{image['file_name']} is {size}, listed as {(image['width'], image['height'])}.")
+            problems.append(
+                f"{image['file_name']} is {size}, listed as {(image['width'], image['height'])}."
+            )
     return problems
 
 
 def examples(found: list[Any]) -> str:
-    return ", ".join(map(str, found[:MOST_EXAMPLES])) + (", ..." if len(found) > MOST_EXAMPLES else "")
+    return ", ".join(map(str, found[:MOST_EXAMPLES])) + (
+        ", ..." if len(found) > MOST_EXAMPLES else ""
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("root", type=Path, help="the folder that --data-root names")
-    parser.add_argument("--every", type=int, default=100, metavar="N", help="open every N-th image; 1 opens all")
+    parser.add_argument(
+        "--every", type=int, default=100, metavar="N", help="open every N-th image; 1 opens all"
+    )
     args = parser.parse_args(argv)
     if args.every < 1:
         raise SystemExit(f"error: --every {args.every} must be at least 1")

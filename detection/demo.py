@@ -1,4 +1,5 @@
-"""Draws what a detector finds in a folder of images: `demo.py CONFIG CHECKPOINT IMAGES --out FOLDER`."""
+"""Draws what a detector finds in a folder of images: `demo.py CONFIG CHECKPOINT IMAGES --out
+FOLDER`."""
 
 import argparse
 import sys
@@ -16,7 +17,9 @@ OPACITY = 0.45
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--score-thr", type=float, default=0.3, help="what is less certain is not drawn")
+    parser.add_argument(
+        "--score-thr", type=float, default=0.3, help="what is less certain is not drawn"
+    )
 
 
 def class_names(cfg) -> tuple[str, ...]:
@@ -28,12 +31,15 @@ def class_names(cfg) -> tuple[str, ...]:
 
 
 def overlay(image: Image.Image, instances, names: Sequence[str]) -> Image.Image:
-    """mmdet's instances over an image: masks as a tint, boxes, classes and scores, the most certain on top."""
+    """mmdet's instances over an image: masks as a tint, boxes, classes and scores, the most certain
+    on top."""
     pixels = np.array(image, dtype=np.float32)
     order = instances.scores.argsort().tolist()
     for number in order:
         mask = instances.masks[number].numpy().astype(bool)
-        pixels[mask] = (1 - OPACITY) * pixels[mask] + OPACITY * np.array(colour(int(instances.labels[number])))
+        pixels[mask] = (1 - OPACITY) * pixels[mask] + OPACITY * np.array(
+            colour(int(instances.labels[number]))
+        )
     drawn = Image.fromarray(pixels.round().astype(np.uint8))
     pen = ImageDraw.Draw(drawn)
     for number in order:
@@ -46,7 +52,9 @@ def overlay(image: Image.Image, instances, names: Sequence[str]) -> Image.Image:
 
 def colour(label: int) -> tuple[int, ...]:
     """A strong colour, of neighbouring classes far apart."""
-    return tuple(int(128 + 127 * np.cos(2 * np.pi * (label * 0.618 + shift))) for shift in (0, 1 / 3, 2 / 3))
+    return tuple(
+        int(128 + 127 * np.cos(2 * np.pi * (label * 0.618 + shift))) for shift in (0, 1 / 3, 2 / 3)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

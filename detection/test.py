@@ -1,4 +1,5 @@
-"""Box and mask AP of a trained detector: `python detection/test.py CONFIG CHECKPOINT`; `--help` lists flags."""
+"""Box and mask AP of a trained detector: `python detection/test.py CONFIG CHECKPOINT`; `--help`
+lists flags."""
 
 import sys
 from pathlib import Path

@@ -1,11 +1,13 @@
-"""Checks what this machine computes, how fast, and that the methods learn on it, in one command and a few minutes.
+"""Checks what this machine computes, how fast, and that the methods learn on it, in one command and
+a few minutes.
 
     python scripts/gpu_check.py --minutes 8 --output out/gpu
 
-Sections, in the order of their worth: `right` compares the device with the CPU and the engines with each other, `fast`
-measures training steps, `learns` pre-trains every method on small images. On a CPU all of it runs with tiny sizes.
-Every result is a line of OUTPUT/results.jsonl as soon as it is there; a check that raises is recorded with its
-exception and the next one runs. Exit code 1: a check failed.
+Sections, in the order of their worth: `right` compares the device with the CPU and the engines with
+each other, `fast` measures training steps, `learns` pre-trains every method on small images. On a
+CPU all of it runs with tiny sizes. Every result is a line of OUTPUT/results.jsonl as soon as it is
+there; a check that raises is recorded with its exception and the next one runs. Exit code 1: a
+check failed.
 """
 
 import argparse
@@ -27,7 +29,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-HIDDEN = ("details", "comparison", "method")  # not on the terminal: too long, or in the check's name
+HIDDEN = (
+    "details",
+    "comparison",
+    "method",
+)  # not on the terminal: too long, or in the check's name
 GRACE = 15.0  # seconds after its time in which a section has to end by itself
 # Fractions of --minutes; what a section leaves over goes to the ones after it.
 SECTIONS = {"right": 0.22, "fast": 0.48, "learns": 0.3}
@@ -57,7 +63,9 @@ class Checks:
         with open(self.output / "results.jsonl", "a") as file:
             file.write(json.dumps(row, default=str) + "\n")
         verdict = {True: "ok", False: "FAILED", None: ""}[ok]
-        text = "  ".join(f"{name} {short(value)}" for name, value in values.items() if name not in HIDDEN)
+        text = "  ".join(
+            f"{name} {short(value)}" for name, value in values.items() if name not in HIDDEN
+        )
         print(f"{self.section:6s} {check:44s} {verdict:6s} {text}", flush=True)
 
     def read_back(self) -> None:
@@ -65,11 +73,13 @@ class Checks:
         lines = (self.output / "results.jsonl").read_text().splitlines()
         self.results = [json.loads(line) for line in lines if line.endswith("}")]
 
-    def attempt(self, check: str, run: Callable[[], dict[str, Any] | None], *, seconds: float = 0.0) -> bool:
+    def attempt(
+        self, check: str, run: Callable[[], dict[str, Any] | None], *, seconds: float = 0.0
+    ) -> bool:
         """Runs one check and records what it returns; False if it raised, or had no time to begin.
 
-        `seconds` is what the check is expected to take. `run` returns the values to record, among them `ok` where
-        there is something to pass; None records nothing.
+        `seconds` is what the check is expected to take. `run` returns the values to record, among
+        them `ok` where there is something to pass; None records nothing.
         """
         if self.time_left() < seconds:
             self.record(check, skipped="no time left")
@@ -79,7 +89,9 @@ class Checks:
             values = run()
         except (Exception, SystemExit) as error:  # argparse exits
             details = traceback.format_exc()
-            self.record(check, ok=False, error=f"{type(error).__name__}: {error}"[:500], details=details)
+            self.record(
+                check, ok=False, error=f"{type(error).__name__}: {error}"[:500], details=details
+            )
             return False
         if values is not None:
             values = {"ok": None} | values
@@ -117,7 +129,8 @@ def describe_machine(checks: Checks) -> None:
 
 
 def run_sections(checks: Checks, args: argparse.Namespace) -> None:
-    """Runs the sections within --minutes together, each in a process of its own: a crash ends one of them only."""
+    """Runs the sections within --minutes together, each in a process of its own: a crash ends one
+    of them only."""
     end = time.monotonic() + 60 * args.minutes
     remaining = {name: part for name, part in SECTIONS.items() if name in args.only}
     for name in list(remaining):
@@ -166,19 +179,35 @@ def show_table(checks: Checks) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="what all sections may take together")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--output", type=Path, default=ROOT / "out" / "gpu", help="folder of results.jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="what all sections may take together"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "out" / "gpu", help="folder of results.jsonl"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data_path", type=Path, default=None, help="small images for `learns`; without: digits")
-    parser.add_argument("--models", nargs="+", default=[], help="rows of `fast`, by their names; without: all")
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # of a process begun by this script
+    parser.add_argument(
+        "--data_path", type=Path, default=None, help="small images for `learns`; without: digits"
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=[], help="rows of `fast`, by their names; without: all"
+    )
+    parser.add_argument(
+        "--section", choices=SECTIONS, help=argparse.SUPPRESS
+    )  # of a process begun by this script
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     faulthandler.enable()
     device = torch.device(args.device)
-    checks = Checks(device, args.output, deadline=0.0, tiny=device.type == "cpu", data_path=args.data_path)
+    checks = Checks(
+        device, args.output, deadline=0.0, tiny=device.type == "cpu", data_path=args.data_path
+    )
     checks.models = tuple(args.models)
     if args.section is not None:
         return run_section(checks, args.section, args.minutes)

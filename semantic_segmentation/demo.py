@@ -1,4 +1,5 @@
-"""Draws what a segmentor sees over a folder of images: `demo.py CONFIG CHECKPOINT IMAGES --out FOLDER`."""
+"""Draws what a segmentor sees over a folder of images: `demo.py CONFIG CHECKPOINT IMAGES --out
+FOLDER`."""
 
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         Image.fromarray(overlay(image, classes, palette)).save(folder / f"{path.stem}.png")
         found, counts = np.unique(classes, return_counts=True)
         shares = sorted(zip(counts / classes.size, found, strict=True), reverse=True)[:5]
-        runner.log.info("%s: %s", path.name, ", ".join(f"{names[k]} {share:.0%}" for share, k in shares))
+        runner.log.info(
+            "%s: %s", path.name, ", ".join(f"{names[k]} {share:.0%}" for share, k in shares)
+        )
 
 
 if __name__ == "__main__":

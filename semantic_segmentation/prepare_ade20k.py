@@ -1,6 +1,8 @@
-"""Unpacks ADEChallengeData2016.zip and checks it: `prepare_ade20k.py ADEChallengeData2016.zip [--out data/ade]`.
+"""Unpacks ADEChallengeData2016.zip and checks it: `prepare_ade20k.py ADEChallengeData2016.zip
+[--out data/ade]`.
 
-Given a folder instead, only checks it. The archive is MIT's "SceneParsing" set (images, annotations), not the full one.
+Given a folder instead, only checks it. The archive is MIT's "SceneParsing" set (images,
+annotations), not the full one.
 """
 
 import argparse
@@ -19,11 +21,14 @@ CLASSES = 150
 
 
 def unpack(archive: Path, out: Path) -> Path:
-    """The archive's folder below `out`. ValueError: not a zip, or one that writes outside of its folder."""
+    """The archive's folder below `out`. ValueError: not a zip, or one that writes outside of its
+    folder."""
     try:
         with zipfile.ZipFile(archive) as file:
             tops = {Path(name).parts[0] for name in file.namelist()}
-            if len(tops) != 1 or any(Path(name).is_absolute() or ".." in Path(name).parts for name in file.namelist()):
+            if len(tops) != 1 or any(
+                Path(name).is_absolute() or ".." in Path(name).parts for name in file.namelist()
+            ):
                 raise ValueError(f"{archive} is not one folder with images and annotations")
             file.extractall(out)
     except zipfile.BadZipFile as error:
@@ -32,7 +37,8 @@ def unpack(archive: Path, out: Path) -> Path:
 
 
 def check(root: Path, counts: dict[str, int] | None = None) -> list[str]:
-    """What is wrong with a folder in ADE20K's layout: counts, pairs, sizes, numbers of classes; empty if nothing is."""
+    """What is wrong with a folder in ADE20K's layout: counts, pairs, sizes, numbers of classes;
+    empty if nothing is."""
     problems = []
     for split, count in (counts or COUNTS).items():
         images, labels = (
@@ -42,7 +48,9 @@ def check(root: Path, counts: dict[str, int] | None = None) -> list[str]:
         if len(images) != count:
             problems.append(f"{root / 'images' / split} holds {len(images)} images, not {count}")
         if single := sorted(images.keys() ^ labels.keys()):
-            problems.append(f"{split}: {len(single)} without image or labels, the first is {single[0]}")
+            problems.append(
+                f"{split}: {len(single)} without image or labels, the first is {single[0]}"
+            )
         pairs = [(images[name], labels[name]) for name in sorted(images.keys() & labels.keys())]
         with ThreadPoolExecutor() as pool:
             found = tqdm(pool.map(check_pair, pairs), split, len(pairs), disable=None)
@@ -66,9 +74,13 @@ def check_pair(pair: tuple[Path, Path]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="the zip, or a folder to check")
-    parser.add_argument("--out", type=Path, default=Path("data/ade"), help="where the zip is unpacked")
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/ade"), help="where the zip is unpacked"
+    )
     args = parser.parse_args(argv)
     if not args.source.exists():
         parser.error(f"{args.source} does not exist")
@@ -77,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     problems = check(root)
-    print("\n".join(problems[:20]) + f"\n{len(problems)} problems" if problems else f"{root} is complete")
+    print(
+        "\n".join(problems[:20]) + f"\n{len(problems)} problems"
+        if problems
+        else f"{root} is complete"
+    )
     return bool(problems)
 
 

@@ -1,4 +1,5 @@
-"""Evaluates a segmentor: `python semantic_segmentation/test.py CONFIG CHECKPOINT [--tta]`; `--help` lists flags."""
+"""Evaluates a segmentor: `python semantic_segmentation/test.py CONFIG CHECKPOINT [--tta]`; `--help`
+lists flags."""
 
 import sys
 from pathlib import Path

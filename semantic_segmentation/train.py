@@ -1,4 +1,5 @@
-"""Trains a segmentor: `python semantic_segmentation/train.py CONFIG --pretrained FILE`; `--help` lists flags."""
+"""Trains a segmentor: `python semantic_segmentation/train.py CONFIG --pretrained FILE`; `--help`
+lists flags."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Linear segmentation of Pascal VOC on the frozen patch tokens of a ViT; `--help` lists flags.
 
-python semantic_segmentation/voc_linear_probe.py --data_path /data/VOC2012 --finetune FILE --output_dir out
+python semantic_segmentation/voc_linear_probe.py --data_path /data/VOC2012 --finetune FILE
+--output_dir out
 """
 
 import argparse
@@ -55,7 +56,8 @@ CROP_SCALE = (0.8, 1.0)
 
 @dataclass(frozen=True)
 class Result:
-    """The row of voc.csv: the mean IoU over all classes, in percent, after an epoch (numbered from 0), and the best."""
+    """The row of voc.csv: the mean IoU over all classes, in percent, after an epoch (numbered from
+    0), and the best."""
 
     miou: float
     best_miou: float
@@ -72,7 +74,8 @@ class Result:
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """Pixels by label (rows) and prediction (columns), int64 [K, K], of two integer tensors of one shape.
+    """Pixels by label (rows) and prediction (columns), int64 [K, K], of two integer tensors of one
+    shape.
 
     Pixels with a label outside 0 ... K - 1 do not count.
     """
@@ -82,7 +85,8 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> T
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class, float64 [K]; a class that never occurs has 0, and counts in the mean."""
+    """Intersection over union of each class, float64 [K]; a class that never occurs has 0, and
+    counts in the mean."""
     confusion = confusion.double()
     hits = confusion.diagonal()
     return hits / (confusion.sum(0) + confusion.sum(1) - hits + 1e-6)
@@ -92,20 +96,30 @@ def class_iou(confusion: Tensor) -> Tensor:
 # Data
 
 
-def voc_images(root: Path, split: str, mask_folders: tuple[str, ...], num_classes: int, args: Namespace):
-    """The images that ImageSets/Segmentation/`split`.txt lists, with their masks, as a data set without transform.
+def voc_images(
+    root: Path, split: str, mask_folders: tuple[str, ...], num_classes: int, args: Namespace
+):
+    """The images that ImageSets/Segmentation/`split`.txt lists, with their masks, as a data set
+    without transform.
 
-    An image is JPEGImages/NAME.jpg (or .png), its mask NAME.png in the first of `mask_folders` that has it.
+    An image is JPEGImages/NAME.jpg (or .png), its mask NAME.png in the first of `mask_folders` that
+    has it.
 
-    Raises ValueError for a missing list, an empty one, and a listed image or mask that is not there.
+    Raises ValueError for a missing list, an empty one, and a listed image or mask that is not
+    there.
     """
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.is_file():
-        raise ValueError(f"--data_path {root} has no {listed.relative_to(root)}: it must be VOC's folder VOC2012")
+        raise ValueError(
+            f"--data_path {root} has no {listed.relative_to(root)}: it must be VOC's folder VOC2012"
+        )
     names = [Path(line.split()[0]).stem for line in listed.read_text().splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{listed} lists no image")
-    files = FolderFiles(root / "JPEGImages", [existing(root, ("JPEGImages",), n, (".jpg", ".png")).name for n in names])
+    files = FolderFiles(
+        root / "JPEGImages",
+        [existing(root, ("JPEGImages",), n, (".jpg", ".png")).name for n in names],
+    )
     masks = [existing(root, mask_folders, name, (".png",)) for name in names]
     dataset = ImageDataset(
         FileSource(files, np.full(len(names), -1), []), None, seed=args.seed, max_bad_images=args.max_bad_images,
@@ -120,12 +134,15 @@ def existing(root: Path, folders: tuple[str, ...], name: str, suffixes: tuple[st
     candidates = [root / folder / f"{name}{suffix}" for folder in folders for suffix in suffixes]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        raise ValueError(f"--data_path: none of {', '.join(map(str, candidates))} exists, but {name} is listed")
+        raise ValueError(
+            f"--data_path: none of {', '.join(map(str, candidates))} exists, but {name} is listed"
+        )
     return found
 
 
 def read_mask(path: Path, num_classes: int) -> np.ndarray:
-    """Class numbers uint8 [H, W], 255 where none counts: the indices of a palette image or a grey one's values."""
+    """Class numbers uint8 [H, W], 255 where none counts: the indices of a palette image or a grey
+    one's values."""
     try:
         picture = Image.open(path)
         mask = np.array(picture)
@@ -134,17 +151,22 @@ def read_mask(path: Path, num_classes: int) -> np.ndarray:
     if picture.mode not in ("P", "L"):
         raise ValueError(f"mask {path} is no palette or grey image, but of mode {picture.mode}")
     if (unknown := mask[(mask >= num_classes) & (mask != IGNORED)]).size:
-        raise ValueError(f"mask {path} has class {unknown[0]}: --nb_classes {num_classes} is too few")
+        raise ValueError(
+            f"mask {path} has class {unknown[0]}: --nb_classes {num_classes} is too few"
+        )
     return mask
 
 
 class TrainView:
-    """A crop of most of the picture and a flip, the same for image and mask: {"image" [3, H, W], "labels" [H, W]}."""
+    """A crop of most of the picture and a flip, the same for image and mask: {"image" [3, H, W],
+    "labels" [H, W]}."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
 
-    def __call__(self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray]) -> Sample:
+    def __call__(
+        self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray]
+    ) -> Sample:
         picture, mask = decode(raw), maps["labels"]
         check_size(picture, mask)
         draws = draw_view(rng, mask.shape, CROP_SCALE, "bilinear", strong=False)
@@ -158,12 +180,17 @@ class EvalView:
     def __init__(self, size: tuple[int, int]):
         self.size = size
 
-    def __call__(self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray]) -> Sample:
+    def __call__(
+        self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray]
+    ) -> Sample:
         picture, mask = decode(raw), maps["labels"]
         check_size(picture, mask)
         image = Image.fromarray(picture).resize(self.size[::-1], Image.Resampling.BILINEAR)
         planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-        return {"image": torch.from_numpy(planes), "labels": torch.from_numpy(nearest(mask, self.size))}
+        return {
+            "image": torch.from_numpy(planes),
+            "labels": torch.from_numpy(nearest(mask, self.size)),
+        }
 
 
 def check_size(picture: np.ndarray, mask: np.ndarray) -> None:
@@ -179,7 +206,9 @@ def crop_labels(mask: np.ndarray, draws: ViewDraws, size: tuple[int, int]) -> np
 
 
 def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.array(Image.fromarray(np.ascontiguousarray(mask)).resize(size[::-1], Image.Resampling.NEAREST))
+    return np.array(
+        Image.fromarray(np.ascontiguousarray(mask)).resize(size[::-1], Image.Resampling.NEAREST)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,16 +216,20 @@ def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 class Backbone(nn.Module):
-    """A frozen ViT up to block number `layer`, in eval mode: images [B, 3, H, W] to a map float32 [B, C, gh, gw].
+    """A frozen ViT up to block number `layer`, in eval mode: images [B, 3, H, W] to a map float32
+    [B, C, gh, gw].
 
-    The last block's tokens pass the norm that the checkpoint was trained with, if it has one; all others pass none.
+    The last block's tokens pass the norm that the checkpoint was trained with, if it has one; all
+    others pass none.
     """
 
     def __init__(self, vit: VisionTransformer, layer: int):
         super().__init__()
         depth = len(vit.blocks)
         if not -depth <= layer < depth:
-            raise ValueError(f"--layer_indices {layer}: the model has blocks 0 to {depth - 1}, or -1 to -{depth}")
+            raise ValueError(
+                f"--layer_indices {layer}: the model has blocks 0 to {depth - 1}, or -1 to -{depth}"
+            )
         self.is_last = layer in (-1, depth - 1)
         vit.blocks = vit.blocks[: layer % depth + 1]
         self.vit = vit.requires_grad_(False).eval()
@@ -204,7 +237,9 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.vit.forward_features(images)
-        tokens = (self.vit.norm(tokens) if self.is_last else tokens)[:, self.vit.num_prefix_tokens :]
+        tokens = (self.vit.norm(tokens) if self.is_last else tokens)[
+            :, self.vit.num_prefix_tokens :
+        ]
         return tokens.float().transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
 
 
@@ -232,9 +267,9 @@ def build_head(dim: int, num_classes: int, seed: int) -> nn.Conv2d:
 class Segmentation(nn.Module):
     """What the engine trains: batches of images and labels to a loss.
 
-    The published code enlarges the features and then applies the head. Both are linear, and what enlarging mixes adds
-    up to 1, so the head comes first here: the same logits from a fraction of the memory. The backbone is no submodule,
-    so that it is neither wrapped nor optimized nor saved.
+    The published code enlarges the features and then applies the head. Both are linear, and what
+    enlarging mixes adds up to 1, so the head comes first here: the same logits from a fraction of
+    the memory. The backbone is no submodule, so that it is neither wrapped nor optimized nor saved.
     """
 
     average = None
@@ -251,8 +286,16 @@ class Segmentation(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         size = (self.mask_size, self.mask_size)
-        labels = F.interpolate(batch["labels"].unsqueeze(1).float(), size, mode="nearest").squeeze(1).long()
-        return {"loss": F.cross_entropy(self.logits(batch["image"], size, "train"), labels, ignore_index=IGNORED)}
+        labels = (
+            F.interpolate(batch["labels"].unsqueeze(1).float(), size, mode="nearest")
+            .squeeze(1)
+            .long()
+        )
+        return {
+            "loss": F.cross_entropy(
+                self.logits(batch["image"], size, "train"), labels, ignore_index=IGNORED
+            )
+        }
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
         """Nothing changes with the epochs."""
@@ -262,8 +305,11 @@ class Segmentation(nn.Module):
 
 
 @torch.no_grad()
-def evaluate(task: Segmentation, loader: DataLoader, normalize: Normalize, dtype: torch.dtype | None) -> Tensor:
-    """The confusion matrix, int64 [K, K], over a loader that is shared among the ranks; every image counts once."""
+def evaluate(
+    task: Segmentation, loader: DataLoader, normalize: Normalize, dtype: torch.dtype | None
+) -> Tensor:
+    """The confusion matrix, int64 [K, K], over a loader that is shared among the ranks; every image
+    counts once."""
     classes, device = task.head.out_channels, normalize.device
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     for batch in loader:
@@ -282,19 +328,36 @@ def evaluate(task: Segmentation, loader: DataLoader, normalize: Normalize, dtype
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add_network_flags(parser)
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default=None, help="VOC2012: JPEGImages, SegmentationClass(Aug), ImageSets")
+    group.add_argument(
+        "--data_path", default=None, help="VOC2012: JPEGImages, SegmentationClass(Aug), ImageSets"
+    )
     group.add_argument("--nb_classes", type=int, default=len(CLASSES), help="with the background")
     add_loader_flags(group)
     group = parser.add_argument_group("segmentation probe")
-    group.add_argument("--layer_indices", type=int, default=-5, help="block whose patch tokens are classified")
-    group.add_argument("--train_mask_size", type=int, default=100, help="side to which logits and labels are resized")
-    group.add_argument("--eval_size", type=int, default=448, help="side of the images that are evaluated")
-    group.add_argument("--val_batch_size", type=int, default=5, help="images per process in evaluation")
-    group.add_argument("--val_freq", type=int, default=1, help="epochs between evaluations; the last one always is")
+    group.add_argument(
+        "--layer_indices", type=int, default=-5, help="block whose patch tokens are classified"
+    )
+    group.add_argument(
+        "--train_mask_size",
+        type=int,
+        default=100,
+        help="side to which logits and labels are resized",
+    )
+    group.add_argument(
+        "--eval_size", type=int, default=448, help="side of the images that are evaluated"
+    )
+    group.add_argument(
+        "--val_batch_size", type=int, default=5, help="images per process in evaluation"
+    )
+    group.add_argument(
+        "--val_freq", type=int, default=1, help="epochs between evaluations; the last one always is"
+    )
     group.add_argument("--eval", action="store_true", help="evaluate --resume and exit")
     for add, stage in ((add_optimizer_flags, "pretrain"), (add_engine_flags, "finetune"),
                        (add_run_flags, "finetune")):  # fmt: skip
@@ -325,15 +388,22 @@ def validate(args: Namespace) -> None:
 class Evaluator:
     """Evaluates the head, writes voc.csv, and keeps the best epoch's checkpoint."""
 
-    def __init__(self, args: Namespace, task: Segmentation, loader: DataLoader, normalize: Normalize):
+    def __init__(
+        self, args: Namespace, task: Segmentation, loader: DataLoader, normalize: Normalize
+    ):
         self.args, self.task, self.loader, self.normalize = args, task, loader, normalize
         self.result: Result | None = None  # the latest
 
     def __call__(self, epoch: int, best: float = 0.0) -> Result:
         """The result after `epoch`, where that of the best epoch before was `best`."""
         args = self.args
-        iou = class_iou(evaluate(self.task, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision))).cpu()
-        about = {name: getattr(args, name) for name in ("lr", "layer_indices", "model", "finetune", "seed")}
+        iou = class_iou(
+            evaluate(self.task, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision))
+        ).cpu()
+        about = {
+            name: getattr(args, name)
+            for name in ("lr", "layer_indices", "model", "finetune", "seed")
+        }
         miou = 100 * iou.mean().item()
         self.result = Result(miou=miou, best_miou=max(miou, best), epoch=epoch, **about)
         if args.output_dir and args.rank == 0:
@@ -368,10 +438,16 @@ def main(args: Namespace) -> Result | None:
     normalize = set_up(args)
     backbones = build_backbones(args, normalize.device)
     data = build_data(args, backbones)
-    head = build_head(backbones["train"].vit.embed_dim, args.nb_classes, args.seed).to(normalize.device)
+    head = build_head(backbones["train"].vit.embed_dim, args.nb_classes, args.seed).to(
+        normalize.device
+    )
     task = Segmentation(head, backbones, args.train_mask_size)
-    sampler = EvalBatchSampler(len(data["val"]), args.val_batch_size, rank=args.rank, world_size=args.world_size)
-    val_loader = build_loader(data["val"], sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
+    sampler = EvalBatchSampler(
+        len(data["val"]), args.val_batch_size, rank=args.rank, world_size=args.world_size
+    )
+    val_loader = build_loader(
+        data["val"], sampler, num_workers=args.num_workers, pin_mem=args.pin_mem
+    )
     evaluator = Evaluator(args, task, val_loader, normalize)
     if args.eval and not args.dry_run:
         origin = Origin.find(args)
@@ -382,14 +458,18 @@ def main(args: Namespace) -> Result | None:
     loader = train_loader(args, data["train"])
     sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
     report(args, derived(args, loader.steps_per_epoch) | {"images": sizes})
-    groups = [{"params": list(head.parameters()), "weight_decay": args.weight_decay, "decay": True}]  # bias too
+    groups = [
+        {"params": list(head.parameters()), "weight_decay": args.weight_decay, "decay": True}
+    ]  # bias too
     if args.dry_run:
         dry_run(args, groups, loader.steps_per_epoch, normalize.device)
         return None
     run, position = start_training(args, task, head, loader, groups, normalize, "average")
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best mIoU %.3f", position.best)
-    return evaluator.result or evaluator(args.epochs - 1, position.best)  # a finished run has trained nothing
+    return evaluator.result or evaluator(
+        args.epochs - 1, position.best
+    )  # a finished run has trained nothing
 
 
 if __name__ == "__main__":

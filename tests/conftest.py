@@ -1,4 +1,5 @@
-"""Test set-up: the repository root on the path, one thread per process, a seed and a log of its own for each test."""
+"""Test set-up: the repository root on the path, one thread per process, a seed and a log of its own
+for each test."""
 
 import logging
 import os
@@ -20,7 +21,8 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Before any fixture, those of modules too: what a test draws must not depend on the tests before it."""
+    """Before any fixture, those of modules too: what a test draws must not depend on the tests
+    before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -28,7 +30,8 @@ def pytest_runtest_setup():
 
 @pytest.fixture(autouse=True)
 def own_log():
-    """A script run in this process sets the log up for itself; the next test must not inherit that."""
+    """A script run in this process sets the log up for itself; the next test must not inherit
+    that."""
     log = logging.getLogger("unimim")
     before = log.handlers[:], log.level, log.propagate
     yield

@@ -14,11 +14,14 @@ CATEGORIES = (1, 18)
 
 
 def write_coco(root: Path, train: int = 8, val: int = 4) -> Path:
-    """Pictures of two coloured squares on grey noise, with outlines: annotations/, train2017/, val2017/ in `root`."""
+    """Pictures of two coloured squares on grey noise, with outlines: annotations/, train2017/,
+    val2017/ in `root`."""
     from mmdet.datasets import CocoDataset
 
     names = CocoDataset.METAINFO["classes"]
-    categories = [{"id": number, "name": name} for number, name in zip(CATEGORY_IDS, names, strict=True)]
+    categories = [
+        {"id": number, "name": name} for number, name in zip(CATEGORY_IDS, names, strict=True)
+    ]
     (root / "annotations").mkdir(parents=True)
     for split, count, seed in (("train2017", train, 0), ("val2017", val, 1)):
         (root / split).mkdir()
@@ -29,14 +32,17 @@ def write_coco(root: Path, train: int = 8, val: int = 4) -> Path:
             Image.fromarray(picture).save(root / split / name, quality=95)
             images.append({"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH})
             annotations += [
-                annotation(box, kind, number, len(annotations) + k) for k, (kind, box) in enumerate(boxes, 1)
+                annotation(box, kind, number, len(annotations) + k)
+                for k, (kind, box) in enumerate(boxes, 1)
             ]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return root
 
 
-def scene(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
+def scene(
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
     """A square in each half of the picture, one of each kind: pixels and (kind, (x, y, w, h))."""
     picture = rng.integers(100, 140, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     boxes = []

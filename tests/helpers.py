@@ -1,4 +1,5 @@
-"""What the engine's tests share: tiny runs of the scripts, in this process, in spawned ranks or as subprocesses."""
+"""What the engine's tests share: tiny runs of the scripts, in this process, in spawned ranks or as
+subprocesses."""
 
 import os
 import signal
@@ -29,13 +30,35 @@ from unimim.engine.setup import set_up, start_training
 from unimim.engine.state import Training
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--input_size", "16", "--patch_size", "4", "--data_set", "digits", "--num_workers", "0", "--device", "cpu"]
+TINY = [
+    "--input_size",
+    "16",
+    "--patch_size",
+    "4",
+    "--data_set",
+    "digits",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+]
 SIZE = ["embed_dim=32", "depth=2", "num_heads=2"]
 DECODER = ["decoder_embed_dim=24", "decoder_depth=2", "decoder_num_heads=2"]
 PRETRAIN = [
     *("--model", "conmim_tiny_patch16_224", *TINY, "--mask_type", "random", "--mask_ratio", "0.5"),
     *("--model_kwargs", *SIZE, "projector_hidden_dim=32", "projector_out_dim=16"),
-    *("--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--clip_grad", "3.0"),
+    *(
+        "--batch_size",
+        "8",
+        "--epochs",
+        "2",
+        "--warmup_epochs",
+        "0",
+        "--lr",
+        "1e-3",
+        "--clip_grad",
+        "3.0",
+    ),
 ]
 METHODS = {  # flags over those of PRETRAIN
     "mae": ("--model", "mae_tiny_patch16_224", "--model_kwargs", *SIZE, *DECODER),
@@ -43,14 +66,42 @@ METHODS = {  # flags over those of PRETRAIN
         *("--model", "semmae_tiny_patch16_224", "--part_source", "random", "--num_parts", "3"),
         *("--model_kwargs", *SIZE, *DECODER),
     ),
-    "semaim": ("--model", "semaim_tiny_patch16_224", "--use_ema_model", "--model_kwargs", *SIZE, "query_depth=2"),
+    "semaim": (
+        "--model",
+        "semaim_tiny_patch16_224",
+        "--use_ema_model",
+        "--model_kwargs",
+        *SIZE,
+        "query_depth=2",
+    ),
     "saim": (
-        *("--model", "semaim_tiny_patch16_224", "--permutation_type", "stochastic", "--share_weight"),
+        *(
+            "--model",
+            "semaim_tiny_patch16_224",
+            "--permutation_type",
+            "stochastic",
+            "--share_weight",
+        ),
         *("--model_kwargs", *SIZE, "query_depth=2"),
     ),
-    "a2mim_vit": ("--model", "a2mim_vit_tiny_patch16_224", "--model_kwargs", *SIZE, "mask_layer=1", "mask_init=1e-6"),
+    "a2mim_vit": (
+        "--model",
+        "a2mim_vit_tiny_patch16_224",
+        "--model_kwargs",
+        *SIZE,
+        "mask_layer=1",
+        "mask_init=1e-6",
+    ),
     "a2mim_resnet": (
-        *("--model", "a2mim_resnet18", "--input_size", "64", "--sync_bn", "--lr_schedule", "stepfix_cosine"),
+        *(
+            "--model",
+            "a2mim_resnet18",
+            "--input_size",
+            "64",
+            "--sync_bn",
+            "--lr_schedule",
+            "stepfix_cosine",
+        ),
         *(
             "--mask_type",
             "random_mps32",
@@ -72,14 +123,37 @@ METHODS |= {
     ),
     "maskfeat": ("--model", "maskfeat_tiny_patch16_224", "--model_kwargs", *SIZE),
     "semanticmim_beit": (
-        *("--model", "semanticmim_beit_tiny_patch16_224", "--num_cls_tokens", "3", "--separate_mask_ratio", "0.6"),
+        *(
+            "--model",
+            "semanticmim_beit_tiny_patch16_224",
+            "--num_cls_tokens",
+            "3",
+            "--separate_mask_ratio",
+            "0.6",
+        ),
         *(*WORDS, "--model_kwargs", *SIZE, "vocab_size=64"),
     ),
-    "semanticmim_maskfeat": ("--model", "semanticmim_maskfeat_tiny_patch16_224", "--model_kwargs", *SIZE),
+    "semanticmim_maskfeat": (
+        "--model",
+        "semanticmim_maskfeat_tiny_patch16_224",
+        "--model_kwargs",
+        *SIZE,
+    ),
 }
 FINETUNE = [
     *("--model", "beit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE, "init_scale=1.0"),
-    *("--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--layer_decay", "0.75"),
+    *(
+        "--batch_size",
+        "8",
+        "--epochs",
+        "2",
+        "--warmup_epochs",
+        "0",
+        "--lr",
+        "1e-3",
+        "--layer_decay",
+        "0.75",
+    ),
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,12 +204,17 @@ def _start_finetuning(args: Namespace) -> tuple[Training, Position]:
     return start_training(args, task, model, loader, groups, normalize, "model_ema")
 
 
-def train_steps(run: Training, first: int, last: int, spoil: Callable[[int, list], None] | None = None) -> list[dict]:
-    """Updates first ... last - 1 of epoch 0: the figures of each. `spoil(update, micro_batches)` may damage a batch."""
+def train_steps(
+    run: Training, first: int, last: int, spoil: Callable[[int, list], None] | None = None
+) -> list[dict]:
+    """Updates first ... last - 1 of epoch 0: the figures of each. `spoil(update, micro_batches)`
+    may damage a batch."""
     run.task.train()
     run.loader.batch_sampler.set_position(0, first * run.args.update_freq)
     figures = []
-    for update, micro_batches in zip(range(first, last), grouped(run.loader, run.args.update_freq), strict=False):
+    for update, micro_batches in zip(
+        range(first, last), grouped(run.loader, run.args.update_freq), strict=False
+    ):
         if spoil is not None:
             spoil(update, micro_batches)
         train_one_step(run, update, micro_batches)
@@ -148,7 +227,8 @@ def column(figures: list[dict], name: str) -> list[float]:
 
 
 def whole_weights(run: Training) -> dict[str, Tensor]:
-    """The trained network's whole float32 weights and buffers, on every rank; every rank must call."""
+    """The trained network's whole float32 weights and buffers, on every rank; every rank must
+    call."""
     network = run.runner.network
     weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
     for name, parameter in network.named_parameters():
@@ -160,15 +240,20 @@ def whole_weights(run: Training) -> dict[str, Tensor]:
 def average_weights(run: Training) -> dict[str, Tensor]:
     """Of the teacher or of the averaged model; empty without one."""
     average = run.task.average
-    return {} if average is None else {name: value.clone() for name, value in average.module.state_dict().items()}
+    return (
+        {}
+        if average is None
+        else {name: value.clone() for name, value in average.module.state_dict().items()}
+    )
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Over the parameters of two networks.
 
-    Without what has no gradient but rounding noise, of which AdamW makes whole steps: ConMIM's `norm.bias` (a constant
-    added to every token drops out in the projector's batch normalisation, specs/conmim.md 1.2) and the keys' bias (one
-    added to every logit of a softmax). Running statistics are of each process.
+    Without what has no gradient but rounding noise, of which AdamW makes whole steps: ConMIM's
+    `norm.bias` (a constant added to every token drops out in the projector's batch normalisation,
+    specs/conmim.md 1.2) and the keys' bias (one added to every logit of a softmax). Running
+    statistics are of each process.
     """
     assert ours.keys() == theirs.keys()
     kept_apart = ("running_mean", "running_var", "num_batches_tracked")
@@ -189,12 +274,16 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
     """Where two nested states are not equal to the last bit."""
     if isinstance(ours, Tensor):
-        same = isinstance(theirs, Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        same = (
+            isinstance(theirs, Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        )
         return [] if same else [place]
     if isinstance(ours, dict):
         if not isinstance(theirs, dict) or ours.keys() != theirs.keys():
             return [place]
-        return [where for key in ours for where in differing(ours[key], theirs[key], f"{place}/{key}")]
+        return [
+            where for key in ours for where in differing(ours[key], theirs[key], f"{place}/{key}")
+        ]
     if isinstance(ours, (list, tuple)):
         if len(ours) != len(theirs):
             return [place]
@@ -208,14 +297,25 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
 
 
 def in_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments) -> list[Any]:
-    """function(folder, *arguments) in `ranks` fresh processes under a launcher's variables: what each returned."""
+    """function(folder, *arguments) in `ranks` fresh processes under a launcher's variables: what
+    each returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.start_processes(_rank, (ranks, free_port(), function, folder, arguments), nprocs=ranks, start_method="spawn")
+    mp.start_processes(
+        _rank, (ranks, free_port(), function, folder, arguments), nprocs=ranks, start_method="spawn"
+    )
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, port: int, function: Callable, folder: Path, arguments: tuple) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _rank(
+    rank: int, ranks: int, port: int, function: Callable, folder: Path, arguments: tuple
+) -> None:
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     torch.save(function(folder, *arguments), folder / f"result-{rank}.pt")
@@ -223,8 +323,11 @@ def _rank(rank: int, ranks: int, port: int, function: Callable, folder: Path, ar
 
 
 def gloo_threads() -> int:
-    """Of this process. One that frees a tensor while the interpreter shuts down aborts the process."""
-    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")].count("pt_gloo_runloop")
+    """Of this process. One that frees a tensor while the interpreter shuts down aborts the
+    process."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")].count(
+        "pt_gloo_runloop"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +340,9 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONUNBUFFERED": "1"}
 
 
-def script(stage: str, folder: Path | str, *flags: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
+def script(
+    stage: str, folder: Path | str, *flags: str, launcher: tuple[str, ...] = (sys.executable,)
+) -> list[str]:
     """The command line of a tiny run."""
     name, base = {
         "pretrain": ("run_pretraining.py", PRETRAIN),
@@ -259,7 +364,8 @@ def run_command(command: list[str], timeout: float = 300) -> subprocess.Complete
 
 
 def start_command(command: list[str]) -> subprocess.Popen:
-    """In a session of its own, so that a signal to its group reaches its loader workers and nothing else."""
+    """In a session of its own, so that a signal to its group reaches its loader workers and nothing
+    else."""
     return subprocess.Popen(
         command,
         cwd=ROOT,

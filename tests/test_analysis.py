@@ -1,4 +1,5 @@
-"""The analyses on functions whose answer is known, and their commands on tiny networks of every kind."""
+"""The analyses on functions whose answer is known, and their commands on tiny networks of every
+kind."""
 
 import csv
 import itertools
@@ -21,10 +22,32 @@ from unimim.cli.options import as_config
 from unimim.engine.setup import launch
 
 CPU = torch.device("cpu")
-VIT = {"input_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
-SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)}
+VIT = {
+    "input_size": 16,
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 0,
+}
+SWIN = {
+    "img_size": 64,
+    "window_size": 2,
+    "embed_dim": 8,
+    "depths": (1, 1, 2, 1),
+    "num_heads": (1, 1, 2, 2),
+}
 DIGITS = ["--data_set", "digits", "--num_workers", "0", "--device", "cpu"]
-VIT_FLAGS = ["--model", "vit_tiny_patch16_224", "--input_size", "16", "--patch_size", "4", "--model_kwargs", *SIZE]
+VIT_FLAGS = [
+    "--model",
+    "vit_tiny_patch16_224",
+    "--input_size",
+    "16",
+    "--patch_size",
+    "4",
+    "--model_kwargs",
+    *SIZE,
+]
 COMMANDS = {
     "fourier": fourier, "cka": cka, "effective_rank": effective_rank, "attention_distance": attention_distance,
     "interaction": interaction,
@@ -48,7 +71,9 @@ def images(size: int, count: int = 2) -> Tensor:
 
 def test_layers_of_a_vit_are_the_sums_after_its_attention_and_its_mlp():
     """Layer scale included, which the published tool leaves out; the class token is not."""
-    vit = scrambled(VisionTransformer(**VIT, init_values=0.1, rel_pos_bias="shared", pos_embed="learned"))
+    vit = scrambled(
+        VisionTransformer(**VIT, init_values=0.1, rel_pos_bias="shared", pos_embed="learned")
+    )
     found = common.look(vit, images(16), common.layers_of(vit), lambda maps: maps)
     assert list(found) == ["embedding", "blocks.0.attn", "blocks.0", "blocks.1.attn", "blocks.1"]
     x = vit.embed(vit.patch_embed(images(16)), vit.pos_embed)
@@ -56,7 +81,9 @@ def test_layers_of_a_vit_are_the_sums_after_its_attention_and_its_mlp():
         attended = x + block.gamma_1 * block.attn(block.norm1(x), vit.rel_pos_bias())
         x = block(x, vit.rel_pos_bias())
         for layer, tokens in ((f"{name}.attn", attended), (name, x)):
-            torch.testing.assert_close(found[layer], tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
+            torch.testing.assert_close(
+                found[layer], tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+            )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +106,9 @@ def test_layers_of_a_vit_are_the_sums_after_its_attention_and_its_mlp():
 )  # fmt: skip
 def test_layers_of_other_networks_come_out_as_maps(name, options, shapes):
     network = timm.create_model(name, num_classes=0, **options).eval()
-    found = common.look(network, images(64), common.layers_of(network), lambda maps: tuple(maps.shape))
+    found = common.look(
+        network, images(64), common.layers_of(network), lambda maps: tuple(maps.shape)
+    )
     assert list(found.values()) == [(2, channels, side, side) for channels, side in shapes]
 
 
@@ -88,7 +117,14 @@ def test_swin_and_timm_vits_give_what_their_blocks_make():
     found = common.look(swin, images(64), common.layers_of(swin), lambda maps: maps)
     last = swin.norm(found["layers.3.blocks.0"].movedim(1, -1))
     torch.testing.assert_close(last, swin.forward_features(images(64)))
-    small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    small = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     vit = scrambled(timm.create_model("vit_tiny_patch16_224", **small, init_values=0.1))
     found = common.look(vit, images(16), common.layers_of(vit), lambda maps: maps)
     last = vit.norm(found["blocks.1"].flatten(2).transpose(1, 2))
@@ -96,7 +132,9 @@ def test_swin_and_timm_vits_give_what_their_blocks_make():
 
 
 def test_a_decoder_is_no_layer_of_the_encoder():
-    mae = create_model("mae_tiny_patch16_224", input_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    mae = create_model(
+        "mae_tiny_patch16_224", input_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    )
     names = list(common.look(mae.eval(), images(16), common.layers_of(mae), lambda maps: None))
     assert names == ["embedding", "blocks.0.attn", "blocks.0", "blocks.1.attn", "blocks.1"]
 
@@ -107,7 +145,8 @@ def test_a_decoder_is_no_layer_of_the_encoder():
 
 @pytest.mark.parametrize(("height", "width", "k"), [(8, 8, 2), (9, 9, 3), (6, 12, 1), (14, 14, 6)])
 def test_a_wave_has_one_frequency(height, width, k):
-    """cos has half of all places' sum at +-k; along a rectangle's diagonal columns turn as often as rows."""
+    """cos has half of all places' sum at +-k; along a rectangle's diagonal columns turn as often as
+    rows."""
     y, x = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
     columns = round(k * width / height)
     wave = torch.cos(2 * math.pi * (k * y + columns * x)).double().expand(2, 3, -1, -1)
@@ -127,7 +166,12 @@ def test_half_the_spectrum_is_the_published_form():
     torch.manual_seed(0)
     for side in (1, 6, 7):
         maps = torch.randn(3, 2, side, side)
-        shifted = (torch.fft.fft2(maps).abs() + 1e-6).log().roll((side // 2, side // 2), (2, 3)).mean((0, 1))
+        shifted = (
+            (torch.fft.fft2(maps).abs() + 1e-6)
+            .log()
+            .roll((side // 2, side // 2), (2, 3))
+            .mean((0, 1))
+        )
         torch.testing.assert_close(fourier.log_amplitudes(maps), shifted.diag()[side // 2 :])
 
 
@@ -160,14 +204,19 @@ def test_factors_of_a_product_interact_by_it_and_others_do_not():
     for order in (0, 4, 14):
         contexts = interaction.draw_contexts(pairs, 16, order, 20, rng)
         found = interaction.interactions(Product(4, [5, 6]), image, 1, pairs, contexts, 16, "yi", 7)
-        assert torch.equal(found, torch.tensor([[30.0], [0], [0]]).double().expand(-1, 1 if order in (0, 14) else 20))
+        assert torch.equal(
+            found,
+            torch.tensor([[30.0], [0], [0]]).double().expand(-1, 1 if order in (0, 14) else 20),
+        )
 
 
 def test_a_third_factor_must_be_in_the_context():
     """Which it is in a share m / (n - 2) of them."""
     pairs, image = torch.tensor([[5, 6]]), torch.ones(1, 4, 4)
     contexts = interaction.draw_contexts(pairs, 16, 7, 4000, np.random.default_rng(0))
-    found = interaction.interactions(Product(4, [5, 6, 0]), image, 1, pairs, contexts, 16, "yi", 500)
+    found = interaction.interactions(
+        Product(4, [5, 6, 0]), image, 1, pairs, contexts, 16, "yi", 500
+    )
     assert torch.equal(found[0], (contexts[0] == 0).any(1).double())
     assert found.mean() == pytest.approx(0.5, abs=0.03)
 
@@ -175,16 +224,25 @@ def test_a_third_factor_must_be_in_the_context():
 def test_rewards_by_hand():
     logits = torch.tensor([1.0, 2.0, 4.0])
     assert interaction.reward(logits, 1, "yi") == 2
-    assert interaction.reward(logits, 1, "modified") == pytest.approx(2 - math.log(math.e + math.e**4))
-    assert interaction.reward(logits, 1, "normal") == pytest.approx(2 - math.log(math.e + math.e**2 + math.e**4))
+    assert interaction.reward(logits, 1, "modified") == pytest.approx(
+        2 - math.log(math.e + math.e**4)
+    )
+    assert interaction.reward(logits, 1, "normal") == pytest.approx(
+        2 - math.log(math.e + math.e**2 + math.e**4)
+    )
 
 
 def test_pairs_are_different_neighbours_and_all_of_them_can_be_had():
-    steps = {pair: np.subtract(*(divmod(cell, 3) for cell in pair)) for pair in itertools.combinations(range(9), 2)}
+    steps = {
+        pair: np.subtract(*(divmod(cell, 3) for cell in pair))
+        for pair in itertools.combinations(range(9), 2)
+    }
     near = {frozenset(pair) for pair, step in steps.items() if abs(step).max() == 1}
     pairs = interaction.draw_pairs(3, len(near), 1, np.random.default_rng(0))
     assert {frozenset(pair) for pair in pairs.tolist()} == near
-    with pytest.raises(ValueError, match=r"--pairs 21 is more than the 20 pairs that --grid 3 has in --reach 1"):
+    with pytest.raises(
+        ValueError, match=r"--pairs 21 is more than the 20 pairs that --grid 3 has in --reach 1"
+    ):
         interaction.draw_pairs(3, 21, 1, np.random.default_rng(0))
 
 
@@ -215,14 +273,17 @@ def test_a_rotated_and_scaled_matrix_is_the_same_to_cka():
     torch.manual_seed(0)
     features = torch.randn(20, 6).double()
     rotation = torch.linalg.qr(torch.randn(6, 6).double()).Q
-    grams = torch.stack([cka.gram(x) for x in (features, 3 * features @ rotation + 5, features[:, :1])])
+    grams = torch.stack(
+        [cka.gram(x) for x in (features, 3 * features @ rotation + 5, features[:, :1])]
+    )
     found = cka.cka(cka.unbiased_hsic(grams))
     torch.testing.assert_close(found[:2, :2], torch.ones(2, 2).double())
     assert 0 < found[0, 2] < 0.9 and torch.equal(found, found.T)
 
 
 def test_minibatches_estimate_the_same_hsic():
-    """It is a U-statistic: its mean over all subsets is its value on the whole, and that of all permutations is 0."""
+    """It is a U-statistic: its mean over all subsets is its value on the whole, and that of all
+    permutations is 0."""
     torch.manual_seed(0)
     grams = torch.stack([cka.gram(torch.randn(7, d)) for d in (3, 5)])
     subsets = [list(chosen) for chosen in itertools.combinations(range(7), 4)]
@@ -239,21 +300,29 @@ def test_minibatches_estimate_the_same_hsic():
 
 
 def test_distances_of_known_attention():
-    """Uniform: the mean of all distances; to itself: 0; to the right: a patch. A class token does not count."""
+    """Uniform: the mean of all distances; to itself: 0; to the right: a patch. A class token does
+    not count."""
     distances = attention_distance.patch_distances((1, 4), (8, 8))
     assert distances[0].tolist() == [0, 8, 16, 24]
     uniform = torch.full((4, 4), 0.25)
     right = torch.eye(4).roll(1, 1)
     right[3] = torch.eye(4)[2]  # the last one looks to the left
-    attention = F.pad(0.6 * torch.stack((uniform, torch.eye(4), right)), (1, 0, 1, 0), value=0.4)[None]
-    assert attention_distance.attention_distance(attention, distances)[0].tolist() == pytest.approx([10, 0, 8])
+    attention = F.pad(0.6 * torch.stack((uniform, torch.eye(4), right)), (1, 0, 1, 0), value=0.4)[
+        None
+    ]
+    assert attention_distance.attention_distance(attention, distances)[0].tolist() == pytest.approx(
+        [10, 0, 8]
+    )
 
 
 @pytest.mark.parametrize("kind", ["own", "own_shared", "timm", "swin"])
 def test_without_queries_attention_is_uniform(kind):
-    """In Swin within a window of 2 x 2 patches, of 4, 8, 16 and 32 pixels; its shifted windows look among fewer."""
+    """In Swin within a window of 2 x 2 patches, of 4, 8, 16 and 32 pixels; its shifted windows look
+    among fewer."""
     if kind.startswith("own"):
-        network = VisionTransformer(**VIT, rel_pos_bias="shared" if kind == "own_shared" else "none", k_bias=True)
+        network = VisionTransformer(
+            **VIT, rel_pos_bias="shared" if kind == "own_shared" else "none", k_bias=True
+        )
     elif kind == "timm":
         small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
         network = timm.create_model("vit_tiny_patch16_224", **small, num_classes=0)
@@ -266,7 +335,9 @@ def test_without_queries_attention_is_uniform(kind):
 
     def see(attending, attention):
         between = attention_distance.patch_distances(attending.grid, attending.stride)
-        found[attending.name] = attention_distance.attention_distance(attention, between) / between.mean()
+        found[attending.name] = (
+            attention_distance.attention_distance(attention, between) / between.mean()
+        )
 
     attentions = attention_distance.attentions_of(network)
     attention_distance.look(network, images(64 if kind == "swin" else 16), attentions, see)
@@ -283,7 +354,9 @@ def test_attention_is_what_the_network_uses():
     """Biases included: of BEiT's form the same as `attention_maps`."""
     vit = scrambled(VisionTransformer(**VIT, init_values=0.1, rel_pos_bias="per_block"))
     seen = []
-    attention_distance.look(vit, images(16), attention_distance.attentions_of(vit), lambda _, a: seen.append(a))
+    attention_distance.look(
+        vit, images(16), attention_distance.attentions_of(vit), lambda _, a: seen.append(a)
+    )
     for layer, attention in enumerate(seen):
         torch.testing.assert_close(attention, vit.attention_maps(images(16), layer))
 
@@ -293,14 +366,19 @@ def test_attention_is_what_the_network_uses():
 
 
 def test_rank_of_known_spectra():
-    assert effective_rank.effective_rank(torch.tensor([4.0, 4, 4, 0, 0]).double()) == pytest.approx(3)
+    assert effective_rank.effective_rank(torch.tensor([4.0, 4, 4, 0, 0]).double()) == pytest.approx(
+        3
+    )
     values = torch.tensor([0.5, 0.25, 0.25]).double()
-    assert effective_rank.effective_rank(9 * values**2) == pytest.approx(math.exp(1.5 * math.log(2)))
+    assert effective_rank.effective_rank(9 * values**2) == pytest.approx(
+        math.exp(1.5 * math.log(2))
+    )
     assert effective_rank.effective_rank(torch.zeros(3).double()) == 0
 
 
 def test_rank_of_features_with_a_known_spectrum_in_parts():
-    """Three centred orthogonal directions of equal length among eight channels, far from the origin."""
+    """Three centred orthogonal directions of equal length among eight channels, far from the
+    origin."""
     torch.manual_seed(0)
     directions = torch.linalg.qr(torch.randn(8, 3).double()).Q
     rows = torch.linalg.qr(F.pad(torch.randn(50, 3).double(), (1, 0), value=1.0)).Q[:, 1:]
@@ -323,13 +401,17 @@ def method_file(folder: Path, method: str) -> Path:
     args = arguments("pretrain", folder, *METHODS[method])
     network = scrambled(build_method(args))
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder / "checkpoint-1.pth", {"model": network.state_dict(), "args": as_config(args)})
+    save_checkpoint(
+        folder / "checkpoint-1.pth", {"model": network.state_dict(), "args": as_config(args)}
+    )
     save_encoder(folder / "encoder-1.safetensors", network.encoder_state_dict(), {"format": "timm"})
     return folder / "checkpoint-1.pth"
 
 
 def classifier_file(path: Path) -> Path:
-    network = scrambled(create_model("vit_tiny_patch16_224", **VIT | {"num_classes": 10}, global_pool="token"))
+    network = scrambled(
+        create_model("vit_tiny_patch16_224", **VIT | {"num_classes": 10}, global_pool="token")
+    )
     save_checkpoint(path, {"model": network.state_dict()})
     return path
 
@@ -342,7 +424,18 @@ def table(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open()))
 
 
-INTERACTION = ["--grid", "4", "--pairs", "2", "--contexts", "3", "--images", "2", "--batch_size", "64"]
+INTERACTION = [
+    "--grid",
+    "4",
+    "--pairs",
+    "2",
+    "--contexts",
+    "3",
+    "--images",
+    "2",
+    "--batch_size",
+    "64",
+]
 
 
 @pytest.mark.parametrize("name", ["fourier", "cka", "effective_rank", "attention_distance"])
@@ -357,14 +450,18 @@ def test_checkpoint_and_encoder_are_the_same_network_and_random_weights_another(
     rows = table(tmp_path / f"{name}.csv")
     labels = ["mae/checkpoint-1", "mae/encoder-1", "vit_tiny_patch16_224 (random)"]
     assert sorted({row["label"] for row in rows}) == labels
-    value = {"fourier": "relative_log_amplitude"}.get(name, {"attention_distance": "distance"}.get(name, name))
+    value = {"fourier": "relative_log_amplitude"}.get(
+        name, {"attention_distance": "distance"}.get(name, name)
+    )
     if name == "cka":
         last = [row for row in rows if row["layer"] == row["other_layer"] == "blocks.1"]
         same = {row["other_label"]: float(row["cka"]) for row in last if row["label"] == labels[0]}
         assert same[labels[0]] == pytest.approx(1) and same[labels[1]] == pytest.approx(1, abs=1e-4)
         assert same[labels[2]] < 0.9
         return
-    numbers = [np.array([float(row[value]) for row in rows if row["label"] == label]) for label in labels]
+    numbers = [
+        np.array([float(row[value]) for row in rows if row["label"] == label]) for label in labels
+    ]
     np.testing.assert_allclose(numbers[0], numbers[1], rtol=1e-4, atol=1e-5)
     assert abs(numbers[0] - numbers[2]).max() > 1e-2
 
@@ -381,15 +478,26 @@ def test_a_checkpoint_says_itself_what_it_holds(tmp_path):
 
 def test_minibatches_and_precision_hardly_change_cka_and_rank(tmp_path):
     file = ["--checkpoint", str(method_file(tmp_path / "mae", "mae"))]
-    whole = cka.main(cka.parse([*flags_of(tmp_path, *file), "--images", "80", "--batch_size", "80"]))
-    parts = cka.main(cka.parse([*flags_of(tmp_path, *file), "--images", "80", "--batch_size", "20"]))
+    whole = cka.main(
+        cka.parse([*flags_of(tmp_path, *file), "--images", "80", "--batch_size", "80"])
+    )
+    parts = cka.main(
+        cka.parse([*flags_of(tmp_path, *file), "--images", "80", "--batch_size", "20"])
+    )
     assert max(abs(a.cka - b.cka) for a, b in zip(whole, parts, strict=True)) < 0.03
-    fp32 = effective_rank.main(effective_rank.parse(flags_of(tmp_path, *file, "--features", "place")))
+    fp32 = effective_rank.main(
+        effective_rank.parse(flags_of(tmp_path, *file, "--features", "place"))
+    )
     bf16 = effective_rank.main(
-        effective_rank.parse(flags_of(tmp_path, *file, "--features", "place", "--precision", "bf16"))
+        effective_rank.parse(
+            flags_of(tmp_path, *file, "--features", "place", "--precision", "bf16")
+        )
     )
     for a, b in zip(fp32, bf16, strict=True):
-        assert a.effective_rank == pytest.approx(b.effective_rank, rel=0.02) and a.effective_rank != b.effective_rank
+        assert (
+            a.effective_rank == pytest.approx(b.effective_rank, rel=0.02)
+            and a.effective_rank != b.effective_rank
+        )
 
 
 def interaction_flags(folder: Path, *flags: str) -> list[str]:
@@ -397,7 +505,8 @@ def interaction_flags(folder: Path, *flags: str) -> list[str]:
 
 
 def test_interactions_go_on_from_what_is_finished(tmp_path, monkeypatch):
-    """Interrupted in the middle of an image: finished orders are not computed again, and the numbers are the same."""
+    """Interrupted in the middle of an image: finished orders are not computed again, and the
+    numbers are the same."""
     file = ["--checkpoint", str(classifier_file(tmp_path / "a" / "best.pth"))]
     args = interaction.parse(interaction_flags(tmp_path / "whole", *file))
     whole = interaction.main(args)
@@ -416,11 +525,16 @@ def test_interactions_go_on_from_what_is_finished(tmp_path, monkeypatch):
     assert interaction.main(args) == whole
     assert len(computed) == 1 + 2 * len(interaction.orders(args))
     rows = table(tmp_path / "cut" / "interaction.csv")
-    assert [float(row["strength"]) for row in rows] == [row.strength for row in whole] and whole[3].strength > 0
+    assert [float(row["strength"]) for row in rows] == [row.strength for row in whole] and whole[
+        3
+    ].strength > 0
     with pytest.raises(
-        ValueError, match=r"image-\d+/orders\.pth holds interactions of another run: contexts 3 there, 5 now"
+        ValueError,
+        match=r"image-\d+/orders\.pth holds interactions of another run: contexts 3 there, 5 now",
     ):
-        interaction.main(interaction.parse(interaction_flags(tmp_path / "cut", *file, "--contexts", "5")))
+        interaction.main(
+            interaction.parse(interaction_flags(tmp_path / "cut", *file, "--contexts", "5"))
+        )
 
 
 def test_ranks_share_the_images(tmp_path):
@@ -444,29 +558,58 @@ def test_only_images_classified_right(tmp_path):
     dataset = common.image_set(args, network, need_labels=True)
     normalize = interaction.Normalize(interaction.MEAN_STD[network.mean_std], CPU)
     chosen = list(interaction.chosen_images(args, network, dataset, normalize))
-    assert chosen and all(int(network.model(image[None]).argmax()) == label for _, image, label in chosen)
+    assert chosen and all(
+        int(network.model(image[None]).argmax()) == label for _, image, label in chosen
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "named"),
     [
         ("fourier", "", "random weights need --model"),
-        ("fourier", "--model nope", "--model nope is neither a model of this repository nor of timm"),
+        (
+            "fourier",
+            "--model nope",
+            "--model nope is neither a model of this repository nor of timm",
+        ),
         ("fourier", "--checkpoint nowhere.pth", "checkpoint nowhere.pth does not exist"),
-        ("fourier", "--model vit_tiny_patch16_224 resnet18", "--model takes one name or one for each of the 1"),
-        ("fourier", "--model vit_tiny_patch16_224 --labels a b", "--labels must be one for each of the 1 checkpoints"),
+        (
+            "fourier",
+            "--model vit_tiny_patch16_224 resnet18",
+            "--model takes one name or one for each of the 1",
+        ),
+        (
+            "fourier",
+            "--model vit_tiny_patch16_224 --labels a b",
+            "--labels must be one for each of the 1 checkpoints",
+        ),
         ("fourier", "--model resnet18 --checkpoint random random", "--labels must differ"),
         ("fourier", "--model resnet18 --images 0", "--images must be at least 1, not 0"),
         ("cka", "--model resnet18 --batch_size 3", "--batch_size and --images must be at least 4"),
-        ("attention_distance", "--model resnet18", "resnet18 (random): ResNet has no attention that is known here"),
-        ("interaction", "--model vit_tiny_patch16_224 --grid 15", "--grid 15 does not divide the images of"),
+        (
+            "attention_distance",
+            "--model resnet18",
+            "resnet18 (random): ResNet has no attention that is known here",
+        ),
+        (
+            "interaction",
+            "--model vit_tiny_patch16_224 --grid 15",
+            "--grid 15 does not divide the images of",
+        ),
         ("interaction", "--model mae_tiny_patch16_224", "has no trained classifier"),
-        ("interaction", "--model vit_tiny_patch16_224 --ratios 2", "--ratios are from 0 to 1, not 2.0"),
+        (
+            "interaction",
+            "--model vit_tiny_patch16_224 --ratios 2",
+            "--ratios are from 0 to 1, not 2.0",
+        ),
     ],
 )
 def test_mistake_is_named_in_one_line(tmp_path, capfd, name, flags, named):
     with pytest.raises(SystemExit):
-        launch(COMMANDS[name].main, COMMANDS[name].parse([*DIGITS, "--output_dir", str(tmp_path), *flags.split()]))
+        launch(
+            COMMANDS[name].main,
+            COMMANDS[name].parse([*DIGITS, "--output_dir", str(tmp_path), *flags.split()]),
+        )
     said = capfd.readouterr()
     lines = [line for line in (said.out + said.err).splitlines() if "error: " in line]
     assert len(lines) == 1 and named in lines[0]
@@ -474,5 +617,7 @@ def test_mistake_is_named_in_one_line(tmp_path, capfd, name, flags, named):
 
 def test_a_file_without_flags_must_be_named(tmp_path):
     file = classifier_file(tmp_path / "best.pth")
-    with pytest.raises(ValueError, match=r"best\.pth does not say which model it holds: name it with --model"):
+    with pytest.raises(
+        ValueError, match=r"best\.pth does not say which model it holds: name it with --model"
+    ):
         common.load_networks(fourier.parse(flags_of(tmp_path, "--checkpoint", str(file))))

@@ -1,4 +1,5 @@
-"""Attention as numbers and as pictures, for every ViT, and how far it agrees with objects whose masks are known."""
+"""Attention as numbers and as pictures, for every ViT, and how far it agrees with objects whose
+masks are known."""
 
 import csv
 import io
@@ -14,7 +15,14 @@ from analysis import attention_agreement, visualize
 from modeling_finetune import create_model
 from unimim.checkpoint.files import save_checkpoint
 from unimim.checkpoint.resizing import interpolate_pos_embed
-from unimim.evaluation.attention import best_iou, class_maps, patch_maps, patch_shares, pixel_auc, pointing
+from unimim.evaluation.attention import (
+    best_iou,
+    class_maps,
+    patch_maps,
+    patch_shares,
+    pixel_auc,
+    pointing,
+)
 
 SIZE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 MODELS = {  # a model and what its constructor takes beside the size
@@ -43,14 +51,18 @@ def saved(folder: Path, name: str, **more) -> tuple[nn.Module, str]:
         "model": name, "data_set": "digits", "input_size": 16, "patch_size": 4, "imagenet_default_mean_and_std": True,
         "model_kwargs": [f"{key}={options[key]}" for key in kept], "discrete_vae_weight_path": "/gone/encoder.pkl",
     }  # fmt: skip
-    flags |= {"nb_classes": 10, "finetune": "/gone.pth"} if is_classifier else {"mask_type": "random"}
+    flags |= (
+        {"nb_classes": 10, "finetune": "/gone.pth"} if is_classifier else {"mask_type": "random"}
+    )
     save_checkpoint(folder / "checkpoint-0.pth", {"model": model.state_dict(), "args": flags})
     return model.eval(), str(folder / "checkpoint-0.pth")
 
 
 def shown(path: str, *flags: str, images: int = 1) -> dict[str, list[np.ndarray]]:
     """Title -> the pictures of that column."""
-    own, rest = visualize.parse(["attention", "--checkpoint", path, "--images", str(images), "--output", "x", *flags])
+    own, rest = visualize.parse(
+        ["attention", "--checkpoint", path, "--images", str(images), "--output", "x", *flags]
+    )
     figure = visualize.attention(own, rest)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     pictures = [axis.images[0].get_array().data for axis in figure.axes]
@@ -84,12 +96,21 @@ def test_maps_by_hand():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_vit_at_another_image_size(tmp_path, name):
-    """Six by six patches in place of four by four: the weights with interpolated positions or bias tables."""
+    """Six by six patches in place of four by four: the weights with interpolated positions or bias
+    tables."""
     model, path = saved(tmp_path, name)
-    columns = shown(path, "--token_indices", "0", "35", "--input_size", "24", "--layer", "0", "1", images=2)
-    assert list(columns) == ["image", *(f"layer {layer}: patch {cell}" for layer in (0, 1) for cell in (0, 35))]
+    columns = shown(
+        path, "--token_indices", "0", "35", "--input_size", "24", "--layer", "0", "1", images=2
+    )
+    assert list(columns) == [
+        "image",
+        *(f"layer {layer}: patch {cell}" for layer in (0, 1) for cell in (0, 35)),
+    ]
     larger = visualize.load_model(path, "model|module", ["--input_size", "24"])[0].eval()
-    assert larger.num_prefix_tokens == model.num_prefix_tokens and larger.patch_embed.grid_size == (6, 6)
+    assert larger.num_prefix_tokens == model.num_prefix_tokens and larger.patch_embed.grid_size == (
+        6,
+        6,
+    )
     if model.pos_embed is not None:
         expected = interpolate_pos_embed(model.pos_embed, 6, model.num_prefix_tokens)
         if model.pos_embed.requires_grad:
@@ -109,13 +130,19 @@ def test_class_tokens_heads_and_means(tmp_path):
     heads = model.attention_maps(normalised(columns["image"][0]))[0, :, :, 3:]  # [h, T, N]
     classes = heads[:, :3].mean(0)
     for number in range(3):
-        np.testing.assert_allclose(columns[f"class {number}"][0].ravel(), classes[number], atol=1e-6)
+        np.testing.assert_allclose(
+            columns[f"class {number}"][0].ravel(), classes[number], atol=1e-6
+        )
     columns = shown(path, "--reduce_mean")
     np.testing.assert_allclose(columns["class mean"][0].ravel(), classes.mean(0), atol=1e-6)
-    np.testing.assert_allclose(columns["class 2"][0].ravel(), classes[2] - classes.mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        columns["class 2"][0].ravel(), classes[2] - classes.mean(0), atol=1e-6
+    )
     columns = shown(path, "--heads", "each", "--token_indices", "5", "--reduce_mean")
     assert list(columns) == ["image", "class mean", "patch 5 head 0", "patch 5 head 1"]
-    np.testing.assert_allclose(columns["patch 5 head 1"][0].ravel(), heads[1, 8] - classes.mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        columns["patch 5 head 1"][0].ravel(), heads[1, 8] - classes.mean(0), atol=1e-6
+    )
     assert list(shown(path, "--token_indices", "5"))[1:] == [
         "patch 5 mean of heads",
         "patch 5 head 0",
@@ -126,10 +153,22 @@ def test_class_tokens_heads_and_means(tmp_path):
 def test_queries_are_marked_in_their_map_and_in_the_image(tmp_path):
     _, path = saved(tmp_path, "maskfeat_tiny_patch16_224")
     own, rest = visualize.parse(
-        ["attention", "--checkpoint", path, "--images", "1", "--output", "x", "--token_indices", "6", "13"]
+        [
+            "attention",
+            "--checkpoint",
+            path,
+            "--images",
+            "1",
+            "--output",
+            "x",
+            "--token_indices",
+            "6",
+            "13",
+        ]
     )
     frames = [
-        [(*f.get_xy(), f.get_width(), f.get_height()) for f in a.patches] for a in visualize.attention(own, rest).axes
+        [(*f.get_xy(), f.get_width(), f.get_height()) for f in a.patches]
+        for a in visualize.attention(own, rest).axes
     ]
     assert frames == [
         [(7.5, 3.5, 4, 4), (3.5, 11.5, 4, 4)],  # of 16 pixels; cell 6 is row 1, column 2
@@ -181,14 +220,18 @@ def test_measures_against_pixels():
 def test_measures_at_their_ends():
     shares = torch.tensor([0.0, 1.0, 1.0, 0.0])
     assert pixel_auc(shares, shares) == best_iou(shares, shares) == pointing(shares, shares) == 1
-    assert pixel_auc(-shares, shares) == pointing(-shares, shares) == 0 and best_iou(-shares, shares) == 0.5
+    assert (
+        pixel_auc(-shares, shares) == pointing(-shares, shares) == 0
+        and best_iou(-shares, shares) == 0.5
+    )
     assert pixel_auc(torch.ones(4), shares) == 0.5, "a map that says nothing"
     nothing = torch.zeros(4)
     assert math.isnan(pixel_auc(shares, nothing)) and math.isnan(best_iou(shares, nothing))
 
 
 def test_attention_that_knows_the_objects():
-    """Two objects that fill patches: class token 0 looks at both, token 1 beside them, patches at their own object."""
+    """Two objects that fill patches: class token 0 looks at both, token 1 beside them, patches at
+    their own object."""
     objects = torch.zeros(8, 8, dtype=torch.uint8)
     objects[:4, :4], objects[4:, 6:] = 1, 2  # four and two patches of 2 x 2 pixels
     own = objects[::2, ::2].flatten()  # [N]
@@ -199,13 +242,26 @@ def test_attention_that_knows_the_objects():
     found: dict[str, list[float]] = {}
     for name, value in attention_agreement.figures(attention, objects, 2, (4, 4)):
         found.setdefault(name, []).append(value)
-    assert {name: len(values) for name, values in found.items() if "patch" in name} == dict.fromkeys(
-        ("patch_auc", "patch_iou", "patch_pointing"), 6
-    )
+    assert {
+        name: len(values) for name, values in found.items() if "patch" in name
+    } == dict.fromkeys(("patch_auc", "patch_iou", "patch_pointing"), 6)
     means = {name: np.mean(values) for name, values in found.items()}
-    assert [means[f"{kind}_auc"] for kind in ("cls", "one_cls", "best_cls", "patch")] == [1, 0.5, 1, 1]
-    assert means["best_cls_iou"] == means["patch_iou"] == means["cls_pointing"] == means["patch_pointing"] == 1
-    assert means["one_cls_iou"] == pytest.approx((1 + 6 / 16) / 2), "at worst the whole picture is taken"
+    assert [means[f"{kind}_auc"] for kind in ("cls", "one_cls", "best_cls", "patch")] == [
+        1,
+        0.5,
+        1,
+        1,
+    ]
+    assert (
+        means["best_cls_iou"]
+        == means["patch_iou"]
+        == means["cls_pointing"]
+        == means["patch_pointing"]
+        == 1
+    )
+    assert means["one_cls_iou"] == pytest.approx((1 + 6 / 16) / 2), (
+        "at worst the whole picture is taken"
+    )
 
 
 def test_scenes_and_masks_belong_together():
@@ -218,17 +274,34 @@ def test_scenes_and_masks_belong_together():
 
 def test_one_row_for_each_layer_of_a_checkpoint(tmp_path, capsys):
     _, path = saved(tmp_path, "semanticmim_maskfeat_tiny_patch16_224")
-    flags = ["--checkpoint", path, "--images", "40", "--layer", "0", "-1", "--csv", str(tmp_path / "rows.csv")]
+    flags = [
+        "--checkpoint",
+        path,
+        "--images",
+        "40",
+        "--layer",
+        "0",
+        "-1",
+        "--csv",
+        str(tmp_path / "rows.csv"),
+    ]
     attention_agreement.main(flags)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["layer"], row["class_tokens"]) for row in rows] == [("0", "3"), ("-1", "3")]
     assert list(csv.DictReader((tmp_path / "rows.csv").open())) == rows
-    assert rows[0]["cls_auc"] != rows[1]["cls_auc"] and rows[0]["random_cls_auc"] == rows[1]["random_cls_auc"]
+    assert (
+        rows[0]["cls_auc"] != rows[1]["cls_auc"]
+        and rows[0]["random_cls_auc"] == rows[1]["random_cls_auc"]
+    )
     for kind in ("cls", "one_cls", "patch"):
         assert float(rows[0][f"random_{kind}_auc"]) == pytest.approx(0.5, abs=0.06)
     assert float(rows[0]["random_best_cls_auc"]) > float(rows[0]["random_one_cls_auc"])
-    shares = [(attention_agreement.scene_at(index, (16, 16))[1] > 0).float().mean() for index in range(40)]
-    assert float(rows[0]["random_cls_iou"]) > np.mean(shares), "the threshold is chosen for each map"
+    shares = [
+        (attention_agreement.scene_at(index, (16, 16))[1] > 0).float().mean() for index in range(40)
+    ]
+    assert float(rows[0]["random_cls_iou"]) > np.mean(shares), (
+        "the threshold is chosen for each map"
+    )
     with pytest.raises(SystemExit, match="error: --layer 9: there are 2 blocks"):
         attention_agreement.main([*flags[:2], "--images", "1", "--layer", "9"])
     with pytest.raises(SystemExit):

@@ -1,4 +1,5 @@
-"""Checkpoints: atomic, plain, found and pruned by name, refused when damaged; weights fitted to models and to timm."""
+"""Checkpoints: atomic, plain, found and pruned by name, refused when damaged; weights fitted to
+models and to timm."""
 
 import argparse
 import os
@@ -61,11 +62,18 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def vit(input_size=16, **options) -> VisionTransformer:
-    return randomised(VisionTransformer(**{**SIZE, "input_size": input_size, "num_classes": 0} | options))
+    return randomised(
+        VisionTransformer(**{**SIZE, "input_size": input_size, "num_classes": 0} | options)
+    )
 
 
 def conmim(seed: int = 0, **options) -> ConMIM:
-    form = {"rel_pos_bias": "shared", "init_values": 0.1, "projector_hidden_dim": 8, "projector_out_dim": 4}
+    form = {
+        "rel_pos_bias": "shared",
+        "init_values": 0.1,
+        "projector_hidden_dim": 8,
+        "projector_out_dim": 4,
+    }
     model = randomised(ConMIM(**{**SIZE, "input_size": 16, **form} | options), seed)
     randomised(model.teacher, seed + 1)
     return model
@@ -101,7 +109,11 @@ def test_a_training_state_comes_back_as_it_was(tmp_path):
         "model": layer.state_dict(),
         "optimizer": optimizer.state_dict(),
         "teacher": None,
-        "rng": {"numpy": 2**127 + 1, "python": list(random.Random(0).getstate()), "torch": torch.get_rng_state()},
+        "rng": {
+            "numpy": 2**127 + 1,
+            "python": list(random.Random(0).getstate()),
+            "torch": torch.get_rng_state(),
+        },
         "position": [3, 0.5, True, "x", (1, 2)],
         "half": torch.ones(2, dtype=torch.bfloat16),
     }
@@ -173,8 +185,12 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda self, to: (calls.append("rename"), replace(self, to)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))
+    )
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (calls.append("rename"), replace(self, to))
+    )
     write(tmp_path, "checkpoint-1.pth")
     names = [Path(call).name for call in calls]
     assert names[0].startswith(".checkpoint-1.pth.") and names[1:] == ["rename", tmp_path.name]
@@ -207,7 +223,11 @@ class Payload:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, zipped):
-    torch.save({"model": Payload(tmp_path / "ran")}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model": Payload(tmp_path / "ran")},
+        tmp_path / "x.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(ValueError, match=r"x.pth is refused: unpickling it would run \S+$"):
         load_checkpoint(tmp_path / "x.pth")
     assert not (tmp_path / "ran").exists()
@@ -216,7 +236,11 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, zipped):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_published_files_with_a_namespace_load(tmp_path, zipped):
     args = argparse.Namespace(lr=0.1, betas=[0.9, 0.98], output_dir="x")
-    torch.save({"model": {"w": torch.ones(2)}, "args": args}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model": {"w": torch.ones(2)}, "args": args},
+        tmp_path / "x.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     loaded = load_checkpoint(tmp_path / "x.pth")
     assert loaded["args"] == {"lr": 0.1, "betas": [0.9, 0.98], "output_dir": "x"}
     assert loaded["model"]["w"].tolist() == [1, 1]
@@ -234,7 +258,9 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, name, change):
     if change == "missing":
         path.unlink()
     else:
-        path.write_bytes({"half": data[: len(data) // 2], "empty": b"", "text": b"<html>404</html>" * 99}[change])
+        path.write_bytes(
+            {"half": data[: len(data) // 2], "empty": b"", "text": b"<html>404</html>" * 99}[change]
+        )
     with pytest.raises(ValueError, match=rf"{name} (is damaged|does not exist)"):
         load_checkpoint(path)
 
@@ -255,7 +281,10 @@ def test_downloads_are_checked_against_the_hash_in_their_name(tmp_path, monkeypa
     url = (tmp_path / "checkpoint_copy-799.pth").as_uri()
     fetched = _download(url)
     (tmp_path / "checkpoint_copy-799.pth").unlink()
-    assert load_checkpoint(_download(url)) == {"name": "checkpoint_copy-799.pth"} and "hub" in fetched.parts
+    assert (
+        load_checkpoint(_download(url)) == {"name": "checkpoint_copy-799.pth"}
+        and "hub" in fetched.parts
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,17 +292,28 @@ def test_downloads_are_checked_against_the_hash_in_their_name(tmp_path, monkeypa
 
 
 def test_checkpoints_are_listed_in_training_order(tmp_path):
-    names = ["checkpoint-0.pth", "checkpoint-2-5.pth", "checkpoint-2-40.pth", "checkpoint-2.pth", "checkpoint-10-1.pth"]
+    names = [
+        "checkpoint-0.pth",
+        "checkpoint-2-5.pth",
+        "checkpoint-2-40.pth",
+        "checkpoint-2.pth",
+        "checkpoint-10-1.pth",
+    ]
     paths = write(tmp_path, *reversed(names), "checkpoint-best.pth", "other-3.pth")
     (tmp_path / ".checkpoint-11.pth.tmp").touch()
     (tmp_path / "checkpoint-12").mkdir()
     assert [p.name for p in list_checkpoints(tmp_path)] == names
     assert latest_valid_checkpoint(tmp_path) == paths[0]
-    assert list_checkpoints(tmp_path / "absent") == [] and latest_valid_checkpoint(tmp_path / "absent") is None
+    assert (
+        list_checkpoints(tmp_path / "absent") == []
+        and latest_valid_checkpoint(tmp_path / "absent") is None
+    )
 
 
 def test_damaged_newer_checkpoints_are_skipped_and_named(tmp_path, caplog):
-    good, flipped, empty = write(tmp_path, "checkpoint-1.pth", "checkpoint-2-7.pth", "checkpoint-3.pth")
+    good, flipped, empty = write(
+        tmp_path, "checkpoint-1.pth", "checkpoint-2-7.pth", "checkpoint-3.pth"
+    )
     damage(flipped)  # one bit in a tensor, which torch.load does not notice
     assert load_checkpoint(flipped)["name"] == "checkpoint-2-7.pth"
     empty.write_bytes(b"")
@@ -293,7 +333,9 @@ def test_any_changed_bit_is_either_noticed_or_harmless(tmp_path):
         if latest_valid_checkpoint(tmp_path) is None:
             noticed += 1
         else:
-            torch.testing.assert_close(load_checkpoint(path)["model"], expected["model"], rtol=0, atol=0)
+            torch.testing.assert_close(
+                load_checkpoint(path)["model"], expected["model"], rtol=0, atol=0
+            )
     assert noticed > len(places) / 2  # the rest is padding and time stamps
 
 
@@ -309,7 +351,13 @@ def test_a_deepspeed_folder_counts_only_with_its_marker(tmp_path, caplog):
 
 
 def test_pruning_keeps_the_newest_and_takes_what_belongs_to_the_others(tmp_path):
-    paths = write(tmp_path, "checkpoint-0.pth", "checkpoint-1-4.pth", "checkpoint-1.pth", "checkpoint-best.pth")
+    paths = write(
+        tmp_path,
+        "checkpoint-0.pth",
+        "checkpoint-1-4.pth",
+        "checkpoint-1.pth",
+        "checkpoint-best.pth",
+    )
     for path in paths[:3]:
         save_file({"w": torch.ones(1)}, encoder_file(path))
         deepspeed_folder(path).mkdir()
@@ -342,7 +390,13 @@ def test_pruning_does_not_read_what_was_just_written(tmp_path):
 
 def test_shards_without_a_checkpoint_are_pruned_and_nothing_else(tmp_path):
     (path,) = write(tmp_path, "checkpoint-1.pth")
-    for name in ("checkpoint-1", "checkpoint-2-5", "checkpoint-3", "checkpoint-4", "checkpoint-best"):
+    for name in (
+        "checkpoint-1",
+        "checkpoint-2-5",
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-best",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     finish_deepspeed_folder(tmp_path / "checkpoint-3")
@@ -357,8 +411,12 @@ def test_shards_without_a_checkpoint_are_pruned_and_nothing_else(tmp_path):
 def test_shards_are_on_the_disk_before_their_marker(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda self, to: (calls.append(str(to)), replace(self, to)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))
+    )
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (calls.append(str(to)), replace(self, to))
+    )
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
     shard = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -411,7 +469,9 @@ def test_tables_that_are_cubic_in_the_offsets_are_resized_exactly(dst):
     def cubic(y, x):  # unlike in y and x, so that swapped axes show
         y, x = (torch.as_tensor(v, dtype=torch.float64) for v in (y, x))
         y, x = y[:, None], x[None, :]
-        return torch.stack([0.1 * y**3 - x**2 + x * y, 3 + x - 0.5 * y**2 + 0.01 * x**3], -1).flatten(0, 1)
+        return torch.stack(
+            [0.1 * y**3 - x**2 + x * y, 3 + x - 0.5 * y**2 + 0.01 * x**3], -1
+        ).flatten(0, 1)
 
     def coordinates(size):
         return source_coordinates(4, geometric_ratio(4, size) if size != 4 else 1.0)
@@ -420,13 +480,19 @@ def test_tables_that_are_cubic_in_the_offsets_are_resized_exactly(dst):
     source = torch.cat([cubic(coordinates(dst[0]), coordinates(dst[1])), extra]).double()
     resized = interpolate_rel_pos_bias(source, 4, dst)
     offsets = [np.clip(np.arange(1 - d, d), coordinates(d)[0], coordinates(d)[-1]) for d in dst]
-    torch.testing.assert_close(resized, torch.cat([cubic(*offsets), extra.double()]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        resized, torch.cat([cubic(*offsets), extra.double()]), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_targets_outside_the_source_range_repeat_its_edge():
     table = torch.randn(7 * 7 + 3, 1, generator=torch.Generator().manual_seed(0))
     grid = interpolate_rel_pos_bias(table, 4, 14)[:-3].view(27, 27)
-    assert torch.equal(grid[0], grid[8]) and torch.equal(grid[:, 0], grid[:, 8]) and not torch.equal(grid[8], grid[9])
+    assert (
+        torch.equal(grid[0], grid[8])
+        and torch.equal(grid[:, 0], grid[:, 8])
+        and not torch.equal(grid[8], grid[9])
+    )
     torch.testing.assert_close(grid[0, 0], table[0, 0])
 
 
@@ -441,7 +507,9 @@ def test_small_windows_are_resized_through_their_points():
 
 def test_positions_are_resized_along_the_right_axes_and_the_class_row_stays():
     rows = torch.arange(4.0).repeat_interleave(4)  # the patch's row number
-    source = torch.stack([torch.cat([torch.tensor([9.0]), rows]), torch.ones(17)], dim=-1).unsqueeze(0)
+    source = torch.stack(
+        [torch.cat([torch.tensor([9.0]), rows]), torch.ones(17)], dim=-1
+    ).unsqueeze(0)
     resized = interpolate_pos_embed(source, (8, 6), 1)
     assert resized.shape == (1, 49, 2) and resized[0, 0].tolist() == [9, 1]
     grid = resized[0, 1:].view(8, 6, 2)
@@ -471,14 +539,23 @@ def test_a_conmim_checkpoint_gives_the_teacher_with_its_table_in_every_block():
     assert report.interpolated == [] and report.matched == 1.0
     assert {k.split(".")[0] for k in report.ignored} == {"mask_token", "norm", "projectors"}
     assert set(report.loaded) | set(report.missing) == set(classifier.state_dict())
-    torch.testing.assert_close(classifier.forward_features(images()), model.teacher.forward_features(images()))
+    torch.testing.assert_close(
+        classifier.forward_features(images()), model.teacher.forward_features(images())
+    )
     assert torch.equal(classifier.head.weight, head)
-    assert len({table.data_ptr() for name, table in classifier.named_parameters() if name in tables}) == 3
+    assert (
+        len({table.data_ptr() for name, table in classifier.named_parameters() if name in tables})
+        == 3
+    )
 
 
 def test_the_report_folds_blocks(tmp_path):
-    save_checkpoint(tmp_path / "checkpoint-7.pth", {"model": {}, "teacher": conmim().teacher.state_dict()})
-    report = load_pretrained(vit(rel_pos_bias="per_block", init_values=0.1), tmp_path / "checkpoint-7.pth")
+    save_checkpoint(
+        tmp_path / "checkpoint-7.pth", {"model": {}, "teacher": conmim().teacher.state_dict()}
+    )
+    report = load_pretrained(
+        vit(rel_pos_bias="per_block", init_values=0.1), tmp_path / "checkpoint-7.pth"
+    )
     lines = str(report).splitlines()
     assert lines[0].endswith("checkpoint-7.pth[teacher]: 100% of the encoder matched")
     assert lines[1].startswith("  loaded (") and "blocks.0-2.attn.qkv.weight" in lines[1]
@@ -497,10 +574,16 @@ def test_model_key_chooses_the_weights():
     for key, expected in (("model", model), ("teacher", model.teacher), ("nothing|model", model)):
         target = vit(rel_pos_bias="shared", init_values=0.1)
         report = load_pretrained(target, state, model_key=key)
-        assert torch.equal(target.cls_token, expected.cls_token) and report.source.endswith(f"[{key.split('|')[-1]}]")
+        assert torch.equal(target.cls_token, expected.cls_token) and report.source.endswith(
+            f"[{key.split('|')[-1]}]"
+        )
     without = load_pretrained(target, {"model": model.state_dict(), "teacher": None})
-    assert without.source == "a state dict[model]" and torch.equal(target.cls_token, model.cls_token)
-    with pytest.raises(ValueError, match="no weights under --model_key other; it holds model, teacher, ema"):
+    assert without.source == "a state dict[model]" and torch.equal(
+        target.cls_token, model.cls_token
+    )
+    with pytest.raises(
+        ValueError, match="no weights under --model_key other; it holds model, teacher, ema"
+    ):
         load_pretrained(target, state, model_key="other")
 
 
@@ -512,14 +595,18 @@ def test_published_wrappings_are_recognised(wrap):
     prefix = {"ddp": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod."}.get(wrap, "")
     state = {prefix + key: value for key, value in state.items()}
     target = randomised(vit(rel_pos_bias="per_block", init_values=0.1), seed=5)
-    report = load_pretrained(target, {wrap: state, "optimizer": {}} if wrap in ("model", "module") else state)
+    report = load_pretrained(
+        target, {wrap: state, "optimizer": {}} if wrap in ("model", "module") else state
+    )
     assert report.missing == [] and report.ignored == ["blocks.0.attn.relative_position_index"]
     torch.testing.assert_close(target(images()), source(images()), rtol=0, atol=0)
 
 
 def test_model_prefix_selects_the_keys_under_it():
     source, target = vit(), randomised(vit(), seed=5)
-    state = {f"backbone.{k}": v for k, v in source.state_dict().items()} | {"neck.weight": torch.ones(1)}
+    state = {f"backbone.{k}": v for k, v in source.state_dict().items()} | {
+        "neck.weight": torch.ones(1)
+    }
     report = load_pretrained(target, state, prefix="backbone.")
     assert report.ignored == ["neck.weight"] and report.missing == []
     assert torch.equal(target.cls_token, source.cls_token)
@@ -568,7 +655,9 @@ def test_tables_and_positions_are_resized_for_another_grid():
 def test_positions_that_the_model_has_no_place_for_are_dropped():
     source, target = vit(rel_pos_bias="per_block", pos_embed="learned"), vit()
     report = load_pretrained(target, source.state_dict())
-    assert report.ignored == ["pos_embed"] + [f"blocks.{i}.attn.relative_position_bias_table" for i in range(3)]
+    assert report.ignored == ["pos_embed"] + [
+        f"blocks.{i}.attn.relative_position_bias_table" for i in range(3)
+    ]
 
 
 def test_a_head_of_another_shape_stays_and_one_of_the_same_shape_is_loaded():
@@ -583,8 +672,13 @@ def test_a_head_of_another_shape_stays_and_one_of_the_same_shape_is_loaded():
 def test_a_shape_that_no_rule_repairs_is_fatal_and_nothing_is_loaded():
     target = vit()
     before = {k: v.clone() for k, v in target.state_dict().items()}
-    state = randomised(vit(), seed=5).state_dict() | {"blocks.1.mlp.fc1.weight": torch.zeros(32, 16)}
-    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.weight has shape \(32, 16\), the model wants \(64, 16\)"):
+    state = randomised(vit(), seed=5).state_dict() | {
+        "blocks.1.mlp.fc1.weight": torch.zeros(32, 16)
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"blocks.1.mlp.fc1.weight has shape \(32, 16\), the model wants \(64, 16\)",
+    ):
         load_pretrained(target, state)
     torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
 
@@ -593,9 +687,14 @@ def test_under_ninety_percent_of_the_encoder_is_an_error_with_names_of_both_side
     target = vit(rel_pos_bias="per_block", init_values=0.1)
     total = len([n for n, _ in target.named_parameters() if not n.startswith("fc_norm.")])
     state = target.state_dict()
-    lost = {k: v for k, v in state.items() if "mlp" not in k} | {"encoder.mlp.weight": torch.ones(1)}
+    lost = {k: v for k, v in state.items() if "mlp" not in k} | {
+        "encoder.mlp.weight": torch.ones(1)
+    }
     share = 1 - 12 / total
-    with pytest.raises(ValueError, match=f"only {share:.0%} .*model has blocks.0-2.mlp.*file has encoder.mlp.weight"):
+    with pytest.raises(
+        ValueError,
+        match=f"only {share:.0%} .*model has blocks.0-2.mlp.*file has encoder.mlp.weight",
+    ):
         load_pretrained(target, lost)
     assert load_pretrained(target, lost, min_matched=0.5).matched == pytest.approx(share)
     few = {k: v for k, v in state.items() if k not in ("blocks.0.gamma_1", "blocks.0.gamma_2")}
@@ -611,7 +710,9 @@ def features(model: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
 
 
 def export(model: VisionTransformer, path: Path) -> dict[str, torch.Tensor]:
-    state = model.encoder_state_dict() if hasattr(model, "encoder_state_dict") else model.state_dict()
+    state = (
+        model.encoder_state_dict() if hasattr(model, "encoder_state_dict") else model.state_dict()
+    )
     save_encoder(path, state, {"model": "tiny", "epoch": "3"})
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata()["epoch"] == "3"
@@ -625,11 +726,18 @@ def test_the_exported_conmim_teacher_is_timms_beit(tmp_path):
     model = conmim()
     beit = Beit(**TIMM_SIZE, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True).eval()
     beit.load_state_dict(export(model, tmp_path / "encoder-3.safetensors"), strict=True)
-    torch.testing.assert_close(beit.forward_features(images()), features(model.teacher, images()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        beit.forward_features(images()), features(model.teacher, images()), rtol=0, atol=1e-5
+    )
 
 
 def test_tables_in_the_blocks_and_a_shared_one_add_up_in_timms_beit(tmp_path):
-    form = {"rel_pos_bias": "per_block", "pos_embed": "learned", "init_values": 0.1, "global_pool": "token"}
+    form = {
+        "rel_pos_bias": "per_block",
+        "pos_embed": "learned",
+        "init_values": 0.1,
+        "global_pool": "token",
+    }
     model = vit(**form)
     beit = Beit(**TIMM_SIZE, init_values=0.1, use_rel_pos_bias=True).eval()
     beit.load_state_dict(export(model, tmp_path / "a.safetensors"), strict=True)
@@ -637,7 +745,9 @@ def test_tables_in_the_blocks_and_a_shared_one_add_up_in_timms_beit(tmp_path):
     torch.testing.assert_close(own, features(model, images()), rtol=0, atol=1e-5)
 
     shared = torch.randn(52, 2, generator=torch.Generator().manual_seed(1))
-    beit.load_state_dict(to_timm(model.state_dict() | {"rel_pos_bias.relative_position_bias_table": shared}))
+    beit.load_state_dict(
+        to_timm(model.state_dict() | {"rel_pos_bias.relative_position_bias_table": shared})
+    )
     for block in model.blocks:
         block.attn.relative_position_bias_table.data += shared
     both = beit.forward_features(images())
@@ -647,32 +757,48 @@ def test_tables_in_the_blocks_and_a_shared_one_add_up_in_timms_beit(tmp_path):
 
 @pytest.mark.parametrize(("k_bias", "init_values"), [(False, None), (True, None), (True, 0.1)])
 def test_an_exported_plain_vit_is_timms_and_loads_back(tmp_path, k_bias, init_values):
-    form = {"pos_embed": "learned", "global_pool": "token", "k_bias": k_bias, "init_values": init_values}
+    form = {
+        "pos_embed": "learned",
+        "global_pool": "token",
+        "k_bias": k_bias,
+        "init_values": init_values,
+    }
     model = vit(**form)
     state = export(model, tmp_path / "encoder-3.safetensors")
     timm_vit = TimmViT(**TIMM_SIZE, init_values=init_values).eval()
     timm_vit.load_state_dict(state, strict=True)
-    torch.testing.assert_close(timm_vit.forward_features(images()), features(model, images()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        timm_vit.forward_features(images()), features(model, images()), rtol=0, atol=1e-5
+    )
 
     for back_k_bias in (False, True):  # without key biases nothing changes: softmax drops them
         back = randomised(vit(**form | {"k_bias": back_k_bias}), seed=5)
         report = load_pretrained(back, tmp_path / "encoder-3.safetensors")
         assert report.missing == [] and report.ignored == [] and report.matched == 1.0
-        torch.testing.assert_close(features(back, images()), features(model, images()), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            features(back, images()), features(model, images()), rtol=0, atol=1e-5
+        )
 
 
 def test_export_gives_keys_no_bias_and_drops_published_index_buffers():
-    state = vit().state_dict() | {"blocks.0.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.int64)}
+    state = vit().state_dict() | {
+        "blocks.0.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.int64)
+    }
     converted = to_timm(state)
     query, key, value = converted["blocks.0.attn.qkv.bias"].chunk(3)
-    assert torch.equal(query, state["blocks.0.attn.q_bias"]) and torch.equal(value, state["blocks.0.attn.v_bias"])
+    assert torch.equal(query, state["blocks.0.attn.q_bias"]) and torch.equal(
+        value, state["blocks.0.attn.v_bias"]
+    )
     assert not key.any() and "blocks.0.attn.relative_position_index" not in converted
 
 
 def test_an_exported_encoder_fine_tunes_like_its_checkpoint(tmp_path):
     model = conmim()
     export(model, tmp_path / "encoder-3.safetensors")
-    save_checkpoint(tmp_path / "checkpoint-3.pth", {"model": model.state_dict(), "teacher": model.teacher.state_dict()})
+    save_checkpoint(
+        tmp_path / "checkpoint-3.pth",
+        {"model": model.state_dict(), "teacher": model.teacher.state_dict()},
+    )
     outputs = []
     for name in ("encoder-3.safetensors", "checkpoint-3.pth"):
         classifier = vit(24, rel_pos_bias="per_block", init_values=0.1)

@@ -1,4 +1,5 @@
-"""Flags: which there are, which value wins, what a mistake says; launchers; the README's commands."""
+"""Flags: which there are, which value wins, what a mistake says; launchers; the README's
+commands."""
 
 import argparse
 import contextlib
@@ -10,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import FINETUNE, PRETRAIN, ROOT, arguments, in_ranks, own_signals, run_command, script, start_command
+from helpers import (
+    FINETUNE,
+    PRETRAIN,
+    ROOT,
+    arguments,
+    in_ranks,
+    own_signals,
+    run_command,
+    script,
+    start_command,
+)
 
 import run_class_finetuning
 import run_pretraining
@@ -105,20 +116,33 @@ MAINS = {"pretrain": run_pretraining.main, "finetune": run_class_finetuning.main
 
 def flags_of(stage: str) -> dict:
     actions = build_parser(stage)._actions
-    return {name.removeprefix("--"): a.default for a in actions for name in a.option_strings if a.dest != "help"}
+    return {
+        name.removeprefix("--"): a.default
+        for a in actions
+        for name in a.option_strings
+        if a.dest != "help"
+    }
 
 
-@pytest.mark.parametrize(("stage", "own"), [("pretrain", PRETRAIN_ONLY), ("finetune", FINETUNE_ONLY)])
+@pytest.mark.parametrize(
+    ("stage", "own"), [("pretrain", PRETRAIN_ONLY), ("finetune", FINETUNE_ONLY)]
+)
 def test_flags_and_defaults_are_frozen(stage, own):
     assert flags_of(stage) == BOTH | own
 
 
-@pytest.mark.parametrize(("stage", "command"), [("pretrain", PUBLISHED_PRETRAIN), ("finetune", PUBLISHED_FINETUNE)])
+@pytest.mark.parametrize(
+    ("stage", "command"), [("pretrain", PUBLISHED_PRETRAIN), ("finetune", PUBLISHED_FINETUNE)]
+)
 def test_published_flags_are_accepted(stage, command):
     args = parse(stage, command.split())
     assert args.rel_pos_bias is False and args.auto_resume is False and args.weight_decay_end == 0.1
     if stage == "finetune":
-        assert args.cutmix_minmax == [0.2, 0.8] and args.use_mean_pooling is False and args.save_ckpt is False
+        assert (
+            args.cutmix_minmax == [0.2, 0.8]
+            and args.use_mean_pooling is False
+            and args.save_ckpt is False
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,9 +155,19 @@ def test_defaults_recipe_file_command_line(tmp_path):
     base = parse("pretrain", ["--model", "conmim_base_patch16_224"])
     plain = parse("pretrain", ["--model", "beit_tiny_patch16_224"])
     assert (plain.lr, plain.epochs, plain.recipe) == (5e-4, 300, None)
-    assert (base.lr, base.epochs, base.clip_grad, base.recipe) == (1.5e-3, 800, 3.0, "conmim_base_pretrain")
+    assert (base.lr, base.epochs, base.clip_grad, base.recipe) == (
+        1.5e-3,
+        800,
+        3.0,
+        "conmim_base_pretrain",
+    )
     overlaid = parse("pretrain", ["--config", str(file), "--epochs", "9"])
-    assert (overlaid.lr, overlaid.epochs, overlaid.mask_ratio, overlaid.clip_grad) == (1e-2, 9, 0.6, 3.0)
+    assert (overlaid.lr, overlaid.epochs, overlaid.mask_ratio, overlaid.clip_grad) == (
+        1e-2,
+        9,
+        0.6,
+        3.0,
+    )
 
 
 def test_model_of_the_file_chooses_the_recipe(tmp_path):
@@ -148,14 +182,27 @@ def test_model_of_the_file_chooses_the_recipe(tmp_path):
 
 @pytest.mark.parametrize(("stage", "base"), [("pretrain", PRETRAIN), ("finetune", FINETUNE)])
 def test_saved_configuration_gives_the_same_run(tmp_path, stage, base):
-    flags = ["--opt_betas", "0.8", "0.9", "--no_pin_mem", "--save_ckpt_steps", "5", "--output_dir", str(tmp_path)]
+    flags = [
+        "--opt_betas",
+        "0.8",
+        "0.9",
+        "--no_pin_mem",
+        "--save_ckpt_steps",
+        "5",
+        "--output_dir",
+        str(tmp_path),
+    ]
     with dry_run_folder(tmp_path):
         args = parse(stage, [*base, *flags, "--dry_run"])
         MAINS[stage](args)
         saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
         again = parse(stage, ["--config", str(tmp_path / "config.yaml"), "--dry_run"])
         MAINS[stage](again)
-    assert saved["opt_betas"] == [0.8, 0.9] and saved["precision"] == "fp32" and saved["pin_mem"] is False
+    assert (
+        saved["opt_betas"] == [0.8, 0.9]
+        and saved["precision"] == "fp32"
+        and saved["pin_mem"] is False
+    )
     assert as_config(again) == as_config(args) == saved
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved
 
@@ -179,7 +226,11 @@ MISTAKES = [
     ("pretrain", "--compile --enable_deepspeed --zero_stage 3 --dry_run", "use --zero_stage 2"),
     ("finetune", "--compile --enable_deepspeed --zero_stage 3", "use --zero_stage 2"),
     ("pretrain", "--offload optimizer", "--enable_deepspeed"),
-    ("pretrain", "--offload optimizer --enable_deepspeed --zero_stage 0", "use --zero_stage 1, 2 or 3"),
+    (
+        "pretrain",
+        "--offload optimizer --enable_deepspeed --zero_stage 0",
+        "use --zero_stage 1, 2 or 3",
+    ),
     ("pretrain", "--opt adahessian", "--opt adahessian"),
     ("pretrain", "--batch_size 0", "--batch_size"),
     ("pretrain", "--batch_size 5000", "--batch_size"),
@@ -193,8 +244,16 @@ MISTAKES = [
     ("pretrain", "--config {tmp}/broken.yaml", "--config"),
     ("pretrain", "--config {tmp}/choice.yaml", "--mask_type"),
     ("pretrain", "--config {tmp}/type.yaml", "--opt_eps"),
-    ("pretrain", "--model semaim_tiny_patch16_224 --model_kwargs --predict_feature clip", "--target_model"),
-    ("pretrain", "--model semaim_clip_tiny_patch16_224 --model_kwargs --target_model {tmp}/no.pt", "{tmp}/no.pt"),
+    (
+        "pretrain",
+        "--model semaim_tiny_patch16_224 --model_kwargs --predict_feature clip",
+        "--target_model",
+    ),
+    (
+        "pretrain",
+        "--model semaim_clip_tiny_patch16_224 --model_kwargs --target_model {tmp}/no.pt",
+        "{tmp}/no.pt",
+    ),
     ("pretrain", "--model semaim_tiny_patch16_224 --model_kwargs --query_depth 5", "--query_depth"),
     ("finetune", "--finetune {tmp}/missing.pth", "{tmp}/missing.pth"),
     ("finetune", "--nb_classes 3", "--nb_classes"),
@@ -215,7 +274,12 @@ def test_mistake_is_named_in_one_line(tmp_path, capfd, stage, flags, named):
     }
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    argv = [*(PRETRAIN if stage == "pretrain" else FINETUNE), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    argv = [
+        *(PRETRAIN if stage == "pretrain" else FINETUNE),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--dry_run",
+    ]
     with dry_run_folder(tmp_path), pytest.raises(SystemExit) as stopped:
         argv += flags.format(tmp=tmp_path).split()
         launch(MAINS[stage], parse(stage, argv))
@@ -244,7 +308,15 @@ def test_error_in_a_loader_worker_is_one_line(tmp_path, capfd):
     """It arrives with the worker's traceback."""
     imagenet_stand_in(tmp_path / "data")
     (tmp_path / "data" / "train" / "3.png").write_bytes(b"no image")
-    flags = ("--data_set", "IMNET", "--data_path", str(tmp_path / "data"), "--strict_data", "--num_workers", "2")
+    flags = (
+        "--data_set",
+        "IMNET",
+        "--data_path",
+        str(tmp_path / "data"),
+        "--strict_data",
+        "--num_workers",
+        "2",
+    )
     with own_signals(), pytest.raises(SystemExit) as stopped:
         launch(run_pretraining.main, arguments("pretrain", tmp_path, *flags))
     said = capfd.readouterr().out
@@ -253,14 +325,26 @@ def test_error_in_a_loader_worker_is_one_line(tmp_path, capfd):
 
 
 def test_unforeseen_error_ends_the_process(tmp_path):
-    """Its traceback keeps the loader alive, whose workers leave signals to their parent; no rank may hang on them."""
+    """Its traceback keeps the loader alive, whose workers leave signals to their parent; no rank
+    may hang on them."""
     program = "import engine_for_pretraining as e, run_pretraining as r, sys\n"
     program += "from unimim.cli import options\nfrom unimim.engine import setup\n"
     program += "e.train_one_step = lambda *args: 1 / 0\n"
     program += "setup.launch(r.main, options.parse('pretrain', sys.argv[1:]))"
-    command = [sys.executable, "-c", program, *PRETRAIN, "--output_dir", str(tmp_path), "--num_workers", "2"]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *PRETRAIN,
+        "--output_dir",
+        str(tmp_path),
+        "--num_workers",
+        "2",
+    ]
     result = run_command(command)
-    assert result.returncode == 1 and result.stdout.rstrip().endswith("ZeroDivisionError: division by zero")
+    assert result.returncode == 1 and result.stdout.rstrip().endswith(
+        "ZeroDivisionError: division by zero"
+    )
 
 
 def test_steps_of_the_rate_must_be_given(capsys):
@@ -293,7 +377,12 @@ def test_error_of_any_rank_is_printed(tmp_path, capfd):
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 
-STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
+STEP = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_NTASKS": "8",
+}
 CYCLIC = STEP | {"SLURM_PROCID": "2", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]"}
 
 
@@ -302,7 +391,9 @@ def test_tasks_of_srun_find_each_other():
     place = find_place(CYCLIC)
     assert place == Place(2, 8, 1, "gpu07", place.port)
     assert find_place(CYCLIC | {"SLURM_PROCID": "3"}) == Place(3, 8, 1, "gpu07", place.port)
-    ports = {find_place(CYCLIC | {name: "78"}).port for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")} | {place.port}
+    ports = {
+        find_place(CYCLIC | {name: "78"}).port for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    } | {place.port}
     assert len(ports) == 3 and all(10000 <= port < 30000 for port in ports)
     assert find_place(CYCLIC | {"CUDA_VISIBLE_DEVICES": "3"}).local_rank == 0
     assert find_place(CYCLIC | {"CUDA_VISIBLE_DEVICES": "2,3"}).local_rank == 1
@@ -318,9 +409,21 @@ def test_tasks_of_srun_without_a_place_to_meet_are_refused():
 
 
 def test_other_processes_of_a_slurm_job_are_alone_or_of_their_launcher():
-    batch_script = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "gpu07"}
-    assert find_place(batch_script) == find_place(CYCLIC | {"SLURM_STEP_NUM_TASKS": "1"}) == find_place({}) == Place()
-    assert find_place(CYCLIC | {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "4"}) == Place(5, 16, 4)
+    batch_script = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "0",
+        "SLURM_JOB_NODELIST": "gpu07",
+    }
+    assert (
+        find_place(batch_script)
+        == find_place(CYCLIC | {"SLURM_STEP_NUM_TASKS": "1"})
+        == find_place({})
+        == Place()
+    )
+    assert find_place(CYCLIC | {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "4"}) == Place(
+        5, 16, 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -370,7 +473,9 @@ setup.launch(main, options.parse("pretrain", ["--device", "cpu"]))
 def test_error_on_one_rank_ends_all(tmp_path):
     """Not by way of the group's destruction, which on GPUs waits for those who wait for us."""
     port = str(free_port())
-    ranks = [start_command([sys.executable, "-c", TASK_OF_SRUN, str(rank), port]) for rank in range(2)]
+    ranks = [
+        start_command([sys.executable, "-c", TASK_OF_SRUN, str(rank), port]) for rank in range(2)
+    ]
     waiting, failing = (process.communicate(timeout=120)[0] for process in ranks)
     assert [process.returncode for process in ranks] == [1, 1]
     assert failing.rstrip().endswith("ZeroDivisionError: division by zero")
@@ -381,7 +486,13 @@ LAUNCHERS = {
     "python": (sys.executable,),
     "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
     "launch": (sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"),
-    "launch_use_env": (sys.executable, "-m", "torch.distributed.launch", "--use_env", "--nproc_per_node=2"),
+    "launch_use_env": (
+        sys.executable,
+        "-m",
+        "torch.distributed.launch",
+        "--use_env",
+        "--nproc_per_node=2",
+    ),
     "deepspeed": (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"),
 }
 
@@ -410,11 +521,16 @@ def test_launcher_starts_the_script(tmp_path, name):
 
 
 def readme_commands() -> list[str]:
-    """The commands of the README's bash blocks that run one of the two scripts, line continuations joined."""
+    """The commands of the README's bash blocks that run one of the two scripts, line continuations
+    joined."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if re.search(r"\brun_(pretraining|class_finetuning)\.py\b", line)]
+    return [
+        line.strip()
+        for line in lines
+        if re.search(r"\brun_(pretraining|class_finetuning)\.py\b", line)
+    ]
 
 
 def imagenet_stand_in(folder: Path) -> None:
@@ -459,7 +575,10 @@ def dry_run_all(folder: Path, commands: list[str]) -> list[str]:
             for before, word in zip(words[at:], words[at + 1 :], strict=False)
         ]
         try:
-            args = parse(stage, [*argv, "--device", "cpu", "--batch_size", "2", "--update_freq", "1", "--dry_run"])
+            args = parse(
+                stage,
+                [*argv, "--device", "cpu", "--batch_size", "2", "--update_freq", "1", "--dry_run"],
+            )
             make_inputs(args)
             MAINS[stage](args)
         except (Exception, SystemExit) as error:

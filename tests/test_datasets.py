@@ -1,4 +1,5 @@
-"""Sources, the guard against broken images, the order of samples, workers, and the scripts that prepare data."""
+"""Sources, the guard against broken images, the order of samples, workers, and the scripts that
+prepare data."""
 
 import io
 import logging
@@ -16,7 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import BadImagesError, EvalBatchSampler, ImageDataset, TrainBatchSampler, build_dataset, build_loader
+from datasets import (
+    BadImagesError,
+    EvalBatchSampler,
+    ImageDataset,
+    TrainBatchSampler,
+    build_dataset,
+    build_loader,
+)
 from masking_generator import build_mask_generator
 from scripts.tools import make_map_file, zip_dataset
 from unimim.data import file_index
@@ -26,7 +34,9 @@ from unimim.data.shapes import background
 from unimim.data.sources import ArraySource, build_source, map_source
 from unimim.data.views import build_finetune_transform, build_pretrain_transform
 
-NAMES = [f"{name}/{name} {number}.jpg" for name in ("cat", "dog") for number in range(6)]  # with spaces
+NAMES = [
+    f"{name}/{name} {number}.jpg" for name in ("cat", "dog") for number in range(6)
+]  # with spaces
 
 
 def jpeg(seed):
@@ -83,7 +93,9 @@ def data(root, **options):
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a
+    )
 
 
 # --- where the bytes come from ----------------------------------------------------------------------------------------
@@ -167,7 +179,18 @@ def test_map_files_are_read_as_line_by_line(tmp_path, monkeypatch):
         "a.jpg 5.jpg",
         "\x0bc",
     ]
-    names += ["a.jpg 5.jpg", "\x0bc", "d" * 60, "#e", "g.jpg\x1c", "\xa0h", "a.jpg 7", "b.jpg  \u0663", "n", "5"]
+    names += [
+        "a.jpg 5.jpg",
+        "\x0bc",
+        "d" * 60,
+        "#e",
+        "g.jpg\x1c",
+        "\xa0h",
+        "a.jpg 7",
+        "b.jpg  \u0663",
+        "n",
+        "5",
+    ]
     gaps, labels = (
         [" ", "\t", "  ", " \t ", "\u3000", "\t\t"],
         ["0", "12", "007", "1" * 19, "\u0663", "-1", "x", "9" * 18],
@@ -184,7 +207,9 @@ def test_map_files_are_read_as_line_by_line(tmp_path, monkeypatch):
         ]  # fmt: skip
         lines += draw.sample(others, 1) if draw.random() < 0.1 else []
         text = draw.choice(["\n", "\r\n", "\r"]).join(lines) + draw.choice(["", "\n"])
-        path.write_bytes(draw.choice([b"", b"", b"\xef\xbb\xbf"]) + text.encode("utf-8", "surrogateescape"))
+        path.write_bytes(
+            draw.choice([b"", b"", b"\xef\xbb\xbf"]) + text.encode("utf-8", "surrogateescape")
+        )
         try:
             expected = read_line_by_line(path)
         except ValueError as error:
@@ -199,7 +224,9 @@ def test_map_files_are_read_as_line_by_line(tmp_path, monkeypatch):
     assert min(outcomes.values()) > 120, outcomes
 
 
-@pytest.mark.parametrize("names", [["a.zip@/x", "a.zip@//y/"], ["a.zip@/x", "a.zip@y.zip@z"], ["a.zip@x", "a.zip@/"]])
+@pytest.mark.parametrize(
+    "names", [["a.zip@/x", "a.zip@//y/"], ["a.zip@/x", "a.zip@y.zip@z"], ["a.zip@x", "a.zip@/"]]
+)
 def test_archives_that_lines_name(tmp_path, names):
     archive, inside = split_archive(tmp_path / "train_map.txt", PathTable(names))
     assert archive == tmp_path / "a.zip"
@@ -208,7 +235,9 @@ def test_archives_that_lines_name(tmp_path, names):
     assert split_archive(tmp_path / "train_map.txt", plain) == (None, plain)
 
 
-@pytest.mark.parametrize("form", ["plain", "comment", "prefixed", "zip64", "prefixed zip64", "empty"])
+@pytest.mark.parametrize(
+    "form", ["plain", "comment", "prefixed", "zip64", "prefixed zip64", "empty"]
+)
 def test_zip_directories_are_read_as_zipfile_reads_them(tmp_path, monkeypatch, form):
     names = ["b.jpg", "a/ü.jpg", "c/" + "d" * 200, "twice", "e.jpg", "twice", "PK\1\2", "last.jpg"]
     if "zip64" in form:  # of a few hundred bytes
@@ -230,12 +259,18 @@ def test_zip_directories_are_read_as_zipfile_reads_them(tmp_path, monkeypatch, f
     assert any(info.header_offset > 300 for info in infos) == (form != "empty")
     found = zip_members(path)
     assert list(found.names) == [info.filename for info in infos]
-    for ours, theirs in (("offset", "header_offset"), ("packed_size", "compress_size"), ("size", "file_size")):
+    for ours, theirs in (
+        ("offset", "header_offset"),
+        ("packed_size", "compress_size"),
+        ("size", "file_size"),
+    ):
         assert getattr(found, ours).tolist() == [getattr(info, theirs) for info in infos], ours
     assert found.method.tolist() == [info.compress_type for info in infos]
     expected = {info.filename: number for number, info in enumerate(infos)}
     wanted = [*names, "absent", "b.jpgx", "b.jp", ""]
-    assert locate(found.names, PathTable(wanted)).tolist() == [expected.get(name, -1) for name in wanted]
+    assert locate(found.names, PathTable(wanted)).tolist() == [
+        expected.get(name, -1) for name in wanted
+    ]
 
 
 def test_zip_names_of_code_page_437(tmp_path):
@@ -244,7 +279,11 @@ def test_zip_names_of_code_page_437(tmp_path):
             archive.writestr(name, b"")
     (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes().replace(b"aXb", b"a\x81b"))
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        assert list(zip_members(tmp_path / "a.zip").names) == archive.namelist() == ["x.jpg", "aüb.jpg", "y.jpg"]
+        assert (
+            list(zip_members(tmp_path / "a.zip").names)
+            == archive.namelist()
+            == ["x.jpg", "aüb.jpg", "y.jpg"]
+        )
 
 
 def test_names_of_one_hash_are_told_apart(monkeypatch):
@@ -297,7 +336,8 @@ def test_missing_and_damaged_containers_are_named(tmp_path):
         map_source(tmp_path, "train")
     write_zip(tmp_path / "train.zip", names=["other/a.jpg"])
     with pytest.raises(
-        ValueError, match=r"holds none of the listed members, such as 'cat/cat 0\.jpg'; it holds 'other"
+        ValueError,
+        match=r"holds none of the listed members, such as 'cat/cat 0\.jpg'; it holds 'other",
     ):
         map_source(tmp_path, "train")
 
@@ -342,7 +382,9 @@ def test_evaluation_folders_use_the_training_classes(tmp_path):
     with pytest.raises(ValueError, match="needs --eval_data_path"):
         evaluation(data_path=str(tmp_path / "one"))
     write_images(tmp_path / "two", ["d/1.jpg"])
-    with pytest.raises(ValueError, match="class folders that the training folder lacks, such as 'd'"):
+    with pytest.raises(
+        ValueError, match="class folders that the training folder lacks, such as 'd'"
+    ):
         evaluation(data_path=str(tmp_path / "one"), eval_data_path=str(tmp_path / "two"))
 
 
@@ -361,11 +403,17 @@ def test_detection_is_logged(folder_root, caplog):
     build_source(None, None, train=True, need_labels=True)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
-    assert "IMNET detected" in lines[0] and "image_folder detected" in lines[1] and "handwritten digits" in lines[2]
+    assert (
+        "IMNET detected" in lines[0]
+        and "image_folder detected" in lines[1]
+        and "handwritten digits" in lines[2]
+    )
 
 
 def test_digits_are_split_by_class():
-    train, val = (build_source("digits", None, train=train, need_labels=True) for train in (True, False))
+    train, val = (
+        build_source("digits", None, train=train, need_labels=True) for train in (True, False)
+    )
     assert len(train) + len(val) == 1797 and len(train.classes) == 10
     share = np.bincount(val.labels) / (np.bincount(val.labels) + np.bincount(train.labels))
     assert share.min() > 0.19 and share.max() < 0.21
@@ -388,7 +436,9 @@ def test_digits_are_split_by_class():
 )
 def test_missing_data_is_named(tmp_path, data_set, path, message):
     with pytest.raises(ValueError, match=message):
-        build_source(data_set, None if path is None else str(tmp_path / path), train=True, need_labels=True)
+        build_source(
+            data_set, None if path is None else str(tmp_path / path), train=True, need_labels=True
+        )
 
 
 # --- broken images ----------------------------------------------------------------------------------------------------
@@ -401,7 +451,11 @@ def break_file(root, kind):
         path.unlink()
     else:
         path.write_bytes(
-            {"truncated": content[: len(content) // 2], "zero bytes": b"", "no image": b"hello " * 50}[kind]
+            {
+                "truncated": content[: len(content) // 2],
+                "zero bytes": b"",
+                "no image": b"hello " * 50,
+            }[kind]
         )
 
 
@@ -447,9 +501,13 @@ def test_broken_images_are_replaced_and_logged_once(kind, folder_root, zip_root,
     sample = dataset[0, 4]
     assert sample["index"] != 4 and sample["label"] == dataset.source.labels[sample["index"]]
     assert equal(sample, dataset[0, 4])
-    assert data(root)[1, 4]["index"] == sample["index"]  # the same replacement in every epoch and run
+    assert (
+        data(root)[1, 4]["index"] == sample["index"]
+    )  # the same replacement in every epoch and run
     assert data(root)[0, -5]["index"] == -1 - sample["index"]  # padding stays padding
-    warnings = [record.getMessage() for record in caplog.records if "broken image" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "broken image" in record.getMessage()
+    ]
     assert len(warnings) == 3 and NAMES[4] in warnings[0]  # once per data set: there are three here
     assert all(dataset[0, index]["index"] == index for index in range(12) if index != 4)
     assert dataset.bad.sorted() == [4]
@@ -461,7 +519,9 @@ def test_too_many_broken_images_stop_the_run(folder_root):
     tolerant = data(folder_root, max_bad_images=3)
     assert all(tolerant[0, index]["index"] > 2 for index in range(12))
     less_tolerant = data(folder_root, max_bad_images=2)
-    with pytest.raises(BadImagesError, match=r"3 of 12 images are broken \(2 allowed .*cat 0.*cat 1.*cat 2"):
+    with pytest.raises(
+        BadImagesError, match=r"3 of 12 images are broken \(2 allowed .*cat 0.*cat 1.*cat 2"
+    ):
         for index in range(12):
             less_tolerant[0, index]
 
@@ -515,7 +575,10 @@ def test_sample_generators_are_independent():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_side_by_side_are_one_process_in_order(world_size):
     single = list(TrainBatchSampler(103, 4, seed=7))
-    ranks = [list(TrainBatchSampler(103, 4, rank=rank, world_size=world_size, seed=7)) for rank in range(world_size)]
+    ranks = [
+        list(TrainBatchSampler(103, 4, rank=rank, world_size=world_size, seed=7))
+        for rank in range(world_size)
+    ]
     interleaved = [batch for step in zip(*ranks, strict=True) for batch in step]
     assert interleaved == single[: len(interleaved)]
     assert len(interleaved) == 25 // world_size * world_size
@@ -551,13 +614,20 @@ def test_batches_per_epoch_and_unshuffled_order():
 
 
 def test_too_few_images_for_a_batch():
-    with pytest.raises(ValueError, match="7 images do not fill one batch of --batch_size 4 on 2 process"):
+    with pytest.raises(
+        ValueError, match="7 images do not fill one batch of --batch_size 4 on 2 process"
+    ):
         TrainBatchSampler(7, 4, world_size=2)
 
 
-@pytest.mark.parametrize("n, batch_size, world_size", [(10, 4, 1), (10, 3, 4), (12, 5, 3), (2, 4, 5), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "n, batch_size, world_size", [(10, 4, 1), (10, 3, 4), (12, 5, 3), (2, 4, 5), (1, 1, 1)]
+)
 def test_evaluation_counts_every_image_once(n, batch_size, world_size):
-    ranks = [EvalBatchSampler(n, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        EvalBatchSampler(n, batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     batches = [list(sampler) for sampler in ranks]
     assert len({tuple(map(len, rank)) for rank in batches}) == 1
     assert all(len(sampler) == len(rank) for sampler, rank in zip(ranks, batches, strict=True))
@@ -570,7 +640,9 @@ def test_evaluation_counts_every_image_once(n, batch_size, world_size):
 def epoch_of(dataset, num_workers, context=None, epochs=2):
     """Two epochs through one loader: its workers live on."""
     sampler = TrainBatchSampler(len(dataset), 4, seed=3)
-    loader = build_loader(dataset, sampler, num_workers=num_workers, pin_mem=False, multiprocessing_context=context)
+    loader = build_loader(
+        dataset, sampler, num_workers=num_workers, pin_mem=False, multiprocessing_context=context
+    )
     batches = []
     for epoch in range(epochs):
         sampler.set_position(epoch, start_batch=epoch)
@@ -599,7 +671,9 @@ def test_workers_report_bad_images(zip_root):
 
 def test_loading_leaves_the_global_generators_alone(zip_root):
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    dataset = ImageDataset(map_source(zip_root, "train"), build_finetune_transform(AUGMENTATION, True), seed=0)
+    dataset = ImageDataset(
+        map_source(zip_root, "train"), build_finetune_transform(AUGMENTATION, True), seed=0
+    )
     epoch_of(dataset, 0)
     epoch_of(dataset, 1, "fork")
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[2])
@@ -619,7 +693,8 @@ AUGMENTATION = Namespace(
 def test_fine_tuning_batches_do_not_depend_on_the_workers(zip_root):
     finetune = build_finetune_transform(AUGMENTATION, True)
     batches = [
-        epoch_of(ImageDataset(map_source(zip_root, "train"), finetune, seed=0), workers, "fork") for workers in (0, 2)
+        epoch_of(ImageDataset(map_source(zip_root, "train"), finetune, seed=0), workers, "fork")
+        for workers in (0, 2)
     ]
     assert all(equal(a, b) for a, b in zip(*batches, strict=True))
 
@@ -644,7 +719,9 @@ def test_packing_and_listing_make_a_data_set(folder_root, capsys):
 
 def test_synsets_fix_the_order(folder_root):
     (folder_root / "synsets.txt").write_text("dog a domestic animal\n\nbird\ncat\n")
-    make_map_file.main([str(folder_root), "--split", "train", "--synsets", str(folder_root / "synsets.txt")])
+    make_map_file.main(
+        [str(folder_root), "--split", "train", "--synsets", str(folder_root / "synsets.txt")]
+    )
     source = map_source(folder_root, "train")
     assert source.labels.tolist() == [2] * 6 + [0] * 6
 

@@ -1,4 +1,5 @@
-"""The demo's report against the files of its runs, the pictures against the tensors that they show, the README."""
+"""The demo's report against the files of its runs, the pictures against the tensors that they show,
+the README."""
 
 import base64
 import io
@@ -34,9 +35,13 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        self.addresses += [
+            value for name, value in attributes if name in ("src", "href", "srcset", "data")
+        ]
         if tag == "img":
-            self.images.append(Image.open(io.BytesIO(base64.b64decode(dict(attributes)["src"].partition(",")[2]))))
+            self.images.append(
+                Image.open(io.BytesIO(base64.b64decode(dict(attributes)["src"].partition(",")[2])))
+            )
         elif tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -59,8 +64,16 @@ class Page(HTMLParser):
 def demo(tmp_path_factory):
     """A few steps of everything: the folder and what was printed."""
     folder = tmp_path_factory.mktemp("demo") / "with space"
-    command = [sys.executable, str(ROOT / "scripts/experiments/demo.py"), "--fast", "--output", str(folder)]
-    result = subprocess.run(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/experiments/demo.py"),
+        "--fast",
+        "--output",
+        str(folder),
+    ]
+    result = subprocess.run(
+        command, cwd=folder.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert result.returncode == 0, result.stdout
     return folder, result.stdout, Page((folder / "report.html").read_text())
 
@@ -73,9 +86,14 @@ def log_of(folder: Path) -> list[dict]:
 def test_the_demo_trains_on_all_digits_from_the_zip(demo):
     folder = demo[0]
     for train in (True, False):
-        exported, digits = map_source(folder / "data", "train" if train else "val"), digits_source(train=train)
+        exported, digits = (
+            map_source(folder / "data", "train" if train else "val"),
+            digits_source(train=train),
+        )
         assert len(exported) == len(digits)
-        exported_sums = [(label, int(decode(exported.read(i)).sum())) for i, label in enumerate(exported.labels)]
+        exported_sums = [
+            (label, int(decode(exported.read(i)).sum())) for i, label in enumerate(exported.labels)
+        ]
         sums = [(label, int(digits.read(i).sum())) for i, label in enumerate(digits.labels)]
         assert sorted(exported_sums) == sorted(sums)
 
@@ -87,9 +105,15 @@ def test_the_tables_repeat_logs_and_evaluations(demo):
     assert header[:3] == ["start", "best epoch, %", "last epoch, %"]
     for arm, row in zip(("pretrained", "random"), rows, strict=True):
         log = log_of(folder / f"{arm}-0")
-        said = re.search(rf"^{arm} 0 \| .*checkpoint-best.pth: acc1 ([\d.]+)", printed, re.MULTILINE).group(1)
+        said = re.search(
+            rf"^{arm} 0 \| .*checkpoint-best.pth: acc1 ([\d.]+)", printed, re.MULTILINE
+        ).group(1)
         assert float(said) == pytest.approx(max(epoch["test_acc1"] for epoch in log), abs=1e-3)
-        assert row[1:] == [f"{float(said):.1f}", f"{log[-1]['test_acc1']:.1f}", f"{float(said):.1f}"]
+        assert row[1:] == [
+            f"{float(said):.1f}",
+            f"{log[-1]['test_acc1']:.1f}",
+            f"{float(said):.1f}",
+        ]
         assert re.search(rf"^{row[0]} +{row[1]} +{row[2]} +{row[3]}$", printed, re.MULTILINE)
     facts = dict(page.tables[1][1:])
     loss = log_of(folder / "pretrain")[-1]["train_loss"]
@@ -99,9 +123,13 @@ def test_the_tables_repeat_logs_and_evaluations(demo):
 @pytest.mark.slow
 def test_both_starts_are_fine_tuned_alike_on_a_tenth_of_the_labels(demo):
     printed, page = demo[1:]
-    commands = [line for line in page.commands.splitlines() if "finetuning" in line and "--eval" not in line]
+    commands = [
+        line for line in page.commands.splitlines() if "finetuning" in line and "--eval" not in line
+    ]
     teacher = r"--finetune \S+with space\S+pretrain/checkpoint-1.pth "
-    with_it, without = (re.sub(r"(pretrained|random)-0", "ARM", re.sub(teacher, "", line)) for line in commands)
+    with_it, without = (
+        re.sub(r"(pretrained|random)-0", "ARM", re.sub(teacher, "", line)) for line in commands
+    )
     assert with_it == without and sum("--finetune " in line for line in commands) == 1
     # 1,442 training images: round(n / 10) of each class
     assert printed.count("143 for training, 355 for validation, 10 classes") == 2
@@ -111,7 +139,9 @@ def test_both_starts_are_fine_tuned_alike_on_a_tenth_of_the_labels(demo):
 @pytest.mark.slow
 def test_the_report_stands_alone(demo):
     page = demo[2]
-    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert page.addresses and all(
+        address.startswith("data:image/png;base64,") for address in page.addresses
+    )
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert len(page.images) == 5  # contrast, masks, accuracies, attention, reconstruction
     for image in page.images:
@@ -180,7 +210,9 @@ def test_reconstruction_keeps_the_visible_patches_and_predicts_the_others(tmp_pa
     size = {"input_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     torch.manual_seed(0)
     method = create_model("mae_tiny_patch16_224", **size)
-    with torch.no_grad():  # a decoder that predicts pure green, in units of the pixels scaled to [-1, 1]
+    with (
+        torch.no_grad()
+    ):  # a decoder that predicts pure green, in units of the pixels scaled to [-1, 1]
         method.decoder_pred.weight.zero_()
         method.decoder_pred.bias.view(-1, 3).copy_(torch.tensor([-1.0, 1.0, -1.0]))
     flags = {
@@ -217,50 +249,104 @@ def tiny_semaim(folder: Path, **options) -> tuple[torch.nn.Module, str]:
 def test_orders_of_a_checkpoint_are_those_of_the_network_that_gives_the_map(tmp_path):
     method, saved = tiny_semaim(tmp_path, use_ema_model=True)
     line = f"orders --checkpoint {saved} --images 2 --output x --orders zigzag attention attention_center --seed 3"
-    image, attention, close, rows, similar, central = pictures(visualize.orders(*visualize.parse(line.split())))[:6]
+    image, attention, close, rows, similar, central = pictures(
+        visualize.orders(*visualize.parse(line.split()))
+    )[:6]
     normalize = visualize.Normalize(visualize.MEAN_STD["imagenet"], torch.device("cpu"))
     x = normalize({"image": torch.from_numpy(image).permute(2, 0, 1)[None]})["image"]
     expected = method.look_ahead({"image": x})[1]
-    np.testing.assert_allclose(attention.ravel(), method.teacher.attention_maps(x)[0, :, 0, 1:].mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        attention.ravel(), method.teacher.attention_maps(x)[0, :, 0, 1:].mean(0), atol=1e-6
+    )
     order = torch.from_numpy(close).flatten().argsort(descending=True)
     assert torch.equal(order, expected[0].argsort(descending=True)) and close.min() == 0
     assert rows.ravel().tolist() == list(range(16, 0, -1))
     assert similar.ravel()[order].tolist() == list(range(16, 0, -1))
-    distance = np.hypot(*(np.indices((4, 4)).reshape(2, 16) - np.array(divmod(int(order[0]), 4))[:, None]))
+    distance = np.hypot(
+        *(np.indices((4, 4)).reshape(2, 16) - np.array(divmod(int(order[0]), 4))[:, None])
+    )
     assert (np.diff(distance[central.ravel().argsort()[::-1]]) >= 0).all()
 
 
 def test_orders_of_a_classifier(tmp_path):
-    model = create_model("vit_tiny_patch16_224", input_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2)
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    model = create_model(
+        "vit_tiny_patch16_224", input_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2
+    )
+    weights = {
+        name: value for name, value in model.state_dict().items() if not name.startswith("head.")
+    }
     save_checkpoint(tmp_path / "checkpoint-0.pth", {"model": weights, "args": None})
-    flags = ["--model", "vit_tiny_patch16_224", "--model_kwargs", "embed_dim=32", "depth=1", "num_heads=2"]
-    place = ["--data_set", "digits", "--input_size", "16", "--patch_size", "4", "--nb_classes", "10"]
-    line = ["orders", "--checkpoint", f"{tmp_path}/checkpoint-0.pth", "--images", "1", "--output", "x"]
+    flags = [
+        "--model",
+        "vit_tiny_patch16_224",
+        "--model_kwargs",
+        "embed_dim=32",
+        "depth=1",
+        "num_heads=2",
+    ]
+    place = [
+        "--data_set",
+        "digits",
+        "--input_size",
+        "16",
+        "--patch_size",
+        "4",
+        "--nb_classes",
+        "10",
+    ]
+    line = [
+        "orders",
+        "--checkpoint",
+        f"{tmp_path}/checkpoint-0.pth",
+        "--images",
+        "1",
+        "--output",
+        "x",
+    ]
     shown = pictures(visualize.orders(*visualize.parse([*line, *flags, *place])))
     assert [picture.shape for picture in shown] == [(16, 16, 3)] + [(4, 4)] * 6
-    maps = visualize.order_maps(model, (torch.from_numpy(shown[0]).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5)
+    maps = visualize.order_maps(
+        model, (torch.from_numpy(shown[0]).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+    )
     np.testing.assert_allclose(shown[2], maps["cls"].view(4, 4), atol=1e-5)
 
 
 def test_reconstruction_by_a_method_with_an_average_takes_its_map(tmp_path):
-    method, saved = tiny_semaim(tmp_path, use_ema_model=True, permutation_type="attention", norm_pix_loss=False)
-    own, flags = visualize.parse(["reconstruct", "--checkpoint", saved, "--images", "1", "--output", "x"])
+    method, saved = tiny_semaim(
+        tmp_path, use_ema_model=True, permutation_type="attention", norm_pix_loss=False
+    )
+    own, flags = visualize.parse(
+        ["reconstruct", "--checkpoint", saved, "--images", "1", "--output", "x"]
+    )
     known, pasted = pictures(visualize.reconstruct(own, flags))[1::2]
     args = visualize.load_model(saved, "model", flags)[1]
     batch = visualize.default_collate(visualize.training_samples(args, method, 1))
     image = visualize.normalization(args)(batch)["image"]
     first = method.look_ahead({"image": image})[1].argsort(descending=True)[0, :4]
-    shown = method.reconstruct({"image": image}).masked[0].permute(1, 2, 0).reshape(4, 4, 4, 4, 3).transpose(1, 2)
+    shown = (
+        method.reconstruct({"image": image})
+        .masked[0]
+        .permute(1, 2, 0)
+        .reshape(4, 4, 4, 4, 3)
+        .transpose(1, 2)
+    )
     assert sorted(first.tolist()) == shown.flatten(2).any(-1).flatten().nonzero().flatten().tolist()
-    blocks = [panel.reshape(4, 4, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(16, 48) for panel in (known, pasted)]
+    blocks = [
+        panel.reshape(4, 4, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(16, 48)
+        for panel in (known, pasted)
+    ]
     assert (blocks[0] == blocks[1]).all(1).nonzero()[0].tolist() == sorted(first.tolist())
 
 
 def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
     saved = tiny_semaim(tmp_path, predict_feature="inference")[1]
-    with pytest.raises(ValueError, match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which predicts no pixels"):
-        visualize.reconstruct(*visualize.parse(["reconstruct", "--checkpoint", saved, "--output", "x"]))
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which predicts no pixels",
+    ):
+        visualize.reconstruct(
+            *visualize.parse(["reconstruct", "--checkpoint", saved, "--output", "x"])
+        )
     state = torch.load(saved)
     del state["args"]["mask_type"]
     state["args"]["model"], state["args"]["model_kwargs"] = (
@@ -268,14 +354,24 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
         ["embed_dim=32", "depth=2", "num_heads=2"],
     )
     save_checkpoint(tmp_path / "checkpoint-1.pth", state)
-    line = ["reconstruct", "--checkpoint", str(tmp_path / "checkpoint-1.pth"), "--output", "x", "--nb_classes", "10"]
+    line = [
+        "reconstruct",
+        "--checkpoint",
+        str(tmp_path / "checkpoint-1.pth"),
+        "--output",
+        "x",
+        "--nb_classes",
+        "10",
+    ]
     with pytest.raises(ValueError, match="holds vit_tiny_patch16_224, which predicts no pixels"):
         visualize.reconstruct(*visualize.parse(line))
 
 
 def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
     flags = ["--model", "mae_tiny_patch16_224", "--input_size", "32", "--patch_size", "8"]
-    with pytest.raises(ValueError, match=r"draws its masks itself: analysis/visualize\.py reconstruct"):
+    with pytest.raises(
+        ValueError, match=r"draws its masks itself: analysis/visualize\.py reconstruct"
+    ):
         visualize.masks(*visualize.parse(["masks", "--output", "x", *flags]))
 
 

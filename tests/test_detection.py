@@ -1,4 +1,5 @@
-"""Detection on mmdet: MIMDet, the windowed ViT, C4, rates, weights, configurations, and training on small images."""
+"""Detection on mmdet: MIMDet, the windowed ViT, C4, rates, weights, configurations, and training on
+small images."""
 
 import copy
 import json
@@ -38,9 +39,17 @@ from mmengine.registry import init_default_scope  # noqa: E402
 from modeling_finetune import create_model, relative_position_index  # noqa: E402
 
 TINY_CONFIG = ROOT / "tests/tiny_detection.py"
-CONFIGS = sorted(path for path in (ROOT / "detection/configs").glob("*/*.py") if path.parent.name != "_base_")
+CONFIGS = sorted(
+    path for path in (ROOT / "detection/configs").glob("*/*.py") if path.parent.name != "_base_"
+)
 SMALL = {"embed_dim": 32, "depth": 8, "num_heads": 2}
-MIMDET = SMALL | {"img_size": 64, "decoder_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2, "drop_path": 0.0}
+MIMDET = SMALL | {
+    "img_size": 64,
+    "decoder_dim": 24,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+    "drop_path": 0.0,
+}
 WINDOWS = SMALL | {"input_size": 64, "window": 2, "drop_path": 0.0}
 BEIT = {"k_bias": False, "init_values": 0.1}
 IMAGES = partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -82,7 +91,11 @@ def test_parameters_of_mimdet_base_with_its_heads_are_the_published_ones():
     assert count(encoder.patch_embed) == 4_079_712
     assert count(encoder) - encoder.pos_embed.numel() == 89_135_712
     assert count(decoder) - decoder.decoder_pos_embed.numel() == 13_398_016
-    assert [count(part) for part in (model.neck, model.rpn_head, model.roi_head)] == [2_772_992, 1_184_015, 18_262_753]
+    assert [count(part) for part in (model.neck, model.rpn_head, model.roi_head)] == [
+        2_772_992,
+        1_184_015,
+        18_262_753,
+    ]
     assert not encoder.pos_embed.requires_grad and not decoder.decoder_pos_embed.requires_grad
     assert {m.eps for m in model.backbone.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
 
@@ -91,12 +104,19 @@ def test_parameters_of_mimdet_large_with_its_heads_are_the_published_ones():
     model = on_meta("mimdet/mimdet_large_sr0p5_3x.py")
     encoder, decoder = model.backbone.encoder, model.backbone.decoder
     assert count(model) == 349_332_080 and count(encoder.patch_embed) == 7_250_048
-    assert count(model) - encoder.pos_embed.numel() - decoder.decoder_pos_embed.numel() == 345_490_544
+    assert (
+        count(model) - encoder.pos_embed.numel() - decoder.decoder_pos_embed.numel() == 345_490_544
+    )
 
 
 def test_maps_of_mimdet_have_four_strides_and_are_contiguous():
     maps = MIMDet("tiny", **MIMDET).eval()(IMAGES(2, 3, 50, 96))
-    assert [tuple(m.shape) for m in maps] == [(2, 8, 16, 24), (2, 16, 8, 12), (2, 24, 4, 6), (2, 24, 2, 3)]
+    assert [tuple(m.shape) for m in maps] == [
+        (2, 8, 16, 24),
+        (2, 16, 8, 12),
+        (2, 24, 4, 6),
+        (2, 24, 2, 3),
+    ]
     assert all(m.is_contiguous() for m in maps)
     assert set(dict(MIMDet("tiny", **MIMDET).encoder.patch_embed.named_parameters())) == {
         *(f"proj.{stage}.{part}" for stage in range(4) for part in ("0.weight", "1.weight", "1.bias")),
@@ -116,14 +136,18 @@ def test_cells_of_the_padding_are_sampled_last():
 def test_sampling_every_token_equals_no_sampling(form):
     backbone = drawn(MIMDet("tiny", **MIMDET | form, train_sample_ratio=1.0)).eval()
     images = IMAGES(2, 3, 64, 96)
-    for found, expected in zip(backbone(images, torch.rand(2, 4, 6)), backbone(images), strict=True):
+    for found, expected in zip(
+        backbone(images, torch.rand(2, 4, 6)), backbone(images), strict=True
+    ):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_training_samples_its_share_and_evaluation_everything():
     backbone = MIMDet("tiny", **MIMDET)
     seen = []
-    backbone.encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    backbone.encoder.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].shape[1])
+    )
     images = IMAGES(1, 3, 64, 96)
     backbone(images)
     backbone.eval()(images)
@@ -142,7 +166,9 @@ def test_what_is_not_sampled_shows_the_stems_features():
     expected = decoder.conv_feat_proj(tokens)
     for image in range(2):
         cells = kept[image]
-        expected[image, cells] = decoder.decoder_embed(backbone.encoder(features[image : image + 1], cells[None]))[0]
+        expected[image, cells] = decoder.decoder_embed(
+            backbone.encoder(features[image : image + 1], cells[None])
+        )[0]
     expected = decoder.decoder_norm(expected + decoder.decoder_pos_embed[:, 1:])
     torch.testing.assert_close(coarse, expected, atol=1e-5, rtol=1e-4)
 
@@ -151,7 +177,9 @@ def test_all_parameters_get_a_gradient_whatever_the_ratio():
     for ratio in (0.5, 1.0):
         backbone = MIMDet("tiny", **MIMDET, train_sample_ratio=ratio)
         sum(m.square().mean() for m in backbone(IMAGES(1, 3, 64, 64))).backward()
-        assert [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None] == []
+        assert [
+            n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None
+        ] == []
 
 
 def test_checkpointing_of_activations_changes_no_gradient():
@@ -160,7 +188,9 @@ def test_checkpointing_of_activations_changes_no_gradient():
     images, noise = IMAGES(1, 3, 64, 64), torch.rand(1, 4, 4)
     for backbone in (plain, saving):
         backbone(images, noise)[3].square().sum().backward()
-    for (name, one), (_, other) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+    for (name, one), (_, other) in zip(
+        plain.named_parameters(), saving.named_parameters(), strict=True
+    ):
         assert one.grad is None or torch.allclose(one.grad, other.grad, atol=1e-6), name
 
 
@@ -168,7 +198,9 @@ def test_the_detector_tells_the_backbone_the_sizes_of_images():
     model = tiny_detector().eval()
     model.backbone.sample_ratios[False] = 0.5
     given = []
-    model.backbone.sample = lambda features, noise, sizes: given.append(sizes) or (None, features[0, 0].numel())
+    model.backbone.sample = lambda features, noise, sizes: (
+        given.append(sizes) or (None, features[0, 0].numel())
+    )
     samples = [DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1, 1)})
                for size in ((50, 64), (64, 40))]  # fmt: skip
     with torch.no_grad():
@@ -177,7 +209,9 @@ def test_the_detector_tells_the_backbone_the_sizes_of_images():
     assert given == [[(50, 64), (64, 40)], [(50, 60), (50, 60)]]
 
 
-@pytest.mark.parametrize("wrong", [{"train_sample_ratio": 0.0}, {"test_sample_ratio": 1.5}, {"embed_dim": 36}])
+@pytest.mark.parametrize(
+    "wrong", [{"train_sample_ratio": 0.0}, {"test_sample_ratio": 1.5}, {"embed_dim": 36}]
+)
 def test_bad_options_of_mimdet_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MIMDet("tiny", **MIMDET | wrong)
@@ -235,7 +269,9 @@ def test_windowed_blocks_see_their_window_and_the_last_of_a_group_everything():
 
 
 def test_maps_of_the_windowed_ViT_are_the_outputs_of_its_groups():
-    backbone = drawn(WindowViT("tiny", **WINDOWS | {"depth": 4})).eval()  # each block sees everything
+    backbone = drawn(
+        WindowViT("tiny", **WINDOWS | {"depth": 4})
+    ).eval()  # each block sees everything
     x = backbone.patch_embed(images := IMAGES(2, 3, 64, 64)) + backbone.pos_embed
     maps = backbone(images)
     index = relative_position_index((4, 4))[1:, 1:]
@@ -279,12 +315,18 @@ def saved(folder, state: dict) -> str:
 def mae_state(**decoder) -> dict[str, torch.Tensor]:
     import modeling_pretrain  # noqa: F401, registers
 
-    form = SMALL | {"input_size": 48, "decoder_embed_dim": 24, "decoder_depth": 3, "decoder_num_heads": 2} | decoder
+    form = (
+        SMALL
+        | {"input_size": 48, "decoder_embed_dim": 24, "decoder_depth": 3, "decoder_num_heads": 2}
+        | decoder
+    )
     return drawn(create_model("mae_tiny_patch16_224", **form)).state_dict()
 
 
 def beit_state(**form) -> dict[str, torch.Tensor]:
-    return drawn(create_model("beit_tiny_patch16_224", **SMALL | {"input_size": 48} | form)).state_dict()
+    return drawn(
+        create_model("beit_tiny_patch16_224", **SMALL | {"input_size": 48} | form)
+    ).state_dict()
 
 
 def test_mimdet_takes_encoder_and_decoder_of_a_whole_mae(tmp_path, caplog):
@@ -299,7 +341,10 @@ def test_mimdet_takes_encoder_and_decoder_of_a_whole_mae(tmp_path, caplog):
             assert torch.equal(value, interpolate_pos_embed(state[inner], (4, 4), 1)), name
         elif not inner.startswith(("patch_embed.", "conv_feat_proj.")):
             assert torch.equal(value, state[inner]), name
-    assert all(torch.equal(value, stem[name]) for name, value in backbone.encoder.patch_embed.state_dict().items())
+    assert all(
+        torch.equal(value, stem[name])
+        for name, value in backbone.encoder.patch_embed.state_dict().items()
+    )
     assert "no decoder" not in caplog.text
 
 
@@ -308,7 +353,9 @@ def test_mimdet_says_so_where_a_file_has_no_decoder(tmp_path, caplog):
     backbone = MIMDet("tiny", **MIMDET, pretrained=saved(tmp_path, state))
     before = copy.deepcopy(backbone.decoder.state_dict())
     backbone.init_weights()
-    assert all(torch.equal(value, before[name]) for name, value in backbone.decoder.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in backbone.decoder.state_dict().items()
+    )
     assert torch.equal(backbone.encoder.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
     assert "no decoder: MIMDet's starts from random weights" in caplog.text
 
@@ -322,18 +369,25 @@ def test_mimdet_takes_the_tables_of_BEiTs_form_without_the_class_tokens_rows(tmp
     name = "rel_pos_bias" if shared else "blocks.2.attn"
     table = state[f"{name}.relative_position_bias_table"]
     expected = interpolate_rel_pos_bias(table, 3, 4)[:-3]
-    torch.testing.assert_close(backbone.encoder.blocks[2].attn.relative_position_bias_table.data, expected)
+    torch.testing.assert_close(
+        backbone.encoder.blocks[2].attn.relative_position_bias_table.data, expected
+    )
     assert torch.equal(backbone.encoder.blocks[2].gamma_1, state["blocks.2.gamma_1"])
     assert torch.equal(backbone.encoder.blocks[2].attn.q_bias, state["blocks.2.attn.q_bias"])
 
 
 def test_files_of_other_networks_are_refused(tmp_path):
     path = saved(tmp_path, {f"layers.{k}.weight": torch.zeros(3) for k in range(9)})
-    for backbone in (MIMDet("tiny", **MIMDET, pretrained=path), WindowViT("tiny", **WINDOWS, pretrained=path)):
+    for backbone in (
+        MIMDet("tiny", **MIMDET, pretrained=path),
+        WindowViT("tiny", **WINDOWS, pretrained=path),
+    ):
         before = copy.deepcopy(backbone.state_dict())
         with pytest.raises(ValueError, match="matches only 0%"):
             backbone.init_weights()
-        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+        assert all(
+            torch.equal(value, before[name]) for name, value in backbone.state_dict().items()
+        )
 
 
 def test_the_windowed_ViT_takes_MAEs_weights_with_their_positions(tmp_path):
@@ -350,13 +404,18 @@ def test_the_windowed_ViT_resizes_a_shared_table_for_windows_and_for_the_whole(t
     state = beit_state(rel_pos_bias="shared")
     path, form = saved(tmp_path, state), WINDOWS | BEIT | {"pos_embed": "none"}
     table = state["rel_pos_bias.relative_position_bias_table"]
-    published, geometric = WindowViT("tiny", **form), WindowViT("tiny", **form, table_resize="geometric")
+    published, geometric = (
+        WindowViT("tiny", **form),
+        WindowViT("tiny", **form, table_resize="geometric"),
+    )
     for backbone in (published, geometric):
         backbone.load(path)
     grid = table[:-3].T.unflatten(1, (5, 5))
     for name, side in (("window_bias", 2), ("global_bias", 4)):
         found = getattr(published, name).relative_position_bias_table
-        expected = nn.functional.interpolate(grid[None], size=2 * side - 1, mode="bicubic")[0].flatten(1).T
+        expected = (
+            nn.functional.interpolate(grid[None], size=2 * side - 1, mode="bicubic")[0].flatten(1).T
+        )
         torch.testing.assert_close(found.data, expected)
         found = getattr(geometric, name).relative_position_bias_table
         torch.testing.assert_close(found.data, interpolate_rel_pos_bias(table, 3, side)[:-3])
@@ -364,9 +423,13 @@ def test_the_windowed_ViT_resizes_a_shared_table_for_windows_and_for_the_whole(t
 
 def test_the_windowed_ViT_averages_the_tables_of_the_blocks_that_share_one(tmp_path):
     state = beit_state(rel_pos_bias="per_block")
-    backbone = WindowViT("tiny", **WINDOWS | BEIT | {"pos_embed": "none", "window": 4, "input_size": 192})
+    backbone = WindowViT(
+        "tiny", **WINDOWS | BEIT | {"pos_embed": "none", "window": 4, "input_size": 192}
+    )
     backbone.load(saved(tmp_path, state))
-    tables = torch.stack([state[f"blocks.{k}.attn.relative_position_bias_table"][:-3] for k in (0, 2, 4, 6)])
+    tables = torch.stack(
+        [state[f"blocks.{k}.attn.relative_position_bias_table"][:-3] for k in (0, 2, 4, 6)]
+    )
     expected = interpolate_pos_embed(tables.mean(0, keepdim=True), 7, 0)[0]
     torch.testing.assert_close(backbone.window_bias.relative_position_bias_table.data, expected)
 
@@ -386,7 +449,9 @@ def test_several_class_tokens_leave_their_positions_behind(tmp_path):
     state = beit_state(**form)
     path = saved(tmp_path, state)
     assert torch.equal(loading.weights_without_class(path)["pos_embed"], state["pos_embed"][:, 3:])
-    assert torch.equal(loading.weights_without_class(path, prefix=1)["pos_embed"], state["pos_embed"][:, 2:])
+    assert torch.equal(
+        loading.weights_without_class(path, prefix=1)["pos_embed"], state["pos_embed"][:, 2:]
+    )
 
 
 METHODS = {  # that pre-trains for the configurations of that name
@@ -407,8 +472,12 @@ def test_configurations_take_what_their_method_saves(method, tmp_path):
 
     options = {"query_depth": 8} if method == "semaim" else {}
     model = create_model(METHODS[method], **SMALL, **options, input_size=48)
-    cfg = Config.fromfile(ROOT / f"detection/configs/vit_fpn/{method}_base_25ep_lsj.py").model.backbone
-    backbone = MODELS.build({**cfg, **WINDOWS, "pretrained": saved(tmp_path, drawn(model).state_dict())})
+    cfg = Config.fromfile(
+        ROOT / f"detection/configs/vit_fpn/{method}_base_25ep_lsj.py"
+    ).model.backbone
+    backbone = MODELS.build(
+        {**cfg, **WINDOWS, "pretrained": saved(tmp_path, drawn(model).state_dict())}
+    )
     before = {name: value.clone() for name, value in backbone.named_parameters()}
     backbone.init_weights()
     same = [name for name, value in backbone.named_parameters() if torch.equal(value, before[name])]
@@ -422,15 +491,22 @@ def test_the_ViT_of_A2MIM_starts_from_its_pretraining(method, tmp_path):
 
     model = create_model(f"{method}_vit_tiny_patch16_224", **SMALL, input_size=48)
     path = ROOT / "detection/configs/a2mim/mask_rcnn_vit_base_giou_4conv1fc_1x.py"
-    options = {**SMALL, "out_indices": (1, 3, 5, 7), "pretrained": saved(tmp_path, drawn(model).state_dict())}
+    options = {
+        **SMALL,
+        "out_indices": (1, 3, 5, 7),
+        "pretrained": saved(tmp_path, drawn(model).state_dict()),
+    }
     backbone = MODELS.build({**Config.fromfile(path).model.backbone, **options})
     before = {name: value.clone() for name, value in backbone.named_parameters()}
     backbone.init_weights()
-    assert [name for name, value in backbone.named_parameters() if torch.equal(value, before[name])] == []
+    assert [
+        name for name, value in backbone.named_parameters() if torch.equal(value, before[name])
+    ] == []
 
 
 def test_both_parts_of_C4_start_from_one_file(tmp_path):
-    """Backbone and shared head of stage 4, which the configuration names as the parts that --pretrained is for."""
+    """Backbone and shared head of stage 4, which the configuration names as the parts that
+    --pretrained is for."""
     import timm
 
     cfg = Config.fromfile(ROOT / "detection/configs/a2mim/mask_rcnn_r50_c4_ms_1x.py")
@@ -460,14 +536,20 @@ def test_rates_of_mimdets_parts_are_the_published_ones():
     stem, rest = "backbone.encoder.patch_embed", "backbone.encoder"
     lr = {stem: 8e-5, rest: 8e-5 / 3.5, "rest": 8e-5 * 3.5}
     assert {key: group["lr"] for key, group in groups.items()} == {
-        f"{part}_{kind}": pytest.approx(rate) for part, rate in lr.items() for kind in ("decay", "no_decay")
+        f"{part}_{kind}": pytest.approx(rate)
+        for part, rate in lr.items()
+        for kind in ("decay", "no_decay")
     }
-    assert {key: group["weight_decay"] for key, group in groups.items() if key.endswith("no_decay")} == {
-        f"{part}_no_decay": 0.0 for part in lr
-    }
+    assert {
+        key: group["weight_decay"] for key, group in groups.items() if key.endswith("no_decay")
+    } == {f"{part}_no_decay": 0.0 for part in lr}
     grouped = [name for group in groups.values() for name in group["param_names"]]
-    assert sorted(grouped) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
-    assert "backbone.decoder.decoder_blocks.0.attn.qkv.weight" in groups["rest_decay"]["param_names"]
+    assert sorted(grouped) == sorted(
+        name for name, p in model.named_parameters() if p.requires_grad
+    )
+    assert (
+        "backbone.decoder.decoder_blocks.0.attn.qkv.weight" in groups["rest_decay"]["param_names"]
+    )
     assert "backbone.encoder.blocks.0.norm1.weight" in groups[f"{rest}_no_decay"]["param_names"]
     assert "backbone.encoder.patch_embed.proj.3.3.weight" in groups[f"{stem}_decay"]["param_names"]
     with pytest.raises(ValueError, match=r"begins with 'decoder\.'"):
@@ -481,12 +563,17 @@ def test_rates_of_mimdets_parts_are_the_published_ones():
 
 
 def shrunk(model: Config) -> Config:
-    """The same classes and options of a configuration's model, quickly built: fewer channels, where a ViT has them."""
+    """The same classes and options of a configuration's model, quickly built: fewer channels, where
+    a ViT has them."""
     model = copy.deepcopy(model)
     if model.backbone.type != "TimmBackbone":
         model.backbone.update(SMALL, grad_checkpointing=False)
-        model.backbone.update({"out_indices": (1, 3, 5, 7)} if model.backbone.type.startswith("Vision") else {})
-        model.neck.update(in_channels=[8, 16, 512, 512] if model.backbone.type == "MIMDet" else [32] * 4)
+        model.backbone.update(
+            {"out_indices": (1, 3, 5, 7)} if model.backbone.type.startswith("Vision") else {}
+        )
+        model.neck.update(
+            in_channels=[8, 16, 512, 512] if model.backbone.type == "MIMDet" else [32] * 4
+        )
     return model
 
 
@@ -494,7 +581,13 @@ def dicts_in(value):
     """All dicts in nested dicts and lists."""
     if isinstance(value, dict):
         yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+    for item in (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (list, tuple))
+        else ()
+    ):
         yield from dicts_in(item)
 
 
@@ -531,11 +624,19 @@ def test_every_kind_of_detector_trains_all_its_parameters_and_predicts(name):
     if cfg.backbone.type == "WindowViT":
         cfg.backbone.update(input_size=128, window=4)
     model = revert_sync_batchnorm(MODELS.build(cfg))
-    batch = model.data_preprocessor(demo_mm_inputs(2, [(3, 96, 128), (3, 128, 96)], with_mask=True), True)
+    batch = model.data_preprocessor(
+        demo_mm_inputs(2, [(3, 96, 128), (3, 128, 96)], with_mask=True), True
+    )
     losses = model(**batch, mode="loss")
-    total = sum(sum(value) if isinstance(value, list) else value for key, value in losses.items() if "loss" in key)
+    total = sum(
+        sum(value) if isinstance(value, list) else value
+        for key, value in losses.items()
+        if "loss" in key
+    )
     total.backward()
-    assert total.isfinite() and {"loss_rpn_cls", "loss_cls", "loss_bbox", "loss_mask"} <= set(losses)
+    assert total.isfinite() and {"loss_rpn_cls", "loss_cls", "loss_bbox", "loss_mask"} <= set(
+        losses
+    )
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     with torch.no_grad():
         found = model.eval()(**batch, mode="predict")
@@ -562,7 +663,9 @@ def test_training_images_have_the_published_sizes(name, tmp_path):
     if name == "lsj1024":
         assert all(max(shape) <= 1024 for shape in shapes) and min(map(max, shapes)) < 1024
     else:
-        steps = {"ms": range(640, 801, 32), "crop": range(480, 801, 32)}.get(name, range(480, 801, 32))
+        steps = {"ms": range(640, 801, 32), "crop": range(480, 801, 32)}.get(
+            name, range(480, 801, 32)
+        )
         allowed = set(steps) - ({672, 704} if name == "mimdet" else set())
         capped = {shape for shape in shapes if max(shape) == 1333}
         assert shorts <= allowed | {min(shape) for shape in capped}
@@ -589,7 +692,10 @@ def coco(tmp_path_factory):
 
 def test_a_folder_in_cocos_layout_passes_the_check(coco, capsys):
     assert check_coco.main([str(coco), "--every", "1"]) == 0
-    assert "train2017: 8 images, 8 of them with objects, 16 objects\nval2017: 4 images" in capsys.readouterr().out
+    assert (
+        "train2017: 8 images, 8 of them with objects, 16 objects\nval2017: 4 images"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_check_names_everything_that_is_wrong(tmp_path, capsys):
@@ -600,7 +706,12 @@ def test_the_check_names_everything_that_is_wrong(tmp_path, capsys):
     file = root / "annotations/instances_val2017.json"
     content = json.loads(file.read_text())
     content["categories"].pop()
-    content["annotations"][0] |= {"image_id": 99, "category_id": 12, "segmentation": [], "bbox": [1, 2, -3, 4]}
+    content["annotations"][0] |= {
+        "image_id": 99,
+        "category_id": 12,
+        "segmentation": [],
+        "bbox": [1, 2, -3, 4],
+    }
     file.write_text(json.dumps(content))
     assert check_coco.main([str(root), "--every", "1"]) == 1
     out = capsys.readouterr().out
@@ -628,7 +739,11 @@ def flags(coco, folder, *more: str) -> list[str]:
 
 def schedule(epochs: int, every: int = 1) -> list[str]:
     keys = ("train_cfg.max_epochs", "train_cfg.val_interval", "default_hooks.checkpoint.interval")
-    return ["--cfg-options", ALL, *map("=".join, zip(keys, map(str, (epochs, epochs, every)), strict=True))]
+    return [
+        "--cfg-options",
+        ALL,
+        *map("=".join, zip(keys, map(str, (epochs, epochs, every)), strict=True)),
+    ]
 
 
 def train_tiny(coco, folder, epochs: int, *more: str):
@@ -637,13 +752,19 @@ def train_tiny(coco, folder, epochs: int, *more: str):
 
 
 def evaluate(coco, folder, path, *more: str) -> dict[str, float]:
-    return runner.test(TASK, [str(TINY_CONFIG), str(path), *more, *flags(coco, folder, "--cfg-options", ALL)])
+    return runner.test(
+        TASK, [str(TINY_CONFIG), str(path), *more, *flags(coco, folder, "--cfg-options", ALL)]
+    )
 
 
 def last_metrics(run) -> dict[str, float]:
     """What the last validation of a training found."""
     scalars = run.message_hub.log_scalars
-    return {name.removeprefix("val/"): scalars[name].current() for name in scalars if name.startswith("val/coco/")}
+    return {
+        name.removeprefix("val/"): scalars[name].current()
+        for name in scalars
+        if name.startswith("val/coco/")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -658,7 +779,9 @@ def test_a_checkpoint_gives_what_validation_in_training_found(coco, trained, tmp
     found = evaluate(coco, tmp_path, folder / "epoch_2.pth", "--out", str(tmp_path / "found"))
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} < set(found) and found == metrics
     rows = json.loads((tmp_path / "found.segm.json").read_text())
-    assert {row["image_id"] for row in rows} == {1, 2, 3, 4} and {"score", "segmentation"} < set(rows[0])
+    assert {row["image_id"] for row in rows} == {1, 2, 3, 4} and {"score", "segmentation"} < set(
+        rows[0]
+    )
 
 
 def test_a_resumed_training_equals_one_without_a_break(coco, trained, tmp_path):
@@ -666,22 +789,34 @@ def test_a_resumed_training_equals_one_without_a_break(coco, trained, tmp_path):
     train_tiny(coco, tmp_path, 2, "--resume")
     files = [load_checkpoint(folder / "epoch_2.pth") for folder in (trained[0], tmp_path)]  # safely
     whole, resumed = (file["state_dict"] for file in files)
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert whole.keys() == resumed.keys() and all(
+        torch.equal(whole[name], resumed[name]) for name in whole
+    )
 
 
-def test_training_says_where_its_weights_come_from_and_that_the_batch_is_another(coco, tmp_path, capsys):
+def test_training_says_where_its_weights_come_from_and_that_the_batch_is_another(
+    coco, tmp_path, capsys
+):
     with pytest.raises(ValueError, match="--pretrained is missing"):
         runner.train(TASK, [str(TINY_CONFIG), *flags(coco, tmp_path)])
     other = saved(tmp_path, {"layers.0.weight": torch.zeros(3)})
     options = ["--cfg-options", "auto_scale_lr.base_batch_size=64"]
     with pytest.raises(ValueError, match=r"--pretrained .*matches only 0%"):
-        runner.train(TASK, [str(TINY_CONFIG), "--pretrained", other, *flags(coco, tmp_path, *options)])
+        runner.train(
+            TASK, [str(TINY_CONFIG), "--pretrained", other, *flags(coco, tmp_path, *options)]
+        )
     said = capsys.readouterr().out
     assert "the total batch is 2" in said and "the recipe's is 64" in said
 
 
 def test_the_demo_draws_what_it_finds(coco, trained, tmp_path):
-    arguments = [str(TINY_CONFIG), str(trained[0] / "epoch_2.pth"), str(coco / "val2017"), "--out", str(tmp_path)]
+    arguments = [
+        str(TINY_CONFIG),
+        str(trained[0] / "epoch_2.pth"),
+        str(coco / "val2017"),
+        "--out",
+        str(tmp_path),
+    ]
     demo.main([*arguments, "--score-thr", "0.0", "--cfg-options", ALL])
     written = sorted(tmp_path.iterdir())
     assert [path.name for path in written] == [f"{number:012d}.png" for number in range(1, 5)]
@@ -693,14 +828,22 @@ def test_the_demo_draws_what_it_finds(coco, trained, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_together(coco, tmp_path):
     """Six steps of two processes; what they validated together, one process finds in their file."""
-    launch = ["env", f"PYTHON={sys.executable}", f"PORT={free_port()}", str(ROOT / "detection/dist_train.sh")]
+    launch = [
+        "env",
+        f"PYTHON={sys.executable}",
+        f"PORT={free_port()}",
+        str(ROOT / "detection/dist_train.sh"),
+    ]
     start = [str(TINY_CONFIG), "2", "--pretrained", "none", "--seed", "0"]
     done = run_command([*launch, *start, *flags(coco, tmp_path, *schedule(3, 3))])
     assert done.returncode == 0, done.stdout[-3000:]
     path = tmp_path / "epoch_3.pth"
     meta = load_checkpoint(path)["meta"]
     assert (meta["iter"], meta["epoch"]) == (6, 3)  # one process would need 12
-    rows = [json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()
+    ]
     together = next(row for row in rows if "coco/bbox_mAP" in row)
     found = evaluate(coco, tmp_path / "one", path)
     assert found == {name: together[name] for name in found}
@@ -709,7 +852,8 @@ def test_two_ranks_train_together(coco, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute and a half on an idle core
 def test_mimdet_learns_to_find_squares(coco, tmp_path):
-    """192 steps from random weights; seen (two seeds): box AP50 0.96, 1.00; box AP 0.62, 0.63; mask AP 0.70, 0.68."""
+    """192 steps from random weights; seen (two seeds): box AP50 0.96, 1.00; box AP 0.62, 0.63; mask
+    AP 0.70, 0.68."""
     metrics = last_metrics(train_tiny(coco, tmp_path, 48))
     names = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
     runner.log.info("%s", {name: metrics[f"coco/{name}"] for name in names})

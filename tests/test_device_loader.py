@@ -1,4 +1,5 @@
-"""Views that are made on the device: what they share with those of the CPU's transform, image by image."""
+"""Views that are made on the device: what they share with those of the CPU's transform, image by
+image."""
 
 import numpy as np
 import pytest
@@ -46,8 +47,16 @@ def pictures(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
     return (smooth + torch.from_numpy(rng.normal(0, 20, smooth.shape))).clamp(0, 255).byte()
 
 
-def make_loader(images: torch.Tensor, views: tuple[str, ...] = ("image",), **options) -> DeviceLoader:
-    plain = {"batch_size": 8, "size": (32, 32), "grid": (8, 8), "seed": 3, "mean_std": MEAN_STD["imagenet"]}
+def make_loader(
+    images: torch.Tensor, views: tuple[str, ...] = ("image",), **options
+) -> DeviceLoader:
+    plain = {
+        "batch_size": 8,
+        "size": (32, 32),
+        "grid": (8, 8),
+        "seed": 3,
+        "mean_std": MEAN_STD["imagenet"],
+    }
     return DeviceLoader(images, views, **plain | options)
 
 
@@ -79,8 +88,13 @@ def test_every_method_gets_what_the_cpu_would_give_it(key, digits):
     )
     maps = {"part_ids": np.zeros((16, 16), dtype=np.uint8)} if "part_ids" in method.views else {}
     pixels = images.pretrain.permute(0, 2, 3, 1).contiguous().numpy()
-    samples = [transform(pixels[i], np.random.default_rng(i), maps) for i in range(setting.batch_size)]
-    expected, found = Normalize(MEAN_STD["imagenet"], CPU)(default_collate(samples)), run.loader.batch(0)
+    samples = [
+        transform(pixels[i], np.random.default_rng(i), maps) for i in range(setting.batch_size)
+    ]
+    expected, found = (
+        Normalize(MEAN_STD["imagenet"], CPU)(default_collate(samples)),
+        run.loader.batch(0),
+    )
     if "target_ids" in method.views:
         words = found.pop("target_ids")
         assert words.dtype == torch.int64 and words.shape == (8, 64) and len(words.unique()) > 10
@@ -120,11 +134,15 @@ def test_a_batch_of_crops_is_the_crops_one_by_one(interpolation, size):
     images, flip = pictures(40), torch.arange(40) % 2 == 0
     boxes = random_boxes(draws(), 40, (32, 32), (0.08, 1.0))
     found = resample(images, boxes, size, interpolation, flip)
-    for image, box, mirrored, ours in zip(images, boxes.int().tolist(), flip.tolist(), found, strict=True):
+    for image, box, mirrored, ours in zip(
+        images, boxes.int().tolist(), flip.tolist(), found, strict=True
+    ):
         top, left, height, width = box
         left = 32 - left - width if mirrored else left  # those draws are of the mirrored picture
         one = ViewDraws(mirrored, (top, left, height, width), interpolation, None)
-        expected = torch.from_numpy(fast_crop(image.permute(1, 2, 0).contiguous().numpy(), one, size))
+        expected = torch.from_numpy(
+            fast_crop(image.permute(1, 2, 0).contiguous().numpy(), one, size)
+        )
         assert (ours - expected.float()).abs().max() <= 2  # both round to 8 bits in between
         assert (ours - expected.float()).abs().mean() < 0.3
 
@@ -155,7 +173,13 @@ def test_maps_are_cropped_as_by_the_cpu():
 
 @pytest.mark.parametrize(
     ("change", "factor", "mean_error"),
-    [(brightness, 0.7, 0.6), (contrast, 1.3, 0.6), (saturation, 0.8, 0.6), (hue, 0.07, 2.0), (hue, -0.1, 2.0)],
+    [
+        (brightness, 0.7, 0.6),
+        (contrast, 1.3, 0.6),
+        (saturation, 0.8, 0.6),
+        (hue, 0.07, 2.0),
+        (hue, -0.1, 2.0),
+    ],
 )
 def test_colours_are_changed_as_by_pillow(change, factor, mean_error):
     images = pictures(4)
@@ -178,7 +202,11 @@ def test_the_strong_view_changes_most_images_and_leaves_levels_in_range():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("random", {"mask_ratio": 0.4}), ("random_mps32", {"mask_ratio": 0.6}), ("block", {"mask_ratio": 0.75})],
+    [
+        ("random", {"mask_ratio": 0.4}),
+        ("random_mps32", {"mask_ratio": 0.6}),
+        ("block", {"mask_ratio": 0.75}),
+    ],
 )
 def test_masks_hide_every_patch_as_often_as_the_generator_does(kind, options):
     generate = build_mask_generator(kind, input_size=32, patch_size=4, **options)
@@ -241,7 +269,9 @@ def test_a_batch_follows_from_seed_and_step_alone():
 
 def test_an_epoch_shows_every_image_once():
     loader = make_loader(pictures(40))
-    epochs = [torch.cat([loader.chosen(5 * epoch + step) for step in range(5)]) for epoch in range(2)]
+    epochs = [
+        torch.cat([loader.chosen(5 * epoch + step) for step in range(5)]) for epoch in range(2)
+    ]
     assert all(epoch.sort().values.tolist() == list(range(40)) for epoch in epochs)
     assert not torch.equal(*epochs)
 
@@ -250,7 +280,11 @@ def test_an_epoch_shows_every_image_once():
     ("views", "options", "message"),
     [
         (("image", "image_second"), {}, "view 'image_second' is not made on the device"),
-        (("image",), {"interpolation": "lanczos"}, "--train_interpolation lanczos .* use bicubic or bilinear"),
+        (
+            ("image",),
+            {"interpolation": "lanczos"},
+            "--train_interpolation lanczos .* use bicubic or bilinear",
+        ),
         (("image",), {"batch_size": 41}, "40 images do not fill a batch of 41"),
     ],
 )

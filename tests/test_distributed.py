@@ -1,4 +1,5 @@
-"""Plain torch, DDP and DeepSpeed ZeRO 0 to 3 compute the same, resume exactly, and skip what is not finite.
+"""Plain torch, DDP and DeepSpeed ZeRO 0 to 3 compute the same, resume exactly, and skip what is not
+finite.
 
 All engines run one after another in the same spawned processes, once on one rank and once on two.
 """
@@ -48,17 +49,33 @@ ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 SHARDED = ("torch", "zero2", "zero3")  # DDP, and what takes it apart
 TOLERANCE = {"torch": 1e-6, "zero0": 1e-6, "zero1": 1e-6, "zero2": 1e-6, "zero3": 2e-5}
 ACCUMULATED = ("--update_freq", "2", "--batch_size", "4", "--clip_grad", "0.5")
-MIXED = ("--update_freq", "2", "--batch_size", "4", "--mixup", "0.8", "--cutmix", "1.0", "--drop_path", "0.1")
+MIXED = (
+    "--update_freq",
+    "2",
+    "--batch_size",
+    "4",
+    "--mixup",
+    "0.8",
+    "--cutmix",
+    "1.0",
+    "--drop_path",
+    "0.1",
+)
 AVERAGED = ("--model_ema", "--model_ema_decay", "0.9", "--clip_grad", "3.0")
 EVALUATED = 101  # odd, and no multiple of the batch
 
 
-# What stage 3 does to large networks: no parameter is kept whole, and they are stepped in several sub-groups.
+# What stage 3 does to large networks: no parameter is kept whole, and they are stepped in several
+# sub-groups.
 PARTITIONED = Path(__file__).parent / "zero3_partitioned.json"
 
 
 def engine_flags(engine: str) -> list[str]:
-    flags = [] if engine == "torch" else ["--enable_deepspeed", "--zero_stage", engine.removeprefix("zero")]
+    flags = (
+        []
+        if engine == "torch"
+        else ["--enable_deepspeed", "--zero_stage", engine.removeprefix("zero")]
+    )
     return flags + (["--deepspeed_config", str(PARTITIONED)] if engine == "zero3" else [])
 
 
@@ -76,7 +93,8 @@ def outcome(run, figures: list[dict]) -> dict:
 
 
 def train_save_resume(stage: str, folder: Path, *flags: str) -> dict:
-    """Six steps with a checkpoint after three, and the last three again from it; then damaged steps."""
+    """Six steps with a checkpoint after three, and the last three again from it; then damaged
+    steps."""
     run, position = start(stage, folder, *flags)
     figures = train_steps(run, 0, SAVED)
     first, position.step = outcome(run, figures), SAVED
@@ -89,13 +107,16 @@ def train_save_resume(stage: str, folder: Path, *flags: str) -> dict:
         "first": first,
         "whole": whole,
         "position": vars(there),
-        "resumed": differing({**whole, "loss": whole["loss"][SAVED:], "norm": whole["norm"][SAVED:]}, again),
+        "resumed": differing(
+            {**whole, "loss": whole["loss"][SAVED:], "norm": whole["norm"][SAVED:]}, again
+        ),
         "skipped": damaged_steps(resumed),
     }
 
 
 def damaged_steps(run) -> dict:
-    """On the last rank: a batch of NaNs, then a gradient that is not finite under a finite loss; then a good step."""
+    """On the last rank: a batch of NaNs, then a gradient that is not finite under a finite loss;
+    then a good step."""
     at_fault = dist.get_rank() == dist.get_world_size() - 1 if dist.is_initialized() else True
     seen = {}
 
@@ -116,7 +137,11 @@ def damaged_steps(run) -> dict:
         hook.remove()
     report["streak"] = run.monitor.streak
     last = train_steps(run, STEPS + 2, STEPS + 3, spoil)[-1]
-    report |= {"last": last, "indices": seen, "moved": largest_difference(before["weights"], whole_weights(run))}
+    report |= {
+        "last": last,
+        "indices": seen,
+        "moved": largest_difference(before["weights"], whole_weights(run)),
+    }
     return report
 
 
@@ -129,15 +154,20 @@ def everything(run) -> dict:
     }
 
 
-def pretrain_all(folder: Path, engines: tuple[str, ...] = ENGINES, flags: tuple[str, ...] = ()) -> dict[str, dict]:
+def pretrain_all(
+    folder: Path, engines: tuple[str, ...] = ENGINES, flags: tuple[str, ...] = ()
+) -> dict[str, dict]:
     return {
-        engine: train_save_resume("pretrain", folder / engine, *engine_flags(engine), *ACCUMULATED, *flags)
+        engine: train_save_resume(
+            "pretrain", folder / engine, *engine_flags(engine), *ACCUMULATED, *flags
+        )
         for engine in engines
     }
 
 
 def finetune_all(folder: Path) -> dict[str, dict]:
-    """Three steps of fine-tuning with an average under each engine, and what evaluation makes of the result."""
+    """Three steps of fine-tuning with an average under each engine, and what evaluation makes of
+    the result."""
     results = {}
     for engine in ("torch", "zero2", "zero3"):
         run, _ = start("finetune", folder / engine, *engine_flags(engine), *MIXED, *AVERAGED)
@@ -149,7 +179,9 @@ def finetune_all(folder: Path) -> dict[str, dict]:
 def evaluations(run) -> dict:
     """The same images on every rank and shared among them, and which images this rank counted."""
     args = run.args
-    dataset = build_dataset(args, train=False, transform=build_finetune_transform(args, train=False), need_labels=True)
+    dataset = build_dataset(
+        args, train=False, transform=build_finetune_transform(args, train=False), need_labels=True
+    )
     found = {}
     for name, place in (("whole", (0, 1)), ("shared", (args.rank, args.world_size))):
         sampler = EvalBatchSampler(EVALUATED, 12, rank=place[0], world_size=place[1])
@@ -160,20 +192,30 @@ def evaluations(run) -> dict:
 
 
 def one_rank(folder: Path) -> dict:
-    # first: DeepSpeed's stage 3 changes torch's functions for the rest of the process, and compiled code with them
-    results = {"compiled": {engine: compiled(folder / "compiled" / engine, engine) for engine in ENGINES[:-1]}}
+    # first: DeepSpeed's stage 3 changes torch's functions for the rest of the process, and compiled
+    # code with them
+    results = {
+        "compiled": {
+            engine: compiled(folder / "compiled" / engine, engine) for engine in ENGINES[:-1]
+        }
+    }
     results["pretrain"] = pretrain_all(folder)
-    results["refused"] = {engine: refusal_by(folder, folder / "zero1", engine) for engine in ("zero2", "torch")}
+    results["refused"] = {
+        engine: refusal_by(folder, folder / "zero1", engine) for engine in ("zero2", "torch")
+    }
     results["half"] = half_precision(folder)
     results["user"] = {stage: users_config(folder / f"user{stage}", stage) for stage in (1, 3)}
     results["rounded"] = evaluate_rounded(folder / "rounded")
     results["frozen"] = keep_frozen(folder / "frozen")
-    results["offloaded"] = {engine: offloaded(folder / "offloaded" / engine, engine) for engine in ENGINES[2:]}
+    results["offloaded"] = {
+        engine: offloaded(folder / "offloaded" / engine, engine) for engine in ENGINES[2:]
+    }
     return results
 
 
 def compiled(folder: Path, engine: str) -> dict[str, list[float]]:
-    """Losses of MAE with --compile, whose graphs run as they were traced: what Inductor makes of them is its affair."""
+    """Losses of MAE with --compile, whose graphs run as they were traced: what Inductor makes of
+    them is its affair."""
     torch._dynamo.reset()  # or blocks of the engine before this one serve
     traced = partial(torch.compile, backend="eager")
     with mock.patch.object(torch, "compile", traced):
@@ -190,8 +232,12 @@ def compiled(folder: Path, engine: str) -> dict[str, list[float]]:
 
 def offloaded(folder: Path, engine: str) -> dict:
     """Three steps of MAE with the optimizer on the host, and where DeepSpeed has put it."""
-    run, _ = start("pretrain", folder, *engine_flags(engine), *METHODS["mae"], "--offload", "optimizer")
-    return outcome(run, train_steps(run, 0, 3)) | {"offloads": run.runner.model.zero_use_cpu_optimizer()}
+    run, _ = start(
+        "pretrain", folder, *engine_flags(engine), *METHODS["mae"], "--offload", "optimizer"
+    )
+    return outcome(run, train_steps(run, 0, 3)) | {
+        "offloads": run.runner.model.zero_use_cpu_optimizer()
+    }
 
 
 def refusal_by(_, folder: Path, engine: str, *flags: str) -> str:
@@ -204,11 +250,14 @@ def refusal_by(_, folder: Path, engine: str, *flags: str) -> str:
 
 
 def half_precision(folder: Path) -> dict[str, list[float]]:
-    """Nothing is clipped: DeepSpeed's norm may differ in the last bit, and rounding to bf16 enlarges that."""
+    """Nothing is clipped: DeepSpeed's norm may differ in the last bit, and rounding to bf16
+    enlarges that."""
     losses, unclipped = {}, ("--clip_grad", "1e9")
     for engine in ENGINES:
         flags = (*engine_flags(engine), "--precision", "bf16", *unclipped)
-        losses[engine] = column(train_steps(start("pretrain", folder / "bf16" / engine, *flags)[0], 0, 5), "loss")
+        losses[engine] = column(
+            train_steps(start("pretrain", folder / "bf16" / engine, *flags)[0], 0, 5), "loss"
+        )
     run, _ = start("pretrain", folder / "fp32", *unclipped)
     losses["fp32"] = column(train_steps(run, 0, 5), "loss")
     return losses
@@ -216,12 +265,15 @@ def half_precision(folder: Path) -> dict[str, list[float]]:
 
 def bf16_config(folder: Path, stage: int) -> list[str]:
     folder.mkdir()
-    (folder / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}))
+    (folder / "ds.json").write_text(
+        json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}})
+    )
     return ["--enable_deepspeed", "--deepspeed_config", str(folder / "ds.json")]
 
 
 def users_config(folder: Path, stage: int) -> dict:
-    """bf16 weights by the user's own configuration: losses, and the teacher beside an average kept by hand."""
+    """bf16 weights by the user's own configuration: losses, and the teacher beside an average kept
+    by hand."""
     flags = (*bf16_config(folder, stage), "--t_momentum", "0.9", "--lr", "1e-4")
     run, position = start("pretrain", folder, *flags)
     expected = {name: p.clone() for name, p in run.task.teacher.named_parameters()}
@@ -238,7 +290,9 @@ def users_config(folder: Path, stage: int) -> dict:
     resumed, _ = start("pretrain", folder, *flags)
     return {
         "losses": losses,
-        "rounded": largest_difference(parameters, {name: p.bfloat16().float() for name, p in parameters.items()}),
+        "rounded": largest_difference(
+            parameters, {name: p.bfloat16().float() for name, p in parameters.items()}
+        ),
         "teacher": largest_difference(expected, dict(run.task.teacher.named_parameters())),
         "dtypes": {p.dtype for p in run.task.teacher.parameters()},
         "live": {p.dtype for p in run.task.parameters()},
@@ -247,7 +301,8 @@ def users_config(folder: Path, stage: int) -> dict:
 
 
 def evaluate_rounded(folder: Path) -> dict[str, float]:
-    """What the run's own evaluation makes of sharded bf16 weights, and of the whole float32 ones."""
+    """What the run's own evaluation makes of sharded bf16 weights, and of the whole float32
+    ones."""
     run, position = start("finetune", folder, *bf16_config(folder, 3), "--label_fraction", "0.2")
     train_steps(run, 0, 5)
     transform = build_finetune_transform(run.args, train=False)
@@ -261,7 +316,13 @@ def evaluate_rounded(folder: Path) -> dict[str, float]:
 
 def keep_frozen(folder: Path) -> bool:
     """Whether a parameter that is not trained comes whole out of sharded bf16 weights."""
-    flags = (*bf16_config(folder, 3), "--model_kwargs", *SIZE, "projector_hidden_dim=32", "pos_embed=sincos")
+    flags = (
+        *bf16_config(folder, 3),
+        "--model_kwargs",
+        *SIZE,
+        "projector_hidden_dim=32",
+        "pos_embed=sincos",
+    )
     run, position = start("pretrain", folder, *flags)
     train_steps(run, 0, 2)
     run.session.save(position, finished=True)
@@ -272,17 +333,40 @@ def keep_frozen(folder: Path) -> bool:
 def two_ranks(folder: Path) -> dict:
     return {
         "pretrain": pretrain_all(folder / "pretrain"),
-        "methods": {name: pretrain_all(folder / name, SHARDED, flags) for name, flags in METHODS.items()},
+        "methods": {
+            name: pretrain_all(folder / name, SHARDED, flags) for name, flags in METHODS.items()
+        },
         "finetune": finetune_all(folder / "finetune"),
-        "evaluated": {engine: evaluate_apart(folder / "apart" / engine, engine) for engine in ("torch", "zero3")},
+        "evaluated": {
+            engine: evaluate_apart(folder / "apart" / engine, engine)
+            for engine in ("torch", "zero3")
+        },
     }
 
 
 def evaluate_apart(folder: Path, engine: str) -> dict:
-    """A ResNet with the batch statistics of each rank; the evaluation of rank 1 sees other labels than rank 0's."""
+    """A ResNet with the batch statistics of each rank; the evaluation of rank 1 sees other labels
+    than rank 0's."""
     flags = (
-        *("--model", "resnet18", "--input_size", "64", "--layer_decay", "1", "--drop_path", "0", "--init_scale", "1"),
-        *("--model_kwargs", "patch_size=null", "channels=[8,8,16,16]", "--no_dist_eval", "--model_ema"),
+        *(
+            "--model",
+            "resnet18",
+            "--input_size",
+            "64",
+            "--layer_decay",
+            "1",
+            "--drop_path",
+            "0",
+            "--init_scale",
+            "1",
+        ),
+        *(
+            "--model_kwargs",
+            "patch_size=null",
+            "channels=[8,8,16,16]",
+            "--no_dist_eval",
+            "--model_ema",
+        ),
     )
     run, position = start("finetune", folder, *engine_flags(engine), *flags)
     train_steps(run, 0, 3)
@@ -300,7 +384,10 @@ def evaluate_apart(folder: Path, engine: str) -> dict:
         "figures": figures,
         "position": vars(position),
         "apart": apart,
-        "statistics": [buffer.clone() for buffer in BatchStatistics(run.task.model, run.task.average.module).buffers],
+        "statistics": [
+            buffer.clone()
+            for buffer in BatchStatistics(run.task.model, run.task.average.module).buffers
+        ],
         "saved": evaluate(saved, batches, run.normalize),
         "kept": len(run.runner.full_state_dict()),
     }
@@ -350,7 +437,10 @@ def test_ranks_agree(runs):
     first, second = runs[2]
     for engine in ENGINES:
         ours, theirs = first[engine]["whole"], second[engine]["whole"]
-        assert ours["loss"] == theirs["loss"] and largest_difference(ours["weights"], theirs["weights"]) == 0
+        assert (
+            ours["loss"] == theirs["loss"]
+            and largest_difference(ours["weights"], theirs["weights"]) == 0
+        )
         assert largest_difference(ours["teacher"], theirs["teacher"]) == 0
 
 
@@ -367,13 +457,16 @@ def test_every_method_is_the_same_on_all_engines(pair, method):
 
 
 def accumulated(folder: Path, *flags: str) -> dict:
-    run, _ = start("pretrain", folder, "--update_freq", "4", "--batch_size", "4", "--clip_grad", "0.5", *flags)
+    run, _ = start(
+        "pretrain", folder, "--update_freq", "4", "--batch_size", "4", "--clip_grad", "0.5", *flags
+    )
     first = outcome(run, train_steps(run, 0, 1))
     return {"first": first, "rest": column(train_steps(run, 1, SAVED), "loss")}
 
 
 def test_one_process_with_accumulation_equals_two_ranks(tmp_path, runs):
-    """Four micro-batches in one process are two on each of two ranks: the sampler deals them in this order."""
+    """Four micro-batches in one process are two on each of two ranks: the sampler deals them in
+    this order."""
     alone, pair = accumulated(tmp_path), runs[2][0]["torch"]["first"]
     assert alone["first"]["loss"] + alone["rest"] == pytest.approx(pair["loss"], abs=1e-6)
     assert alone["first"]["norm"][0] == pytest.approx(pair["norm"][0], rel=1e-5)
@@ -383,7 +476,10 @@ def test_one_process_with_accumulation_equals_two_ranks(tmp_path, runs):
 def test_masks_of_every_method_follow_the_images_not_the_processes(tmp_path, pair, method):
     """Batch statistics over both ranks are those of both micro-batches in one."""
     joined = ("--update_freq", "2", "--batch_size", "8") if "--sync_bn" in METHODS[method] else ()
-    alone, ranks = accumulated(tmp_path, *METHODS[method], *joined), pair[0]["methods"][method]["torch"]["first"]
+    alone, ranks = (
+        accumulated(tmp_path, *METHODS[method], *joined),
+        pair[0]["methods"][method]["torch"]["first"],
+    )
     assert alone["first"]["loss"] + alone["rest"] == pytest.approx(ranks["loss"], abs=1e-6)
 
 
@@ -391,9 +487,16 @@ def test_masks_of_every_method_follow_the_images_not_the_processes(tmp_path, pai
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bit_exact(runs, ranks, engine):
     for rank in runs[ranks]:
-        assert rank[engine]["position"] == {"epoch": 0, "step": SAVED, "best": 0.0, "best_average": 0.0}
+        assert rank[engine]["position"] == {
+            "epoch": 0,
+            "step": SAVED,
+            "best": 0.0,
+            "best_average": 0.0,
+        }
     assert runs[ranks][0][engine]["resumed"] == []
-    if ranks == 2:  # the other rank's own batch statistics are not kept, and do not matter for the weights
+    if (
+        ranks == 2
+    ):  # the other rank's own batch statistics are not kept, and do not matter for the weights
         assert [where for where in runs[2][1][engine]["resumed"] if "running_" not in where] == []
 
 
@@ -404,12 +507,17 @@ def test_plain_file_holds_the_live_weights(runs, folders, ranks, engine):
     live = runs[ranks][0][engine]["first"]
     saved = load_checkpoint(folder / f"checkpoint-0-{SAVED}.pth")
     assert (
-        differing({"model": live["weights"], "teacher": live["teacher"]}, {k: saved[k] for k in ("model", "teacher")})
+        differing(
+            {"model": live["weights"], "teacher": live["teacher"]},
+            {k: saved[k] for k in ("model", "teacher")},
+        )
         == []
     )
     assert (folder / f"checkpoint-0-{SAVED}").is_dir() == (engine != "torch")
     sizes = {k: int(v) for k, v in (item.split("=") for item in SIZE)}
-    model = create_model("beit_tiny_patch16_224", **sizes, input_size=16, patch_size=4, num_classes=10)
+    model = create_model(
+        "beit_tiny_patch16_224", **sizes, input_size=16, patch_size=4, num_classes=10
+    )
     report = load_pretrained(model, folder / f"checkpoint-0-{SAVED}.pth")
     assert report.matched == 1.0
     assert torch.equal(model.blocks[1].attn.qkv.weight, live["teacher"]["blocks.1.attn.qkv.weight"])
@@ -450,7 +558,10 @@ def test_users_bf16_section(alone, stage):
 
 def test_rounded_weights_are_evaluated(alone):
     found = alone["rounded"]
-    assert found["rounded"] == pytest.approx(found["whole"], rel=0.01) and found["rounded"] != found["whole"]
+    assert (
+        found["rounded"] == pytest.approx(found["whole"], rel=0.01)
+        and found["rounded"] != found["whole"]
+    )
 
 
 def test_frozen_parameter_is_saved_whole(alone):
@@ -458,11 +569,14 @@ def test_frozen_parameter_is_saved_whole(alone):
 
 
 def test_resuming_another_way(alone, folders, tmp_path):
-    """Another stage or number of ranks is refused in a sentence, another engine takes the weights."""
+    """Another stage or number of ranks is refused in a sentence, another engine takes the
+    weights."""
     assert "zero_stage 1, this run has 2" in alone["refused"]["zero2"]
     assert alone["refused"]["torch"] == ""
     # one rank with the global batch of two, so that only the shards do not fit
-    said = in_ranks(1, refusal_by, tmp_path, folders[2] / "pretrain" / "zero1", "zero1", "--update_freq", "4")[0]
+    said = in_ranks(
+        1, refusal_by, tmp_path, folders[2] / "pretrain" / "zero1", "zero1", "--update_freq", "4"
+    )[0]
     assert "world_size 2, this run has 1" in said
 
 
@@ -474,7 +588,8 @@ def test_finetuning_equals_ddp(pair, engine):
 
 @pytest.mark.parametrize("engine", ["torch", "zero3"])
 def test_ranks_agree_on_what_is_best(pair, engine):
-    """Otherwise one of them waits for ever for the others to save. The figures are those of the saved network."""
+    """Otherwise one of them waits for ever for the others to save. The figures are those of the
+    saved network."""
     first, second = (rank["evaluated"][engine] for rank in pair)
     assert not torch.equal(first["apart"], second["apart"])
     assert differing(first["statistics"], second["statistics"]) == []
@@ -500,7 +615,9 @@ def test_the_optimizer_on_the_host_takes_the_same_steps(alone, tmp_path, engine)
 
 
 def test_shared_evaluation_counts_every_image_once(pair):
-    indices = [i for rank in pair for i in rank["finetune"]["torch"]["evaluation"]["shared_indices"]]
+    indices = [
+        i for rank in pair for i in rank["finetune"]["torch"]["evaluation"]["shared_indices"]
+    ]
     assert sorted(i for i in indices if i >= 0) == list(range(EVALUATED))
     assert [i for i in indices if i < 0] == [-1]
     for rank in pair:
@@ -522,7 +639,8 @@ def test_leaving_the_group_ends_its_threads(tmp_path):
 
 
 def stops_and_bad_images(folder: Path) -> dict:
-    """A request on rank 1 only, in its third step and in an epoch's last one; broken images that both ranks met."""
+    """A request on rank 1 only, in its third step and in an epoch's last one; broken images that
+    both ranks met."""
     normalize = set_up(arguments("pretrain", folder))
     rank = dist.get_rank()
     answers = {}
@@ -552,8 +670,12 @@ def stops_and_bad_images(folder: Path) -> dict:
 
 
 def test_ranks_agree_to_stop_and_on_bad_images(tmp_path):
-    """At the same step, one after the request; four images in all are too many, though no rank met more than three."""
+    """At the same step, one after the request; four images in all are too many, though no rank met
+    more than three."""
     for found in in_ranks(2, stops_and_bad_images, tmp_path):
-        assert found["answers"] == {2: [False, False, False, True], 4: [False, False, False, False, True]}
+        assert found["answers"] == {
+            2: [False, False, False, True],
+            4: [False, False, False, False, True],
+        }
         assert found["shared"] == [4, 5, 6]
         assert found["said"].startswith("4 of ") and "--max_bad_images" in found["said"]

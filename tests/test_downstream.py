@@ -1,4 +1,5 @@
-"""What segmentation and detection share: operators, backbones, loading, layer decay, resuming (specs/downstream.md)."""
+"""What segmentation and detection share: operators, backbones, loading, layer decay, resuming
+(specs/downstream.md)."""
 
 import copy
 import importlib
@@ -26,7 +27,14 @@ from unimim.openmmlab.layer_decay import layer_groups  # noqa: E402
 from unimim.openmmlab.pyramid import BeitPyramid  # noqa: E402
 from unimim.openmmlab.vit_backbone import VisionTransformerBackbone, resized_table  # noqa: E402
 
-TINY = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8, "input_size": 32, "out_indices": (0, 1, 2, 3)}
+TINY = {
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "patch_size": 8,
+    "input_size": 32,
+    "out_indices": (0, 1, 2, 3),
+}
 BEIT = TINY | {"rel_pos_bias": "per_block", "init_values": 0.1}
 MAE = TINY | {"k_bias": True, "pos_embed": "sincos_trainable"}
 
@@ -36,12 +44,16 @@ MAE = TINY | {"k_bias": True, "pos_embed": "sincos_trainable"}
 
 def rois() -> torch.Tensor:
     corners = torch.rand(6, 2, generator=torch.Generator().manual_seed(1)) * 20
-    return torch.cat([torch.tensor([[0.0], [0], [1], [1], [1], [0]]), corners, corners + 9.5], dim=1)
+    return torch.cat(
+        [torch.tensor([[0.0], [0], [1], [1], [1], [0]]), corners, corners + 9.5], dim=1
+    )
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("aligned", "ratio"), [(True, 0), (False, 2)])
-def test_roi_align_of_mmcv_computes_what_torchvision_does_in_any_memory_order(order, aligned, ratio):
+def test_roi_align_of_mmcv_computes_what_torchvision_does_in_any_memory_order(
+    order, aligned, ratio
+):
     maps = torch.randn(2, 3, 16, 16).contiguous(memory_format=order).requires_grad_()
     layer = RoIAlign(7, spatial_scale=0.5, sampling_ratio=ratio, aligned=aligned)
     assert not layer.use_torchvision
@@ -61,7 +73,9 @@ def test_nms_of_mmcv_is_torchvisions():
     kept = torchvision.ops.nms(boxes, scores, 0.5)
     assert 1 < len(kept) < 40
     rows, indices = nms(boxes, scores, 0.5)
-    assert torch.equal(indices, kept) and torch.equal(rows, torch.cat([boxes[kept], scores[kept, None]], dim=1))
+    assert torch.equal(indices, kept) and torch.equal(
+        rows, torch.cat([boxes[kept], scores[kept, None]], dim=1)
+    )
 
 
 def test_other_operators_say_their_name_when_called():
@@ -81,12 +95,20 @@ def test_compiled_operators_are_left_alone(monkeypatch):
 def test_the_doctor_names_what_is_missing(monkeypatch, capsys):
     assert doctor.main() == 0 and "mmengine             0.10.7" in capsys.readouterr().out
     monkeypatch.setattr(
-        compat, "pins", lambda: {"mmengine": "==0.10.6", "no-such-library": "==1.0", "setuptools": "<2"}
+        compat,
+        "pins",
+        lambda: {"mmengine": "==0.10.6", "no-such-library": "==1.0", "setuptools": "<2"},
     )
     assert doctor.main() == 1
     out = capsys.readouterr().out
-    assert "mmengine is 0.10.7, ==0.10.6 is needed." in out and "no-such-library==1.0 is not installed." in out
-    with pytest.raises(SystemExit, match=r"no_such_library cannot be imported: pip install -r requirements-downstream"):
+    assert (
+        "mmengine is 0.10.7, ==0.10.6 is needed." in out
+        and "no-such-library==1.0 is not installed." in out
+    )
+    with pytest.raises(
+        SystemExit,
+        match=r"no_such_library cannot be imported: pip install -r requirements-downstream",
+    ):
         compat.require("no_such_library")
 
 
@@ -94,7 +116,9 @@ def test_the_doctor_names_what_is_missing(monkeypatch, capsys):
 # The ViT
 
 
-@pytest.mark.parametrize("form", [BEIT, MAE, MAE | {"num_cls_tokens": 3}, BEIT | {"rel_pos_bias": "shared"}])
+@pytest.mark.parametrize(
+    "form", [BEIT, MAE, MAE | {"num_cls_tokens": 3}, BEIT | {"rel_pos_bias": "shared"}]
+)
 def test_maps_are_the_blocks_patch_tokens(form):
     backbone = VisionTransformerBackbone(**form).eval()
     for parameter in backbone.parameters():
@@ -134,7 +158,9 @@ def test_resized_tables_have_the_loaders_numbers_and_a_gradient():
 def test_final_norm_and_blocks_are_checked():
     with pytest.raises(ValueError, match="out_indices"):
         VisionTransformerBackbone(**TINY | {"out_indices": (0, 1, 2)})
-    plain, normed = (VisionTransformerBackbone(**TINY, final_norm=on).eval() for on in (False, True))
+    plain, normed = (
+        VisionTransformerBackbone(**TINY, final_norm=on).eval() for on in (False, True)
+    )
     normed.load_state_dict(plain.state_dict(), strict=False)
     images = torch.randn(1, 3, 32, 32)
     (*first, last), (*same, other) = plain(images), normed(images)
@@ -148,7 +174,10 @@ def test_pyramid_has_four_strides_for_both_patch_sizes():
         pyramid = BeitPyramid(8, patch, {"type": "BN"})
         maps = pyramid(tuple(torch.randn(1, 8, 4, 4) for _ in range(4)))
         assert [tuple(m.shape) for m in maps] == [(1, 8, side, side) for side in sides]
-    assert sum(p.numel() for p in BeitPyramid(8, 16, {"type": "BN"}).parameters()) == 3 * (8 * 8 * 4 + 8) + 16
+    assert (
+        sum(p.numel() for p in BeitPyramid(8, 16, {"type": "BN"}).parameters())
+        == 3 * (8 * 8 * 4 + 8) + 16
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +185,8 @@ def test_pyramid_has_four_strides_for_both_patch_sizes():
 
 
 @pytest.mark.parametrize(
-    ("name", "widths"), [("resnet18", (64, 128, 256, 512)), ("convnext_atto", (40, 80, 160, 320)), ("swin_tiny", None)]
+    ("name", "widths"),
+    [("resnet18", (64, 128, 256, 512)), ("convnext_atto", (40, 80, 160, 320)), ("swin_tiny", None)],
 )
 def test_networks_of_timm_give_maps_of_their_stages(name, widths):
     backbone = TimmBackbone(name=name, out_norm=name != "resnet18").eval()
@@ -164,7 +194,9 @@ def test_networks_of_timm_give_maps_of_their_stages(name, widths):
     height, width = (72, 104) if name == "swin_tiny" else (64, 96)
     maps = backbone(torch.randn(1, 3, height, width))
     assert [m.shape[1] for m in maps] == list(widths) and all(m.is_contiguous() for m in maps)
-    assert [tuple(m.shape[2:]) for m in maps] == [(-(-height // s), -(-width // s)) for s in (4, 8, 16, 32)]
+    assert [tuple(m.shape[2:]) for m in maps] == [
+        (-(-height // s), -(-width // s)) for s in (4, 8, 16, 32)
+    ]
     sum(m.sum() for m in maps).backward()
     assert all(p.grad is not None for p in backbone.parameters()), "DDP waits for every parameter"
 
@@ -172,7 +204,9 @@ def test_networks_of_timm_give_maps_of_their_stages(name, widths):
 def test_resnet_with_dilated_stages_keeps_stride_8_and_loads_its_classifiers_weights(tmp_path):
     network = create_model("resnet18", num_classes=10)
     torch.save({"state_dict": network.state_dict()}, tmp_path / "r18.pth")
-    backbone = TimmBackbone(name="resnet18", output_stride=8, out_indices=(2, 3), pretrained=str(tmp_path / "r18.pth"))
+    backbone = TimmBackbone(
+        name="resnet18", output_stride=8, out_indices=(2, 3), pretrained=str(tmp_path / "r18.pth")
+    )
     backbone.init_weights()
     assert torch.equal(backbone.network.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
     assert [tuple(m.shape[2:]) for m in backbone(torch.randn(2, 3, 64, 64))] == [(8, 8), (8, 8)]
@@ -194,7 +228,11 @@ def source_of(form: dict) -> VisionTransformer:
 def mmengine_file(state: dict) -> dict:
     from mmengine.logging import HistoryBuffer
 
-    hub = {"log_scalars": {"loss": HistoryBuffer([1.0], [1])}, "runtime_info": {}, "resumed_keys": {}}
+    hub = {
+        "log_scalars": {"loss": HistoryBuffer([1.0], [1])},
+        "runtime_info": {},
+        "resumed_keys": {},
+    }
     named = {f"backbone.{k}": v for k, v in state.items()}
     return {
         "meta": {"iter": 1},
@@ -276,7 +314,9 @@ def test_files_of_another_network_are_refused_and_change_nothing(tmp_path):
     torch.save({"model": other}, tmp_path / "wrong.pth")
     backbone = VisionTransformerBackbone(**BEIT, pretrained=str(tmp_path / "wrong.pth"))
     before = copy.deepcopy(backbone.state_dict())
-    with pytest.raises(ValueError, match=r"--pretrained .*wrong\.pth.*matches only 0% of the encoder"):
+    with pytest.raises(
+        ValueError, match=r"--pretrained .*wrong\.pth.*matches only 0% of the encoder"
+    ):
         backbone.init_weights()
     assert all(map(torch.equal, before.values(), backbone.state_dict().values()))
     small = {k: v for k, v in source_of(BEIT).state_dict().items() if not k.startswith("blocks.3.")}
@@ -289,7 +329,9 @@ def test_files_of_another_network_are_refused_and_change_nothing(tmp_path):
 
 def test_a_segmentor_on_timms_network_lends_its_backbone(tmp_path):
     source = TimmBackbone(name="resnet18")
-    state = {f"backbone.{k}": v for k, v in source.state_dict().items()} | {"decode_head.w": torch.ones(1)}
+    state = {f"backbone.{k}": v for k, v in source.state_dict().items()} | {
+        "decode_head.w": torch.ones(1)
+    }
     torch.save({"state_dict": state}, tmp_path / "segmentor.pth")
     target = TimmBackbone(name="resnet18", pretrained=str(tmp_path / "segmentor.pth"))
     target.init_weights()
@@ -303,22 +345,36 @@ def test_a_segmentor_on_timms_network_lends_its_backbone(tmp_path):
 class Segmentor(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
-        self.backbone, self.neck, self.decode_head = backbone, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+        self.backbone, self.neck, self.decode_head = (
+            backbone,
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 2, 1),
+        )
 
 
 def test_layer_decay_gives_each_block_its_rate():
     model = Segmentor(VisionTransformerBackbone(**BEIT | {"pos_embed": "learned"}))
     groups = layer_groups(model, 1e-3, 0.05, 0.5)
-    rate = {name: (g["lr"], g["weight_decay"], g["group_name"]) for g in groups for name in g["param_names"]}
+    rate = {
+        name: (g["lr"], g["weight_decay"], g["group_name"])
+        for g in groups
+        for name in g["param_names"]
+    }
     assert sorted(rate) == sorted(name for name, _ in model.named_parameters())
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         assert rate[f"backbone.{name}"] == (1e-3 * 0.5**5, 0.05, "layer_0_decay")
     assert rate["backbone.patch_embed.proj.bias"] == (1e-3 * 0.5**5, 0.0, "layer_0_no_decay")
     for block in range(4):
-        names = {name: r for name, r in rate.items() if name.startswith(f"backbone.blocks.{block}.")}
+        names = {
+            name: r for name, r in rate.items() if name.startswith(f"backbone.blocks.{block}.")
+        }
         assert len(names) == 16 and {r[0] for r in names.values()} == {1e-3 * 0.5 ** (4 - block)}
         assert names[f"backbone.blocks.{block}.attn.relative_position_bias_table"][1] == 0.05
-        assert names[f"backbone.blocks.{block}.gamma_1"][1] == names[f"backbone.blocks.{block}.attn.q_bias"][1] == 0.0
+        assert (
+            names[f"backbone.blocks.{block}.gamma_1"][1]
+            == names[f"backbone.blocks.{block}.attn.q_bias"][1]
+            == 0.0
+        )
     assert rate["neck.weight"] == rate["decode_head.weight"] == (1e-3, 0.05, "layer_5_decay")
     assert rate["decode_head.bias"] == (1e-3, 0.0, "layer_5_no_decay")
     kept = layer_groups(model, 1e-3, 0.05, 0.5, ("pos_embed",))
@@ -340,12 +396,16 @@ def test_layer_decay_keeps_its_ratios_through_mmengines_constructor_and_schedule
                  PolyLR(wrapper, 0.0, power=1.0, begin=3, end=13, by_epoch=False)]  # fmt: skip
     peaks = {}
     for step in range(13):
-        assert all(g["lr"] == pytest.approx(g["lr_scale"] * groups[-1]["lr"], rel=1e-6) for g in groups)
+        assert all(
+            g["lr"] == pytest.approx(g["lr_scale"] * groups[-1]["lr"], rel=1e-6) for g in groups
+        )
         peaks[step] = groups[-1]["lr"]
         for schedule in schedules:
             schedule.step()
     assert groups[-1]["group_name"].startswith("layer_5") and peaks[0] == pytest.approx(1e-7)
-    assert max(peaks.values()) == peaks[3] == pytest.approx(0.1) and groups[-1]["lr"] == pytest.approx(0, abs=1e-9)
+    assert max(peaks.values()) == peaks[3] == pytest.approx(0.1) and groups[-1][
+        "lr"
+    ] == pytest.approx(0, abs=1e-9)
 
 
 def test_layer_decay_of_timms_networks_follows_their_stages():
@@ -369,7 +429,9 @@ def test_positions_cover_every_pass_and_go_on_where_they_stopped():
     assert keys[:5] != keys[5:10] and [key.position for key in keys] == list(range(15))
     sampler.start = 7
     assert [key for key, _ in zip(sampler, range(8), strict=False)] == keys[7:]
-    assert isinstance(keys[0], Key) and torch.utils.data.default_collate([int(k) for k in keys]).sum() == sum(keys)
+    assert isinstance(keys[0], Key) and torch.utils.data.default_collate(
+        [int(k) for k in keys]
+    ).sum() == sum(keys)
 
 
 @pytest.mark.parametrize("endless", [True, False])
@@ -388,4 +450,8 @@ def test_ranks_share_a_pass(endless):
         for sampler in samplers:
             sampler.set_epoch(1)
         again = [key for pair in zip(*samplers, strict=True) for key in pair]
-        assert sorted(again[:5]) == data and again != merged and [k.position for k in again] == list(range(6, 12))
+        assert (
+            sorted(again[:5]) == data
+            and again != merged
+            and [k.position for k in again] == list(range(6, 12))
+        )

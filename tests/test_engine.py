@@ -1,4 +1,5 @@
-"""One process: steps, skipped steps, moving averages, batch statistics, evaluation, DeepSpeed's configuration."""
+"""One process: steps, skipped steps, moving averages, batch statistics, evaluation, DeepSpeed's
+configuration."""
 
 import copy
 import json
@@ -10,7 +11,16 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import METHODS, arguments, average_weights, column, differing, run_command, start, train_steps
+from helpers import (
+    METHODS,
+    arguments,
+    average_weights,
+    column,
+    differing,
+    run_command,
+    start,
+    train_steps,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -41,7 +51,9 @@ def test_every_trainable_parameter_gets_a_gradient(tmp_path, stage):
     run, _ = start(stage, tmp_path)
     run.loader.batch_sampler.set_position(0)
     run.runner.micro_step(run.normalize(next(iter(run.loader))), last=True)
-    without = [name for name, p in run.task.named_parameters() if p.requires_grad and p.grad is None]
+    without = [
+        name for name, p in run.task.named_parameters() if p.requires_grad and p.grad is None
+    ]
     assert without == []
     assert sum(p.requires_grad for p in run.task.parameters()) == sum(
         len(g["params"]) for g in run.runner.optimizer.param_groups
@@ -71,7 +83,9 @@ def test_step_is_clipped_adamw_on_the_mean_gradient(tmp_path):
     assert figures["loss"] == pytest.approx((sum(losses) / 2).item(), abs=1e-6)
     assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
     for name, p in run.task.named_parameters():
-        clear = gradients[name].abs() > 1e-5 * norm  # elsewhere Adam's first step is the sign of rounding noise
+        clear = (
+            gradients[name].abs() > 1e-5 * norm
+        )  # elsewhere Adam's first step is the sign of rounding noise
         torch.testing.assert_close(p.detach()[clear], expected[name][clear], atol=1e-4, rtol=0)
 
 
@@ -79,7 +93,11 @@ def test_schedules_reach_the_optimizer(tmp_path):
     run, _ = start("finetune", tmp_path, "--warmup_epochs", "1", "--weight_decay_end", "0.5")
     train_steps(run, 0, 3)
     groups = {group["group_name"]: group for group in run.runner.optimizer.param_groups}
-    assert groups["layer_3_decay"]["lr"] == run.lr[2] == pytest.approx(1e-3 * 2 / (run.steps_per_epoch - 1))
+    assert (
+        groups["layer_3_decay"]["lr"]
+        == run.lr[2]
+        == pytest.approx(1e-3 * 2 / (run.steps_per_epoch - 1))
+    )
     assert groups["layer_0_decay"]["lr"] == pytest.approx(run.lr[2] * 0.75**3)
     assert groups["layer_1_decay"]["weight_decay"] == run.weight_decay[2] > 0.05
     assert groups["layer_1_no_decay"]["weight_decay"] == 0
@@ -92,7 +110,9 @@ OPTIMIZERS = ["adamw", "sgd", "lamb", "lars", "lookahead_adamw", "adafactor"]
 
 
 def snapshot(run):
-    return copy.deepcopy((run.task.state_dict(), average_weights(run), list(run.runner.optimizer.state.values())))
+    return copy.deepcopy(
+        (run.task.state_dict(), average_weights(run), list(run.runner.optimizer.state.values()))
+    )
 
 
 def nan_images(update, micro_batches):
@@ -149,11 +169,14 @@ class Lines(nn.Module):
 
 def lines_runner(network: nn.Module, precision: str = "fp32") -> TorchRunner:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=True)
-    return TorchRunner(network, optimizer, device=CPU, precision=precision, update_freq=1, clip_grad=None)
+    return TorchRunner(
+        network, optimizer, device=CPU, precision=precision, update_freq=1, clip_grad=None
+    )
 
 
 def test_a_scaled_first_step_that_is_skipped_leaves_no_trace():
-    """At its first scales fp16 overflows; fused SGD would keep a momentum of whatever the memory held."""
+    """At its first scales fp16 overflows; fused SGD would keep a momentum of whatever the memory
+    held."""
     network = Lines()
     twin = copy.deepcopy(network)
     batch = {"image": torch.randn(8, 4)}
@@ -163,7 +186,9 @@ def test_a_scaled_first_step_that_is_skipped_leaves_no_trace():
     assert runner.step()["applied"] == 0
     hook.remove()
     assert runner.scaler.get_scale() == 2**15
-    assert not any(state.get("momentum_buffer") is not None for state in runner.optimizer.state.values())
+    assert not any(
+        state.get("momentum_buffer") is not None for state in runner.optimizer.state.values()
+    )
     unspoilt.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15)
     for _ in range(3):
         for each in (runner, unspoilt):
@@ -174,7 +199,8 @@ def test_a_scaled_first_step_that_is_skipped_leaves_no_trace():
 
 @pytest.mark.parametrize("cut", [0, 1, 2])
 def test_tensors_without_gradients_are_named(monkeypatch, cut):
-    """One of three layers is named, two are an error; a last layer that starts at zero is neither."""
+    """One of three layers is named, two are an error; a last layer that starts at zero is
+    neither."""
     network = Lines(cut)
     for tensor in network.lines[2].parameters():
         nn.init.zeros_(tensor)
@@ -184,12 +210,16 @@ def test_tensors_without_gradients_are_named(monkeypatch, cut):
     runner, batch = lines_runner(network), {"image": torch.randn(8, 4)}
     spoilt = 2  # a skipped step does not count, and what is not finite is no gradient
     for step in range(GradientCheck.steps):
-        runner.micro_step({"image": batch["image"] * (math.nan if step == spoilt else 1)}, last=True)
+        runner.micro_step(
+            {"image": batch["image"] * (math.nan if step == spoilt else 1)}, last=True
+        )
         runner.step()
     assert runner.gradients.hooks and not said
     runner.micro_step(batch, last=True)
     if cut == 2:
-        with pytest.raises(ValueError, match=r"4 of 6 trainable tensors had no gradient .*lines\.0\.weight"):
+        with pytest.raises(
+            ValueError, match=r"4 of 6 trainable tensors had no gradient .*lines\.0\.weight"
+        ):
             runner.step()
         return
     runner.step()
@@ -208,7 +238,9 @@ def test_statistics_on_the_host_take_a_flag_from_the_device():
 
 def test_precision_auto_takes_no_emulation(monkeypatch):
     """A V100 has no bf16, but torch computes it there all the same."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     args = Namespace(precision="auto")
     resolve_precision(args, torch.device("cuda"))
     assert args.precision == "fp32"
@@ -227,13 +259,19 @@ def test_skipping_on_the_device_equals_skipping_on_the_host(tmp_path, monkeypatc
         train_steps(run, 0, 2)
         if way == "device":
             monkeypatch.setattr(runner, "step_unless_nonfinite", step_on_device)
-        train_steps(run, 2, 6, lambda update, batches: nan_images(update, batches) if update in spoilt else None)
+        train_steps(
+            run,
+            2,
+            6,
+            lambda update, batches: nan_images(update, batches) if update in spoilt else None,
+        )
         ways[way] = snapshot(run)
     assert differing(ways["host"], ways["device"]) == []
 
 
 def test_average_takes_the_flag_from_the_device():
-    """There `applied` is a tensor that the host has not read: the same up to rounding, and a skipped step is none."""
+    """There `applied` is a tensor that the host has not read: the same up to rounding, and a
+    skipped step is none."""
     source = nn.Linear(3, 2)
     ours, theirs = MovingAverage(source), MovingAverage(source)
     with torch.no_grad():
@@ -244,7 +282,9 @@ def test_average_takes_the_flag_from_the_device():
         theirs.update(0.9, torch.tensor(applied))
         if applied == 0.0:
             assert differing(before, dict(theirs.module.state_dict())) == []
-    torch.testing.assert_close(ours.module.state_dict(), theirs.module.state_dict(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        ours.module.state_dict(), theirs.module.state_dict(), rtol=1e-6, atol=1e-7
+    )
     assert torch.allclose(ours.module.weight, source.weight - 0.81)
 
 
@@ -267,14 +307,19 @@ def test_run_stops_after_too_many_and_not_before(tmp_path):
 def test_indices_of_the_bad_batch_are_written(tmp_path):
     run, _ = start("pretrain", tmp_path, "--update_freq", "2")
     seen = []
-    train_steps(run, 0, 1, lambda update, batches: seen.extend(batches) or nan_images(update, batches))
+    train_steps(
+        run, 0, 1, lambda update, batches: seen.extend(batches) or nan_images(update, batches)
+    )
     report = json.loads((tmp_path / "nonfinite-0-rank0.json").read_text())
     assert report["indices"] == torch.cat([batch["index"] for batch in seen]).tolist()
     assert report["loss"] == "nan" and len(set(report["indices"])) == 16
 
 
 def figures(loss: float, applied: float) -> dict:
-    return {name: torch.tensor(v) for name, v in {"loss": loss, "grad_norm": 1.0, "applied": applied}.items()}
+    return {
+        name: torch.tensor(v)
+        for name, v in {"loss": loss, "grad_norm": 1.0, "applied": applied}.items()
+    }
 
 
 def test_monitor_averages_applied_steps_only():
@@ -291,7 +336,8 @@ def test_monitor_averages_applied_steps_only():
 
 
 def test_monitor_lets_a_loss_scale_come_down():
-    """fp16 starts with a scale that overflows; that is no reason to stop, a loss that is not finite is."""
+    """fp16 starts with a scale that overflows; that is no reason to stop, a loss that is not finite
+    is."""
     monitor = StepMonitor(folder="", rank=0, max_nonfinite=1, scaled=True)
     for step in range(17):
         monitor.push(step, [], figures(2.0, 0))
@@ -330,12 +376,16 @@ def test_moving_average_against_a_plain_loop():
                 value.copy_(torch.randn(value.shape, generator=generator))
             source.index.add_(7)
         for name in ("linear.weight", "linear.bias"):
-            expected[name] = momentum * expected[name] + (1 - momentum) * source.state_dict()[name].double()
+            expected[name] = (
+                momentum * expected[name] + (1 - momentum) * source.state_dict()[name].double()
+            )
         average.update(momentum)
     state = average.module.state_dict()
     for name in ("linear.weight", "linear.bias", "frozen"):
         torch.testing.assert_close(state[name].double(), expected[name], atol=1e-6, rtol=0)
-    assert torch.equal(state["index"], source.index) and torch.equal(state["statistic"], source.statistic)
+    assert torch.equal(state["index"], source.index) and torch.equal(
+        state["statistic"], source.statistic
+    )
     assert not any(p.requires_grad for p in average.module.parameters())
 
 
@@ -348,7 +398,9 @@ def test_moving_average_follows_replaced_buffers():
     source.statistic.fill_(1.0)
     source.index.fill_(5)
     average.update(0.75)
-    assert average.module.statistic.tolist() == [1.0] * 3 and average.module.index.tolist() == [5] * 3
+    assert (
+        average.module.statistic.tolist() == [1.0] * 3 and average.module.index.tolist() == [5] * 3
+    )
 
 
 def test_average_stays_in_float32():
@@ -371,7 +423,9 @@ def test_averaged_classifier_follows_and_is_evaluated(tmp_path, flags):
     position.step = 3
     found = evaluator.after_epoch(position, run.session)
     for name, model in (("test_loss", run.task.model), ("test_ema_loss", run.task.average.module)):
-        assert found[name] == pytest.approx(evaluate(model, eval_loader(run.args), run.normalize)["loss"])
+        assert found[name] == pytest.approx(
+            evaluate(model, eval_loader(run.args), run.normalize)["loss"]
+        )
     assert found["test_loss"] != found["test_ema_loss"]
     run.session.save(position, finished=False)
     resumed, _ = start("finetune", tmp_path, "--model_ema", "--model_ema_decay", "0.5", *flags)
@@ -390,7 +444,9 @@ def test_average_that_a_checkpoint_lacks_starts_from_its_weights(tmp_path):
 def test_without_augmentation_training_sees_what_evaluation_sees(tmp_path):
     augmented, _ = start("finetune", tmp_path / "augmented", "--reprob", "1")
     plain, _ = start("finetune", tmp_path / "plain", "--reprob", "1", "--no_aug")
-    expected = ImageDataset(plain.loader.dataset.source, build_finetune_transform(plain.args, train=False), seed=0)
+    expected = ImageDataset(
+        plain.loader.dataset.source, build_finetune_transform(plain.args, train=False), seed=0
+    )
     for epoch, index in ((0, 3), (1, 3), (2, 50)):
         picture = plain.loader.dataset[epoch, index]["image"]
         assert torch.equal(picture, expected[0, index]["image"])
@@ -422,7 +478,8 @@ def test_evaluation_counts_hits_and_ignores_padding():
     index = torch.tensor([0, 2, 4, 6, 8, -1, -3])
     image = torch.zeros(7, 3, 4, 4, dtype=torch.uint8)
     loader = [
-        {"image": image[part], "label": labels[part], "index": index[part]} for part in (slice(0, 4), slice(4, 7))
+        {"image": image[part], "label": labels[part], "index": index[part]}
+        for part in (slice(0, 4), slice(4, 7))
     ]
     result = evaluate(Scripted(logits), loader, Normalize(MEAN_STD["inception"], CPU))
     ranks = [(logits[i] > logits[i, labels[i]]).sum().item() for i in range(5)]
@@ -432,14 +489,18 @@ def test_evaluation_counts_hits_and_ignores_padding():
 
 
 def test_tally_waits_for_no_device():
-    """Without values on the meta device, a shape that depends on them raises: on a GPU it is a wait."""
+    """Without values on the meta device, a shape that depends on them raises: on a GPU it is a
+    wait."""
     logits, labels, counts = (torch.empty(s, dtype=d, device="meta") for s, d in (
         ((5, 10), torch.float32), ((5,), torch.int64), ((5,), torch.bool)))  # fmt: skip
     assert tally(logits, labels, counts).shape == (4,)
 
 
 def test_normalize_is_the_published_one():
-    batch = {"image": torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2), "index": 0}
+    batch = {
+        "image": torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2),
+        "index": 0,
+    }
     moved = Normalize(MEAN_STD["imagenet"], CPU)(batch)
     assert moved.keys() == {"image"}
     low = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
@@ -463,37 +524,58 @@ def deepspeed_args(tmp_path, given: dict | None = None, *flags: str):
 @pytest.mark.parametrize("clip", ["0.0", "0.7"])
 @pytest.mark.parametrize("given", [None, {"zero_optimization": {"overlap_comm": False}}])
 def test_clipping_is_always_written(tmp_path, clip, given):
-    config = deepspeed_config(deepspeed_args(tmp_path, given, "--clip_grad", clip, "--zero_stage", "2"))
+    config = deepspeed_config(
+        deepspeed_args(tmp_path, given, "--clip_grad", clip, "--zero_stage", "2")
+    )
     assert config["gradient_clipping"] == float(clip)
-    assert config["zero_optimization"]["stage"] == 2, "a section without a stage must not fall back to stage 0"
+    assert config["zero_optimization"]["stage"] == 2, (
+        "a section without a stage must not fall back to stage 0"
+    )
 
 
 def test_configuration_follows_the_flags(tmp_path):
-    config = deepspeed_config(deepspeed_args(tmp_path, None, "--update_freq", "3", "--zero_stage", "3"))
-    assert config["train_micro_batch_size_per_gpu"] == 8 and config["gradient_accumulation_steps"] == 3
+    config = deepspeed_config(
+        deepspeed_args(tmp_path, None, "--update_freq", "3", "--zero_stage", "3")
+    )
+    assert (
+        config["train_micro_batch_size_per_gpu"] == 8 and config["gradient_accumulation_steps"] == 3
+    )
     assert config["zero_optimization"] == {"stage": 3} and config["gradient_clipping"] == 3.0
     assert not {"bf16", "fp16", "torch_autocast"} & config.keys()
     bf16 = deepspeed_config(deepspeed_args(tmp_path, None, "--precision", "bf16"))
-    assert bf16["torch_autocast"]["enabled"] and bf16["torch_autocast"]["dtype"] == "bfloat16" and "bf16" not in bf16
+    assert (
+        bf16["torch_autocast"]["enabled"]
+        and bf16["torch_autocast"]["dtype"] == "bfloat16"
+        and "bf16" not in bf16
+    )
     fp16 = deepspeed_config(deepspeed_args(tmp_path, None, "--precision", "fp16"))
     assert fp16["fp16"]["loss_scale"] == 0 and "torch_autocast" not in fp16
 
 
 @pytest.mark.parametrize(
-    ("parameters", "bucket"), [(22_000_000, 3 * 2**20), (86_000_000, 11 * 2**20), (5_000_000_000, 500_000_000)]
+    ("parameters", "bucket"),
+    [(22_000_000, 3 * 2**20), (86_000_000, 11 * 2**20), (5_000_000_000, 500_000_000)],
 )
 def test_buckets_follow_the_network(tmp_path, parameters, bucket):
-    """Eight to a network, so that most of it is sent before backward ends; what the user's file says stays."""
+    """Eight to a network, so that most of it is sent before backward ends; what the user's file
+    says stays."""
     args = deepspeed_args(tmp_path, {"zero_optimization": {"allgather_bucket_size": 7}})
     args.device = "cuda"
     found = deepspeed_config(args, parameters)["zero_optimization"]
-    assert found == {"stage": 1, "reduce_bucket_size": bucket, "allgather_bucket_size": 7, "overlap_comm": True}
+    assert found == {
+        "stage": 1,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": 7,
+        "overlap_comm": True,
+    }
 
 
 @pytest.mark.parametrize("place", ["flag", "file"])
 def test_offload_lets_this_optimizer_through(tmp_path, place):
     """DeepSpeed refuses every optimizer but its own there, unless it is told not to."""
-    given = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} if place == "file" else None
+    given = (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} if place == "file" else None
+    )
     args = deepspeed_args(tmp_path, given, *(("--offload", "optimizer") if place == "flag" else ()))
     config = deepspeed_config(args)
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
@@ -512,7 +594,10 @@ def test_compile_refuses_the_stage_of_the_file(tmp_path):
     [
         ({"gradient_cliping": 1.0}, "gradient_cliping"),
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "stage 0"),
-        ({"train_micro_batch_size_per_gpu": 16}, "train_micro_batch_size_per_gpu 16, the flags say 8"),
+        (
+            {"train_micro_batch_size_per_gpu": 16},
+            "train_micro_batch_size_per_gpu 16, the flags say 8",
+        ),
         ({"train_batch_size": 64}, "train_batch_size 64, the flags say 8"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4, the flags say 1"),
         ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, --clip_grad 3.0"),
@@ -555,10 +640,17 @@ def test_peak_is_that_of_the_device_and_of_no_namesake(name, tflops):
 
 @pytest.mark.parametrize("network", [(), METHODS["a2mim_resnet"]], ids=["vit", "resnet"])
 def test_recomputation_is_no_work_of_the_model(tmp_path, network):
-    runs = [start("pretrain", tmp_path, *network, *flags)[0] for flags in ((), ("--grad_checkpointing",))]
+    runs = [
+        start("pretrain", tmp_path, *network, *flags)[0]
+        for flags in ((), ("--grad_checkpointing",))
+    ]
     plain, recomputing = (flops_per_image(run.task, run.loader, run.normalize) for run in runs)
     assert plain == recomputing > 0
-    again = [module.grad_checkpointing for module in runs[1].task.modules() if hasattr(module, "grad_checkpointing")]
+    again = [
+        module.grad_checkpointing
+        for module in runs[1].task.modules()
+        if hasattr(module, "grad_checkpointing")
+    ]
     assert any(again), "the run itself no longer recomputes"
 
 
@@ -581,9 +673,12 @@ print(by_default, page_faults(5))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such setting")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="another C library has no such setting"
+)
 def test_freed_memory_is_kept():
-    """In a process of its own: the holes that other tests leave in the heap would be kept either way."""
+    """In a process of its own: the holes that other tests leave in the heap would be kept either
+    way."""
     result = run_command([sys.executable, "-c", PAGE_FAULTS])
     assert result.returncode == 0, result.stdout
     by_default, kept = map(int, result.stdout.splitlines()[-1].split())

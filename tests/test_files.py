@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all: many writers in one folder, killed ones, and what these leave behind."""
+"""Files that appear whole or not at all: many writers in one folder, killed ones, and what these
+leave behind."""
 
 import os
 import subprocess
@@ -33,16 +34,30 @@ def ended_process() -> int:
 
 
 def test_writers_of_one_folder_and_of_one_name_do_not_touch_each_other(tmp_path):
-    writers = [run_writer(tmp_path / name, 150, text) for name, text in (("a", "1"), ("b", "2"), ("a", "3"))]
+    writers = [
+        run_writer(tmp_path / name, 150, text)
+        for name, text in (("a", "1"), ("b", "2"), ("a", "3"))
+    ]
     assert [(writer.communicate()[1], writer.returncode) for writer in writers] == [("", 0)] * 3
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
-    assert (tmp_path / "a").read_text() in ("1" * 1000, "3" * 1000) and (tmp_path / "b").read_text() == "2" * 1000
+    assert (tmp_path / "a").read_text() in ("1" * 1000, "3" * 1000) and (
+        tmp_path / "b"
+    ).read_text() == "2" * 1000
 
 
 def test_only_drafts_that_nobody_writes_any_more_are_removed(tmp_path):
     here, gone, two_days_ago = files._machine(), ended_process(), time.time() - 2 * 24 * 3600
-    stay = [f".a.pth.{here}-{os.getpid()}-00000000.tmp", f".a.pth.00000000-{gone}-00000000.tmp", ".other.tmp", "b.tmp"]
-    go = [f".a.pth.{here}-{gone}-00000001.tmp", f".a.pth.00000000-{gone}-00000001.tmp", ".a.pth.tmp"]
+    stay = [
+        f".a.pth.{here}-{os.getpid()}-00000000.tmp",
+        f".a.pth.00000000-{gone}-00000000.tmp",
+        ".other.tmp",
+        "b.tmp",
+    ]
+    go = [
+        f".a.pth.{here}-{gone}-00000001.tmp",
+        f".a.pth.00000000-{gone}-00000001.tmp",
+        ".a.pth.tmp",
+    ]
     for name in (*stay, *go):
         (tmp_path / name).touch()
     for name in (*go[1:], "b.tmp"):

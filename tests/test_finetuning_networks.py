@@ -1,4 +1,5 @@
-"""Networks other than the repository's ViT behind classifier and probes (specs/a2mim.md 4.4, 4.5)."""
+"""Networks other than the repository's ViT behind classifier and probes (specs/a2mim.md 4.4,
+4.5)."""
 
 import copy
 from argparse import Namespace
@@ -28,11 +29,27 @@ from unimim.evaluation.linear_probe import Probe, side_by_side
 TINY = {
     "resnet18": {"channels": [8, 8, 16, 16], "input_size": 64},
     "convnext_tiny": {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24], "input_size": 64},
-    "swin_tiny": {"depths": [1, 2, 1, 1], "embed_dim": 8, "num_heads": [1, 2, 2, 4], "input_size": 64},
+    "swin_tiny": {
+        "depths": [1, 2, 1, 1],
+        "embed_dim": 8,
+        "num_heads": [1, 2, 2, 4],
+        "input_size": 64,
+    },
     "mobilenetv3_small_050": {"input_size": 64},
 }
 FLAGS = [
-    *("--model", "resnet18", "--data_set", "digits", "--num_workers", "0", "--device", "cpu", "--input_size", "64"),
+    *(
+        "--model",
+        "resnet18",
+        "--data_set",
+        "digits",
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+        "--input_size",
+        "64",
+    ),
     *("--model_kwargs", "patch_size=null", "channels=[8,8,16,16]"),
 ]
 
@@ -61,7 +78,11 @@ def test_exported_encoders_become_classifiers(name):
     assert torch.equal(model.get_classifier().weight, 0.5 * whole.weight)
     report = load_pretrained(model, encoder)
     (head,) = (key for key, module in model.named_modules() if module is model.get_classifier())
-    assert report.matched == 1 and report.missing == [f"{head}.weight", f"{head}.bias"] and report.ignored == []
+    assert (
+        report.matched == 1
+        and report.missing == [f"{head}.weight", f"{head}.bias"]
+        and report.ignored == []
+    )
     assert all(torch.equal(model.state_dict()[key], value) for key, value in encoder.items())
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
@@ -72,17 +93,22 @@ def test_tables_of_a_swin_are_resized_to_its_windows():
     model = create_model("swin_tiny", **TINY["swin_tiny"] | {"input_size": 160}, num_classes=7)
     report = load_pretrained(model, encoder)
     tables = [key for key in encoder if key.endswith("relative_position_bias_table")]
-    assert report.matched == 1 and sorted(report.interpolated) == sorted(tables) and len(tables) == 5
+    assert (
+        report.matched == 1 and sorted(report.interpolated) == sorted(tables) and len(tables) == 5
+    )
     for key in tables:
         expected = interpolate_rel_pos_bias(encoder[key], 3, 5, num_extra=0)
         assert expected.shape == (81, encoder[key].shape[1])
         assert torch.equal(model.state_dict()[key], expected)
         centre = encoder[key].shape[0] // 2
-        torch.testing.assert_close(expected[40], encoder[key][centre])  # equal positions have no offset
+        torch.testing.assert_close(
+            expected[40], encoder[key][centre]
+        )  # equal positions have no offset
 
 
 def test_layers_of_each_architecture():
-    """specs/a2mim.md 4.4: Swin-T has 14 layers, ConvNeXt-T 8 and ConvNeXt-S 14, of published sizes."""
+    """specs/a2mim.md 4.4: Swin-T has 14 layers, ConvNeXt-T 8 and ConvNeXt-S 14, of published
+    sizes."""
     swin = {
         "patch_embed.proj.weight": 0, "layers.0.blocks.1.norm1.weight": 2, "layers.1.downsample.norm.weight": 2,
         "layers.2.blocks.5.norm1.weight": 10, "layers.3.downsample.norm.weight": 10, "layers.3.blocks.1.norm1.bias": 12,
@@ -97,7 +123,11 @@ def test_layers_of_each_architecture():
         "stages.2.blocks.26.gamma": 11, "stages.3.downsample.1.bias": 12, "stages.3.blocks.0.gamma": 12,
         "head.norm.weight": 13, "head.fc.weight": 13,
     }  # fmt: skip
-    for names, depths, last in ((swin, (2, 2, 6, 2), 13), (tiny, (3, 3, 9, 3), 7), (small, (3, 3, 27, 3), 13)):
+    for names, depths, last in (
+        (swin, (2, 2, 6, 2), 13),
+        (tiny, (3, 3, 9, 3), 7),
+        (small, (3, 3, 27, 3), 13),
+    ):
         assert layers_of(list(names), depths) == (names, last)
 
 
@@ -142,7 +172,9 @@ def test_a_size_to_evaluate_at_is_refused_before_training(name):
     sizes = TINY.get(name, {"embed_dim": 32, "depth": 1, "num_heads": 2, "input_size": 64})
     model = create_model(name, **sizes, num_classes=7)
     args = Namespace(model=name, input_size=model.patch_embed.img_size[0], eval_input_size=96)
-    with pytest.raises(ValueError, match=f"--eval_input_size 96: --model {name} is for --input_size"):
+    with pytest.raises(
+        ValueError, match=f"--eval_input_size 96: --model {name} is for --input_size"
+    ):
         check_eval_size(args, model)
     resnet = create_model("resnet18", **TINY["resnet18"], num_classes=7)
     check_eval_size(args, resnet)
@@ -173,7 +205,9 @@ def test_binary_cross_entropy_is_summed_over_classes():
     odds = logits.sigmoid()
     by_hand = -(shares * odds.log() + (1 - shares) * (1 - odds).log()).sum() / 4
     torch.testing.assert_close(criterion(logits, shares), by_hand)
-    torch.testing.assert_close(criterion(logits, labels), criterion(logits, F.one_hot(labels, 5).float()))
+    torch.testing.assert_close(
+        criterion(logits, labels), criterion(logits, F.one_hot(labels, 5).float())
+    )
     smooth = F.one_hot(labels, 5) * 0.9 + 0.02
     torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits, labels), criterion(logits, smooth))
 
@@ -182,7 +216,9 @@ def test_the_average_has_the_networks_batch_statistics():
     """Its weights are averaged, its statistics are not (specs/a2mim.md 4.4)."""
     args = parse("finetune", ["--model_ema", "--model_ema_decay", "0.5"])
     args.nb_classes = 3
-    task = Classification(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), args, torch.device("cpu"))
+    task = Classification(
+        nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), args, torch.device("cpu")
+    )
     before, average = task.average.module[1].weight.clone(), task.average.module
     task.model[1].weight.data += 1
     task.model(torch.randn(16, 4) + 3)
@@ -194,7 +230,15 @@ def test_the_average_has_the_networks_batch_statistics():
 
 def test_the_averages_decay_rises():
     """m (1 - 0.1 (1 - i / W)) in the first W of the epochs (specs/a2mim.md 4.4)."""
-    flags = ["--model_ema", "--model_ema_decay", "0.8", "--model_ema_warmup_epochs", "5", "--epochs", "10"]
+    flags = [
+        "--model_ema",
+        "--model_ema_decay",
+        "0.8",
+        "--model_ema_warmup_epochs",
+        "5",
+        "--epochs",
+        "10",
+    ]
     args = parse("finetune", flags)
     args.nb_classes = 3
     task = Classification(nn.Linear(4, 3), args, torch.device("cpu"))
@@ -202,7 +246,9 @@ def test_the_averages_decay_rises():
         before = copy.deepcopy(task.average.module.weight)
         task.model.weight.data += 1
         task.after_step(progress)
-        torch.testing.assert_close(task.average.module.weight.data, decay * before + (1 - decay) * task.model.weight)
+        torch.testing.assert_close(
+            task.average.module.weight.data, decay * before + (1 - decay) * task.model.weight
+        )
 
 
 def keys_of(epoch: int = 0, **sampler) -> list[list[tuple[int, int]]]:
@@ -212,7 +258,8 @@ def keys_of(epoch: int = 0, **sampler) -> list[list[tuple[int, int]]]:
 
 
 def test_repeated_images():
-    """Three times in a step with draws of their own, on different ranks; one process that accumulates sees the same."""
+    """Three times in a step with draws of their own, on different ranks; one process that
+    accumulates sees the same."""
     ranks = [keys_of(rank=rank, world_size=3, step_batches=3) for rank in range(3)]
     alone = keys_of(step_batches=3)
     assert [len(rank) for rank in ranks] == [4, 4, 4] and len(alone) == 12
@@ -238,13 +285,22 @@ def test_a_resnet_is_trained_small_and_evaluated_large(tmp_path):
         "--lr_schedule", "cosine_epochs", "--init_scale", "1", "--drop_path", "0.05", "--reprob", "0",
     )  # fmt: skip
     run, _ = start("finetune", tmp_path, *flags)
-    assert isinstance(run.task.criterion, BinaryCrossEntropy) and type(run.runner.optimizer).__name__ == "Lamb"
+    assert (
+        isinstance(run.task.criterion, BinaryCrossEntropy)
+        and type(run.runner.optimizer).__name__ == "Lamb"
+    )
     before = {name: value.clone() for name, value in run.task.model.state_dict().items()}
     losses = [row["loss"] for row in train_steps(run, 0, 4)]
     assert np.isfinite(losses).all()
-    still = {name for name, value in run.task.model.state_dict().items() if torch.equal(value, before[name])}
+    still = {
+        name
+        for name, value in run.task.model.state_dict().items()
+        if torch.equal(value, before[name])
+    }
     assert still == set()
-    loader = run_class_finetuning.build_eval_loader(run.args, build_finetune_transform(run.args, train=False))
+    loader = run_class_finetuning.build_eval_loader(
+        run.args, build_finetune_transform(run.args, train=False)
+    )
     assert next(iter(loader))["image"].shape[-2:] == (96, 96)
     assert run.loader.dataset[0, 0]["image"].shape[-2:] == (64, 64)
 
@@ -259,7 +315,8 @@ def probe_args(path, **changes) -> Namespace:
 
 
 def test_a_frozen_network_keeps_its_statistics(tmp_path):
-    """The published probe leaves batch normalisation in train mode; features are the mean of the last map."""
+    """The published probe leaves batch normalisation in train mode; features are the mean of the
+    last map."""
     save_encoder(tmp_path / "encoder.safetensors", encoder_of("resnet18"), {"format": "timm"})
     backbone = build_backbone(probe_args(tmp_path / "encoder.safetensors"))
     assert (backbone.dim, backbone.image_size) == (16, (64, 64))

@@ -1,4 +1,5 @@
-"""The section `fast` of gpu_check.py: every model has a row, with the FLOPs that are counted without the section."""
+"""The section `fast` of gpu_check.py: every model has a row, with the FLOPs that are counted
+without the section."""
 
 import json
 import subprocess
@@ -20,7 +21,16 @@ from unimim.engine.monitor import count_flops
 def output(tmp_path_factory):
     """What one run of the section with tiny sizes leaves behind."""
     folder = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, "scripts/gpu_check.py", "--only", "fast", "--device", "cpu", "--output", str(folder)]
+    command = [
+        sys.executable,
+        "scripts/gpu_check.py",
+        "--only",
+        "fast",
+        "--device",
+        "cpu",
+        "--output",
+        str(folder),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
@@ -28,13 +38,17 @@ def output(tmp_path_factory):
 
 def rows_of(output, variant: str) -> dict[str, dict]:
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    return {row["model"]: row for row in reversed(rows) if row.get("variant") == variant}  # the first of each stays
+    return {
+        row["model"]: row for row in reversed(rows) if row.get("variant") == variant
+    }  # the first of each stays
 
 
 @pytest.mark.slow
 def test_every_model_has_a_row(output):
     eager, plain = rows_of(output, "eager"), rows_of(output, "plain")
-    assert eager.keys() == {*gpu_fast.CASES, gpu_fast.LAUNCHES.name} and plain.keys() == {*gpu_fast.PLAIN}
+    assert eager.keys() == {*gpu_fast.CASES, gpu_fast.LAUNCHES.name} and plain.keys() == {
+        *gpu_fast.PLAIN
+    }
     for row in [*eager.values(), *plain.values()]:
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_step"])
         assert row["tflops"] == pytest.approx(row["images_per_s"] * row["gflop_per_image"] / 1e3)
@@ -49,7 +63,9 @@ def test_every_model_has_a_row(output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ConMIM B", "MAE L", "SemAIM B", "A2MIM ResNet-50", "SimMIM Swin-B"])
+@pytest.mark.parametrize(
+    "name", ["ConMIM B", "MAE L", "SemAIM B", "A2MIM ResNet-50", "SimMIM Swin-B"]
+)
 def test_flops_are_those_of_forward_and_backward(output, name):
     args = gpu_fast.CASES[name].args(tiny=True)
     method = build_method(args)
@@ -65,7 +81,11 @@ def test_what_is_compiled_ahead_has_every_kind_of_block(name):
 
     def blocks(*, shorten: bool) -> list[Block]:
         build = build_classifier if case.stage == "finetune" else build_method
-        return [b for b in build(deep.args(tiny=True, shorten=shorten)).modules() if isinstance(b, Block)]
+        return [
+            b
+            for b in build(deep.args(tiny=True, shorten=shorten)).modules()
+            if isinstance(b, Block)
+        ]
 
     def kinds(found: list[Block]) -> set:
         return {(type(block), *(p.shape for p in block.parameters())) for block in found}

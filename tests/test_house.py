@@ -23,7 +23,8 @@ def module_name(path: Path) -> str:
 
 
 def imported(path: Path, *, everywhere: bool) -> set[str]:
-    """Names of modules that a file imports, when it is loaded or, with `everywhere`, in functions too."""
+    """Names of modules that a file imports, when it is loaded or, with `everywhere`, in functions
+    too."""
     tree = ast.parse(path.read_text())
     found = set()
     for node in ast.walk(tree) if everywhere else tree.body:
@@ -43,7 +44,9 @@ def test_nothing_imports_an_entry_point():
 
 def test_the_package_knows_no_loop_and_no_method():
     for path in (ROOT / "unimim").rglob("*.py"):
-        above = [name for name in imported(path, everywhere=True) if name.startswith(ABOVE_THE_PACKAGE)]
+        above = [
+            name for name in imported(path, everywhere=True) if name.startswith(ABOVE_THE_PACKAGE)
+        ]
         assert not above, path
 
 

@@ -1,4 +1,5 @@
-"""k-NN against brute force, also with ties; features and their cache; runs of run_knn.py on one and two ranks."""
+"""k-NN against brute force, also with ties; features and their cache; runs of run_knn.py on one and
+two ranks."""
 
 import csv
 import math
@@ -27,19 +28,24 @@ def parse(*flags: str):
 
 
 def tied_features(count: int, classes: int, seed: int) -> Features:
-    """Unit vectors of 16 numbers +-1/4, few of them different: similarities are exact, and most of them are tied."""
+    """Unit vectors of 16 numbers +-1/4, few of them different: similarities are exact, and most of
+    them are tied."""
     rng = np.random.default_rng(seed)
     signs = np.sign(rng.standard_normal((6, 16)))
     vectors = torch.from_numpy(signs[rng.integers(6, size=count)] / 4).float()
     return Features(vectors, torch.from_numpy(rng.integers(classes, size=count)))
 
 
-def brute_force(bank: Features, queries: Features, k: int, temperature: float, classes: int) -> Accuracy:
-    """Query by query: neighbours by (similarity, lower index), classes by (votes, lower class), none without votes."""
+def brute_force(
+    bank: Features, queries: Features, k: int, temperature: float, classes: int
+) -> Accuracy:
+    """Query by query: neighbours by (similarity, lower index), classes by (votes, lower class),
+    none without votes."""
     firsts = []
     for query, label in zip(queries.vectors, queries.labels.tolist(), strict=True):
         similarity = [
-            math.fsum((a * b for a, b in zip(query.tolist(), row, strict=True))) for row in bank.vectors.tolist()
+            math.fsum((a * b for a, b in zip(query.tolist(), row, strict=True)))
+            for row in bank.vectors.tolist()
         ]
         neighbours = sorted(range(len(bank)), key=lambda i: (-similarity[i], i))[:k]
         votes = dict.fromkeys(range(classes), 0.0)
@@ -47,7 +53,11 @@ def brute_force(bank: Features, queries: Features, k: int, temperature: float, c
             votes[int(bank.labels[i])] += math.exp(similarity[i] / temperature)
         order = sorted((c for c in votes if votes[c] > 0), key=lambda c: (-votes[c], c))
         firsts.append(order.index(label) if label in order else classes + 5)
-    return Accuracy(k, temperature, *(100 * sum(first < top for first in firsts) / len(firsts) for top in (1, 5)))
+    return Accuracy(
+        k,
+        temperature,
+        *(100 * sum(first < top for first in firsts) / len(firsts) for top in (1, 5)),
+    )
 
 
 def close(ours: list[Accuracy], theirs: list[Accuracy]) -> bool:
@@ -69,7 +79,10 @@ def test_ties_go_to_the_lower_index_and_the_lower_class(monkeypatch, at_once):
 
 def test_equals_brute_force_on_features_of_any_length():
     torch.manual_seed(0)
-    features = [Features(torch.randn(n, 12) * torch.rand(n, 1) * 9, torch.randint(7, (n,))) for n in (80, 30)]
+    features = [
+        Features(torch.randn(n, 12) * torch.rand(n, 1) * 9, torch.randint(7, (n,)))
+        for n in (80, 30)
+    ]
     unit = [Features(F.normalize(f.vectors.double()), f.labels) for f in features]
     expected = [brute_force(*unit, k, 0.2, 7) for k in (20, 5)]  # not in ascending order
     assert close(evaluate_knn(*features, [20, 5], [0.2], 7), expected)
@@ -94,9 +107,12 @@ def test_a_class_without_votes_is_no_guess():
 def test_ranks_answer_each_query_once():
     bank, queries = tied_features(60, 8, seed=0), tied_features(41, 8, seed=1)
     parts = [
-        evaluate_knn(bank, Features(queries.vectors[r::3], queries.labels[r::3]), [5], [0.07], 8) for r in range(3)
+        evaluate_knn(bank, Features(queries.vectors[r::3], queries.labels[r::3]), [5], [0.07], 8)
+        for r in range(3)
     ]
-    shared = [evaluate_knn(bank, queries, [5], [0.07], 8, rank=r, world_size=3) for r in range(3)]  # without a group
+    shared = [
+        evaluate_knn(bank, queries, [5], [0.07], 8, rank=r, world_size=3) for r in range(3)
+    ]  # without a group
     sizes = [len(queries.labels[r::3]) for r in range(3)]
     for part, share, size in zip(parts, shared, sizes, strict=True):
         assert part[0].acc1 * size == pytest.approx(share[0].acc1 * len(queries))
@@ -118,7 +134,8 @@ def classifier_file(path: Path, pool: str, **more) -> str:
 
 
 def features_by_hand(file: str, pool: str, norm: str | None) -> torch.Tensor:
-    """Of three images: tokens of the last block, normalised (with which norm, before or after pooling) and pooled."""
+    """Of three images: tokens of the last block, normalised (with which norm, before or after
+    pooling) and pooled."""
     state = torch.load(file)["model"]
     vit = build_backbone(parse("--finetune", file)).vit
     tokens = vit.forward_features(images())
@@ -126,7 +143,9 @@ def features_by_hand(file: str, pool: str, norm: str | None) -> torch.Tensor:
         tokens = F.layer_norm(tokens, [32], state["norm.weight"], state["norm.bias"], eps=1e-6)
     vector = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
     if norm == "fc_norm":
-        vector = F.layer_norm(vector, [32], state["fc_norm.weight"], state["fc_norm.bias"], eps=1e-6)
+        vector = F.layer_norm(
+            vector, [32], state["fc_norm.weight"], state["fc_norm.bias"], eps=1e-6
+        )
     return F.layer_norm(vector, [32], eps=1e-6) if norm == "plain" else vector
 
 
@@ -158,7 +177,9 @@ def test_a_checkpoint_with_a_gap_is_refused(tmp_path):
     state = torch.load(file)["model"]
     del state["blocks.1.mlp.fc2.bias"]
     save_checkpoint(file, {"model": state})
-    with pytest.raises(ValueError, match=r"100% are needed: the model has blocks\.1\.mlp\.fc2\.bias"):
+    with pytest.raises(
+        ValueError, match=r"100% are needed: the model has blocks\.1\.mlp\.fc2\.bias"
+    ):
         build_backbone(parse("--finetune", file))
 
 
@@ -202,7 +223,9 @@ def test_broken_images_have_no_features(tmp_path):
     dataset = evaluation_images(args, backbone, train=False)
     features = extract(args, dataset, backbone, normalize, "val")
     assert features.labels.tolist() == [0, 0, 0, 1, 1]
-    pictures = [torch.from_numpy(np.full((3, 16, 16), 40 * n, dtype=np.uint8)) for n in (0, 2, 4, 1, 5)]
+    pictures = [
+        torch.from_numpy(np.full((3, 16, 16), 40 * n, dtype=np.uint8)) for n in (0, 2, 4, 1, 5)
+    ]
     expected = backbone(normalize({"image": torch.stack(pictures)})["image"])
     torch.testing.assert_close(features.vectors, expected)
 
@@ -216,7 +239,10 @@ def run_here(folder: Path, *flags: str) -> list[run_knn.Result]:
 
 
 def test_the_cache_gives_the_same_and_belongs_to_its_settings(tmp_path):
-    file, cache = classifier_file(tmp_path / "a.pth", "token"), ["--feature_cache", str(tmp_path / "cache")]
+    file, cache = (
+        classifier_file(tmp_path / "a.pth", "token"),
+        ["--feature_cache", str(tmp_path / "cache")],
+    )
     fresh = run_here(tmp_path / "a", "--finetune", file)
     assert run_here(tmp_path / "b", "--finetune", file, *cache) == fresh
     stored = torch.load(tmp_path / "cache/train.pth")
@@ -224,8 +250,15 @@ def test_the_cache_gives_the_same_and_belongs_to_its_settings(tmp_path):
     save_checkpoint(tmp_path / "cache/train.pth", stored)
     assert run_here(tmp_path / "c", "--finetune", file, *cache)[0].acc1 < fresh[0].acc1
     other = classifier_file(tmp_path / "b.pth", "avg")
-    for flags in (["--global_pool"], ["--label_fraction", "0.5"], ["--crop_pct", "1"], ["--finetune", other]):
-        with pytest.raises(ValueError, match=r"--feature_cache: .*train\.pth holds features of another run"):
+    for flags in (
+        ["--global_pool"],
+        ["--label_fraction", "0.5"],
+        ["--crop_pct", "1"],
+        ["--finetune", other],
+    ):
+        with pytest.raises(
+            ValueError, match=r"--feature_cache: .*train\.pth holds features of another run"
+        ):
             run_here(tmp_path / "d", "--finetune", file, *cache, *flags)
 
 
@@ -239,12 +272,17 @@ def test_the_table_holds_every_evaluation(tmp_path):
         ("20", "0.5"),
     ]
     assert [float(row["acc1"]) for row in rows] == [result.acc1 for result in results]
-    assert rows[0]["pool"] == "cls" and int(rows[0]["val_images"]) == 355 and int(rows[0]["train_images"]) < 300
+    assert (
+        rows[0]["pool"] == "cls"
+        and int(rows[0]["val_images"]) == 355
+        and int(rows[0]["train_images"]) < 300
+    )
 
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path):
-    """355 images of validation are an odd number: one rank's share is padded. What two cache, one can read."""
+    """355 images of validation are an odd number: one rank's share is padded. What two cache, one
+    can read."""
     cache = ("--feature_cache", str(tmp_path / "cache"))
     one = run_here(tmp_path / "one")
     two = in_ranks(2, run_here, tmp_path / "two", *cache)

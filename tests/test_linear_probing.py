@@ -1,4 +1,5 @@
-"""Linear probing: the head, its crops, heads trained side by side, and whole runs on one and two ranks."""
+"""Linear probing: the head, its crops, heads trained side by side, and whole runs on one and two
+ranks."""
 
 import csv
 from pathlib import Path
@@ -69,9 +70,14 @@ def test_crops_are_drawn_once_and_cut_to_the_picture():
     rng = np.random.default_rng(0)
     boxes = np.array([draw_clipped_crop(rng, (400, 90), (0.08, 1.0)) for _ in range(4000)])
     top, left, height, width = boxes.T
-    assert (top + height <= 400).all() and (left + width <= 90).all() and min(top.min(), left.min()) == 0
+    assert (
+        (top + height <= 400).all()
+        and (left + width <= 90).all()
+        and min(top.min(), left.min()) == 0
+    )
     narrow = width < 90
-    # a square-like crop of more than a quarter of so tall a picture is too wide: its width is cut, its height stays
+    # a square-like crop of more than a quarter of so tall a picture is too wide: its width is cut,
+    # its height stays
     assert 0.7 < (~narrow).mean() < 0.9
     assert height[~narrow].max() == pytest.approx(np.sqrt(400 * 90 * 4 / 3), abs=2)
     shares = height * width / (400 * 90)
@@ -87,7 +93,9 @@ def test_square_crops_have_uniform_areas():
     assert np.abs(shares - np.linspace(0.08, 0.7, 4000)).max() < 0.03
 
 
-@pytest.mark.parametrize(("target", "sides"), [((16, 16), (30, 30)), ((16, 24), (20, 30)), ((24, 8), (40, 13))])
+@pytest.mark.parametrize(
+    ("target", "sides"), [((16, 16), (30, 30)), ((16, 24), (20, 30)), ((24, 8), (40, 13))]
+)
 def test_crops_of_the_short_side(target, sides):
     rng = np.random.default_rng(2)
     boxes = np.array([draw_short_side_crop(rng, (40, 30), (0.08, 1.0), target) for _ in range(400)])
@@ -95,7 +103,9 @@ def test_crops_of_the_short_side(target, sides):
     for start, side, length in zip(boxes[:, :2].T, sides, (40, 30), strict=True):
         assert sorted(set(start)) == list(range(length - side + 1))
     picture = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
-    view = ProbeTransform((30, 30), crop="short_side")(picture, np.random.default_rng(3))["image"].permute(1, 2, 0)
+    view = ProbeTransform((30, 30), crop="short_side")(picture, np.random.default_rng(3))[
+        "image"
+    ].permute(1, 2, 0)
     assert any(torch.equal(view, torch.from_numpy(turned[top : top + 30].copy()))
                for turned in (picture, picture[:, ::-1]) for top in range(11))  # fmt: skip
 
@@ -118,9 +128,14 @@ def test_heads_side_by_side_are_those_of_separate_runs(tmp_path):
     for number, (rate, head) in enumerate((("0.1", "lr_0p1"), ("0.3", "lr_0p3"), ("1.0", "lr_1"))):
         (alone,) = run_here(tmp_path / rate, "--lr", rate)
         for name, value in heads_of(tmp_path / rate).items():
-            torch.testing.assert_close(heads[name.replace("head", head)], value, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                heads[name.replace("head", head)], value, rtol=1e-6, atol=1e-7
+            )
         assert together[number].lr == alone.lr == float(rate)
-        assert together[number].loss == pytest.approx(alone.loss, rel=1e-6) and together[number].acc1 == alone.acc1
+        assert (
+            together[number].loss == pytest.approx(alone.loss, rel=1e-6)
+            and together[number].acc1 == alone.acc1
+        )
     rows = list(csv.DictReader((tmp_path / "sweep/linear.csv").open()))
     assert [(float(row["lr"]), float(row["acc1"]), row["epoch"]) for row in rows] == [
         (r.lr, r.acc1, "2") for r in together
@@ -129,7 +144,8 @@ def test_heads_side_by_side_are_those_of_separate_runs(tmp_path):
 
 @pytest.mark.parametrize("opt", ["momentum", "lars"])
 def test_without_augmentation_it_is_plain_training_on_features(tmp_path, opt):
-    """Against a loop by hand: MAE's schedule, torch's SGD or the LARS of the reference cases, no decay."""
+    """Against a loop by hand: MAE's schedule, torch's SGD or the LARS of the reference cases, no
+    decay."""
     flags = ("--no_aug", "--global_pool", "--opt", opt, "--momentum", "0.8")
     (result,) = run_here(tmp_path, *flags)
     args = parse("", *flags)
@@ -140,7 +156,10 @@ def test_without_augmentation_it_is_plain_training_on_features(tmp_path, opt):
     )
     torch.manual_seed(0)
     head = LinearHead(32, 10)
-    sampler, momenta = TrainBatchSampler(len(train), 128), {p: torch.zeros_like(p) for p in head.parameters()}
+    sampler, momenta = (
+        TrainBatchSampler(len(train), 128),
+        {p: torch.zeros_like(p) for p in head.parameters()},
+    )
     steps = len(sampler)
     for step in range(3 * steps):
         if step % steps == 0:
@@ -179,7 +198,11 @@ def test_a_resumed_run_ends_as_the_whole_one(tmp_path, kept):
     flags = (*SWEEP, "--save_ckpt_freq", "1", "--save_ckpt_steps", "7")
     whole = run_here(tmp_path, *flags)
     state = torch.load(tmp_path / "checkpoint-2.pth")
-    assert {name.split(".")[0] for name in state["model"]} == {"lr_0p1", "lr_0p3", "lr_1"}  # no backbone
+    assert {name.split(".")[0] for name in state["model"]} == {
+        "lr_0p1",
+        "lr_0p3",
+        "lr_1",
+    }  # no backbone
     for path in tmp_path.glob("checkpoint-*.pth"):
         if path.stem != kept:
             path.unlink()
@@ -192,9 +215,21 @@ def test_a_resumed_run_ends_as_the_whole_one(tmp_path, kept):
 def test_a_finished_run_and_eval_say_the_same(tmp_path):
     results = run_here(tmp_path, *SWEEP)
     assert run_here(tmp_path, *SWEEP) == results  # nothing left to train
-    assert run_here(tmp_path / "other", *SWEEP, "--eval", "--resume", str(tmp_path / "checkpoint-2.pth")) == results
+    assert (
+        run_here(
+            tmp_path / "other", *SWEEP, "--eval", "--resume", str(tmp_path / "checkpoint-2.pth")
+        )
+        == results
+    )
     with pytest.raises(ValueError, match="does not fit the model"):
-        run_here(tmp_path / "other", "--lr", "0.1", "--eval", "--resume", str(tmp_path / "checkpoint-2.pth"))
+        run_here(
+            tmp_path / "other",
+            "--lr",
+            "0.1",
+            "--eval",
+            "--resume",
+            str(tmp_path / "checkpoint-2.pth"),
+        )
 
 
 def test_saved_configuration_gives_the_same_run(tmp_path):
@@ -215,10 +250,15 @@ def test_saved_configuration_gives_the_same_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero_stage", "opt", "more"),
-    [(None, "momentum", ()), ("0", "lars", ()), ("3", "momentum", ("--no_batch_norm", "--lr_sweep", "0.01", "0.03"))],
+    [
+        (None, "momentum", ()),
+        ("0", "lars", ()),
+        ("3", "momentum", ("--no_batch_norm", "--lr_sweep", "0.01", "0.03")),
+    ],
 )
 def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt, more):
-    """One process that accumulates the ranks' batches; 355 images of validation cannot be halved."""
+    """One process that accumulates the ranks' batches; 355 images of validation cannot be
+    halved."""
     flags = ("--batch_size", "64", *SWEEP, "--no_auto_resume", "--opt", opt, *more)
     engine = ("--enable_deepspeed", "--zero_stage", zero_stage) if zero_stage else ()
     run_here(tmp_path / "one", *flags, "--update_freq", "2")
@@ -227,7 +267,8 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt, more):
     alone, heads = heads_of(tmp_path / "one"), heads_of(tmp_path / "two")
     for name in (name for name in alone if name.endswith(("weight", "bias"))):
         torch.testing.assert_close(heads[name], alone[name], rtol=1e-5, atol=1e-6)
-    # the checkpoint has rank 0's statistics: with others on rank 1 its half of the images would score otherwise
+    # the checkpoint has rank 0's statistics: with others on rank 1 its half of the images would
+    # score otherwise
     saved = str(tmp_path / "two" / "checkpoint-2.pth")
     single = run_here(tmp_path / "check", *SWEEP, *more, "--eval", "--resume", saved)
     for ours, theirs in zip(single, first, strict=True):
@@ -245,9 +286,15 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt, more):
         ("--lr_sweep 0.1 0", "--lr_sweep takes different positive rates"),
         ("--lr_sweep 0.1 0.1", "--lr_sweep takes different positive rates"),
         ("--lr_sweep 0.1 0.3 --lr 2", "--lr_sweep [0.1, 0.3] says every rate: leave --lr 2 out"),
-        ("--lr_sweep 0.1 0.3 --clip_grad 3", "--clip_grad would clip the heads of --lr_sweep together"),
+        (
+            "--lr_sweep 0.1 0.3 --clip_grad 3",
+            "--clip_grad would clip the heads of --lr_sweep together",
+        ),
         ("--crop_scale 0.5 0.2", "--crop_scale takes MIN <= MAX"),
-        ("--feature_cache out", "--feature_cache holds features of images without augmentation: give --no_aug too"),
+        (
+            "--feature_cache out",
+            "--feature_cache holds features of images without augmentation: give --no_aug too",
+        ),
         ("--eval", "--eval needs a checkpoint: --resume FILE"),
         ("--nb_classes 3", "--nb_classes 3 is too few"),
         ("--epochs 0", "--epochs must be at least 1"),

@@ -1,4 +1,5 @@
-"""MAE and SemMAE: the short way computes what the straightforward one does; sizes, start, pictures, checkpoints."""
+"""MAE and SemMAE: the short way computes what the straightforward one does; sizes, start, pictures,
+checkpoints."""
 
 import math
 
@@ -24,9 +25,15 @@ DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 3}
 def small(cls=MAE, **options) -> MAE:
     torch.manual_seed(0)
     model = cls(**{"input_size": (16, 24), **SMALL, **DECODER, **options})
-    for name, parameter in model.named_parameters():  # away from what the start makes equal: zeros, ones
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # away from what the start makes equal: zeros, ones
         if parameter.requires_grad:
-            parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+            parameter.data.add_(
+                0.05
+                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            )
     return model
 
 
@@ -54,7 +61,11 @@ def test_less_work_gives_the_same_numbers(norm_pix_loss, depth):
     assert torch.equal(ours, model({"image": images, "noise": noise})["loss"])
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     ours, theirs = gradients(ours, model), gradients(theirs, model)
-    assert ours.keys() == theirs.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (
+        ours.keys()
+        == theirs.keys()
+        == {name for name, p in model.named_parameters() if p.requires_grad}
+    )
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -88,26 +99,42 @@ def test_published_sizes(name, total, encoder):
         model = create_model(name)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert sum(trained.values()) == total
-    assert sum(n for name, n in trained.items() if not name.startswith(("decoder_", "mask_token"))) == encoder
+    assert (
+        sum(n for name, n in trained.items() if not name.startswith(("decoder_", "mask_token")))
+        == encoder
+    )
     assert model.decoder_pos_embed.shape == (1, 257 if "huge" in name else 197, 512)
 
 
 def test_every_published_name_is_there():
-    mae = {f"mae_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} | {"mae_huge_patch14_224"}
-    semmae = {f"semmae_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} | {"semmae_base_patch8_224"}
-    vit = {f"vit_{size}_patch{p}_224" for size in ("tiny", "small", "base", "large", "huge") for p in (16, 14, 8)}
+    mae = {f"mae_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} | {
+        "mae_huge_patch14_224"
+    }
+    semmae = {f"semmae_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} | {
+        "semmae_base_patch8_224"
+    }
+    vit = {
+        f"vit_{size}_patch{p}_224"
+        for size in ("tiny", "small", "base", "large", "huge")
+        for p in (16, 14, 8)
+    }
     assert mae | semmae | vit <= set(list_models())
 
 
 def test_starting_values():
-    """specs/semmae.md A.7: Xavier with the joint projection as one matrix, the convolution's bias as torch draws it."""
+    """specs/semmae.md A.7: Xavier with the joint projection as one matrix, the convolution's bias
+    as torch draws it."""
     torch.manual_seed(0)
     model = MAE(input_size=32, patch_size=8, embed_dim=128, depth=1, num_heads=2, **DECODER)
     for module, fan in ((model.blocks[0].attn.qkv, 4 * 128), (model.blocks[0].mlp.fc1, 5 * 128)):
-        assert float(module.weight.detach().abs().max()) == pytest.approx(math.sqrt(6 / fan), rel=1e-3)
+        assert float(module.weight.detach().abs().max()) == pytest.approx(
+            math.sqrt(6 / fan), rel=1e-3
+        )
         assert not module.bias.any()
     projection = model.patch_embed.proj
-    assert float(projection.weight.detach().abs().max()) == pytest.approx(math.sqrt(6 / (128 + 192)), rel=1e-3)
+    assert float(projection.weight.detach().abs().max()) == pytest.approx(
+        math.sqrt(6 / (128 + 192)), rel=1e-3
+    )
     assert 0.9 / math.sqrt(192) < projection.bias.abs().max() <= 1 / math.sqrt(192)
     for token in (model.cls_token, model.mask_token):
         assert 0.01 < token.std() < 0.03
@@ -116,7 +143,9 @@ def test_starting_values():
 
 def test_tokens_are_decayed_and_positions_left_alone():
     model = small()
-    decayed = {id(p) for group in param_groups(model, 0.05) if group["decay"] for p in group["params"]}
+    decayed = {
+        id(p) for group in param_groups(model, 0.05) if group["decay"] for p in group["params"]
+    }
     grouped = {id(p) for group in param_groups(model, 0.05) for p in group["params"]}
     assert {id(model.cls_token), id(model.mask_token)} <= decayed
     assert not {id(model.pos_embed), id(model.decoder_pos_embed)} & grouped
@@ -156,7 +185,11 @@ def test_reconstruction(norm_pix_loss):
 def test_reconstruction_leaves_tokens_out_that_take_no_part():
     model = small(SemMAE, token_share=0.5)
     cells = torch.arange(0, 24, 2).expand(3, -1)
-    batch = {"image": pictures(), "part_ids": torch.zeros(3, 4, 6, dtype=torch.uint8), "cells": cells}
+    batch = {
+        "image": pictures(),
+        "part_ids": torch.zeros(3, 4, 6, dtype=torch.uint8),
+        "cells": cells,
+    }
     pasted = patchify(model.reconstruct(batch).pasted, (4, 4))
     assert (pasted[:, ::2] != 0).all() and not pasted[:, 1::2].any()
 
@@ -166,7 +199,9 @@ def test_reconstruction_leaves_tokens_out_that_take_no_part():
 
 
 def parts_of(count: int = 3, parts: int = 5) -> Tensor:
-    return torch.randint(parts, (count, 4, 6), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    return torch.randint(
+        parts, (count, 4, 6), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
+    )
 
 
 def test_masks_follow_the_parts():
@@ -197,7 +232,9 @@ def test_choosing_tokens():
     scores = torch.rand(3, 4, 6)
     best = small(SemMAE, token_share=0.5, token_selection="score")
     assert {"part_ids", "part_scores"} <= set(best.views)
-    order = best.random_masking({"image": pictures(), "part_ids": parts_of(), "part_scores": scores})
+    order = best.random_masking(
+        {"image": pictures(), "part_ids": parts_of(), "part_scores": scores}
+    )
     assert torch.equal(order.sort(1).values, scores.flatten(1).topk(12).indices.sort(1).values)
     some = small(SemMAE, token_share=0.5)
     noise = torch.rand(3, 12), torch.rand(3, 7), torch.rand(3, 24)
@@ -209,9 +246,13 @@ def test_choosing_tokens():
     assert torch.equal(some.random_masking(batch | {"noise": torch.cat(noise, 1)}), order)
     assert some.noise_size == 12 + 7 + 24 and best.noise_size == 12 + 7
     changed = batch["image"].clone()
-    left_out = unpatchify(torch.ones(3, 24, 48).scatter_(1, order[..., None].expand(-1, -1, 48), 0.0), (4, 6), (4, 4))
+    left_out = unpatchify(
+        torch.ones(3, 24, 48).scatter_(1, order[..., None].expand(-1, -1, 48), 0.0), (4, 6), (4, 4)
+    )
     changed += left_out
-    assert torch.equal(some(listed, noise[:2])["loss"], some(listed | {"image": changed}, noise[:2])["loss"])
+    assert torch.equal(
+        some(listed, noise[:2])["loss"], some(listed | {"image": changed}, noise[:2])["loss"]
+    )
 
 
 def test_the_published_setting_of_small_patches():
@@ -250,7 +291,14 @@ def test_options_of_another_form_are_refused():
 def test_the_exported_encoder_is_timms(tmp_path):
     model = small(input_size=16).eval()
     save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    sizes = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     theirs = timm.models.VisionTransformer(**sizes).eval()
     theirs.load_state_dict(load_checkpoint(tmp_path / "encoder.safetensors"), strict=True)
     images = pictures(size=(16, 16))
@@ -269,18 +317,24 @@ def test_a_published_file_is_fine_tuned(pool):
     assert report.matched == 1.0
     assert report.interpolated == ["pos_embed"]
     missing = ["head.weight", "head.bias"]
-    assert report.missing == (["fc_norm.weight", "fc_norm.bias", *missing] if pool == "avg" else missing)
+    assert report.missing == (
+        ["fc_norm.weight", "fc_norm.bias", *missing] if pool == "avg" else missing
+    )
     assert torch.equal(classifier.blocks[1].attn.qkv.bias, model.blocks[1].attn.qkv.bias)
     assert classifier.pos_embed.requires_grad
     assert float(classifier.head.weight.detach().std()) == pytest.approx(2e-5, rel=0.3)
 
 
 def test_listed_patches_are_all_that_a_classifier_sees():
-    classifier = create_model("vit_tiny_patch16_224", **SMALL, input_size=16, num_classes=5, init_scale=1.0).eval()
+    classifier = create_model(
+        "vit_tiny_patch16_224", **SMALL, input_size=16, num_classes=5, init_scale=1.0
+    ).eval()
     images, cells = pictures(size=(16, 16)), torch.tensor([[3, 0, 9], [1, 2, 3], [15, 7, 4]])
     every = torch.stack([torch.randperm(16) for _ in images])
     torch.testing.assert_close(classifier(images, every), classifier(images))
     patches = patchify(images, (4, 4))
-    patches = torch.randn_like(patches).scatter(1, cells[..., None].expand(-1, -1, 48), take(patches, cells))
+    patches = torch.randn_like(patches).scatter(
+        1, cells[..., None].expand(-1, -1, 48), take(patches, cells)
+    )
     elsewhere = unpatchify(patches, (4, 4), (4, 4))
     torch.testing.assert_close(classifier(elsewhere, cells), classifier(images, cells))

@@ -1,4 +1,5 @@
-"""Masks: published counts and distributions, any grid, and what is refused (specs/conmim.md, section 3)."""
+"""Masks: published counts and distributions, any grid, and what is refused (specs/conmim.md,
+section 3)."""
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ def draws(generator, count, seed=0):
 
 
 def test_block_counts_follow_the_published_distribution():
-    masks = draws(build_mask_generator("block", input_size=224, patch_size=16, mask_ratio=0.75), 3000)
+    masks = draws(
+        build_mask_generator("block", input_size=224, patch_size=16, mask_ratio=0.75), 3000
+    )
     counts = masks.sum(axis=(1, 2))
     assert masks.shape[1:] == (14, 14) and masks.dtype == bool
     assert counts.max() == 75 and counts.min() >= 60
@@ -21,7 +24,8 @@ def test_block_counts_follow_the_published_distribution():
 
 
 def test_block_masks_are_made_of_rectangles():
-    # one block that fills the target is a full rectangle: its bounding box holds masked patches only
+    # one block that fills the target is a full rectangle: its bounding box holds masked patches
+    # only
     for mask in draws(BlockwiseMask((14, 14), 30, min_block=30), 200):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -52,9 +56,13 @@ def test_block_respects_the_largest_block():
     assert (mask.sum(axis=(1, 2)) == 5).all() and mask.shape == (50, 6, 9)
 
 
-@pytest.mark.parametrize("size, patch, target", [(32, 4, 24), (384, 16, 220), ((64, 96), 8, 36), (64, 16, 6)])
+@pytest.mark.parametrize(
+    "size, patch, target", [(32, 4, 24), (384, 16, 220), ((64, 96), 8, 36), (64, 16, 6)]
+)
 def test_block_target_scales_with_the_grid(size, patch, target):
-    counts = draws(build_mask_generator("block", input_size=size, patch_size=patch, mask_ratio=0.5), 200).sum((1, 2))
+    counts = draws(
+        build_mask_generator("block", input_size=size, patch_size=patch, mask_ratio=0.5), 200
+    ).sum((1, 2))
     assert counts.max() == target and counts.min() > target / 2
 
 
@@ -65,9 +73,13 @@ def test_block_is_never_empty_where_no_rectangle_fits():
     assert (masks.sum(axis=(1, 2)) == 3).any()
 
 
-@pytest.mark.parametrize("size, patch, ratio, count", [(224, 16, 0.75, 147), (32, 4, 0.6, 38), ((32, 64), 8, 0.5, 16)])
+@pytest.mark.parametrize(
+    "size, patch, ratio, count", [(224, 16, 0.75, 147), (32, 4, 0.6, 38), ((32, 64), 8, 0.5, 16)]
+)
 def test_random_hides_exactly_the_floor(size, patch, ratio, count):
-    masks = draws(build_mask_generator("random", input_size=size, patch_size=patch, mask_ratio=ratio), 50)
+    masks = draws(
+        build_mask_generator("random", input_size=size, patch_size=patch, mask_ratio=ratio), 50
+    )
     assert (masks.sum(axis=(1, 2)) == count).all()
 
 
@@ -98,7 +110,9 @@ def test_simmim_counts_and_cells(size, patch, cell, ratio, grid, count):
 
 
 def test_simmim_rounds_up():
-    assert draws(SimMIMMask((4, 4), 0.3, cell=2), 1).sum() == 8  # ceil(4 * 0.3) = 2 cells of 4 patches
+    assert (
+        draws(SimMIMMask((4, 4), 0.3, cell=2), 1).sum() == 8
+    )  # ceil(4 * 0.3) = 2 cells of 4 patches
 
 
 def test_a_mask_follows_from_its_generator_alone():
@@ -118,9 +132,18 @@ def test_a_mask_follows_from_its_generator_alone():
         ({"num_mask_patches": 0}, "--num_mask_patches hides 0 of 196"),
         ({"min_mask_patches_per_block": 0}, "--min_mask_patches_per_block is 0"),
         ({"max_mask_patches_per_block": 0}, "--max_mask_patches_per_block is 0"),
-        ({"mask_type": "random_mps32", "mask_patch_size": 24}, "--mask_patch_size 24 is not a multiple"),
-        ({"mask_type": "random_mps32", "input_size": 240}, "not a multiple of --mask_patch_size 32x32"),
-        ({"mask_type": "random_mps32", "input_size": 32, "mask_ratio": 0.9}, "--mask_ratio hides 1 of 1"),
+        (
+            {"mask_type": "random_mps32", "mask_patch_size": 24},
+            "--mask_patch_size 24 is not a multiple",
+        ),
+        (
+            {"mask_type": "random_mps32", "input_size": 240},
+            "not a multiple of --mask_patch_size 32x32",
+        ),
+        (
+            {"mask_type": "random_mps32", "input_size": 32, "mask_ratio": 0.9},
+            "--mask_ratio hides 1 of 1",
+        ),
     ],
 )
 def test_impossible_masks_are_refused(options, message):

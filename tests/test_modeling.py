@@ -1,4 +1,5 @@
-"""Attention kernels, checkpointed and compiled blocks, published sizes, and what ConMIM's student and teacher see."""
+"""Attention kernels, checkpointed and compiled blocks, published sizes, and what ConMIM's student
+and teacher see."""
 
 import copy
 import math
@@ -32,7 +33,9 @@ GRID = (4, 6)
 
 def classifier(**options) -> nn.Module:
     torch.manual_seed(0)
-    model = create_model("beit_tiny_patch16_224", **{**SIZE, "num_classes": 5, "init_scale": 1.0, **options})
+    model = create_model(
+        "beit_tiny_patch16_224", **{**SIZE, "num_classes": 5, "init_scale": 1.0, **options}
+    )
     return randomised(model)
 
 
@@ -63,7 +66,11 @@ def batch(masked: tuple[int, ...] = (12, 12, 12)) -> dict:
     for row, count in zip(mask, masked, strict=True):
         row[torch.randperm(24, generator=generator)[:count]] = True
     count = len(masked)
-    return {"image": images(count), "image_strong": images(count, seed=4), "mask": mask.view(count, *GRID)}
+    return {
+        "image": images(count),
+        "image_strong": images(count, seed=4),
+        "mask": mask.view(count, *GRID),
+    }
 
 
 def loss_and_gradients(model: nn.Module, inputs) -> dict[str, torch.Tensor]:
@@ -76,7 +83,9 @@ def loss_and_gradients(model: nn.Module, inputs) -> dict[str, torch.Tensor]:
 
 def assert_close(ours: dict, theirs: dict, atol: float) -> None:
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,26 +95,37 @@ def assert_close(ours: dict, theirs: dict, atol: float) -> None:
 @pytest.mark.parametrize("bias", ["none", "shared", "per_block"])
 def test_kernels_agree(bias):
     results = [
-        loss_and_gradients(classifier(attn=kernel, rel_pos_bias=bias).double(), images().double()) for kernel in KERNELS
+        loss_and_gradients(classifier(attn=kernel, rel_pos_bias=bias).double(), images().double())
+        for kernel in KERNELS
     ]
     for result in results[1:]:
         assert_close(result, results[0], atol=1e-12)
-    single = [loss_and_gradients(classifier(attn=kernel, rel_pos_bias=bias), images()) for kernel in KERNELS]
+    single = [
+        loss_and_gradients(classifier(attn=kernel, rel_pos_bias=bias), images())
+        for kernel in KERNELS
+    ]
     for result in single:
         assert_close({k: v.double() for k, v in result.items()}, results[0], atol=1e-5)
 
 
 def test_flex_attention_under_a_bias(monkeypatch):
-    """The numbers and gradients of the explicit form, the bias's too. torch refuses gradients on CPUs, where its
-    formulas are the same and only the kernel lacks."""
+    """The numbers and gradients of the explicit form, the bias's too. torch refuses gradients on
+    CPUs, where its formulas are the same and only the kernel lacks."""
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *args: None)
     torch.manual_seed(0)
-    attention = randomised(Attention(32, 2, qkv_bias=True, k_bias=False, attn_drop=0, proj_drop=0, grid=GRID))
+    attention = randomised(
+        Attention(32, 2, qkv_bias=True, k_bias=False, attn_drop=0, proj_drop=0, grid=GRID)
+    )
     q, k, v = attention.project(torch.randn(3, 25, 32))
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)] + [attention.relative_position_bias_table]
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)] + [
+        attention.relative_position_bias_table
+    ]
     bias, weight = attention.position_bias(None), torch.randn(3, 2, 25, 16)
     found = []
-    for out in (flexible(*inputs[:3], bias), attention.probabilities(*inputs[:2], bias) @ inputs[2]):
+    for out in (
+        flexible(*inputs[:3], bias),
+        attention.probabilities(*inputs[:2], bias) @ inputs[2],
+    ):
         found.append((out, *torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True)))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
@@ -113,18 +133,26 @@ def test_flex_attention_under_a_bias(monkeypatch):
 
 def test_where_flex_attention_is_taken():
     """Not without a bias, under a causal or dense mask, with dropout in training, or on a CPU."""
-    attention = Attention(32, 2, qkv_bias=True, k_bias=False, attn_drop=0.1, proj_drop=0, kernel="flex").eval()
+    attention = Attention(
+        32, 2, qkv_bias=True, k_bias=False, attn_drop=0.1, proj_drop=0, kernel="flex"
+    ).eval()
     q = torch.empty(3, 2, 25, 16, device="meta")
     bias = torch.empty(2, 25, 25, device="meta", requires_grad=True)
     assert attention.choose_kernel(q, bias) == "flex"
     assert attention.choose_kernel(q, None) == attention.choose_kernel(q, bias[None]) == "sdpa"
-    assert attention.choose_kernel(q, bias, causal=True) == attention.train().choose_kernel(q, bias) == "sdpa"
+    assert (
+        attention.choose_kernel(q, bias, causal=True)
+        == attention.train().choose_kernel(q, bias)
+        == "sdpa"
+    )
     assert attention.choose_kernel(torch.empty(3, 2, 25, 16), bias) == "eager"
 
 
 def test_attention_is_the_softmax_form():
     torch.manual_seed(0)
-    attention = randomised(Attention(8, 2, qkv_bias=True, k_bias=False, attn_drop=0, proj_drop=0, grid=(2, 2)))
+    attention = randomised(
+        Attention(8, 2, qkv_bias=True, k_bias=False, attn_drop=0, proj_drop=0, grid=(2, 2))
+    )
     x = torch.randn(1, 5, 8)
     rows = attention.qkv.weight @ x[0].T  # [24, 5]
     bias = torch.cat((attention.q_bias, torch.zeros(8), attention.v_bias))
@@ -132,7 +160,9 @@ def test_attention_is_the_softmax_form():
     heads = []
     for head in range(2):
         scores = q[head].T @ k[head] / 4**0.5
-        scores = scores + attention.relative_position_bias_table[relative_position_index((2, 2)), head]
+        scores = (
+            scores + attention.relative_position_bias_table[relative_position_index((2, 2)), head]
+        )
         heads.append(scores.softmax(-1) @ v[head].T)
     expected = F.linear(torch.cat(heads, dim=1), attention.proj.weight, attention.proj.bias)
     torch.testing.assert_close(attention(x)[0], expected, atol=1e-6, rtol=1e-5)
@@ -151,7 +181,9 @@ def test_both_position_biases_add():
     model = classifier(rel_pos_bias="per_block")
     both = copy.deepcopy(model)
     for block in both.blocks:
-        block.attn.relative_position_bias_table.data.sub_(1.5 * model.blocks[0].attn.relative_position_bias_table.data)
+        block.attn.relative_position_bias_table.data.sub_(
+            1.5 * model.blocks[0].attn.relative_position_bias_table.data
+        )
     shared = classifier(rel_pos_bias="shared")
     table = 1.5 * model.blocks[0].attn.relative_position_bias_table.data
     shared.rel_pos_bias.relative_position_bias_table.data.copy_(table)
@@ -160,7 +192,8 @@ def test_both_position_biases_add():
 
 
 def test_index_of_the_smallest_grid():
-    """Written out for 1 x 2 patches: offsets -1, 0, 1, then class-to-patch, patch-to-class, class-to-class."""
+    """Written out for 1 x 2 patches: offsets -1, 0, 1, then class-to-patch, patch-to-class,
+    class-to-class."""
     assert table_rows((1, 2)) == 6
     assert relative_position_index((1, 2)).tolist() == [[5, 3, 3], [4, 1, 0], [4, 2, 1]]
 
@@ -215,7 +248,9 @@ def test_gelu_is_made_again_in_the_backward_pass(dtype):
     assert wanted == [True, False, True, True, False, False]
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    lean, usual = ({t.data_ptr() for t in part if t.numel() == x.numel()} for part in split_at_none(kept))
+    lean, usual = (
+        {t.data_ptr() for t in part if t.numel() == x.numel()} for part in split_at_none(kept)
+    )
     assert lean == {x.data_ptr()} and len(usual) == 2
 
 
@@ -237,12 +272,19 @@ def test_stochastic_depth_draws_as_timm_does(rate):
 
 
 def test_branches_are_added_in_one_kernel():
-    """With layer scale, stochastic depth, both and neither, also where autocast has made the branch bf16."""
+    """With layer scale, stochastic depth, both and neither, also where autocast has made the branch
+    bf16."""
     torch.manual_seed(0)
-    x, gamma, factor = torch.randn(4, 5, 8), torch.rand(8), torch.tensor([0.0, 2.0, 2.0, 0.0]).view(4, 1, 1)
+    x, gamma, factor = (
+        torch.randn(4, 5, 8),
+        torch.rand(8),
+        torch.tensor([0.0, 2.0, 2.0, 0.0]).view(4, 1, 1),
+    )
     for branch in (torch.randn(4, 5, 8), torch.randn(4, 5, 8).bfloat16()):
         for scales in ((None, None), (gamma, None), (None, factor), (gamma, factor)):
-            expected = x + branch.float() * math.prod(scale for scale in scales if scale is not None)
+            expected = x + branch.float() * math.prod(
+                scale for scale in scales if scale is not None
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 found = add_scaled(x, branch, *scales)
             assert found.dtype == torch.float32
@@ -251,7 +293,10 @@ def test_branches_are_added_in_one_kernel():
 
 def test_second_derivatives_of_the_activated_linear():
     torch.manual_seed(0)
-    inputs = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 4), (5, 4), (5,))]
+    inputs = [
+        torch.randn(*size, dtype=torch.float64, requires_grad=True)
+        for size in ((2, 3, 4), (5, 4), (5,))
+    ]
     assert torch.autograd.gradcheck(LinearOfGelu.apply, inputs)
     assert torch.autograd.gradgradcheck(LinearOfGelu.apply, inputs)
 
@@ -285,10 +330,22 @@ def counter():
 @pytest.mark.parametrize(
     ("name", "options", "graphs"),
     [
-        ("conmim_tiny_patch16_224", {"projector_hidden_dim": 8, "drop_path": 0.1}, 2),  # student and teacher
+        (
+            "conmim_tiny_patch16_224",
+            {"projector_hidden_dim": 8, "drop_path": 0.1},
+            2,
+        ),  # student and teacher
         ("mae_tiny_patch16_224", DECODER, 3),  # encoder, decoder and its last block
-        ("semaim_tiny_patch16_224", {"query_depth": 12}, 4),  # two streams, the map's pass and its last block
-        ("beit_tiny_patch16_224_8k_vocab", {"vocab_size": 8, "drop_path": 0.1}, 2),  # and the last block
+        (
+            "semaim_tiny_patch16_224",
+            {"query_depth": 12},
+            4,
+        ),  # two streams, the map's pass and its last block
+        (
+            "beit_tiny_patch16_224_8k_vocab",
+            {"vocab_size": 8, "drop_path": 0.1},
+            2,
+        ),  # and the last block
     ],
 )
 def test_twelve_blocks_share_their_graphs(counter, name, options, graphs):
@@ -298,14 +355,18 @@ def test_twelve_blocks_share_their_graphs(counter, name, options, graphs):
     model.most_masked = 12
     compile_blocks(model, model.teacher, backend=counter)
     for masked in ((12, 12, 9), (11, 8, 10)):
-        inputs = batch(masked) | {"target_ids": torch.randint(0, 8, (3, *GRID)), "max_masked": max(masked)}
+        inputs = batch(masked) | {
+            "target_ids": torch.randint(0, 8, (3, *GRID)),
+            "max_masked": max(masked),
+        }
         model(inputs)["loss"].backward()
     assert counter.frame_count == graphs
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_classifier_is_compiled_twice(counter):
-    """For training, at any rate of stochastic depth, and for evaluation, whose last batch is smaller."""
+    """For training, at any rate of stochastic depth, and for evaluation, whose last batch is
+    smaller."""
     torch.manual_seed(0)
     model = create_model("beit_tiny_patch16_224", **DEEP, num_classes=5, drop_path=0.3)
     plain = copy.deepcopy(model).eval()
@@ -320,10 +381,16 @@ def test_classifier_is_compiled_twice(counter):
 
 
 def test_blocks_of_convolutional_networks_are_compiled(counter):
-    """The first block of a stage and the others; timm's stochastic depth must not make one of each."""
+    """The first block of a stage and the others; timm's stochastic depth must not make one of
+    each."""
     torch.manual_seed(0)
     model = create_model(
-        "convnext_tiny", num_classes=5, input_size=32, drop_path=0.3, depths=(2, 6, 1, 1), dims=(8,) * 4
+        "convnext_tiny",
+        num_classes=5,
+        input_size=32,
+        drop_path=0.3,
+        depths=(2, 6, 1, 1),
+        dims=(8,) * 4,
     )
     plain = copy.deepcopy(model).eval()
     compile_blocks(model, backend=counter)
@@ -338,7 +405,10 @@ def test_stochastic_depth_in_a_compiled_graph(counter):
     drop.share_graph(torch.device("cpu"))
     torch.manual_seed(0)
     kept = torch.compile(drop, backend=counter)(torch.ones(20_000, 1, 2))
-    assert set(kept[:, 0, 0].unique().tolist()) == {0.0, float(torch.tensor(1.0) / torch.tensor(1 - 0.3))}
+    assert set(kept[:, 0, 0].unique().tolist()) == {
+        0.0,
+        float(torch.tensor(1.0) / torch.tensor(1 - 0.3)),
+    }
     assert torch.equal(kept[..., 0], kept[..., 1]), "one draw for each image"
     assert abs(float((kept[:, 0, 0] > 0).float().mean()) - 0.7) < 0.015
 
@@ -348,17 +418,26 @@ def test_last_block_output_is_what_is_pooled():
     layers = model.get_intermediate_layers(images())
     assert len(layers) == 2 and layers[0].shape == (3, 25, 32)
     torch.testing.assert_close(layers[-1], model.forward_features(images()))
-    torch.testing.assert_close(model.head(model.fc_norm(layers[-1][:, 1:].mean(1))), model(images()))
+    torch.testing.assert_close(
+        model.head(model.fc_norm(layers[-1][:, 1:].mean(1))), model(images())
+    )
 
 
 def test_class_token_pooling():
     model = classifier(global_pool="token").eval()
-    torch.testing.assert_close(model.head(model.norm(model.forward_features(images()))[:, 0]), model(images()))
-    assert {"norm.weight", "norm.bias"} <= model.state_dict().keys() and "fc_norm.weight" not in model.state_dict()
+    torch.testing.assert_close(
+        model.head(model.norm(model.forward_features(images()))[:, 0]), model(images())
+    )
+    assert {
+        "norm.weight",
+        "norm.bias",
+    } <= model.state_dict().keys() and "fc_norm.weight" not in model.state_dict()
 
 
 def test_wrong_image_size_is_refused():
-    with pytest.raises(ValueError, match=r"\(24, 16\), the model was built for --input_size \(16, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"\(24, 16\), the model was built for --input_size \(16, 24\)"
+    ):
         classifier()(images().transpose(2, 3))
 
 
@@ -393,7 +472,9 @@ def test_published_pretraining_sizes(on_meta, size, total, lm_head, projector):
     assert parameters(model.projectors) == projector
 
 
-@pytest.mark.parametrize(("size", "total"), [("small", 22_032_328), ("base", 86_530_984), ("large", 304_430_568)])
+@pytest.mark.parametrize(
+    ("size", "total"), [("small", 22_032_328), ("base", 86_530_984), ("large", 304_430_568)]
+)
 def test_published_classifier_sizes(on_meta, size, total):
     assert parameters(create_model(f"beit_{size}_patch16_224")) == total
 
@@ -427,14 +508,20 @@ def test_masked_positions():
     mask = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]]).bool()
     positions, counts = masked_positions(mask)
     assert positions[counts].tolist() == [1, 3, 0] and counts.sum(1).tolist() == [2, 1]
-    assert take(torch.arange(8.0).view(2, 4, 1), positions)[..., 0][counts].tolist() == [1.0, 3.0, 4.0]
+    assert take(torch.arange(8.0).view(2, 4, 1), positions)[..., 0][counts].tolist() == [
+        1.0,
+        3.0,
+        4.0,
+    ]
 
 
 def test_student_does_not_see_masked_patches():
     model, inputs = conmim(), batch()
     hidden = inputs["mask"].repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
     changed = torch.where(hidden, torch.full_like(inputs["image"], 9.0), inputs["image"])
-    assert torch.equal(model(inputs)["loss"], copy.deepcopy(model)(inputs | {"image": changed})["loss"])
+    assert torch.equal(
+        model(inputs)["loss"], copy.deepcopy(model)(inputs | {"image": changed})["loss"]
+    )
     visible = torch.where(hidden, inputs["image"], torch.full_like(inputs["image"], 9.0))
     assert model(inputs)["loss"] != model(inputs | {"image": visible})["loss"]
 
@@ -447,7 +534,9 @@ def test_teacher_is_apart():
     mine = {id(p) for p in model.parameters()}
     assert not mine & {id(p) for p in model.teacher.parameters()}
     assert all(
-        torch.equal(state[name], value) for name, value in conmim().teacher.state_dict().items() if "mask" in name
+        torch.equal(state[name], value)
+        for name, value in conmim().teacher.state_dict().items()
+        if "mask" in name
     )
     model(batch())["loss"].backward()
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
@@ -468,7 +557,8 @@ def test_teacher_starts_equal_and_moves_by_the_schedule():
 
 
 def test_average_by_a_weight_on_the_device():
-    """A GPU's form of the same update, which must leave the average as it is where a step was skipped."""
+    """A GPU's form of the same update, which must leave the average as it is where a step was
+    skipped."""
     model = conmim(t_momentum=0.9)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -477,7 +567,9 @@ def test_average_by_a_weight_on_the_device():
     before = copy.deepcopy(model.teacher.state_dict())
     model.average.update(0.9)
     other.average.update(0.9, torch.tensor(0.0))
-    assert all(torch.equal(value, before[name]) for name, value in other.teacher.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in other.teacher.state_dict().items()
+    )
     other.average.update(0.9, torch.tensor(1.0))
     for name, value in other.teacher.state_dict().items():
         torch.testing.assert_close(value, model.teacher.state_dict()[name], rtol=3e-7, atol=3e-7)
@@ -502,5 +594,7 @@ def test_encoder_is_the_teachers():
         model.cls_token.add_(1.0)
     encoder = model.encoder_state_dict()
     assert torch.equal(encoder["cls_token"], model.teacher.cls_token)
-    assert "mask_token" not in encoder and not any(name.startswith("projectors") for name in encoder)
+    assert "mask_token" not in encoder and not any(
+        name.startswith("projectors") for name in encoder
+    )
     assert "rel_pos_bias.relative_position_bias_table" in encoder

@@ -1,4 +1,5 @@
-"""Teachers: every file format gives the tokens of the model that wrote it; what cannot be is said in one line."""
+"""Teachers: every file format gives the tokens of the model that wrote it; what cannot be is said
+in one line."""
 
 from functools import partial
 
@@ -27,7 +28,9 @@ def spread(model: nn.Module) -> nn.Module:
     """Away from what the start makes equal: zeros, ones; in steps that half precision keeps."""
     for name, parameter in model.named_parameters():
         draws = torch.Generator().manual_seed(len(name))
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=draws)).copy_(parameter.half())
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=draws)).copy_(
+            parameter.half()
+        )
     return model.eval()
 
 
@@ -36,7 +39,12 @@ def timm_clip(act: type[nn.Module] = NearGELU) -> nn.Module:
     norm = partial(nn.LayerNorm, eps=1e-5)
     return spread(
         timm.models.VisionTransformer(
-            **SIZES, pre_norm=True, norm_layer=norm, act_layer=act, num_classes=24, global_pool="token"
+            **SIZES,
+            pre_norm=True,
+            norm_layer=norm,
+            act_layer=act,
+            num_classes=24,
+            global_pool="token",
         )
     )
 
@@ -83,7 +91,9 @@ class Archive(nn.Module):
     def __init__(self, state: dict[str, Tensor]):
         super().__init__()
         for name in {name.partition(".")[0] for name in state}:
-            below = {k.partition(".")[2]: v for k, v in state.items() if k.partition(".")[0] == name}
+            below = {
+                k.partition(".")[2]: v for k, v in state.items() if k.partition(".")[0] == name
+            }
             if "" in below:
                 self.register_parameter(name, nn.Parameter(below[""], requires_grad=False))
             else:
@@ -102,7 +112,10 @@ def test_openais_files(tmp_path):
     whole |= {f"visual.{name}": value for name, value in visual.items()}
     torch.jit.script(Archive(whole)).save(tmp_path / "archive.pt")
     torch.save(whole, tmp_path / "whole.pt")
-    torch.save({"state_dict": {f"module.{name}": value for name, value in whole.items()}}, tmp_path / "wrapped.pt")
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in whole.items()}},
+        tmp_path / "wrapped.pt",
+    )
     safetensors.torch.save_file(visual, tmp_path / "visual.safetensors")
     expected = tokens_of(model, pictures())
     for name in ("archive.pt", "whole.pt", "wrapped.pt", "visual.safetensors"):
@@ -116,7 +129,9 @@ def test_timms_files(tmp_path):
         torch.save(model.state_dict(), tmp_path / "weights.pth")
         teacher = load_teacher(kind, str(tmp_path / "weights.pth"), GRID)
         assert teacher.width == {"clip": 24, "dino": 128}[kind]
-        torch.testing.assert_close(teacher(pictures()), tokens_of(model, pictures()), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            teacher(pictures()), tokens_of(model, pictures()), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_dinos_training_checkpoint(tmp_path):
@@ -127,10 +142,14 @@ def test_dinos_training_checkpoint(tmp_path):
     student = {name: torch.zeros_like(value) for name, value in state.items()}
     torch.save({"student": student, "teacher": state, "epoch": 3}, tmp_path / "checkpoint.pth")
     teacher = load_teacher("dino", str(tmp_path / "checkpoint.pth"), GRID)
-    torch.testing.assert_close(teacher(pictures()), tokens_of(model, pictures()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        teacher(pictures()), tokens_of(model, pictures()), rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("name", "act"), [("unimim_test_clip", nn.GELU), ("unimim_test_clip_quickgelu", NearGELU)])
+@pytest.mark.parametrize(
+    ("name", "act"), [("unimim_test_clip", nn.GELU), ("unimim_test_clip_quickgelu", NearGELU)]
+)
 def test_timms_names(name, act):
     """A tagless or LAION model of timm's computes GELU, one called quickgelu what OpenAI's does."""
     if not timm.is_model(name):
@@ -142,7 +161,9 @@ def test_timms_names(name, act):
         build.__name__, build.__module__ = name, __name__
         timm.models.register_model(build)
     teacher = load_teacher("clip", name, GRID)
-    torch.testing.assert_close(teacher(pictures()), tokens_of(timm_clip(act), pictures()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        teacher(pictures()), tokens_of(timm_clip(act), pictures()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_another_grid_and_another_image_size(tmp_path):
@@ -152,9 +173,15 @@ def test_another_grid_and_another_image_size(tmp_path):
     teacher = load_teacher("dino", str(tmp_path / "weights.pth"), (6, 6))
     finer = timm.models.VisionTransformer(**{**SIZES, "img_size": 48}, num_classes=0).eval()
     state = model.state_dict()
-    grid = F.interpolate(state["pos_embed"][:, 1:].mT.unflatten(2, (4, 4)), (6, 6), mode="bicubic").flatten(2).mT
+    grid = (
+        F.interpolate(state["pos_embed"][:, 1:].mT.unflatten(2, (4, 4)), (6, 6), mode="bicubic")
+        .flatten(2)
+        .mT
+    )
     finer.load_state_dict(state | {"pos_embed": torch.cat((state["pos_embed"][:, :1], grid), 1)})
-    torch.testing.assert_close(teacher(pictures(48)), tokens_of(finer, pictures(48)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        teacher(pictures(48)), tokens_of(finer, pictures(48)), rtol=1e-4, atol=1e-5
+    )
     small = F.interpolate(pictures(24), (48, 48), mode="bicubic", antialias=True)
     torch.testing.assert_close(teacher(pictures(24)), tokens_of(finer, small), rtol=1e-4, atol=1e-5)
 
@@ -178,19 +205,36 @@ def test_precision(tmp_path):
 def test_images_in_the_teachers_own_normalisation(tmp_path):
     torch.save(timm_clip().state_dict(), tmp_path / "weights.pth")
     raw = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    ours, own = ((raw - torch.tensor(m).view(3, 1, 1)) / torch.tensor(s).view(3, 1, 1) for m, s in (HALF, CLIP))
+    ours, own = (
+        (raw - torch.tensor(m).view(3, 1, 1)) / torch.tensor(s).view(3, 1, 1)
+        for m, s in (HALF, CLIP)
+    )
     teacher = load_teacher("clip", str(tmp_path / "weights.pth"), GRID, image_mean_std=HALF)
     torch.testing.assert_close(teacher(ours), tokens_of(timm_clip(), own), rtol=1e-4, atol=2e-5)
     as_published = load_teacher("clip", str(tmp_path / "weights.pth"), GRID)
-    torch.testing.assert_close(as_published(ours), tokens_of(timm_clip(), ours), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        as_published(ours), tokens_of(timm_clip(), ours), rtol=1e-4, atol=2e-5
+    )
 
 
 def test_a_method_with_a_teacher(tmp_path):
     """The teacher makes target and order, and is no part of what is trained, averaged and saved."""
     torch.save(timm_clip().state_dict(), tmp_path / "weights.pth")
     torch.manual_seed(0)
-    options = {"input_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "query_depth": 2}
-    model = SemAIM(**options, predict_feature="clip", target_model=str(tmp_path / "weights.pth"), use_ema_model=True)
+    options = {
+        "input_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "query_depth": 2,
+    }
+    model = SemAIM(
+        **options,
+        predict_feature="clip",
+        target_model=str(tmp_path / "weights.pth"),
+        use_ema_model=True,
+    )
     assert model.prediction_head.fc2.out_features == 24
     assert not any("tower" in name or "target" in name for name in model.state_dict())
     assert not hasattr(model.teacher, "target")

@@ -1,4 +1,5 @@
-"""SemMAE's stage 1: teachers of every naming, the learner and its losses, hard maps, metrics, and whole runs."""
+"""SemMAE's stage 1: teachers of every naming, the learner and its losses, hard maps, metrics, and
+whole runs."""
 
 import json
 import signal
@@ -70,7 +71,9 @@ def random_features(count: int = 2, dim: int = 16, grid=(4, 4)) -> Features:
 
 def some_scenes(count: int, side: int) -> torch.Tensor:
     """Normalised images [count, 3, side, side]."""
-    images = [Image.fromarray(make_scene("train", i).image).resize((side, side)) for i in range(count)]
+    images = [
+        Image.fromarray(make_scene("train", i).image).resize((side, side)) for i in range(count)
+    ]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in MEAN_STD["imagenet"])
     return (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - mean) / std
 
@@ -86,11 +89,15 @@ HEAD = torch.zeros(3)
 NAMINGS = {
     "bare": lambda state: state,
     "dino": lambda state: {
-        "student": wrapped(state, "module.backbone.", **{"module.backbone.cls_token": torch.zeros(1, 1, 192)}),
+        "student": wrapped(
+            state, "module.backbone.", **{"module.backbone.cls_token": torch.zeros(1, 1, 192)}
+        ),
         "teacher": wrapped(state, "backbone.", **{"head.mlp.0.bias": HEAD}),
         "epoch": 3,
     },
-    "ibot": lambda state: {"state_dict": wrapped(state, "module.backbone.", **{"module.backbone.masked_embed": HEAD})},
+    "ibot": lambda state: {
+        "state_dict": wrapped(state, "module.backbone.", **{"module.backbone.masked_embed": HEAD})
+    },
     "mae": lambda state: {"model": {**state, "mask_token": HEAD, "decoder_pred.bias": HEAD}},
 }
 
@@ -128,14 +135,23 @@ def test_class_attention_is_that_of_the_last_block(tmp_path):
     wanted = torch.stack(scores, dim=1).softmax(-1)[:, :, 1:]
     for teacher in (
         load_teacher(str(tmp_path / "teacher.pth"), image_size=48),
-        load_teacher(TIMM, image_size=48, checkpoint=str(tmp_path / "teacher.pth"), model_kwargs=TINY),
+        load_teacher(
+            TIMM, image_size=48, checkpoint=str(tmp_path / "teacher.pth"), model_kwargs=TINY
+        ),
     ):
         torch.testing.assert_close(teacher(images).attention, wanted)
 
 
 def test_our_own_encoders_teach_at_any_size(tmp_path):
     torch.manual_seed(0)
-    options = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 0, "global_pool": "token"}
+    options = {
+        "patch_size": 8,
+        "embed_dim": 64,
+        "depth": 2,
+        "num_heads": 4,
+        "num_classes": 0,
+        "global_pool": "token",
+    }
     vit = VisionTransformer(input_size=48, rel_pos_bias="shared", init_values=0.1, **options).eval()
     torch.nn.init.normal_(vit.rel_pos_bias.relative_position_bias_table)
     path = tmp_path / "encoder-1.safetensors"
@@ -163,9 +179,13 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"blocks\.0\.ls1\.gamma has no place"):
         load_teacher(TIMM, image_size=48, checkpoint=path, model_kwargs=TINY)
     torch.save({"fc.weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"x\.pth holds no ViT with a class token; its tensors are fc\.weight"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth holds no ViT with a class token; its tensors are fc\.weight"
+    ):
         load_teacher(path, image_size=48)
-    with pytest.raises(ValueError, match="--teacher no_such_model is neither a file nor a model that timm knows"):
+    with pytest.raises(
+        ValueError, match="--teacher no_such_model is neither a file nor a model that timm knows"
+    ):
         load_teacher("no_such_model", image_size=48)
     with pytest.raises(ValueError, match="must be a vision transformer"):
         load_teacher("resnet18", image_size=48, allow_random=True, model_kwargs={"img_size": None})
@@ -174,7 +194,9 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
 # --- the learner ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("background", "maps", "ids"), [("token", 7, 7), ("attention", 6, 7), ("none", 6, 6)])
+@pytest.mark.parametrize(
+    ("background", "maps", "ids"), [("token", 7, 7), ("attention", 6, 7), ("none", 6, 6)]
+)
 def test_background_modes(background, maps, ids):
     features = random_features(grid=(4, 6))
     learner = PartLearner(16, (4, 6), background=background, widths=(8, 8))
@@ -191,7 +213,10 @@ def test_background_modes(background, maps, ids):
 
 def test_size_of_the_published_setting():
     learner = PartLearner(384, (14, 14))
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in learner.named_modules()}
+    count = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in learner.named_modules()
+    }
     assert count["embed"] == 6 * 384 * 385
     assert count["decoder.convs"] == 9 * (7 * 256 + 256 * 128 + 128 * 64 + 64 * 32) + 480
     assert count["decoder.adain"] == 2 * 480 * 385
@@ -201,9 +226,13 @@ def test_size_of_the_published_setting():
 def test_soft_maps_by_hand():
     learner = PartLearner(2, (1, 2), num_parts=2, background="none", widths=(4,))
     learner.embed.weight.data.zero_()
-    learner.embed.bias.data = torch.tensor([3.0, 0.0, 0.0, 5.0])  # the parts look along the two axes
+    learner.embed.bias.data = torch.tensor(
+        [3.0, 0.0, 0.0, 5.0]
+    )  # the parts look along the two axes
     learner.temperature = 0.5
-    features = Features(torch.zeros(1, 2), torch.tensor([[[2.0, 0.0], [3.0, 4.0]]]), torch.ones(1, 1, 2))
+    features = Features(
+        torch.zeros(1, 2), torch.tensor([[[2.0, 0.0], [3.0, 4.0]]]), torch.ones(1, 1, 2)
+    )
     wanted = torch.tensor([[1.0, 0.6], [0.0, 0.8]]).div(0.5).softmax(0).view(1, 2, 1, 2)
     torch.testing.assert_close(learner.soft_maps(features)[0], wanted)
 
@@ -250,14 +279,18 @@ def test_standardise_gives_mean_zero_and_deviation_one():
 def test_blur_keeps_the_sum_and_spreads_one_cell():
     spot = torch.zeros(1, 2, 5, 5)
     spot[0, 1, 2, 2] = 16
-    assert torch.equal(blur(spot)[0, 1, 1:4, 1:4], torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]))
+    assert torch.equal(
+        blur(spot)[0, 1, 1:4, 1:4], torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])
+    )
     assert blur(spot)[0, 0].abs().sum() == 0
     torch.testing.assert_close(blur(torch.ones(1, 3, 4, 4)), torch.ones(1, 3, 4, 4))
 
 
 def test_diversity_and_balance_by_hand():
     left = torch.tensor([[1.0, 0.0]]).view(1, 1, 2)
-    maps = torch.stack((left, left, 1 - left), dim=1)  # two equal parts and one that shares nothing with them
+    maps = torch.stack(
+        (left, left, 1 - left), dim=1
+    )  # two equal parts and one that shares nothing with them
     torch.testing.assert_close(similarity(maps), torch.tensor(2 * 0.9 / 6))
     shares = torch.tensor([0.97, 0.03, 0.015]).view(1, 3, 1, 1).expand(2, 3, 2, 2)
     torch.testing.assert_close(starvation(shares), torch.tensor(0.5 / 3))
@@ -278,10 +311,13 @@ def test_the_smallest_id_wins_a_tie():
 
 def test_single_cells_take_their_neighbours_id():
     parts = torch.tensor([[1, 1, 2, 2], [1, 3, 2, 2], [1, 1, 0, 4]])[None]
-    # 3: five neighbours of part 1, two of 2. 0: two of 2, one of 1, and two that stand alone. 4: two of 2.
+    # 3: five neighbours of part 1, two of 2. 0: two of 2, one of 1, and two that stand alone. 4:
+    # two of 2.
     assert without_single_cells(parts, 5).tolist() == [[[1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2]]]
     diagonal = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 0]])[None]
-    assert torch.equal(without_single_cells(diagonal, 2), diagonal)  # two cells that touch at a corner
+    assert torch.equal(
+        without_single_cells(diagonal, 2), diagonal
+    )  # two cells that touch at a corner
 
 
 def test_finer_maps_are_interpolated_before_the_argmax():
@@ -296,7 +332,13 @@ def test_foreground_holds_the_mass_and_drops_specks():
     attention[:, :, 1:4, 1:4] = 0.06
     attention[:, :, 5, 5] = 0.07  # the heaviest cell, but alone
     inside = foreground(attention.flatten(2), (6, 6))
-    assert inside[0].nonzero().tolist() == [[1, 2], [2, 1], [2, 2], [2, 3], [3, 2]]  # corners have four votes of nine
+    assert inside[0].nonzero().tolist() == [
+        [1, 2],
+        [2, 1],
+        [2, 2],
+        [2, 3],
+        [3, 2],
+    ]  # corners have four votes of nine
     heads = attention_head_maps(Features(None, None, attention.flatten(2)), (6, 6))
     assert torch.equal(heads.argmax(1) == 0, ~inside)
 
@@ -338,7 +380,10 @@ def test_the_best_union_is_the_best_of_all_unions():
     for _ in range(20):
         table = rng.integers(0, 20, (5, 3))
         unions = [[k for k in range(5) if number >> k & 1] for number in range(1, 32)]
-        ious = [table[u, 1].sum() / (table[u].sum() + table[:, 1].sum() - table[u, 1].sum()) for u in unions]
+        ious = [
+            table[u, 1].sum() / (table[u].sum() + table[:, 1].sum() - table[u, 1].sum())
+            for u in unions
+        ]
         assert best_union_iou(table, 1) == pytest.approx(max(ious))
 
 
@@ -346,7 +391,9 @@ def test_quality_pools_images_and_measures_evenness():
     quality = PartQuality(2, 3)
     mask = np.array([[0, 1], [0, 1]], dtype=np.uint8)
     quality.add(overlap(np.array([[0, 1]], dtype=np.uint8), mask, 2, 3))
-    quality.add(overlap(np.array([[1, 0]], dtype=np.uint8), mask, 2, 3))  # as good, with the ids the other way round
+    quality.add(
+        overlap(np.array([[1, 0]], dtype=np.uint8), mask, 2, 3)
+    )  # as good, with the ids the other way round
     figures = quality.figures()
     assert (figures["miou"], figures["foreground_iou"]) == (1.0, 1.0)
     assert figures["nmi"] == pytest.approx(1.0) and figures["nmi_pooled"] == pytest.approx(0.0)
@@ -362,8 +409,25 @@ def data(tmp_path_factory) -> Path:
 
 
 def parse(data: Path, folder: Path, *flags: str):
-    tiny = ["--teacher", TIMM, "--teacher_kwargs", "patch_size=8", "depth=2", "--allow_random_teacher"]
-    tiny += ["--input_size", "32", "--decoder_widths", "8", "8", "--device", "cpu", "--num_workers", "0"]
+    tiny = [
+        "--teacher",
+        TIMM,
+        "--teacher_kwargs",
+        "patch_size=8",
+        "depth=2",
+        "--allow_random_teacher",
+    ]
+    tiny += [
+        "--input_size",
+        "32",
+        "--decoder_widths",
+        "8",
+        "8",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+    ]
     tiny += ["--data_set", "shapes", "--data_path", str(data), "--batch_size", "4", "--epochs", "2"]
     return run_part_learning.parse([*tiny, "--output_dir", str(folder), *flags])
 
@@ -394,15 +458,39 @@ def rows_of(folder: Path, count: int = 21) -> np.ndarray:
 
 
 def test_a_run_trains_extracts_measures_and_shows(data, tmp_path):
-    flags = ["--extract", str(tmp_path / "parts"), "--save_scores", "--part_grid", "8", "--split", "val"]
-    run(data, tmp_path, *flags, "--evaluate", str(tmp_path / "q.csv"), "--visualize", str(tmp_path / "sheet.png"))
-    source = extraction.build_dataset(parse(data, tmp_path), train=False, transform=None, need_labels=False).source
-    maps = PartMaps.open(tmp_path / "parts", paths=extraction.image_names(source), map_file=data / "val_map.txt")
+    flags = [
+        "--extract",
+        str(tmp_path / "parts"),
+        "--save_scores",
+        "--part_grid",
+        "8",
+        "--split",
+        "val",
+    ]
+    run(
+        data,
+        tmp_path,
+        *flags,
+        "--evaluate",
+        str(tmp_path / "q.csv"),
+        "--visualize",
+        str(tmp_path / "sheet.png"),
+    )
+    source = extraction.build_dataset(
+        parse(data, tmp_path), train=False, transform=None, need_labels=False
+    ).source
+    maps = PartMaps.open(
+        tmp_path / "parts", paths=extraction.image_names(source), map_file=data / "val_map.txt"
+    )
     assert (len(maps), maps.grid, maps.num_parts, maps.meta.background_id) == (6, (8, 8), 7, 0)
     teacher, learner = trained(tmp_path)
-    image = Image.open(data / "images/validation/000004.png").resize((32, 32), Image.Resampling.BICUBIC)
+    image = Image.open(data / "images/validation/000004.png").resize(
+        (32, 32), Image.Resampling.BICUBIC
+    )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in MEAN_STD["imagenet"])
-    features = teacher(((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std)[None])
+    features = teacher(
+        ((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std)[None]
+    )
     assert np.array_equal(maps.read(4), hard_maps(learner.maps(features), (8, 8))[0].numpy())
     assert maps.read_scores(4).shape == (8, 8) and 0 < maps.read_scores(4).min() < 1
     table = (tmp_path / "q.csv").read_text().splitlines()
@@ -433,7 +521,9 @@ def test_extraction_goes_on_where_it_stopped(data, tmp_path):
 
 def test_two_ranks_write_what_one_writes(data, tmp_path):
     teacher, normalize = random_teacher(32), run_part_learning.set_up(parse(data, tmp_path))
-    task = PartLearning(PartLearner(192, teacher.grid, widths=(8,)), teacher, MEAN_STD["imagenet"], (0.2, 0.07))
+    task = PartLearning(
+        PartLearner(192, teacher.grid, widths=(8,)), teacher, MEAN_STD["imagenet"], (0.2, 0.07)
+    )
     folders = tmp_path / "one", tmp_path / "two"
     for folder, ranks in zip(folders, (1, 2), strict=True):
         for rank in range(ranks):
@@ -451,14 +541,18 @@ def test_a_resumed_run_ends_with_the_same_weights(data, tmp_path):
     (tmp_path / "checkpoint-1.pth").unlink()
     run(data, tmp_path)
     again = torch.load(tmp_path / "checkpoint-1.pth")["model"]
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert whole.keys() == again.keys() and all(
+        torch.equal(whole[name], again[name]) for name in whole
+    )
 
 
 def test_maps_of_another_learner_are_not_mixed_in(data, tmp_path):
     flags = ["--part_source", "random", "--extract", str(tmp_path / "parts")]
     run(data, tmp_path, *flags)
     assert json.loads((tmp_path / "parts/parts.json").read_text())["part_source"] == "random"
-    with pytest.raises(ValueError, match=r"holds part maps of another run .*part_source random there, kmeans now"):
+    with pytest.raises(
+        ValueError, match=r"holds part maps of another run .*part_source random there, kmeans now"
+    ):
         run(data, tmp_path, "--part_source", "kmeans", *flags[2:])
 
 
@@ -466,7 +560,9 @@ def test_an_unreadable_image_has_no_map(data, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for index in range(5):
-        (images / f"{index}.png").write_bytes((data / f"images/training/{index:06d}.png").read_bytes())
+        (images / f"{index}.png").write_bytes(
+            (data / f"images/training/{index:06d}.png").read_bytes()
+        )
     (images / "3.png").write_bytes(b"no image")
     folder = tmp_path / "parts"
     flags = ["--data_set", "image_folder", "--data_path", str(images), "--part_source", "kmeans"]

@@ -1,4 +1,5 @@
-"""Part maps on disk: the three forms hold the same maps, mistakes are named, writing goes on where it stopped."""
+"""Part maps on disk: the three forms hold the same maps, mistakes are named, writing goes on where
+it stopped."""
 
 import multiprocessing
 import pickle
@@ -84,7 +85,9 @@ def test_forked_and_spawned_workers_read_maps_that_were_opened_here(maps_path):
     child.start()
     assert np.array_equal(queue.get(timeout=60), some_maps()[3])
     child.join()
-    assert np.array_equal(pickle.loads(pickle.dumps(maps)).read(3), some_maps()[3])  # what a spawned worker gets
+    assert np.array_equal(
+        pickle.loads(pickle.dumps(maps)).read(3), some_maps()[3]
+    )  # what a spawned worker gets
 
 
 def test_pickling_sends_no_maps(tmp_path):
@@ -116,7 +119,9 @@ def test_an_image_without_a_png_is_named(tmp_path, form):
 def test_ids_that_are_no_part_are_refused(maps_path, tmp_path):
     wrong = some_maps()
     wrong[1, 0, 0] = 7
-    array = np.lib.format.open_memmap(write_array(tmp_path / "wrong", some_maps()) / "parts.npy", mode="r+")
+    array = np.lib.format.open_memmap(
+        write_array(tmp_path / "wrong", some_maps()) / "parts.npy", mode="r+"
+    )
     array[1] = wrong[1]
     array.flush()
     with pytest.raises(ValueError, match=r"parts\.npy\[1\] holds part 7; there are 7, from 0"):
@@ -147,7 +152,9 @@ def test_maps_of_other_images_are_refused(maps_path):
 def test_maps_of_another_map_file_are_refused(tmp_path):
     map_file = tmp_path / "train_map.txt"
     map_file.write_text("a/1.jpg\t0\n")
-    folder = write_array(tmp_path / "parts", some_maps(), replace(META, map_file_sha256=file_sha256(map_file)))
+    folder = write_array(
+        tmp_path / "parts", some_maps(), replace(META, map_file_sha256=file_sha256(map_file))
+    )
     assert len(PartMaps.open(folder, map_file=map_file)) == 5
     map_file.write_text("a/1.jpg\t1\n")
     with pytest.raises(ValueError, match=r"made for another map file than .*train_map\.txt"):
@@ -157,7 +164,9 @@ def test_maps_of_another_map_file_are_refused(tmp_path):
 def test_an_array_of_another_shape_or_type_is_refused(tmp_path):
     folder = write_array(tmp_path, some_maps())
     np.save(folder / "parts.npy", some_maps()[:, :, :3])
-    with pytest.raises(ValueError, match=r"parts\.npy is uint8 \(5, 3, 3\); parts\.json says uint8 \(5, 3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"parts\.npy is uint8 \(5, 3, 3\); parts\.json says uint8 \(5, 3, 4\)"
+    ):
         PartMaps.open(folder)
     np.save(folder / "parts.npy", some_maps().astype(np.int64))
     with pytest.raises(ValueError, match=r"parts\.npy is int64"):
@@ -186,7 +195,9 @@ def test_descriptions_that_cannot_be_read_are_named(tmp_path, text, message):
 def test_no_maps_at_all(tmp_path):
     with pytest.raises(ValueError, match=r"--part_maps .*nothing does not exist"):
         PartMaps.open(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"parts_meta\.json, which describes the part maps, cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"parts_meta\.json, which describes the part maps, cannot be read"
+    ):
         PartMaps.open(tmp_path)
 
 
@@ -202,7 +213,11 @@ def test_ranks_share_the_rows_and_go_on_after_a_stop(tmp_path):
     second.write(1, some_maps()[1])
     PartMapWriter.create(tmp_path, META)  # the run starts again, now with three ranks
     writers = [PartMapWriter(tmp_path) for _ in range(3)]
-    assert [writer.missing(rank, 3).tolist() for rank, writer in enumerate(writers)] == [[0, 3], [4], []]
+    assert [writer.missing(rank, 3).tolist() for rank, writer in enumerate(writers)] == [
+        [0, 3],
+        [4],
+        [],
+    ]
     assert np.array_equal(PartMaps.open(tmp_path).read(2), some_maps()[2])
 
 
@@ -224,7 +239,11 @@ def test_scores_lie_beside_the_maps(tmp_path):
 def test_two_images_cannot_share_a_png(tmp_path):
     folder = write_array(tmp_path / "parts", some_maps(), replace(META, names_sha256=None))
     with pytest.raises(ValueError, match=r"two images would have the part map a/1\.png"):
-        write_zip(PartMaps.open(folder), tmp_path / "x.zip", ["a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg", "b/3.jpg"])
+        write_zip(
+            PartMaps.open(folder),
+            tmp_path / "x.zip",
+            ["a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg", "b/3.jpg"],
+        )
     assert not (tmp_path / "x.zip").exists()
 
 
@@ -232,7 +251,8 @@ def test_two_images_cannot_share_a_png(tmp_path):
 
 
 def packed_table(image: np.ndarray, parts: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """A packed sample of `image` [S, S, 3] uint8, made independently of the reader: row by row, by its definition."""
+    """A packed sample of `image` [S, S, 3] uint8, made independently of the reader: row by row, by
+    its definition."""
     side, patch = len(parts), len(image) // len(parts)
     mean, std = MEAN_STD["imagenet"]
     pixels = (image / 255 - mean) / std
@@ -261,7 +281,11 @@ def test_packed_samples_become_images_and_maps_again(tmp_path):
 def test_packed_samples_that_contradict_themselves_are_refused(tmp_path):
     file, image, parts = tmp_path / "x.npy", np.zeros((16, 16, 3)), np.ones((4, 4), dtype=int)
     good = packed_table(image, parts, np.arange(8))
-    for column, message in ((1, "must count the tokens"), (7, "must be one-hot"), (14, "different cells from 0 to 15")):
+    for column, message in (
+        (1, "must count the tokens"),
+        (7, "must be one-hot"),
+        (14, "different cells from 0 to 15"),
+    ):
         bad = good.copy()
         bad[0, column] += 1
         np.save(file, bad)
@@ -278,7 +302,10 @@ def test_a_folder_of_packed_samples_becomes_a_data_set(tmp_path):
     for name, parts in zip(("b/2", "a/1", "a/10"), maps, strict=True):
         file = tmp_path / "packed" / f"{name}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, packed_table(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8), parts, np.arange(16)))
+        np.save(
+            file,
+            packed_table(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8), parts, np.arange(16)),
+        )
     assert convert(tmp_path / "packed", tmp_path / "out", num_parts=7, image_size=16) == 3
     found = PartMaps.open(tmp_path / "out/parts", paths=["a/1.png", "a/10.png", "b/2.png"])
     assert np.array_equal(np.stack([found.read(index) for index in range(3)]), maps[[1, 2, 0]])

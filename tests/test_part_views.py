@@ -1,4 +1,5 @@
-"""Part maps on the way to a method: cropped and flipped as their images are, read for the image that is really used."""
+"""Part maps on the way to a method: cropped and flipped as their images are, read for the image
+that is really used."""
 
 import json
 import math
@@ -22,10 +23,14 @@ from unimim.data.views import build_pretrain_transform
 from unimim.engine.distributed import StopSignal
 from unimim.engine.setup import schedules
 
-PALETTE = np.array([[250, 30, 30], [30, 220, 40], [40, 60, 230], [230, 220, 40], [30, 30, 30]], dtype=np.uint8)
+PALETTE = np.array(
+    [[250, 30, 30], [30, 220, 40], [40, 60, 230], [230, 220, 40], [30, 30, 30]], dtype=np.uint8
+)
 
 
-def painted(rng: np.random.Generator, cells: tuple[int, int], pixels: int) -> tuple[np.ndarray, np.ndarray]:
+def painted(
+    rng: np.random.Generator, cells: tuple[int, int], pixels: int
+) -> tuple[np.ndarray, np.ndarray]:
     """A part map of blobs and the picture whose colours show it, `pixels` for each cell."""
     parts = rng.integers(len(PALETTE), size=(cells[0] // 3 + 1, cells[1] // 3 + 1), dtype=np.uint8)
     parts = parts.repeat(3, 0).repeat(3, 1)[: cells[0], : cells[1]]
@@ -34,10 +39,15 @@ def painted(rng: np.random.Generator, cells: tuple[int, int], pixels: int) -> tu
 
 @pytest.mark.parametrize("pipeline", ["fast", "reference"])
 def test_the_map_stays_on_the_picture(pipeline):
-    """Where a patch lies within one part, it shows that part's colour; checked after random crops and flips."""
+    """Where a patch lies within one part, it shows that part's colour; checked after random crops
+    and flips."""
     rng = np.random.default_rng(0)
     transform = build_pretrain_transform(
-        ("image", "part_ids"), input_size=(48, 64), grid=(6, 8), pipeline=pipeline, crop_scale=(0.2, 1.0)
+        ("image", "part_ids"),
+        input_size=(48, 64),
+        grid=(6, 8),
+        pipeline=pipeline,
+        crop_scale=(0.2, 1.0),
     )
     checked = 0
     for _ in range(40):
@@ -66,8 +76,13 @@ def test_the_rule_point_by_point(flip):
             votes = [0] * 4
             for a in range(4):
                 for b in range(4):
-                    y, x = top + (u + (a + 0.5) / 4) / rows * h, left + (v + (b + 0.5) / 4) / columns * w
-                    votes[parts[min(8, math.floor(y / height * 9)), min(4, math.floor(x / width * 5))]] += 1
+                    y, x = (
+                        top + (u + (a + 0.5) / 4) / rows * h,
+                        left + (v + (b + 0.5) / 4) / columns * w,
+                    )
+                    votes[
+                        parts[min(8, math.floor(y / height * 9)), min(4, math.floor(x / width * 5))]
+                    ] += 1
             expected[u, v] = votes.index(max(votes))
     box = (top, width - left - w if flip else left, h, w)  # of the picture after the flip
     draws = ViewDraws(flip, box, "bicubic", None)
@@ -81,10 +96,14 @@ def test_ties_go_to_the_smallest_part():
 
 
 def test_scores_are_averaged():
-    transform = build_pretrain_transform(("image", "part_scores"), input_size=8, grid=(2, 2), crop_scale=(1.0, 1.0))
+    transform = build_pretrain_transform(
+        ("image", "part_scores"), input_size=8, grid=(2, 2), crop_scale=(1.0, 1.0)
+    )
     scores = np.arange(16, dtype=np.float16).reshape(4, 4)
     rng = np.random.default_rng(0)
-    found = transform(np.zeros((8, 8, 3), dtype=np.uint8), rng, {"part_scores": scores})["part_scores"]
+    found = transform(np.zeros((8, 8, 3), dtype=np.uint8), rng, {"part_scores": scores})[
+        "part_scores"
+    ]
     assert found.dtype == torch.float32
     assert found.flatten().sort().values.tolist() == [2.5, 4.5, 10.5, 12.5]
 
@@ -94,7 +113,9 @@ def test_the_image_is_the_same_with_and_without_its_map():
     plain = build_pretrain_transform(("image",), input_size=16)
     mapped = build_pretrain_transform(("image", "part_ids"), input_size=16, grid=(4, 4))
     first = plain(picture, np.random.default_rng(3))
-    second = mapped(picture, np.random.default_rng(3), {"part_ids": np.zeros((7, 7), dtype=np.uint8)})
+    second = mapped(
+        picture, np.random.default_rng(3), {"part_ids": np.zeros((7, 7), dtype=np.uint8)}
+    )
     assert torch.equal(first["image"], second["image"])
 
 
@@ -112,7 +133,9 @@ def test_a_replacement_brings_its_own_map():
 
 def test_random_parts_are_an_images_own():
     parts = RandomParts(5, (14, 14), seed=3)
-    assert np.array_equal(parts.read(7), parts.read(7)) and not np.array_equal(parts.read(7), parts.read(8))
+    assert np.array_equal(parts.read(7), parts.read(7)) and not np.array_equal(
+        parts.read(7), parts.read(8)
+    )
     counts = np.bincount(np.stack([parts.read(i) for i in range(50)]).ravel(), minlength=5)
     assert len(counts) == 5 and counts.min() > 0.9 * 50 * 196 / 5
     assert parts.read(7).dtype == np.uint8
@@ -134,12 +157,20 @@ def test_a_run_moves_the_weight_from_epoch_to_epoch(tmp_path):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert [line["train_mask_lambda"] for line in lines] == pytest.approx([1 - 1 / 9, 1 - 4 / 9, 0.0])
+    assert [line["train_mask_lambda"] for line in lines] == pytest.approx(
+        [1 - 1 / 9, 1 - 4 / 9, 0.0]
+    )
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
 def part_flags(**given) -> Namespace:
-    known = {"model": "semmae_tiny_patch16_224", "part_source": "maps", "part_maps": None, "data_path": None, "seed": 0}
+    known = {
+        "model": "semmae_tiny_patch16_224",
+        "part_source": "maps",
+        "part_maps": None,
+        "data_path": None,
+        "seed": 0,
+    }
     return Namespace(**known | given)
 
 
@@ -150,7 +181,9 @@ def method_of(parts: int) -> SemMAE:
 
 def test_opening_part_maps(tmp_path):
     source = ArraySource("zeros", np.zeros((4, 8, 8, 3), dtype=np.uint8), [0] * 4, ["0"])
-    PartMapWriter.create(tmp_path / "maps", PartMeta(num_parts=6, grid=(2, 2), num_images=4, part_source="kmeans"))
+    PartMapWriter.create(
+        tmp_path / "maps", PartMeta(num_parts=6, grid=(2, 2), num_images=4, part_source="kmeans")
+    )
     writer = PartMapWriter(tmp_path / "maps")
     for index in range(4):
         writer.write(index, np.full((2, 2), index, dtype=np.uint8))
@@ -159,8 +192,14 @@ def test_opening_part_maps(tmp_path):
     assert open_parts(given, source, method_of(7)).read(3).tolist() == [[3, 3], [3, 3]]
     same = part_flags(part_maps=given.part_maps, part_source="kmeans")
     assert open_parts(same, source, method_of(7)).read(1).tolist() == [[1, 1], [1, 1]]
-    with pytest.raises(ValueError, match="holds kmeans parts, not attention_heads: run_part_learning"):
-        open_parts(part_flags(part_maps=given.part_maps, part_source="attention_heads"), source, method_of(7))
+    with pytest.raises(
+        ValueError, match="holds kmeans parts, not attention_heads: run_part_learning"
+    ):
+        open_parts(
+            part_flags(part_maps=given.part_maps, part_source="attention_heads"),
+            source,
+            method_of(7),
+        )
     with pytest.raises(ValueError, match="has 6 parts: give --num_parts 6"):
         open_parts(given, source, method_of(5))
     with pytest.raises(ValueError, match="needs --part_maps"):
@@ -182,7 +221,10 @@ def test_either_rate_replaces_the_other(tmp_path):
     assert rates(*recipe, "--lr", "1e-2") == (1e-2, None)
     assert rates(*recipe, "--lr", "1e-2", "--blr", "1e-3") == (pytest.approx(2e-3), 1e-3)
     assert rates("--model", "conmim_base_patch16_224") == (1.5e-3, None)
-    assert rates("--model", "conmim_base_patch16_224", "--blr", "1e-3") == (pytest.approx(2e-3), 1e-3)
+    assert rates("--model", "conmim_base_patch16_224", "--blr", "1e-3") == (
+        pytest.approx(2e-3),
+        1e-3,
+    )
     (tmp_path / "lr.yaml").write_text("lr: 0.25\n")
     assert rates(*recipe, "--config", str(tmp_path / "lr.yaml")) == (0.25, None)
 

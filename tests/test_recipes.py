@@ -59,14 +59,28 @@ PLACES = {"DATA_PATH": "/data", "CHECKPOINT": "weights.pth"}
 
 
 class NoDraws(TorchFunctionMode):
-    """Leaves large weights as they were allocated: a dry run needs their shapes, not their values."""
+    """Leaves large weights as they were allocated: a dry run needs their shapes, not their
+    values."""
 
-    FILLS = ("normal_", "uniform_", "trunc_normal_", "erfinv_", "mul_", "add_", "clamp_", "kaiming_uniform_")
+    FILLS = (
+        "normal_",
+        "uniform_",
+        "trunc_normal_",
+        "erfinv_",
+        "mul_",
+        "add_",
+        "clamp_",
+        "kaiming_uniform_",
+    )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         weight = args[0] if args else kwargs.get("tensor")
-        if getattr(func, "__name__", "") in self.FILLS and torch.is_tensor(weight) and weight.numel() > 1000:
+        if (
+            getattr(func, "__name__", "") in self.FILLS
+            and torch.is_tensor(weight)
+            and weight.numel() > 1000
+        ):
             return weight
         return func(*args, **kwargs)
 
@@ -84,7 +98,9 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.name)
-def test_recipe_dry_runs(recipe: Recipe, files: dict[str, str], tmp_path: Path, monkeypatch) -> None:
+def test_recipe_dry_runs(
+    recipe: Recipe, files: dict[str, str], tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     data = {"DATA_PATH": files["VOC"]} if recipe.stage == "voc" else {}
     environment = files | data | {"CHECKPOINT": "none", "TOKENIZER": str(TOKENIZER)}
@@ -103,9 +119,13 @@ def test_recipe_dry_runs(recipe: Recipe, files: dict[str, str], tmp_path: Path, 
 
 @pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.name)
 def test_name_means_the_same_as_the_whole_command(recipe: Recipe) -> None:
-    named, whole = (vars(PARSE[recipe.stage](words(recipe, PLACES)[1:])) for words in (launch_command, command))
+    named, whole = (
+        vars(PARSE[recipe.stage](words(recipe, PLACES)[1:])) for words in (launch_command, command)
+    )
     # without a name, a value that the recipe leaves alone is that of another recipe of the model
-    open_values = {"recipe", "other_recipes"} | {name for name, value in recipe.flags.items() if value is None}
+    open_values = {"recipe", "other_recipes"} | {
+        name for name, value in recipe.flags.items() if value is None
+    }
     compared = named.keys() - (open_values - {"lr", "blr"})
     assert {name: named[name] for name in compared} == {name: whole[name] for name in compared}
     assert named["teacher" if recipe.stage == "parts" else "model"] == recipe.model
@@ -125,10 +145,24 @@ def test_recipe_sets_the_model_and_gives_way_to_file_and_flags(tmp_path: Path) -
     args = parse("finetune", ["--config", str(file), "--mixup", "0.25"])
     assert (args.recipe, args.model) == ("maskfeat_base_finetune", "vit_base_patch16_224")
     assert (args.lr, args.blr, args.epochs, args.mixup) == (8e-3, None, 7, 0.25)
-    args = parse("finetune", ["--recipe", "saim_base_finetune", "--lr", "1e-3", "--model", "vit_tiny_patch16_224"])
-    assert (args.lr, args.blr, args.use_mean_pooling, args.model) == (1e-3, None, False, "vit_tiny_patch16_224")
+    args = parse(
+        "finetune",
+        ["--recipe", "saim_base_finetune", "--lr", "1e-3", "--model", "vit_tiny_patch16_224"],
+    )
+    assert (args.lr, args.blr, args.use_mean_pooling, args.model) == (
+        1e-3,
+        None,
+        False,
+        "vit_tiny_patch16_224",
+    )
     args = run_linear_probing.parse(["--recipe", "a2mim_resnet50_linear", "--blr", "0.2"])
-    assert (args.model, args.pool, args.lr, args.blr, args.lr_steps) == ("resnet50", "avg", None, 0.2, [60, 80])
+    assert (args.model, args.pool, args.lr, args.blr, args.lr_steps) == (
+        "resnet50",
+        "avg",
+        None,
+        0.2,
+        [60, 80],
+    )
 
 
 def test_recipes_that_were_not_taken_are_named(caplog) -> None:
@@ -138,7 +172,10 @@ def test_recipes_that_were_not_taken_are_named(caplog) -> None:
         for words in (["--model", "vit_base_patch16_224"], ["--recipe", "saim_base_finetune"]):
             report(parse("finetune", words), {})
     first, second = (record.getMessage() for record in caplog.records)
-    assert first == f"recipe: mae_base_finetune; --recipe takes for this model also {', '.join(others)}"
+    assert (
+        first
+        == f"recipe: mae_base_finetune; --recipe takes for this model also {', '.join(others)}"
+    )
     assert second == "recipe: saim_base_finetune"
 
 
@@ -190,7 +227,12 @@ def recipe_sh(tmp_path: Path, *words: str, **environment: str) -> subprocess.Com
 
 
 def test_launcher_takes_places_from_the_environment_and_hands_on_arguments(tmp_path: Path) -> None:
-    environment = {"DATA_PATH": "/my data", "OUTPUT_DIR": "/my runs/1", "CHECKPOINT": "/my file.pth", "NPROC": "3"}
+    environment = {
+        "DATA_PATH": "/my data",
+        "OUTPUT_DIR": "/my runs/1",
+        "CHECKPOINT": "/my file.pth",
+        "NPROC": "3",
+    }
     result = recipe_sh(tmp_path, "conmim_base_finetune", "--seed", "a b", "--aa", "", **environment)
     words = result.stdout.splitlines()
     at = words.index(str(ROOT / "run_class_finetuning.py"))
@@ -198,7 +240,16 @@ def test_launcher_takes_places_from_the_environment_and_hands_on_arguments(tmp_p
     assert (torchrun["--nnodes"], torchrun["--nproc_per_node"]) == ("1", "3")
     assert words[at + 1 :] == [
         *("--recipe", "conmim_base_finetune", "--finetune", "/my file.pth", "--nb_classes", "1000"),
-        *("--data_set", "IMNET", "--data_path", "/my data", "--output_dir", "/my runs/1", "--log_dir", "/my runs/1"),
+        *(
+            "--data_set",
+            "IMNET",
+            "--data_path",
+            "/my data",
+            "--output_dir",
+            "/my runs/1",
+            "--log_dir",
+            "/my runs/1",
+        ),
         *("--seed", "a b", "--aa", ""),
     ]
 
@@ -225,7 +276,14 @@ def test_launcher_lists_and_prints(tmp_path: Path) -> None:
     printed = recipe_sh(tmp_path, "--print", "mae_large_pretrain", "--seed", "3").stdout
     header = " ".join(line.lstrip("# ") for line in printed.splitlines() if line.startswith("#"))
     recipe = by_name("mae_large_pretrain")
-    for fact in (recipe.title, recipe.source, recipe.hardware, published(recipe), recipe.note, "each of 8 machines"):
+    for fact in (
+        recipe.title,
+        recipe.source,
+        recipe.hardware,
+        published(recipe),
+        recipe.note,
+        "each of 8 machines",
+    ):
         assert fact in header
     words = printed.partition("run_pretraining.py")[2].replace("\\\n", "").split()
     assert words == command(recipe, {"DATA_PATH": "/data"}, ["--seed", "3"])[1:]
@@ -246,12 +304,19 @@ def test_recipes_do_not_know_torch() -> None:
 # One recipe leads to the next
 
 
-@pytest.mark.parametrize("recipe", [r for r in PUBLISHED if r.starts_from], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [r for r in PUBLISHED if r.starts_from], ids=lambda recipe: recipe.name
+)
 def test_recipe_takes_the_checkpoint_of_the_one_before(recipe: Recipe) -> None:
     before = by_name(recipe.starts_from)
-    last = f"encoder-{before.epochs - 1}.safetensors" if before.stage == "pretrain" else "checkpoint-best.pth"
+    last = (
+        f"encoder-{before.epochs - 1}.safetensors"
+        if before.stage == "pretrain"
+        else "checkpoint-best.pth"
+    )
     assert checkpoint_of(recipe) == f"output/{before.name}/{last}"
-    # base_patch16_224 of semanticmim_beit_base_patch16_224 and beit_base_patch16_224_abs_pos, or resnet50
+    # base_patch16_224 of semanticmim_beit_base_patch16_224 and beit_base_patch16_224_abs_pos, or
+    # resnet50
     network = re.compile(r"((?:tiny|small|base|large|huge)(?:_patch\d+)?|resnet\d+)")
     assert network.search(before.model)[0] == network.search(recipe.model)[0]
 
@@ -297,7 +362,9 @@ def test_published_accuracies() -> None:
     }  # fmt: skip
     assert {name: by_name(name).published for name in expected} == expected
     assert "83.5 with --epochs 300" in published(by_name("conmim_base_pretrain"))
-    assert "ImageNet-100 after fine-tuning at 192 px" in published(by_name("a2mim_resnet50_in100_pretrain"))
+    assert "ImageNet-100 after fine-tuning at 192 px" in published(
+        by_name("a2mim_resnet50_in100_pretrain")
+    )
 
 
 def test_what_is_published_of_conmim() -> None:
@@ -306,7 +373,14 @@ def test_what_is_published_of_conmim() -> None:
     rates = ("epochs", "warmup_epochs", "lr", "clip_grad", "drop_path", "layer_scale_init_value")
     assert facts("conmim_large_pretrain", *rates) == (2048, 1600, 10, 7.5e-4, 1.0, 0.0, 1e-5)
     masks = ("mask_type", "mask_ratio", "temp", "t_momentum", "opt_betas", "weight_decay")
-    assert facts("conmim_large_pretrain", *masks)[1:] == ("random_mps32", 0.75, 0.1, 0.996, (0.9, 0.98), 0.05)
+    assert facts("conmim_large_pretrain", *masks)[1:] == (
+        "random_mps32",
+        0.75,
+        0.1,
+        0.996,
+        (0.9, 0.98),
+        0.05,
+    )
     assert facts("conmim_base_pretrain", "epochs", "layer_scale_init_value") == (2048, 800, 0.1)
     tuned = ("epochs", "warmup_epochs", "lr", "layer_decay", "drop_path", "mixup", "cutmix")
     assert facts("conmim_base_finetune", *tuned) == (1024, 100, 20, 4e-3, 0.65, 0.1, 0.8, 1.0)
@@ -316,7 +390,15 @@ def test_what_is_published_of_conmim() -> None:
 
 def test_what_is_published_of_mae_and_semmae() -> None:
     """MAE's appendix A.1 and its README's commands."""
-    rates = ("epochs", "warmup_epochs", "blr", "weight_decay", "opt_betas", "crop_scale", "norm_pix_loss")
+    rates = (
+        "epochs",
+        "warmup_epochs",
+        "blr",
+        "weight_decay",
+        "opt_betas",
+        "crop_scale",
+        "norm_pix_loss",
+    )
     expected = (4096, 1600, 40, 1.5e-4, 0.05, (0.9, 0.95), (0.2, 1.0), True)
     assert facts("mae_huge_pretrain", *rates) == expected
     assert facts("semmae_base_pretrain", "epochs", "mask_lambda_power") == (4096, 800, 2.0)
@@ -330,29 +412,84 @@ def test_what_is_published_of_mae_and_semmae() -> None:
 
 
 def test_what_is_published_of_semaim_and_its_ancestors() -> None:
-    names = ("epochs", "warmup_epochs", "blr", "weight_decay", "clip_grad", "permutation_type", "query_depth")
-    assert facts("semaim_base_pretrain", *names) == (2048, 800, 30, 2e-4, 0.05, 3.0, "attention_center", 12)
+    names = (
+        "epochs",
+        "warmup_epochs",
+        "blr",
+        "weight_decay",
+        "clip_grad",
+        "permutation_type",
+        "query_depth",
+    )
+    assert facts("semaim_base_pretrain", *names) == (
+        2048,
+        800,
+        30,
+        2e-4,
+        0.05,
+        3.0,
+        "attention_center",
+        12,
+    )
     assert facts("saim_base_pretrain", *names) == (2048, 800, 30, 2e-4, 0.5, None, "stochastic", 12)
     assert facts("igpt_base_pretrain", "epochs", "permutation_type") == (2048, 300, "zigzag")
-    assert facts("semaim_clip_base_pretrain", "predict_feature", "gaussian_sigma") == (2048, "clip", None)
+    assert facts("semaim_clip_base_pretrain", "predict_feature", "gaussian_sigma") == (
+        2048,
+        "clip",
+        None,
+    )
     assert facts("semaim_base_finetune", "warmup_epochs", "use_mean_pooling") == (1024, 20, None)
     assert facts("saim_base_finetune", "warmup_epochs", "use_mean_pooling") == (1024, 20, False)
-    assert facts("semaim_base_linear", "epochs", "opt", "train_crop") == (4096, 90, "momentum", "short_side")
-    assert facts("saim_base_linear", "epochs", "opt", "train_crop") == (2048, 90, "momentum", "area")
+    assert facts("semaim_base_linear", "epochs", "opt", "train_crop") == (
+        4096,
+        90,
+        "momentum",
+        "short_side",
+    )
+    assert facts("saim_base_linear", "epochs", "opt", "train_crop") == (
+        2048,
+        90,
+        "momentum",
+        "area",
+    )
     assert facts("semaim_large_knn", "knn_k", "temperature")[1:] == ((10, 20, 30), 0.07)
 
 
 def test_what_is_published_of_beit_and_semanticmim() -> None:
-    names = ("mask_type", "mask_ratio", "lr", "warmup_epochs", "clip_grad", "num_cls_tokens", "use_bottleneck")
+    names = (
+        "mask_type",
+        "mask_ratio",
+        "lr",
+        "warmup_epochs",
+        "clip_grad",
+        "num_cls_tokens",
+        "use_bottleneck",
+    )
     assert facts("beit_base_pretrain", *names) == (2048, "block", None, 1.5e-3, 10, 3.0, None, None)
     baseline = (2048, "random_mps32", 0.4, 1.5e-3, 10, 3.0, 1, False)
     assert facts("beit_abs_pos_base_pretrain", *names) == baseline
-    assert facts("semanticmim_beit_base_pretrain", *names) == (2048, "random_mps32", 0.6, *baseline[3:7], None)
+    assert facts("semanticmim_beit_base_pretrain", *names) == (
+        2048,
+        "random_mps32",
+        0.6,
+        *baseline[3:7],
+        None,
+    )
     assert facts("maskfeat_base_pretrain", *names)[2:7] == (0.4, 1.6e-3, 30, 0.02, 1)
     assert facts("semanticmim_maskfeat_base_pretrain", *names)[2:7] == (0.8, 1.6e-3, 30, 0.02, 8)
-    assert facts("semanticmim_beit_base_finetune", "epochs", "lr", "init_scale") == (1024, 100, 4e-3, 1.0)
+    assert facts("semanticmim_beit_base_finetune", "epochs", "lr", "init_scale") == (
+        1024,
+        100,
+        4e-3,
+        1.0,
+    )
     assert facts("semanticmim_maskfeat_base_finetune", "epochs", "lr") == (2048, 100, 8e-3)
-    assert facts("semanticmim_beit_base_linear", "epochs", "lr", "weight_decay") == (1024, 100, 4e-3, 1e-4)
+    assert facts("semanticmim_beit_base_linear", "epochs", "lr", "weight_decay") == (
+        1024,
+        100,
+        4e-3,
+        1e-4,
+    )
     assert by_name("semanticmim_maskfeat_base_voc").peak_lr == pytest.approx(0.08)
 
 
@@ -381,7 +518,11 @@ def test_what_is_published_of_simmim_and_a2mim() -> None:
         assert facts(name, *tuned) == expected, name
     for recipe in PUBLISHED:  # "ResNet strikes back", tables 1 and 2
         if recipe.name.endswith(("_a2", "_a3")):
-            assert (recipe.flags["opt"], recipe.flags["bce_loss"], recipe.flags["crop_pct"]) == ("lamb", True, 0.949)
+            assert (recipe.flags["opt"], recipe.flags["bce_loss"], recipe.flags["crop_pct"]) == (
+                "lamb",
+                True,
+                0.949,
+            )
             assert recipe.flags.get("aug_repeats", 1) == (3 if recipe.name.endswith("_a2") else 1)
             assert recipe.flags["input_size"] == (160 if recipe.name.endswith("_a3") else 224)
     assert facts("a2mim_resnet50_linear", "epochs", "lr", "lr_steps") == (256, 100, 30.0, (60, 80))
@@ -389,8 +530,16 @@ def test_what_is_published_of_simmim_and_a2mim() -> None:
 
 
 def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:
-    verified = {recipe.name for recipe in all_recipes() if not re.search("Unverified|Ours", recipe.note)}
-    semaim = {f"{name}_base_{stage}" for name in ("semaim", "saim") for stage in (*STAGES, "linear")}
-    semantic = {f"semanticmim_{form}_base_{stage}" for form in ("beit", "maskfeat") for stage in (*STAGES, "linear")}
+    verified = {
+        recipe.name for recipe in all_recipes() if not re.search("Unverified|Ours", recipe.note)
+    }
+    semaim = {
+        f"{name}_base_{stage}" for name in ("semaim", "saim") for stage in (*STAGES, "linear")
+    }
+    semantic = {
+        f"semanticmim_{form}_base_{stage}"
+        for form in ("beit", "maskfeat")
+        for stage in (*STAGES, "linear")
+    }
     semantic |= {"beit_abs_pos_base_pretrain", "maskfeat_base_finetune", "maskfeat_base_linear"}
     assert verified == {"conmim_large_pretrain", "conmim_base_finetune"} | semaim | semantic

@@ -1,8 +1,9 @@
-"""Runs every reference case below the folder REFERENCE_CASES (default: tests/reference_cases) against this repository.
+"""Runs every reference case below the folder REFERENCE_CASES (default: tests/reference_cases)
+against this repository.
 
-A case is `<method>/<case>/case.json` + `tensors.safetensors`. An adapter takes a `Case` and returns what we compute,
-under the names of the case's outputs; `check` compares with the tolerances the case states. A folder without an adapter
-fails.
+A case is `<method>/<case>/case.json` + `tensors.safetensors`. An adapter takes a `Case` and returns
+what we compute, under the names of the case's outputs; `check` compares with the tolerances the
+case states. A folder without an adapter fails.
 """
 
 import importlib
@@ -116,8 +117,11 @@ def load(folder: Path) -> Case:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Published weights must fit by name and shape; the index buffers of BEiT are computed here, not loaded."""
-    model.load_state_dict({k: v for k, v in weights.items() if "relative_position_index" not in k}, strict=True)
+    """Published weights must fit by name and shape; the index buffers of BEiT are computed here,
+    not loaded."""
+    model.load_state_dict(
+        {k: v for k, v in weights.items() if "relative_position_index" not in k}, strict=True
+    )
 
 
 def set_norms(model: nn.Module, config: dict) -> None:
@@ -131,31 +135,54 @@ def set_norms(model: nn.Module, config: dict) -> None:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Of every parameter: zeros of one that the loss does not come from or that is not trained."""
-    found = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
+    found = {
+        name: p.grad if p.grad is not None else torch.zeros_like(p)
+        for name, p in model.named_parameters()
+    }
     return {f"grad/{name}": grad for name, grad in found.items()}
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """A ratio from which int() makes `hidden` of `width` again: that of the quotient is one too small at times."""
+    """A ratio from which int() makes `hidden` of `width` again: that of the quotient is one too
+    small at times."""
     return (hidden + 0.5) / width
 
 
 def position_options(config: dict) -> dict:
     """The published switches of a ViT's positions in this repository's words."""
     tables = bool(config.get("use_shared_rel_pos_bias")), bool(config.get("use_rel_pos_bias"))
-    kinds = {(False, False): "none", (True, False): "shared", (False, True): "per_block", (True, True): "both"}
+    kinds = {
+        (False, False): "none",
+        (True, False): "shared",
+        (False, True): "per_block",
+        (True, True): "both",
+    }
     return {
-        "pos_embed": "learned" if config.get("use_abs_pos_emb", config.get("use_abs_pos_embed")) else "none",
+        "pos_embed": "learned"
+        if config.get("use_abs_pos_emb", config.get("use_abs_pos_embed"))
+        else "none",
         "rel_pos_bias": kinds[tables],
     }
 
 
 def vit_options(config: dict) -> dict:
-    names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "qkv_bias")
+    names = (
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "init_values",
+        "qkv_bias",
+    )
     config = config | {"qkv_bias": bool(config.get("qkv_bias", True))}
     size = config["img_size"]
     size = size if isinstance(size, int) else tuple(size)
-    return {"input_size": size, **{k: config[k] for k in names if k in config}, **position_options(config)}
+    return {
+        "input_size": size,
+        **{k: config[k] for k in names if k in config},
+        **position_options(config),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +213,8 @@ def conmim_batch(inputs: dict[str, Tensor], suffix: str = "") -> dict[str, Tenso
 
 
 def conmim_loss(model: ConMIM, case: Case) -> dict[str, Tensor]:
-    """One forward with everything in between kept; the running buffers must have seen exactly this forward."""
+    """One forward with everything in between kept; the running buffers must have seen exactly this
+    forward."""
     seen: list[Tensor] = []
     for network in (model.teacher, model):
         network.project = lambda *args, call=network.project: seen.append(call(*args)) or seen[-1]
@@ -213,7 +241,9 @@ def conmim_steps(model: ConMIM, case: Case) -> dict[str, Tensor]:
         optimizer.zero_grad()
         loss = model(conmim_batch(inputs, f"_{step}" if config["steps"] > 1 else ""))["loss"]
         loss.backward()
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"] or float("inf")))
+        norms.append(
+            nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"] or float("inf"))
+        )
         optimizer.step()
         model.average.update(config["momentum_per_step"][step])
         losses.append(loss)
@@ -232,17 +262,25 @@ def beit_finetune(case: Case) -> dict[str, Tensor]:
     pooled = model.pool(tokens)
     logits = model.head(pooled)
     criteria = {
-        "label_smoothing": lambda: LabelSmoothingCrossEntropy(config["smoothing"])(logits, inputs["labels"]),
+        "label_smoothing": lambda: LabelSmoothingCrossEntropy(config["smoothing"])(
+            logits, inputs["labels"]
+        ),
         "soft_target": lambda: SoftTargetCrossEntropy()(logits, inputs["targets"]),
         "cross_entropy": lambda: F.cross_entropy(logits, inputs["labels"]),
     }
     loss = criteria[config["criterion"]]()
     loss.backward()
-    return {"loss": loss, "logits": logits, "pooled": pooled, "last_block_tokens": tokens} | gradients(model)
+    return {
+        "loss": loss,
+        "logits": logits,
+        "pooled": pooled,
+        "last_block_tokens": tokens,
+    } | gradients(model)
 
 
 def layer_decay(case: Case) -> dict[str, Tensor]:
-    """Parameter groups of the real model with the case's shapes: their members, scales and order."""
+    """Parameter groups of the real model with the case's shapes: their members, scales and
+    order."""
     config, expected = case.config, case.spec["parameters"]
     model = model_of_shapes(config, {name: entry["shape"] for name, entry in expected.items()})
     tables = {name for name in expected if name.endswith("attn.relative_position_bias_table")}
@@ -251,10 +289,16 @@ def layer_decay(case: Case) -> dict[str, Tensor]:
     assert [g["group_name"] for g in groups] == case.spec["group_order"]
     group_of = {id(p): g for g in groups for p in g["params"]}
     found = {name: group_of[id(p)] for name, p in model.named_parameters()}
-    assert {name: g["group_name"] for name, g in found.items()} == {n: p["group"] for n, p in expected.items()}
+    assert {name: g["group_name"] for name, g in found.items()} == {
+        n: p["group"] for n, p in expected.items()
+    }
     computed = {
-        "lr_scales": torch.tensor([found[n]["lr_scale"] for n in sorted(found)], dtype=torch.float64),
-        "weight_decays": torch.tensor([found[n]["weight_decay"] for n in sorted(found)], dtype=torch.float64),
+        "lr_scales": torch.tensor(
+            [found[n]["lr_scale"] for n in sorted(found)], dtype=torch.float64
+        ),
+        "weight_decays": torch.tensor(
+            [found[n]["weight_decay"] for n in sorted(found)], dtype=torch.float64
+        ),
     }
     if config["layer_decay"] is not None:
         scales = layer_scales(config["layer_decay"], config["depth"])
@@ -265,9 +309,16 @@ def layer_decay(case: Case) -> dict[str, Tensor]:
 def model_of_shapes(config: dict, shapes: dict[str, list[int]]) -> nn.Module:
     """ConMIM or the classifier, as the parameters' shapes tell."""
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
-    table = next((shape for name, shape in shapes.items() if name.endswith("relative_position_bias_table")), None)
+    table = next(
+        (shape for name, shape in shapes.items() if name.endswith("relative_position_bias_table")),
+        None,
+    )
     rows = table[0] if table else 0
-    grid = math.isqrt(shapes["pos_embed"][1]) if "pos_embed" in shapes else (math.isqrt(rows) + 1) // 2 or 1
+    grid = (
+        math.isqrt(shapes["pos_embed"][1])
+        if "pos_embed" in shapes
+        else (math.isqrt(rows) + 1) // 2 or 1
+    )
     options = {
         "input_size": grid * patch,
         "patch_size": patch,
@@ -318,10 +369,15 @@ def pos_embed_interp(case: Case) -> dict[str, Tensor]:
 
 def knn(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs()
-    bank, queries = (Features(inputs[f"{name}_features"], inputs[f"{name}_labels"]) for name in ("train", "test"))
+    bank, queries = (
+        Features(inputs[f"{name}_features"], inputs[f"{name}_labels"]) for name in ("train", "test")
+    )
     found = evaluate_knn(bank, queries, config["k"], config["temperature"], config["num_classes"])
     shape = len(config["k"]), len(config["temperature"])
-    tables = {top: torch.tensor([getattr(f, f"acc{top}") for f in found], dtype=torch.float64) for top in (1, 5)}
+    tables = {
+        top: torch.tensor([getattr(f, f"acc{top}") for f in found], dtype=torch.float64)
+        for top in (1, 5)
+    }
     return {f"top{top}": table.view(shape) for top, table in tables.items()}
 
 
@@ -353,7 +409,11 @@ def lars(case: Case) -> dict[str, Tensor]:
     """Two families state the same rule with other names for parameters, gradients and results."""
     config, inputs = case.config, case.inputs()
     prefix = "param_" if any(name.startswith("param_") for name in inputs) else ""
-    first = {name.removeprefix(prefix): value for name, value in inputs.items() if not name.startswith("grad")}
+    first = {
+        name.removeprefix(prefix): value
+        for name, value in inputs.items()
+        if not name.startswith("grad")
+    }
     parameters = {name: nn.Parameter(value.clone()) for name, value in first.items()}
     names = ("lr", "weight_decay", "momentum", "trust_coefficient")
     optimizer = LARS(parameters.values(), **{name: config[name] for name in names})
@@ -364,8 +424,12 @@ def lars(case: Case) -> dict[str, Tensor]:
             parameter.grad = inputs.get(f"grad{step}_{name}")
         optimizer.step()
         for name, parameter in parameters.items():
-            computed[f"step{step}_{name}"] = computed[f"param_{name}_after{step + 1}"] = parameter.detach().clone()
-    return computed | {f"momentum_{name}": optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
+            computed[f"step{step}_{name}"] = computed[f"param_{name}_after{step + 1}"] = (
+                parameter.detach().clone()
+            )
+    return computed | {
+        f"momentum_{name}": optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()
+    }
 
 
 # -- MAE and SemMAE
@@ -381,7 +445,11 @@ def mae_options(config: dict) -> dict:
     names = (
         "mask_ratio", "norm_pix_loss", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "in_chans",
     )  # fmt: skip
-    options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
+    options = {
+        key: value
+        for key, value in vit_options(config).items()
+        if key not in position_options(config)
+    }
     return options | {key: config[key] for key in names if key in config}
 
 
@@ -396,22 +464,36 @@ def mae(case: Case) -> dict[str, Tensor]:
     computed, order, visible = autoencoder_parts(model, batch, noise)
     ids_restore = order.argsort(1)
     mask = (ids_restore >= visible).float()
-    return {"loss": loss.view(1), "mask": mask, "ids_restore": ids_restore} | computed | gradients(model)
+    return (
+        {"loss": loss.view(1), "mask": mask, "ids_restore": ids_restore}
+        | computed
+        | gradients(model)
+    )
 
 
 def autoencoder_parts(model: MAE, batch: dict, noise) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Latent tokens, and the predictions of all tokens at their cells: what the forward pass needs only in part."""
+    """Latent tokens, and the predictions of all tokens at their cells: what the forward pass needs
+    only in part."""
     patches, order, visible = model.mask_patches(batch, noise)
     latent = model.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
     predicted = model.forward_decoder(latent, order, order.shape[1])
-    return {"latent": latent, "pred": put(torch.zeros_like(patches), order, predicted)}, order, visible
+    return (
+        {"latent": latent, "pred": put(torch.zeros_like(patches), order, predicted)},
+        order,
+        visible,
+    )
 
 
 def sincos_tables(case: Case) -> dict[str, Tensor]:
-    """Named as in the family `mae` or as in `sincos_pos_embed`; without a class token its row is left out."""
+    """Named as in the family `mae` or as in `sincos_pos_embed`; without a class token its row is
+    left out."""
     computed = {}
     for table in case.config["tables"]:
-        width, side, has_class = table["embed_dim"], table.get("grid", table.get("grid_size")), table["cls_token"]
+        width, side, has_class = (
+            table["embed_dim"],
+            table.get("grid", table.get("grid_size")),
+            table["cls_token"],
+        )
         sides = (side, side) if isinstance(side, int) else tuple(side)
         positions = sincos_pos_embed(width, sides)
         computed[f"pos_embed_d{width}_g{side}"] = positions if has_class else positions[:, 1:]
@@ -420,10 +502,18 @@ def sincos_tables(case: Case) -> dict[str, Tensor]:
 
 
 def mae_classifier(config: dict, pos_embed: str = "sincos_trainable") -> VisionTransformer:
-    options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
+    options = {
+        key: value
+        for key, value in vit_options(config).items()
+        if key not in position_options(config)
+    }
     pool = "avg" if config["global_pool"] else "token"
     return VisionTransformer(
-        **options, num_classes=config["num_classes"], k_bias=True, pos_embed=pos_embed, global_pool=pool
+        **options,
+        num_classes=config["num_classes"],
+        k_bias=True,
+        pos_embed=pos_embed,
+        global_pool=pool,
     )
 
 
@@ -446,7 +536,11 @@ def mae_finetune(case: Case) -> dict[str, Tensor]:
 def groups_by_name(model: nn.Module, config: dict) -> dict[str, tuple[float, float]]:
     """Each trainable parameter's scale of the learning rate and its weight decay."""
     groups = param_groups(model, config["weight_decay"], config["layer_decay"])
-    found = {id(p): (pytest.approx(g["lr_scale"]), g["weight_decay"]) for g in groups for p in g["params"]}
+    found = {
+        id(p): (pytest.approx(g["lr_scale"]), g["weight_decay"])
+        for g in groups
+        for p in g["params"]
+    }
     return {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -462,20 +556,34 @@ def mae_layer_decay(case: Case) -> dict[str, Tensor]:
     groups = param_groups(model, config["weight_decay"], config["layer_decay"])
     layers, _ = layers_of(list(parameters))
     group_at = {id(p): g for g in groups for p in g["params"]}
-    group_of = {id(p): (layers[name], group_at[id(p)]["decay"]) for name, p in parameters.items() if p.requires_grad}
+    group_of = {
+        id(p): (layers[name], group_at[id(p)]["decay"])
+        for name, p in parameters.items()
+        if p.requires_grad
+    }
     order = list(dict.fromkeys(group_of[id(parameters[name])] for name in expected))
     by_name = {group_of[id(parameters[name])]: group_at[id(parameters[name])] for name in expected}
     return {
-        "group_index": torch.tensor([order.index(group_of[id(parameters[name])]) for name in expected]),
-        "group_lr_scale": torch.tensor([by_name[name]["lr_scale"] for name in order], dtype=torch.float64),
-        "group_weight_decay": torch.tensor([by_name[name]["weight_decay"] for name in order], dtype=torch.float64),
+        "group_index": torch.tensor(
+            [order.index(group_of[id(parameters[name])]) for name in expected]
+        ),
+        "group_lr_scale": torch.tensor(
+            [by_name[name]["lr_scale"] for name in order], dtype=torch.float64
+        ),
+        "group_weight_decay": torch.tensor(
+            [by_name[name]["weight_decay"] for name in order], dtype=torch.float64
+        ),
     }
 
 
 def mae_lr_schedule(case: Case) -> dict[str, Tensor]:
     config = case.config
     rates = cosine_at(
-        case.inputs()["epoch"].numpy(), config["lr"], config["min_lr"], config["epochs"], config["warmup_epochs"]
+        case.inputs()["epoch"].numpy(),
+        config["lr"],
+        config["min_lr"],
+        config["epochs"],
+        config["warmup_epochs"],
     )
     scale = config["lr_scale_of_second_output"]
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": scale}])
@@ -496,7 +604,8 @@ def mae_pos_interp(case: Case) -> dict[str, Tensor]:
 
 
 def semmae(case: Case) -> dict[str, Tensor]:
-    """On the ordinary image and part map, and the same again on the tokens that upstream's layout lists."""
+    """On the ordinary image and part map, and the same again on the tokens that upstream's layout
+    lists."""
     config, inputs = case.config, case.inputs()
     options = {"num_parts": config["num_parts"], "mask_lambda": config["mask_lambda"]}
     model = SemMAE(**mae_options(config), **options)
@@ -508,13 +617,19 @@ def semmae(case: Case) -> dict[str, Tensor]:
     loss = model(batch, noise)["loss"]
     loss.backward()
     computed, order, visible = autoencoder_parts(model, batch, noise)
-    masks = semantic_mask(inputs["part_ids"], config["mask_ratio"], config["mask_lambda"], config["num_parts"], *noise)
+    masks = semantic_mask(
+        inputs["part_ids"], config["mask_ratio"], config["mask_lambda"], config["num_parts"], *noise
+    )
     assert torch.equal(order, cells.gather(1, masks.order)) and masks.visible == visible
     packed_image = unpack(inputs["packed"], model.patch_embed.grid_size, config)
     shown = cells.unsqueeze(-1).expand(-1, -1, computed["pred"].shape[-1])
     torch.testing.assert_close(model(batch | {"image": packed_image}, noise)["loss"], loss)
     return (
-        {"loss": loss.view(1), "latent": computed["latent"], "pred": computed["pred"].gather(1, shown)}
+        {
+            "loss": loss.view(1),
+            "latent": computed["latent"],
+            "pred": computed["pred"].gather(1, shown),
+        }
         | {"mask": masks.mask, "sorted_index_shuffled": cells.gather(1, masks.shuffle)}
         | in_shuffled_order(masks)
         | gradients(model)
@@ -559,7 +674,8 @@ def semmae_mask(case: Case) -> dict[str, Tensor]:
 
 
 def semmae_flip(case: Case) -> dict[str, Tensor]:
-    """A packed sample flipped as our data path does it: the whole image and the grid of cells are mirrored."""
+    """A packed sample flipped as our data path does it: the whole image and the grid of cells are
+    mirrored."""
     config, packed = case.config, case.inputs()["packed"]
     side, patch = config["grid"], config["patch_size"]
     first_pixel = packed.shape[-1] - 3 * patch * patch
@@ -568,7 +684,11 @@ def semmae_flip(case: Case) -> dict[str, Tensor]:
     mirrored = unpatchify(canvas, (side, side), (patch, patch)).flip(-1)
     seat = torch.arange(side * side).view(side, side).flip(-1).flatten()[cells]
     pixels = take(patchify(mirrored, (patch, patch)), seat)
-    return {"packed_flipped": torch.cat((packed[:, : first_pixel - 1], seat[0, :, None].float(), pixels[0]), 1)}
+    return {
+        "packed_flipped": torch.cat(
+            (packed[:, : first_pixel - 1], seat[0, :, None].float(), pixels[0]), 1
+        )
+    }
 
 
 def semmae_finetune_tokens(case: Case) -> dict[str, Tensor]:
@@ -585,9 +705,12 @@ def lambda_schedule(case: Case) -> dict[str, Tensor]:
     config, epoch = case.config, case.inputs()["epoch"].numpy()
     total = config["total_epochs"]
     values = {
-        f"power_{power}".replace(".", "p"): mask_lambda_schedule(epoch, total, power) for power in config["powers"]
+        f"power_{power}".replace(".", "p"): mask_lambda_schedule(epoch, total, power)
+        for power in config["powers"]
     }
-    values |= {kind: mask_lambda_schedule(epoch, total, kind=kind) for kind in ("increasing", "cosine")}
+    values |= {
+        kind: mask_lambda_schedule(epoch, total, kind=kind) for kind in ("increasing", "cosine")
+    }
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
@@ -599,23 +722,31 @@ def semaim_options(config: dict) -> dict:
         "in_chans", "permutation_type", "attention_type", "query_depth", "share_weight", "prediction_head_type",
         "predict_feature", "gaussian_kernel_size", "gaussian_sigma", "loss_type", "norm_pix_loss", "use_ema_model",
     )  # fmt: skip
-    options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
+    options = {
+        key: value
+        for key, value in vit_options(config).items()
+        if key not in position_options(config)
+    }
     options |= {key: config[key] for key in names if key in config}
     if config.get("predict_feature") in TEACHERS:
-        options["out_dim"] = config["out_dim"] if config["predict_feature"] == "clip" else config["embed_dim"]
+        options["out_dim"] = (
+            config["out_dim"] if config["predict_feature"] == "clip" else config["embed_dim"]
+        )
     return options | ({"use_ema_model": True} if config.get("predict_feature") == "ema" else {})
 
 
 def load_semaim(case: Case, attn: str) -> SemAIM:
-    """Published weights by name; SAIM's separate projections are joined unless the blocks are shared, which it lists
-    twice."""
+    """Published weights by name; SAIM's separate projections are joined unless the blocks are
+    shared, which it lists twice."""
     options, weights = semaim_options(case.config), case.inputs("weights/")
     tokens = case.inputs().get("teacher_tokens")
     if tokens is not None:  # whoever made them
         options |= {"predict_feature": "clip", "out_dim": tokens.shape[-1]}
     model = SemAIM(**options, attn=attn)
     if options.get("share_weight"):
-        weights = {name: value for name, value in weights.items() if not name.startswith("query_blocks.")}
+        weights = {
+            name: value for name, value in weights.items() if not name.startswith("query_blocks.")
+        }
     else:
         weights = fuse_qkv(weights)
     load_weights(model, weights)
@@ -625,7 +756,8 @@ def load_semaim(case: Case, attn: str) -> SemAIM:
 
 
 def semaim(case: Case) -> dict[str, Tensor]:
-    """By explicit masks, which give what the case lists; where no values tie, the sorted form must come out equal."""
+    """By explicit masks, which give what the case lists; where no values tie, the sorted form must
+    come out equal."""
     model = load_semaim(case, "eager")
     inputs = case.inputs()
     names = {"image": "imgs", "target_tokens": "teacher_tokens"}
@@ -654,7 +786,9 @@ def semaim(case: Case) -> dict[str, Tensor]:
         loss = swift(batch, noise)["loss"]
         loss.backward()
         listed = {
-            name: value for name, value in split_gradients(gradients(swift)).items() if name in case.spec["outputs"]
+            name: value
+            for name, value in split_gradients(gradients(swift)).items()
+            if name in case.spec["outputs"]
         }
         check(case, {**computed, "attention_map": attention, "loss": loss, **listed})
     return computed | {"attention_map": attention}
@@ -663,14 +797,18 @@ def semaim(case: Case) -> dict[str, Tensor]:
 def visible(order: Tensor) -> dict[str, Tensor]:
     """Of the first image, as 1 and 0."""
     streams = {"visible_h": True, "visible_g": False}
-    return {name: visible_patches(order, itself=itself)[0].byte() for name, itself in streams.items()}
+    return {
+        name: visible_patches(order, itself=itself)[0].byte() for name, itself in streams.items()
+    }
 
 
 def split_gradients(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """The joint projection's gradients, or weights, under the names of separate ones too."""
     for name, value in list(found.items()):
         for part, own in zip("qkv", value.chunk(3), strict=False):
-            found[name.replace(".attn.qkv.", f".attn.{part}.")] = own if ".attn.qkv." in name else value
+            found[name.replace(".attn.qkv.", f".attn.{part}.")] = (
+                own if ".attn.qkv." in name else value
+            )
     return found
 
 
@@ -685,10 +823,18 @@ def semaim_masks(case: Case) -> dict[str, Tensor]:
 
 
 def semaim_attention(case: Case) -> dict[str, Tensor]:
-    """Each map by the pass that computes no more than it needs, the tokens by the one that predicts them."""
+    """Each map by the pass that computes no more than it needs, the tokens by the one that predicts
+    them."""
     model, batch = load_semaim(case, "auto"), {"image": case.inputs()["imgs"]}
-    model.predict_feature, model.has_features, model.average = "none", False, None  # the network's own maps
-    model.has_map, model.attention_type = True, "gap" if case.config["attention_type"] == "gap" else "cls"
+    model.predict_feature, model.has_features, model.average = (
+        "none",
+        False,
+        None,
+    )  # the network's own maps
+    model.has_map, model.attention_type = (
+        True,
+        "gap" if case.config["attention_type"] == "gap" else "cls",
+    )
     _, attention = model.look_ahead(batch)
     model.attention_type = "self"
     _, self_attention = model.look_ahead(batch)
@@ -702,7 +848,9 @@ def semaim_clip_teacher(case: Case) -> dict[str, Tensor]:
     config = case.config
     weights = from_openai(visual_weights(case.inputs("weights/")))
     side = config["input_resolution"] // config["patch_size"]
-    teacher = Teacher(build_tower(weights, (side, side), quick_gelu=True, num_heads=config["heads"]))
+    teacher = Teacher(
+        build_tower(weights, (side, side), quick_gelu=True, num_heads=config["heads"])
+    )
     tokens = teacher(case.inputs()["imgs"])
     return {"tokens": tokens, "similarity": stretched(similarity(tokens[:, :1], tokens[:, 1:]))}
 
@@ -711,7 +859,9 @@ def semaim_weight_decay(case: Case) -> dict[str, Tensor]:
     """The published order of the groups: first what is not decayed."""
     config, expected = case.config, case.spec["expected"]
     model = SemAIM(**semaim_options(config))
-    model.blocks.requires_grad_(True)  # also those that no query looks at, which are not trained here
+    model.blocks.requires_grad_(
+        True
+    )  # also those that no query looks at, which are not trained here
     groups = {g["group_name"]: g for g in param_groups(model, config["weight_decay"])}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(parameters) == set(expected)
@@ -719,7 +869,9 @@ def semaim_weight_decay(case: Case) -> dict[str, Tensor]:
     group_of = {id(p): order.index(name) for name, g in groups.items() for p in g["params"]}
     return {
         "group_index": torch.tensor([group_of[id(parameters[name])] for name in expected]),
-        "group_weight_decay": torch.tensor([groups[name]["weight_decay"] for name in order], dtype=torch.float64),
+        "group_weight_decay": torch.tensor(
+            [groups[name]["weight_decay"] for name in order], dtype=torch.float64
+        ),
     }
 
 
@@ -728,12 +880,16 @@ def semaim_rates(config: dict, epochs: np.ndarray) -> np.ndarray:
     steps, accumulated = config["steps_per_epoch"], config["accum_iter"]
     step = np.arange(steps) // accumulated * accumulated
     when = (epochs[:, None] + step / steps).flatten()
-    return cosine_at(when, config["lr"], config["min_lr"], config["epochs"], config["warmup_epochs"])
+    return cosine_at(
+        when, config["lr"], config["min_lr"], config["epochs"], config["warmup_epochs"]
+    )
 
 
 def semaim_lr_schedule(case: Case) -> dict[str, Tensor]:
     scales = [1.0 if scale is None else scale for scale in case.config["lr_scales"]]
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": scale} for scale in scales])
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.zeros(1)], "lr_scale": scale} for scale in scales]
+    )
     rows = []
     for rate in semaim_rates(case.config, np.arange(case.config["epochs"])):
         set_schedule(optimizer, rate, 0.0)
@@ -759,23 +915,39 @@ def semaim_epoch(case: Case, attn: str) -> dict[str, Tensor]:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     rates = semaim_rates(config, np.array([config["epoch"]]))
     losses, norms, orders = [], [], []
-    draws = [inputs[name] for name in ("noise", "center_noise") if name in inputs]  # some orders draw nothing
+    draws = [
+        inputs[name] for name in ("noise", "center_noise") if name in inputs
+    ]  # some orders draw nothing
     for step, images in enumerate(inputs["imgs"]):
-        batch = {"image": images} | ({"noise": torch.cat([noise[step] for noise in draws], 1)} if draws else {})
+        batch = {"image": images} | (
+            {"noise": torch.cat([noise[step] for noise in draws], 1)} if draws else {}
+        )
         orders.append(model.order_of(batch, model.look_ahead(batch)[1]))
         losses.append(model(batch)["loss"])
         (losses[-1] / config["accum_iter"]).backward()
         if (step + 1) % config["accum_iter"] == 0:
             set_schedule(optimizer, rates[step], config["weight_decay"])
-            norms.append(nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"] or float("inf")))
+            norms.append(
+                nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"] or float("inf"))
+            )
             optimizer.step()
             optimizer.zero_grad()
             model.after_step(0.0)
-    computed = {"losses": torch.stack(losses), "lrs": torch.from_numpy(rates), "grad_norms": torch.stack(norms)}
-    computed |= {"permutations": torch.stack(orders), "ema_decay": torch.tensor(model.ema_decay, dtype=torch.float64)}
+    computed = {
+        "losses": torch.stack(losses),
+        "lrs": torch.from_numpy(rates),
+        "grad_norms": torch.stack(norms),
+    }
+    computed |= {
+        "permutations": torch.stack(orders),
+        "ema_decay": torch.tensor(model.ema_decay, dtype=torch.float64),
+    }
     for prefix, network in (("final", model), ("ema", model.teacher)):
         if network is not None:
-            computed |= {f"{prefix}/{name}": value for name, value in split_gradients(network.state_dict()).items()}
+            computed |= {
+                f"{prefix}/{name}": value
+                for name, value in split_gradients(network.state_dict()).items()
+            }
     return computed
 
 
@@ -806,7 +978,9 @@ def vit_finetune(case: Case) -> dict[str, Tensor]:
 
 def voc_miou(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs()
-    batches = zip(*(inputs[name].chunk(config["num_updates"]) for name in ("label", "pred")), strict=True)
+    batches = zip(
+        *(inputs[name].chunk(config["num_updates"]) for name in ("label", "pred")), strict=True
+    )
     confusion = sum(confusion_matrix(*batch, config["num_classes"]) for batch in batches)
     iou = class_iou(confusion)
     return {"miou": iou.mean(), "confusion": confusion, "class_iou": iou}
@@ -841,14 +1015,21 @@ def dalle_encoder(case: Case) -> dict[str, Tensor]:
 
 def beit_pretrain(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs()
-    model = BEiT(**vit_options(config), in_chans=config.get("in_chans", 3), vocab_size=config["vocab_size"])
+    model = BEiT(
+        **vit_options(config), in_chans=config.get("in_chans", 3), vocab_size=config["vocab_size"]
+    )
     set_norms(model, config)
     load_weights(model, case.inputs("weights/"))
     mask = inputs["bool_masked_pos"].bool()
     out = model({"image": inputs["image"], "mask": mask, "target_ids": inputs["target_ids"]})
     out["loss"].backward()
     tokens = model.encode_masked(inputs["image"], mask)
-    return {**out, "tokens": tokens, "logits": logits_of(model, tokens[:, 1:][mask.flatten(1)]), **gradients(model)}
+    return {
+        **out,
+        "tokens": tokens,
+        "logits": logits_of(model, tokens[:, 1:][mask.flatten(1)]),
+        **gradients(model),
+    }
 
 
 def logits_of(model: BEiT | SemanticBEiT, tokens: Tensor) -> Tensor:
@@ -856,15 +1037,28 @@ def logits_of(model: BEiT | SemanticBEiT, tokens: Tensor) -> Tensor:
 
 
 def semanticmim_model(case: Case, form: type[SemanticMIM], **own) -> SemanticMIM:
-    """The case's network with its weights, which come in OpenMMLab's names, for the image's size."""
+    """The case's network with its weights, which come in OpenMMLab's names, for the image's
+    size."""
     config, size = case.config, tuple(case.inputs()["image"].shape[-2:])
-    options = {key: value for key, value in vit_options(config).items() if key not in position_options(config)}
-    options |= {key: config[key] for key in ("num_cls_tokens", "use_bottleneck", "in_chans") if key in config}
-    model = form(**options | {"input_size": size}, init_values=config["layer_scale_init_value"], **own)
+    options = {
+        key: value
+        for key, value in vit_options(config).items()
+        if key not in position_options(config)
+    }
+    options |= {
+        key: config[key]
+        for key in ("num_cls_tokens", "use_bottleneck", "in_chans")
+        if key in config
+    }
+    model = form(
+        **options | {"input_size": size}, init_values=config["layer_scale_init_value"], **own
+    )
     if not config.get("final_norm", True):
         model.norm = nn.Identity()
     set_norms(model, config)
-    weights = {k: v for k, v in case.inputs("weights/").items() if not k.startswith("target_generator.")}
+    weights = {
+        k: v for k, v in case.inputs("weights/").items() if not k.startswith("target_generator.")
+    }
     native = from_mmpretrain(weights)
     if to_pair(options["input_size"]) != size:
         grid, extra = model.patch_embed.grid_size, model.num_prefix_tokens
@@ -879,7 +1073,9 @@ def semanticmim_outputs(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[st
     keep = {"stream_layer0": model.blocks[0], "mask_features": model.norm}
     keep |= {} if model.mask_blocks is None else {"mask_stream_layer0": model.mask_blocks[0]}
     for name, module in keep.items():
-        module.register_forward_hook(lambda _, given, out, name=name: seen.update({name: out, f"{name}_of": given[0]}))
+        module.register_forward_hook(
+            lambda _, given, out, name=name: seen.update({name: out, f"{name}_of": given[0]})
+        )
     out = model(batch)
     out["loss"].backward()
     with torch.no_grad():  # a block that is the last computes no more than what is looked at
@@ -899,7 +1095,9 @@ def published_gradients(model: SemanticMIM) -> dict[str, Tensor]:
     found = {}
     for name, value in gradients(model).items():
         head = next((head for head in heads if name.startswith(head)), None)
-        theirs = name.replace(head, heads[head]) if head else name.replace("grad/", "grad/backbone.")
+        theirs = (
+            name.replace(head, heads[head]) if head else name.replace("grad/", "grad/backbone.")
+        )
         for old, new in names.items():
             theirs = theirs.replace(old, new)
         if ".attn.qkv." in theirs:
@@ -947,12 +1145,16 @@ def semanticmim_maskfeat(case: Case) -> dict[str, Tensor]:
 
 
 def semanticmim_attention(case: Case) -> dict[str, Tensor]:
-    """The encoder of a published checkpoint in a classifier, as evaluation loads it, at the image's size."""
+    """The encoder of a published checkpoint in a classifier, as evaluation loads it, at the image's
+    size."""
     config, images = case.config, case.inputs()["image"]
     weights = {"state_dict": case.inputs("weights/")}
     beit = config["form"] == "beit"
     model = VisionTransformer(
-        **{key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")},
+        **{
+            key: config[key]
+            for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
+        },
         input_size=tuple(images.shape[-2:]),
         num_cls_tokens=class_tokens(weights) or 1,
         init_values=config["layer_scale_init_value"],
@@ -971,7 +1173,9 @@ def semanticmim_attention(case: Case) -> dict[str, Tensor]:
     layers = model.get_intermediate_layers(images)
     layers[-1] = model.norm(layers[-1])
     featmaps = [tokens[:, num_cls:].mT.unflatten(2, grid) for tokens in layers]
-    computed = {f"featmap_layer{layer}": featmaps[layer] for layer in range(-len(featmaps), len(featmaps))}
+    computed = {
+        f"featmap_layer{layer}": featmaps[layer] for layer in range(-len(featmaps), len(featmaps))
+    }
     computed["avg_featmap"] = model.fc_norm(layers[-1][:, num_cls:].mean(1))
     computed["cls_token"] = model.fc_norm(layers[-1][:, :num_cls].mean(1))
     cells = config["token_indices"]
@@ -981,7 +1185,9 @@ def semanticmim_attention(case: Case) -> dict[str, Tensor]:
             f"attn_layer{layer}": attention,
             f"vis_cls_layer{layer}": class_maps(attention[0], num_cls, grid),
             f"vis_patch_layer{layer}": patch_maps(attention[0], num_cls, grid, cells),
-            f"vis_patch_reduced_layer{layer}": patch_maps(attention[0], num_cls, grid, cells, reduce_mean=True),
+            f"vis_patch_reduced_layer{layer}": patch_maps(
+                attention[0], num_cls, grid, cells, reduce_mean=True
+            ),
         }
     return computed
 
@@ -990,13 +1196,17 @@ def semanticmim_attention(case: Case) -> dict[str, Tensor]:
 
 
 def given_matrix(case: Case, variant: str) -> Tensor | None:
-    """The weights of frequencies of a variant that is given them, in whichever way its case does so.
+    """The weights of frequencies of a variant that is given them, in whichever way its case does
+    so.
 
-    The option `matrix` says whether, which input it is, or its numbers; without a word of it in any variant, all take
-    what the inputs have. An input may belong to one variant, whose name is in its own.
+    The option `matrix` says whether, which input it is, or its numbers; without a word of it in any
+    variant, all take what the inputs have. An input may belong to one variant, whose name is in its
+    own.
     """
     variants = case.config["variants"]
-    stated = variants[variant].get("matrix", not any("matrix" in options for options in variants.values()))
+    stated = variants[variant].get(
+        "matrix", not any("matrix" in options for options in variants.values())
+    )
     if isinstance(stated, list):
         return torch.tensor(stated)
     inputs = case.inputs()
@@ -1028,11 +1238,24 @@ def focal_frequency_loss(case: Case) -> dict[str, Tensor]:
 
 def reconstruction_loss(head: dict, matrix: Tensor | None = None) -> ReconstructionLoss:
     """Of a published configuration of a head: SimMIM's has no options but the number of colours."""
-    loss = {key: value for key, value in head.get("loss", {}).items() if key not in ("type", "mode", "reduction")}
+    loss = {
+        key: value
+        for key, value in head.get("loss", {}).items()
+        if key not in ("type", "mode", "reduction")
+    }
     mode = head.get("loss", {"mode": "l1_loss"})["mode"].removesuffix("_loss")
-    names = ("unmask_weight", "fft_weight", "fft_focal", "fft_unmask_weight", "fft_unmask_replace", "fft_reweight")
+    names = (
+        "unmask_weight",
+        "fft_weight",
+        "fft_focal",
+        "fft_unmask_weight",
+        "fft_unmask_replace",
+        "fft_reweight",
+    )
     options = {key: head[key] for key in names if key in head}
-    return ReconstructionLoss(Regression(mode, **loss), **options, focal=FocalFrequencyLoss(matrix=matrix))
+    return ReconstructionLoss(
+        Regression(mode, **loss), **options, focal=FocalFrequencyLoss(matrix=matrix)
+    )
 
 
 def a2mim_head(case: Case) -> dict[str, Tensor]:
@@ -1042,7 +1265,9 @@ def a2mim_head(case: Case) -> dict[str, Tensor]:
         criterion = reconstruction_loss(head, given_matrix(case, name))
         out = criterion(predicted, inputs["image"], inputs["mask"])
         out["loss"].backward()
-        computed |= {f"{name}/{key}": value for key, value in (out | {"grad/pred": predicted.grad}).items()}
+        computed |= {
+            f"{name}/{key}": value for key, value in (out | {"grad/pred": predicted.grad}).items()
+        }
     return computed
 
 
@@ -1060,7 +1285,10 @@ def neck_name(name: str) -> str:
 
 def neck_options(config: dict) -> dict[str, int]:
     decoder = config.get("decoder_cfg")
-    return {"kernel": config.get("kernel_size", 1), "decoder_kernel": decoder and decoder["kernel_size"]}
+    return {
+        "kernel": config.get("kernel_size", 1),
+        "decoder_kernel": decoder and decoder["kernel_size"],
+    }
 
 
 def mim_neck(case: Case) -> dict[str, Tensor]:
@@ -1079,12 +1307,17 @@ def blockwise_mask(case: Case) -> dict[str, Tensor]:
     computed, inputs = {}, case.inputs()
     for number, expected in enumerate(case.config["invariants"]):
         config = expected["config"]
-        side, cell = (config[key] // config["model_patch_size"] for key in ("input_size", "mask_patch_size"))
+        side, cell = (
+            config[key] // config["model_patch_size"] for key in ("input_size", "mask_patch_size")
+        )
         generator = SimMIMMask((side, side), config["mask_ratio"], cell)
         mask = generator(np.random.default_rng(number))
         assert list(mask.shape) == expected["mask_shape"] and mask.sum() == expected["ones_in_mask"]
         coarse = mask[:: expected["upsample"], :: expected["upsample"]]
-        assert coarse.shape == (expected["coarse_grid"],) * 2 and coarse.sum() == expected["masked_coarse_cells"]
+        assert (
+            coarse.shape == (expected["coarse_grid"],) * 2
+            and coarse.sum() == expected["masked_coarse_cells"]
+        )
         if f"c{number}/image" in inputs:
             order, image = inputs[f"c{number}/permutation"], inputs[f"c{number}/image"]
             mask = torch.from_numpy(generator.first_of(order.numpy()))
@@ -1103,7 +1336,9 @@ def backbone_options(config: dict) -> dict:
     if config["type"].endswith("ConvNeXt"):
         return {"backbone": "convnext_tiny", "depths": arch["depths"], "dims": arch["channels"]}
     names = {"embed_dims": "embed_dim", "num_layers": "depth"}
-    sizes = {names.get(key, key): value for key, value in arch.items() if key != "feedforward_channels"}
+    sizes = {
+        names.get(key, key): value for key, value in arch.items() if key != "feedforward_channels"
+    }
     if config["type"].endswith("SwinTransformer"):
         window = config["stage_cfgs"]["block_cfgs"]["window_size"]
         return {"backbone": "swin_tiny_patch4_window7_224", "window_size": window, **sizes}
@@ -1133,13 +1368,22 @@ def reconstruction_model(case: Case) -> SimMIM:
     return model
 
 
-def by_published_names(weights: dict[str, Tensor], own: Container[str]) -> dict[str, tuple[str, Tensor]]:
+def by_published_names(
+    weights: dict[str, Tensor], own: Container[str]
+) -> dict[str, tuple[str, Tensor]]:
     """Our name of each published tensor, and where in it each number of ours is, flat.
 
-    Of mask token and gamma only those that are our `own`: a token that is a mean is no parameter here.
+    Of mask token and gamma only those that are our `own`: a token that is a mean is no parameter
+    here.
     """
-    places = {name: torch.arange(value.numel()).view(value.shape) for name, value in weights.items()}
-    inside = {name: value for name, value in places.items() if name.startswith("backbone.") and ".mask_" not in name}
+    places = {
+        name: torch.arange(value.numel()).view(value.shape) for name, value in weights.items()
+    }
+    inside = {
+        name: value
+        for name, value in places.items()
+        if name.startswith("backbone.") and ".mask_" not in name
+    }
     found = {
         theirs: (f"backbone.{ours}", value)
         for theirs, (ours, value) in zip(inside, from_openmixup(inside).items(), strict=True)
@@ -1153,23 +1397,40 @@ def by_published_names(weights: dict[str, Tensor], own: Container[str]) -> dict[
 
 
 def masked_reconstruction(case: Case) -> dict[str, Tensor]:
-    """One training forward and its gradients, of a backbone, token, neck and head in published names."""
+    """One training forward and its gradients, of a backbone, token, neck and head in published
+    names."""
     config, inputs = case.config, case.inputs()
     model = reconstruction_model(case).train(config.get("train_mode", True))
     weights = case.inputs("weights/")
-    weights = {name: value for name, value in weights.items() if not name.endswith(("position_index", "attn_mask"))}
+    weights = {
+        name: value
+        for name, value in weights.items()
+        if not name.endswith(("position_index", "attn_mask"))
+    }
     names = by_published_names(weights, dict(model.inject.named_parameters()))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    load_weights(model, {ours: weights[name].flatten()[at].view(shapes[ours]) for name, (ours, at) in names.items()})
+    load_weights(
+        model,
+        {
+            ours: weights[name].flatten()[at].view(shapes[ours])
+            for name, (ours, at) in names.items()
+        },
+    )
     features = model.features(inputs["image"], inputs["mask"])
     predicted = model.predict(features, inputs["image"])
     loss = model.loss(predicted, inputs["image"], inputs["mask"])["loss"]
     loss.backward()
     computed = {"loss": loss, "features": features, "reconstruction_0": predicted[:1]}
     # a published token that is no parameter here is not trained there either
-    computed |= {f"grad/{name}": torch.zeros_like(value) for name, value in weights.items() if name not in names}
+    computed |= {
+        f"grad/{name}": torch.zeros_like(value)
+        for name, value in weights.items()
+        if name not in names
+    }
     if "image_filled_0" in inputs:
-        torch.testing.assert_close(model.seen(inputs["image"], inputs["mask"])[:1], inputs["image_filled_0"])
+        torch.testing.assert_close(
+            model.seen(inputs["image"], inputs["mask"])[:1], inputs["image_filled_0"]
+        )
     gradient_of, state = gradients(model), model.state_dict()
     for name, (ours, at) in names.items():
         for kind, values in (("grad", gradient_of.get(f"grad/{ours}")), ("after", state[ours])):
@@ -1197,7 +1458,9 @@ def a2mim_lr_schedule(case: Case) -> dict[str, Tensor]:
             milestones=config.get("step", ()), gamma=config.get("gamma", 0.1),
         )  # fmt: skip
         scales = [rate / config["base_lrs"][0] for rate in config["base_lrs"]]
-        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": scale} for scale in scales])
+        optimizer = torch.optim.SGD(
+            [{"params": [torch.zeros(1)], "lr_scale": scale} for scale in scales]
+        )
         rows = []
         for rate in rates:
             set_schedule(optimizer, rate, 0.0)
@@ -1211,7 +1474,12 @@ def a2mim_param_groups(case: Case) -> dict[str, Tensor]:
     config, optimizer = case.config, case.config["optimizer"]
     names = config["param_names"]
     values = [
-        by_rules(name, optimizer.get("paramwise_options") or {}, optimizer["lr"], optimizer["weight_decay"])
+        by_rules(
+            name,
+            optimizer.get("paramwise_options") or {},
+            optimizer["lr"],
+            optimizer["weight_decay"],
+        )
         for name in names
     ]
     scales = np.ones(len(names))
@@ -1220,14 +1488,16 @@ def a2mim_param_groups(case: Case) -> dict[str, Tensor]:
         layers, last = layers_of(ours, config.get("depths") or [config["depth"]])
         scales = [layer_scales(optimizer["layer_decay"], last - 1)[layers[name]] for name in ours]
     return {
-        "lr": torch.tensor([lr * scale for (lr, _), scale in zip(values, scales, strict=True)], dtype=torch.float64),
+        "lr": torch.tensor(
+            [lr * scale for (lr, _), scale in zip(values, scales, strict=True)], dtype=torch.float64
+        ),
         "weight_decay": torch.tensor([decay for _, decay in values], dtype=torch.float64),
     }
 
 
 def resnet_key_map(case: Case) -> dict[str, Tensor]:
-    """Published names are timm's: of the whole ResNet-50, where they or their shapes are listed, and of a small
-    network with its features.
+    """Published names are timm's: of the whole ResNet-50, where they or their shapes are listed,
+    and of a small network with its features.
     """
     config = case.config
     shapes, names = config.get("resnet50_full_shapes"), config.get("resnet50_full_key_map")
@@ -1252,13 +1522,20 @@ def a2mim_key_map(case: Case) -> dict[str, Tensor]:
     """Strictly into timm's classes, and our ViT: equal features."""
     config, image = case.config, case.inputs()["image"]
     weights = from_openmixup(case.inputs("weights/"))
-    assert from_openmixup(dict.fromkeys(config["key_map"], torch.zeros(1, 4))).keys() == set(config["key_map"].values())
-    heads = [value for name, value in weights.items() if name.endswith(("head.weight", "head.fc.weight"))]
+    assert from_openmixup(dict.fromkeys(config["key_map"], torch.zeros(1, 4))).keys() == set(
+        config["key_map"].values()
+    )
+    heads = [
+        value for name, value in weights.items() if name.endswith(("head.weight", "head.fc.weight"))
+    ]
     network = timm_network(config, tuple(image.shape[-2:]), len(heads[0]) if heads else 0)
     load_weights(network, weights)
     network.eval()
     features = network.forward_features(image)
-    computed = {"pooled": network.forward_head(features, pre_logits=True), "logits": network.forward_head(features)}
+    computed = {
+        "pooled": network.forward_head(features, pre_logits=True),
+        "logits": network.forward_head(features),
+    }
     if config["timm_class"].endswith("ConvNeXt"):
         return computed | {"features": network.head.norm(features)}
     if config["timm_class"].endswith("SwinTransformer"):
@@ -1271,7 +1548,9 @@ def a2mim_key_map(case: Case) -> dict[str, Tensor]:
         num_classes=network.num_classes, global_pool="token" if config["final_norm"] else "avg",
     ).eval()  # fmt: skip
     load_weights(own, weights)
-    torch.testing.assert_close(own.norm(own.forward_features(image)), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        own.norm(own.forward_features(image)), features, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(own(image), computed["logits"], rtol=1e-4, atol=1e-5)
     return computed | {"tokens": features}
 
@@ -1281,10 +1560,21 @@ def timm_network(config: dict, size: tuple[int, int], num_classes: int) -> nn.Mo
     module, _, name = config["timm_class"].rpartition(".")
     arch, cls = config["arch"], getattr(importlib.import_module(module), name)
     if name == "ConvNeXt":
-        return cls(depths=arch["depths"], dims=arch["channels"], norm_eps=config["norm_eps"], num_classes=num_classes)
+        return cls(
+            depths=arch["depths"],
+            dims=arch["channels"],
+            norm_eps=config["norm_eps"],
+            num_classes=num_classes,
+        )
     if name == "SwinTransformer":
-        sizes = {"embed_dim": arch["embed_dims"], "depths": arch["depths"], "num_heads": arch["num_heads"]}
-        return cls(img_size=size, window_size=config["window_size"], num_classes=num_classes, **sizes)
+        sizes = {
+            "embed_dim": arch["embed_dims"],
+            "depths": arch["depths"],
+            "num_heads": arch["num_heads"],
+        }
+        return cls(
+            img_size=size, window_size=config["window_size"], num_classes=num_classes, **sizes
+        )
     return cls(
         img_size=size, patch_size=config["patch_size"], embed_dim=arch["embed_dims"], depth=arch["num_layers"],
         num_heads=arch["num_heads"], mlp_ratio=mlp_ratio(arch["feedforward_channels"], arch["embed_dims"]),
@@ -1296,25 +1586,38 @@ def timm_network(config: dict, size: tuple[int, int], num_classes: int) -> nn.Mo
 def fourier_analysis(case: Case) -> dict[str, Tensor]:
     """Tokens [B, N, C] are of a square grid."""
     latents = [case.inputs()[f"latent{k}"] for k in range(len(case.inputs()))]
-    maps = [x if x.ndim == 4 else x.transpose(1, 2).unflatten(2, (math.isqrt(x.shape[1]), -1)) for x in latents]
-    curves = {f"rel_log_amp{k}": fourier.relative(fourier.log_amplitudes(x)) for k, x in enumerate(maps)}
+    maps = [
+        x if x.ndim == 4 else x.transpose(1, 2).unflatten(2, (math.isqrt(x.shape[1]), -1))
+        for x in latents
+    ]
+    curves = {
+        f"rel_log_amp{k}": fourier.relative(fourier.log_amplitudes(x)) for k, x in enumerate(maps)
+    }
     return curves | {"variance": torch.stack([fourier.spatial_variance(x) for x in maps])}
 
 
 def multi_order_interaction(case: Case) -> dict[str, Tensor]:
-    """All rewards of every ratio, those of the same order too; without contexts in the case they are empty."""
+    """All rewards of every ratio, those of the same order too; without contexts in the case they
+    are empty."""
     config, inputs = case.config, case.inputs()
     shape = (config["pairs_number"], config["samples_number_of_s"], 0)
     found: dict[str, list[Tensor]] = {}
     computed = {}
     for ratio in config["ratios"]:
         percent = round(100 * ratio)
-        contexts = inputs.get(f"context_{percent}", torch.zeros(len(inputs["image"]), *shape)).long()
+        contexts = inputs.get(
+            f"context_{percent}", torch.zeros(len(inputs["image"]), *shape)
+        ).long()
         assert contexts.shape[-1] == interaction.order_of(ratio, config["grid_size"] ** 2)
-        logits = torch.stack([quadratic_logits(case, k, contexts[k]) for k in range(len(contexts))])  # [I, P, S, 4, K]
+        logits = torch.stack(
+            [quadratic_logits(case, k, contexts[k]) for k in range(len(contexts))]
+        )  # [I, P, S, 4, K]
         computed[f"logits_{percent}"] = logits.flatten(1, 3)[:, :8]
         for kind in interaction.REWARDS:
-            values = [interaction.reward(logits[k], int(label), kind) for k, label in enumerate(inputs["label"])]
+            values = [
+                interaction.reward(logits[k], int(label), kind)
+                for k, label in enumerate(inputs["label"])
+            ]
             found.setdefault(kind, []).append(interaction.second_difference(torch.stack(values)))
     for kind, of_ratios in found.items():
         computed[f"interaction_{kind}"] = torch.stack(of_ratios)
@@ -1324,7 +1627,8 @@ def multi_order_interaction(case: Case) -> dict[str, Tensor]:
 
 
 def quadratic_logits(case: Case, number: int, contexts: Tensor) -> Tensor:
-    """Of the case's model, which sees means of cells, on one image with contexts [P, S, m]: [P, S, 4, classes]."""
+    """Of the case's model, which sees means of cells, on one image with contexts [P, S, m]: [P, S,
+    4, classes]."""
     config, weights = case.config, case.inputs("weights/")
     grid, image = config["grid_size"], case.inputs()["image"][number]
 
@@ -1335,7 +1639,9 @@ def quadratic_logits(case: Case, number: int, contexts: Tensor) -> Tensor:
         return cells @ weights["W"].T + quadratic + 0.3 * ranks * cells.sum(1, keepdim=True).tanh()
 
     present = interaction.coalitions(case.inputs()["pairs"][number].long(), contexts, grid**2)
-    return interaction.masked_logits(model, image, present.flatten(0, 2), 7).unflatten(0, present.shape[:3])
+    return interaction.masked_logits(model, image, present.flatten(0, 2), 7).unflatten(
+        0, present.shape[:3]
+    )
 
 
 ADAPTERS = {
@@ -1368,7 +1674,9 @@ def check(case: Case, computed: dict[str, Tensor]) -> None:
     for name, expected in case.inputs("outputs/").items():
         tolerance = case.spec["outputs"][name]
         actual = torch.as_tensor(computed[name]).detach()
-        assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+        assert actual.shape == expected.shape, (
+            f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+        )
         torch.testing.assert_close(
             actual.double(),
             expected.double(),
@@ -1382,7 +1690,9 @@ def test_there_are_cases():
     assert FOLDERS, f"no case.json below {CASES}"
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
+@pytest.mark.parametrize(
+    "folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}"
+)
 def test_reference_case(folder: Path):
     case, method = load(folder), folder.parent.name
     assert method in ADAPTERS, f"no adapter for {method}: the method of {folder} is not implemented"
@@ -1393,15 +1703,20 @@ def test_reference_case(folder: Path):
 # What further cases may state or leave out
 
 
-def crafted(tmp_path: Path, source: str, config: dict, inputs: dict, outputs: dict[str, Tensor]) -> Case:
-    """The case `source` written and read again with other configuration, more inputs and no outputs but these."""
+def crafted(
+    tmp_path: Path, source: str, config: dict, inputs: dict, outputs: dict[str, Tensor]
+) -> Case:
+    """The case `source` written and read again with other configuration, more inputs and no outputs
+    but these."""
     case = load(OWN_CASES / source)
     kept = {name: value for name, value in case.tensors.items() if not name.startswith("outputs/")}
     given = {f"inputs/{name}": value for name, value in inputs.items()}
     expected = {f"outputs/{name}": value.contiguous() for name, value in outputs.items()}
     save_file(kept | given | expected, tmp_path / "tensors.safetensors")
     tolerances = {name: {"rtol": 1e-4, "atol": 1e-7} for name in outputs}
-    (tmp_path / "case.json").write_text(json.dumps(case.spec | {"config": config, "outputs": tolerances}))
+    (tmp_path / "case.json").write_text(
+        json.dumps(case.spec | {"config": config, "outputs": tolerances})
+    )
     return load(tmp_path)
 
 
@@ -1429,7 +1744,9 @@ def test_no_gradient_is_one_of_zeros(tmp_path, source, backbone, parameter):
         check(case, computed)
 
 
-def weighted_spectrum(predicted: Tensor, target: Tensor, matrix: Tensor, ave_spectrum: bool) -> tuple[Tensor, Tensor]:
+def weighted_spectrum(
+    predicted: Tensor, target: Tensor, matrix: Tensor, ave_spectrum: bool
+) -> tuple[Tensor, Tensor]:
     """Mean of weighted squared distances of whole complex spectra, and its gradient."""
     predicted = predicted.clone().requires_grad_()
     spectrum = torch.fft.fft2(predicted, norm="ortho") - torch.fft.fft2(target, norm="ortho")
@@ -1441,21 +1758,26 @@ def weighted_spectrum(predicted: Tensor, target: Tensor, matrix: Tensor, ave_spe
 
 @pytest.mark.parametrize("stated", ["input", "option", "name", "numbers", "of one variant"])
 def test_a_case_may_give_the_weights_of_frequencies(tmp_path, stated):
-    """In any of the ways in which it can be stated; a variant that is given none has weights of its own."""
+    """In any of the ways in which it can be stated; a variant that is given none has weights of its
+    own."""
     source = "focal_frequency_loss/options_24"
     original, matrix = load(OWN_CASES / source), torch.rand(24, 24)
     variants = {name: original.config["variants"][name] for name in ("default", "no_ave")}
     option = {"option": True, "name": "inputs/matrix", "numbers": matrix.tolist()}.get(stated)
     if option:
         variants["no_ave"] |= {"matrix": option}
-    inputs = {"of one variant": {"no_ave/matrix": matrix}, "numbers": {}}.get(stated, {"matrix": matrix})
+    inputs = {"of one variant": {"no_ave/matrix": matrix}, "numbers": {}}.get(
+        stated, {"matrix": matrix}
+    )
     pictures = original.inputs()["pred"], original.inputs()["target"]
     outputs = {}
     for name in variants:
         if name == "no_ave" or stated == "input":
             loss, grad = weighted_spectrum(*pictures, matrix, ave_spectrum=name == "default")
         else:
-            loss, grad = (original.inputs("outputs/")[f"{name}/{key}"] for key in ("loss", "grad/pred"))
+            loss, grad = (
+                original.inputs("outputs/")[f"{name}/{key}"] for key in ("loss", "grad/pred")
+            )
         outputs |= {f"{name}/loss": loss, f"{name}/grad/pred": grad}
     case = crafted(tmp_path, source, {"variants": variants}, inputs, outputs)
     check(case, focal_frequency_loss(case))
@@ -1467,11 +1789,15 @@ def test_a_heads_loss_takes_the_weights_of_frequencies(tmp_path):
     head = original.config["variants"]["focal_target_w0p0"] | {"fft_unmask_weight": 1.0}
     inputs = original.inputs()
     loss, _ = weighted_spectrum(inputs["pred"], inputs["image"], matrix, ave_spectrum=True)
-    case = crafted(tmp_path, source, {"variants": {"all": head}}, {"matrix": matrix}, {"all/loss_freq": loss})
+    case = crafted(
+        tmp_path, source, {"variants": {"all": head}}, {"matrix": matrix}, {"all/loss_freq": loss}
+    )
     check(case, a2mim_head(case))
 
 
-@pytest.mark.parametrize("left_out", [{"resnet50_full_shapes"}, {"resnet50_full_shapes", "resnet50_full_key_map"}])
+@pytest.mark.parametrize(
+    "left_out", [{"resnet50_full_shapes"}, {"resnet50_full_shapes", "resnet50_full_key_map"}]
+)
 def test_a_key_map_needs_no_list_of_shapes(tmp_path, left_out):
     source = "resnet_key_map/r18_tiny"
     original = load(OWN_CASES / source)

@@ -46,7 +46,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert len(states[0]["optimizer"]["state"]) > 20
     assert differing(*states) == []
     assert (ours / "log.txt").read_text() == (theirs / "log.txt").read_text()
-    assert [json.loads(line)["epoch"] for line in (ours / "log.txt").read_text().splitlines()] == [0, 1]
+    assert [json.loads(line)["epoch"] for line in (ours / "log.txt").read_text().splitlines()] == [
+        0,
+        1,
+    ]
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -61,12 +64,24 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [(), METHODS["semmae"], METHODS["semanticmim_beit"]], ids=["conmim", "semmae", "semanticmim_beit"]
+    "method",
+    [(), METHODS["semmae"], METHODS["semanticmim_beit"]],
+    ids=["conmim", "semmae", "semanticmim_beit"],
 )
 def test_killed_pretraining_resumes_bit_exactly(tmp_path, method):
-    """Killed at a random moment of either epoch, with loader workers, accumulation and deletion of old checkpoints."""
+    """Killed at a random moment of either epoch, with loader workers, accumulation and deletion of
+    old checkpoints."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = (*method, *WORKERS, "--save_ckpt_steps", "4", "--save_ckpt_freq", "1", "--keep_checkpoints", "3")
+    flags = (
+        *method,
+        *WORKERS,
+        "--save_ckpt_steps",
+        "4",
+        "--save_ckpt_freq",
+        "1",
+        "--keep_checkpoints",
+        "3",
+    )
     uninterrupted = start_command(script("pretrain", whole, *flags))
     rng = random.Random()
     for epoch in (0, 1):
@@ -94,7 +109,8 @@ def written_beyond(folder: Path, epoch: int, step: int) -> bool:
 
 
 def stop_at(process: subprocess.Popen, epoch: int, step: int, number: signal.Signals) -> str:
-    """Sends the signal to the process and its workers when the log reaches the step; the rest of the output."""
+    """Sends the signal to the process and its workers when the log reaches the step; the rest of
+    the output."""
     for line in process.stdout:
         found = re.search(rf"epoch {epoch} \[ *(\d+)/", line)
         if found and int(found.group(1)) >= step:
@@ -108,11 +124,19 @@ def test_stopped_finetuning_resumes_bit_exactly(tmp_path):
     """Three signals in a row, under every source of randomness that fine-tuning has."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     uninterrupted = start_command(script("finetune", whole, *WORKERS, *AUGMENTED))
-    for number, epoch, step in ((signal.SIGTERM, 0, 3), (signal.SIGINT, 0, 20), (signal.SIGUSR1, 1, 8)):
+    for number, epoch, step in (
+        (signal.SIGTERM, 0, 3),
+        (signal.SIGINT, 0, 20),
+        (signal.SIGUSR1, 1, 8),
+    ):
         process = start_command(script("finetune", stopped, *WORKERS, *AUGMENTED))
         output = stop_at(process, epoch, step, number)
         assert process.returncode == os.EX_TEMPFAIL == 75, output
-        said = re.search(rf"^stopped by {number.name} after step (\d+) of epoch {epoch}; .*$", output, re.MULTILINE)
+        said = re.search(
+            rf"^stopped by {number.name} after step (\d+) of epoch {epoch}; .*$",
+            output,
+            re.MULTILINE,
+        )
         assert said and output.rstrip().endswith(said.group(0)) and "Traceback" not in output
         assert latest_valid_checkpoint(stopped).name == f"checkpoint-{epoch}-{said.group(1)}.pth"
     finish(start_command(script("finetune", stopped, *WORKERS, *AUGMENTED)))
@@ -140,11 +164,18 @@ except SystemExit as end:
 
 @pytest.mark.slow
 def test_launch_script_stops_all_ranks_with_a_checkpoint(tmp_path):
-    """SIGUSR1 reaches the launcher alone, and every process a SIGTERM right after it, as a scheduler may send them."""
+    """SIGUSR1 reaches the launcher alone, and every process a SIGTERM right after it, as a
+    scheduler may send them."""
     program = tmp_path / "rank.py"
     program.write_text(RANK_OF_A_LAUNCHER.format(root=str(ROOT), folder=str(tmp_path)))
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    launcher = ("env", f"PATH={path}", "NPROC=2", f"MASTER_PORT={free_port()}", str(ROOT / "scripts" / "launch.sh"))
+    launcher = (
+        "env",
+        f"PATH={path}",
+        "NPROC=2",
+        f"MASTER_PORT={free_port()}",
+        str(ROOT / "scripts" / "launch.sh"),
+    )
     _, _, *flags = script("pretrain", tmp_path, "--num_workers", "1", "--log_every", "1")
     process = start_command([*launcher, os.path.relpath(program, ROOT), *flags])
     for line in process.stdout:
@@ -179,9 +210,12 @@ while True:
 
 
 def test_only_a_second_interrupt_after_a_while_ends_at_once(tmp_path):
-    """In a step that never ends, outside of Python; what comes within the two seconds is a launcher's repetition."""
+    """In a step that never ends, outside of Python; what comes within the two seconds is a
+    launcher's repetition."""
     command = [sys.executable, "-c", STUCK]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "SIGINT\n"
@@ -200,7 +234,9 @@ def test_only_a_second_interrupt_after_a_while_ends_at_once(tmp_path):
 # In this process
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lars", "lookahead_adamw", "adafactor", "radam"])
+@pytest.mark.parametrize(
+    "opt", ["adamw", "sgd", "lamb", "lars", "lookahead_adamw", "adafactor", "radam"]
+)
 def test_every_kind_of_optimizer_resumes_bit_exactly(tmp_path, opt):
     flags = ("--opt", opt, "--lr", "1e-3")
     run, position = start("pretrain", tmp_path, *flags)
@@ -224,7 +260,9 @@ def saved(tmp_path) -> Path:
 
 
 def test_checkpoint_in_mid_epoch_needs_the_same_global_batch(saved):
-    with pytest.raises(ValueError, match="effective batch of 8, this run has 16: keep --batch_size"):
+    with pytest.raises(
+        ValueError, match="effective batch of 8, this run has 16: keep --batch_size"
+    ):
         start("pretrain", saved, "--update_freq", "2")
     _, position = start("pretrain", saved, "--update_freq", "2", "--batch_size", "4")
     assert position.step == 2
@@ -242,7 +280,10 @@ def test_finished_epoch_resumes_with_another_batch(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--seed", "1"), "--seed 0, this run has 1: the rest of the epoch would be of other samples"),
+        (
+            ("--seed", "1"),
+            "--seed 0, this run has 1: the rest of the epoch would be of other samples",
+        ),
         (("--aug_repeats", "2"), "--aug_repeats 1, this run has 2"),
         (("--mask_ratio", "0.25"), r"--mask_ratio 0\.5, this run has 0\.25"),
         (("--label_fraction", "0.5"), r"--data_path: number of images 1442, this run has 7\d\d"),
@@ -255,12 +296,16 @@ def test_what_decides_the_samples_must_stay_in_mid_epoch(tmp_path, flags, messag
     run, position = start(stage, tmp_path)
     position.step = 2
     run.session.save(position, finished=False)
-    with pytest.raises(ValueError, match=rf"checkpoint-0-2\.pth was saved in mid-epoch with {message}"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-0-2\.pth was saved in mid-epoch with {message}"
+    ):
         start(stage, tmp_path, *flags)
     run.session.save(position, finished=True)
     capsys.readouterr()
     assert start(stage, tmp_path, *flags)[1].epoch == 1
-    assert re.search(rf"checkpoint-0\.pth was saved with {message.partition(':')[0]}", capsys.readouterr().out)
+    assert re.search(
+        rf"checkpoint-0\.pth was saved with {message.partition(':')[0]}", capsys.readouterr().out
+    )
 
 
 def edit(path: Path, change) -> None:
@@ -272,19 +317,33 @@ def edit(path: Path, change) -> None:
 
 def test_other_images_of_the_same_number_are_refused_in_mid_epoch(saved):
     edit(saved / "checkpoint-0-2.pth", lambda state: state["data"].update(fingerprint="0" * 16))
-    with pytest.raises(ValueError, match=r"mid-epoch with --data_path: list of images 0{16}, this run has"):
+    with pytest.raises(
+        ValueError, match=r"mid-epoch with --data_path: list of images 0{16}, this run has"
+    ):
         start("pretrain", saved)
 
 
 def test_step_beyond_the_epoch_is_refused(saved):
     """A file without the number of images, as they were once written."""
     edit(saved / "checkpoint-0-2.pth", lambda state: (state.pop("data"), state.update(step=400)))
-    with pytest.raises(ValueError, match=r"saved at step 400 of an epoch, which has \d+ steps in this run"):
+    with pytest.raises(
+        ValueError, match=r"saved at step 400 of an epoch, which has \d+ steps in this run"
+    ):
         start("pretrain", saved)
 
 
 def test_hyper_parameters_are_those_of_this_run(saved, capsys):
-    flags = ("--opt_betas", "0.5", "0.6", "--opt_eps", "1e-6", "--precision", "bf16", "--epochs", "3")
+    flags = (
+        "--opt_betas",
+        "0.5",
+        "0.6",
+        "--opt_eps",
+        "1e-6",
+        "--precision",
+        "bf16",
+        "--epochs",
+        "3",
+    )
     run, _ = start("pretrain", saved, *flags)
     for group in run.runner.optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.5, 0.6), 1e-6)
@@ -345,7 +404,9 @@ def test_optimizer_state_of_other_order_and_of_old_files(saved, change):
 
 def test_another_optimizer_starts_afresh(saved, capsys):
     run, position = start("pretrain", saved, "--opt", "sgd")
-    assert "holds the state of --opt adamw: that of --opt sgd starts afresh" in capsys.readouterr().out
+    assert (
+        "holds the state of --opt adamw: that of --opt sgd starts afresh" in capsys.readouterr().out
+    )
     assert position.step == 2 and not run.runner.optimizer.state
     train_steps(run, 2, 3)
 
@@ -354,7 +415,10 @@ def test_a_resumed_run_does_not_need_its_file_any_more(saved):
     """The file is mapped while it is read."""
     run, _ = start("pretrain", saved)
     path = saved / "checkpoint-0-2.pth"
-    before = whole_weights(run), [dict(run.runner.optimizer.state[p]) for p in run.task.parameters() if p.requires_grad]
+    before = (
+        whole_weights(run),
+        [dict(run.runner.optimizer.state[p]) for p in run.task.parameters() if p.requires_grad],
+    )
     copies = [{k: v.clone() for k, v in entry.items()} for entry in before[1]]
     with path.open("r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
@@ -362,7 +426,9 @@ def test_a_resumed_run_does_not_need_its_file_any_more(saved):
 
 
 def test_flags_that_build_another_model_are_named(saved):
-    with pytest.raises(ValueError, match=r"checkpoint-0-2\.pth does not fit the model .* rel_pos_bias"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-0-2\.pth does not fit the model .* rel_pos_bias"
+    ):
         start("pretrain", saved, "--patch_size", "8")
 
 
@@ -383,7 +449,9 @@ def test_resume_flag_wins_over_the_folder(saved, tmp_path):
 def test_weights_only_file_is_no_place_to_resume_from(tmp_path):
     run, position = start("finetune", tmp_path)
     run.session.save_best(position, of_average=False)
-    with pytest.raises(ValueError, match=r"checkpoint-best\.pth holds weights only: give it to --finetune"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-best\.pth holds weights only: give it to --finetune"
+    ):
         start("finetune", tmp_path, "--resume", str(tmp_path / "checkpoint-best.pth"))
 
 
@@ -414,7 +482,9 @@ def test_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch):
         RunLog(args, {})
     first, resumed, other, afresh = (how["id"] for how in asked)
     assert first == resumed and len({first, other, afresh}) == 3
-    assert {how["resume"] for how in asked} == {"allow"} and min(map(len, (first, other, afresh))) > 8
+    assert {how["resume"] for how in asked} == {"allow"} and min(
+        map(len, (first, other, afresh))
+    ) > 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,7 +492,8 @@ def test_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch):
 
 
 def published(network: torch.nn.Module, epoch: int, prefix: str = "") -> dict:
-    """A file as ConMIM's release writes it: dead weights and index buffers included (specs/conmim.md 1.2, 2.5)."""
+    """A file as ConMIM's release writes it: dead weights and index buffers included
+    (specs/conmim.md 1.2, 2.5)."""
     state = {
         prefix + name: value + 0.25 if value.is_floating_point() else value
         for name, value in network.state_dict().items()
@@ -431,7 +502,12 @@ def published(network: torch.nn.Module, epoch: int, prefix: str = "") -> dict:
     state[f"{prefix}lm_head.bias"] = torch.zeros(8192)
     state[f"{prefix}rel_pos_bias.relative_position_index"] = torch.zeros(17, 17, dtype=torch.int64)
     state[f"{prefix}rel_pos_bias2.relative_position_bias_table"] = torch.zeros(124, 2)
-    return {"model": state, "epoch": epoch, "scaler": {}, "optimizer": {"state": {}, "param_groups": []}}
+    return {
+        "model": state,
+        "epoch": epoch,
+        "scaler": {},
+        "optimizer": {"state": {}, "param_groups": []},
+    }
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -445,19 +521,36 @@ def test_published_student_and_teacher_resume(tmp_path, prefix):
     torch.save(published(run.task.teacher, 7, prefix), teacher)
 
     resumed, position = start(
-        "pretrain", tmp_path / "run", "--epochs", "9", "--resume", str(student), "--resume_copy", str(teacher)
+        "pretrain",
+        tmp_path / "run",
+        "--epochs",
+        "9",
+        "--resume",
+        str(student),
+        "--resume_copy",
+        str(teacher),
     )
     assert (position.epoch, position.step) == (8, 0)
     for ours, file in ((resumed.task, student), (resumed.task.teacher, teacher)):
         weights = torch.load(file, weights_only=True)["model"]
-        assert differing(dict(ours.state_dict()), {name: weights[prefix + name] for name in ours.state_dict()}) == []
+        assert (
+            differing(
+                dict(ours.state_dict()),
+                {name: weights[prefix + name] for name in ours.state_dict()},
+            )
+            == []
+        )
 
     alone, _ = start("pretrain", tmp_path / "alone", "--resume", str(student))
     assert differing(dict(alone.task.state_dict()), dict(alone.task.teacher.state_dict())) == []
 
 
 def test_published_file_of_another_size_is_refused(tmp_path):
-    run, _ = start("pretrain", tmp_path / "source", "--model_kwargs", "embed_dim=16", "depth=2", "num_heads=2")
+    run, _ = start(
+        "pretrain", tmp_path / "source", "--model_kwargs", "embed_dim=16", "depth=2", "num_heads=2"
+    )
     torch.save(published(run.task, 7), tmp_path / "checkpoint-7.pth")
-    with pytest.raises(ValueError, match=r"checkpoint-7\.pth does not fit the model that these flags build"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-7\.pth does not fit the model that these flags build"
+    ):
         start("pretrain", tmp_path / "run", "--resume", str(tmp_path / "checkpoint-7.pth"))

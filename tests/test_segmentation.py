@@ -1,4 +1,5 @@
-"""Segmentation: configurations, windows, transforms, and a tiny training that learns, resumes and is evaluated."""
+"""Segmentation: configurations, windows, transforms, and a tiny training that learns, resumes and
+is evaluated."""
 
 import json
 import shutil
@@ -64,18 +65,29 @@ def trained(data, tmp_path_factory) -> tuple[Path, float]:
 def test_configurations_agree_with_themselves(path):
     cfg = Config.fromfile(str(path))
     crop, model = cfg.train_pipeline[4].crop_size, cfg.model
-    assert model.data_preprocessor.size == tuple(crop) and cfg.train_dataloader.dataset.pipeline == cfg.train_pipeline
+    assert (
+        model.data_preprocessor.size == tuple(crop)
+        and cfg.train_dataloader.dataset.pipeline == cfg.train_pipeline
+    )
     assert cfg.test_pipeline[1].scale == cfg.train_pipeline[3].scale == (4 * crop[0], crop[0])
     assert {step.min_short for step in cfg.tta_pipeline[1].transforms[0]} == {crop[0]}
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
     assert {hook.type for hook in cfg.custom_hooks} == {"SafeCheckpointHook", "SeedStepHook"}
     assert cfg.get("tta", False) == path.stem.endswith("_ms")
     if model.backbone.type == "VisionTransformerBackbone":
-        assert f"_{model.backbone.size}_{crop[0]}_" in path.stem and model.backbone.input_size == crop[0]
-        assert model.test_cfg.crop_size == crop and model.test_cfg.stride[0] == {512: 341, 640: 426}[crop[0]]
+        assert (
+            f"_{model.backbone.size}_{crop[0]}_" in path.stem
+            and model.backbone.input_size == crop[0]
+        )
+        assert (
+            model.test_cfg.crop_size == crop
+            and model.test_cfg.stride[0] == {512: 341, 640: 426}[crop[0]]
+        )
     updates = cfg.train_cfg.max_iters // cfg.optim_wrapper.get("accumulative_counts", 1)
     gpus = 4 if "fcn" in path.stem else 8
-    images = gpus * cfg.train_dataloader.batch_size * cfg.optim_wrapper.get("accumulative_counts", 1)
+    images = (
+        gpus * cfg.train_dataloader.batch_size * cfg.optim_wrapper.get("accumulative_counts", 1)
+    )
     assert updates == 160000 and images == cfg.auto_scale_lr.base_batch_size
 
 
@@ -91,7 +103,10 @@ def test_configurations_agree_with_themselves(path):
 )  # fmt: skip
 def test_published_rates(name, rate, decay):
     cfg = Config.fromfile(str(CONFIGS / f"{name}.py"))
-    assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.paramwise_cfg.layer_decay) == (rate, decay)
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.paramwise_cfg.layer_decay) == (
+        rate,
+        decay,
+    )
 
 
 @pytest.mark.parametrize(("size", "millions"), [("base", 163), ("large", 441)])
@@ -143,7 +158,9 @@ def test_windows_together_equal_mmsegs_one_by_one():
     for several in (1, 3, 100):
         model = tiny_model(WindowedEncoderDecoder, window_batch=several)
         metas = [{"img_shape": (50, 75)}]
-        torch.testing.assert_close(model.slide_inference(images, metas), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model.slide_inference(images, metas), expected, atol=1e-5, rtol=1e-4
+        )
         assert metas == [{"img_shape": (50, 75)}]
 
 
@@ -157,7 +174,9 @@ def test_small_images_are_padded_to_the_window():
     assert torch.equal(logits, model.slide_inference(whole, [{}])[:, :, :20])
 
 
-@pytest.mark.parametrize(("side", "crop", "stride"), [(32, 32, 21), (33, 32, 21), (100, 32, 21), (95, 32, 21)])
+@pytest.mark.parametrize(
+    ("side", "crop", "stride"), [(32, 32, 21), (33, 32, 21), (100, 32, 21), (95, 32, 21)]
+)
 def test_windows_are_multiples_of_the_stride_and_cover_everything(side, crop, stride):
     starts = window_starts(side, crop, stride)
     assert all(start == number * stride for number, start in enumerate(starts[:-1]))
@@ -166,7 +185,11 @@ def test_windows_are_multiples_of_the_stride_and_cover_everything(side, crop, st
 
 @pytest.mark.parametrize(
     ("ratio", "size", "expected"),
-    [(0.5, (300, 600), (512, 1024)), (0.75, (600, 300), (1024, 512)), (1.5, (100, 1000), (768, 7680))],
+    [
+        (0.5, (300, 600), (512, 1024)),
+        (0.75, (600, 300), (1024, 512)),
+        (1.5, (100, 1000), (768, 7680)),
+    ],
 )
 def test_short_sides_never_fall_below_the_crop_and_long_sides_have_no_limit(ratio, size, expected):
     resize = ResizeShortestAtLeast((2048, 512), ratio, 512)
@@ -182,7 +205,9 @@ def test_a_tiny_training_learns_and_its_file_gives_the_same_value(data, trained)
     work, miou = trained
     assert miou > 70
     flags = tiny_flags(data, work)
-    metrics = runner.test(TASK, [BEIT, str(work / "iter_60.pth"), "--out", str(work / "out"), *flags])
+    metrics = runner.test(
+        TASK, [BEIT, str(work / "iter_60.pth"), "--out", str(work / "out"), *flags]
+    )
     assert metrics["mIoU"] == pytest.approx(miou, abs=1e-3)
     predicted = np.asarray(Image.open(work / "out" / "ADE_valid_00000000.png"))
     assert predicted.shape == VAL and set(np.unique(predicted)) <= set(range(1, 151))
@@ -192,7 +217,9 @@ def test_a_tiny_training_learns_and_its_file_gives_the_same_value(data, trained)
 
 def test_checkpoints_hold_nothing_but_plain_values(trained):
     saved = load_checkpoint(trained[0] / "iter_60.pth")  # weights_only
-    assert saved["meta"]["iter"] == 60 and saved["optimizer"]["param_groups"][0]["group_name"].startswith("layer_")
+    assert saved["meta"]["iter"] == 60 and saved["optimizer"]["param_groups"][0][
+        "group_name"
+    ].startswith("layer_")
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(data, trained, tmp_path):
@@ -202,7 +229,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(data, trained, tmp_path):
     flags = [*tiny_flags(data, tmp_path), "train_dataloader.num_workers=1"]
     run = runner.train(TASK, [BEIT, "--resume", *flags])
     assert run.iter == 60 and float(run.message_hub.get_scalar("val/mIoU").current()) == miou
-    ours, theirs = (load_checkpoint(folder / "iter_60.pth")["state_dict"] for folder in (tmp_path, work))
+    ours, theirs = (
+        load_checkpoint(folder / "iter_60.pth")["state_dict"] for folder in (tmp_path, work)
+    )
     assert all(map(torch.equal, ours.values(), theirs.values()))
 
 
@@ -222,9 +251,13 @@ def test_the_start_is_never_random_unnoticed(data, tmp_path, caplog):
 def test_wrong_or_unsafe_files_are_refused_by_name(data, trained, tmp_path, monkeypatch):
     flags = tiny_flags(data, tmp_path)
     saved = load_checkpoint(trained[0] / "iter_60.pth")
-    partial = {k: v for k, v in saved["state_dict"].items() if not k.startswith("decode_head.conv_seg")}
+    partial = {
+        k: v for k, v in saved["state_dict"].items() if not k.startswith("decode_head.conv_seg")
+    }
     torch.save({"state_dict": partial, "meta": {}}, tmp_path / "partial.pth")
-    with pytest.raises(ValueError, match=r"(?s)partial\.pth is not a checkpoint of this.*decode_head\.conv_seg"):
+    with pytest.raises(
+        ValueError, match=r"(?s)partial\.pth is not a checkpoint of this.*decode_head\.conv_seg"
+    ):
         runner.test(TASK, [BEIT, str(tmp_path / "partial.pth"), *flags])
     torch.save({**saved, "message_hub": Path("code")}, tmp_path / "unsafe.pth")
     with pytest.raises(ValueError, match=r"unsafe\.pth is refused.*--trust-checkpoint"):
@@ -252,8 +285,13 @@ def test_class_tokens_come_from_the_file(tmp_path):
     cfg = Config.fromfile(str(config))
     torch.save({"model": {"cls_token": torch.zeros(1, 8, 768)}}, tmp_path / "eight.pth")
     runner.use_pretrained(cfg, str(tmp_path / "eight.pth"))
-    assert cfg.model.backbone.num_cls_tokens == 8 and cfg.model.backbone.pretrained == str(tmp_path / "eight.pth")
-    segmentor = {"backbone.cls_token": torch.zeros(1, 5, 768), "decode_head.conv_seg.bias": torch.zeros(150)}
+    assert cfg.model.backbone.num_cls_tokens == 8 and cfg.model.backbone.pretrained == str(
+        tmp_path / "eight.pth"
+    )
+    segmentor = {
+        "backbone.cls_token": torch.zeros(1, 5, 768),
+        "decode_head.conv_seg.bias": torch.zeros(150),
+    }
     torch.save({"meta": {}, "state_dict": segmentor}, tmp_path / "five.pth")
     runner.use_class_tokens(cfg, str(tmp_path / "five.pth"))
     assert cfg.model.backbone.num_cls_tokens == 5
@@ -262,10 +300,22 @@ def test_class_tokens_come_from_the_file(tmp_path):
 def test_the_demo_draws_over_images(data, trained, tmp_path):
     images = data / "images" / "validation"
     flags = tiny_flags(data, tmp_path)
-    demo.main([BEIT, str(trained[0] / "iter_60.pth"), str(images), "--out", str(tmp_path / "drawn"), *flags])
+    demo.main(
+        [
+            BEIT,
+            str(trained[0] / "iter_60.pth"),
+            str(images),
+            "--out",
+            str(tmp_path / "drawn"),
+            *flags,
+        ]
+    )
     drawn = sorted((tmp_path / "drawn").iterdir())
     assert [path.stem for path in drawn] == sorted(path.stem for path in images.iterdir())
-    picture, image = np.asarray(Image.open(drawn[0])), np.asarray(Image.open(images / f"{drawn[0].stem}.jpg"))
+    picture, image = (
+        np.asarray(Image.open(drawn[0])),
+        np.asarray(Image.open(images / f"{drawn[0].stem}.jpg")),
+    )
     assert picture.shape == image.shape and not np.array_equal(picture, image)
     with pytest.raises(ValueError, match="holds no image"):
         runner.pictures(str(tmp_path))
@@ -275,7 +325,9 @@ def test_the_demo_draws_over_images(data, trained, tmp_path):
 def test_two_processes_train_and_evaluate(data, trained, tmp_path):
     def launched(script: str, *arguments: str) -> str:
         where = ["env", f"PYTHON={sys.executable}", f"PORT={free_port()}"]
-        done = run_command([*where, "bash", str(ROOT / "semantic_segmentation" / script), *arguments])
+        done = run_command(
+            [*where, "bash", str(ROOT / "semantic_segmentation" / script), *arguments]
+        )
         assert done.returncode == 0, done.stdout[-3000:]
         return done.stdout
 
@@ -290,7 +342,9 @@ def test_two_processes_train_and_evaluate(data, trained, tmp_path):
 def test_leaving_the_group_ends_its_threads(data, trained, tmp_path):
     """Else up to one run in four aborted after its last word."""
     network = str(trained[0] / "iter_60.pth")
-    for before, after in in_ranks(2, evaluate_and_leave, tmp_path, BEIT, network, tiny_flags(data, tmp_path)):
+    for before, after in in_ranks(
+        2, evaluate_and_leave, tmp_path, BEIT, network, tiny_flags(data, tmp_path)
+    ):
         assert before > 0 and after == 0
 
 
@@ -302,7 +356,12 @@ def test_the_comparison_reads_the_last_validation_and_finished_runs(tmp_path):
     assert compare_transfer.last_figures(tmp_path) == rows[-1]
     (tmp_path / "results.json").write_text(json.dumps(rows[1]))
     assert compare_transfer.train(tmp_path, tmp_path, "none", 0, []) == (50.0, 80.0)
-    rows = [("random", 0, 50.0, 80.0), ("mae", 0, 60.0, 81.0), ("random", 1, 52.0, 80.0), ("mae", 1, 61.0, 81.0)]
+    rows = [
+        ("random", 0, 50.0, 80.0),
+        ("mae", 0, 60.0, 81.0),
+        ("random", 1, 52.0, 80.0),
+        ("mae", 1, 61.0, 81.0),
+    ]
     results = [compare_transfer.Result(*row, "") for row in rows]
     assert compare_transfer.table(results).splitlines()[2:] == [
         "| random weights | 51.0 ± 1.4 | 80.0 ± 0.0 | 50.0 | 52.0 |",
@@ -317,7 +376,10 @@ def test_the_comparison_reads_the_last_validation_and_finished_runs(tmp_path):
 def test_the_data_sets_check_names_what_is_wrong(data, tmp_path, capsys):
     counts = {"training": 8, "validation": 4}
     assert prepare_ade20k.check(data, counts) == []
-    assert prepare_ade20k.main([str(data)]) == 1 and "holds 8 images, not 20210" in capsys.readouterr().out
+    assert (
+        prepare_ade20k.main([str(data)]) == 1
+        and "holds 8 images, not 20210" in capsys.readouterr().out
+    )
     broken = tmp_path / "broken"
     shutil.copytree(data, broken)
     names = sorted((broken / "annotations" / "training").iterdir())

@@ -1,4 +1,5 @@
-"""SemAIM: orders on any grid, no patch sees what is not earlier, and the sorted form computes what the masks do."""
+"""SemAIM: orders on any grid, no patch sees what is not earlier, and the sorted form computes what
+the masks do."""
 
 import math
 
@@ -18,7 +19,14 @@ from unimim.checkpoint.loading import load_pretrained
 from unimim.engine.monitor import count_flops
 
 GRIDS = [(side, side) for side in range(6, 21)] + [(6, 9), (14, 7)]
-SMALL = {"input_size": (16, 24), "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "query_depth": 2}
+SMALL = {
+    "input_size": (16, 24),
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "query_depth": 2,
+}
 BLUR = {"gaussian_kernel_size": 5, "gaussian_sigma": 1.0}
 VARIANTS = {
     "pixels": BLUR,
@@ -49,7 +57,9 @@ def pictures(count: int = 3, size: tuple[int, int] = (16, 24)) -> Tensor:
 def batch_for(model: SemAIM, count: int = 3) -> dict[str, Tensor]:
     """Draws far enough apart that rounding makes no two order values equal."""
     generator = torch.Generator().manual_seed(2)
-    noise = torch.rand(count, model.noise_size, generator=generator).argsort(1) / max(model.noise_size, 1)
+    noise = torch.rand(count, model.noise_size, generator=generator).argsort(1) / max(
+        model.noise_size, 1
+    )
     tokens = torch.randn(count, 25, 20, generator=generator)
     return {"image": pictures(count), "noise": noise, "target_tokens": tokens}
 
@@ -58,7 +68,9 @@ def loss_and_gradients(model: SemAIM, batch: dict[str, Tensor]) -> tuple[Tensor,
     model.zero_grad()
     loss = model(batch)["loss"]
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def draws_for(kind: str, grid: tuple[int, int], count: int = 4) -> dict[str, Tensor]:
@@ -83,7 +95,9 @@ def places(order: Tensor, grid: tuple[int, int]) -> np.ndarray:
 def test_fixed_orders(grid):
     assert patch_order("zigzag", grid).flatten().tolist() == list(range(math.prod(grid)))
     walk = places(patch_order("raster", grid)[0], grid)
-    assert (np.abs(np.diff(walk, axis=0)).sum(1) == 1).all(), "each patch is a neighbour of the one before"
+    assert (np.abs(np.diff(walk, axis=0)).sum(1) == 1).all(), (
+        "each patch is a neighbour of the one before"
+    )
     assert walk[0].tolist() == [0, 0] and (np.diff(walk[:, 0]) >= 0).all()
 
 
@@ -96,12 +110,16 @@ def test_random_and_attention_orders(grid):
     assert torch.equal(order, 1 - attention)
     visible = visible_patches(order, itself=True)
     tied = attention[:, :, None] == attention[:, None]
-    assert visible[:, 1:, 1:][tied].all() and not visible_patches(order, itself=False)[:, 1:, 1:][tied].any()
+    assert (
+        visible[:, 1:, 1:][tied].all()
+        and not visible_patches(order, itself=False)[:, 1:, 1:][tied].any()
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_distance_orders(grid):
-    """Nearer to the maximum is earlier; at equal distance the noise decides, up to what float32 tells apart."""
+    """Nearer to the maximum is earlier; at equal distance the noise decides, up to what float32
+    tells apart."""
     draws = draws_for("attention_center", grid)
     orders = patch_order("attention_center", grid, **draws)
     for order, attention, noise in zip(orders, draws["attention"], draws["noise"], strict=True):
@@ -132,7 +150,9 @@ def counted(grid: tuple[int, int], center: tuple[int, int]) -> np.ndarray:
             for c, side in zip(center, grid, strict=True)
         ]
         for row, column in np.ndindex(*grid):
-            count[row, column] += all(0 <= x - first < width for x, first in zip((row, column), corner, strict=True))
+            count[row, column] += all(
+                0 <= x - first < width for x, first in zip((row, column), corner, strict=True)
+            )
     return count
 
 
@@ -145,7 +165,10 @@ def test_windows_around_a_centre(kind, grid):
         if kind == "attention_guided":
             center = np.unravel_index(int(draws["attention"][image].argmax()), grid)
         else:
-            center = tuple(int(u * (side - 1)) for u, side in zip(draws["center_noise"][image], grid, strict=True))
+            center = tuple(
+                int(u * (side - 1))
+                for u, side in zip(draws["center_noise"][image], grid, strict=True)
+            )
         count = torch.from_numpy(counted(grid, center)).float().flatten()
         torch.testing.assert_close(order, noise - count)
 
@@ -169,12 +192,16 @@ def test_every_centre_of_the_published_table():
         attention = torch.zeros(1, 196)
         attention[0, cell] = 1.0
         count = -patch_order("attention_guided", (14, 14), torch.zeros(1, 196), attention)
-        assert torch.equal(count.view(14, 14).double(), torch.from_numpy(counted((14, 14), divmod(cell, 14))))
+        assert torch.equal(
+            count.view(14, 14).double(), torch.from_numpy(counted((14, 14), divmod(cell, 14)))
+        )
 
 
 def test_the_class_token_sees_itself_and_is_seen():
     order = torch.tensor([[0.5, 0.1, 0.5]])
-    content, query = (visible_patches(order, itself=itself)[0].int().tolist() for itself in (True, False))
+    content, query = (
+        visible_patches(order, itself=itself)[0].int().tolist() for itself in (True, False)
+    )
     assert content == [[1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1]]
     assert query == [[1, 0, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0], [1, 0, 1, 0]]
 
@@ -196,21 +223,34 @@ def test_sorted_tokens_compute_what_masks_do_for_every_target(variant):
 def equal_in_loss_and_gradients(**options) -> None:
     swift, dense = small(**options), small(**options, attn="eager")
     batch = batch_for(swift)
-    assert (dense.order_of(batch, dense.look_ahead(batch)[1]).sort(1).values.diff(dim=1) > 0).all(), "no ties"
+    assert (
+        dense.order_of(batch, dense.look_ahead(batch)[1]).sort(1).values.diff(dim=1) > 0
+    ).all(), "no ties"
     loss, found = loss_and_gradients(swift, batch)
     expected_loss, expected = loss_and_gradients(dense, batch)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
-    assert found.keys() == expected.keys() == {name for name, p in swift.named_parameters() if p.requires_grad}
+    assert (
+        found.keys()
+        == expected.keys()
+        == {name for name, p in swift.named_parameters() if p.requires_grad}
+    )
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: name + text
+        )
 
 
 @pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
 def test_the_plain_form_of_the_benchmark_computes_the_same(attention_type):
-    swift, plain = (small(attention_type=attention_type, **options, **BLUR) for options in ({}, {"attn": "eager"}))
+    swift, plain = (
+        small(attention_type=attention_type, **options, **BLUR)
+        for options in ({}, {"attn": "eager"})
+    )
     make_straightforward(plain)
     batch = batch_for(swift)
-    (loss, gradients), (plain_loss, plain_gradients) = (loss_and_gradients(m, batch) for m in (swift, plain))
+    (loss, gradients), (plain_loss, plain_gradients) = (
+        loss_and_gradients(m, batch) for m in (swift, plain)
+    )
     torch.testing.assert_close(loss, plain_loss, rtol=1e-6, atol=1e-6)
     assert gradients.keys() == plain_gradients.keys()
     for name, gradient in plain_gradients.items():
@@ -237,14 +277,20 @@ def test_reduced_precision_keeps_the_causal_form():
 def test_recomputed_activations_change_nothing():
     plain, saving = small(), small(grad_checkpointing=True)
     for name, gradient in loss_and_gradients(plain, batch_for(plain))[1].items():
-        torch.testing.assert_close(loss_and_gradients(saving, batch_for(plain))[1][name], gradient, msg=name)
+        torch.testing.assert_close(
+            loss_and_gradients(saving, batch_for(plain))[1][name], gradient, msg=name
+        )
 
 
 def test_no_mask_and_no_probabilities_are_made():
-    """The fused form needs no [B, 1, T, T] mask and keeps no [B, h, T, T] probabilities for the backward pass."""
+    """The fused form needs no [B, 1, T, T] mask and keeps no [B, h, T, T] probabilities for the
+    backward pass."""
     sizes = {}
     for attn in ("auto", "eager"):
-        model, largest = small(attn=attn, permutation_type="zigzag", input_size=48, embed_dim=8, num_heads=1), []
+        model, largest = (
+            small(attn=attn, permutation_type="zigzag", input_size=48, embed_dim=8, num_heads=1),
+            [],
+        )
 
         def keep(tensor: Tensor, largest=largest) -> Tensor:
             largest.append(tensor.numel() if tensor.shape[-1:] == tensor.shape[-2:-1] else 0)
@@ -327,13 +373,17 @@ def test_the_map_is_made_without_dropout_and_training_goes_on():
     maps = [model.look_ahead({"image": pictures()})[1] for _ in range(2)]
     assert torch.equal(*maps) and not maps[0].requires_grad
     assert model.training and model.blocks[1].training
-    assert [block.drop_path.drop_prob for block in model.query_blocks] == pytest.approx([0.0, 0.5 / 3])
+    assert [block.drop_path.drop_prob for block in model.query_blocks] == pytest.approx(
+        [0.0, 0.5 / 3]
+    )
 
 
 def test_the_average_gives_the_map_if_there_is_one():
     model, alone = small(use_ema_model=True), small()
     for parameter in alone.parameters():
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+        parameter.data.add_(
+            0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+        )
     model.load_state_dict(alone.state_dict())
     batch = {"image": pictures()}
     assert torch.equal(model.look_ahead(batch)[1], small().look_ahead(batch)[1])
@@ -359,7 +409,9 @@ def test_features_that_are_predicted():
 # Pictures
 
 
-@pytest.mark.parametrize("options", [BLUR, {"norm_pix_loss": False}, {"permutation_type": "raster", "loss_type": "L1"}])
+@pytest.mark.parametrize(
+    "options", [BLUR, {"norm_pix_loss": False}, {"permutation_type": "raster", "loss_type": "L1"}]
+)
 def test_the_error_of_a_picture_is_the_loss(options):
     model = small(**options)
     batch = batch_for(model)
@@ -373,9 +425,13 @@ def test_the_error_of_a_picture_is_the_loss(options):
     error = (patches - target).abs() if model.loss_type == "L1" else (patches - target).square()
     torch.testing.assert_close(error.mean(), model(batch)["loss"].detach(), rtol=1e-4, atol=1e-5)
     order = model.order_of(batch, model.look_ahead(batch)[1])
-    first = torch.zeros(3, 24, 48).scatter_(1, order.argsort(1)[:, :6, None].expand(-1, -1, 48), 1.0)
+    first = torch.zeros(3, 24, 48).scatter_(
+        1, order.argsort(1)[:, :6, None].expand(-1, -1, 48), 1.0
+    )
     first = unpatchify(first, (4, 6), (4, 4))
-    assert torch.equal(known, original * first) and torch.equal(pasted, original * first + predicted * (1 - first))
+    assert torch.equal(known, original * first) and torch.equal(
+        pasted, original * first + predicted * (1 - first)
+    )
 
 
 @pytest.mark.parametrize("kind", PATCH_ORDERS)
@@ -387,7 +443,9 @@ def test_both_forms_make_the_same_pictures(kind):
 
 
 def test_who_can_be_pictured():
-    assert [small(**VARIANTS[name]).predicts_pixels for name in VARIANTS] == [True] * 3 + [False] * 3
+    assert [small(**VARIANTS[name]).predicts_pixels for name in VARIANTS] == [True] * 3 + [
+        False
+    ] * 3
 
 
 @pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
@@ -433,7 +491,9 @@ def test_the_average_follows_by_the_published_ramp():
     model.after_step(0.5, applied=0.0)
     assert torch.equal(model.teacher.query_blocks[0].attn.q.weight, before)
     model.after_step(0.5)
-    torch.testing.assert_close(model.teacher.query_blocks[0].attn.q.weight, before + 1e-4, rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        model.teacher.query_blocks[0].attn.q.weight, before + 1e-4, rtol=0, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -447,7 +507,10 @@ def test_the_average_follows_by_the_published_ramp():
 def test_published_sizes(name, options, trained, frozen):
     with torch.device("meta"):
         model = create_model(name, **options)
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad == state) for state in (True, False)]
+    counts = [
+        sum(p.numel() for p in model.parameters() if p.requires_grad == state)
+        for state in (True, False)
+    ]
     assert counts == [trained, frozen]
 
 
@@ -459,7 +522,8 @@ def test_every_published_name_is_there():
 
 
 def test_starting_values():
-    """specs/semaim.md 2.8: Xavier, the joint projection as one matrix and the separate ones as three."""
+    """specs/semaim.md 2.8: Xavier, the joint projection as one matrix and the separate ones as
+    three."""
     torch.manual_seed(0)
     model = SemAIM(input_size=32, patch_size=8, embed_dim=128, depth=1, num_heads=2, query_depth=1)
     for module, fan in (
@@ -468,18 +532,26 @@ def test_starting_values():
         (model.query_blocks[0].mlp.fc1, 5 * 128),
         (model.prediction_head.fc2, 512 + 192),
     ):
-        assert float(module.weight.detach().abs().max()) == pytest.approx(math.sqrt(6 / fan), rel=1e-3)
+        assert float(module.weight.detach().abs().max()) == pytest.approx(
+            math.sqrt(6 / fan), rel=1e-3
+        )
         assert not module.bias.any()
     assert 0.01 < model.cls_token.std() < 0.03 and not model.pos_embed.requires_grad
 
 
-@pytest.mark.parametrize(("depth", "query_depth", "step"), [(12, 12, 1), (12, 6, 2), (24, 12, 2), (7, 3, 2), (5, 2, 2)])
+@pytest.mark.parametrize(
+    ("depth", "query_depth", "step"), [(12, 12, 1), (12, 6, 2), (24, 12, 2), (7, 3, 2), (5, 2, 2)]
+)
 def test_query_blocks_share_out_the_encoder(depth, query_depth, step):
     model = small(depth=depth, query_depth=query_depth)
     assert model.blocks_per_query == step
     _, found = loss_and_gradients(model, batch_for(model))
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    idle = {name.split(".")[1] for name, p in model.named_parameters() if name.startswith("blocks.") and p.grad is None}
+    idle = {
+        name.split(".")[1]
+        for name, p in model.named_parameters()
+        if name.startswith("blocks.") and p.grad is None
+    }
     assert idle == {str(block) for block in range(step * query_depth, depth)}
 
 
@@ -506,7 +578,14 @@ def test_what_is_refused(options, said):
 def test_the_exported_encoder_is_timms(tmp_path, share_weight):
     model = small(input_size=16, share_weight=share_weight, query_depth=4).eval()
     save_encoder(tmp_path / "encoder.safetensors", model.encoder_state_dict(), {"format": "timm"})
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
+    sizes = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     theirs = timm.models.VisionTransformer(**sizes).eval()
     theirs.load_state_dict(load_checkpoint(tmp_path / "encoder.safetensors"), strict=True)
     images = pictures(size=(16, 16))
@@ -517,9 +596,17 @@ def test_the_exported_encoder_is_timms(tmp_path, share_weight):
 @pytest.mark.parametrize("share_weight", [False, True])
 @pytest.mark.parametrize("published", [False, True])
 def test_a_checkpoint_is_fine_tuned(share_weight, published):
-    """The published file names the model's factory under `model` and has the weights as DDP names them."""
+    """The published file names the model's factory under `model` and has the weights as DDP names
+    them."""
     model = small(input_size=16, share_weight=share_weight)
-    options = {"patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "input_size": 16, "num_classes": 5}
+    options = {
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "input_size": 16,
+        "num_classes": 5,
+    }
     classifier = create_model("vit_tiny_patch16_224", **options)
     state = {"model": model.state_dict()}
     if published:
@@ -528,5 +615,7 @@ def test_a_checkpoint_is_fine_tuned(share_weight, published):
     report = load_pretrained(classifier, state)
     assert report.matched == 1.0
     own = model.blocks[2].attn
-    expected = torch.cat((own.q.weight, own.k.weight, own.v.weight)) if share_weight else own.qkv.weight
+    expected = (
+        torch.cat((own.q.weight, own.k.weight, own.v.weight)) if share_weight else own.qkv.weight
+    )
     assert torch.equal(classifier.blocks[2].attn.qkv.weight, expected)

@@ -1,4 +1,5 @@
-"""SemMAE's masks against the rule written out token by token, for any parts, ratio and weight (specs/semmae.md B.1)."""
+"""SemMAE's masks against the rule written out token by token, for any parts, ratio and weight
+(specs/semmae.md B.1)."""
 
 import math
 
@@ -22,11 +23,14 @@ cases = st.tuples(
 
 
 def drawn(tokens: int, parts: int, seed: int, images: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Part ids of uneven sizes, among them empty parts and parts that hold nearly everything; and the two noises."""
+    """Part ids of uneven sizes, among them empty parts and parts that hold nearly everything; and
+    the two noises."""
     rng = np.random.default_rng(seed)
     shares = rng.dirichlet(np.full(parts, rng.choice([0.1, 1.0, 10.0])), size=images)
     ids = np.stack([rng.choice(parts, size=tokens, p=share) for share in shares])
-    noises = (torch.from_numpy(rng.random((images, size)).astype(np.float32)) for size in (tokens, parts))
+    noises = (
+        torch.from_numpy(rng.random((images, size)).astype(np.float32)) for size in (tokens, parts)
+    )
     return torch.from_numpy(ids), *noises
 
 
@@ -40,7 +44,9 @@ def test_masks_follow_the_rule(case):
     ids, noise_tokens, noise_parts = drawn(tokens, parts, seed)
     found = semantic_mask(ids, ratio, weight, parts, noise_tokens, noise_parts)
     for row in range(len(ids)):
-        counts, visible, masked = semantic_mask_of_one(ids[row], ratio, weight, noise_tokens[row], noise_parts[row])
+        counts, visible, masked = semantic_mask_of_one(
+            ids[row], ratio, weight, noise_tokens[row], noise_parts[row]
+        )
         assert found.count[row].tolist() == counts
         assert found.order[row].tolist() == visible + masked
         assert sorted(found.mask[row].nonzero().flatten().tolist()) == sorted(masked)
@@ -49,15 +55,20 @@ def test_masks_follow_the_rule(case):
 @settings(max_examples=60, deadline=None)
 @given(cases)
 def test_apportioned_counts_are_exact(case):
-    """They add up to what is hidden, stay near the wanted mean and below the sizes; so nothing is mended."""
+    """They add up to what is hidden, stay near the wanted mean and below the sizes; so nothing is
+    mended."""
     tokens, parts, ratio, weight, seed = case
     if not 0 < int(tokens * (1 - ratio)) < tokens:
         return
     ids, noise_tokens, noise_parts = drawn(tokens, parts, seed)
-    found = semantic_mask(ids, ratio, weight, parts, noise_tokens, noise_parts, count_fix="apportion")
+    found = semantic_mask(
+        ids, ratio, weight, parts, noise_tokens, noise_parts, count_fix="apportion"
+    )
     sizes = torch.nn.functional.one_hot(ids, parts).sum(1).double()
     masked = torch.zeros(ids.shape).scatter_(1, found.order[:, found.visible :], 1.0)
-    assert torch.equal(found.count.double(), torch.zeros_like(sizes).scatter_add_(1, ids, masked.double()))
+    assert torch.equal(
+        found.count.double(), torch.zeros_like(sizes).scatter_add_(1, ids, masked.double())
+    )
     assert found.mask.sum(1).tolist() == [tokens - int(tokens * (1 - ratio))] * len(ids)
     assert (found.count <= sizes).all()
     wanted = weight * ratio * sizes + (1 - weight) * found.inter.double()
@@ -66,9 +77,12 @@ def test_apportioned_counts_are_exact(case):
 
 @pytest.mark.parametrize(("count_fix", "first"), [("apportion", 38), ("parity", 37)])
 def test_one_part_gives_plain_random_masking(count_fix, first):
-    """Visible is a stretch of the random order; 'parity' counts 37 of the 38 and hides the last token in addition."""
+    """Visible is a stretch of the random order; 'parity' counts 37 of the 38 and hides the last
+    token in addition."""
     _, noise_tokens, noise_parts = drawn(50, 4, seed=1)
-    found = semantic_mask(torch.full((3, 50), 2), 0.75, 0.4, 4, noise_tokens, noise_parts, count_fix=count_fix)
+    found = semantic_mask(
+        torch.full((3, 50), 2), 0.75, 0.4, 4, noise_tokens, noise_parts, count_fix=count_fix
+    )
     assert torch.equal(found.order[:, :12], noise_tokens.argsort(1)[:, first : first + 12])
 
 
@@ -77,13 +91,16 @@ def test_the_ends_of_the_schedule():
     ids, noise_tokens, noise_parts = drawn(196, 7, seed=3, images=20)
     sizes = torch.nn.functional.one_hot(ids, 7).sum(1)
     shares, wholes = (
-        semantic_mask(ids, 0.75, w, 7, noise_tokens, noise_parts, count_fix="apportion").count for w in (1.0, 0.0)
+        semantic_mask(ids, 0.75, w, 7, noise_tokens, noise_parts, count_fix="apportion").count
+        for w in (1.0, 0.0)
     )
     assert (shares - 0.75 * sizes).abs().max() < 1
     assert (((wholes > 0) & (wholes < sizes)).sum(1) <= 1).all()
     assert torch.equal(wholes, semantic_mask(ids, 0.75, 0.0, 7, noise_tokens, noise_parts).inter)
     outside = semantic_mask(ids, 0.75, 1.7, 7, noise_tokens, noise_parts)
-    assert torch.equal(outside.order, semantic_mask(ids, 0.75, 1.0, 7, noise_tokens, noise_parts).order)
+    assert torch.equal(
+        outside.order, semantic_mask(ids, 0.75, 1.0, 7, noise_tokens, noise_parts).order
+    )
 
 
 def test_noise_is_drawn_for_tokens_and_then_for_parts():
@@ -91,13 +108,16 @@ def test_noise_is_drawn_for_tokens_and_then_for_parts():
     torch.manual_seed(4)
     noises = torch.rand(3, 30), torch.rand(3, 5)
     torch.manual_seed(4)
-    assert torch.equal(semantic_mask(ids, 0.6, 0.5, 5).order, semantic_mask(ids, 0.6, 0.5, 5, *noises).order)
+    assert torch.equal(
+        semantic_mask(ids, 0.6, 0.5, 5).order, semantic_mask(ids, 0.6, 0.5, 5, *noises).order
+    )
 
 
 def test_ids_may_be_bytes():
     ids, *noises = drawn(30, 5, seed=0)
     assert torch.equal(
-        semantic_mask(ids.byte(), 0.6, 0.5, 5, *noises).order, semantic_mask(ids, 0.6, 0.5, 5, *noises).order
+        semantic_mask(ids.byte(), 0.6, 0.5, 5, *noises).order,
+        semantic_mask(ids, 0.6, 0.5, 5, *noises).order,
     )
 
 
@@ -107,7 +127,12 @@ def test_others_first_is_a_stable_sort():
 
 
 def test_the_number_of_visible_tokens_is_truncated_in_double_precision():
-    assert [num_visible(*case) for case in ((196, 0.75), (100, 0.8), (196, 0.6), (16, 0.75))] == [49, 19, 78, 4]
+    assert [num_visible(*case) for case in ((196, 0.75), (100, 0.8), (196, 0.6), (16, 0.75))] == [
+        49,
+        19,
+        78,
+        4,
+    ]
     for tokens, ratio in ((4, 0.9), (196, 0.0), (196, 1.0)):
         with pytest.raises(ValueError, match="--mask_ratio"):
             num_visible(tokens, ratio)
@@ -120,7 +145,9 @@ def test_schedules_of_the_weight():
     assert mask_lambda_schedule(3, 10, power=0.5) == pytest.approx(1 - math.sqrt(0.4))
     assert mask_lambda_schedule(epochs, 10, kind="increasing")[[0, 9]] == pytest.approx([0.1, 1.0])
     assert mask_lambda_schedule(epochs, 10, kind="cosine")[[4, 9]] == pytest.approx([0.5, 0.0])
-    assert mask_lambda_schedule(np.array([10, 20]), 10).tolist() == [0, 0], "clipped where a run goes on"
+    assert mask_lambda_schedule(np.array([10, 20]), 10).tolist() == [0, 0], (
+        "clipped where a run goes on"
+    )
     with pytest.raises(ValueError, match="power, increasing, cosine"):
         mask_lambda_schedule(0, 10, kind="linear")
     with pytest.raises(ValueError, match="--mask_lambda_power is 0"):

@@ -1,4 +1,5 @@
-"""BEiT, MaskFeat and SemanticMIM: what the bottleneck lets through, masks of any counts, losses and work in numbers."""
+"""BEiT, MaskFeat and SemanticMIM: what the bottleneck lets through, masks of any counts, losses and
+work in numbers."""
 
 import math
 
@@ -39,7 +40,9 @@ def test_no_projection_has_a_bias_without_qkv_bias(form):
 
     def biased(**options) -> set[str]:
         names = [name for name, _ in build(form, **options).named_parameters()]
-        return {name.split(".")[0] for name in names if name.endswith(("qkv.bias", "q_bias", "v_bias"))}
+        return {
+            name.split(".")[0] for name in names if name.endswith(("qkv.bias", "q_bias", "v_bias"))
+        }
 
     assert biased() == {"blocks", "mask_blocks"} and biased(qkv_bias=False) == set()
 
@@ -47,7 +50,11 @@ def test_no_projection_has_a_bias_without_qkv_bias(form):
 def masks(count: int, batch: int = 2, cells: int = 16, seed: int = 0) -> Tensor:
     order = torch.rand(batch, cells, generator=torch.Generator().manual_seed(seed)).argsort(1)
     side = math.isqrt(cells)
-    return torch.zeros(batch, cells, dtype=torch.bool).scatter_(1, order[:, :count], True).view(batch, side, side)
+    return (
+        torch.zeros(batch, cells, dtype=torch.bool)
+        .scatter_(1, order[:, :count], True)
+        .view(batch, side, side)
+    )
 
 
 def batch_of(count: int = 10, seed: int = 1, **more: Tensor) -> dict[str, Tensor]:
@@ -62,7 +69,8 @@ def batch_of(count: int = 10, seed: int = 1, **more: Tensor) -> dict[str, Tensor
 
 
 def mask_tokens(model: SemanticMIM, batch: dict[str, Tensor], classes: list[Tensor] | None = None):
-    """Mask tokens and the class tokens after each encoder block, which `classes` replace on their way if given."""
+    """Mask tokens and the class tokens after each encoder block, which `classes` replace on their
+    way if given."""
     num_cls, seen, handles = model.num_prefix_tokens, [], []
     front = model.mask_blocks is None  # where the class tokens stand
 
@@ -91,7 +99,8 @@ def mask_tokens(model: SemanticMIM, batch: dict[str, Tensor], classes: list[Tens
 @each_form
 @pytest.mark.parametrize("use_bottleneck", [True, False])
 def test_what_mask_tokens_learn_of_the_image_passes_the_class_tokens(form, use_bottleneck):
-    """Another image under the first one's class tokens: with the bottleneck nothing changes, without it does."""
+    """Another image under the first one's class tokens: with the bottleneck nothing changes,
+    without it does."""
     model = build(form, use_bottleneck=use_bottleneck)
     first, second = batch_of(seed=1), batch_of(seed=2)
     with torch.no_grad():
@@ -113,7 +122,9 @@ def test_gradient_of_visible_pixels_without_the_class_tokens(form, use_bottlenec
     _, classes = mask_tokens(model, batch)
     tokens, _ = mask_tokens(model, batch, [c.detach() for c in classes])
     tokens.square().sum().backward()
-    assert bool((batch["image"].grad is not None) and batch["image"].grad.any()) is not use_bottleneck
+    assert (
+        bool((batch["image"].grad is not None) and batch["image"].grad.any()) is not use_bottleneck
+    )
     batch["image"].grad = None
     mask_tokens(model, batch)[0].square().sum().backward()
     visible = ~batch["mask"].repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -136,7 +147,11 @@ def test_the_encoder_never_sees_a_mask_token():
 def test_every_parameter_is_trained(form, num_cls_tokens, use_bottleneck):
     """DDP would wait for a parameter without a gradient."""
     model = build(form, num_cls_tokens=num_cls_tokens, use_bottleneck=use_bottleneck)
-    assert model.cls_token.shape == (1, num_cls_tokens, 32) and model.pos_embed.shape == (1, num_cls_tokens + 16, 32)
+    assert model.cls_token.shape == (1, num_cls_tokens, 32) and model.pos_embed.shape == (
+        1,
+        num_cls_tokens + 16,
+        32,
+    )
     model(batch_of())["loss"].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert (model.mask_blocks is None) is not use_bottleneck
@@ -145,7 +160,10 @@ def test_every_parameter_is_trained(form, num_cls_tokens, use_bottleneck):
 @each_form
 def test_drop_path_and_checkpointing(form):
     model = build(form, drop_path=0.5)
-    rates = [[block.drop_path.drop_prob for block in blocks] for blocks in (model.blocks, model.mask_blocks)]
+    rates = [
+        [block.drop_path.drop_prob for block in blocks]
+        for blocks in (model.blocks, model.mask_blocks)
+    ]
     assert rates == [[0.0, 0.25, 0.5]] * 2
     losses = []
     for checkpointing in (False, True):
@@ -162,9 +180,12 @@ def test_drop_path_and_checkpointing(form):
 
 @each_form
 def test_masks_drawn_apart(form):
-    """Predicted patches may be visible, hidden ones may be left out; the loss is that of the listed ones."""
+    """Predicted patches may be visible, hidden ones may be left out; the loss is that of the listed
+    ones."""
     model = build(form, separate_mask=True)
-    assert "target_mask" in model.views and model.views.index("mask") < model.views.index("target_mask")
+    assert "target_mask" in model.views and model.views.index("mask") < model.views.index(
+        "target_mask"
+    )
     target = masks(7, seed=9)
     batch = batch_of(10, target_mask=target)
     assert (target & ~batch["mask"]).any() and (batch["mask"] & ~target).any()
@@ -186,7 +207,10 @@ def test_unequal_counts_are_refused(form):
     model = build(form)
     batch = batch_of()
     batch["mask"] = torch.stack((masks(4)[0], masks(8)[0]))
-    with pytest.raises(ValueError, match=r"mask selects 4 patches of one image and 8 of another.*--mask_type random"):
+    with pytest.raises(
+        ValueError,
+        match=r"mask selects 4 patches of one image and 8 of another.*--mask_type random",
+    ):
         model(batch)
     batch = batch_of(target_mask=torch.stack((masks(4)[0], masks(8)[0])))
     with pytest.raises(ValueError, match="target_mask selects 4 patches"):
@@ -195,13 +219,26 @@ def test_unequal_counts_are_refused(form):
 
 def test_counts_come_from_the_host():
     normalize = Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
-    raw = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "mask": masks(10), "target_mask": masks(7)}
+    raw = {
+        "image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        "mask": masks(10),
+        "target_mask": masks(7),
+    }
     raw["image_second"] = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
     batch = normalize(raw)
-    assert (batch["mask_counts"], batch["target_mask_counts"], batch["max_masked"]) == ((10, 10), (7, 7), 10)
-    assert torch.equal(batch["image_second"], raw["image_second"]) and batch["image"].is_floating_point()
+    assert (batch["mask_counts"], batch["target_mask_counts"], batch["max_masked"]) == (
+        (10, 10),
+        (7, 7),
+        10,
+    )
+    assert (
+        torch.equal(batch["image_second"], raw["image_second"])
+        and batch["image"].is_floating_point()
+    )
     model = build("maskfeat", separate_mask=True).float()
-    assert torch.equal(model(batch)["loss"], model({k: v for k, v in batch.items() if "count" not in k})["loss"])
+    assert torch.equal(
+        model(batch)["loss"], model({k: v for k, v in batch.items() if "count" not in k})["loss"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +275,9 @@ def test_word_loss_never_holds_all_logits(monkeypatch):
     with LivingBytes() as chunked:
         head(tokens, targets)[0].backward()
     with LivingBytes() as whole:
-        F.cross_entropy(F.linear(tokens, head.weight, head.bias).flatten(0, 1), targets.flatten()).backward()
+        F.cross_entropy(
+            F.linear(tokens, head.weight, head.bias).flatten(0, 1), targets.flatten()
+        ).backward()
     assert chunked.peak < rows * words * 4 / 4 < whole.peak
 
 
@@ -276,7 +315,9 @@ def test_beits_last_block_computes_masked_patches_only():
 # Work
 
 
-@pytest.mark.parametrize(("name", "hidden"), [("semanticmim_maskfeat", 157), ("semanticmim_beit", 118)])
+@pytest.mark.parametrize(
+    ("name", "hidden"), [("semanticmim_maskfeat", 157), ("semanticmim_beit", 118)]
+)
 def test_a_step_takes_at_most_nine_tenths_of_the_plain_form(name, hidden):
     model = create_model(f"{name}_tiny_patch16_224", depth=4)
     batch = {"image": torch.randn(1, 3, 224, 224), "mask": masks(hidden, 1, 196)}
@@ -310,16 +351,28 @@ def test_start_of_beits_form():
     """specs/semanticmim.md 1.6, measured standard deviations."""
     torch.manual_seed(0)
     model = create_model("semanticmim_beit_small_patch16_224", depth=2, num_cls_tokens=8)
-    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight", "lm_head.weight"):
+    for name in (
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.1.attn.qkv.weight",
+        "lm_head.weight",
+    ):
         assert model.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.05), name
     assert model.pos_embed.abs().max() > 0.05, "not cut at one deviation, as the original BEiT is"
     xavier = math.sqrt(2 / (384 + 1536))
     for blocks in (model.blocks, model.mask_blocks):
         for layer, block in enumerate(blocks, 1):
-            assert block.attn.proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * layer), rel=0.05)
+            assert block.attn.proj.weight.std().item() == pytest.approx(
+                0.02 / math.sqrt(2 * layer), rel=0.05
+            )
             assert block.mlp.fc1.weight.std().item() == pytest.approx(xavier, rel=0.05)
-            assert block.mlp.fc2.weight.std().item() == pytest.approx(xavier / math.sqrt(2 * layer), rel=0.05)
-            assert 0 < block.mlp.fc1.bias.std() < 2e-6 and block.gamma_1[0].item() == pytest.approx(0.1)
+            assert block.mlp.fc2.weight.std().item() == pytest.approx(
+                xavier / math.sqrt(2 * layer), rel=0.05
+            )
+            assert 0 < block.mlp.fc1.bias.std() < 2e-6 and block.gamma_1[0].item() == pytest.approx(
+                0.1
+            )
             assert not block.attn.q_bias.any() and not block.attn.proj.bias.any()
     assert not model.patch_embed.proj.bias.any()
 
@@ -327,7 +380,12 @@ def test_start_of_beits_form():
 def test_start_of_maskfeats_form():
     torch.manual_seed(0)
     model = create_model("semanticmim_maskfeat_small_patch16_224", depth=2)
-    names = ("cls_token", "patch_embed.proj.weight", "blocks.1.attn.proj.weight", "mask_blocks.1.mlp.fc2.weight")
+    names = (
+        "cls_token",
+        "patch_embed.proj.weight",
+        "blocks.1.attn.proj.weight",
+        "mask_blocks.1.mlp.fc2.weight",
+    )
     for name in (*names, "hog_head.weight"):
         assert model.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.05), name
     assert model.patch_embed.proj.bias.any() and model.blocks[0].gamma_1 is None
@@ -347,7 +405,11 @@ def test_weight_decay_of_either_form():
     for form, exempt in (("beit", {"cls_token", "pos_embed"}), ("maskfeat", {"mask_token"})):
         model = build(form)
         groups = {g["group_name"]: {id(p) for p in g["params"]} for g in param_groups(model, 0.05)}
-        kept = {name for name, p in model.named_parameters() if p.ndim > 1 and id(p) in groups["no_decay"]}
+        kept = {
+            name
+            for name, p in model.named_parameters()
+            if p.ndim > 1 and id(p) in groups["no_decay"]
+        }
         assert kept == exempt
         assert all(p.ndim > 1 for _, p in model.named_parameters() if id(p) in groups["decay"])
 
@@ -355,16 +417,22 @@ def test_weight_decay_of_either_form():
 def test_registered_models():
     names = ("beit_{}_patch16_224_8k_vocab", "maskfeat_{}_patch16_224", "semanticmim_beit_{}_patch16_224",
              "semanticmim_maskfeat_{}_patch16_224")  # fmt: skip
-    assert {name.format(size) for name in names for size in ("tiny", "small", "base", "large")} <= set(list_models())
+    assert {
+        name.format(size) for name in names for size in ("tiny", "small", "base", "large")
+    } <= set(list_models())
 
 
 def test_the_tokenizer_is_no_part_of_the_network(tmp_path):
     method = build_method(arguments("pretrain", tmp_path, *METHODS["semanticmim_beit"]))
     assert method.tokenizer.vocab_size == 64 and method.second_size == (32, 32)
     assert method.frozen is method.tokenizer.encoder
-    assert not any("conv" in name for name in [*method.state_dict(), *dict(method.named_parameters())])
+    assert not any(
+        "conv" in name for name in [*method.state_dict(), *dict(method.named_parameters())]
+    )
     assert not any(p.requires_grad for p in method.frozen.parameters())
-    own = {name for name in method.encoder_state_dict() if not name.startswith(("blocks.", "norm."))}
+    own = {
+        name for name in method.encoder_state_dict() if not name.startswith(("blocks.", "norm."))
+    }
     assert own == {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
@@ -375,10 +443,17 @@ def test_what_is_refused(tmp_path, capsys):
             build_data(args, build_method(args))
         return str(error.value)
 
-    assert "has 64 words, the model 8192: give --model_kwargs vocab_size=64" in said("beit", "--model_kwargs")
-    assert "--second_input_size 112: with one word a patch it is (32, 32)" in said("beit", "--second_input_size", "112")
+    assert "has 64 words, the model 8192: give --model_kwargs vocab_size=64" in said(
+        "beit", "--model_kwargs"
+    )
+    assert "--second_input_size 112: with one word a patch it is (32, 32)" in said(
+        "beit", "--second_input_size", "112"
+    )
     assert "--color_jitter is 1.5" in said("beit", "--color_jitter", "1.5")
-    for flags in (("--separate_mask_ratio", "1.5"), ("--separate_mask_ratio", "0.5", "--mask_type", "block")):
+    for flags in (
+        ("--separate_mask_ratio", "1.5"),
+        ("--separate_mask_ratio", "0.5", "--mask_type", "block"),
+    ):
         with pytest.raises(SystemExit):
             said("semanticmim_beit", *flags)
         assert "--separate_mask_ratio" in capsys.readouterr().err

@@ -56,7 +56,9 @@ def test_scenes():
     scenes = [shapes.make_scene("train", index) for index in range(200)]
     for scene in scenes:
         height, width = scene.instances.shape
-        assert 64 <= height <= 128 and 64 <= width <= 128 and scene.image.shape == (height, width, 3)
+        assert (
+            64 <= height <= 128 and 64 <= width <= 128 and scene.image.shape == (height, width, 3)
+        )
         areas = np.bincount(scene.instances.ravel())[1:]
         assert len(areas) == len(scene.classes) and areas.min() >= 20
         assert scene.classes[int(areas.argmax())] == scene.label
@@ -75,7 +77,10 @@ def test_outlines_differ_and_keep_inside_the_unit_circle():
     for name, mask in masks.items():
         assert 0.1 < mask.mean() < 0.6 and not (mask & (x * x + y * y > 1.1)).any(), name
         for other, other_mask in masks.items():
-            assert name == other or (mask & other_mask).sum() < 0.9 * (mask | other_mask).sum(), (name, other)
+            assert name == other or (mask & other_mask).sum() < 0.9 * (mask | other_mask).sum(), (
+                name,
+                other,
+            )
     assert masks["star"][np.abs(axis).argmin(), np.abs(axis).argmin()]  # its middle belongs to it
 
 
@@ -101,11 +106,16 @@ def test_the_three_layouts_agree(root):
             scene = shapes.make_scene(split, index)
             assert member.split("/")[0] == shapes.CLASSES[int(label)] and int(label) == scene.label
             image = png(root / "images" / entry["file_name"])
-            assert (image == scene.image).all() and image.shape[:2] == (entry["height"], entry["width"])
+            assert (image == scene.image).all() and image.shape[:2] == (
+                entry["height"],
+                entry["width"],
+            )
             assert archive.read(member) == (root / "images" / entry["file_name"]).read_bytes()
             semantic = png(root / "annotations" / folder / f"{index:06d}.png")
             assert ((semantic > 0) == (scene.instances > 0)).all() and semantic.max() <= 10
-            check_instances(scene, semantic, [a for a in coco["annotations"] if a["image_id"] == entry["id"]])
+            check_instances(
+                scene, semantic, [a for a in coco["annotations"] if a["image_id"] == entry["id"]]
+            )
         numbers = [annotation["id"] for annotation in coco["annotations"]]
         assert numbers == list(range(1, len(numbers) + 1))
         assert [category["name"] for category in coco["categories"]] == list(shapes.CLASSES)
@@ -126,25 +136,35 @@ def check_instances(scene, semantic, annotations):
 
 
 def test_run_lengths_of_a_mask_that_begins_masked():
-    assert shapes.run_lengths(np.array([[True, False], [True, True]])) == {"size": [2, 2], "counts": [0, 2, 1, 1]}
+    assert shapes.run_lengths(np.array([[True, False], [True, True]])) == {
+        "size": [2, 2],
+        "counts": [0, 2, 1, 1],
+    }
 
 
 def test_the_data_set_is_loaded_from_its_cache(root, monkeypatch):
     monkeypatch.setenv("UNIMIM_CACHE", str(root.parent))
     args = Namespace(data_set="shapes", data_path=None, input_size=48, crop_pct=None)
     args.seed, args.max_bad_images, args.strict_data = 0, 0, True
-    dataset = build_dataset(args, train=False, transform=build_finetune_transform(args, False), need_labels=True)
+    dataset = build_dataset(
+        args, train=False, transform=build_finetune_transform(args, False), need_labels=True
+    )
     assert len(dataset) == 5  # of the small set that is there already
     for index in range(5):
         sample = dataset[0, index]
-        assert sample["label"] == shapes.make_scene("val", index).label and sample["image"].shape == (3, 48, 48)
+        assert sample["label"] == shapes.make_scene("val", index).label and sample[
+            "image"
+        ].shape == (3, 48, 48)
 
 
 def test_a_cache_whose_writing_was_killed_is_written_anew(tmp_path):
     program = (
-        "import sys, pathlib; from unimim.data import shapes; shapes.cached_shapes(pathlib.Path(sys.argv[1]), 10**6, 1)"
+        "import sys, pathlib; from unimim.data import shapes; "
+        "shapes.cached_shapes(pathlib.Path(sys.argv[1]), 10**6, 1)"
     )
-    writer = subprocess.Popen([sys.executable, "-c", program, tmp_path / "shapes"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "shapes"], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".shapes.*.tmp/images/training/*.png")):
         assert writer.poll() is None and time.monotonic() < deadline, "the writer wrote nothing"

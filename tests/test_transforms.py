@@ -1,4 +1,5 @@
-"""Views: decoding like Pillow's, the fast pipeline against the reference, the published draws, fine-tuning."""
+"""Views: decoding like Pillow's, the fast pipeline against the reference, the published draws,
+fine-tuning."""
 
 import argparse
 import io
@@ -13,11 +14,30 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms import InterpolationMode as Mode
 
 from masking_generator import as_pair, build_mask_generator
-from unimim.data.color import JITTER_RANGES, REFERENCE_JITTER, ColourDraws, draw_colour, fast_colour, reference_colour
+from unimim.data.color import (
+    JITTER_RANGES,
+    REFERENCE_JITTER,
+    ColourDraws,
+    draw_colour,
+    fast_colour,
+    reference_colour,
+)
 from unimim.data.crops import INTERPOLATIONS, PILLOW_FILTERS, draw_crop
-from unimim.data.jpeg import CHROMA_ROWS, BrokenImageError, cuttable_height, decode, decode_pillow, open_picture
+from unimim.data.jpeg import (
+    CHROMA_ROWS,
+    BrokenImageError,
+    cuttable_height,
+    decode,
+    decode_pillow,
+    open_picture,
+)
 from unimim.data.shapes import background
-from unimim.data.views import PIPELINES, build_finetune_transform, build_pretrain_transform, draw_view
+from unimim.data.views import (
+    PIPELINES,
+    build_finetune_transform,
+    build_pretrain_transform,
+    draw_view,
+)
 
 NO_COLOUR = ColourDraws(jitter=(), grey=False, blur_radius=None, solarise=False)
 
@@ -25,7 +45,9 @@ NO_COLOUR = ColourDraws(jitter=(), grey=False, blur_radius=None, solarise=False)
 def photo(seed, height=375, width=500):
     """A picture with smooth and sharp parts, and black and white clipped ones."""
     rng = np.random.RandomState(seed)
-    levels = background(rng, height, width) * 2 - 128 + rng.randint(-20, 21, size=(height, width, 1))
+    levels = (
+        background(rng, height, width) * 2 - 128 + rng.randint(-20, 21, size=(height, width, 1))
+    )
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
@@ -70,14 +92,23 @@ def test_decode_equals_pillow(kind):
         assert (picture == expected).all()
 
 
-COLOURS = np.random.default_rng(0).integers(0, 256, (67, 45, 3), dtype=np.uint8)  # nothing in common from row to row
+COLOURS = np.random.default_rng(0).integers(
+    0, 256, (67, 45, 3), dtype=np.uint8
+)  # nothing in common from row to row
 SEQUENTIAL = {
-    **{name: simplejpeg.encode_jpeg(COLOURS, colorsubsampling=name) for name in ("444", "422", "420", "440", "411")},
+    **{
+        name: simplejpeg.encode_jpeg(COLOURS, colorsubsampling=name)
+        for name in ("444", "422", "420", "440", "411")
+    },
     "grey": encode(Image.fromarray(COLOURS).convert("L")),
     "restart markers": encode(Image.fromarray(COLOURS), restart_marker_rows=1),
     "a few bytes after the end": simplejpeg.encode_jpeg(COLOURS) + bytes(20),
-    "an end inside, of a thumbnail": encode(Image.fromarray(COLOURS), comment=b"\xff\xd9\xff\xc2 thumbnail"),
-    "filling before a segment": simplejpeg.encode_jpeg(COLOURS).replace(b"\xff\xc0", b"\xff\xff\xff\xc0", 1),
+    "an end inside, of a thumbnail": encode(
+        Image.fromarray(COLOURS), comment=b"\xff\xd9\xff\xc2 thumbnail"
+    ),
+    "filling before a segment": simplejpeg.encode_jpeg(COLOURS).replace(
+        b"\xff\xc0", b"\xff\xff\xff\xc0", 1
+    ),
 }
 
 
@@ -95,11 +126,18 @@ def test_the_first_rows_of_a_jpeg_are_exact_without_those_below(kind):
 def test_a_picture_that_is_opened_first_is_the_same(kind):
     size, decode_rows = open_picture(ENCODED[kind])
     assert size == (40, 60)
-    assert all((decode_rows(rows)[:rows] == decode(ENCODED[kind])[:rows]).all() for rows in (1, 20, 40))
+    assert all(
+        (decode_rows(rows)[:rows] == decode(ENCODED[kind])[:rows]).all() for rows in (1, 20, 40)
+    )
 
 
 def test_only_whole_sequential_jpegs_are_decoded_in_part():
-    not_whole = [SEQUENTIAL["420"][:-400], SEQUENTIAL["420"] + bytes(200), b"\xff\xd8\xff\xd9", COLOURS.tobytes()]
+    not_whole = [
+        SEQUENTIAL["420"][:-400],
+        SEQUENTIAL["420"] + bytes(200),
+        b"\xff\xd8\xff\xd9",
+        COLOURS.tobytes(),
+    ]
     for raw in (ENCODED["progressive jpeg"], ENCODED["cmyk jpeg"], ENCODED["png"], *not_whole):
         assert cuttable_height(raw) is None
     assert all(cuttable_height(raw) for raw in SEQUENTIAL.values())
@@ -146,7 +184,9 @@ def test_draws_have_the_published_distribution():
     assert areas.min() > 0.075 and areas.max() <= 1
     assert aspects.min() > 0.74 and aspects.max() < 1.36
     assert abs(np.median(np.log(aspects))) < 0.02
-    assert abs((areas < 0.31).mean() - 0.27) < 0.05  # a quarter of (0.08, 1), a little more as wide ones do not fit
+    assert (
+        abs((areas < 0.31).mean() - 0.27) < 0.05
+    )  # a quarter of (0.08, 1), a little more as wide ones do not fit
     for name, share, expected in (
         ("flip", np.mean([draws.flip for draws in found]), 0.5),
         ("jitter", np.mean([len(draws.colour.jitter) == 4 for draws in found]), 0.8),
@@ -163,11 +203,15 @@ def test_jitter_steps_come_in_every_order_with_factors_in_range():
     assert len({tuple(name for name, _ in jitter) for jitter in steps}) == 24
     for name, (low, high) in JITTER_RANGES.items():
         factors = [dict(jitter)[name] for jitter in steps]
-        assert low <= min(factors) < low + 0.02 * (high - low) and high - 0.02 * (high - low) < max(factors) <= high
+        assert (
+            low <= min(factors) < low + 0.02 * (high - low)
+            and high - 0.02 * (high - low) < max(factors) <= high
+        )
 
 
 @pytest.mark.parametrize(
-    "size, box", [((10, 1000), (0, 493, 10, 13)), ((1000, 9), (494, 0, 12, 9)), ((1, 1), (0, 0, 1, 1))]
+    "size, box",
+    [((10, 1000), (0, 493, 10, 13)), ((1000, 9), (494, 0, 12, 9)), ((1, 1), (0, 0, 1, 1))],
 )
 def test_crop_of_a_strip_is_central_and_clipped_to_the_aspect_range(size, box):
     assert draw_crop(np.random.default_rng(0), size, (0.9, 1.0)) == box
@@ -187,14 +231,20 @@ def test_boxes_stay_inside_and_reach_the_edges():
 @pytest.mark.parametrize("size", [64, (48, 112)])
 def test_weak_views_agree_within_two_levels(interpolation, size):
     pipelines = [
-        build_pretrain_transform(("image",), input_size=size, interpolation=interpolation, pipeline=pipeline)
+        build_pretrain_transform(
+            ("image",), input_size=size, interpolation=interpolation, pipeline=pipeline
+        )
         for pipeline in PIPELINES
     ]
     means = []
     for seed in range(12):
         raw = jpeg(seed, height=150 + 40 * (seed % 4), width=230)
-        fast, reference = (pipeline(raw, np.random.default_rng(seed))["image"] for pipeline in pipelines)
-        assert fast.dtype == torch.uint8 and fast.shape == (3, *as_pair(size)) and fast.is_contiguous()
+        fast, reference = (
+            pipeline(raw, np.random.default_rng(seed))["image"] for pipeline in pipelines
+        )
+        assert (
+            fast.dtype == torch.uint8 and fast.shape == (3, *as_pair(size)) and fast.is_contiguous()
+        )
         difference = levels_apart(fast, reference)
         assert difference.max() <= 2
         means.append(difference.mean())
@@ -202,10 +252,14 @@ def test_weak_views_agree_within_two_levels(interpolation, size):
 
 
 def test_weak_views_agree_at_full_size():
-    pipelines = [build_pretrain_transform(("image",), input_size=224, pipeline=p) for p in PIPELINES]
+    pipelines = [
+        build_pretrain_transform(("image",), input_size=224, pipeline=p) for p in PIPELINES
+    ]
     for seed in range(10):
         raw = jpeg(seed)
-        fast, reference = (pipeline(raw, np.random.default_rng(seed))["image"] for pipeline in pipelines)
+        fast, reference = (
+            pipeline(raw, np.random.default_rng(seed))["image"] for pipeline in pipelines
+        )
         assert levels_apart(fast, reference).max() <= 2
 
 
@@ -243,7 +297,9 @@ def test_strong_views_agree_on_average():
     ]
     means = []
     for seed in range(20):
-        fast, reference = (pipeline(jpeg(seed, 150, 200), np.random.default_rng(seed)) for pipeline in pipelines)
+        fast, reference = (
+            pipeline(jpeg(seed, 150, 200), np.random.default_rng(seed)) for pipeline in pipelines
+        )
         assert list(fast) == list(reference) == list(views)
         assert (fast["mask"] == reference["mask"]).all() and fast["mask"].dtype == torch.bool
         means.append(levels_apart(fast["image_strong"], reference["image_strong"]).mean())
@@ -254,7 +310,9 @@ def test_both_views_are_the_same_crop():
     transform = build_pretrain_transform(("image", "image_strong"), input_size=64)
     picture, untouched = photo(0, 90, 120), 0
     for seed in range(60):
-        draws = draw_view(np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=True)
+        draws = draw_view(
+            np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=True
+        )
         sample = transform(picture, np.random.default_rng(seed))
         if draws.colour == NO_COLOUR:
             untouched += 1
@@ -266,7 +324,9 @@ def test_the_weak_view_does_not_depend_on_the_other_views():
     picture = photo(0, 90, 120)
     generator = build_mask_generator("random", input_size=64, patch_size=16, mask_ratio=0.5)
     alone = build_pretrain_transform(("image",), input_size=64)
-    full = build_pretrain_transform(("image", "image_strong", "mask"), input_size=64, mask_generator=generator)
+    full = build_pretrain_transform(
+        ("image", "image_strong", "mask"), input_size=64, mask_generator=generator
+    )
     for seed in range(5):
         rngs = np.random.default_rng(seed), np.random.default_rng(seed)
         assert torch.equal(alone(picture, rngs[0])["image"], full(picture, rngs[1])["image"])
@@ -274,14 +334,21 @@ def test_the_weak_view_does_not_depend_on_the_other_views():
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_the_second_picture_is_the_same_crop_in_another_size(pipeline):
-    """Both sizes are those of Pillow after jitter, flip and crop of the whole picture, in BEiT's order."""
+    """Both sizes are those of Pillow after jitter, flip and crop of the whole picture, in BEiT's
+    order."""
     transform = build_pretrain_transform(
-        ("image", "image_second"), input_size=64, second_size=(32, 32), color_jitter=0.4, pipeline=pipeline
+        ("image", "image_second"),
+        input_size=64,
+        second_size=(32, 32),
+        color_jitter=0.4,
+        pipeline=pipeline,
     )
     picture = photo(0, 90, 120)
     orders = set()
     for seed in range(12):
-        draws = draw_view(np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=False, jitter=0.4)
+        draws = draw_view(
+            np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=False, jitter=0.4
+        )
         orders.add(tuple(name for name, _ in draws.jitter))
         assert all(0.6 <= factor <= 1.4 for _, factor in draws.jitter) and len(draws.jitter) == 3
         sample = transform(picture, np.random.default_rng(seed))
@@ -293,7 +360,9 @@ def test_the_second_picture_is_the_same_crop_in_another_size(pipeline):
         top, left, height, width = draws.box
         crop = whole.crop((left, top, left + width, top + height))
         for name, side, resample in (("image", 64, "bicubic"), ("image_second", 32, "lanczos")):
-            expected = np.asarray(crop.resize((side, side), PILLOW_FILTERS[resample])).transpose(2, 0, 1)
+            expected = np.asarray(crop.resize((side, side), PILLOW_FILTERS[resample])).transpose(
+                2, 0, 1
+            )
             assert sample[name].shape == (3, side, side) and sample[name].dtype == torch.uint8
             apart = levels_apart(sample[name], expected)
             assert apart.mean() < 0.5 and apart.max() <= (0 if pipeline == "reference" else 4)
@@ -307,22 +376,34 @@ def test_jpegs_are_jittered_whole():
         for pipeline in PIPELINES
     ]
     for seed in range(8):
-        fast, reference = (view(jpeg(seed, 150, 200), np.random.default_rng(seed))["image"] for view in views)
+        fast, reference = (
+            view(jpeg(seed, 150, 200), np.random.default_rng(seed))["image"] for view in views
+        )
         assert levels_apart(fast, reference).mean() < 1
 
 
 def test_views_without_jitter_are_drawn_as_before():
     plain = draw_view(np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True)
-    also = draw_view(np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True, second="bilinear")
-    assert (plain.flip, plain.box, plain.colour, plain.jitter) == (also.flip, also.box, also.colour, ())
+    also = draw_view(
+        np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True, second="bilinear"
+    )
+    assert (plain.flip, plain.box, plain.colour, plain.jitter) == (
+        also.flip,
+        also.box,
+        also.colour,
+        (),
+    )
 
 
 def test_two_masks_are_drawn_one_after_the_other():
     first, second = (
-        build_mask_generator("random", input_size=64, patch_size=16, mask_ratio=ratio) for ratio in (0.5, 0.25)
+        build_mask_generator("random", input_size=64, patch_size=16, mask_ratio=ratio)
+        for ratio in (0.5, 0.25)
     )
     views = ("image", "mask", "target_mask")
-    both = build_pretrain_transform(views, input_size=64, mask_generator=first, target_mask_generator=second)
+    both = build_pretrain_transform(
+        views, input_size=64, mask_generator=first, target_mask_generator=second
+    )
     alone = build_pretrain_transform(views[:2], input_size=64, mask_generator=first)
     picture, overlaps = photo(0, 90, 120), 0
     for seed in range(10):
@@ -335,14 +416,20 @@ def test_two_masks_are_drawn_one_after_the_other():
 
 def test_random_interpolation_uses_both_filters():
     rng = np.random.default_rng(0)
-    drawn = {draw_view(rng, (50, 50), (0.08, 1.0), "random", strong=False).interpolation for _ in range(30)}
+    drawn = {
+        draw_view(rng, (50, 50), (0.08, 1.0), "random", strong=False).interpolation
+        for _ in range(30)
+    }
     assert drawn == {"bilinear", "bicubic"}
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"interpolation": "cubic"}, "--train_interpolation is 'cubic'; it must be one of bicubic, bilinear"),
+        (
+            {"interpolation": "cubic"},
+            "--train_interpolation is 'cubic'; it must be one of bicubic, bilinear",
+        ),
         ({"second_interpolation": "cubic"}, "--second_interpolation is 'cubic'"),
         ({"color_jitter": -0.1}, "--color_jitter is -0.1; it must lie between 0 and 1"),
         ({"pipeline": "slow"}, "--data_pipeline is 'slow'; it must be one of fast, reference"),
@@ -375,7 +462,9 @@ def test_training_augmentation_follows_from_its_generator_alone(changes):
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     views = [transform(raw, np.random.default_rng(seed))["image"] for seed in (1, 1, 2, 3)]
     assert random.getstate() == states[0]
-    assert (np.random.get_state()[1] == states[1]).all() and torch.equal(torch.get_rng_state(), states[2])
+    assert (np.random.get_state()[1] == states[1]).all() and torch.equal(
+        torch.get_rng_state(), states[2]
+    )
     assert views[0].dtype == torch.uint8 and views[0].shape == (3, *as_pair(args.input_size))
     assert torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2]) and not torch.equal(views[2], views[3])
@@ -393,7 +482,9 @@ def test_augmentation_does_not_depend_on_global_generators():
 
 def test_small_images_are_shifted_by_at_most_four_pixels():
     picture = photo(0, 32, 32)
-    transform = build_finetune_transform(arguments(input_size=32, aa="", color_jitter=0.0), train=True)
+    transform = build_finetune_transform(
+        arguments(input_size=32, aa="", color_jitter=0.0), train=True
+    )
     padded = np.pad(picture, ((4, 4), (4, 4), (0, 0)))
     windows = [padded[y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
     windows += [window[:, ::-1] for window in windows]
@@ -402,7 +493,9 @@ def test_small_images_are_shifted_by_at_most_four_pixels():
         assert any((view == window).all() for window in windows)
 
 
-@pytest.mark.parametrize("size, crop_pct, resized", [(64, None, 73), (384, None, 384), (64, 1.0, 64), (48, 0.9, 53)])
+@pytest.mark.parametrize(
+    "size, crop_pct, resized", [(64, None, 73), (384, None, 384), (64, 1.0, 64), (48, 0.9, 53)]
+)
 def test_evaluation_takes_the_published_centre(size, crop_pct, resized):
     transform = build_finetune_transform(arguments(input_size=size, crop_pct=crop_pct), train=False)
     expected = Compose([Resize(resized, Mode.BICUBIC), CenterCrop(size)])
@@ -415,7 +508,9 @@ def test_evaluation_takes_the_published_centre(size, crop_pct, resized):
 def test_evaluation_of_small_and_of_oblong_images():
     picture = photo(0, 32, 32)
     small = build_finetune_transform(arguments(input_size=32), train=False)
-    assert (small(picture, np.random.default_rng(0))["image"].permute(1, 2, 0).numpy() == picture).all()
+    assert (
+        small(picture, np.random.default_rng(0))["image"].permute(1, 2, 0).numpy() == picture
+    ).all()
     assert small(photo(0, 50, 40), np.random.default_rng(0))["image"].shape == (3, 32, 32)
     oblong = build_finetune_transform(arguments(input_size=(48, 96)), train=False)
     assert oblong(photo(0, 90, 100), np.random.default_rng(0))["image"].shape == (3, 48, 96)

@@ -1,4 +1,5 @@
-"""HOG against its definition and in little memory; the tokenizer from every file, without running any of their code."""
+"""HOG against its definition and in little memory; the tokenizer from every file, without running
+any of their code."""
 
 import os
 
@@ -12,7 +13,9 @@ from modeling_targets import HOG, DalleEncoder, VisualTokenizer, dalle_pixels, l
 from scripts.benchmarks.benchmark import LivingBytes
 from scripts.benchmarks.published import one_hot_histograms
 
-MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+MEAN, STD = (
+    torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -20,7 +23,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def pictures(count: int = 2, height: int = 32, width: int = 32) -> Tensor:
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator())
+    return torch.randint(
+        0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -29,7 +34,8 @@ def pictures(count: int = 2, height: int = 32, width: int = 32) -> Tensor:
 
 @pytest.mark.parametrize(("nbins", "pool", "window"), [(9, 8, 16), (6, 4, 0), (9, 2, 8)])
 def test_hog_is_what_its_definition_says(nbins, pool, window):
-    """On images that are not square; in float64, where nothing but the published order of operations is rounded."""
+    """On images that are not square; in float64, where nothing but the published order of
+    operations is rounded."""
     images = pictures(3, 32, 48)
     hog = HOG((4, 6), (8, 8), nbins, pool, window)
     expected = one_hot_histograms(images.double(), nbins, pool, window)
@@ -38,12 +44,17 @@ def test_hog_is_what_its_definition_says(nbins, pool, window):
     assert target.shape == (3, 24, hog.width) and hog.width == 3 * nbins * side**2
     for cell in (0, 7, 23):  # the layout of a patch: colour, bin, cell row, cell column
         row, column = divmod(cell, 6)
-        inside = expected[:, :, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
-        torch.testing.assert_close(target[:, cell].double(), inside.flatten(1), rtol=1e-5, atol=1e-6)
+        inside = expected[
+            :, :, :, row * side : (row + 1) * side, column * side : (column + 1) * side
+        ]
+        torch.testing.assert_close(
+            target[:, cell].double(), inside.flatten(1), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_hog_of_raw_and_of_normalised_images():
-    """The same, but where the horizontal gradient is 0: there rounding decides between the first and the last bin."""
+    """The same, but where the horizontal gradient is 0: there rounding decides between the first
+    and the last bin."""
     images = pictures(2, 64, 64)
     hog = HOG((4, 4), (16, 16))
     raw, normalised = hog.histograms(images), hog.histograms((images / 255 - MEAN) / STD)
@@ -150,7 +161,10 @@ def test_every_file_gives_the_same_tokens(tmp_path):
     torch.save(as_modules(state), tmp_path / "legacy.pkl", _use_new_zipfile_serialization=False)
     torch.save(state, tmp_path / "dalle_encoder.pth")
     torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "wrapped.pth")
-    torch.save({"state_dict": {f"target_generator.{k}": v for k, v in state.items()}}, tmp_path / "checkpoint.pth")
+    torch.save(
+        {"state_dict": {f"target_generator.{k}": v for k, v in state.items()}},
+        tmp_path / "checkpoint.pth",
+    )
     safetensors.torch.save_file(state, tmp_path / "encoder.safetensors")
     for path in sorted(tmp_path.iterdir()):
         tokenizer = load_tokenizer(str(path))

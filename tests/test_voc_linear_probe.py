@@ -1,4 +1,5 @@
-"""Linear segmentation: files, views, the frozen layer, the head's order, the schedule, and whole runs."""
+"""Linear segmentation: files, views, the frozen layer, the head's order, the schedule, and whole
+runs."""
 
 import csv
 import sys
@@ -25,9 +26,39 @@ from unimim.evaluation.features import build_vit
 
 SIZE = ("embed_dim=32", "depth=3", "num_heads=2")
 BASE = [
-    *("--model", "vit_tiny_patch16_224", "--patch_size", "4", "--input_size", "32", "--eval_size", "32"),
-    *("--train_mask_size", "20", "--layer_indices", "-2", "--nb_classes", "11", "--model_kwargs", *SIZE),
-    *("--batch_size", "4", "--epochs", "3", "--lr_steps", "1", "2", "--num_workers", "0", "--device", "cpu"),
+    *(
+        "--model",
+        "vit_tiny_patch16_224",
+        "--patch_size",
+        "4",
+        "--input_size",
+        "32",
+        "--eval_size",
+        "32",
+    ),
+    *(
+        "--train_mask_size",
+        "20",
+        "--layer_indices",
+        "-2",
+        "--nb_classes",
+        "11",
+        "--model_kwargs",
+        *SIZE,
+    ),
+    *(
+        "--batch_size",
+        "4",
+        "--epochs",
+        "3",
+        "--lr_steps",
+        "1",
+        "2",
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+    ),
 ]
 
 
@@ -55,7 +86,9 @@ def test_iou_by_hand():
     labels, predictions = torch.tensor([[0, 0, 1, 255, 7]]), torch.tensor([[0, 1, 1, 0, 2]])
     confusion = voc.confusion_matrix(labels.to(torch.uint8), predictions, 3)
     assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
-    torch.testing.assert_close(voc.class_iou(confusion), torch.tensor([0.5, 0.5, 0.0]).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        voc.class_iou(confusion), torch.tensor([0.5, 0.5, 0.0]).double(), rtol=1e-5, atol=0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +110,10 @@ def test_script_writes_that_layout_to_a_new_folder_only(root, tmp_path, capsys):
     make_shapes.main(["--voc", str(tmp_path / "new"), "--train", "3", "--val", "1"])
     for path in (tmp_path / "new").rglob("*.png"):
         assert path.read_bytes() == (root / path.relative_to(tmp_path / "new")).read_bytes()
-    for flags, named in ((["--voc"], "--voc needs a folder"), (["--voc", str(root)], f"{root} is there already")):
+    for flags, named in (
+        (["--voc"], "--voc needs a folder"),
+        (["--voc", str(root)], f"{root} is there already"),
+    ):
         with pytest.raises(SystemExit):
             make_shapes.main(flags)
         assert named in capsys.readouterr().err
@@ -104,12 +140,18 @@ def test_mask_and_image_are_cut_alike():
     for seed in range(20):
         view = voc.TrainView((96, 80))(picture, np.random.default_rng(seed), {"labels": mask})
         image, labels = view["image"], view["labels"]
-        assert image.shape == (3, 96, 80) and labels.shape == (96, 80) and labels.dtype == torch.uint8
-        assert ((image[0].float() - 10 * labels.float()).abs() < 5).float().mean() > 0.85  # but for blurred borders
+        assert (
+            image.shape == (3, 96, 80) and labels.shape == (96, 80) and labels.dtype == torch.uint8
+        )
+        assert (
+            (image[0].float() - 10 * labels.float()).abs() < 5
+        ).float().mean() > 0.85  # but for blurred borders
         flipped += int(labels[40, 5] > labels[40, 75])
     assert 4 < flipped < 16
     view = voc.EvalView((32, 40))(picture, np.random.default_rng(0), {"labels": mask})
-    assert np.array_equal(view["labels"], np.repeat(np.repeat(np.arange(20).reshape(4, 5), 8, 0), 8, 1))
+    assert np.array_equal(
+        view["labels"], np.repeat(np.repeat(np.arange(20).reshape(4, 5), 8, 0), 8, 1)
+    )
     draws = ViewDraws(flip=True, box=(16, 0, 32, 32), interpolation="bilinear", colour=None)
     assert voc.crop_labels(mask, draws, (2, 2)).tolist() == [[9, 8], [14, 13]]
 
@@ -118,7 +160,9 @@ def test_crops_keep_most_of_the_picture():
     mask = np.arange(200 * 100, dtype=np.int32).reshape(200, 100) // 100 % 256
     rows = [
         voc.TrainView((64, 64))(
-            np.zeros((200, 100, 3), np.uint8), np.random.default_rng(s), {"labels": mask.astype("u1")}
+            np.zeros((200, 100, 3), np.uint8),
+            np.random.default_rng(s),
+            {"labels": mask.astype("u1")},
         )
         for s in range(10)
     ]  # no such crop has an allowed aspect: the central 133 rows
@@ -148,9 +192,14 @@ def test_the_loss_is_that_of_enlarged_features(root):
     backbones = voc.build_backbones(args, torch.device("cpu"))
     head = voc.build_head(32, 11, seed=0)
     torch.nn.init.normal_(head.bias)
-    batch = {"image": torch.randn(2, 3, 32, 32), "labels": torch.randint(0, 11, (2, 32, 32), dtype=torch.uint8)}
+    batch = {
+        "image": torch.randn(2, 3, 32, 32),
+        "labels": torch.randint(0, 11, (2, 32, 32), dtype=torch.uint8),
+    }
     batch["labels"][:, :, :5] = 255
-    features = F.interpolate(backbones["train"](batch["image"]), (20, 20), mode="bilinear", align_corners=False)
+    features = F.interpolate(
+        backbones["train"](batch["image"]), (20, 20), mode="bilinear", align_corners=False
+    )
     cells = torch.arange(20) * 32 // 20
     labels = batch["labels"][:, cells][:, :, cells].long()
     losses = F.cross_entropy(head(features), labels.where(labels != 255, 0), reduction="none")
@@ -159,11 +208,19 @@ def test_the_loss_is_that_of_enlarged_features(root):
 
 
 def test_another_size_for_evaluation_is_the_same_network(root, tmp_path):
-    saved = create_model("vit_tiny_patch16_224", input_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2)
+    saved = create_model(
+        "vit_tiny_patch16_224", input_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2
+    )
     torch.nn.init.normal_(saved.pos_embed)
     save_checkpoint(tmp_path / "a.pth", {"model": saved.state_dict()})
-    for flags in ((), ("--finetune", str(tmp_path / "a.pth")), ("--model", "beit_tiny_patch16_224")):
-        backbones = voc.build_backbones(parse(root, "", "--eval_size", "48", *flags), torch.device("cpu"))
+    for flags in (
+        (),
+        ("--finetune", str(tmp_path / "a.pth")),
+        ("--model", "beit_tiny_patch16_224"),
+    ):
+        backbones = voc.build_backbones(
+            parse(root, "", "--eval_size", "48", *flags), torch.device("cpu")
+        )
         small, large = (backbones[name].vit for name in ("train", "val"))
         assert large.patch_embed.grid_size == (12, 12) and len(large.blocks) == 2
         assert torch.equal(small.patch_embed.proj.weight, large.patch_embed.proj.weight)
@@ -173,12 +230,21 @@ def test_another_size_for_evaluation_is_the_same_network(root, tmp_path):
 
 def test_class_tokens_are_as_many_as_the_checkpoint_has(root, tmp_path):
     saved = create_model(
-        "vit_tiny_patch16_224", input_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_cls_tokens=3
+        "vit_tiny_patch16_224",
+        input_size=32,
+        patch_size=4,
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        num_cls_tokens=3,
     )
     torch.nn.init.normal_(saved.cls_token)
     save_checkpoint(tmp_path / "a.pth", {"model": saved.state_dict()})
     flags = ("--finetune", str(tmp_path / "a.pth"), "--eval_size", "48")
-    backbones, images = voc.build_backbones(parse(root, "", *flags), torch.device("cpu")), torch.randn(2, 3, 32, 32)
+    backbones, images = (
+        voc.build_backbones(parse(root, "", *flags), torch.device("cpu")),
+        torch.randn(2, 3, 32, 32),
+    )
     expected = saved.eval().get_intermediate_layers(images)[1][:, 3:].detach()
     torch.testing.assert_close(backbones["train"](images).flatten(2).transpose(1, 2), expected)
     assert backbones["val"](torch.randn(1, 3, 48, 48)).shape == (1, 32, 12, 12)
@@ -186,8 +252,19 @@ def test_class_tokens_are_as_many_as_the_checkpoint_has(root, tmp_path):
 
 def test_published_settings(root):
     args = voc.parse(["--data_path", str(root)])
-    assert (args.input_size, args.eval_size, args.train_mask_size, args.layer_indices) == (448, 448, 100, -5)
-    assert (args.batch_size, args.epochs, args.momentum, args.weight_decay, args.opt) == (60, 25, 0.9, 1e-4, "momentum")
+    assert (args.input_size, args.eval_size, args.train_mask_size, args.layer_indices) == (
+        448,
+        448,
+        100,
+        -5,
+    )
+    assert (args.batch_size, args.epochs, args.momentum, args.weight_decay, args.opt) == (
+        60,
+        25,
+        0.9,
+        1e-4,
+        "momentum",
+    )
     assert args.blr * 8 * 60 / 256 == pytest.approx(0.08)
     args.lr = 0.08
     lr, weight_decay = schedules(args, steps_per_epoch=4)
@@ -230,11 +307,17 @@ def test_a_run_by_hand_and_its_resume(root, tmp_path):
     for index in range(5):
         sample = data["val"][0, index]
         image = normalize({"image": sample["image"][None]})["image"]
-        features = F.interpolate(backbones["val"](image), (32, 32), mode="bilinear", align_corners=False)
+        features = F.interpolate(
+            backbones["val"](image), (32, 32), mode="bilinear", align_corners=False
+        )
         found += voc.confusion_matrix(sample["labels"], task.head(features).argmax(1)[0], 11)
     assert result.miou == pytest.approx(100 * voc.class_iou(found).mean().item(), abs=0.1)
     (row,) = csv.DictReader((tmp_path / "voc.csv").open())
-    assert (float(row["miou"]), float(row["best_miou"]), row["epoch"]) == (result.miou, result.best_miou, "2")
+    assert (float(row["miou"]), float(row["best_miou"]), row["epoch"]) == (
+        result.miou,
+        result.best_miou,
+        "2",
+    )
     whole = head_of(tmp_path)
     (tmp_path / "checkpoint-2.pth").unlink()
     assert run_here(tmp_path, root, *flags) == result
@@ -244,8 +327,12 @@ def test_a_run_by_hand_and_its_resume(root, tmp_path):
 
 
 def write_coloured(root: Path) -> Path:
-    """VOC's layout with 32 + 8 images [48, 64] of rectangles whose class is their colour, JPEG as in VOC."""
-    rng, colours = np.random.default_rng(0), np.array([[40, 40, 40], [220, 40, 40], [40, 60, 220]], np.uint8)
+    """VOC's layout with 32 + 8 images [48, 64] of rectangles whose class is their colour, JPEG as
+    in VOC."""
+    rng, colours = (
+        np.random.default_rng(0),
+        np.array([[40, 40, 40], [220, 40, 40], [40, 60, 220]], np.uint8),
+    )
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     for split, count in (("trainaug", 32), ("val", 8)):
@@ -264,7 +351,18 @@ def write_coloured(root: Path) -> Path:
 def test_classes_that_are_colours_are_learned(tmp_path):
     """Even on random weights, 77 is seen: rectangles end within patches. Flipped apart, 66."""
     root = write_coloured(tmp_path / "VOC2012")
-    flags = ("--nb_classes", "3", "--lr", "10", "--epochs", "10", "--lr_steps", "8", "--layer_indices", "0")
+    flags = (
+        "--nb_classes",
+        "3",
+        "--lr",
+        "10",
+        "--epochs",
+        "10",
+        "--lr_steps",
+        "8",
+        "--layer_indices",
+        "0",
+    )
     result = run_here(tmp_path / "out", root, *flags, "--val_freq", "10")
     assert result.miou > 72, result
 
@@ -274,16 +372,23 @@ def test_saved_configuration_gives_the_same_run(root, tmp_path):
         voc.main(parse(root, tmp_path, "--dry_run"))
         saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
         voc.main(voc.parse(["--config", str(tmp_path / "config.yaml"), "--dry_run"]))
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved and saved["layer_indices"] == -2
+    assert (
+        yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved
+        and saved["layer_indices"] == -2
+    )
 
 
 def test_evaluation_is_as_often_as_asked(root, tmp_path):
     run_here(tmp_path, root, "--val_freq", "2")
-    assert [line.count("test_miou") for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1, 1]
+    assert [
+        line.count("test_miou") for line in (tmp_path / "log.txt").read_text().splitlines()
+    ] == [0, 1, 1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [(), ("--enable_deepspeed", "--zero_stage", "3")], ids=["ddp", "zero3"])
+@pytest.mark.parametrize(
+    "engine", [(), ("--enable_deepspeed", "--zero_stage", "3")], ids=["ddp", "zero3"]
+)
 def test_two_ranks_train_and_evaluate_as_one(root, tmp_path, engine):
     flags = ("--lr", "0.5", "--no_auto_resume", "--batch_size", "2")
     one = run_here(tmp_path / "one", root, *flags, "--update_freq", "2")
@@ -298,8 +403,16 @@ def test_two_ranks_train_and_evaluate_as_one(root, tmp_path, engine):
 
 @pytest.mark.slow
 def test_it_runs_from_the_command_line(root, tmp_path):
-    command = [sys.executable, "semantic_segmentation/voc_linear_probe.py", *BASE, "--data_path", str(root)]
-    done = run_command([*command, "--output_dir", str(tmp_path), "--num_workers", "1", "--epochs", "1"])
+    command = [
+        sys.executable,
+        "semantic_segmentation/voc_linear_probe.py",
+        *BASE,
+        "--data_path",
+        str(root),
+    ]
+    done = run_command(
+        [*command, "--output_dir", str(tmp_path), "--num_workers", "1", "--epochs", "1"]
+    )
     assert done.returncode == 0 and "best mIoU" in done.stdout, done.stdout
 
 
@@ -314,7 +427,10 @@ def test_it_runs_from_the_command_line(root, tmp_path):
         ("--layer_indices -4", "--layer_indices -4: the model has blocks 0 to 2, or -1 to -3"),
         ("--nb_classes 300", "--nb_classes 300: masks have room for 255 classes"),
         ("--val_freq 0", "--val_freq must be at least 1, not 0"),
-        ("--data_path nowhere", "nowhere has no ImageSets/Segmentation/trainaug.txt: it must be VOC's folder VOC2012"),
+        (
+            "--data_path nowhere",
+            "nowhere has no ImageSets/Segmentation/trainaug.txt: it must be VOC's folder VOC2012",
+        ),
         ("--eval", "--eval needs a checkpoint: --resume FILE"),
         ("--nb_classes 2", "--nb_classes 2 is too few"),
         ("--nb_classes 2 --num_workers 1", "--nb_classes 2 is too few"),
@@ -344,7 +460,8 @@ def test_listed_files_that_are_missing_are_named(root, tmp_path):
 
 
 def test_broken_masks_are_replaced_and_counted(tmp_path, caplog):
-    """One cut off, one of another size: the rest takes their places, until there are more than allowed."""
+    """One cut off, one of another size: the rest takes their places, until there are more than
+    allowed."""
     root = tmp_path / "VOC2012"
     write_shapes(root, train=2, val=4, voc=True)
     masks = root / "SegmentationClass"

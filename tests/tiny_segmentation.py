@@ -1,4 +1,5 @@
-"""A tiny segmentor and images in ADE20K's layout, for tests and for whoever wants to see a configuration run."""
+"""A tiny segmentor and images in ADE20K's layout, for tests and for whoever wants to see a
+configuration run."""
 
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def write_images(root: Path, train: int = 8, val: int = 4) -> Path:
 
 
 def scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    image = np.full((*size, 3), 128, dtype=np.uint8) + rng.integers(0, 20, (*size, 3), dtype=np.uint8)
+    image = np.full((*size, 3), 128, dtype=np.uint8) + rng.integers(
+        0, 20, (*size, 3), dtype=np.uint8
+    )
     labels = np.zeros(size, dtype=np.uint8)
     for label, colour in ((3, (220, 40, 40)), (150, (40, 40, 220))):
         top, left = (int(rng.integers(0, side // 2)) for side in size)

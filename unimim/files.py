@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all, and what tells whether a file is the one that was written.
+"""Files and folders that appear whole or not at all, and what tells whether a file is the one that
+was written.
 
-A draft lies beside what it will replace, as `.NAME.MACHINE-PID-RANDOM.tmp`: no two writers share one, and one whose
-writer is gone can be told from one that is being written.
+A draft lies beside what it will replace, as `.NAME.MACHINE-PID-RANDOM.tmp`: no two writers share
+one, and one whose writer is gone can be told from one that is being written.
 """
 
 import csv
@@ -29,9 +30,11 @@ _DRAFT = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` by what `write(file)` writes: it is at any moment the old file or the whole new one, on the disk.
+    """Replaces `path` by what `write(file)` writes: it is at any moment the old file or the whole
+    new one, on the disk.
 
-    Several processes may write the same name: the last to finish wins. Where `write` raises, nothing is left behind.
+    Several processes may write the same name: the last to finish wins. Where `write` raises,
+    nothing is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_rows(path: str | Path, rows: Sequence[Any]) -> None:
-    """Replaces a CSV file by dataclass instances of one kind, a row for each, under their fields' names."""
+    """Replaces a CSV file by dataclass instances of one kind, a row for each, under their fields'
+    names."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
     writer.writeheader()
@@ -63,7 +67,8 @@ def write_rows(path: str | Path, rows: Sequence[Any]) -> None:
 
 
 def write_folder(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Makes the new (or empty) folder `path` of what `write(draft)` puts into a draft of it, all at once."""
+    """Makes the new (or empty) folder `path` of what `write(draft)` puts into a draft of it, all at
+    once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_drafts(path.parent)
@@ -87,7 +92,8 @@ def fsync(path: str | Path) -> None:
 
 
 def remove_stale_drafts(folder: str | Path) -> None:
-    """Removes drafts of writers of this machine that have ended, and those that are older than a day."""
+    """Removes drafts of writers of this machine that have ended, and those that are older than a
+    day."""
     for draft in Path(folder).glob(".*.tmp"):
         with suppress(OSError):  # its writer has just finished, or it is another user's
             if not _is_stale(draft):
@@ -111,7 +117,8 @@ def _is_stale(draft: Path) -> bool:
 
 @cache
 def _machine() -> str:
-    """Eight digits for the place in which process ids mean what they mean here: the host, and the container in it."""
+    """Eight digits for the place in which process ids mean what they mean here: the host, and the
+    container in it."""
     place = socket.gethostname()
     if os.path.exists("/proc/self/ns/pid"):
         place += os.readlink("/proc/self/ns/pid")
@@ -141,7 +148,8 @@ def file_sha256(path: str | Path) -> str:
 
 
 def is_intact_zip(path: str | Path) -> bool:
-    """Whether every member of the zip archive, which torch's files are too, has the checksum that is stored for it."""
+    """Whether every member of the zip archive, which torch's files are too, has the checksum that
+    is stored for it."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

@@ -1,4 +1,5 @@
-"""What reports of finished runs share: their logs, learning curves, and a page that stands alone."""
+"""What reports of finished runs share: their logs, learning curves, and a page that stands
+alone."""
 
 import base64
 import html
@@ -40,7 +41,8 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def contrast_curves(log: list[dict], patches: int) -> Figure:
-    """Loss and accuracy of ConMIM's contrast among `patches` patches by epoch, beside what guessing gives."""
+    """Loss and accuracy of ConMIM's contrast among `patches` patches by epoch, beside what guessing
+    gives."""
     figure = Figure(figsize=(8.4, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(log) + 1)
@@ -55,18 +57,28 @@ def contrast_curves(log: list[dict], patches: int) -> Figure:
 
 def _guessing(axis, level: float, text: str) -> None:
     axis.axhline(level, color="#888", linewidth=0.9, linestyle="--")
-    axis.annotate(text, (0.98, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axis.annotate(
+        text, (0.98, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+    )
 
 
 def accuracy_curves(arms: Mapping[str, Logs]) -> Figure:
-    """Validation accuracy by epoch: the mean of each arm's seeds as a line over the range of its seeds."""
+    """Validation accuracy by epoch: the mean of each arm's seeds as a line over the range of its
+    seeds."""
     figure = Figure(figsize=(6.0, 3.2), layout="constrained")
     axis = figure.subplots()
     for (name, logs), colour in zip(arms.items(), COLOURS, strict=False):
         by_epoch = list(zip(*([epoch["test_acc1"] for epoch in log] for log in logs), strict=True))
         epochs = range(1, len(by_epoch) + 1)
-        axis.plot(epochs, [statistics.mean(values) for values in by_epoch], color=colour, label=name)
-        axis.fill_between(epochs, *zip(*((min(v), max(v)) for v in by_epoch), strict=True), color=colour, alpha=0.2)
+        axis.plot(
+            epochs, [statistics.mean(values) for values in by_epoch], color=colour, label=name
+        )
+        axis.fill_between(
+            epochs,
+            *zip(*((min(v), max(v)) for v in by_epoch), strict=True),
+            color=colour,
+            alpha=0.2,
+        )
     axis.set(xlabel="epoch", ylabel="validation accuracy (%)")
     axis.legend(frameon=False, loc="lower right")
     return figure
@@ -85,7 +97,9 @@ def picture(source: Figure | Path, caption: str) -> str:
     else:
         data = source.read_bytes()
     encoded = base64.b64encode(data).decode()
-    return f'<figure><img src="data:image/png;base64,{encoded}" alt="{html.escape(caption)}"></figure>'
+    return (
+        f'<figure><img src="data:image/png;base64,{encoded}" alt="{html.escape(caption)}"></figure>'
+    )
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -108,6 +122,7 @@ def page(title: str, parts: Iterable[str]) -> str:
     """A whole HTML document that needs no other file."""
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
+    heading = f"<h1>{html.escape(title)}</h1>"
     return (
-        f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{html.escape(title)}</h1>\n{body}</body></html>\n'
+        f'<!doctype html><html lang="en"><head>{head}</head><body>{heading}\n{body}</body></html>\n'
     )

@@ -1,4 +1,5 @@
-"""What detection's configurations name, in mmdet's registry: `custom_imports = dict(imports=["det_ext"])`."""
+"""What detection's configurations name, in mmdet's registry: `custom_imports =
+dict(imports=["det_ext"])`."""
 
 from unimim.openmmlab import compat
 

@@ -1,6 +1,8 @@
-"""Pre-trained weights for detectors' backbones, which have no class token (specs/downstream.md 5, 6.6, 7).
+"""Pre-trained weights for detectors' backbones, which have no class token (specs/downstream.md 5,
+6.6, 7).
 
-Everything goes through the repository's loader, which resizes, reports, and refuses a silent random start.
+Everything goes through the repository's loader, which resizes, reports, and refuses a silent random
+start.
 """
 
 import math
@@ -20,7 +22,8 @@ _CLASS_ROWS = 3
 def weights_without_class(path: str | Path, *, prefix: int = 0) -> StateDict:
     """The encoder's weights in a file, under native names, for a model that has no class token.
 
-    Tables [R, h] lose the rows of the class token; positions [1, n + N, C] keep `prefix` of the n rows of class tokens.
+    Tables [R, h] lose the rows of the class token; positions [1, n + N, C] keep `prefix` of the n
+    rows of class tokens.
     """
     state = backbone_weights(read(path), str(path))
     tokens = sum(state[name].shape[1] for name in ("cls_token", "reg_token") if name in state)
@@ -42,8 +45,11 @@ def has_decoder(state: StateDict) -> bool:
     return any(name.startswith("decoder_blocks.") for name in state)
 
 
-def load_parts(owner: nn.Module, names: tuple[str, ...], state: StateDict, grid: tuple[int, int], source: str) -> None:
-    """Copies weights into the parts of that name of `owner`, all of whose other parts are left out of account.
+def load_parts(
+    owner: nn.Module, names: tuple[str, ...], state: StateDict, grid: tuple[int, int], source: str
+) -> None:
+    """Copies weights into the parts of that name of `owner`, all of whose other parts are left out
+    of account.
 
     grid: of the patches that its positions are for, behind one row of a class token.
 
@@ -56,7 +62,8 @@ def load_parts(owner: nn.Module, names: tuple[str, ...], state: StateDict, grid:
 
 
 def view_of(owner: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """Those parts of a module as a module of their own: the loader judges what share of it a file has."""
+    """Those parts of a module as a module of their own: the loader judges what share of it a file
+    has."""
     view = nn.Module()
     for name in names:
         setattr(view, name, getattr(owner, name))
@@ -64,7 +71,8 @@ def view_of(owner: nn.Module, names: tuple[str, ...]) -> nn.Module:
 
 
 def load(model: nn.Module, state: StateDict, source: str) -> None:
-    """`checkpoint.load_pretrained` with its report in the log. ValueError: under 90 % of `model` matched."""
+    """`checkpoint.load_pretrained` with its report in the log. ValueError: under 90 % of `model`
+    matched."""
     try:
         report = load_pretrained(model, state)
     except ValueError as error:

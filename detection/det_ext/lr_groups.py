@@ -1,4 +1,5 @@
-"""Parameter groups whose rate depends on where a parameter is in the detector (specs/downstream.md 6.7)."""
+"""Parameter groups whose rate depends on where a parameter is in the detector (specs/downstream.md
+6.7)."""
 
 from typing import Any
 
@@ -7,8 +8,11 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 
-def prefix_groups(model: nn.Module, lr: float, weight_decay: float, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Optimizer groups: `rates` are factors of `lr` by the beginnings of parameters' names, the longest one counts.
+def prefix_groups(
+    model: nn.Module, lr: float, weight_decay: float, rates: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Optimizer groups: `rates` are factors of `lr` by the beginnings of parameters' names, the
+    longest one counts.
 
     One-dimensional parameters and biases are not decayed.
 
@@ -27,7 +31,9 @@ def prefix_groups(model: nn.Module, lr: float, weight_decay: float, rates: dict[
         decays = parameter.ndim > 1 and not name.endswith(".bias")
         key = f"{prefix.rstrip('.') or 'rest'}_{'decay' if decays else 'no_decay'}"
         values = {"lr": lr * rates[prefix], "weight_decay": weight_decay if decays else 0.0}
-        group = groups.setdefault(key, {"params": [], "param_names": [], "group_name": key, **values})
+        group = groups.setdefault(
+            key, {"params": [], "param_names": [], "group_name": key, **values}
+        )
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
@@ -42,7 +48,8 @@ def longest_prefix(name: str, rates: dict[str, float]) -> str:
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class PrefixRates(DefaultOptimWrapperConstructor):
-    """mmengine's way to `prefix_groups`: paramwise_cfg = dict(rates={"backbone.": 0.5, "": 2.0})."""
+    """mmengine's way to `prefix_groups`: paramwise_cfg = dict(rates={"backbone.": 0.5, "":
+    2.0})."""
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs) -> None:
         params += prefix_groups(module, self.base_lr, self.base_wd or 0.0, **self.paramwise_cfg)

@@ -1,7 +1,9 @@
-"""MIMDet: a pre-trained ViT as a stage of a detector, fed by a convolutional stem (specs/downstream.md 6).
+"""MIMDet: a pre-trained ViT as a stage of a detector, fed by a convolutional stem
+(specs/downstream.md 6).
 
-In training only a random part of the tokens passes the encoder; a decoder, which is a pre-trained one too, completes
-the map. Shapes in comments: B images, C channels, h x w cells of 16 x 16 pixels, L = h * w, K of them sampled.
+In training only a random part of the tokens passes the encoder; a decoder, which is a pre-trained
+one too, completes the map. Shapes in comments: B images, C channels, h x w cells of 16 x 16 pixels,
+L = h * w, K of them sampled.
 """
 
 import math
@@ -28,7 +30,8 @@ Sizes = Sequence[tuple[int, int]]
 
 
 class ConvStem(nn.Module):
-    """Images [B, 3, H, W] to maps of strides 4, 8 and 16 with C/4, C/2 and C channels (specs/downstream.md 6.2)."""
+    """Images [B, 3, H, W] to maps of strides 4, 8 and 16 with C/4, C/2 and C channels
+    (specs/downstream.md 6.2)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -51,7 +54,8 @@ def stem_stage(width: int, out: int) -> nn.Sequential:
 
 
 class BiasedAttention(Attention):
-    """Its own table has no rows for a class token: the encoder looks it up and hands the bias over."""
+    """Its own table has no rows for a class token: the encoder looks it up and hands the bias
+    over."""
 
     def position_bias(self, shared: Tensor | None) -> Tensor | None:
         return shared
@@ -66,7 +70,8 @@ class BiasedBlock(Block):
 
 
 def sampling_order(noise: Tensor, sizes: Sizes) -> Tensor:
-    """Noise [B, h, w] to the order of cells int64 [B, L], ascending; those wholly in the padding of an image come last.
+    """Noise [B, h, w] to the order of cells int64 [B, L], ascending; those wholly in the padding of
+    an image come last.
 
     sizes: height and width in pixels of each image without its padding.
     """
@@ -84,9 +89,10 @@ def sampling_order(noise: Tensor, sizes: Sizes) -> Tensor:
 class SampledViT(nn.Module):
     """The encoder: a stem, fixed positions, and the blocks of a ViT without class token.
 
-    pos_embed: "sincos" or "none"; of a checkpoint its own are taken. They are never trained, and are resized to the map
-    at each forward. rel_pos_bias: "per_block" gives each block a table for offsets of up to `img_size` pixels, beyond
-    which the last entry holds (BEiT's form, as `k_bias=False` and `init_values` are; published is MAE's alone).
+    pos_embed: "sincos" or "none"; of a checkpoint its own are taken. They are never trained, and
+    are resized to the map at each forward. rel_pos_bias: "per_block" gives each block a table for
+    offsets of up to `img_size` pixels, beyond which the last entry holds (BEiT's form, as
+    `k_bias=False` and `init_values` are; published is MAE's alone).
     """
 
     def __init__(
@@ -109,7 +115,10 @@ class SampledViT(nn.Module):
         super().__init__()
         check_choice("pos_embed", pos_embed, ("sincos", "none"))
         check_choice("rel_pos_bias", rel_pos_bias, ("per_block", "none"))
-        self.grid, self.grad_checkpointing = (img_size // STRIDE, img_size // STRIDE), grad_checkpointing
+        self.grid, self.grad_checkpointing = (
+            (img_size // STRIDE, img_size // STRIDE),
+            grad_checkpointing,
+        )
         self.patch_embed = ConvStem(embed_dim)
         self.pos_embed = fixed_positions(embed_dim, self.grid) if pos_embed == "sincos" else None
         block = partial(
@@ -125,7 +134,8 @@ class SampledViT(nn.Module):
         init_linear(self, norm_eps)
 
     def forward(self, features: Tensor, ids: Tensor | None = None) -> Tensor:
-        """The stem's last map [B, C, h, w] to the tokens [B, K, C] of the cells int64 [B, K], of all cells in order."""
+        """The stem's last map [B, C, h, w] to the tokens [B, K, C] of the cells int64 [B, K], of
+        all cells in order."""
         grid = tuple(features.shape[2:])
         x = tokens_of(features)
         if self.pos_embed is not None:
@@ -135,12 +145,16 @@ class SampledViT(nn.Module):
             x = self.run_block(block, x, ids, grid)
         return self.norm(x)
 
-    def run_block(self, block: Block, x: Tensor, ids: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    def run_block(
+        self, block: Block, x: Tensor, ids: Tensor | None, grid: tuple[int, int]
+    ) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self.apply_block, block, x, ids, grid, use_reentrant=False)
         return self.apply_block(block, x, ids, grid)
 
-    def apply_block(self, block: Block, x: Tensor, ids: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    def apply_block(
+        self, block: Block, x: Tensor, ids: Tensor | None, grid: tuple[int, int]
+    ) -> Tensor:
         table = block.attn.relative_position_bias_table
         if table is None:
             return block(x)
@@ -148,12 +162,15 @@ class SampledViT(nn.Module):
 
 
 class Completion(nn.Module):
-    """The decoder: sampled tokens [B, K, C] and, for the rest, the stem's features, to a map [B, D, h, w].
+    """The decoder: sampled tokens [B, K, C] and, for the rest, the stem's features, to a map [B, D,
+    h, w].
 
     Names are those of MAE's decoder, whose first blocks these are (specs/downstream.md 6.4).
     """
 
-    def __init__(self, width: int, *, dim: int, depth: int, num_heads: int, grid: tuple[int, int], attn: str):
+    def __init__(
+        self, width: int, *, dim: int, depth: int, num_heads: int, grid: tuple[int, int], attn: str
+    ):
         super().__init__()
         self.decoder_embed, self.conv_feat_proj = nn.Linear(width, dim), nn.Linear(width, dim)
         self.decoder_pos_embed = fixed_positions(dim, grid)
@@ -166,10 +183,13 @@ class Completion(nn.Module):
         init_linear(self, norm_eps=1e-5)
 
     def forward(self, sampled: Tensor, features: Tensor, order: Tensor | None) -> Tensor:
-        """features [B, C, h, w]: of the stem, before positions; order int64 [B, L]: the sampled cells come first."""
+        """features [B, C, h, w]: of the stem, before positions; order int64 [B, L]: the sampled
+        cells come first."""
         grid, kept = tuple(features.shape[2:]), sampled.shape[1]
         others = tokens_of(features)
-        others = (others if order is None else take(others, order))[:, kept:]  # may be none: DDP wants the gradient
+        others = (others if order is None else take(others, order))[
+            :, kept:
+        ]  # may be none: DDP wants the gradient
         x = torch.cat((self.decoder_embed(sampled), self.conv_feat_proj(others)), dim=1)
         x = x if order is None else take(x, order.argsort(1))
         x = x + interpolate_pos_embed(self.decoder_pos_embed, grid, 1)[:, 1:]
@@ -188,7 +208,8 @@ def fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
 
 
 def init_linear(module: nn.Module, norm_eps: float) -> None:
-    """Xavier for linear layers, torch's own for convolutions; the released code's LayerNorms have another eps."""
+    """Xavier for linear layers, torch's own for convolutions; the released code's LayerNorms have
+    another eps."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -205,9 +226,9 @@ def init_linear(module: nn.Module, norm_eps: float) -> None:
 class MIMDet(nn.Module):
     """Images [B, 3, H, W] to maps of strides 4, 8, 16, 32 with C/4, C/2, D, D channels.
 
-    size: a name in MAE_SIZES; `vit` overrides it and takes the options of `SampledViT`. train_sample_ratio,
-    test_sample_ratio: share of the tokens that the encoder sees in training and evaluation; the published code has one
-    ratio for both, the published numbers are of 0.5 and 1.
+    size: a name in MAE_SIZES; `vit` overrides it and takes the options of `SampledViT`.
+    train_sample_ratio, test_sample_ratio: share of the tokens that the encoder sees in training and
+    evaluation; the published code has one ratio for both, the published numbers are of 0.5 and 1.
     pretrained: file or address of a checkpoint, best one that has MAE's decoder.
     """
 
@@ -224,7 +245,10 @@ class MIMDet(nn.Module):
         **vit,
     ):
         super().__init__()
-        for name, ratio in (("train_sample_ratio", train_sample_ratio), ("test_sample_ratio", test_sample_ratio)):
+        for name, ratio in (
+            ("train_sample_ratio", train_sample_ratio),
+            ("test_sample_ratio", test_sample_ratio),
+        ):
             if not 0 < ratio <= 1:
                 raise ValueError(f"{name} is a share in (0, 1], not {ratio}")
         self.sample_ratios = {True: train_sample_ratio, False: test_sample_ratio}
@@ -235,7 +259,9 @@ class MIMDet(nn.Module):
             attn=vit.get("attn", "auto"),
         )  # fmt: skip
         self.pretrained = pretrained
-        self.image_sizes: Sizes | None = None  # of the next batch; a detector that knows them sets them
+        self.image_sizes: Sizes | None = (
+            None  # of the next batch; a detector that knows them sets them
+        )
 
     def init_weights(self) -> None:
         """mmengine's call after construction, which has drawn weights."""
@@ -247,7 +273,9 @@ class MIMDet(nn.Module):
         state = loading.weights_without_class(path, prefix=1)
         positions = () if self.encoder.pos_embed is None else ("pos_embed",)
         grid = self.encoder.grid
-        loading.load_parts(self.encoder, ("blocks", "norm", *positions), state, grid, f"{path} (encoder)")
+        loading.load_parts(
+            self.encoder, ("blocks", "norm", *positions), state, grid, f"{path} (encoder)"
+        )
         if loading.has_decoder(state):
             names = ("decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm")
             loading.load_parts(self.decoder, names, state, grid, f"{path} (decoder)")
@@ -258,7 +286,8 @@ class MIMDet(nn.Module):
             )  # fmt: skip
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
-        """noise [B, h, w], by which cells are sampled, is drawn if it is not given and not all are kept."""
+        """noise [B, h, w], by which cells are sampled, is drawn if it is not given and not all are
+        kept."""
         sizes = self.image_sizes or [tuple(images.shape[2:])] * len(images)
         self.image_sizes = None
         images = F.pad(images, [part for side in images.shape[:1:-1] for part in (0, -side % 32)])
@@ -269,8 +298,11 @@ class MIMDet(nn.Module):
         maps = (*fine, coarse, F.max_pool2d(coarse, 2))
         return tuple(level.contiguous() for level in maps)
 
-    def sample(self, features: Tensor, noise: Tensor | None, sizes: Sizes) -> tuple[Tensor | None, int]:
-        """The order of the cells int64 [B, L], the first K of which are sampled, and K; None is their own order."""
+    def sample(
+        self, features: Tensor, noise: Tensor | None, sizes: Sizes
+    ) -> tuple[Tensor | None, int]:
+        """The order of the cells int64 [B, L], the first K of which are sampled, and K; None is
+        their own order."""
         batch, _, *grid = features.shape
         ratio = self.sample_ratios[self.training]
         if noise is None and ratio == 1:

@@ -1,4 +1,5 @@
-"""The neck of plain ViTs: a pyramid of their maps of stride 16, then an FPN (specs/downstream.md 7, 8)."""
+"""The neck of plain ViTs: a pyramid of their maps of stride 16, then an FPN (specs/downstream.md 7,
+8)."""
 
 from mmdet.models.necks import FPN
 from mmdet.registry import MODELS

@@ -1,4 +1,5 @@
-"""C4's shared head: a ResNet's last stage on regions, and a norm of its own (specs/downstream.md 8)."""
+"""C4's shared head: a ResNet's last stage on regions, and a norm of its own (specs/downstream.md
+8)."""
 
 from mmcv.cnn import build_norm_layer
 from mmdet.models.roi_heads.shared_heads import ResLayer

@@ -1,6 +1,8 @@
-"""The ViT that detectors are compared with: windows in most blocks, all tokens in four (specs/downstream.md 7).
+"""The ViT that detectors are compared with: windows in most blocks, all tokens in four
+(specs/downstream.md 7).
 
-Shapes in comments: B images, C channels, g x g tokens of an image, w x w of a window, n windows, h heads.
+Shapes in comments: B images, C channels, g x g tokens of an image, w x w of a window, n windows, h
+heads.
 """
 
 from functools import partial
@@ -13,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from det_ext import loading
 from det_ext.offset_bias import OffsetBias
-from modeling_finetune import MAE_SIZES, Block, PatchEmbed, check_choice, patchify, sincos_pos_embed, unpatchify
+from modeling_finetune import (
+    MAE_SIZES,
+    Block,
+    PatchEmbed,
+    check_choice,
+    patchify,
+    sincos_pos_embed,
+    unpatchify,
+)
 from unimim.checkpoint.names import StateDict
 from unimim.checkpoint.resizing import interpolate_pos_embed
 from unimim.openmmlab.checkpoint import log
@@ -24,14 +34,16 @@ POSITIONS = ("none", "sincos", "sincos_trainable", "learned")
 
 @MODELS.register_module()
 class WindowViT(nn.Module):
-    """Images [B, 3, H, W] of at most `input_size` to four maps [B, C, g, g], behind each group of blocks.
+    """Images [B, 3, H, W] of at most `input_size` to four maps [B, C, g, g], behind each group of
+    blocks.
 
-    The last block of each of the four groups attends to the whole map, the others to windows of `window` x
-    `window` tokens. A table of relative positions is shared by the former and another by the latter (`rel_pos_bias`).
-    size: a name in MAE_SIZES, each of whose values can be overridden. pos_embed: as in `VisionTransformer`, the
-    checkpoint's where it has some; "sincos" stays as it is, the others are trained (published: never stated, and
-    transposed). k_bias, init_values: MAE's form by default; False and a number are BEiT's. table_resize: of a
-    checkpoint's table, "bicubic" as published, or "geometric" as BEiT's is for another grid.
+    The last block of each of the four groups attends to the whole map, the others to windows of
+    `window` x `window` tokens. A table of relative positions is shared by the former and another by
+    the latter (`rel_pos_bias`). size: a name in MAE_SIZES, each of whose values can be overridden.
+    pos_embed: as in `VisionTransformer`, the checkpoint's where it has some; "sincos" stays as it
+    is, the others are trained (published: never stated, and transposed). k_bias, init_values: MAE's
+    form by default; False and a number are BEiT's. table_resize: of a checkpoint's table, "bicubic"
+    as published, or "geometric" as BEiT's is for another grid.
     """
 
     def __init__(
@@ -63,7 +75,9 @@ class WindowViT(nn.Module):
         self.patch_embed = PatchEmbed(input_size, patch_size, 3, dim)
         self.grid, self.window, self.group = self.patch_embed.grid_size, window, depth // GROUPS
         if self.grid[0] % window:
-            raise ValueError(f"window {window} does not divide the {self.grid[0]} tokens along the side of input_size")
+            raise ValueError(
+                f"window {window} does not divide the {self.grid[0]} tokens along the side of input_size"
+            )
         self.pos_embed = make_positions(pos_embed, dim, self.grid)
         block = partial(
             Block, dim, heads, mlp_ratio=mlp_ratio, drop=0.0, init_values=init_values, qkv_bias=True, k_bias=k_bias,
@@ -73,7 +87,11 @@ class WindowViT(nn.Module):
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
         self.window_bias = OffsetBias(window, heads) if rel_pos_bias and self.group > 1 else None
         self.global_bias = OffsetBias(self.grid[0], heads) if rel_pos_bias else None
-        self.table_resize, self.grad_checkpointing, self.pretrained = table_resize, grad_checkpointing, pretrained
+        self.table_resize, self.grad_checkpointing, self.pretrained = (
+            table_resize,
+            grad_checkpointing,
+            pretrained,
+        )
         self.apply(init_linear)
 
     def is_global(self, block: int) -> bool:
@@ -98,21 +116,29 @@ class WindowViT(nn.Module):
         loading.load(loading.view_of(self, names), state, path)
 
     def shared_tables(self, state: StateDict) -> StateDict:
-        """A table of windows and a global one from those of a checkpoint: the mean over the blocks that share it."""
+        """A table of windows and a global one from those of a checkpoint: the mean over the blocks
+        that share it."""
         tables = {name: value for name, value in state.items() if name.endswith(loading.TABLE)}
         state = {name: value for name, value in state.items() if name not in tables}
-        for name, bias, wanted in (("window_bias", self.window_bias, False), ("global_bias", self.global_bias, True)):
+        for name, bias, wanted in (
+            ("window_bias", self.window_bias, False),
+            ("global_bias", self.global_bias, True),
+        ):
             chosen = [value for key, value in tables.items() if self.shares(key, wanted)]
             if bias is not None and chosen:
-                state[f"{name}.{loading.TABLE}"] = self.resized(torch.stack(chosen).mean(0), bias.side)
+                state[f"{name}.{loading.TABLE}"] = self.resized(
+                    torch.stack(chosen).mean(0), bias.side
+                )
         return state
 
     def shares(self, key: str, wanted: bool) -> bool:
-        """Whether the table of that name serves global blocks (or windows): a shared table serves both."""
+        """Whether the table of that name serves global blocks (or windows): a shared table serves
+        both."""
         return not key.startswith("blocks.") or self.is_global(int(key.split(".")[1])) == wanted
 
     def resized(self, table: Tensor, side: int) -> Tensor:
-        """[(2 s - 1)^2, h] for a map of `side` x `side`; the loader itself does it the geometric way."""
+        """[(2 s - 1)^2, h] for a map of `side` x `side`; the loader itself does it the geometric
+        way."""
         if self.table_resize == "geometric":
             return table
         return interpolate_pos_embed(table.unsqueeze(0), 2 * side - 1, 0).squeeze(0)
@@ -122,7 +148,9 @@ class WindowViT(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         x = self.patch_embed(fit(images, self.patch_embed.img_size))
         x = x if self.pos_embed is None else x + self.pos_embed
-        window_bias, global_bias = (None if b is None else b() for b in (self.window_bias, self.global_bias))
+        window_bias, global_bias = (
+            None if b is None else b() for b in (self.window_bias, self.global_bias)
+        )
         maps = []
         for number, block in enumerate(self.blocks):
             if self.is_global(number):
@@ -140,7 +168,11 @@ class WindowViT(nn.Module):
     def cut(self, x: Tensor) -> Tensor:
         """Tokens [B, g * g, C] to those of windows [B * n, w * w, C]."""
         image = x.transpose(1, 2).unflatten(2, self.grid)
-        return patchify(image, (self.window, self.window)).unflatten(2, (-1, x.shape[-1])).flatten(0, 1)
+        return (
+            patchify(image, (self.window, self.window))
+            .unflatten(2, (-1, x.shape[-1]))
+            .flatten(0, 1)
+        )
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `cut`."""
@@ -163,7 +195,9 @@ def fit(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Images padded at the bottom and right with 0, the mean colour. ValueError: one is larger."""
     height, width = images.shape[2:]
     if height > size[0] or width > size[1]:
-        raise ValueError(f"images of {(height, width)} pixels, the backbone was built for input_size={size[0]}")
+        raise ValueError(
+            f"images of {(height, width)} pixels, the backbone was built for input_size={size[0]}"
+        )
     return F.pad(images, (0, size[1] - width, 0, size[0] - height))
 
 

@@ -1,6 +1,8 @@
-"""Data loading, measured: the fast pipeline against the published one in one process, and their pictures' difference.
+"""Data loading, measured: the fast pipeline against the published one in one process, and their
+pictures' difference.
 
-Called by `benchmark.py data`. Images per second are of processor time on one core, decoding and masks included.
+Called by `benchmark.py data`. Images per second are of processor time on one core, decoding and
+masks included.
 """
 
 import argparse
@@ -25,7 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import ImageDataset
 from masking_generator import MaskGenerator, build_mask_generator
-from unimim.data.color import BLUR_RADIUS, JITTER_RANGES, ColourDraws, draw_colour, fast_colour, reference_colour
+from unimim.data.color import (
+    BLUR_RADIUS,
+    JITTER_RANGES,
+    ColourDraws,
+    draw_colour,
+    fast_colour,
+    reference_colour,
+)
 from unimim.data.crops import reference_crop
 from unimim.data.jpeg import RawImage, decode_pillow
 from unimim.data.shapes import background
@@ -39,20 +48,27 @@ STAND_IN_IMAGES, STAND_IN_SIZE = 100, (375, 500)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `benchmark.py data`."""
-    parser.add_argument("--data_path", type=Path, default=SAMPLE, help="zip and map file of JPEGs (IMNET layout)")
+    parser.add_argument(
+        "--data_path", type=Path, default=SAMPLE, help="zip and map file of JPEGs (IMNET layout)"
+    )
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--patch_size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are reported")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="interleaved rounds; medians are reported"
+    )
     parser.add_argument("--images", type=int, default=100, help="images per pipeline and round")
 
 
 class PublishedTransform:
-    """What the released ConMIM loader computes: Pillow, an unused second picture, normalised float32 (spec 2.1)."""
+    """What the released ConMIM loader computes: Pillow, an unused second picture, normalised
+    float32 (spec 2.1)."""
 
     def __init__(self, input_size: int, mask_generator: MaskGenerator | None):
         self.size, self.mask_generator = (input_size, input_size), mask_generator
         jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
-        self.colour = Compose([RandomApply([jitter], 0.8), RandomGrayscale(0.2), _published_blur_and_solarise])
+        self.colour = Compose(
+            [RandomApply([jitter], 0.8), RandomGrayscale(0.2), _published_blur_and_solarise]
+        )
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         image = decode_pillow(raw)
@@ -77,7 +93,8 @@ def _normalised(image: Image.Image) -> torch.Tensor:
 
 
 def measure(datasets: dict[str, ImageDataset], rounds: int, images: int) -> dict[str, list[float]]:
-    """Images per second of processor time of each data set, one number per round, the data sets taking turns."""
+    """Images per second of processor time of each data set, one number per round, the data sets
+    taking turns."""
     rates = {name: [] for name in datasets}
     for dataset in datasets.values():  # lazy imports, tables, the page cache
         _load(dataset, rounds, images)
@@ -108,7 +125,8 @@ def report_speed(title: str, rates: dict[str, list[float]], target: float) -> No
 
 
 def colour_differences(pictures: list[np.ndarray]) -> dict[str, tuple[int, float]]:
-    """Grey levels between the fast and Pillow's form of each colour operation on the same input: (maximum, mean)."""
+    """Grey levels between the fast and Pillow's form of each colour operation on the same input:
+    (maximum, mean)."""
     rng = np.random.default_rng(0)
     none = {"jitter": (), "grey": False, "blur_radius": None, "solarise": False}
     cases = {
@@ -126,13 +144,17 @@ def _difference(pictures: list[np.ndarray], draw: Callable[[], dict]) -> tuple[i
     differences = []
     for picture in pictures:
         draws = ColourDraws(**draw())
-        fast = fast_colour(np.ascontiguousarray(picture.transpose(2, 0, 1)), draws).transpose(1, 2, 0)
+        fast = fast_colour(np.ascontiguousarray(picture.transpose(2, 0, 1)), draws).transpose(
+            1, 2, 0
+        )
         reference = np.asarray(reference_colour(Image.fromarray(picture), draws))
         differences.append(np.abs(fast.astype(int) - reference))
     return int(max(d.max() for d in differences)), float(np.mean([d.mean() for d in differences]))
 
 
-def view_differences(fast: ImageDataset, reference: ImageDataset, images: int) -> dict[str, tuple[int, float]]:
+def view_differences(
+    fast: ImageDataset, reference: ImageDataset, images: int
+) -> dict[str, tuple[int, float]]:
     """Grey levels between the two pipelines' views for the same draws: (maximum, mean)."""
     found = {"image": [], "image_strong": []}
     for index in range(min(images, len(fast))):
@@ -140,24 +162,35 @@ def view_differences(fast: ImageDataset, reference: ImageDataset, images: int) -
         for view, values in found.items():
             values.append((a[view].int() - b[view].int()).abs())
     return {
-        view: (max(int(d.max()) for d in values), float(np.mean([d.float().mean() for d in values])))
+        view: (
+            max(int(d.max()) for d in values),
+            float(np.mean([d.float().mean() for d in values])),
+        )
         for view, values in found.items()
     }
 
 
 def write_stand_in(root: Path) -> None:
-    """A zip and map file of generated JPEGs, 500 x 375, quality 90, for machines without the photographs."""
+    """A zip and map file of generated JPEGs, 500 x 375, quality 90, for machines without the
+    photographs."""
     rng = np.random.RandomState(0)
     with zipfile.ZipFile(root / "train.zip", "w") as archive:
         for number in range(STAND_IN_IMAGES):
-            picture = background(rng, *STAND_IN_SIZE) + rng.randint(-12, 13, size=(*STAND_IN_SIZE, 3))
+            picture = background(rng, *STAND_IN_SIZE) + rng.randint(
+                -12, 13, size=(*STAND_IN_SIZE, 3)
+            )
             picture = np.ascontiguousarray(np.clip(picture, 0, 255), dtype=np.uint8)
-            archive.writestr(f"{number}.jpg", simplejpeg.encode_jpeg(picture, quality=90, colorsubsampling="420"))
-    (root / "train_map.txt").write_text("".join(f"{number}.jpg\t0\n" for number in range(STAND_IN_IMAGES)))
+            archive.writestr(
+                f"{number}.jpg", simplejpeg.encode_jpeg(picture, quality=90, colorsubsampling="420")
+            )
+    (root / "train_map.txt").write_text(
+        "".join(f"{number}.jpg\t0\n" for number in range(STAND_IN_IMAGES))
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure on `args.data_path`, or on generated photographs where it does not exist, and print the tables."""
+    """Measure on `args.data_path`, or on generated photographs where it does not exist, and print
+    the tables."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_path
@@ -170,24 +203,36 @@ def run(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, root: Path) -> None:
     source, size = map_source(root, "train"), args.input_size
-    mask = build_mask_generator("block", input_size=size, patch_size=args.patch_size, mask_ratio=0.75)
+    mask = build_mask_generator(
+        "block", input_size=size, patch_size=args.patch_size, mask_ratio=0.75
+    )
 
     def dataset(views: tuple[str, ...], pipeline: str) -> ImageDataset:
         generator = mask if "mask" in views else None
-        transform = build_pretrain_transform(views, input_size=size, pipeline=pipeline, mask_generator=generator)
+        transform = build_pretrain_transform(
+            views, input_size=size, pipeline=pipeline, mask_generator=generator
+        )
         return ImageDataset(source, transform, seed=0)
 
     two_views, one_view = ("image", "image_strong", "mask"), ("image",)
-    for title, views, target in (("two views + block mask", two_views, 3.5), ("one view", one_view, 2.2)):
+    for title, views, target in (
+        ("two views + block mask", two_views, 3.5),
+        ("one view", one_view, 2.2),
+    ):
         published = PublishedTransform(size, mask if views == two_views else None)
         contenders = {"published (Pillow, float32)": ImageDataset(source, published, seed=0)}
-        contenders |= {f"{pipeline} (uint8)": dataset(views, pipeline) for pipeline in ("reference", "fast")}
+        contenders |= {
+            f"{pipeline} (uint8)": dataset(views, pipeline) for pipeline in ("reference", "fast")
+        }
         report_speed(title, measure(contenders, args.rounds, args.images), target)
 
     fast = dataset(two_views, "fast")
     print("difference from Pillow, grey levels           maximum      mean")
     views = view_differences(fast, dataset(two_views, "reference"), args.images)
-    pictures = [fast[0, index]["image"].permute(1, 2, 0).numpy() for index in range(min(args.images, len(fast)))]
+    pictures = [
+        fast[0, index]["image"].permute(1, 2, 0).numpy()
+        for index in range(min(args.images, len(fast)))
+    ]
     for name, (maximum, mean) in (views | colour_differences(pictures)).items():
         print(f"  {name:42s} {maximum:8d}  {mean:8.3f}")
 

@@ -1,13 +1,16 @@
-"""The section `fast` of gpu_check.py: how fast training steps are, as a share of what the device can do.
+"""The section `fast` of gpu_check.py: how fast training steps are, as a share of what the device
+can do.
 
-Every step is measured on made images that lie on the device: images/s, TFLOP/s and model FLOPs utilisation by the
-FLOPs that torch counts, the share of a large matrix product timed right after it, and the peak of the memory. A row is
-recorded as soon as it is there; OUTPUT/fast.md holds them as tables.
+Every step is measured on made images that lie on the device: images/s, TFLOP/s and model FLOPs
+utilisation by the FLOPs that torch counts, the share of a large matrix product timed right after
+it, and the peak of the memory. A row is recorded as soon as it is there; OUTPUT/fast.md holds them
+as tables.
 
     python -m scripts.benchmarks.gpu_fast "ConMIM B" --device cuda
 
-compiles the blocks of one row's model and leaves the kernels in torch's cache on disk. The section runs several of
-these beside each other before anything is timed: compiled one after another they would take most of its time.
+compiles the blocks of one row's model and leaves the kernels in torch's cache on disk. The section
+runs several of these beside each other before anything is timed: compiled one after another they
+would take most of its time.
 """
 
 import argparse
@@ -106,7 +109,13 @@ CASES = {
         _semaim("SemAIM L", "semaim_large_patch16_224", 128),
         Case("Fine-tuning BEiT's ViT-B", "beit_base_patch16_224", 256, stage="finetune"),
         Case("Fine-tuning MAE's ViT-B", "vit_base_patch16_224", 256, stage="finetune"),
-        Case("Fine-tuning, drop_path 0", "vit_base_patch16_224", 256, stage="finetune", flags=("--drop_path", "0")),
+        Case(
+            "Fine-tuning, drop_path 0",
+            "vit_base_patch16_224",
+            256,
+            stage="finetune",
+            flags=("--drop_path", "0"),
+        ),
         _mae("SemMAE B", "semmae_base_patch16_224", 512),
         _words("BEiT B", "beit_base_patch16_224_8k_vocab", 256),
         Case("SemanticMIM B, HOG", "semanticmim_maskfeat_base_patch16_224", 256),
@@ -121,7 +130,9 @@ CASES = {
         Case("MaskFeat L", "maskfeat_large_patch16_224", 128),
     )
 }
-LAUNCHES = _mae("MAE Ti, 32 px", "mae_tiny_patch16_224", 256)  # always of 32 pixels: many small kernels
+LAUNCHES = _mae(
+    "MAE Ti, 32 px", "mae_tiny_patch16_224", 256
+)  # always of 32 pixels: many small kernels
 COMPILED = (
     "ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, HOG", "ConMIM L", "MAE L", "BEiT B",
     "Fine-tuning MAE's ViT-B", "MaskFeat B", "Fine-tuning BEiT's ViT-B",
@@ -135,7 +146,18 @@ KINDS = {  # of kernels, by what is found in their names; the first that fits
     "optimizer and norms of gradients": ("multi_tensor", "foreach", "fused_adam", "FusedAdam"),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "normalisation": ("layer_norm", "LayerNorm", "GammaBeta", "batch_norm", "bn_"),
-    "matrix products": ("gemm", "nvjet", "splitK", "cutlass", "xmma", "cublas", "cudnn", "fprop", "dgrad", "wgrad"),
+    "matrix products": (
+        "gemm",
+        "nvjet",
+        "splitK",
+        "cutlass",
+        "xmma",
+        "cublas",
+        "cudnn",
+        "fprop",
+        "dgrad",
+        "wgrad",
+    ),
     "softmax": ("softmax", "SoftMax"),
     "reductions": ("reduce",),
     "copies": ("copy", "Copy", "Memcpy", "Memset"),
@@ -151,7 +173,9 @@ class Bench:
     gemm: Variant
     images: Path  # a folder for made JPEGs
     peak: float | None  # FLOP/s by the data sheet
-    flops: dict[tuple[str, bool], float] = field(default_factory=dict)  # of an image, by case and whether plain
+    flops: dict[tuple[str, bool], float] = field(
+        default_factory=dict
+    )  # of an image, by case and whether plain
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # further tables, by title
 
@@ -170,7 +194,8 @@ class Bench:
 
 
 def run(checks: Checks) -> None:
-    """Runs the section: peak, FLOPs while kernels are compiled, then rows in the order of their worth."""
+    """Runs the section: peak, FLOPs while kernels are compiled, then rows in the order of their
+    worth."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as folder:
@@ -198,9 +223,12 @@ def run(checks: Checks) -> None:
 
 
 def build(case: Case, device: torch.device, args: Namespace, plain: bool = False) -> nn.Module:
-    """The task of a case on the device; a method that predicts words has a tokenizer with random weights."""
+    """The task of a case on the device; a method that predicts words has a tokenizer with random
+    weights."""
     args.attn = "eager" if plain else args.attn
-    network = make_on(device, partial(build_classifier if case.stage == "finetune" else build_method, args))
+    network = make_on(
+        device, partial(build_classifier if case.stage == "finetune" else build_method, args)
+    )
     if case.stage == "finetune":
         return Classification(network, args, device)
     if isinstance(network, WordPredictor):
@@ -211,7 +239,8 @@ def build(case: Case, device: torch.device, args: Namespace, plain: bool = False
 
 
 def make_on(device: torch.device, make: Callable[[], nn.Module]) -> nn.Module:
-    """What `make` makes, on the device at once: random numbers for its weights take a CPU seconds."""
+    """What `make` makes, on the device at once: random numbers for its weights take a CPU
+    seconds."""
     try:
         with torch.device(device):
             module = make()
@@ -230,16 +259,22 @@ def give_tokenizer(method: WordPredictor, device: torch.device) -> None:
     sizes = {"n_hid": 8 if device.type == "cpu" else 256, "vocab_size": method.lm_head.out_features}
     method.tokenizer = VisualTokenizer(make_on(device, partial(DalleEncoder, **sizes)))
     method.views = ("image", "image_second", *method.views[2:])
-    method.second_size = tuple(method.tokenizer.encoder.stride * side for side in method.patch_embed.grid_size)
+    method.second_size = tuple(
+        method.tokenizer.encoder.stride * side for side in method.patch_embed.grid_size
+    )
 
 
 def make_batch(task: nn.Module, args: Namespace, size: int, device: torch.device) -> dict[str, Any]:
-    """Random images on the device, with labels for a classifier and masks by the recipe for a method."""
+    """Random images on the device, with labels for a classifier and masks by the recipe for a
+    method."""
     with torch.device(device):
         if isinstance(task, PretrainMethod):
             return random_batch(task, size, device, mask_share(args))
         side = args.input_size or task.model.patch_embed.img_size[0]
-        return {"image": torch.randn(size, 3, side, side), "label": torch.randint(args.nb_classes, (size,))}
+        return {
+            "image": torch.randn(size, 3, side, side),
+            "label": torch.randint(args.nb_classes, (size,)),
+        }
 
 
 def mask_share(args: Namespace) -> float:
@@ -248,9 +283,16 @@ def mask_share(args: Namespace) -> float:
 
 
 def make_step(
-    case: Case, size: int, device: torch.device, *, tiny: bool, variant: str = "eager", shorten: bool = False
+    case: Case,
+    size: int,
+    device: torch.device,
+    *,
+    tiny: bool,
+    variant: str = "eager",
+    shorten: bool = False,
 ) -> Variant:
-    """A training step of a case with a batch of `size`; variants are eager, compiled, graphs and plain."""
+    """A training step of a case with a batch of `size`; variants are eager, compiled, graphs and
+    plain."""
     args = case.args(tiny=tiny, shorten=shorten)
     plain = variant == "plain"
     task = build(case, device, args, plain)
@@ -264,7 +306,12 @@ def make_step(
             if isinstance(block, Block):
                 block.compile(dynamic=False, mode="reduce-overhead")
     made = make_variant(
-        case.name, task, make_batch(task, args, size, device), PRECISION, fused=not plain, groups=groups
+        case.name,
+        task,
+        make_batch(task, args, size, device),
+        PRECISION,
+        fused=not plain,
+        groups=groups,
     )
     if variant == "graphs":
         made.step = partial(step_of_graphs, made.step)
@@ -285,7 +332,9 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def step_times(step: Callable[[], object], device: torch.device, rounds: int, steps: int) -> list[float]:
+def step_times(
+    step: Callable[[], object], device: torch.device, rounds: int, steps: int
+) -> list[float]:
     """Seconds of a step, one number a round of several in a row, as in training."""
     times = []
     for _ in range(rounds):
@@ -325,10 +374,17 @@ def measure_step(
 
 
 def rates(bench: Bench, flops: float | None, images_per_s: float) -> dict[str, float | None]:
-    """What images/s come to where an image takes `flops`; the matrix product is timed now, at the same clock."""
+    """What images/s come to where an image takes `flops`; the matrix product is timed now, at the
+    same clock."""
     now = bench.gemm.flops / statistics.median(step_times(bench.gemm.step, bench.device, 5, 1))
     if flops is None:
-        return {"gflop_per_image": None, "tflops": None, "mfu": None, "gemm_tflops": now / 1e12, "gemm_share": None}
+        return {
+            "gflop_per_image": None,
+            "tflops": None,
+            "mfu": None,
+            "gemm_tflops": now / 1e12,
+            "gemm_share": None,
+        }
     return {
         "gflop_per_image": flops / 1e9,
         "tflops": images_per_s * flops / 1e12,
@@ -339,7 +395,8 @@ def rates(bench: Bench, flops: float | None, images_per_s: float) -> dict[str, f
 
 
 def compilation() -> dict[str, int]:
-    """How many graphs were compiled since the counters were cleared, and how many of them lay in the cache."""
+    """How many graphs were compiled since the counters were cleared, and how many of them lay in
+    the cache."""
     counters = torch._dynamo.utils.counters
     return {
         "graphs": counters["stats"]["unique_graphs"],
@@ -349,7 +406,8 @@ def compilation() -> dict[str, int]:
 
 
 def fitting(bench: Bench, case: Case, variant: str, size: int, **options) -> dict[str, Any]:
-    """The row of the largest batch that fits the memory: `size`, or a half of it, or a quarter ..."""
+    """The row of the largest batch that fits the memory: `size`, or a half of it, or a quarter
+    ..."""
     while True:
         try:
             return measure_step(bench, case, variant, size, **options)
@@ -361,7 +419,9 @@ def fitting(bench: Bench, case: Case, variant: str, size: int, **options) -> dic
 
 def batch_of(bench: Bench, case: Case) -> int:
     """The batch of the case's eager row, or what it starts from."""
-    found = [row["batch"] for row in bench.rows if (row["model"], row["variant"]) == (case.name, "eager")]
+    found = [
+        row["batch"] for row in bench.rows if (row["model"], row["variant"]) == (case.name, "eager")
+    ]
     return found[0] if found else 4 if bench.tiny else case.batch
 
 
@@ -386,7 +446,9 @@ def measure_gemm(bench: Bench) -> dict[str, float]:
     times = step_times(bench.gemm.step, bench.device, 5 if bench.tiny else 40, 1)
     rate = bench.gemm.flops / statistics.median(times) / 1e12
     peak = None if bench.peak is None else bench.peak / 1e12
-    bench.notes["Peak"] = [{"matrix product, TFLOP/s": rate, "best, TFLOP/s": bench.gemm.flops / min(times) / 1e12}]
+    bench.notes["Peak"] = [
+        {"matrix product, TFLOP/s": rate, "best, TFLOP/s": bench.gemm.flops / min(times) / 1e12}
+    ]
     return {"tflops": rate, "best": bench.gemm.flops / min(times) / 1e12, "data_sheet": peak}
 
 
@@ -396,7 +458,9 @@ def prepare(bench: Bench) -> None:
     processes = {}
     if not bench.tiny and checks.time_left() > 5 * len(CASES):
         processes = {
-            name: compile_ahead(bench, name, len(COMPILED)) for name in COMPILED if CASES[name] in bench.of(COMPILED)
+            name: compile_ahead(bench, name, len(COMPILED))
+            for name in COMPILED
+            if CASES[name] in bench.of(COMPILED)
         }
     try:
         for case in early_cases(bench):
@@ -416,18 +480,35 @@ def prepare(bench: Bench) -> None:
             if code is None:  # with its own workers
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            checks.record(f"{name}, compiled ahead", exit_code=code, seconds=round(time.monotonic() - begin, 1))
+            checks.record(
+                f"{name}, compiled ahead",
+                exit_code=code,
+                seconds=round(time.monotonic() - begin, 1),
+            )
 
 
 def compile_ahead(bench: Bench, name: str, processes: int) -> subprocess.Popen:
     """Starts a process that compiles one case's blocks."""
     threads = max(1, (os.cpu_count() or 1) // processes)
-    command = [sys.executable, "-m", "scripts.benchmarks.gpu_fast", name, "--device", str(bench.device)]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.benchmarks.gpu_fast",
+        name,
+        "--device",
+        str(bench.device),
+    ]
     with open(bench.checks.output / f"compile-{file_name(name)}.log", "w") as log:
         return subprocess.Popen(
-            [*command, "--batch_size", str(batch_of(bench, CASES[name])), *(["--tiny"] if bench.tiny else [])],
+            [
+                *command,
+                "--batch_size",
+                str(batch_of(bench, CASES[name])),
+                *(["--tiny"] if bench.tiny else []),
+            ],
             cwd=ROOT,
-            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -445,7 +526,8 @@ def early_cases(bench: Bench) -> list[Case]:
 
 
 def count(bench: Bench, case: Case, plain: bool, tiny: bool | None = None) -> None:
-    """FLOPs of an image in a whole step, counted on a few images: they are in proportion to the images."""
+    """FLOPs of an image in a whole step, counted on a few images: they are in proportion to the
+    images."""
     release(bench.device)
     tiny = bench.tiny if tiny is None else tiny
     made = make_step(case, COUNTED, bench.device, tiny=tiny, variant="plain" if plain else "eager")
@@ -460,7 +542,9 @@ def measure_eager(bench: Bench) -> None:
 def measure_later(bench: Bench) -> None:
     """The cases that the first minutes left out."""
     for case in bench.of(() if bench.tiny else LATER):
-        if bench.checks.attempt(f"{case.name}, FLOPs", partial(count, bench, case, False), seconds=8):
+        if bench.checks.attempt(
+            f"{case.name}, FLOPs", partial(count, bench, case, False), seconds=8
+        ):
             measure_row(bench, case, "eager", seconds=5)
 
 
@@ -484,7 +568,8 @@ def profile_steps(bench: Bench) -> None:
 
 
 def profile_step(bench: Bench, case: Case, variant: str) -> dict[str, Any]:
-    """Where the time of one step goes: the ten longest kernels, the kinds of kernels, the share without any."""
+    """Where the time of one step goes: the ten longest kernels, the kinds of kernels, the share
+    without any."""
     device = bench.device
     release(device)
     step = make_step(case, batch_of(bench, case), device, tiny=bench.tiny, variant=variant).step
@@ -499,12 +584,17 @@ def profile_step(bench: Bench, case: Case, variant: str) -> dict[str, Any]:
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     path = bench.checks.output / f"profile-{file_name(case.name)}-{variant}.txt"
     path.write_text(averages.table(sort_by=order, row_limit=30, max_name_column_width=100))
-    # a kernel and what launched it both come with its time: only kernels count, no ranges that the profiler adds
+    # a kernel and what launched it both come with its time: only kernels count, no ranges that the
+    # profiler adds
     kernels = [
         (event.key, getattr(event, order) / 1e3, event.count)
         for event in averages
         if not on_gpu
-        or (event.device_type == DeviceType.CUDA and not event.is_user_annotation and "#" not in event.key)
+        or (
+            event.device_type == DeviceType.CUDA
+            and not event.is_user_annotation
+            and "#" not in event.key
+        )
     ]
     kernels.sort(key=lambda kernel: -kernel[1])
     whole = sum(milliseconds for _, milliseconds, _ in kernels)
@@ -512,7 +602,12 @@ def profile_step(bench: Bench, case: Case, variant: str) -> dict[str, Any]:
     for name, milliseconds, _ in kernels:
         kinds[kind_of(name)] += 100 * milliseconds / whole
     top = [
-        {"kernel": name[:120], "ms": round(ms, 3), "percent": round(100 * ms / whole, 1), "calls": calls}
+        {
+            "kernel": name[:120],
+            "ms": round(ms, 3),
+            "percent": round(100 * ms / whole, 1),
+            "calls": calls,
+        }
         for name, ms, calls in kernels[:10]
     ]
     shares = {kind: round(share, 1) for kind, share in kinds.items() if share >= 0.05}
@@ -521,12 +616,20 @@ def profile_step(bench: Bench, case: Case, variant: str) -> dict[str, Any]:
         {"step": f"{case.name}, {variant}", **shares}
     )
     idle = 1 - whole / 1e3 / seconds
-    return {"kernel_ms": whole, "ms_per_step": 1e3 * seconds, "idle_share": idle, "kinds": shares, "top": top}
+    return {
+        "kernel_ms": whole,
+        "ms_per_step": 1e3 * seconds,
+        "idle_share": idle,
+        "kinds": shares,
+        "top": top,
+    }
 
 
 def kind_of(kernel: str) -> str:
     """The kind of a kernel of this name."""
-    return next((kind for kind, parts in KINDS.items() if any(part in kernel for part in parts)), "others")
+    return next(
+        (kind for kind, parts in KINDS.items() if any(part in kernel for part in parts)), "others"
+    )
 
 
 def enlarge_batches(bench: Bench) -> None:
@@ -535,17 +638,22 @@ def enlarge_batches(bench: Bench) -> None:
     if bench.device.type == "cuda":
         memory = torch.cuda.get_device_properties(bench.device).total_memory / 2**30
     for case in bench.of(ENLARGED[:1] if bench.tiny else ENLARGED):
-        found = [row for row in bench.rows if (row["model"], row["variant"]) == (case.name, "eager")]
+        found = [
+            row for row in bench.rows if (row["model"], row["variant"]) == (case.name, "eager")
+        ]
         doublings = 1 if bench.tiny else 3
         while found and len(found) <= doublings and 1.95 * found[-1]["peak_gib"] < memory:
             before = len(found)
-            bench.checks.attempt(f"{case.name}, twice the batch", partial(double, bench, case, found), seconds=8)
+            bench.checks.attempt(
+                f"{case.name}, twice the batch", partial(double, bench, case, found), seconds=8
+            )
             if len(found) == before:
                 break
 
 
 def double(bench: Bench, case: Case, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row with twice the batch of the last one of `found`, appended to it; none if that does not fit the memory."""
+    """A row with twice the batch of the last one of `found`, appended to it; none if that does not
+    fit the memory."""
     size = 2 * found[-1]["batch"]
     try:
         row = measure_step(bench, case, "eager", size)
@@ -563,10 +671,14 @@ def measure_matmul_precision(bench: Bench) -> None:
     def one() -> dict[str, Any]:
         torch.set_float32_matmul_precision("highest")
         try:
-            row = fitting(bench, case, "eager", batch_of(bench, case)) | {"float32_matmul": "highest"}
+            row = fitting(bench, case, "eager", batch_of(bench, case)) | {
+                "float32_matmul": "highest"
+            }
         finally:
             torch.set_float32_matmul_precision("high")
-        found = [row for row in bench.rows if (row["model"], row["variant"]) == (case.name, "eager")]
+        found = [
+            row for row in bench.rows if (row["model"], row["variant"]) == (case.name, "eager")
+        ]
         before = [row | {"float32_matmul": "high"} for row in found]
         bench.notes["Precision of float32 products"] = [*before, row]
         return row
@@ -575,10 +687,13 @@ def measure_matmul_precision(bench: Bench) -> None:
 
 
 def measure_launches(bench: Bench) -> None:
-    """A model so small that launching kernels takes longer than they do: eager, compiled, as CUDA graphs."""
+    """A model so small that launching kernels takes longer than they do: eager, compiled, as CUDA
+    graphs."""
     rows = bench.notes.setdefault("Small kernels", [])
     variants = ("eager",) if bench.tiny else ("eager", "compiled", "graphs")
-    bench.checks.attempt(f"{LAUNCHES.name}, FLOPs", partial(count, bench, LAUNCHES, False, tiny=True), seconds=2)
+    bench.checks.attempt(
+        f"{LAUNCHES.name}, FLOPs", partial(count, bench, LAUNCHES, False, tiny=True), seconds=2
+    )
     size = 4 if bench.tiny else LAUNCHES.batch
 
     def one(variant: str) -> dict[str, Any]:
@@ -601,7 +716,8 @@ def measure_loading(bench: Bench) -> None:
 
 
 def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
-    """Images/s from JPEGs of 500 x 375 pixels to normalised batches on the device; with `train`, through a step too."""
+    """Images/s from JPEGs of 500 x 375 pixels to normalised batches on the device; with `train`,
+    through a step too."""
     case, device = CASES["MAE B"], bench.device
     release(device)
     workers = 2 if bench.tiny else len(os.sched_getaffinity(0))
@@ -610,7 +726,10 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
     task = build(case, device, args)
     batch = make_batch(task, args, size, device)
     step = make_variant(case.name, task, batch, PRECISION, fused=True).step
-    loader, normalize = jpeg_loader(bench.images, task, size, workers), Normalize(image_mean_std(args), device)
+    loader, normalize = (
+        jpeg_loader(bench.images, task, size, workers),
+        Normalize(image_mean_std(args), device),
+    )
     step()
     batches, ready = iter(loader), 2 * workers  # what workers had made before they had to keep up
     begin, done = time.perf_counter(), 0
@@ -627,7 +746,11 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
     synchronize(device)
     seconds = time.perf_counter() - begin
     del batches, loader  # ends the workers
-    eaten = [row["images_per_s"] for row in bench.rows if row["model"] == case.name and row["variant"] == "eager"]
+    eaten = [
+        row["images_per_s"]
+        for row in bench.rows
+        if row["model"] == case.name and row["variant"] == "eager"
+    ]
     result = {
         "loading": "into MAE B's step" if train else "alone", "workers": workers, "batch": size,
         "images_per_s": done * size / seconds, "images_per_s_per_worker": done * size / seconds / workers,
@@ -673,7 +796,9 @@ def heading(device: torch.device) -> str:
         return f"A training step on a CPU, {torch.get_num_threads()} threads, {versions}"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
+        driver = subprocess.run(
+            query, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         driver = "unknown"
     name = torch.cuda.get_device_name(device)
@@ -681,16 +806,29 @@ def heading(device: torch.device) -> str:
 
 
 def main_table(bench: Bench) -> list[str]:
-    """A row for each model: images/s of each variant, then the rates of the fastest one of ours, and memory."""
+    """A row for each model: images/s of each variant, then the rates of the fastest one of ours,
+    and memory."""
     found = {(row["model"], row["variant"]): row for row in bench.rows}
     rows = []
     for case in CASES.values():
-        ours = [found[case.name, variant] for variant in ("eager", "compiled") if (case.name, variant) in found]
+        ours = [
+            found[case.name, variant]
+            for variant in ("eager", "compiled")
+            if (case.name, variant) in found
+        ]
         best = max(ours, key=lambda row: row["images_per_s"], default={})
-        row = {"model": case.name, "batch": best.get("batch"), "GFLOP an image": best.get("gflop_per_image")}
+        row = {
+            "model": case.name,
+            "batch": best.get("batch"),
+            "GFLOP an image": best.get("gflop_per_image"),
+        }
         for variant in ("plain", "eager", "compiled"):
             row[f"{variant}, images/s"] = found.get((case.name, variant), {}).get("images_per_s")
-        row |= {"TFLOP/s": best.get("tflops"), "MFU": best.get("mfu"), "of the product": best.get("gemm_share")}
+        row |= {
+            "TFLOP/s": best.get("tflops"),
+            "MFU": best.get("mfu"),
+            "of the product": best.get("gemm_share"),
+        }
         for variant in ("plain", "eager", "compiled"):
             row[f"{variant}, GiB"] = found.get((case.name, variant), {}).get("peak_gib")
         rows.append(row)
@@ -714,8 +852,11 @@ def cell(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compiles one case: two steps of a model as short as it can be, whose blocks are those of the whole one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Compiles one case: two steps of a model as short as it can be, whose blocks are those of the
+    whole one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch_size", type=int, default=256)
@@ -723,7 +864,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
     device, begin = torch.device(args.device), time.monotonic()
-    made = make_step(CASES[args.case], args.batch_size, device, tiny=args.tiny, variant="compiled", shorten=True)
+    made = make_step(
+        CASES[args.case], args.batch_size, device, tiny=args.tiny, variant="compiled", shorten=True
+    )
     step_times(made.step, device, 2, 1)
     print(f"{args.case}: {compilation()}, {time.monotonic() - begin:.1f} s")
 

@@ -1,10 +1,11 @@
-"""The section `learns` of gpu_check.py: pre-trains every method on small images that lie on the device.
+"""The section `learns` of gpu_check.py: pre-trains every method on small images that lie on the
+device.
 
-The models, flags and evaluations are those of compare_methods.py, with which the figures compare; the batches come
-from unimim/data/device_loader.py. Several processes share the device, each with one method at a time, because steps
-this short are bound by what launches their kernels. All methods get as many epochs as the time allows, measured
-first, and with what is left over the next seeds. Every finished method is a line of results.jsonl and a row of
-OUTPUT/learns.csv at once.
+The models, flags and evaluations are those of compare_methods.py, with which the figures compare;
+the batches come from unimim/data/device_loader.py. Several processes share the device, each with
+one method at a time, because steps this short are bound by what launches their kernels. All methods
+get as many epochs as the time allows, measured first, and with what is left over the next seeds.
+Every finished method is a line of results.jsonl and a row of OUTPUT/learns.csv at once.
 """
 
 import contextlib
@@ -35,13 +36,29 @@ import run_linear_probing
 from engine_for_finetuning import Classification
 from modeling_pretrain import PretrainMethod
 from optim_factory import create_optimizer, param_groups, set_schedule
-from scripts.experiments.compare_methods import COMMON, DATA, FINETUNE, LINEAR, METHODS, PROBE, Result, table
+from scripts.experiments.compare_methods import (
+    COMMON,
+    DATA,
+    FINETUNE,
+    LINEAR,
+    METHODS,
+    PROBE,
+    Result,
+    table,
+)
 from scripts.gpu_check import Checks
 from unimim.checkpoint import files
 from unimim.checkpoint.loading import load_pretrained
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse, resolve_lr
-from unimim.data.device_loader import DeviceLoader, VisualWords, colour_place_parts, decoded, kmeans_tokens, resample
+from unimim.data.device_loader import (
+    DeviceLoader,
+    VisualWords,
+    colour_place_parts,
+    decoded,
+    kmeans_tokens,
+    resample,
+)
 from unimim.data.pretraining import mask_generator
 from unimim.data.sources import build_source, first_of_each_class
 from unimim.engine.distributed import seed_step
@@ -127,7 +144,11 @@ def prepare(checks: Checks, folder: Path) -> Setting:
     """Decodes both splits and writes them where every process can read them."""
     path, device = checks.data_path, checks.device
     source_flags = f"--input_size {SIZE[0]} {COMMON} --device {device.type} "
-    source_flags += "--data_set digits" if path is None else f"--data_set IMNET --data_path {shlex.quote(str(path))}"
+    source_flags += (
+        "--data_set digits"
+        if path is None
+        else f"--data_set IMNET --data_path {shlex.quote(str(path))}"
+    )
     tensors = {}
     for split in ("train", "val"):
         kind, root = ("digits", None) if path is None else ("IMNET", str(path))
@@ -137,19 +158,26 @@ def prepare(checks: Checks, folder: Path) -> Setting:
     precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     file = folder / "images.pth"
     if checks.tiny:  # enough of each class for the evaluations to run
-        tensors = {name: value[: 64 if name.startswith("train") else 32] for name, value in tensors.items()}
+        tensors = {
+            name: value[: 64 if name.startswith("train") else 32] for name, value in tensors.items()
+        }
         torch.save(tensors, file)
-        return Setting(str(device), precision, source_flags, file, 8, 8, linear_epochs=2, finetune_epochs=2)
+        return Setting(
+            str(device), precision, source_flags, file, 8, 8, linear_epochs=2, finetune_epochs=2
+        )
     torch.save(tensors, file)
     return Setting(str(device), precision, source_flags, file)
 
 
 class Images:
-    """The images of both splits on the device, and what is made of them once: part maps and visual words."""
+    """The images of both splits on the device, and what is made of them once: part maps and visual
+    words."""
 
     def __init__(self, setting: Setting):
         self.device = torch.device(setting.device)
-        self.tensors = {name: value.to(self.device) for name, value in torch.load(setting.images_file).items()}
+        self.tensors = {
+            name: value.to(self.device) for name, value in torch.load(setting.images_file).items()
+        }
         self.classes = int(self.tensors["train_labels"].max()) + 1
         self.pretrain = self.tensors["train"][: setting.pretrain_images]
         self.made: dict[Any, Any] = {}
@@ -198,7 +226,8 @@ def pretrain_args(setting: Setting, job: Job, steps_per_epoch: int) -> Namespace
 
 
 class Pretraining:
-    """A method, its batches and its optimizer; `step()` is the next optimizer step, as that of the training loop."""
+    """A method, its batches and its optimizer; `step()` is the next optimizer step, as that of the
+    training loop."""
 
     def __init__(self, setting: Setting, images: Images, job: Job):
         steps_per_epoch = len(images.pretrain) // setting.batch_size
@@ -222,7 +251,9 @@ class Pretraining:
     def build_loader(self, images: Images, parts: str) -> DeviceLoader:
         method, args = self.method, self.args
         mean_std = image_mean_std(args)
-        grid = tuple(side // cell for side, cell in zip(method.image_size, method.cell_size, strict=True))
+        grid = tuple(
+            side // cell for side, cell in zip(method.image_size, method.cell_size, strict=True)
+        )
         masks = {view: mask_generator(args, method, view) for view in ("mask", "target_mask")}
         return DeviceLoader(
             images.pretrain,
@@ -238,7 +269,9 @@ class Pretraining:
             noise_size=method.noise_size,
             masks={view: make for view, make in masks.items() if make is not None},
             part_maps=images.part_maps(parts, args.seed, method.num_parts, grid) if parts else None,
-            words=images.words(method.cell_size, mean_std) if "target_ids" in method.views else None,
+            words=images.words(method.cell_size, mean_std)
+            if "target_ids" in method.views
+            else None,
         )
 
     def step(self) -> Tensor:
@@ -250,7 +283,9 @@ class Pretraining:
         seed_step(self.args.seed, 0, step)
         loss = self.runner.micro_step(self.loader.batch(step), last=True)["loss"].detach()
         applied = self.runner.step()["applied"]
-        method.after_step(step / self.steps, float(applied) if applied.device.type == "cpu" else applied)
+        method.after_step(
+            step / self.steps, float(applied) if applied.device.type == "cpu" else applied
+        )
         self.done += 1
         return loss
 
@@ -287,8 +322,15 @@ def synchronize(device: torch.device) -> None:
 
 def evaluate(setting: Setting, images: Images, job: Job, encoder: Path | None) -> dict[str, float]:
     """The accuracies of compare_methods.py, in percent."""
-    network = [*flags_of(METHODS[job.key].classifier), *shlex.split(setting.source_flags), "--seed", str(job.seed)]
-    network += ["--precision", setting.precision] + ([] if encoder is None else ["--finetune", str(encoder)])
+    network = [
+        *flags_of(METHODS[job.key].classifier),
+        *shlex.split(setting.source_flags),
+        "--seed",
+        str(job.seed),
+    ]
+    network += ["--precision", setting.precision] + (
+        [] if encoder is None else ["--finetune", str(encoder)]
+    )
     args = run_knn.parse([*network, *PROBE.split()])
     backbone = build_backbone(args).to(images.device)
     bank, queries = (features_of(args, images, backbone, split) for split in ("train", "val"))
@@ -315,22 +357,30 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
-def linear_accuracy(setting: Setting, network: list[str], bank: Features, queries: Features, classes: int) -> float:
+def linear_accuracy(
+    setting: Setting, network: list[str], bank: Features, queries: Features, classes: int
+) -> float:
     """Of a linear probe, trained as by run_linear_probing.py on features of whole images."""
     flags = [*PROBE.split(), *LINEAR.split(), "--epochs", str(setting.linear_epochs)]
     args = run_linear_probing.parse([*network, *flags])
     args.batch_size = min(args.batch_size, len(bank))
-    heads = side_by_side([args.lr], bank.vectors.shape[1], classes, args.seed).to(bank.vectors.device)
+    heads = side_by_side([args.lr], bank.vectors.shape[1], classes, args.seed).to(
+        bank.vectors.device
+    )
     probe = Probe(heads, None)
     groups = head_groups(heads.values(), [args.lr], args.weight_decay)
     steps_per_epoch = len(bank) // args.batch_size
-    train_classifier(args, probe, groups, steps_per_epoch, bank_batches(args, bank, steps_per_epoch))
+    train_classifier(
+        args, probe, groups, steps_per_epoch, bank_batches(args, bank, steps_per_epoch)
+    )
     probe.eval()
     with torch.no_grad():
         return accuracy(probe.logits({"features": queries.vectors})[0], queries.labels)
 
 
-def bank_batches(args: Namespace, bank: Features, steps_per_epoch: int) -> Callable[[int], dict[str, Tensor]]:
+def bank_batches(
+    args: Namespace, bank: Features, steps_per_epoch: int
+) -> Callable[[int], dict[str, Tensor]]:
     """Batch number `step` of the features, in an order of its own in each epoch."""
     orders = Orders(args, len(bank), steps_per_epoch, bank.labels.device)
 
@@ -345,7 +395,9 @@ class Orders:
     """The images of each batch: those of a permutation by (seed, epoch)."""
 
     def __init__(self, args: Namespace, images: int, steps_per_epoch: int, device: torch.device):
-        generators = (torch.Generator().manual_seed(1000 * args.seed + epoch) for epoch in range(args.epochs))
+        generators = (
+            torch.Generator().manual_seed(1000 * args.seed + epoch) for epoch in range(args.epochs)
+        )
         orders = [torch.randperm(images, generator=generator) for generator in generators]
         self.rows = torch.stack(orders)[:, : steps_per_epoch * args.batch_size].to(device)
         self.rows = self.rows.reshape(-1, args.batch_size)
@@ -366,7 +418,12 @@ def train_classifier(
     resolve_lr(args)
     optimizer = create_optimizer(args, groups, device)
     runner = TorchRunner(
-        task, optimizer, device=device, precision=args.precision, update_freq=1, clip_grad=args.clip_grad
+        task,
+        optimizer,
+        device=device,
+        precision=args.precision,
+        update_freq=1,
+        clip_grad=args.clip_grad,
     )
     lr, weight_decay = schedules(args, steps_per_epoch)
     task.train()
@@ -387,7 +444,9 @@ def finetuned_accuracy(setting: Setting, network: list[str], images: Images) -> 
         load_pretrained(model, args.finetune, model_key=args.model_key, prefix=args.model_prefix)
     task = Classification(model.to(images.device), args, images.device)
     labels = images.tensors["train_labels"]
-    few = torch.from_numpy(first_of_each_class(labels.cpu().numpy(), args.label_fraction)).to(images.device)
+    few = torch.from_numpy(first_of_each_class(labels.cpu().numpy(), args.label_fraction)).to(
+        images.device
+    )
     args.batch_size = min(args.batch_size, len(few))
     steps_per_epoch = len(few) // args.batch_size
     orders = Orders(args, len(few), steps_per_epoch, images.device)
@@ -402,7 +461,9 @@ def finetuned_accuracy(setting: Setting, network: list[str], images: Images) -> 
         crops = resample(padded[chosen], boxes, SIZE, flip=flip).to(torch.uint8)
         return normalize({"image": crops, "label": labels[few[chosen]]})
 
-    train_classifier(args, task, param_groups(model, args.weight_decay, args.layer_decay), steps_per_epoch, batch)
+    train_classifier(
+        args, task, param_groups(model, args.weight_decay, args.layer_decay), steps_per_epoch, batch
+    )
     model.eval()
     logits = []
     with torch.no_grad(), autocast(images.device, AUTOCAST_DTYPES.get(args.precision)):
@@ -421,9 +482,13 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def run_job(
-    setting: Setting, images: Images, job: Job, trained: Callable[[dict[str, float]], None] = lambda figures: None
+    setting: Setting,
+    images: Images,
+    job: Job,
+    trained: Callable[[dict[str, float]], None] = lambda figures: None,
 ) -> Row:
-    """Pre-trains and evaluates; `trained` is told the figures of pre-training as soon as there are some."""
+    """Pre-trains and evaluates; `trained` is told the figures of pre-training as soon as there are
+    some."""
     begin, steps, encoder = time.perf_counter(), 0, None
     figures = dict.fromkeys(("lr", "first_loss", "loss", "step_ms"), math.nan)
     with tempfile.TemporaryDirectory() as folder:
@@ -433,7 +498,12 @@ def run_job(
             first_loss, loss = run.run()
             steps = run.steps
             step_ms = 1e3 * (time.perf_counter() - start) / steps
-            figures = {"lr": run.args.lr, "first_loss": first_loss, "loss": loss, "step_ms": step_ms}
+            figures = {
+                "lr": run.args.lr,
+                "first_loss": first_loss,
+                "loss": loss,
+                "step_ms": step_ms,
+            }
             trained(figures)
             encoder = save_encoder(run.method, Path(folder))
             del run
@@ -468,9 +538,9 @@ def save_encoder(method: PretrainMethod, folder: Path) -> Path:
 def work(connection: Connection, setting: Setting) -> None:
     """A process of its own: does what comes through the connection until that is closed.
 
-    Answers are (kind, subject, value): of ("load", number) ("loaded", number, None) when the images are on the device,
-    of ("measure", key) ("measured", key, seconds), of ("job", job) ("trained", job, figures) and ("row", job, row); of
-    what raises ("error", subject, traceback).
+    Answers are (kind, subject, value): of ("load", number) ("loaded", number, None) when the images
+    are on the device, of ("measure", key) ("measured", key, seconds), of ("job", job) ("trained",
+    job, figures) and ("row", job, row); of what raises ("error", subject, traceback).
     """
     torch.set_num_threads(1)
     setup_logging(rank=1)  # warnings only
@@ -519,8 +589,9 @@ class Pool:
         answered: Callable[[str, Any, Any], None],
         fits: Callable[[Any], bool] = lambda subject: True,
     ) -> list[Any]:
-        """Hands out the tasks in their order, those that `fits` says can still end in time, until all are done or the
-        deadline; tells what is answered. Returns the subjects that had no time to end."""
+        """Hands out the tasks in their order, those that `fits` says can still end in time, until
+        all are done or the deadline; tells what is answered. Returns the subjects that had no time
+        to end."""
         waiting, left_out = list(tasks), []
         while time.monotonic() < deadline:
             for worker in [worker for worker in self.workers if worker not in self.busy]:
@@ -556,8 +627,11 @@ class Pool:
             process.join(5)
 
 
-def epochs_that_fit(step_seconds: dict[str, float], steps_per_epoch: int, workers: int, seconds: float) -> int:
-    """The most epochs with which all methods, one after another on the first free worker, end within `seconds`."""
+def epochs_that_fit(
+    step_seconds: dict[str, float], steps_per_epoch: int, workers: int, seconds: float
+) -> int:
+    """The most epochs with which all methods, one after another on the first free worker, end
+    within `seconds`."""
 
     def makespan(epochs: int) -> float:
         ends = [0.0] * workers
@@ -601,7 +675,11 @@ class Report:
         ok = all(0 <= value <= 100 for value in accuracies)
         if row.steps:
             ok = ok and math.isfinite(row.pretrain_loss)
-        values = {name: value for name, value in vars(row).items() if name not in ("method", "seed", "data")}
+        values = {
+            name: value
+            for name, value in vars(row).items()
+            if name not in ("method", "seed", "data")
+        }
         known = {name: value for name, value in values.items() if value != "" and value == value}
         self.checks.record(f"{row.method} seed {row.seed}", ok=ok, **known)
 
@@ -657,13 +735,24 @@ def run_in_processes(
     deadline = time.monotonic() + checks.time_left() - RESERVE_SECONDS
     pool = Pool(setting, size)
     try:
-        steps_per_epoch = len(torch.load(setting.images_file)["train"][: setting.pretrain_images]) // setting.batch_size
+        steps_per_epoch = (
+            len(torch.load(setting.images_file)["train"][: setting.pretrain_images])
+            // setting.batch_size
+        )
         step_seconds = measured(checks, pool, keys, random_keys, deadline, report)
-        evaluation = max((row.seconds for row in report.rows), default=10.0)  # random weights' are nothing else
+        evaluation = max(
+            (row.seconds for row in report.rows), default=10.0
+        )  # random weights' are nothing else
         left = SHARE_OF_TIME * (deadline - time.monotonic())
         left -= evaluation * math.ceil(len(step_seconds) / size)
         epochs = epochs_that_fit(step_seconds, steps_per_epoch, size, left)
-        checks.record("epochs", epochs=epochs, steps=epochs * steps_per_epoch, processes=size, evaluation_s=evaluation)
+        checks.record(
+            "epochs",
+            epochs=epochs,
+            steps=epochs * steps_per_epoch,
+            processes=size,
+            evaluation_s=evaluation,
+        )
 
         def fits(job: Job) -> bool:
             """Of the later seeds only what will end in time is begun."""
@@ -672,7 +761,10 @@ def run_in_processes(
 
         jobs = [Job(key, seeds[0], epochs) for key in step_seconds]
         for seed in seeds[1:]:
-            jobs += [Job(key, seed, epochs if key in step_seconds else 0) for key in (*step_seconds, *random_keys)]
+            jobs += [
+                Job(key, seed, epochs if key in step_seconds else 0)
+                for key in (*step_seconds, *random_keys)
+            ]
         report.cut_off(pool.run([("job", job) for job in jobs], deadline, report, fits))
     finally:
         pool.close()
@@ -686,7 +778,8 @@ def measured(
     deadline: float,
     report: Report,
 ) -> dict[str, float]:
-    """Seconds of a step of each method, beside those of the others; without those that cannot be run.
+    """Seconds of a step of each method, beside those of the others; without those that cannot be
+    run.
 
     Random weights are evaluated at the same time.
     """
@@ -698,7 +791,9 @@ def measured(
         else:
             report(kind, subject, value)
 
-    pool.run([("load", number) for number in range(len(pool.workers))], deadline, report)  # to begin side by side
+    pool.run(
+        [("load", number) for number in range(len(pool.workers))], deadline, report
+    )  # to begin side by side
     evaluations = [("job", Job(key, SEEDS[0], 0)) for key in random_keys]
     pool.run([("measure", key) for key in keys] + evaluations, deadline, answered)
     step_ms = {key: round(1e3 * value, 2) for key, value in found.items()}

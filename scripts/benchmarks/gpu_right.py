@@ -1,8 +1,10 @@
-"""The section `right` of gpu_check.py: tiny forms of every method on the device against what they must be equal to.
+"""The section `right` of gpu_check.py: tiny forms of every method on the device against what they
+must be equal to.
 
-The device is compared with the CPU, each precision with float32, each kernel and engine with the plain one. What needs
-a process of its own runs beside that as a group, and its results are read at the end:
-`python scripts/benchmarks/gpu_right.py GROUP --output FOLDER`. On a CPU the comparisons with the device are left out.
+The device is compared with the CPU, each precision with float32, each kernel and engine with the
+plain one. What needs a process of its own runs beside that as a group, and its results are read at
+the end: `python scripts/benchmarks/gpu_right.py GROUP --output FOLDER`. On a CPU the comparisons
+with the device are left out.
 """
 
 import argparse
@@ -63,9 +65,16 @@ from unimim.logs import log
 METHODS: dict[str, tuple[str, ...]] = {"conmim": ()} | OTHERS  # flags over those of PRETRAIN
 TRANSFORMERS = [name for name in METHODS if name != "a2mim_resnet"]
 FEW = ("conmim", "mae")
-CLOSE = {"fp32": (1e-5, 5e-4), "bf16": (3e-2, 0.2), "fp16": (5e-3, 0.05)}  # relative: of the loss, of all gradients
+CLOSE = {
+    "fp32": (1e-5, 5e-4),
+    "bf16": (3e-2, 0.2),
+    "fp16": (5e-3, 0.05),
+}  # relative: of the loss, of all gradients
 WORDS = (3e-2, 0.5)  # in lower precision the tokenizer may choose other words
-STEADY = ("--opt_eps", "1e-4")  # AdamW makes whole steps of gradients that are rounding noise otherwise
+STEADY = (
+    "--opt_eps",
+    "1e-4",
+)  # AdamW makes whole steps of gradients that are rounding noise otherwise
 MOVED = 1e-2  # how far apart two trainings may end, as a share of the way
 MARGIN = 3.0  # seconds at the end of the section for what the groups found
 
@@ -76,7 +85,16 @@ MARGIN = 3.0  # seconds at the end of the section for what the groups found
 
 def arguments(name: str, device: torch.device, *flags: str) -> Namespace:
     """The flags of a tiny pre-training by method `name`."""
-    place = ("--device", device.type, "--precision", "fp32", "--drop_path", "0", "--matmul_precision", "highest")
+    place = (
+        "--device",
+        device.type,
+        "--precision",
+        "fp32",
+        "--drop_path",
+        "0",
+        "--matmul_precision",
+        "highest",
+    )
     return parse("pretrain", [*PRETRAIN, *METHODS[name], *place, *flags])
 
 
@@ -96,11 +114,14 @@ class Built:
     normalize: Normalize
 
     def gradients(self, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """Loss of a batch from the loader, and the float32 gradients on the CPU that now lie in the parameters."""
+        """Loss of a batch from the loader, and the float32 gradients on the CPU that now lie in the
+        parameters."""
         loss = self.runner.micro_step(self.normalize(batch), last=True)["loss"]
         scale = self.runner.scaler.get_scale()
         found = {name: p.grad for name, p in self.method.named_parameters() if p.grad is not None}
-        return float(loss.detach()), {name: grad.float().cpu() / scale for name, grad in found.items()}
+        return float(loss.detach()), {
+            name: grad.float().cpu() / scale for name, grad in found.items()
+        }
 
 
 def build(name: str, device: torch.device, *flags: str) -> Built:
@@ -119,7 +140,8 @@ def build(name: str, device: torch.device, *flags: str) -> Built:
 
 @cache
 def host_batches(name: str, count: int = 4) -> list[dict[str, Tensor]]:
-    """The first batches of the loader, pinned where there is a GPU: images, masks and noise for every device."""
+    """The first batches of the loader, pinned where there is a GPU: images, masks and noise for
+    every device."""
     args = arguments(name, torch.device("cpu"))
     set_up(args)
     loader = build_data(args, build_method(args))
@@ -127,7 +149,9 @@ def host_batches(name: str, count: int = 4) -> list[dict[str, Tensor]]:
     return list(islice(loader, count))
 
 
-def start(name: str, device: torch.device, folder: Path | str, *flags: str) -> tuple[Training, Position]:
+def start(
+    name: str, device: torch.device, folder: Path | str, *flags: str
+) -> tuple[Training, Position]:
     """What run_pretraining.py's main() does up to the first step."""
     args = arguments(name, device, "--output_dir", str(folder), *flags)
     normalize = set_up(args)
@@ -162,7 +186,9 @@ def train_steps(run: Training, first: int, last: int) -> list[float]:
 
 def weights(run: Training) -> dict[str, Tensor]:
     """The whole float32 weights and buffers, on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in run.runner.full_state_dict().items()}
+    return {
+        name: value.detach().cpu().clone() for name, value in run.runner.full_state_dict().items()
+    }
 
 
 def everything(run: Training) -> dict[str, Any]:
@@ -172,7 +198,11 @@ def everything(run: Training) -> dict[str, Any]:
         {key: value.clone() if isinstance(value, Tensor) else value for key, value in one.items()}
         for one in run.runner.optimizer.state.values()
     ]
-    return {"weights": weights(run), "teacher": {k: v.clone() for k, v in teacher.items()}, "optimizer": state}
+    return {
+        "weights": weights(run),
+        "teacher": {k: v.clone() for k, v in teacher.items()},
+        "optimizer": state,
+    }
 
 
 @contextmanager
@@ -212,7 +242,8 @@ Step = tuple[float, dict[str, Tensor]]  # loss and gradients
 
 
 def compared(ours: Step, theirs: Step, tolerance: tuple[float, float]) -> dict[str, Any]:
-    """The row of two steps: relative difference of the loss, and of all gradients in the 2-norm; NaN never passes."""
+    """The row of two steps: relative difference of the loss, and of all gradients in the 2-norm;
+    NaN never passes."""
     differences = apart(ours[1], theirs[1])
     whole = norm_of(theirs[1])
     worst = max(differences, key=lambda name: float(differences[name].norm()))
@@ -225,8 +256,11 @@ def compared(ours: Step, theirs: Step, tolerance: tuple[float, float]) -> dict[s
     return row | {"ok": row["loss"] <= tolerance[0] and row["gradients"] <= tolerance[1]}
 
 
-def trained_alike(ours: Training, theirs: Training, steps: int, tolerance: tuple[float, float]) -> dict[str, Any]:
-    """The row of two runs after some steps: their losses, and their weights as a share of how far these moved."""
+def trained_alike(
+    ours: Training, theirs: Training, steps: int, tolerance: tuple[float, float]
+) -> dict[str, Any]:
+    """The row of two runs after some steps: their losses, and their weights as a share of how far
+    these moved."""
     initial = weights(theirs)
     losses = [train_steps(run, 0, steps) for run in (ours, theirs)]
     return alike(*losses, weights(ours), weights(theirs), initial, tolerance)
@@ -241,8 +275,14 @@ def alike(
     tolerance: tuple[float, float],
 ) -> dict[str, Any]:
     """See `trained_alike`. Running statistics of batch normalisation count as weights."""
-    kept = [name for name, value in theirs.items() if value.is_floating_point() and not value.equal(initial[name])]
-    ours, theirs, initial = ({name: side[name] for name in kept} for side in (ours, theirs, initial))
+    kept = [
+        name
+        for name, value in theirs.items()
+        if value.is_floating_point() and not value.equal(initial[name])
+    ]
+    ours, theirs, initial = (
+        {name: side[name] for name in kept} for side in (ours, theirs, initial)
+    )
     row = {
         "loss": max(relative(a, b) for a, b in zip(losses, other_losses, strict=True)),
         "weights": norm_of(apart(ours, theirs)) / norm_of(apart(theirs, initial)),
@@ -302,7 +342,8 @@ def checkpointing(name: str, device: torch.device) -> dict[str, Any]:
 
 
 def skips(name: str, device: torch.device, *, precision: str = "fp32") -> dict[str, Any]:
-    """Images of NaNs, then an infinite gradient under a finite loss, leave no trace; the next step is applied."""
+    """Images of NaNs, then an infinite gradient under a finite loss, leave no trace; the next step
+    is applied."""
     run, _ = start(name, device, "", "--precision", precision)
     train_steps(run, 0, 2)
     before = everything(run)
@@ -326,13 +367,20 @@ def skips(name: str, device: torch.device, *, precision: str = "fp32") -> dict[s
     run.monitor.read()
     moved = differing(before, everything(run)) != [] and run.monitor.streak == 0
     left = {key: places[:3] for key, places in changed.items()}
-    return left | {"skipped": streak, "goes_on": moved, "ok": not any(changed.values()) and streak == 2 and moved}
+    return left | {
+        "skipped": streak,
+        "goes_on": moved,
+        "ok": not any(changed.values()) and streak == 2 and moved,
+    }
 
 
 def waits(name: str, device: torch.device, *, precision: str = "bf16") -> dict[str, Any]:
-    """Three training steps under which every wait for the device is an error; then the places of all of them."""
+    """Three training steps under which every wait for the device is an error; then the places of
+    all of them."""
     run, _ = start(name, device, "", "--precision", precision)
-    train_steps(run, 0, 2)  # the first ones may wait: torch's fused optimizers cannot skip the very first
+    train_steps(
+        run, 0, 2
+    )  # the first ones may wait: torch's fused optimizers cannot skip the very first
     pinned = all(v.is_pinned() for v in host_batches(name)[0].values() if isinstance(v, Tensor))
     batches = updates(run, 2, 8)
     torch.cuda.synchronize(device)
@@ -342,7 +390,11 @@ def waits(name: str, device: torch.device, *, precision: str = "bf16") -> dict[s
             next(batches)
     except RuntimeError as error:
         torch.cuda.set_sync_debug_mode("default")
-        return {"error": f"{error} {our_frames(error.__traceback__)}", "all": waiting_places(run), "ok": False}
+        return {
+            "error": f"{error} {our_frames(error.__traceback__)}",
+            "all": waiting_places(run),
+            "ok": False,
+        }
     finally:
         torch.cuda.set_sync_debug_mode("default")
     # in fp16 the first steps may be skipped until the loss scale fits: then there is no loss
@@ -378,7 +430,16 @@ def waiting_places(run: Training) -> list[str]:
 
 def neighbours(device: torch.device) -> dict[str, Any]:
     """k-NN of random features on the device against the CPU, in percent of the digits."""
-    flags = (*TINY, "--model", "vit_tiny_patch16_224", "--model_kwargs", *SIZE, "--knn_k", "5", "20")
+    flags = (
+        *TINY,
+        "--model",
+        "vit_tiny_patch16_224",
+        "--model_kwargs",
+        *SIZE,
+        "--knn_k",
+        "5",
+        "20",
+    )
     found = {}
     with exact_products():
         for place in ("cpu", device.type):
@@ -386,20 +447,50 @@ def neighbours(device: torch.device) -> dict[str, Any]:
                 found[place] = run_knn.main(run_knn.parse([*flags, "--device", place]))
     pairs = list(zip(found["cpu"], found[device.type], strict=True))
     largest = max(abs(a.acc1 - b.acc1) for a, b in pairs)
-    return {"top1": [round(b.acc1, 2) for _, b in pairs], "apart": largest, "tolerance": 0.6, "ok": largest <= 0.6}
+    return {
+        "top1": [round(b.acc1, 2) for _, b in pairs],
+        "apart": largest,
+        "tolerance": 0.6,
+        "ok": largest <= 0.6,
+    }
 
 
 def probing(device: torch.device) -> dict[str, Any]:
     """Two epochs of linear probing on the device against the CPU."""
-    flags = (*TINY, "--model", "vit_tiny_patch16_224", "--model_kwargs", *SIZE, "--no_aug", "--epochs", "2")
-    flags = (*flags, "--batch_size", "64", "--lr", "0.1", "--warmup_epochs", "0", "--precision", "fp32")
+    flags = (
+        *TINY,
+        "--model",
+        "vit_tiny_patch16_224",
+        "--model_kwargs",
+        *SIZE,
+        "--no_aug",
+        "--epochs",
+        "2",
+    )
+    flags = (
+        *flags,
+        "--batch_size",
+        "64",
+        "--lr",
+        "0.1",
+        "--warmup_epochs",
+        "0",
+        "--precision",
+        "fp32",
+    )
     last = {}
     with exact_products():
         for place in ("cpu", device.type):
             with own_signals(), redirect_stdout(io.StringIO()):
-                last[place] = run_linear_probing.main(run_linear_probing.parse([*flags, "--device", place]))[-1]
+                last[place] = run_linear_probing.main(
+                    run_linear_probing.parse([*flags, "--device", place])
+                )[-1]
     ours, theirs = last[device.type], last["cpu"]
-    row = {"loss": relative(ours.loss, theirs.loss), "acc1": ours.acc1, "apart": abs(ours.acc1 - theirs.acc1)}
+    row = {
+        "loss": relative(ours.loss, theirs.loss),
+        "acc1": ours.acc1,
+        "apart": abs(ours.acc1 - theirs.acc1),
+    }
     return row | {"tolerance": (1e-3, 0.6), "ok": row["loss"] <= 1e-3 and row["apart"] <= 0.6}
 
 
@@ -414,13 +505,20 @@ def engine_checks(checks: Checks) -> None:
     names = FEW if checks.tiny else (*FEW, "a2mim_resnet", "semaim")
     for name in names:
         for stage in (0, 1, 2, 3):
-            attempt(checks, f"ZeRO {stage} against plain", name, partial(zero, name, device, folder, stage))
+            attempt(
+                checks,
+                f"ZeRO {stage} against plain",
+                name,
+                partial(zero, name, device, folder, stage),
+            )
     if device.type == "cuda":
         for precision, stages in (("fp16", (1, 2, 3)), ("bf16", (0, 2, 3))):
             for name in FEW:
                 for stage in stages:
                     run = partial(zero, name, device, folder, stage, precision=precision)
-                    attempt(checks, f"DeepSpeed {precision}, ZeRO {stage}, against plain", name, run)
+                    attempt(
+                        checks, f"DeepSpeed {precision}, ZeRO {stage}, against plain", name, run
+                    )
     else:
         run = partial(zero, "mae", device, folder, 2, precision="bf16")
         attempt(checks, "DeepSpeed bf16, ZeRO 2, against plain", "mae", run)
@@ -428,8 +526,11 @@ def engine_checks(checks: Checks) -> None:
     leave_process_group()
 
 
-def zero(name: str, device: torch.device, folder: Path, stage: int, *, precision: str = "fp32") -> dict[str, Any]:
-    """Four steps by DeepSpeed against four by plain torch; in fp16, whose first steps may be skipped, against fp32."""
+def zero(
+    name: str, device: torch.device, folder: Path, stage: int, *, precision: str = "fp32"
+) -> dict[str, Any]:
+    """Four steps by DeepSpeed against four by plain torch; in fp16, whose first steps may be
+    skipped, against fp32."""
     reference = "fp32" if precision == "fp16" else precision
     flags = ("--enable_deepspeed", "--zero_stage", str(stage), "--precision", precision)
     tolerance = {"fp32": (1e-4, MOVED), "bf16": (5e-2, 0.3), "fp16": (2e-2, 0.1)}[precision]
@@ -440,8 +541,11 @@ def zero(name: str, device: torch.device, folder: Path, stage: int, *, precision
 
 
 def sync_bn_of_one(device: torch.device, folder: Path) -> dict[str, Any]:
-    """Batch normalisation by sums over a group with one member, and torch's, against plain: results and gradients."""
-    device = init_distributed(arguments("mae", device, "--enable_deepspeed", "--output_dir", str(folder)))
+    """Batch normalisation by sums over a group with one member, and torch's, against plain: results
+    and gradients."""
+    device = init_distributed(
+        arguments("mae", device, "--enable_deepspeed", "--output_dir", str(folder))
+    )
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8).to(device)
     x = torch.randn(16, 8, 5, 5).to(device).requires_grad_()
@@ -465,11 +569,17 @@ def resume_checks(checks: Checks) -> None:
         for name in names:
             folder = checks.output / f"{name}-{exact}"
             how = "deterministic kernels" if exact else "default kernels"
-            attempt(checks, f"resume, {how}", name, partial(resume, name, checks.device, folder, exact=exact))
+            attempt(
+                checks,
+                f"resume, {how}",
+                name,
+                partial(resume, name, checks.device, folder, exact=exact),
+            )
 
 
 def resume(name: str, device: torch.device, folder: Path, *, exact: bool) -> dict[str, Any]:
-    """Weights, teacher, optimizer and losses to the last bit, which without deterministic kernels is not promised.
+    """Weights, teacher, optimizer and losses to the last bit, which without deterministic kernels
+    is not promised.
 
     torch refuses an operation that has no such kernel; it is then named, and runs as it is.
     """
@@ -483,11 +593,17 @@ def resume(name: str, device: torch.device, folder: Path, *, exact: bool) -> dic
         refused = str(error)[:200]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            places = differences_after_resume(name, device, folder / "warned", deterministic=True, warn_only=True)
+            places = differences_after_resume(
+                name, device, folder / "warned", deterministic=True, warn_only=True
+            )
         warned = sorted({str(w.message)[:80] for w in caught if "determinis" in str(w.message)})
     row = {"exact": places == [], "differing": len(places), "where": places[:3]}
     promised = exact and not refused
-    return row | {"no_such_kernel": refused, "warned": warned, "ok": not places if promised or not places else None}
+    return row | {
+        "no_such_kernel": refused,
+        "warned": warned,
+        "ok": not places if promised or not places else None,
+    }
 
 
 def differences_after_resume(
@@ -507,7 +623,9 @@ def differences_after_resume(
         again = train_steps(resumed, 3, 6)
     finally:
         torch.use_deterministic_algorithms(False)
-    return differing({**everything(run), "losses": losses}, {**everything(resumed), "losses": again})
+    return differing(
+        {**everything(run), "losses": losses}, {**everything(resumed), "losses": again}
+    )
 
 
 def compile_checks(checks: Checks) -> None:
@@ -537,31 +655,50 @@ def compiled(name: str, device: torch.device, *, precision: str = "fp32") -> dic
 
 
 def rank_checks(checks: Checks) -> None:
-    """Two ranks against one process: with nccl where there are two GPUs, else with gloo on one device."""
+    """Two ranks against one process: with nccl where there are two GPUs, else with gloo on one
+    device."""
     for name in ("mae", "a2mim_resnet"):  # the latter with batch normalisation over both
-        attempt(checks, "two ranks against one process", name, partial(two_ranks, name, checks.device, checks.output))
+        attempt(
+            checks,
+            "two ranks against one process",
+            name,
+            partial(two_ranks, name, checks.device, checks.output),
+        )
 
 
 def two_ranks(name: str, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Three steps by DDP, each rank with half of the batch, against the whole batch in one process."""
+    """Three steps by DDP, each rank with half of the batch, against the whole batch in one
+    process."""
     import torch.multiprocessing as mp
 
     places = torch.cuda.device_count() if device.type == "cuda" else 0
     backend = "nccl" if places > 1 else "gloo"
     path = folder / f"{name}.pt"
-    mp.start_processes(one_rank, (name, device, path, backend, free_port()), nprocs=2, start_method="spawn")
+    mp.start_processes(
+        one_rank, (name, device, path, backend, free_port()), nprocs=2, start_method="spawn"
+    )
     losses, trained = torch.load(path)
     with exact_products():
         run, _ = start(name, device, "", *STEADY, "--batch_size", "8")
         initial = weights(run)
         alone = train_steps(run, 0, 3)
-    return alike(losses, alone, trained, weights(run), initial, (1e-4, MOVED)) | {"backend": backend}
+    return alike(losses, alone, trained, weights(run), initial, (1e-4, MOVED)) | {
+        "backend": backend
+    }
 
 
-def one_rank(rank: int, name: str, device: torch.device, path: Path, backend: str, port: int) -> None:
+def one_rank(
+    rank: int, name: str, device: torch.device, path: Path, backend: str, port: int
+) -> None:
     """Trains as one of two; the first writes losses and weights to `path`."""
     local = rank if backend == "nccl" else 0
-    place = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": local,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
     if device.type == "cuda":
@@ -579,8 +716,8 @@ def one_rank(rank: int, name: str, device: torch.device, path: Path, backend: st
 def case_checks(checks: Checks) -> None:
     """The reference cases with everything on the device, ten times their tolerance.
 
-    Some adapters make tensors on the CPU on purpose or pass through numpy: these cases cannot run there, which is no
-    failure.
+    Some adapters make tensors on the CPU on purpose or pass through numpy: these cases cannot run
+    there, which is no failure.
     """
     import test_reference_cases as cases
 
@@ -589,19 +726,27 @@ def case_checks(checks: Checks) -> None:
 
     for folder in sorted(cases.FOLDERS, key=smallest_first):
         name = f"{folder.parent.name}/{folder.name}"
-        checks.attempt(f"reference case {name}", partial(reference_case, cases, folder, checks.device), seconds=1.0)
+        checks.attempt(
+            f"reference case {name}",
+            partial(reference_case, cases, folder, checks.device),
+            seconds=1.0,
+        )
 
 
 def reference_case(cases: Any, folder: Path, device: torch.device) -> dict[str, Any]:
     """The largest difference of a case's outputs as a share of what is allowed."""
     case = cases.load(folder)
-    on_device = cases.Case(case.spec, {name: value.to(device) for name, value in case.tensors.items()})
+    on_device = cases.Case(
+        case.spec, {name: value.to(device) for name, value in case.tensors.items()}
+    )
     row: dict[str, Any] = {"comparison": "reference case", "ok": None}
     try:
         with exact_products(), torch.device(device):
             computed = cases.ADAPTERS[folder.parent.name](on_device)
             names = case.inputs("outputs/")
-            computed = {name: torch.as_tensor(computed[name]).detach().cpu().double() for name in names}
+            computed = {
+                name: torch.as_tensor(computed[name]).detach().cpu().double() for name in names
+            }
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         misplaced = any(word in str(error) for word in ("device", "cuda", "CPU", "numpy"))
         if device.type == "cpu" or not misplaced or "CUDA error" in str(error):
@@ -641,7 +786,11 @@ class Group:
         for line in lines:
             if line.endswith("}"):  # the last one may be cut
                 row = json.loads(line)
-                checks.record(row.pop("check"), ok=row.pop("ok"), **{k: v for k, v in row.items() if k != "section"})
+                checks.record(
+                    row.pop("check"),
+                    ok=row.pop("ok"),
+                    **{k: v for k, v in row.items() if k != "section"},
+                )
         code = self.process.returncode
         if code == -signal.SIGKILL:
             checks.record(f"group {self.name}", skipped="no time left", results=len(lines))
@@ -651,12 +800,21 @@ class Group:
 
 
 def start_group(name: str, checks: Checks) -> Group:
-    """Begins a group in a process of its own, with what deterministic products ask of the environment."""
+    """Begins a group in a process of its own, with what deterministic products ask of the
+    environment."""
     folder = checks.output / "right" / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.jsonl").unlink(missing_ok=True)
     seconds = checks.time_left() - MARGIN - 1
-    command = [sys.executable, str(Path(__file__)), name, "--output", str(folder), "--seconds", f"{seconds:.0f}"]
+    command = [
+        sys.executable,
+        str(Path(__file__)),
+        name,
+        "--output",
+        str(folder),
+        "--seconds",
+        f"{seconds:.0f}",
+    ]
     environment = {"OMP_NUM_THREADS": "2"} | os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     with open(folder / "output.txt", "w") as output:
         process = subprocess.Popen(
@@ -667,7 +825,12 @@ def start_group(name: str, checks: Checks) -> Group:
 
 
 def attempt(
-    checks: Checks, comparison: str, name: str, run: Callable[[], dict[str, Any]], *, seconds: float = 0.5
+    checks: Checks,
+    comparison: str,
+    name: str,
+    run: Callable[[], dict[str, Any]],
+    *,
+    seconds: float = 0.5,
 ) -> None:
     """Checks one method in one comparison."""
     about = {"comparison": comparison, "method": name}
@@ -698,14 +861,20 @@ def comparisons(checks: Checks, methods: Sequence[str]) -> None:
     for name in methods:
         attempt(checks, "grad checkpointing", name, partial(checkpointing, name, device))
     for name in methods if on_gpu else ():
-        attempt(checks, "no wait in a step, fp16", name, partial(waits, name, device, precision="fp16"))
+        attempt(
+            checks, "no wait in a step, fp16", name, partial(waits, name, device, precision="fp16")
+        )
 
 
 def frozen_features(checks: Checks) -> None:
     """Compares k-NN and linear probing on the device with the CPU's."""
     device = checks.device
-    checks.attempt("k-NN on the device against CPU", partial(neighbours, device), seconds=MARGIN + 2)
-    checks.attempt("linear probing on the device against CPU", partial(probing, device), seconds=MARGIN + 2)
+    checks.attempt(
+        "k-NN on the device against CPU", partial(neighbours, device), seconds=MARGIN + 2
+    )
+    checks.attempt(
+        "linear probing on the device against CPU", partial(probing, device), seconds=MARGIN + 2
+    )
 
 
 def cnn_checks(checks: Checks) -> None:
@@ -749,7 +918,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     faulthandler.enable()
     deadline = time.monotonic() + args.seconds
-    checks = Checks(args.device, args.output, deadline, tiny=args.device.type == "cpu", section="right")
+    checks = Checks(
+        args.device, args.output, deadline, tiny=args.device.type == "cpu", section="right"
+    )
     GROUPS[args.group](checks)
 
 

@@ -1,4 +1,5 @@
-"""Segmentation and detection, measured: attention at 640 px with a bias table, sliding windows, RoIAlign.
+"""Segmentation and detection, measured: attention at 640 px with a bias table, sliding windows,
+RoIAlign.
 
 Called by `benchmark.py attention`, `... windows` and `... roi_align`.
 """
@@ -36,7 +37,9 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
     attention.add_argument("--batch_size", type=int, default=1)
     attention.add_argument("--train", action="store_true", help="with the backward pass")
     attention.set_defaults(run=run_attention)
-    windows = commands.add_parser("windows", help="sliding windows of a segmentor", formatter_class=formatter)
+    windows = commands.add_parser(
+        "windows", help="sliding windows of a segmentor", formatter_class=formatter
+    )
     windows.add_argument("--config", type=Path, default=CONFIG)
     windows.add_argument("--image", type=int, nargs=2, default=(512, 853), metavar=("H", "W"))
     windows.add_argument("--window_batch", type=int, default=4)
@@ -52,7 +55,8 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> float:
-    """MiB of a step above what there was before: torch's on a GPU, the process's resident memory on a CPU."""
+    """MiB of a step above what there was before: torch's on a GPU, the process's resident memory on
+    a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -73,7 +77,12 @@ def resident(kind: str) -> float:
     return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 2**10
 
 
-def measure(title: str, steps: dict[str, Callable[[], object]], args: argparse.Namespace, device: torch.device) -> None:
+def measure(
+    title: str,
+    steps: dict[str, Callable[[], object]],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
     """Prints time and peak memory of each, and both as shares of the first one's."""
     from scripts.benchmarks.benchmark import Variant, interleave, speedup
 
@@ -97,14 +106,23 @@ def run_attention(args: argparse.Namespace) -> None:
     grid = (args.input_size // args.patch_size,) * 2
     layers = {
         name: GridAttention(
-            args.width, args.heads, qkv_bias=True, k_bias=False, attn_drop=0.0, proj_drop=0.0, grid=grid, kernel=kernel
+            args.width,
+            args.heads,
+            qkv_bias=True,
+            k_bias=False,
+            attn_drop=0.0,
+            proj_drop=0.0,
+            grid=grid,
+            kernel=kernel,
         ).to(device)
         for name, kernel in (("explicit", "eager"), ("fused", "sdpa"))
     }
     tokens = torch.randn(args.batch_size, 1 + grid[0] * grid[1], args.width, device=device)
     form = with_gradient if args.train else without_gradient
     title = f"attention, {args.input_size} px, {args.batch_size} x {tokens.shape[1]} tokens, {args.heads} heads"
-    measure(title, {name: partial(form, layer, tokens) for name, layer in layers.items()}, args, device)
+    measure(
+        title, {name: partial(form, layer, tokens) for name, layer in layers.items()}, args, device
+    )
 
 
 @torch.no_grad()
@@ -126,7 +144,11 @@ def run_windows(args: argparse.Namespace) -> None:
     from mmengine.registry import MODELS, init_default_scope
 
     given = argparse.Namespace(
-        config=args.config, cfg_options=args.cfg_options, launcher="none", work_dir="", data_root=None
+        config=args.config,
+        cfg_options=args.cfg_options,
+        launcher="none",
+        work_dir="",
+        data_root=None,
     )
     device, cfg = the_device(args.threads), runner.load_config(given)
     init_default_scope(cfg.default_scope)
@@ -140,7 +162,9 @@ def run_windows(args: argparse.Namespace) -> None:
 
     torch.testing.assert_close(windows(1), windows(args.window_batch), atol=1e-3, rtol=1e-3)
     steps = {f"{number} at a time": partial(windows, number) for number in (1, args.window_batch)}
-    measure(f"{args.config.stem}, one image of {args.image[0]} x {args.image[1]}", steps, args, device)
+    measure(
+        f"{args.config.stem}, one image of {args.image[0]} x {args.image[1]}", steps, args, device
+    )
 
 
 def run_roi_align(args: argparse.Namespace) -> None:
@@ -148,15 +172,26 @@ def run_roi_align(args: argparse.Namespace) -> None:
 
     compat.require("mmcv")
     if not compat.has_compiled_operators():
-        print("this mmcv has no compiled operators: torchvision's are all there is, and nothing to compare them with")
+        print(
+            "this mmcv has no compiled operators: torchvision's are all there is, and nothing to compare them with"
+        )
         return
     from mmcv.ops import RoIAlign
 
     device = the_device(args.threads)
-    maps, corners = torch.randn(2, 256, 64, 64, device=device), torch.rand(512, 2, device=device) * 400
+    maps, corners = (
+        torch.randn(2, 256, 64, 64, device=device),
+        torch.rand(512, 2, device=device) * 400,
+    )
     rois = torch.cat([torch.arange(512, device=device)[:, None] % 2, corners, corners + 80], dim=1)
     layers = {
-        name: RoIAlign(7, 0.125, 0, use_torchvision=ours) for name, ours in (("mmcv", False), ("torchvision", True))
+        name: RoIAlign(7, 0.125, 0, use_torchvision=ours)
+        for name, ours in (("mmcv", False), ("torchvision", True))
     }
     assert torch.allclose(*(layer(maps, rois) for layer in layers.values()), atol=1e-4)
-    measure("RoIAlign, 512 boxes", {name: partial(layer, maps, rois) for name, layer in layers.items()}, args, device)
+    measure(
+        "RoIAlign, 512 boxes",
+        {name: partial(layer, maps, rois) for name, layer in layers.items()},
+        args,
+        device,
+    )

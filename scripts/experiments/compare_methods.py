@@ -31,16 +31,20 @@ DECODER = "decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3"
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained first: no `pretrain` flags are random weights; `parts` names the source of part maps.
+    """What is trained first: no `pretrain` flags are random weights; `parts` names the source of
+    part maps.
 
-    `classifier` are the flags of the network that is evaluated. "{patch}" and "{cell}" in flags are the data set's.
-    `length` is the name of a schedule below: methods whose step takes much longer get fewer epochs. `words`: it needs
-    visual words, which only the data on the device of scripts/benchmarks/gpu_learns.py come with.
+    `classifier` are the flags of the network that is evaluated. "{patch}" and "{cell}" in flags are
+    the data set's. `length` is the name of a schedule below: methods whose step takes much longer
+    get fewer epochs. `words`: it needs visual words, which only the data on the device of
+    scripts/benchmarks/gpu_learns.py come with.
     """
 
     label: str
     pretrain: str = ""
-    classifier: str = f"--model vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+    classifier: str = (
+        f"--model vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+    )
     parts: str = ""
     length: str = "long"
     words: bool = False
@@ -60,27 +64,38 @@ MASKFEAT = (
     f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --mask_type random --lr 2e-3 "
     "--opt_betas 0.9 0.95"
 )
-# the visual words are as many as scripts/benchmarks/gpu_learns.py makes of patches; published are 8192, of a network
+# the visual words are as many as scripts/benchmarks/gpu_learns.py makes of patches; published are
+# 8192, of a network
 BEIT = (
     f"--model_kwargs {ENCODER} vocab_size=512 --patch_size {{patch}} --color_jitter 0.4 --lr 1.5e-3 "
     "--opt_betas 0.9 0.999 --clip_grad 3"
 )
-ABS_POS_CLASSIFIER = f"--model beit_tiny_patch16_224_abs_pos --model_kwargs {ENCODER} --patch_size {{patch}}"
-# pixels are masked by the cells of {cell}, a quarter of the image's side; the ResNet's last map has as many places
+ABS_POS_CLASSIFIER = (
+    f"--model beit_tiny_patch16_224_abs_pos --model_kwargs {ENCODER} --patch_size {{patch}}"
+)
+# pixels are masked by the cells of {cell}, a quarter of the image's side; the ResNet's last map has
+# as many places
 MIM = "--mask_type random_mps32 --mask_ratio 0.6 --mask_patch_size {cell} --lr 1e-3 --lr_schedule stepfix_cosine"
 MIM_VIT = f"{MIM} --model_kwargs {ENCODER} --patch_size {{patch}}"
 MIM_CLASSIFIER = f"--model mim_vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
 MIM_RESNET = (
-    f"{MIM} --model_kwargs output_stride={{cell}} --no_sync_bn --opt_betas 0.9 0.98 --train_interpolation bicubic"
+    f"{MIM} --model_kwargs output_stride={{cell}} --no_sync_bn --opt_betas 0.9 0.98 "
+    "--train_interpolation bicubic"
 )
 RESNET = "--model resnet18 --model_kwargs output_stride={cell}"
 METHODS = {
     "random": Method("random weights"),
     "conmim": Method("ConMIM", CONMIM, CONMIM_CLASSIFIER, length="small_batches"),
     "mae": Method("MAE", f"--model mae_tiny_patch16_224 {MAE}"),
-    "semmae": Method("SemMAE, learned parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="learned"),
-    "semmae_kmeans": Method("SemMAE, k-means parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="kmeans"),
-    "semmae_random": Method("SemMAE, random parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="random"),
+    "semmae": Method(
+        "SemMAE, learned parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="learned"
+    ),
+    "semmae_kmeans": Method(
+        "SemMAE, k-means parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="kmeans"
+    ),
+    "semmae_random": Method(
+        "SemMAE, random parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="random"
+    ),
     "semaim": Method("SemAIM, semantic order", f"{SEMAIM} attention_center", length="short"),
     "semaim_raster": Method("SemAIM, raster order", f"{SEMAIM} raster", length="short"),
     "saim": Method("SAIM, random order", f"{SEMAIM} stochastic", length="short"),
@@ -100,18 +115,31 @@ METHODS = {
         words=True,
     ),
     "random_beit": Method("random weights, BEiT's ViT", classifier=CONMIM_CLASSIFIER),
-    "maskfeat": Method("MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1", length="medium"),
+    "maskfeat": Method(
+        "MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1", length="medium"
+    ),
     "semanticmim_maskfeat": Method(
         "SemanticMIM in MaskFeat's form",
         f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8",
         length="medium",
     ),
-    "simmim_vit": Method("SimMIM, ViT", f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"),
-    "a2mim_vit": Method("A2MIM, ViT", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"),
+    "simmim_vit": Method(
+        "SimMIM, ViT",
+        f"--model simmim_vit_tiny_patch16_224 {MIM_VIT}",
+        MIM_CLASSIFIER,
+        length="mim",
+    ),
+    "a2mim_vit": Method(
+        "A2MIM, ViT", f"--model a2mim_vit_tiny_patch16_224 {MIM_VIT}", MIM_CLASSIFIER, length="mim"
+    ),
     "random_mim_vit": Method("random weights, A2MIM's ViT", classifier=MIM_CLASSIFIER),
     "random_resnet18": Method("random weights, ResNet-18", classifier=RESNET),
-    "simmim_resnet18": Method("SimMIM, ResNet-18", f"--model simmim_resnet18 {MIM_RESNET}", RESNET, length="mim"),
-    "a2mim_resnet18": Method("A2MIM, ResNet-18", f"--model a2mim_resnet18 {MIM_RESNET}", RESNET, length="mim"),
+    "simmim_resnet18": Method(
+        "SimMIM, ResNet-18", f"--model simmim_resnet18 {MIM_RESNET}", RESNET, length="mim"
+    ),
+    "a2mim_resnet18": Method(
+        "A2MIM, ResNet-18", f"--model a2mim_resnet18 {MIM_RESNET}", RESNET, length="mim"
+    ),
 }
 
 
@@ -173,7 +201,8 @@ FINETUNE = (
 
 @dataclass(frozen=True)
 class Result:
-    """One row of results.csv: accuracies in percent, of last epochs; nan where nothing was pre-trained."""
+    """One row of results.csv: accuracies in percent, of last epochs; nan where nothing was
+    pre-trained."""
 
     data: str
     method: str
@@ -198,7 +227,8 @@ class Comparison:
         self.common = f"--save_ckpt_freq 1000 --precision {precision} --seed {seed}"
 
     def run(self, command: str, folder: Path) -> Path:
-        """Runs a script of the repository unless it has finished in `folder`; its output goes to output.txt there."""
+        """Runs a script of the repository unless it has finished in `folder`; its output goes to
+        output.txt there."""
         done = folder / "finished"
         if not done.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +236,9 @@ class Comparison:
             arguments = [*shlex.split(command), "--output_dir", str(folder)]
             with (folder / "output.txt").open("a") as log:
                 environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
-                ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
+                ended = subprocess.run(
+                    [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+                )
             last_line = (folder / "output.txt").read_text().rstrip().rpartition("\n")[2]
             if ended.returncode or "stopped by" in last_line:
                 raise SystemExit(f"{folder}: not finished: {last_line}")
@@ -253,14 +285,20 @@ class Comparison:
 
     def probe(self, key: str, network: str) -> tuple[float, float]:
         """k-NN and linear accuracy of the same features."""
-        features = f"{network} {PROBE} --feature_cache {shlex.quote(str(self.folder / key / 'features'))}"
+        features = (
+            f"{network} {PROBE} --feature_cache {shlex.quote(str(self.folder / key / 'features'))}"
+        )
         knn = f"run_knn.py {features} --knn_k 20 --seed {self.seed} --precision {self.precision}"
         rows = list(csv.DictReader((self.run(knn, self.folder / key / "knn") / "knn.csv").open()))
-        return float(rows[0]["acc1"]), self.accuracy(f"run_linear_probing.py {features} {LINEAR}", key, "linear")
+        return float(rows[0]["acc1"]), self.accuracy(
+            f"run_linear_probing.py {features} {LINEAR}", key, "linear"
+        )
 
     def accuracy(self, command: str, key: str, stage: str) -> float:
         """Of the last epoch of a run."""
-        return report.read_log(self.run(f"{command} {self.common}", self.folder / key / stage))[-1]["test_acc1"]
+        return report.read_log(self.run(f"{command} {self.common}", self.folder / key / stage))[-1][
+            "test_acc1"
+        ]
 
     def results(self, keys: Iterable[str]) -> list[Result]:
         return [self.evaluate(key) for key in keys]
@@ -288,23 +326,35 @@ def table(results: Sequence[Result], data: str) -> str:
     for key, method in METHODS.items():
         own = {row.seed: row for row in rows if row.method == key}
         if own:
-            losses = report.spread([row.pretrain_loss for row in own.values()], digits=3) if method.pretrain else ""
+            losses = (
+                report.spread([row.pretrain_loss for row in own.values()], digits=3)
+                if method.pretrain
+                else ""
+            )
             kinds = ("knn_acc1", "linear_acc1", "finetune_acc1")
-            means = " | ".join(report.spread([getattr(row, kind) for row in own.values()]) for kind in kinds)
+            means = " | ".join(
+                report.spread([getattr(row, kind) for row in own.values()]) for kind in kinds
+            )
             each = [f"{own[seed].finetune_acc1:.1f}" if seed in own else "" for seed in seeds]
             lines.append(f"| {method.label} | {losses} | {means} | {' | '.join(each)} |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     without_words = [key for key, method in METHODS.items() if not method.words]
     parser.add_argument("--methods", nargs="+", choices=without_words, default=without_words)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare", help="folder of all runs")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "output" / "compare", help="folder of all runs"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of all runs")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="seeds at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="seeds at a time"
+    )
     args = parser.parse_args(argv)
     if "cifar10" in args.data and not (SHARED / "cifar10").is_dir():
         parser.error(f"{SHARED / 'cifar10'} is absent: take --data shapes")
@@ -315,7 +365,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in args.seeds
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = [row for rows in pool.map(lambda chain: chain.results(args.methods), chains) for row in rows]
+        results = [
+            row
+            for rows in pool.map(lambda chain: chain.results(args.methods), chains)
+            for row in rows
+        ]
     write_rows(args.output / "results.csv", results)
     print("\n\n".join(table(results, name) for name in args.data))
 

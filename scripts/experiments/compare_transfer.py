@@ -1,6 +1,8 @@
-"""UPerNet on `shapes` from pre-trained encoders against random weights: the same few iterations, a table of mIoU.
+"""UPerNet on `shapes` from pre-trained encoders against random weights: the same few iterations, a
+table of mIoU.
 
-The encoders are those of scripts/experiments/compare_methods.py; runs that have finished are not repeated.
+The encoders are those of scripts/experiments/compare_methods.py; runs that have finished are not
+repeated.
 
 python scripts/experiments/compare_methods.py --data shapes --methods mae --output output/compare
 python scripts/experiments/compare_transfer.py --methods mae --compare output/compare
@@ -36,7 +38,9 @@ class Result:
     pretrained: str
 
 
-def train(data: Path, folder: Path, pretrained: str, seed: int, options: Sequence[str]) -> tuple[float, float]:
+def train(
+    data: Path, folder: Path, pretrained: str, seed: int, options: Sequence[str]
+) -> tuple[float, float]:
     """mIoU and pixel accuracy of a run, which is trained unless it has finished in `folder`."""
     results = folder / "results.json"
     if not results.is_file():
@@ -67,24 +71,43 @@ def table(results: Sequence[Result]) -> str:
     """Markdown: a row for each start, mean and deviation over the seeds, then each seed."""
     seeds = sorted({row.seed for row in results})
     lines = [
-        "| start | mIoU, % | pixel accuracy, % | " + " | ".join(f"seed {seed}, mIoU" for seed in seeds) + " |",
+        "| start | mIoU, % | pixel accuracy, % | "
+        + " | ".join(f"seed {seed}, mIoU" for seed in seeds)
+        + " |",
         "|---" * (3 + len(seeds)) + "|",
     ]
     for method in dict.fromkeys(row.method for row in results):
         own = [row for row in results if row.method == method]
-        means = " | ".join(report.spread([getattr(row, kind) for row in own]) for kind in ("miou", "accuracy"))
-        lines.append(f"| {METHODS[method].label} | {means} | {' | '.join(f'{row.miou:.1f}' for row in own)} |")
+        means = " | ".join(
+            report.spread([getattr(row, kind) for row in own]) for kind in ("miou", "accuracy")
+        )
+        lines.append(
+            f"| {METHODS[method].label} | {means} | {' | '.join(f'{row.miou:.1f}' for row in own)} |"
+        )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["mae"], choices=METHODS, help="of compare_methods.py")
-    parser.add_argument("--compare", type=Path, default=ROOT / "output" / "compare", help="its folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=["mae"], choices=METHODS, help="of compare_methods.py"
+    )
+    parser.add_argument(
+        "--compare", type=Path, default=ROOT / "output" / "compare", help="its folder"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--data", type=Path, default=None, help="of shapes; default: where the other scripts keep it")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=None,
+        help="of shapes; default: where the other scripts keep it",
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "transfer")
-    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="of every run")
+    parser.add_argument(
+        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="of every run"
+    )
     args = parser.parse_args(argv)
     data, results = cached_shapes(args.data), []
     options = ["--cfg-options", *args.cfg_options] if args.cfg_options else []
@@ -92,7 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in ["random", *args.methods]:
             start = "none"
             if method != "random":
-                start = str(encoder_of(args.compare / "shapes" / f"seed{seed}" / method / "pretrain").resolve())
+                start = str(
+                    encoder_of(
+                        args.compare / "shapes" / f"seed{seed}" / method / "pretrain"
+                    ).resolve()
+                )
             folder = args.output / f"seed{seed}" / method
             results.append(Result(method, seed, *train(data, folder, start, seed, options), start))
     write_rows(args.output / "transfer.csv", results)

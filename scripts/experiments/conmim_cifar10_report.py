@@ -1,4 +1,5 @@
-"""The table and the picture of docs/results.md from the runs of scripts/experiments/conmim_cifar10.sh.
+"""The table and the picture of docs/results.md from the runs of
+scripts/experiments/conmim_cifar10.sh.
 
 Usage: conmim_cifar10_report.py RUNS_FOLDER PICTURE.png
 """
@@ -17,17 +18,28 @@ ARMS = {"pretrained": "ConMIM teacher", "random": "random weights"}
 
 
 def table(runs: Path, seeds: list[str]) -> str:
-    """Markdown: pre-training loss and last-epoch accuracies of each seed, then mean and deviation."""
+    """Markdown: pre-training loss and last-epoch accuracies of each seed, then mean and
+    deviation."""
     header = "| seed | contrast loss, last epoch | contrast accuracy, % | "
-    lines = [header + " | ".join(f"{arm}, %" for arm in ARMS.values()) + " |", "|---" * (3 + len(ARMS)) + "|"]
+    lines = [
+        header + " | ".join(f"{arm}, %" for arm in ARMS.values()) + " |",
+        "|---" * (3 + len(ARMS)) + "|",
+    ]
     rows = []
     for seed in seeds:
         last = report.read_log(runs / f"pretrain-{seed}")[-1]
-        accuracies = [report.read_log(runs / f"finetune-{arm}-{seed}")[-1]["test_acc1"] for arm in ARMS]
+        accuracies = [
+            report.read_log(runs / f"finetune-{arm}-{seed}")[-1]["test_acc1"] for arm in ARMS
+        ]
         rows.append((last["train_loss"], 100 * last["train_contrast_acc"], *accuracies))
         lines.append(f"| {seed} | " + " | ".join(f"{value:.2f}" for value in rows[-1]) + " |")
     columns = zip(*rows, strict=True)
-    return "\n".join([*lines, "| mean ± sd | " + " | ".join(report.spread(column, 2) for column in columns) + " |"])
+    return "\n".join(
+        [
+            *lines,
+            "| mean ± sd | " + " | ".join(report.spread(column, 2) for column in columns) + " |",
+        ]
+    )
 
 
 def picture(runs: Path, seeds: list[str]) -> Figure:
@@ -38,13 +50,17 @@ def picture(runs: Path, seeds: list[str]) -> Figure:
         loss = [epoch["train_loss"] for epoch in report.read_log(runs / f"pretrain-{seed}")]
         left.plot(range(1, len(loss) + 1), loss, color=report.COLOURS[0], alpha=0.8)
         for arm, colour in zip(ARMS, report.COLOURS, strict=False):
-            accuracy = [epoch["test_acc1"] for epoch in report.read_log(runs / f"finetune-{arm}-{seed}")]
+            accuracy = [
+                epoch["test_acc1"] for epoch in report.read_log(runs / f"finetune-{arm}-{seed}")
+            ]
             label = ARMS[arm] if seed == seeds[0] else None
             right.plot(range(1, len(accuracy) + 1), accuracy, color=colour, alpha=0.8, label=label)
     left.axhline(math.log(PATCHES), color="black", linewidth=0.8, linestyle=":")
     left.text(1, math.log(PATCHES), f" guessing, ln {PATCHES}", va="bottom", fontsize=8)
     left.set(xlabel="epoch", ylabel="contrast loss (nats)", title="ConMIM pre-training")
-    right.set(xlabel="epoch", ylabel="validation accuracy (%)", title="Fine-tuning on 10 % of the labels")
+    right.set(
+        xlabel="epoch", ylabel="validation accuracy (%)", title="Fine-tuning on 10 % of the labels"
+    )
     right.legend(frameon=False, loc="lower right")
     return figure
 
@@ -53,7 +69,9 @@ def main() -> None:
     runs, file = Path(sys.argv[1]), Path(sys.argv[2])
     seeds = sorted(folder.name.rpartition("-")[2] for folder in runs.glob("finetune-random-*"))
     if not seeds:
-        raise SystemExit(f"no finished seed below {runs}: run scripts/experiments/conmim_cifar10.sh first")
+        raise SystemExit(
+            f"no finished seed below {runs}: run scripts/experiments/conmim_cifar10.sh first"
+        )
     print(table(runs, seeds))
     picture(runs, seeds).savefig(file, dpi=110)
 

@@ -1,11 +1,13 @@
-"""The demo: a tiny ConMIM on handwritten digits, from a zip of images to fine-tuned accuracies, in one report.
+"""The demo: a tiny ConMIM on handwritten digits, from a zip of images to fine-tuned accuracies, in
+one report.
 
     python scripts/experiments/demo.py [--output output/demo] [--fast]
 
-scikit-learn's digits are packed as zip and map file; a tiny ConMIM is pre-trained on them; its teacher and the same
-model from random weights are fine-tuned alike on a tenth of the labels, with several seeds, and evaluated; a tiny MAE
-learns to complete them. All of that is done by the command lines that the report lists. `--fast` shows in a minute that
-the parts fit together; nothing is learned then.
+scikit-learn's digits are packed as zip and map file; a tiny ConMIM is pre-trained on them; its
+teacher and the same model from random weights are fine-tuned alike on a tenth of the labels, with
+several seeds, and evaluated; a tiny MAE learns to complete them. All of that is done by the command
+lines that the report lists. `--fast` shows in a minute that the parts fit together; nothing is
+learned then.
 """
 
 import argparse
@@ -71,7 +73,8 @@ FAST = Plan(pretrain_epochs=2, finetune_epochs=2, seeds=(0,))
 
 
 def export(source: Source, folder: Path, split: str) -> None:
-    """Writes the images of a source as stored PNGs into <split>.zip, in folders named after their classes."""
+    """Writes the images of a source as stored PNGs into <split>.zip, in folders named after their
+    classes."""
     with zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as archive:
         for index, label in enumerate(source.labels):
             encoded = io.BytesIO()
@@ -93,7 +96,9 @@ def accuracy_on_pixels() -> float:
 
     train, val = digits_source(train=True), digits_source(train=False)
     chosen = first_of_each_class(train.labels, LABEL_FRACTION)
-    classifier = LogisticRegression(max_iter=1000).fit(flat_pixels(train, chosen), train.labels[chosen])
+    classifier = LogisticRegression(max_iter=1000).fit(
+        flat_pixels(train, chosen), train.labels[chosen]
+    )
     return 100 * classifier.score(flat_pixels(val, range(len(val))), val.labels)
 
 
@@ -115,7 +120,8 @@ class Run:
 
 
 def run(name: str, command: str) -> Run:
-    """Runs `python COMMAND` in the repository on one core, shows its output line by line; its failure is the demo's."""
+    """Runs `python COMMAND` in the repository on one core, shows its output line by line; its
+    failure is the demo's."""
     print(f"$ python {command}", flush=True)
     start, lines = time.perf_counter(), []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -136,7 +142,8 @@ def length(epochs: int) -> str:
 
 
 class Demo:
-    """The commands of the demo; folders are written relative to the repository where they lie in it."""
+    """The commands of the demo; folders are written relative to the repository where they lie in
+    it."""
 
     def __init__(self, output: Path, plan: Plan):
         self.output, self.plan, self.cores = output, plan, len(os.sched_getaffinity(0))
@@ -154,7 +161,9 @@ class Demo:
 
     def pretrain_mae(self) -> Run:
         flags = f"{MAE} {self.data} {length(self.plan.pretrain_epochs)}"
-        return run("MAE", f"run_pretraining.py {flags} --no_auto_resume --output_dir {self.folder}/mae")
+        return run(
+            "MAE", f"run_pretraining.py {flags} --no_auto_resume --output_dir {self.folder}/mae"
+        )
 
     @property
     def teacher(self) -> str:
@@ -165,7 +174,8 @@ class Demo:
         return f"checkpoint-{self.plan.pretrain_epochs - 1}.pth"
 
     def finetune(self, arm: str, seed: int) -> tuple[Run, Run]:
-        """Fine-tunes from the teacher or from random weights, then evaluates the best checkpoint."""
+        """Fine-tunes from the teacher or from random weights, then evaluates the best
+        checkpoint."""
         base = f"run_class_finetuning.py --model beit_tiny_patch16_224 {MODEL} --model_kwargs {SIZE} {self.data}"
         start = f"--finetune {self.teacher} " if arm == "pretrained" else ""
         folder = f"{self.folder}/{arm}-{seed}"
@@ -174,21 +184,28 @@ class Demo:
             f"--no_auto_resume --output_dir {folder}"
         )
         trained = run(f"{arm} {seed}", train)
-        return trained, run(f"{arm} {seed}", f"{base} --num_workers 0 --eval --resume {folder}/checkpoint-best.pth")
+        return trained, run(
+            f"{arm} {seed}", f"{base} --num_workers 0 --eval --resume {folder}/checkpoint-best.pth"
+        )
 
     def draw(self, kind: str, flags: str) -> Run:
         return run(kind, f"analysis/visualize.py {kind} {flags} --output {self.folder}/{kind}.png")
 
     def execute(self) -> tuple[Run, dict[str, list[tuple[Run, Run]]], list[Run]]:
-        """Pre-training, each arm's fine-tunings with their evaluations, MAE and pictures: one process on each core.
+        """Pre-training, each arm's fine-tunings with their evaluations, MAE and pictures: one
+        process on each core.
 
         The random starts do not wait for the pre-training, so that no core is idle meanwhile.
         """
         with ThreadPoolExecutor(self.cores) as pool:
             pretraining, mae = pool.submit(self.pretrain), pool.submit(self.pretrain_mae)
-            jobs = {"random": [pool.submit(self.finetune, "random", seed) for seed in self.plan.seeds]}
+            jobs = {
+                "random": [pool.submit(self.finetune, "random", seed) for seed in self.plan.seeds]
+            }
             pretraining.result()
-            jobs["pretrained"] = [pool.submit(self.finetune, "pretrained", seed) for seed in self.plan.seeds]
+            jobs["pretrained"] = [
+                pool.submit(self.finetune, "pretrained", seed) for seed in self.plan.seeds
+            ]
             mae.result()
             checkpoint = f"{self.folder}/mae/{self.last_checkpoint}"
             pictures = [
@@ -206,7 +223,8 @@ class Demo:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """One fine-tuning: its log.txt, and the accuracy of its best checkpoint by --eval in percent."""
+    """One fine-tuning: its log.txt, and the accuracy of its best checkpoint by --eval in
+    percent."""
 
     seed: int
     log: list[dict]
@@ -220,13 +238,21 @@ def read_finetuned(folder: Path, seed: int, trained: Run, evaluated: Run) -> Fin
 
 
 def accuracy_table(arms: dict[str, list[Finetuned]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: accuracy in percent of best and last epoch over the seeds, and of each seed's best."""
+    """Header and rows: accuracy in percent of best and last epoch over the seeds, and of each
+    seed's best."""
     seeds = [one.seed for one in arms["random"]]
     header = ["start", "best epoch, %", "last epoch, %", *(f"seed {seed}, best" for seed in seeds)]
     rows = []
     for arm, runs in arms.items():
         best, last = [one.evaluated for one in runs], [one.log[-1]["test_acc1"] for one in runs]
-        rows.append([ARMS[arm], report.spread(best), report.spread(last), *(f"{value:.1f}" for value in best)])
+        rows.append(
+            [
+                ARMS[arm],
+                report.spread(best),
+                report.spread(last),
+                *(f"{value:.1f}" for value in best),
+            ]
+        )
     return header, rows
 
 
@@ -234,7 +260,11 @@ def verdict(arms: dict[str, list[Finetuned]], pixels: float) -> str:
     pairs = zip(arms["pretrained"], arms["random"], strict=True)
     gains = [with_it.evaluated - without.evaluated for with_it, without in pairs]
     won, gain = sum(value > 0 for value in gains), statistics.mean(gains)
-    words = "Pre-training helps" if gain > 0 and won == len(gains) else "Pre-training does not win clearly"
+    words = (
+        "Pre-training helps"
+        if gain > 0 and won == len(gains)
+        else "Pre-training does not win clearly"
+    )
     return (
         f"{words}: {gain:+.1f} points on average, ahead with {won} of {len(gains)} seeds. For scale, a linear "
         f"classifier on the pixels of the same labelled images, without augmentation: {pixels:.1f} %."
@@ -251,7 +281,10 @@ def facts_table(pretraining: Run, log: list[dict], arms: dict[str, list[Finetune
     finetunings = [one.run for runs in arms.values() for one in runs]
     seconds = statistics.mean(run.seconds for run in finetunings)
     return ["", "value"], [
-        ["contrast loss, last epoch", f"{log[-1]['train_loss']:.3f} (guessing: {math.log(PATCHES):.3f})"],
+        [
+            "contrast loss, last epoch",
+            f"{log[-1]['train_loss']:.3f} (guessing: {math.log(PATCHES):.3f})",
+        ],
         [
             "right patch picked, last epoch",
             f"{100 * log[-1]['train_contrast_acc']:.1f} % (guessing: {100 / PATCHES:.1f} %)",
@@ -261,13 +294,20 @@ def facts_table(pretraining: Run, log: list[dict], arms: dict[str, list[Finetune
             f"{len(log)} epochs, {pretraining.seconds:.0f} s, {images_per_second(pretraining):.0f} images/s",
         ],
         ["each fine-tuning", f"{len(arms['random'][0].log)} epochs, {seconds:.0f} s"],
-        ["everything", f"{total:.0f} s on {len(os.sched_getaffinity(0))} cores, one process on each"],
+        [
+            "everything",
+            f"{total:.0f} s on {len(os.sched_getaffinity(0))} cores, one process on each",
+        ],
     ]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="folder to write")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "output" / "demo", help="folder to write"
+    )
     parser.add_argument("--fast", action="store_true", help="a few steps of everything")
     options = parser.parse_args(argv)
     start, plan = time.perf_counter(), FAST if options.fast else FULL
@@ -278,14 +318,19 @@ def main(argv: list[str] | None = None) -> None:
     pretraining, finetunings, drawings = demo.execute()
     arms = {
         arm: [
-            read_finetuned(output / f"{arm}-{seed}", seed, *pair) for seed, pair in zip(plan.seeds, pairs, strict=True)
+            read_finetuned(output / f"{arm}-{seed}", seed, *pair)
+            for seed, pair in zip(plan.seeds, pairs, strict=True)
         ]
         for arm, pairs in finetunings.items()
     }
     log = report.read_log(output / "pretrain")
     accuracies, outcome = accuracy_table(arms), verdict(arms, accuracy_on_pixels())
     facts = facts_table(pretraining, log, arms, time.perf_counter() - start)
-    commands = [pretraining, *(run for pairs in finetunings.values() for pair in pairs for run in pair), *drawings]
+    commands = [
+        pretraining,
+        *(run for pairs in finetunings.values() for pair in pairs for run in pair),
+        *drawings,
+    ]
     text = build_page(output, plan, log, arms, accuracies, facts, outcome, commands)
     (output / "report.html").write_text(text)
     tables = f"{report.text_table(*accuracies)}\n\n{report.text_table(*facts)}"
@@ -305,12 +350,16 @@ def build_page(output, plan, log, arms, accuracies, facts, outcome, commands) ->
             f"deviation over {len(plan.seeds)} seeds.</p>",
             report.html_table(*facts),
             "<h2>Pre-training</h2>",
-            report.picture(report.contrast_curves(log, PATCHES), "loss and accuracy of the contrast by epoch"),
+            report.picture(
+                report.contrast_curves(log, PATCHES), "loss and accuracy of the contrast by epoch"
+            ),
             f"<p>Each masked patch has to find its own teacher feature among the {PATCHES} patches of its image.</p>",
             report.picture(output / "masks.png", "what student and teacher see"),
             "<h2>Fine-tuning</h2>",
             report.picture(
-                report.accuracy_curves({ARMS[arm]: [one.log for one in runs] for arm, runs in arms.items()}),
+                report.accuracy_curves(
+                    {ARMS[arm]: [one.log for one in runs] for arm, runs in arms.items()}
+                ),
                 "validation accuracy by epoch",
             ),
             "<h2>Attention of the teacher</h2>",

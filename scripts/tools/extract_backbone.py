@@ -1,12 +1,14 @@
-"""Take the backbone out of a checkpoint and write it under timm's names: safetensors, or a pickle for detectron2.
+"""Take the backbone out of a checkpoint and write it under timm's names: safetensors, or a pickle
+for detectron2.
 
     python scripts/tools/extract_backbone.py CHECKPOINT OUTPUT.safetensors
     python scripts/tools/extract_backbone.py CHECKPOINT OUTPUT.pkl
 
-CHECKPOINT is any of this repository, of pre-training (then the teacher is taken where there is one) or fine-tuning, or
-one of OpenMixup's and A2MIM's published files, whole or the backbone alone. timm reads the first form by
-timm.create_model("resnet50", num_classes=0, checkpoint_path="OUTPUT.safetensors"), strictly. A .pkl holds the ResNet
-that CHECKPOINT must then be, as NumPy arrays under detectron2's names.
+CHECKPOINT is any of this repository, of pre-training (then the teacher is taken where there is one)
+or fine-tuning, or one of OpenMixup's and A2MIM's published files, whole or the backbone alone. timm
+reads the first form by timm.create_model("resnet50", num_classes=0,
+checkpoint_path="OUTPUT.safetensors"), strictly. A .pkl holds the ResNet that CHECKPOINT must then
+be, as NumPy arrays under detectron2's names.
 """
 
 import argparse
@@ -34,7 +36,8 @@ DETECTRON2_NAMES = (
 
 
 def extract(path: str, model_key: str = PUBLISHED_KEYS) -> tuple[StateDict, str]:
-    """The backbone's weights under native names, and the name of the model that the file says it holds, if it does."""
+    """The backbone's weights under native names, and the name of the model that the file says it
+    holds, if it does."""
     loaded = load_checkpoint(path)
     saved = loaded.get("args") or {}
     if "mask_type" in saved:  # a pre-training run of this repository
@@ -48,7 +51,9 @@ def extract(path: str, model_key: str = PUBLISHED_KEYS) -> tuple[StateDict, str]
 def to_detectron2(weights: StateDict) -> StateDict:
     """A ResNet under detectron2's names. ValueError: another network."""
     if "layer1.0.conv1.weight" not in weights:
-        raise ValueError("detectron2's names are for ResNet: give an output that ends in .safetensors")
+        raise ValueError(
+            "detectron2's names are for ResNet: give an output that ends in .safetensors"
+        )
     renamed = {}
     for name, value in weights.items():
         for pattern, replacement in DETECTRON2_NAMES:
@@ -63,21 +68,29 @@ def write(path: Path, weights: StateDict, model: str) -> None:
     if path.suffix != ".pkl":
         raise ValueError(f"{path} must end in .safetensors or .pkl")
     arrays = {name: value.numpy() for name, value in to_detectron2(weights).items()}
-    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "UniMIM", "matching_heuristics": True}))
+    path.write_bytes(
+        pickle.dumps({"model": arrays, "__author__": "UniMIM", "matching_heuristics": True})
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="file or https address")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--model_key", default=PUBLISHED_KEYS, help="where the weights are in the file")
+    parser.add_argument(
+        "--model_key", default=PUBLISHED_KEYS, help="where the weights are in the file"
+    )
     args = parser.parse_args()
     try:
         weights, model = extract(args.checkpoint, args.model_key)
         write(args.output, weights, model)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"{args.output}: {len(weights)} tensors, {sum(value.numel() for value in weights.values()):,} numbers")
+    print(
+        f"{args.output}: {len(weights)} tensors, {sum(value.numel() for value in weights.values()):,} numbers"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Write the map files of a data set: `ROOT/train_map.txt` for the class folders in `ROOT/train` or `ROOT/train.zip`.
+"""Write the map files of a data set: `ROOT/train_map.txt` for the class folders in `ROOT/train` or
+`ROOT/train.zip`.
 
     python scripts/tools/make_map_file.py ROOT [--split train val] [--synsets FILE]
 
-Classes are numbered in sorted order of their folder names, or as listed in the synset file (one name a line; words
-after it are ignored). The numbers of the first split hold for the others too.
+Classes are numbered in sorted order of their folder names, or as listed in the synset file (one
+name a line; words after it are ignored). The numbers of the first split hold for the others too.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from unimim.files import write_atomically
 
 
 def image_names(root: Path, split: str) -> list[str]:
-    """Sorted relative names (with /) of the images of a split, from its folder or, where there is none, its zip.
+    """Sorted relative names (with /) of the images of a split, from its folder or, where there is
+    none, its zip.
 
     Raises:
         ValueError: neither exists, the zip is damaged, or there is no image.
@@ -33,7 +35,9 @@ def image_names(root: Path, split: str) -> list[str]:
     elif archive.is_file():
         found = _zip_names(archive)
     else:
-        raise ValueError(f"neither {folder} nor {archive} exists; give the folder that holds one of them")
+        raise ValueError(
+            f"neither {folder} nor {archive} exists; give the folder that holds one of them"
+        )
     names = sorted(tqdm(found, desc=f"{split} images", unit="", disable=None))
     if not names:
         raise ValueError(f"{folder if folder.is_dir() else archive} holds no images")
@@ -57,7 +61,8 @@ def class_of(name: str) -> str:
 
 
 def read_synsets(path: Path, folders: Iterable[str]) -> list[str]:
-    """Class names in the order of a synset file; a line is a name, or begins with one that is a folder's."""
+    """Class names in the order of a synset file; a line is a name, or begins with one that is a
+    folder's."""
     folders = set(folders)
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     classes = [line if line in folders else line.split()[0] for line in lines if line]
@@ -65,7 +70,9 @@ def read_synsets(path: Path, folders: Iterable[str]) -> list[str]:
         raise ValueError(f"synset file {path} lists a class twice")
     missing = folders - set(classes)
     if missing:
-        raise ValueError(f"synset file {path} lacks {len(missing)} class folders, such as '{min(missing)}'")
+        raise ValueError(
+            f"synset file {path} lacks {len(missing)} class folders, such as '{min(missing)}'"
+        )
     return classes
 
 
@@ -84,20 +91,29 @@ def write_map_files(root: Path, splits: list[str], synsets: Path | None = None) 
     for split in splits:
         unknown = [folder for folder in folders[split] if folder not in number]
         if unknown:
-            raise ValueError(f"class '{unknown[0]}' of {split} does not occur in {splits[0]}; give --synsets")
+            raise ValueError(
+                f"class '{unknown[0]}' of {split} does not occur in {splits[0]}; give --synsets"
+            )
     return [_write_map(root / f"{split}_map.txt", names[split], number) for split in splits]
 
 
 def _write_map(path: Path, names: list[str], number: dict[str, int]) -> Path:
     lines = (f"{name}\t{number[class_of(name)]}\n" for name in names)
-    write_atomically(path, lambda file: file.writelines(line.encode("utf-8", "surrogateescape") for line in lines))
+    write_atomically(
+        path,
+        lambda file: file.writelines(line.encode("utf-8", "surrogateescape") for line in lines),
+    )
     return path
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("root", type=Path, help="folder with train/ or train.zip, val/ or val.zip")
-    parser.add_argument("--split", nargs="+", help="splits to list (default: train, and val where it exists)")
+    parser.add_argument(
+        "--split", nargs="+", help="splits to list (default: train, and val where it exists)"
+    )
     parser.add_argument("--synsets", type=Path, help="file that gives the order of the classes")
     args = parser.parse_args(argv)
     has_val = (args.root / "val").is_dir() or (args.root / "val.zip").is_file()

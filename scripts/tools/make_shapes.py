@@ -1,9 +1,11 @@
-"""Write the generated `shapes` data set: zip and map files, ADE20K folders, COCO json (see unimim/data/shapes.py).
+"""Write the generated `shapes` data set: zip and map files, ADE20K folders, COCO json (see
+unimim/data/shapes.py).
 
     python scripts/tools/make_shapes.py [FOLDER] [--train 2000] [--val 500]
     python scripts/tools/make_shapes.py --voc FOLDER
 
-The default folder is the cache that `--data_set shapes` reads ($UNIMIM_CACHE/shapes, or ~/.cache/unimim/shapes).
+The default folder is the cache that `--data_set shapes` reads ($UNIMIM_CACHE/shapes, or
+~/.cache/unimim/shapes).
 """
 
 import argparse
@@ -22,11 +24,17 @@ def voc_shapes(folder: Path, train: int, val: int) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="new or empty folder (default: the cache)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="new or empty folder (default: the cache)"
+    )
     parser.add_argument("--train", type=int, default=TRAIN_IMAGES, help="training images")
     parser.add_argument("--val", type=int, default=VAL_IMAGES, help="validation images")
-    parser.add_argument("--voc", action="store_true", help="Pascal VOC's layout, for voc_linear_probe.py")
+    parser.add_argument(
+        "--voc", action="store_true", help="Pascal VOC's layout, for voc_linear_probe.py"
+    )
     args = parser.parse_args(argv)
     if args.voc and args.folder is None:
         parser.error("--voc needs a folder")

@@ -1,4 +1,5 @@
-"""Pack the images of a folder into one zip, stored (not compressed), to be read in place by the loaders.
+"""Pack the images of a folder into one zip, stored (not compressed), to be read in place by the
+loaders.
 
     python scripts/tools/zip_dataset.py FOLDER [ARCHIVE]
 
@@ -20,7 +21,8 @@ from unimim.files import write_atomically
 
 
 def zip_folder(folder: Path, archive: Path, *, overwrite: bool = False) -> int:
-    """Write the images below `folder` into `archive`, which appears when it is complete; returns their number.
+    """Write the images below `folder` into `archive`, which appears when it is complete; returns
+    their number.
 
     Raises:
         ValueError: no such folder, no images in it, or the archive exists and `overwrite` is not set.
@@ -45,7 +47,9 @@ def zip_folder(folder: Path, archive: Path, *, overwrite: bool = False) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="folder of images, such as ROOT/train")
     parser.add_argument("archive", type=Path, nargs="?", help="zip to write (default: FOLDER.zip)")
     parser.add_argument("--overwrite", action="store_true", help="replace an archive that exists")

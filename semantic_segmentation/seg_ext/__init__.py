@@ -1,4 +1,5 @@
-"""What the configurations name beyond mmseg's own: a segmentor and transforms; imported by `custom_imports`."""
+"""What the configurations name beyond mmseg's own: a segmentor and transforms; imported by
+`custom_imports`."""
 
 from mmseg.registry import MODELS, TRANSFORMS
 

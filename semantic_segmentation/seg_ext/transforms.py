@@ -6,7 +6,8 @@ from mmcv.transforms import BaseTransform, Resize
 
 
 class ResizeShortestAtLeast(BaseTransform):
-    """The short side becomes `ratio` times that of `scale`, but no less than `min_short`; the long side follows."""
+    """The short side becomes `ratio` times that of `scale`, but no less than `min_short`; the long
+    side follows."""
 
     def __init__(self, scale: tuple[int, int], ratio: float, min_short: int):
         self.short = max(int(min(scale) * ratio), min_short)

@@ -1,4 +1,5 @@
-"""Checkpoint files: written whole or not at all, found, pruned, and read without executing anything."""
+"""Checkpoint files: written whole or not at all, found, pruned, and read without executing
+anything."""
 
 import argparse
 import hashlib
@@ -32,8 +33,9 @@ _COMPLETE = "complete"
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Writes `state` so that `path` is at any moment the old file or the whole new one.
 
-    `state` holds tensors, dicts, lists, tuples, strings, numbers and None: what `torch.load(weights_only=True)` reads
-    back. For anything else a ValueError names its place, and nothing is written.
+    `state` holds tensors, dicts, lists, tuples, strings, numbers and None: what
+    `torch.load(weights_only=True)` reads back. For anything else a ValueError names its place, and
+    nothing is written.
     """
     _check_plain(state, "state")
     try:
@@ -45,11 +47,14 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def save_encoder(path: str | Path, state_dict: StateDict, metadata: dict[str, str]) -> None:
-    """Writes a clean encoder (native names) as safetensors in timm's names, atomically; see `to_timm`."""
+    """Writes a clean encoder (native names) as safetensors in timm's names, atomically; see
+    `to_timm`."""
     if not all(isinstance(text, str) for text in [*metadata, *metadata.values()]):
         raise ValueError(f"safetensors metadata are strings only, got {metadata}")
     # clones, because the blocks' tables share memory, which safetensors refuses
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_timm(state_dict).items()}
+    tensors = {
+        key: value.detach().cpu().contiguous().clone() for key, value in to_timm(state_dict).items()
+    }
     files.write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
 
 
@@ -58,7 +63,9 @@ def _check_plain(value: Any, place: str) -> None:
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             if type(key) not in (str, int):
-                raise ValueError(f"{place} has a key of type {type(key).__name__}; checkpoints take str and int")
+                raise ValueError(
+                    f"{place} has a key of type {type(key).__name__}; checkpoints take str and int"
+                )
             _check_plain(item, f"{place}[{key!r}]")
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):
@@ -75,13 +82,15 @@ def _check_plain(value: Any, place: str) -> None:
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The training checkpoints in `folder`, oldest first; `checkpoint-best.pth` and temporary files are none."""
+    """The training checkpoints in `folder`, oldest first; `checkpoint-best.pth` and temporary files
+    are none."""
     found = [path for path in Path(folder).glob("checkpoint-*.pth") if _NAME.fullmatch(path.name)]
     return sorted(found, key=_position)
 
 
 def latest_valid_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint that reads back whole, or None; each newer one that does not is named in a warning."""
+    """The newest checkpoint that reads back whole, or None; each newer one that does not is named
+    in a warning."""
     for path in reversed(list_checkpoints(folder)):
         try:
             check_checkpoint(path)
@@ -93,7 +102,8 @@ def latest_valid_checkpoint(folder: str | Path) -> Path | None:
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """ValueError unless the file has every byte it was written with and its DeepSpeed folder, if any, is complete."""
+    """ValueError unless the file has every byte it was written with and its DeepSpeed folder, if
+    any, is complete."""
     path = Path(path)
     folder = deepspeed_folder(path)
     if folder.is_dir() and not (folder / _COMPLETE).exists():
@@ -103,11 +113,15 @@ def check_checkpoint(path: str | Path) -> None:
     _read_pickle(path, mmap=True)
 
 
-def prune_checkpoints(folder: str | Path, keep_last: int | None, written: str | Path | None = None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints with their encoders and DeepSpeed folders; None keeps all.
+def prune_checkpoints(
+    folder: str | Path, keep_last: int | None, written: str | Path | None = None
+) -> None:
+    """Deletes all but the newest `keep_last` checkpoints with their encoders and DeepSpeed folders;
+    None keeps all.
 
-    The newest valid checkpoint stays, however many damaged ones are newer; so does `written`, which this process has
-    just written and which is therefore not read again. DeepSpeed folders whose checkpoint was never written go too.
+    The newest valid checkpoint stays, however many damaged ones are newer; so does `written`, which
+    this process has just written and which is therefore not read again. DeepSpeed folders whose
+    checkpoint was never written go too.
     """
     if keep_last is None:
         return
@@ -127,14 +141,21 @@ def prune_checkpoints(folder: str | Path, keep_last: int | None, written: str | 
 
 
 def _orphans(folder: Path) -> list[Path]:
-    """DeepSpeed folders, of nothing but shards and markers, that no checkpoint belongs to: the save was killed."""
-    named = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(f"{path.name}.pth")]
+    """DeepSpeed folders, of nothing but shards and markers, that no checkpoint belongs to: the save
+    was killed."""
+    named = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and _NAME.fullmatch(f"{path.name}.pth")
+    ]
     alone = [path for path in named if not (folder / f"{path.name}.pth").exists()]
     return [path for path in alone if all(_is_shard(part.name) for part in path.iterdir())]
 
 
 def _is_shard(name: str) -> bool:
-    return name.endswith("_states.pt") or name.lstrip(".").startswith(_COMPLETE)  # the marker, or a draft of it
+    return name.endswith("_states.pt") or name.lstrip(".").startswith(
+        _COMPLETE
+    )  # the marker, or a draft of it
 
 
 def deepspeed_folder(path: str | Path) -> Path:
@@ -154,7 +175,8 @@ def begin_deepspeed_folder(folder: str | Path) -> None:
 
 
 def sync_deepspeed_folder(folder: str | Path) -> None:
-    """After this rank has written its shards: returns when they are on the disk, which DeepSpeed does not wait for."""
+    """After this rank has written its shards: returns when they are on the disk, which DeepSpeed
+    does not wait for."""
     for shard in Path(folder).glob("*_states.pt"):
         files.fsync(shard)
 
@@ -186,11 +208,12 @@ def _delete_checkpoint(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU: a file or https address, torch's formats or `.safetensors`, without its code.
+    """Reads a checkpoint onto the CPU: a file or https address, torch's formats or `.safetensors`,
+    without its code.
 
-    `args` stored as an argparse.Namespace, as published files have it, becomes a dict. With `mmap` tensors are read
-    from the file when they are used, if its format allows: for a look at names and shapes.
-    Raises ValueError for a file that is missing, damaged, or would run code when unpickled.
+    `args` stored as an argparse.Namespace, as published files have it, becomes a dict. With `mmap`
+    tensors are read from the file when they are used, if its format allows: for a look at names and
+    shapes. Raises ValueError for a file that is missing, damaged, or would run code when unpickled.
     """
     if str(path).startswith("https://"):
         path = _download(str(path))
@@ -199,7 +222,9 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} does not exist or is not a file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    checkpoint = _read_pickle(path, mmap=mmap and zipfile.is_zipfile(path))  # torch's old format cannot be mapped
+    checkpoint = _read_pickle(
+        path, mmap=mmap and zipfile.is_zipfile(path)
+    )  # torch's old format cannot be mapped
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
@@ -221,17 +246,27 @@ def _read_pickle(path: Path, mmap: bool = False) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes raise anything
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        code = (
+            re.search(r"GLOBAL (\S+)", str(error))
+            if isinstance(error, pickle.UnpicklingError)
+            else None
+        )
         if code:
-            raise ValueError(f"{path} is refused: unpickling it would run {code.group(1)}") from error
-        raise ValueError(f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})") from error
+            raise ValueError(
+                f"{path} is refused: unpickling it would run {code.group(1)}"
+            ) from error
+        raise ValueError(
+            f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})"
+        ) from error
 
 
 def load_module_state(path: str | Path) -> StateDict:
-    """The tensors of a file that `load_checkpoint` reads, or of a pickled module, by their names in it.
+    """The tensors of a file that `load_checkpoint` reads, or of a pickled module, by their names in
+    it.
 
-    Nothing of a pickled module is executed: of what its pickle names, only tensors are made, everything else becomes an
-    inert record. Raises ValueError for a file that is missing or damaged.
+    Nothing of a pickled module is executed: of what its pickle names, only tensors are made,
+    everything else becomes an inert record. Raises ValueError for a file that is missing or
+    damaged.
     """
     try:
         return _tensors(load_checkpoint(path))
@@ -242,16 +277,21 @@ def load_module_state(path: str | Path) -> StateDict:
     try:
         with warnings.catch_warnings():  # that records are not the classes they stand for
             warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
-            found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
+            found = torch.load(
+                path, map_location="cpu", weights_only=False, pickle_module=_InertPickle
+            )
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes raise anything
-        raise ValueError(f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})"
+        ) from error
     return _tensors(found)
 
 
 class _Record:
-    """Stands for an object of any class in a pickle: keeps what the object would have been given, and does nothing."""
+    """Stands for an object of any class in a pickle: keeps what the object would have been given,
+    and does nothing."""
 
     dump_patches = False  # torch's old format asks modules' classes
 
@@ -298,7 +338,8 @@ class _InertPickle:
 
 
 def _tensors(value: Any, name: str = "") -> StateDict:
-    """Every tensor in nested dicts and modules' records; names of records are those of their state dict."""
+    """Every tensor in nested dicts and modules' records; names of records are those of their state
+    dict."""
     if isinstance(value, Tensor):
         return {name: value.detach()}
     parts = value.items if isinstance(value, _Record) else value
@@ -306,22 +347,31 @@ def _tensors(value: Any, name: str = "") -> StateDict:
         return {}
     found: StateDict = {}
     for key, part in parts.items():
-        inner = name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}".lstrip(".")
+        inner = (
+            name if key in ("_parameters", "_buffers", "_modules") else f"{name}.{key}".lstrip(".")
+        )
         found |= _tensors(part, inner)
     return found
 
 
 def _download(url: str) -> Path:
-    """The file behind `url`, fetched once into torch.hub's cache; a name like x-0123abcd.pth states its SHA-256."""
+    """The file behind `url`, fetched once into torch.hub's cache; a name like x-0123abcd.pth states
+    its SHA-256."""
     name = Path(url.split("?")[0]).name
     # `-799.pth` is an epoch: torch.hub's own rule takes it for a hash
     stated = re.search(r"-([0-9a-f]{8,})\.", name)
     # one name at two addresses is two files
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = (
+        Path(torch.hub.get_dir())
+        / "checkpoints"
+        / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), stated and stated.group(1), progress=False)
+            torch.hub.download_url_to_file(
+                url, str(path), stated and stated.group(1), progress=False
+            )
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{url} cannot be downloaded: {error}") from error
     return path

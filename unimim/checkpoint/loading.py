@@ -12,11 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from unimim.checkpoint.files import load_checkpoint, log
-from unimim.checkpoint.names import _SHARED_TABLE, _TABLE, StateDict, _expand_shared_table, _to_native
+from unimim.checkpoint.names import (
+    _SHARED_TABLE,
+    _TABLE,
+    StateDict,
+    _expand_shared_table,
+    _to_native,
+)
 from unimim.checkpoint.resizing import interpolate_pos_embed, interpolate_rel_pos_bias
 
 PUBLISHED_KEYS = "model|module"  # the published default of --model_key
-_HEADS = ("head.", "fc.", "classifier.")  # head.norm is ConvNeXt's last norm, which pre-training trains too
+_HEADS = (
+    "head.",
+    "fc.",
+    "classifier.",
+)  # head.norm is ConvNeXt's last norm, which pre-training trains too
 _NO_BACKBONE = (*_HEADS, "neck.", "ema_", "inject.", "mask_token", "mask_gamma")
 
 
@@ -24,9 +34,9 @@ _NO_BACKBONE = (*_HEADS, "neck.", "ema_", "inject.", "mask_token", "mask_gamma")
 class LoadReport:
     """What `load_pretrained` did. Names are the model's, in `ignored` the checkpoint's.
 
-    loaded: every tensor copied; expanded: those of them that came from the shared bias table; interpolated: those
-    resized; ignored: checkpoint tensors not used; missing: model tensors left as they were; matched: fraction of the
-    encoder's parameter tensors that were loaded.
+    loaded: every tensor copied; expanded: those of them that came from the shared bias table;
+    interpolated: those resized; ignored: checkpoint tensors not used; missing: model tensors left
+    as they were; matched: fraction of the encoder's parameter tensors that were loaded.
     """
 
     source: str
@@ -55,17 +65,20 @@ def load_pretrained(
     min_matched: float = 0.9,
     new: Collection[str] = (),
 ) -> LoadReport:
-    """Copies the pre-trained weights of a file, https address or loaded dict into `model` (spec ConMIM 6.1).
+    """Copies the pre-trained weights of a file, https address or loaded dict into `model` (spec
+    ConMIM 6.1).
 
-    Which weights: the first key of `model_key` (split at "|") that the checkpoint has, else the checkpoint itself. With
-    the default key a checkpoint of this repository that has a `teacher` gives the teacher, which is what the published
-    recipe fine-tunes, and SemAIM's "state_dict" is a key too. `prefix` selects the keys under it. The naming is
-    recognised by content; a shared bias table is copied into every block, bias tables and positions are resized, a head
-    of another shape is left out.
+    Which weights: the first key of `model_key` (split at "|") that the checkpoint has, else the
+    checkpoint itself. With the default key a checkpoint of this repository that has a `teacher`
+    gives the teacher, which is what the published recipe fine-tunes, and SemAIM's "state_dict" is a
+    key too. `prefix` selects the keys under it. The naming is recognised by content; a shared bias
+    table is copied into every block, bias tables and positions are resized, a head of another shape
+    is left out.
 
-    Raises ValueError, with the model untouched, for a shape that no rule repairs and where less than `min_matched` of
-    the encoder's parameter tensors (all but head.*, fc.*, classifier.*, fc_norm.*, norm.*) are found. Those whose names
-    contain one of `new` need not be: they may start as they are.
+    Raises ValueError, with the model untouched, for a shape that no rule repairs and where less
+    than `min_matched` of the encoder's parameter tensors (all but head.*, fc.*, classifier.*,
+    fc_norm.*, norm.*) are found. Those whose names contain one of `new` need not be: they may start
+    as they are.
     """
     from_file = not isinstance(path_or_state, dict)
     checkpoint = load_checkpoint(path_or_state) if from_file else path_or_state
@@ -76,11 +89,16 @@ def load_pretrained(
     state = _to_native(_below(state, prefix, report), target)
     if "pos_embed" in state and "pos_embed" not in target:
         log.warning(
-            "the positions in %s are not used: this --model has none, --abs_pos_emb gives it some", report.source
+            "the positions in %s are not used: this --model has none, --abs_pos_emb gives it some",
+            report.source,
         )
     fitted = _fit(_expand_to_blocks(state, target, report), model, target, report)
     _check_matched(model, state, min_matched, new, report)
-    lost = [key for key in report.ignored if key.startswith("blocks.") and not key.endswith("relative_position_index")]
+    lost = [
+        key
+        for key in report.ignored
+        if key.startswith("blocks.") and not key.endswith("relative_position_index")
+    ]
     if lost:
         log.warning(
             "parts of the blocks in %s have no place in this --model, which computes something else: %s", report.source,
@@ -93,10 +111,11 @@ def load_pretrained(
 def class_tokens(
     path_or_state: str | Path | dict[str, Any], *, model_key: str = PUBLISHED_KEYS, prefix: str = ""
 ) -> int | None:
-    """How many class tokens these weights have, for a model that is to take them; None: one, as usual, or none.
+    """How many class tokens these weights have, for a model that is to take them; None: one, as
+    usual, or none.
 
-    A model with fewer would lose them and the positions (spec SemanticMIM 3.4). Arguments and errors are those of
-    `load_pretrained`.
+    A model with fewer would lose them and the positions (spec SemanticMIM 3.4). Arguments and
+    errors are those of `load_pretrained`.
     """
     from_file = not isinstance(path_or_state, dict)
     name = str(path_or_state) if from_file else "a state dict"
@@ -106,7 +125,9 @@ def class_tokens(
     return token.shape[1] if token is not None and token.ndim == 3 and token.shape[1] > 1 else None
 
 
-def _select_weights(checkpoint: dict[str, Any], model_key: str, name: str) -> tuple[str, dict[str, Any]]:
+def _select_weights(
+    checkpoint: dict[str, Any], model_key: str, name: str
+) -> tuple[str, dict[str, Any]]:
     if model_key == PUBLISHED_KEYS and checkpoint.get("teacher"):
         return "teacher", checkpoint["teacher"]
     # SemAIM's files have the weights under a key of its own
@@ -119,17 +140,25 @@ def _select_weights(checkpoint: dict[str, Any], model_key: str, name: str) -> tu
     return "", checkpoint
 
 
-def backbone_weights(checkpoint: dict[str, Any], name: str, model_key: str = PUBLISHED_KEYS) -> StateDict:
+def backbone_weights(
+    checkpoint: dict[str, Any], name: str, model_key: str = PUBLISHED_KEYS
+) -> StateDict:
     """What is not classifier, neck, decoder or token of a loaded checkpoint, under native names.
 
-    Of OpenMixup's files and of classifiers; of a pre-training method's it is what the method exports itself.
-    ValueError: there is nothing else.
+    Of OpenMixup's files and of classifiers; of a pre-training method's it is what the method
+    exports itself. ValueError: there is nothing else.
     """
     _, state = _select_weights(checkpoint, model_key, name)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    inside = {key: value for key, value in tensors.items() if re.match(r"(module\.)?backbone\.", key)}
+    inside = {
+        key: value for key, value in tensors.items() if re.match(r"(module\.)?backbone\.", key)
+    }
     native = _to_native(inside or tensors, ())
-    kept = {key: v for key, v in native.items() if key.startswith("head.norm.") or not key.startswith(_NO_BACKBONE)}
+    kept = {
+        key: v
+        for key, v in native.items()
+        if key.startswith("head.norm.") or not key.startswith(_NO_BACKBONE)
+    }
     if not kept:
         raise ValueError(f"{name} holds no backbone, only {_examples(sorted(native))}")
     return kept
@@ -137,7 +166,9 @@ def backbone_weights(checkpoint: dict[str, Any], name: str, model_key: str = PUB
 
 def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
     """The tensors whose names begin with `prefix`, without it."""
-    inside = [key for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)]
+    inside = [
+        key for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)
+    ]
     if not inside:
         raise ValueError(f"{report.source} has no tensor under --model_prefix '{prefix}'")
     report.ignored += [key for key in state if key not in inside]
@@ -174,10 +205,14 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
 
 def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Tensor:
     if key.endswith(_TABLE) and value.shape[0] != shape[0]:
-        extra = 3 if hasattr(model, "cls_token") else 0  # rows of a ViT's class token; a Swin has none
+        extra = (
+            3 if hasattr(model, "cls_token") else 0
+        )  # rows of a ViT's class token; a Swin has none
         side = math.isqrt(value.shape[0] - extra)
         if side**2 + extra != value.shape[0] or side % 2 == 0:
-            raise ValueError(f"{key} with {value.shape[0]} rows is not of a square window and cannot be resized")
+            raise ValueError(
+                f"{key} with {value.shape[0]} rows is not of a square window and cannot be resized"
+            )
         window = model.patch_embed.grid_size if extra else (math.isqrt(shape[0]) + 1) // 2
         return interpolate_rel_pos_bias(value, (side + 1) // 2, window, extra)
     if key.endswith("pos_embed") and value.shape[1] != shape[1]:  # the decoder's too
@@ -190,7 +225,9 @@ def _check_matched(
 ) -> None:
     outside = (*_HEADS, "fc_norm.", "norm.")
     encoder = [key for key, _ in model.named_parameters() if not key.startswith(outside)]
-    encoder = [key for key in encoder if key in report.loaded or not any(part in key for part in new)]
+    encoder = [
+        key for key in encoder if key in report.loaded or not any(part in key for part in new)
+    ]
     unmatched = sorted(set(encoder) - set(report.loaded))
     report.matched = 1 - len(unmatched) / len(encoder)
     if report.matched < min_matched:
@@ -223,7 +260,10 @@ def _fold_blocks(names: Collection[str]) -> list[str]:
         found = re.search(r"blocks\.(\d+)\.", name)
         pattern = name if found is None else f"{name[: found.start(1)]}{{}}{name[found.end(1) :]}"
         numbers.setdefault(pattern, []).extend([] if found is None else [int(found.group(1))])
-    return [pattern.format(_ranges(blocks)) if blocks else pattern for pattern, blocks in numbers.items()]
+    return [
+        pattern.format(_ranges(blocks)) if blocks else pattern
+        for pattern, blocks in numbers.items()
+    ]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -1,4 +1,5 @@
-"""State-dict names of the published projects: to the native ones on loading, to timm's on export."""
+"""State-dict names of the published projects: to the native ones on loading, to timm's on
+export."""
 
 import re
 from collections.abc import Callable, Collection
@@ -12,14 +13,22 @@ _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 
 
 def to_timm(state_dict: StateDict) -> StateDict:
-    """An encoder in native names under timm's: `Beit` for the BEiT form, else `VisionTransformer`; both load strictly.
+    """An encoder in native names under timm's: `Beit` for the BEiT form, else `VisionTransformer`;
+    both load strictly.
 
-    The BEiT form (bias tables, or query and value biases with layer scale) gets one bias table a block; a plain ViT
-    gets whole qkv biases and timm's layer-scale names, as does any with several class tokens, which are timm's class
-    token and `reg_tokens` registers. The features are the same. A converted dict stays as it is.
+    The BEiT form (bias tables, or query and value biases with layer scale) gets one bias table a
+    block; a plain ViT gets whole qkv biases and timm's layer-scale names, as does any with several
+    class tokens, which are timm's class token and `reg_tokens` registers. The features are the
+    same. A converted dict stays as it is.
     """
-    state = {key: value for key, value in state_dict.items() if not key.endswith("relative_position_index")}
-    if not any(key.startswith("blocks.") for key in state):  # no plain transformer: Swin, or a convolutional network
+    state = {
+        key: value
+        for key, value in state_dict.items()
+        if not key.endswith("relative_position_index")
+    }
+    if not any(
+        key.startswith("blocks.") for key in state
+    ):  # no plain transformer: Swin, or a convolutional network
         return state
     state = fuse_qkv(state)
     several = "cls_token" in state and state["cls_token"].shape[1] > 1
@@ -36,7 +45,8 @@ def to_timm(state_dict: StateDict) -> StateDict:
 
 
 def _to_native(state: StateDict, target: Collection[str]) -> StateDict:
-    """The state under the model's names: every converter that recognises the names it meets is applied, in order."""
+    """The state under the model's names: every converter that recognises the names it meets is
+    applied, in order."""
     for recognise, convert in _CONVERTERS:
         if recognise(state, target):
             state = convert(state)
@@ -52,7 +62,9 @@ def _has_encoder(names: Collection[str]) -> bool:
 
 
 def _inside(state: StateDict, prefix: str) -> StateDict:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
 
 
 def _rename(state: StateDict, pattern: str, replacement: str) -> StateDict:
@@ -60,7 +72,8 @@ def _rename(state: StateDict, pattern: str, replacement: str) -> StateDict:
 
 
 def _expand_shared_table(state: StateDict, depth: int) -> StateDict:
-    """Gives each block the shared bias table, added to the block's own if any: the two biases add in attention."""
+    """Gives each block the shared bias table, added to the block's own if any: the two biases add
+    in attention."""
     state = dict(state)
     shared = state.pop(_SHARED_TABLE, None)
     if shared is not None:
@@ -71,7 +84,8 @@ def _expand_shared_table(state: StateDict, depth: int) -> StateDict:
 
 
 def _split_qkv_bias(state: StateDict) -> StateDict:
-    """Query and value biases from whole ones. A key bias adds the same to all scores of a query: softmax drops it."""
+    """Query and value biases from whole ones. A key bias adds the same to all scores of a query:
+    softmax drops it."""
     split = {}
     for key, value in state.items():
         if key.endswith("attn.qkv.bias"):
@@ -94,19 +108,24 @@ def _fuse_qkv_bias(state: StateDict) -> StateDict:
     for key, query in state.items():
         if key.endswith(".q_bias"):
             stem = key.removesuffix("q_bias")
-            fused[f"{stem}qkv.bias"] = torch.cat((query, torch.zeros_like(query), state[f"{stem}v_bias"]))
+            fused[f"{stem}qkv.bias"] = torch.cat(
+                (query, torch.zeros_like(query), state[f"{stem}v_bias"])
+            )
     return fused
 
 
 def fuse_qkv(state: StateDict) -> StateDict:
-    """SAIM's separate projections to queries, keys and values of the encoder's blocks as joint ones."""
+    """SAIM's separate projections to queries, keys and values of the encoder's blocks as joint
+    ones."""
     fused = {}
     for key, value in state.items():
         found = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", key)
         if found is None:
             fused[key] = value
         elif found[2] == "q":
-            fused[f"{found[1]}qkv.{found[3]}"] = torch.cat([state[f"{found[1]}{part}.{found[3]}"] for part in "qkv"])
+            fused[f"{found[1]}qkv.{found[3]}"] = torch.cat(
+                [state[f"{found[1]}{part}.{found[3]}"] for part in "qkv"]
+            )
     return fused
 
 
@@ -114,7 +133,9 @@ def from_mmpretrain(state: StateDict) -> StateDict:
     """OpenMMLab's names of a ViT, and SemanticMIM's, as native ones (spec SemanticMIM 8)."""
     native: StateDict = {}
     for name, value in state.items():
-        if _is_openmixup_extra(name) and not name.startswith("neck.fc."):  # which is MaskFeat's head
+        if _is_openmixup_extra(name) and not name.startswith(
+            "neck.fc."
+        ):  # which is MaskFeat's head
             continue
         for pattern, replacement in _MMPRETRAIN_NAMES:
             name = re.sub(pattern, replacement, name)
@@ -132,7 +153,8 @@ _MMPRETRAIN_NAMES = (
 
 
 def _join_key_values(state: StateDict) -> StateDict:
-    """A projection to queries and one to keys and values (`q` and `kv`, `q_proj` and `kv_proj`) as one to all three."""
+    """A projection to queries and one to keys and values (`q` and `kv`, `q_proj` and `kv_proj`) as
+    one to all three."""
     joined = {}
     for name, value in state.items():
         found = re.fullmatch(r"(.*\.attn\.)(q|kv)(_proj)?\.(weight|bias)", name)
@@ -144,8 +166,9 @@ def _join_key_values(state: StateDict) -> StateDict:
     return joined
 
 
-# OpenMixup's names (specs/a2mim.md 6): what its ViT, Swin and ConvNeXt are known by, and how their names change into
-# timm's, one rule after another. Its ResNet has timm's names but for the classifier.
+# OpenMixup's names (specs/a2mim.md 6): what its ViT, Swin and ConvNeXt are known by, and how their
+# names change into timm's, one rule after another. Its ResNet has timm's names but for the
+# classifier.
 _OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], ...]] = {
     ".ln1.weight": (
         (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^layers\.", "blocks."), (r"\.ln(\d)\.", r".norm\1."),
@@ -167,25 +190,35 @@ _OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], .
 }  # fmt: skip
 
 
-def openmixup_rules(names: Collection[str]) -> tuple[tuple[str, str | Callable[[re.Match], str]], ...]:
-    """The rules for a model of these names, which have no "backbone." in front; none for another naming."""
+def openmixup_rules(
+    names: Collection[str],
+) -> tuple[tuple[str, str | Callable[[re.Match], str]], ...]:
+    """The rules for a model of these names, which have no "backbone." in front; none for another
+    naming."""
     return next((rules for mark, rules in _OPENMIXUP_NAMES.items() if _has(names, mark)), ())
 
 
 def from_openmixup(state: StateDict) -> StateDict:
     """OpenMixup's ViT, Swin, ConvNeXt or ResNet, "backbone." in front or not, under timm's names.
 
-    A neck, averages, indices and masks are left out, a classifier is kept. Swin's patch merging is brought into timm's
-    order of columns.
+    A neck, averages, indices and masks are left out, a classifier is kept. Swin's patch merging is
+    brought into timm's order of columns.
     """
-    inside = {name.removeprefix("backbone."): value for name, value in state.items() if not _is_openmixup_extra(name)}
+    inside = {
+        name.removeprefix("backbone."): value
+        for name, value in state.items()
+        if not _is_openmixup_extra(name)
+    }
     converted = inside
     for pattern, replacement in openmixup_rules(inside):
         converted = _rename(converted, pattern, replacement)
     if not _has(inside, ".w_msa."):
         return converted
     merging = re.compile(r"\.downsample\.(norm\.(weight|bias)|reduction\.weight)$")
-    return {name: _columns_first(value) if merging.search(name) else value for name, value in converted.items()}
+    return {
+        name: _columns_first(value) if merging.search(name) else value
+        for name, value in converted.items()
+    }
 
 
 def _is_openmixup_extra(name: str) -> bool:
@@ -199,30 +232,56 @@ def _columns_first(value: Tensor) -> Tensor:
 
 
 # (recognise(names, names the model has), convert): a further naming is one more line
-_CONVERTERS: tuple[tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...] = (
+_CONVERTERS: tuple[
+    tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...
+] = (
     # DistributedDataParallel and torch.compile
-    (lambda names, _: all(name.startswith("module.") for name in names), lambda s: _rename(s, r"^module\.", "")),
-    (lambda names, _: all(name.startswith("_orig_mod.") for name in names), lambda s: _rename(s, r"^_orig_mod\.", "")),
+    (
+        lambda names, _: all(name.startswith("module.") for name in names),
+        lambda s: _rename(s, r"^module\.", ""),
+    ),
+    (
+        lambda names, _: all(name.startswith("_orig_mod.") for name in names),
+        lambda s: _rename(s, r"^_orig_mod\.", ""),
+    ),
     # OpenMMLab's ViTs
-    (lambda names, _: any(re.match(r"(backbone\.)?layers\.0\.ln1\.", name) for name in names), from_mmpretrain),
+    (
+        lambda names, _: any(re.match(r"(backbone\.)?layers\.0\.ln1\.", name) for name in names),
+        from_mmpretrain,
+    ),
     # SimMIM's own files: the encoder among others
-    (lambda names, wanted: _has_encoder(names) and not _has_encoder(wanted), lambda s: _inside(s, "encoder.")),
-    # OpenMixup's files, whole or the backbone alone, and those of SimMIM and A2MIM, whose backbones have timm's names
+    (
+        lambda names, wanted: _has_encoder(names) and not _has_encoder(wanted),
+        lambda s: _inside(s, "encoder."),
+    ),
+    # OpenMixup's files, whole or the backbone alone, and those of SimMIM and A2MIM, whose backbones
+    # have timm's names
     (
         lambda names, wanted: (
             not _has(wanted, "backbone.")
-            and (any(name.startswith("backbone.") for name in names) or bool(openmixup_rules(names)))
+            and (
+                any(name.startswith("backbone.") for name in names) or bool(openmixup_rules(names))
+            )
         ),
         from_openmixup,
     ),
     # SAIM's blocks
-    (lambda names, wanted: _has(names, ".attn.q.weight") and _has(wanted, ".attn.qkv.weight"), fuse_qkv),
+    (
+        lambda names, wanted: _has(names, ".attn.q.weight") and _has(wanted, ".attn.qkv.weight"),
+        fuse_qkv,
+    ),
     # timm's ViT, our own export among them
     (lambda names, wanted: "reg_token" in names and "reg_token" not in wanted, _join_registers),
     (
         lambda names, wanted: _has(names, ".ls1.gamma") and _has(wanted, ".gamma_1"),
         lambda s: _rename(s, r"\.ls(\d)\.gamma$", r".gamma_\1"),
     ),
-    (lambda names, wanted: _has(names, ".attn.qkv.bias") and _has(wanted, ".attn.q_bias"), _split_qkv_bias),
-    (lambda names, wanted: _has(names, ".attn.q_bias") and _has(wanted, ".attn.qkv.bias"), _fuse_qkv_bias),
+    (
+        lambda names, wanted: _has(names, ".attn.qkv.bias") and _has(wanted, ".attn.q_bias"),
+        _split_qkv_bias,
+    ),
+    (
+        lambda names, wanted: _has(names, ".attn.q_bias") and _has(wanted, ".attn.qkv.bias"),
+        _fuse_qkv_bias,
+    ),
 )

@@ -10,14 +10,19 @@ from torch import Tensor
 
 
 def interpolate_rel_pos_bias(
-    table: Tensor, src_window: int | tuple[int, int], dst_window: int | tuple[int, int], num_extra: int = 3
+    table: Tensor,
+    src_window: int | tuple[int, int],
+    dst_window: int | tuple[int, int],
+    num_extra: int = 3,
 ) -> Tensor:
-    """Resizes a relative position table for another window (spec ConMIM 6.2, BEiT's geometric positions).
+    """Resizes a relative position table for another window (spec ConMIM 6.2, BEiT's geometric
+    positions).
 
-    `table` is [(2 h - 1) (2 w - 1) + num_extra, heads] for a window of h x w patches; an int means a square. Along each
-    axis the rows are put at the geometrically spaced `source_coordinates`, a not-a-knot cubic spline (of lower degree
-    through fewer than four points) is laid through them in float64, and read at the whole offsets of the new window,
-    clamped to the source's range. The last `num_extra` rows are copied. Returns the table's dtype.
+    `table` is [(2 h - 1) (2 w - 1) + num_extra, heads] for a window of h x w patches; an int means
+    a square. Along each axis the rows are put at the geometrically spaced `source_coordinates`, a
+    not-a-knot cubic spline (of lower degree through fewer than four points) is laid through them in
+    float64, and read at the whole offsets of the new window, clamped to the source's range. The
+    last `num_extra` rows are copied. Returns the table's dtype.
     """
     src, dst = _pair(src_window), _pair(dst_window)
     if src == dst:
@@ -30,7 +35,8 @@ def interpolate_rel_pos_bias(
 
 
 def geometric_ratio(src_window: int, dst_window: int) -> float:
-    """Ratio q in [1.01, 1.5] for which 1 + q + q^2 + ..., src_window - 1 terms, comes nearest to dst_window - 1.
+    """Ratio q in [1.01, 1.5] for which 1 + q + q^2 + ..., src_window - 1 terms, comes nearest to
+    dst_window - 1.
 
     The last midpoint of a bisection down to 1e-6, as published.
     """
@@ -50,16 +56,22 @@ def source_coordinates(src_window: int, ratio: float) -> np.ndarray:
     return np.concatenate([-positive[::-1], [0.0], positive])
 
 
-def interpolate_pos_embed(pos_embed: Tensor, dst_grid: int | tuple[int, int], num_prefix: int) -> Tensor:
-    """Resizes absolute positions [1, num_prefix + g * g, C] to a grid of patches, bicubic (spec ConMIM 6.3).
+def interpolate_pos_embed(
+    pos_embed: Tensor, dst_grid: int | tuple[int, int], num_prefix: int
+) -> Tensor:
+    """Resizes absolute positions [1, num_prefix + g * g, C] to a grid of patches, bicubic (spec
+    ConMIM 6.3).
 
-    The prefix rows (class token) are copied. Returns [1, num_prefix + dst_h * dst_w, C] in the dtype of `pos_embed`.
+    The prefix rows (class token) are copied. Returns [1, num_prefix + dst_h * dst_w, C] in the
+    dtype of `pos_embed`.
     """
     dst = _pair(dst_grid)
     prefix, patches = pos_embed.detach().split([num_prefix, pos_embed.shape[1] - num_prefix], dim=1)
     side = math.isqrt(patches.shape[1])
     if side**2 != patches.shape[1]:
-        raise ValueError(f"pos_embed of {patches.shape[1]} patches is not of a square grid and cannot be resized")
+        raise ValueError(
+            f"pos_embed of {patches.shape[1]} patches is not of a square grid and cannot be resized"
+        )
     if dst == (side, side):
         return pos_embed
     grid = patches.float().transpose(1, 2).unflatten(2, (side, side))
@@ -72,9 +84,12 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def resample(values: np.ndarray, axis: int, src_window: int, dst_window: int) -> np.ndarray:
-    """One axis of offsets, 2 * src_window - 1, read at those of another window; linear in `values`."""
+    """One axis of offsets, 2 * src_window - 1, read at those of another window; linear in
+    `values`."""
     if src_window == dst_window:
         return values
     coordinates = source_coordinates(src_window, geometric_ratio(src_window, dst_window))
     targets = np.arange(1 - dst_window, dst_window).clip(coordinates[0], coordinates[-1])
-    return make_interp_spline(coordinates, values, k=min(3, len(coordinates) - 1), axis=axis)(targets)
+    return make_interp_spline(coordinates, values, k=min(3, len(coordinates) - 1), axis=axis)(
+        targets
+    )

@@ -29,7 +29,14 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     stage_flags = {"pretrain": _pretrain_flags, "finetune": _finetune_flags}
-    for add in (_model_flags, add_data_flags, add_optimizer_flags, stage_flags[stage], add_engine_flags, add_run_flags):
+    for add in (
+        _model_flags,
+        add_data_flags,
+        add_optimizer_flags,
+        stage_flags[stage],
+        add_engine_flags,
+        add_run_flags,
+    ):
         add(parser, stage)
     group = parser.add_argument_group("published flags without effect")
     for name in LEFTOVERS[stage]:
@@ -48,21 +55,36 @@ class _Rate(argparse.Action):
 
 def _switch(group, name: str, off: str, *, default: bool | None = True, help: str) -> None:
     group.add_argument(f"--{name}", dest=name, action="store_true", default=default, help=help)
-    group.add_argument(f"--{off}", dest=name, action="store_false", default=default, help=f"switches --{name} off")
+    group.add_argument(
+        f"--{off}", dest=name, action="store_false", default=default, help=f"switches --{name} off"
+    )
 
 
 def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group = parser.add_argument_group("model")
     name = {"pretrain": "conmim_base_patch16_224", "finetune": "beit_base_patch16_224"}[stage]
     group.add_argument("--model", default=name, help="a registered model; --list_models shows them")
-    group.add_argument("--list_models", action="store_true", help="print the registered models and exit")
-    group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
-    group.add_argument("--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own")
     group.add_argument(
-        "--model_kwargs", nargs="*", default=[], metavar="K=V", help="any constructor option of the model"
+        "--list_models", action="store_true", help="print the registered models and exit"
     )
     group.add_argument(
-        "--layer_scale_init_value", type=float, default=None, help="0 disables layer scale; None: the model's own"
+        "--input_size", type=int, default=None, help="image side in pixels; None is the model's own"
+    )
+    group.add_argument(
+        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
+    )
+    group.add_argument(
+        "--model_kwargs",
+        nargs="*",
+        default=[],
+        metavar="K=V",
+        help="any constructor option of the model",
+    )
+    group.add_argument(
+        "--layer_scale_init_value",
+        type=float,
+        default=None,
+        help="0 disables layer scale; None: the model's own",
     )
     group.add_argument("--drop_path", type=float, default={"pretrain": 0.0, "finetune": 0.1}[stage])
     group.add_argument("--abs_pos_emb", action="store_true", help="learned absolute positions")
@@ -71,9 +93,16 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         group, "rel_pos_bias", "disable_rel_pos_bias", default=None,
         help=f"relative position bias, {placement}; None: the model's own",
     )  # fmt: skip
-    group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel; flex: GPUs only")
     group.add_argument(
-        "--grad_checkpointing", action="store_true", help="recompute activations: less memory, 1.3x time"
+        "--attn",
+        choices=ATTENTION_KERNELS,
+        default="auto",
+        help="attention kernel; flex: GPUs only",
+    )
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="recompute activations: less memory, 1.3x time",
     )
     group.add_argument(
         "--recompute_gelu", choices=("auto", "on", "off"), default="auto",
@@ -107,17 +136,27 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             help="range of brightness, contrast and saturation of the whole picture, before the crop; BEiT: 0.4",
         )  # fmt: skip
         group.add_argument(
-            "--data_pipeline", choices=("fast", "reference"), default="fast", help="reference: PIL, as published"
+            "--data_pipeline",
+            choices=("fast", "reference"),
+            default="fast",
+            help="reference: PIL, as published",
         )
         return
     group.add_argument(
-        "--eval_data_path", default=None, help="validation folder, where --data_path holds only training images"
+        "--eval_data_path",
+        default=None,
+        help="validation folder, where --data_path holds only training images",
     )
     if stage == "analysis":
         return
-    group.add_argument("--nb_classes", type=int, default=None, help="number of classes; None is the data set's")
     group.add_argument(
-        "--label_fraction", type=float, default=1.0, help="train on this share of each class, the first ones"
+        "--nb_classes", type=int, default=None, help="number of classes; None is the data set's"
+    )
+    group.add_argument(
+        "--label_fraction",
+        type=float,
+        default=1.0,
+        help="train on this share of each class, the first ones",
     )
 
 
@@ -130,50 +169,87 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num_workers", type=int, default=10)
     _switch(group, "pin_mem", "no_pin_mem", help="pinned host memory for faster copies to a GPU")
     group.add_argument(
-        "--max_bad_images", type=int, default=100, help="unreadable images that are replaced before the run stops"
+        "--max_bad_images",
+        type=int,
+        default=100,
+        help="unreadable images that are replaced before the run stops",
     )
-    group.add_argument("--strict_data", action="store_true", help="stop at the first unreadable image")
+    group.add_argument(
+        "--strict_data", action="store_true", help="stop at the first unreadable image"
+    )
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     """Batch, optimizer and schedules."""
     pretrain = stage == "pretrain"
     group = parser.add_argument_group("optimizer and schedule")
-    group.add_argument("--batch_size", type=int, default=64, help="images per process and micro-step")
     group.add_argument(
-        "--update_freq", type=int, default=1, help="micro-steps per optimizer step (gradient accumulation)"
+        "--batch_size", type=int, default=64, help="images per process and micro-step"
+    )
+    group.add_argument(
+        "--update_freq",
+        type=int,
+        default=1,
+        help="micro-steps per optimizer step (gradient accumulation)",
     )
     group.add_argument("--epochs", type=int, default=300 if pretrain else 30)
     group.add_argument("--opt", default="adamw", help="adamw, sgd, lamb, lars, ... (timm's names)")
     group.add_argument("--opt_eps", type=float, default=1e-8)
     group.add_argument(
-        "--opt_betas", type=float, nargs="+", default=(0.9, 0.98) if pretrain else None, help="None: the optimizer's"
+        "--opt_betas",
+        type=float,
+        nargs="+",
+        default=(0.9, 0.98) if pretrain else None,
+        help="None: the optimizer's",
     )
     group.add_argument("--momentum", type=float, default=0.9, help="of SGD's family")
     group.add_argument(
-        "--clip_grad", type=float, default=None, help="largest 2-norm of the gradients; None: no clipping"
+        "--clip_grad",
+        type=float,
+        default=None,
+        help="largest 2-norm of the gradients; None: no clipping",
     )
     group.add_argument("--weight_decay", type=float, default=0.05)
-    group.add_argument("--weight_decay_end", type=float, default=None, help="cosine to this value; None: constant")
     group.add_argument(
-        "--lr", type=float, default=5e-4, action=_Rate, help="peak learning rate, not scaled by the batch size"
+        "--weight_decay_end", type=float, default=None, help="cosine to this value; None: constant"
     )
     group.add_argument(
-        "--blr", type=float, default=None, action=_Rate, help="in place of --lr: the peak for 256 images a step"
+        "--lr",
+        type=float,
+        default=5e-4,
+        action=_Rate,
+        help="peak learning rate, not scaled by the batch size",
+    )
+    group.add_argument(
+        "--blr",
+        type=float,
+        default=None,
+        action=_Rate,
+        help="in place of --lr: the peak for 256 images a step",
     )
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="cosine",
         help="mae: its warm-up reaches the peak one step later, as in MAE's code; the others are A2MIM's",
     )  # fmt: skip
-    group.add_argument("--lr_steps", type=int, nargs="*", default=(), help="of --lr_schedule step: epochs of its steps")
-    group.add_argument("--lr_gamma", type=float, default=0.1, help="of --lr_schedule step: factor of each step")
+    group.add_argument(
+        "--lr_steps",
+        type=int,
+        nargs="*",
+        default=(),
+        help="of --lr_schedule step: epochs of its steps",
+    )
+    group.add_argument(
+        "--lr_gamma", type=float, default=0.1, help="of --lr_schedule step: factor of each step"
+    )
     group.add_argument(
         "--warmup_ratio", type=float, default=0.0,
         help="of --lr_schedule step, cosine_iters, cosine_epochs: what share of the rate the warm-up begins with",
     )  # fmt: skip
     group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
     group.add_argument("--warmup_epochs", type=int, default=5)
-    group.add_argument("--warmup_steps", type=int, default=-1, help="overrides --warmup_epochs if positive")
+    group.add_argument(
+        "--warmup_steps", type=int, default=-1, help="overrides --warmup_epochs if positive"
+    )
     if not pretrain:
         group.add_argument("--layer_decay", type=float, default=0.9)
         group.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
@@ -184,10 +260,16 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--mask_type", choices=("block", "random_mps32", "random"), default="block")
     group.add_argument("--mask_ratio", type=float, default=0.75, help="of random and random_mps32")
     group.add_argument(
-        "--mask_patch_size", type=int, default=None, help="random_mps32: cell side in pixels; None: two patches"
+        "--mask_patch_size",
+        type=int,
+        default=None,
+        help="random_mps32: cell side in pixels; None: two patches",
     )
     group.add_argument(
-        "--num_mask_patches", type=int, default=None, help="block: patches to mask; None: 75 of 196, scaled"
+        "--num_mask_patches",
+        type=int,
+        default=None,
+        help="block: patches to mask; None: 75 of 196, scaled",
     )
     group.add_argument("--max_mask_patches_per_block", type=int, default=None)
     group.add_argument("--min_mask_patches_per_block", type=int, default=16)
@@ -199,23 +281,43 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group = parser.add_argument_group("ConMIM; None: the model's own")
     group.add_argument("--temp", type=float, default=None, help="temperature of the contrast")
     group.add_argument(
-        "--t_momentum", type=float, default=None, help="teacher momentum at the first step; 1 at the last"
+        "--t_momentum",
+        type=float,
+        default=None,
+        help="teacher momentum at the first step; 1 at the last",
     )
     group = parser.add_argument_group("MAE and SemMAE; None: the model's own")
-    _switch(group, "norm_pix_loss", "no_norm_pix_loss", default=None, help="predict each patch normalised by itself")
+    _switch(
+        group,
+        "norm_pix_loss",
+        "no_norm_pix_loss",
+        default=None,
+        help="predict each patch normalised by itself",
+    )
     group.add_argument(
-        "--part_maps", default=None, metavar="PATH", help="folder, zip or array of the images' part maps"
+        "--part_maps",
+        default=None,
+        metavar="PATH",
+        help="folder, zip or array of the images' part maps",
     )
     group.add_argument(
         "--part_source", choices=("maps", "attention_heads", "kmeans", "random"), default="maps",
         help="maps: any that --part_maps holds; attention_heads, kmeans: maps of that kind; random: without meaning",
     )  # fmt: skip
-    group.add_argument("--num_parts", type=int, default=None, help="number of parts, the background among them")
     group.add_argument(
-        "--mask_lambda", type=float, default=None, help="constant: 1 a share of each part, 0 whole parts"
+        "--num_parts", type=int, default=None, help="number of parts, the background among them"
     )
     group.add_argument(
-        "--mask_lambda_power", type=float, default=None, help="from shares to whole parts: 1 - t ** POWER"
+        "--mask_lambda",
+        type=float,
+        default=None,
+        help="constant: 1 a share of each part, 0 whole parts",
+    )
+    group.add_argument(
+        "--mask_lambda_power",
+        type=float,
+        default=None,
+        help="from shares to whole parts: 1 - t ** POWER",
     )
     _semaim_flags(parser)
 
@@ -227,10 +329,18 @@ def _semanticmim_flags(parser: argparse.ArgumentParser) -> None:
         help="DALL-E's encoder, which gives the visual words: OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
     )  # fmt: skip
     group.add_argument(
-        "--second_input_size", type=int, default=None, help="side of its pictures; None: one word for each patch"
+        "--second_input_size",
+        type=int,
+        default=None,
+        help="side of its pictures; None: one word for each patch",
     )
     group.add_argument("--second_interpolation", choices=INTERPOLATIONS, default="lanczos")
-    group.add_argument("--num_cls_tokens", type=int, default=None, help="class tokens, through which all has to pass")
+    group.add_argument(
+        "--num_cls_tokens",
+        type=int,
+        default=None,
+        help="class tokens, through which all has to pass",
+    )
     _switch(
         group, "use_bottleneck", "no_bottleneck", default=None,
         help="mask tokens see class tokens only; without, SemanticMIM's baseline",
@@ -248,12 +358,26 @@ def _semaim_flags(parser: argparse.ArgumentParser) -> None:
         help="the map that an attention order follows: similarity to the class token or the mean, or self-attention",
     )  # fmt: skip
     group.add_argument(
-        "--order_precision", choices=("fp32", "auto"), default=None, help="of the pass for the map; auto: --precision"
+        "--order_precision",
+        choices=("fp32", "auto"),
+        default=None,
+        help="of the pass for the map; auto: --precision",
     )
     group.add_argument("--query_depth", type=int, default=None, help="blocks of the query stream")
-    _switch(group, "share_weight", "no_share_weight", default=None, help="encoder blocks serve as query blocks")
+    _switch(
+        group,
+        "share_weight",
+        "no_share_weight",
+        default=None,
+        help="encoder blocks serve as query blocks",
+    )
     group.add_argument("--prediction_head_type", choices=("MLP", "LINEAR"), default=None)
-    group.add_argument("--gaussian_kernel_size", type=int, default=None, help="of the blur of the pixels to predict")
+    group.add_argument(
+        "--gaussian_kernel_size",
+        type=int,
+        default=None,
+        help="of the blur of the pixels to predict",
+    )
     group.add_argument("--gaussian_sigma", type=float, default=None)
     group.add_argument("--loss_type", choices=("L1", "L2"), default=None, help="of pixels")
     group.add_argument(
@@ -261,25 +385,45 @@ def _semaim_flags(parser: argparse.ArgumentParser) -> None:
         help="in place of pixels: features of the network, of its average, of a DINO or a CLIP model",
     )  # fmt: skip
     group.add_argument(
-        "--target_model", default=None, metavar="PATH", help="the DINO or CLIP model: a file, or timm's name of it"
+        "--target_model",
+        default=None,
+        metavar="PATH",
+        help="the DINO or CLIP model: a file, or timm's name of it",
     )
     group.add_argument(
-        "--target_precision", choices=TARGET_PRECISIONS, default=None, help="of that model; auto: --precision"
+        "--target_precision",
+        choices=TARGET_PRECISIONS,
+        default=None,
+        help="of that model; auto: --precision",
     )
     group.add_argument(
         "--target_mean_std", choices=("images", "own"), default="images",
         help="what that model's images are normalised by: as all images, which is as published, or by its own values",
     )  # fmt: skip
-    _switch(group, "use_ema_model", "no_use_ema_model", default=None, help="keep an average, which gives the map")
+    _switch(
+        group,
+        "use_ema_model",
+        "no_use_ema_model",
+        default=None,
+        help="keep an average, which gives the map",
+    )
 
 
 def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group = parser.add_argument_group("starting point")
-    group.add_argument("--finetune", default="", help="pre-trained checkpoint: file or https address")
-    group.add_argument("--model_key", default="model|module", help="where the weights are in that file")
-    group.add_argument("--model_prefix", default="", help="prefix of the weights' names in that file")
+    group.add_argument(
+        "--finetune", default="", help="pre-trained checkpoint: file or https address"
+    )
+    group.add_argument(
+        "--model_key", default="model|module", help="where the weights are in that file"
+    )
+    group.add_argument(
+        "--model_prefix", default="", help="prefix of the weights' names in that file"
+    )
     group.add_argument("--init_scale", type=float, default=0.001, help="of the new head")
-    _switch(group, "use_mean_pooling", "use_cls", help="mean of patch tokens instead of the class token")
+    _switch(
+        group, "use_mean_pooling", "use_cls", help="mean of patch tokens instead of the class token"
+    )
     group = parser.add_argument_group("regularisation")
     group.add_argument("--drop", type=float, default=0.0)
     group.add_argument("--attn_drop_rate", type=float, default=0.0)
@@ -289,7 +433,11 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         help="binary cross entropy, summed over the classes, in place of softmax's",
     )  # fmt: skip
     group.add_argument("--color_jitter", type=float, default=0.4, help="only with an empty --aa")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help='RandAugment or AutoAugment policy; "" for none')
+    group.add_argument(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        help='RandAugment or AutoAugment policy; "" for none',
+    )
     group.add_argument("--reprob", type=float, default=0.25, help="random erasing")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
     group.add_argument("--recount", type=int, default=1)
@@ -298,7 +446,9 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         help="repeated augmentation: each image N times in a step, so that an epoch shows one in N",
     )  # fmt: skip
     group.add_argument(
-        "--no_aug", action="store_true", help="no crop, flip, --aa, --color_jitter, --reprob: images as for evaluation"
+        "--no_aug",
+        action="store_true",
+        help="no crop, flip, --aa, --color_jitter, --reprob: images as for evaluation",
     )
     group.add_argument("--mixup", type=float, default=0.0)
     group.add_argument("--cutmix", type=float, default=0.0)
@@ -306,36 +456,59 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--mixup_prob", type=float, default=1.0)
     group.add_argument("--mixup_switch_prob", type=float, default=0.5)
     group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
-    _switch(group, "model_ema", "no_model_ema", default=False, help="keep and evaluate an average of the weights")
+    _switch(
+        group,
+        "model_ema",
+        "no_model_ema",
+        default=False,
+        help="keep and evaluate an average of the weights",
+    )
     group.add_argument("--model_ema_decay", type=float, default=0.9999)
     group.add_argument(
-        "--model_ema_warmup_epochs", type=int, default=0, help="epochs in which the decay rises, from nine tenths"
+        "--model_ema_warmup_epochs",
+        type=int,
+        default=0,
+        help="epochs in which the decay rises, from nine tenths",
     )
     group.add_argument("--model_ema_force_cpu", action="store_true")
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and exit")
+    group.add_argument(
+        "--eval", action="store_true", help="evaluate --resume (or --finetune) and exit"
+    )
     _switch(group, "dist_eval", "no_dist_eval", help="share the validation images among processes")
     group.add_argument("--disable_eval_during_finetuning", action="store_true")
     group.add_argument("--crop_pct", type=float, default=None)
     group.add_argument(
-        "--eval_input_size", type=int, default=None, help="side of validation images; None: that of training images"
+        "--eval_input_size",
+        type=int,
+        default=None,
+        help="side of validation images; None: that of training images",
     )
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Device, precision and the processes: all that a script without training needs of the engine."""
+    """Device, precision and the processes: all that a script without training needs of the
+    engine."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--device", default="cuda", help="cuda (falls back to cpu where there is none) or cpu")
+    group.add_argument(
+        "--device", default="cuda", help="cuda (falls back to cpu where there is none) or cpu"
+    )
     group.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
         help="auto: bf16 where the hardware has it",
     )
-    group.add_argument("--dist_on_itp", action="store_true", help="read the process's place from OpenMPI")
+    group.add_argument(
+        "--dist_on_itp", action="store_true", help="read the process's place from OpenMPI"
+    )
     group.add_argument("--dist_url", default="env://")
     group.add_argument(
-        "--dist_timeout", type=float, default=60.0, metavar="MINUTES", help="how long a process waits for the others"
+        "--dist_timeout",
+        type=float,
+        default=60.0,
+        metavar="MINUTES",
+        help="how long a process waits for the others",
     )
     group.add_argument("--world_size", type=int, default=1, help=argparse.SUPPRESS)
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
@@ -351,14 +524,26 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default="auto",
         help="of float32 products and convolutions: high takes TF32 on a GPU; auto: high on a GPU, highest on a CPU",
     )
-    _switch(group, "sync_bn", "no_sync_bn", default=False, help="batch normalisation over the batches of all processes")
+    _switch(
+        group,
+        "sync_bn",
+        "no_sync_bn",
+        default=False,
+        help="batch normalisation over the batches of all processes",
+    )
     group.add_argument("--enable_deepspeed", action="store_true")
     group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)
     group.add_argument(
-        "--deepspeed_config", default=None, metavar="FILE.json", help="overrides what the flags would generate"
+        "--deepspeed_config",
+        default=None,
+        metavar="FILE.json",
+        help="overrides what the flags would generate",
     )
     group.add_argument(
-        "--offload", choices=("optimizer",), default=None, help="keep the optimizer's state and step on the host"
+        "--offload",
+        choices=("optimizer",),
+        default=None,
+        help="keep the optimizer's state and step on the host",
     )
     group.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     group.add_argument(
@@ -381,7 +566,12 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     """Output, log, checkpoints and resuming."""
     group = parser.add_argument_group("run")
     add_recipe_flag(group)
-    group.add_argument("--config", default=None, metavar="FILE.yaml", help="flag values; flags on the command line win")
+    group.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE.yaml",
+        help="flag values; flags on the command line win",
+    )
     group.add_argument("--output_dir", default="", help="empty: nothing is saved")
     group.add_argument("--log_dir", default=None, help="tensorboard folder")
     group.add_argument("--wandb", default=None, metavar="PROJECT")
@@ -395,13 +585,27 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     if stage == "pretrain":
         group.add_argument(
-            "--resume_copy", default="", help="published checkpoint_copy-*.pth: the teacher that belongs to --resume"
+            "--resume_copy",
+            default="",
+            help="published checkpoint_copy-*.pth: the teacher that belongs to --resume",
         )
-    _switch(group, "auto_resume", "no_auto_resume", help="go on from the newest whole checkpoint in --output_dir")
+    _switch(
+        group,
+        "auto_resume",
+        "no_auto_resume",
+        help="go on from the newest whole checkpoint in --output_dir",
+    )
     _switch(group, "save_ckpt", "no_save_ckpt", help="save checkpoints")
     group.add_argument("--save_ckpt_freq", type=int, default=20, help="epochs between checkpoints")
     group.add_argument(
-        "--save_ckpt_steps", type=int, default=0, help="optimizer steps between checkpoints within an epoch; 0: none"
+        "--save_ckpt_steps",
+        type=int,
+        default=0,
+        help="optimizer steps between checkpoints within an epoch; 0: none",
     )
-    group.add_argument("--keep_checkpoints", type=int, default=None, metavar="K", help="keep the last K; None: all")
-    group.add_argument("--dry_run", action="store_true", help="check the flags, print the configuration and exit")
+    group.add_argument(
+        "--keep_checkpoints", type=int, default=None, metavar="K", help="keep the last K; None: all"
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="check the flags, print the configuration and exit"
+    )

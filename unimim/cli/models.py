@@ -44,12 +44,15 @@ def build_method(args: Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
     method = create_model(args.model, **{**given(flags), **model_kwargs(args)})
     if not hasattr(method, "views"):
-        raise ValueError(f"--model {args.model} is a classifier, not a pre-training method: see --list_models")
+        raise ValueError(
+            f"--model {args.model} is a classifier, not a pre-training method: see --list_models"
+        )
     return method
 
 
 def takes_words(args: Namespace) -> bool:
-    """Whether the method predicts visual words; published commands of others name a tokenizer too."""
+    """Whether the method predicts visual words; published commands of others name a tokenizer
+    too."""
     return "discrete_vae_weight_path" in options_of(args.model)
 
 
@@ -74,7 +77,8 @@ def build_classifier(args: Namespace) -> nn.Module:
 
 
 def weights_class_tokens(args: Namespace) -> int | None:
-    """How many class tokens the model must have for the weights that it will get; None: its own number."""
+    """How many class tokens the model must have for the weights that it will get; None: its own
+    number."""
     if args.resume:
         return class_tokens(args.resume)
     if args.finetune:

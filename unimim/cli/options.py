@@ -20,7 +20,8 @@ from unimim.recipes import Recipe, by_name, names_for, recipe_for
 
 
 def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line with recipe and config file as defaults. Exits with argparse's message on bad flags."""
+    """Reads the command line with recipe and config file as defaults. Exits with argparse's message
+    on bad flags."""
     parser = build_parser(stage)
     first, _ = parser.parse_known_args(argv)
     if first.list_models:
@@ -32,7 +33,9 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         recipe = named_recipe(first.recipe, stage) or recipe_for(first.model, stage)
         parser.set_defaults(**{**(recipe_values(recipe, parser) if recipe else {}), **overlay})
         args = parser.parse_args(argv)
-        adapt_defaults(args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None)
+        adapt_defaults(
+            args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None
+        )
         validate(args)
     except ValueError as error:
         parser.error(str(error))
@@ -47,10 +50,11 @@ def parse_flags(
     *checks: Callable[[argparse.Namespace], None],
     stage: str | None = None,
 ) -> argparse.Namespace:
-    """Of a script whose model has no recipe by itself: defaults < --recipe < --config < command line, then the checks.
+    """Of a script whose model has no recipe by itself: defaults < --recipe < --config < command
+    line, then the checks.
 
-    `stage` is that of the recipes which --recipe may name, None without that flag. Exits with argparse's message on bad
-    flags.
+    `stage` is that of the recipes which --recipe may name, None without that flag. Exits with
+    argparse's message on bad flags.
     """
     config = parser.parse_known_args(argv)[0].config
     try:
@@ -79,7 +83,8 @@ def named_recipe(name: str | None, stage: str) -> Recipe | None:
 
 
 def recipe_values(recipe: Recipe, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The values that the recipe's model and flags have for this parser, as if they stood on the command line."""
+    """The values that the recipe's model and flags have for this parser, as if they stood on the
+    command line."""
     bare = copy.deepcopy(parser)
     bare._defaults.clear()
     for action in bare._actions:
@@ -99,15 +104,22 @@ def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
 
 
 def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) -> None:
-    """Defaults that do not fit what was asked for give way; what the user gave stays, and may be refused later."""
-    if "layer_decay" in args and not has_recipe and is_of_timm(args.model):  # they are for ViTs, few networks take them
+    """Defaults that do not fit what was asked for give way; what the user gave stays, and may be
+    refused later."""
+    if (
+        "layer_decay" in args and not has_recipe and is_of_timm(args.model)
+    ):  # they are for ViTs, few networks take them
         args.layer_decay = args.layer_decay if "layer_decay" in given else 1.0
         args.drop_path = args.drop_path if "drop_path" in given else 0.0
     if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
         args.warmup_epochs = args.epochs // 5
     if "eval_input_size" in args and "input_size" in given and "eval_input_size" not in given:
         args.eval_input_size = None
-    if "opt_betas" not in given and args.opt_betas is not None and not takes_betas(args.opt, len(args.opt_betas)):
+    if (
+        "opt_betas" not in given
+        and args.opt_betas is not None
+        and not takes_betas(args.opt, len(args.opt_betas))
+    ):
         args.opt_betas = None
 
 
@@ -125,23 +137,41 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         values = {"lr": None, "blr": None} | values
     known = {action.dest for action in parser._actions}
     if unknown := values.keys() - known:
-        raise ValueError(f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}"
+        )
     for action in parser._actions:  # argparse checks types of defaults, not choices
-        if action.choices and values.get(action.dest, action.default) not in (*action.choices, action.default):
-            raise ValueError(f"--config {path}: --{action.dest} is not one of {', '.join(map(str, action.choices))}")
+        if action.choices and values.get(action.dest, action.default) not in (
+            *action.choices,
+            action.default,
+        ):
+            raise ValueError(
+                f"--config {path}: --{action.dest} is not one of {', '.join(map(str, action.choices))}"
+            )
     return values
 
 
 def validate(args: argparse.Namespace) -> None:
     """Combinations that cannot work, each refused in one sentence."""
-    for name in ("batch_size", "update_freq", "epochs", "log_every", "save_ckpt_freq", "aug_repeats"):
+    for name in (
+        "batch_size",
+        "update_freq",
+        "epochs",
+        "log_every",
+        "save_ckpt_freq",
+        "aug_repeats",
+    ):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.enable_deepspeed and not args.output_dir and args.save_ckpt:
-        raise ValueError("--enable_deepspeed writes its configuration and checkpoints: give --output_dir")
+        raise ValueError(
+            "--enable_deepspeed writes its configuration and checkpoints: give --output_dir"
+        )
     separate = getattr(args, "separate_mask_ratio", None)
     if separate is not None and (not 0 < separate < 1 or args.mask_type == "block"):
-        raise ValueError(f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random --mask_type")
+        raise ValueError(
+            f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random --mask_type"
+        )
     for name in ("deepspeed_config", "offload"):
         if getattr(args, name) and not args.enable_deepspeed:
             raise ValueError(f"--{name} needs --enable_deepspeed")
@@ -150,15 +180,27 @@ def validate(args: argparse.Namespace) -> None:
     if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
         raise ValueError(f"--keep_checkpoints must be at least 1, not {args.keep_checkpoints}")
     if getattr(args, "lr_schedule", "") == "step" and not args.lr_steps:
-        raise ValueError("--lr_schedule step needs --lr_steps, the epochs after which the rate falls")
-    mixing = getattr(args, "mixup", 0) or getattr(args, "cutmix", 0) or getattr(args, "cutmix_minmax", None)
+        raise ValueError(
+            "--lr_schedule step needs --lr_steps, the epochs after which the rate falls"
+        )
+    mixing = (
+        getattr(args, "mixup", 0)
+        or getattr(args, "cutmix", 0)
+        or getattr(args, "cutmix_minmax", None)
+    )
     if mixing and args.batch_size % 2:
-        raise ValueError(f"--mixup and --cutmix pair images up: --batch_size must be even, not {args.batch_size}")
+        raise ValueError(
+            f"--mixup and --cutmix pair images up: --batch_size must be even, not {args.batch_size}"
+        )
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
-    options = {name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name) is not None}
+    options = {
+        name: getattr(args, name)
+        for name in ("input_size", "patch_size")
+        if getattr(args, name) is not None
+    }
     for item in args.model_kwargs:
         key, equals, value = item.partition("=")
         if not equals:
@@ -181,23 +223,29 @@ def resolve_lr(args: argparse.Namespace) -> None:
 
 
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
-    """Settles --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only sometimes faster)."""
+    """Settles --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only
+    sometimes faster)."""
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" and has_bf16() else "fp32"
 
 
 def resolve_matmul_precision(args: argparse.Namespace, device: torch.device) -> str:
-    """Settles --matmul_precision auto. Scripts without training do not have the flag: they stay exact."""
+    """Settles --matmul_precision auto. Scripts without training do not have the flag: they stay
+    exact."""
     if getattr(args, "matmul_precision", "highest") == "auto":
         args.matmul_precision = "high" if device.type == "cuda" else "highest"
     return getattr(args, "matmul_precision", "highest")
 
 
 def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
-    """Prints the recipe and the derived quantities, and saves the whole configuration as config.yaml."""
+    """Prints the recipe and the derived quantities, and saves the whole configuration as
+    config.yaml."""
     for name in LEFTOVERS["pretrain"] + LEFTOVERS["finetune"]:
         if getattr(args, name, None):
-            log.info("--%s is accepted for old commands' sake and has no effect, as in the published code", name)
+            log.info(
+                "--%s is accepted for old commands' sake and has no effect, as in the published code",
+                name,
+            )
     others = getattr(args, "other_recipes", ())
     choose = f"; --recipe takes for this model also {', '.join(others)}" if others else ""
     log.info("recipe: %s%s", args.recipe or "none, the flags' defaults", choose)
@@ -205,12 +253,23 @@ def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
         log.info("  %-22s %s", name, value)
     if args.output_dir and args.rank == 0:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_text(Path(args.output_dir) / "config.yaml", yaml.safe_dump(as_config(args), sort_keys=True))
+        write_text(
+            Path(args.output_dir) / "config.yaml", yaml.safe_dump(as_config(args), sort_keys=True)
+        )
 
 
 def as_config(args: argparse.Namespace) -> dict[str, Any]:
     """The effective configuration in plain types; it can be given to --config again."""
-    skipped = {"rank", "world_size", "local_rank", "config", "dry_run", "list_models", "deepspeed", "other_recipes"}
+    skipped = {
+        "rank",
+        "world_size",
+        "local_rank",
+        "config",
+        "dry_run",
+        "list_models",
+        "deepspeed",
+        "other_recipes",
+    }
     leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
     values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -229,15 +288,23 @@ def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
 def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
     """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
     warmup = warmup_steps(args, steps_per_epoch)
-    scaled = f"--blr {args.blr:g} x {effective_batch(args)} / 256" if args.blr else "not scaled by the batch size"
+    scaled = (
+        f"--blr {args.blr:g} x {effective_batch(args)} / 256"
+        if args.blr
+        else "not scaled by the batch size"
+    )
     falls = f"cosine to {args.min_lr:g}"
     if args.lr_schedule == "step":
-        falls = f"times {args.lr_gamma:g} after epochs {', '.join(map(str, args.lr_steps)) or 'none'}"
+        falls = (
+            f"times {args.lr_gamma:g} after epochs {', '.join(map(str, args.lr_steps)) or 'none'}"
+        )
     return {
         "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = {effective_batch(args)}",
         "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
         "lr": f"0 -> {args.lr:g} in {warmup} steps, {falls}; {scaled}",
         "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",
         "precision": args.precision,
-        "float32 products": {"high": "in TF32", "highest": "exact"}[getattr(args, "matmul_precision", "highest")],
+        "float32 products": {"high": "in TF32", "highest": "exact"}[
+            getattr(args, "matmul_precision", "highest")
+        ],
     }

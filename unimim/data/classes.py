@@ -17,10 +17,13 @@ def settle_size(args: Namespace) -> None:
 
 @torch.no_grad()
 def check_eval_size(args: Namespace, model: nn.Module) -> None:
-    """ValueError now, not after the first epoch: the network does not take images of --eval_input_size."""
+    """ValueError now, not after the first epoch: the network does not take images of
+    --eval_input_size."""
     size = args.eval_input_size
     if size not in (None, args.input_size):
-        with refused(f"--eval_input_size {size}: --model {args.model} is for --input_size {args.input_size}"):
+        with refused(
+            f"--eval_input_size {size}: --model {args.model} is for --input_size {args.input_size}"
+        ):
             model.eval()(torch.zeros(1, 3, *to_pair(size)))
         model.train()
 
@@ -31,4 +34,6 @@ def settle_classes(args: Namespace, dataset) -> None:
     if args.nb_classes is None:
         args.nb_classes = found
     if found > args.nb_classes:
-        raise ValueError(f"--nb_classes {args.nb_classes} is too few: the data set has {found} classes")
+        raise ValueError(
+            f"--nb_classes {args.nb_classes} is too few: the data set has {found} classes"
+        )

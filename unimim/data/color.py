@@ -11,7 +11,12 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 JITTER_PROBABILITY = 0.8
-JITTER_RANGES = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+JITTER_RANGES = {
+    "brightness": (0.6, 1.4),
+    "contrast": (0.6, 1.4),
+    "saturation": (0.8, 1.2),
+    "hue": (-0.1, 0.1),
+}
 BEIT_JITTER = ("brightness", "contrast", "saturation")
 GREY_PROBABILITY = 0.2
 BLUR_PROBABILITY, BLUR_RADIUS = 0.1, (0.1, 2.0)
@@ -24,7 +29,8 @@ ROUND_DOWN = -0.4999  # OpenCV rounds where Pillow cuts off
 
 @dataclass(frozen=True)
 class ColourDraws:
-    """The strong view's photometric changes: jitter steps (name, factor) in their order, then the rest."""
+    """The strong view's photometric changes: jitter steps (name, factor) in their order, then the
+    rest."""
 
     jitter: tuple[tuple[str, float], ...]
     grey: bool
@@ -33,13 +39,17 @@ class ColourDraws:
 
 
 def draw_jitter(rng: np.random.Generator, strength: float) -> tuple[tuple[str, float], ...]:
-    """BEiT's: brightness, contrast and saturation in random order, always (specs/semanticmim.md 2.4)."""
+    """BEiT's: brightness, contrast and saturation in random order, always (specs/semanticmim.md
+    2.4)."""
     bounds = max(0.0, 1 - strength), 1 + strength
-    return tuple((BEIT_JITTER[step], _between(rng, bounds)) for step in rng.permutation(len(BEIT_JITTER)))
+    return tuple(
+        (BEIT_JITTER[step], _between(rng, bounds)) for step in rng.permutation(len(BEIT_JITTER))
+    )
 
 
 def draw_colour(rng: np.random.Generator) -> ColourDraws:
-    """Jitter in random order with probability 0.8, grey 0.2, Gaussian blur 0.1, solarise 0.2 (spec 2.1)."""
+    """Jitter in random order with probability 0.8, grey 0.2, Gaussian blur 0.1, solarise 0.2 (spec
+    2.1)."""
     jitter = ()
     if rng.random() < JITTER_PROBABILITY:
         names = list(JITTER_RANGES)
@@ -51,7 +61,9 @@ def draw_colour(rng: np.random.Generator) -> ColourDraws:
 
 
 def _between(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
-    return bounds[0] + (bounds[1] - bounds[0]) * rng.random()  # a quarter of the time of rng.uniform
+    return (
+        bounds[0] + (bounds[1] - bounds[0]) * rng.random()
+    )  # a quarter of the time of rng.uniform
 
 
 def reference_jitter(image: Image.Image, steps: tuple[tuple[str, float], ...]) -> Image.Image:
@@ -71,7 +83,8 @@ def reference_colour(image: Image.Image, draws: ColourDraws) -> Image.Image:
 
 
 def _reference_hue(image: Image.Image, shift: float) -> Image.Image:
-    """Turn the hue by `shift` of a full circle, in Pillow's 8-bit HSV (torchvision's definition)."""
+    """Turn the hue by `shift` of a full circle, in Pillow's 8-bit HSV (torchvision's
+    definition)."""
     hue, saturation, value = image.convert("HSV").split()
     turned = np.asarray(hue) + np.uint8(_hue_steps(shift))
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
@@ -98,20 +111,27 @@ def fast_colour(planes: np.ndarray, draws: ColourDraws) -> np.ndarray:
         planes = np.stack([_grey(planes)] * 3)
     if draws.blur_radius is not None:
         planes = _blur(planes, draws.blur_radius)
-    return np.minimum(planes, 255 - planes) if draws.solarise else planes  # 128 is the middle: the darker of the two
+    return (
+        np.minimum(planes, 255 - planes) if draws.solarise else planes
+    )  # 128 is the middle: the darker of the two
 
 
 def _grey(planes: np.ndarray) -> np.ndarray:
-    """Pillow's luma: 16-bit weights, rounded half up; every sum stays below 2**24, so float32 is exact."""
+    """Pillow's luma: 16-bit weights, rounded half up; every sum stays below 2**24, so float32 is
+    exact."""
     red, green, blue = planes
     luma = cv2.addWeighted(red, 19595, green, 38470, 32768, dtype=cv2.CV_32F)
-    return cv2.addWeighted(blue, 7471 / 65536, luma, 1 / 65536, 0, dtype=cv2.CV_32F).astype(np.uint8)
+    return cv2.addWeighted(blue, 7471 / 65536, luma, 1 / 65536, 0, dtype=cv2.CV_32F).astype(
+        np.uint8
+    )
 
 
 def _blend_level(planes: np.ndarray, level: int, factor: float) -> np.ndarray:
     """Pillow's blend with one grey level."""
     flat = planes.reshape(-1, planes.shape[-1])
-    return cv2.addWeighted(flat, factor, flat, 0, (1 - factor) * level + ROUND_DOWN).reshape(planes.shape)
+    return cv2.addWeighted(flat, factor, flat, 0, (1 - factor) * level + ROUND_DOWN).reshape(
+        planes.shape
+    )
 
 
 def _brightness(planes: np.ndarray, factor: float) -> np.ndarray:
@@ -130,18 +150,23 @@ def _saturation(planes: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _hue_steps(shift: float) -> int:
-    """A turn of the colour circle in the 1/255 steps of an 8-bit hue, cut off towards zero, modulo 256."""
+    """A turn of the colour circle in the 1/255 steps of an 8-bit hue, cut off towards zero, modulo
+    256."""
     return int(shift * 255) % 256
 
 
 @functools.cache
 def _hue_table() -> torch.Tensor:
-    """Pillow's 8-bit hue by (sector * 2 + sign, difference modulo 256, chroma), flat [6 * 256 * 256].
+    """Pillow's 8-bit hue by (sector * 2 + sign, difference modulo 256, chroma), flat [6 * 256 *
+    256].
 
-    In the sector of its largest channel a colour's hue is a function of its chroma and of the signed difference of the
-    other two channels. Looking Pillow's own values up keeps its truncations, which change the result by up to 6 levels.
+    In the sector of its largest channel a colour's hue is a function of its chroma and of the
+    signed difference of the other two channels. Looking Pillow's own values up keeps its
+    truncations, which change the result by up to 6 levels.
     """
-    kind, difference, chroma = np.meshgrid(np.arange(6), np.arange(256), np.arange(256), indexing="ij")
+    kind, difference, chroma = np.meshgrid(
+        np.arange(6), np.arange(256), np.arange(256), indexing="ij"
+    )
     signed = np.clip(difference - 256 * (kind % 2), -chroma, chroma)
     colours = np.zeros((*kind.shape, 3), dtype=np.uint8)
     for sector in range(3):
@@ -155,7 +180,8 @@ def _hue_table() -> torch.Tensor:
 
 @functools.cache
 def _chroma_shares() -> np.ndarray:
-    """How much of the chroma each channel lacks, by hue: [3, 512] uint8 (twice round), 255 = all of it (HSV to RGB)."""
+    """How much of the chroma each channel lacks, by hue: [3, 512] uint8 (twice round), 255 = all of
+    it (HSV to RGB)."""
     angle = np.arange(256) * 6 / 255
     position = (np.array([[5], [3], [1]]) + angle) % 6
     shares = np.round(np.clip(np.minimum(position, 4 - position), 0, 1) * 255).astype(np.uint8)
@@ -173,7 +199,8 @@ def _hue(planes: np.ndarray, shift: float) -> np.ndarray:
 
 
 def _pillow_hue(planes: np.ndarray, value: np.ndarray, chroma: np.ndarray) -> np.ndarray:
-    """8-bit hue [H, W]: the index of `_hue_table` is put together bytewise, which needs 8-bit operations only."""
+    """8-bit hue [H, W]: the index of `_hue_table` is put together bytewise, which needs 8-bit
+    operations only."""
     red, green, blue = planes
     is_red = cv2.compare(red, value, cv2.CMP_EQ)
     is_green = cv2.compare(green, value, cv2.CMP_EQ)
@@ -182,8 +209,12 @@ def _pillow_hue(planes: np.ndarray, value: np.ndarray, chroma: np.ndarray) -> np
         cv2.copyTo(after, mask, next_channel)
         cv2.copyTo(before, mask, last_channel)
     kind = (~is_red & (4 ^ (is_green & 6))) | (next_channel < last_channel)
-    index = cv2.merge([chroma, next_channel - last_channel, kind, np.zeros_like(chroma)]).view("<i4")
-    return _hue_table().index_select(0, torch.from_numpy(index).view(-1)).numpy().reshape(chroma.shape)
+    index = cv2.merge([chroma, next_channel - last_channel, kind, np.zeros_like(chroma)]).view(
+        "<i4"
+    )
+    return (
+        _hue_table().index_select(0, torch.from_numpy(index).view(-1)).numpy().reshape(chroma.shape)
+    )
 
 
 FAST_JITTER: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
@@ -204,10 +235,13 @@ def _blur(planes: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _box_kernel(radius: float) -> np.ndarray:
-    """Box of variance radius**2 / 3: ones, and at each end the fraction that makes the variance exact."""
+    """Box of variance radius**2 / 3: ones, and at each end the fraction that makes the variance
+    exact."""
     variance = radius**2 / 3
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
-    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    fraction = (
+        (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    )
     box = np.ones(2 * whole + 3)
     box[[0, -1]] = fraction
     return box / box.sum()

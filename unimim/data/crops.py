@@ -28,9 +28,11 @@ POINTS_PER_CELL = 4  # along each side of a patch, where a map of the picture is
 
 @dataclass(frozen=True)
 class ViewDraws:
-    """One image's random choices: `box` is (top, left, height, width) in pixels of the picture after the flip.
+    """One image's random choices: `box` is (top, left, height, width) in pixels of the picture
+    after the flip.
 
-    `jitter`: steps (name, factor) on the whole picture, before the crop; `second`: how the second view is resized.
+    `jitter`: steps (name, factor) on the whole picture, before the crop; `second`: how the second
+    view is resized.
     """
 
     flip: bool
@@ -41,8 +43,11 @@ class ViewDraws:
     second: str = "lanczos"
 
 
-def draw_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """Box (top, left, height, width): area a fraction in `scale`, log-uniform aspect, up to 10 tries (spec 2.1)."""
+def draw_crop(
+    rng: np.random.Generator, size: Pair, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Box (top, left, height, width): area a fraction in `scale`, log-uniform aspect, up to 10
+    tries (spec 2.1)."""
     height, width = size
     log_aspect = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
     for _ in range(CROP_ATTEMPTS):
@@ -50,29 +55,47 @@ def draw_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float]) 
         aspect = math.exp(_between(rng, log_aspect))
         crop_w, crop_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_w <= width and 0 < crop_h <= height:
-            top, left = int(rng.random() * (height - crop_h + 1)), int(rng.random() * (width - crop_w + 1))
+            top, left = (
+                int(rng.random() * (height - crop_h + 1)),
+                int(rng.random() * (width - crop_w + 1)),
+            )
             return top, left, crop_h, crop_w
     return _central_box(size)
 
 
-def draw_clipped_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """Box (top, left, height, width) of linear probing: as `draw_crop`, but at the first try, each side cut down to
-    the picture's (spec SemMAE A.10)."""
+def draw_clipped_crop(
+    rng: np.random.Generator, size: Pair, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Box (top, left, height, width) of linear probing: as `draw_crop`, but at the first try, each
+    side cut down to the picture's (spec SemMAE A.10)."""
     height, width = size
     area = height * width * _between(rng, scale)
     aspect = math.exp(_between(rng, (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))))
     crop_w = min(max(round(math.sqrt(area * aspect)), 1), width)
     crop_h = min(max(round(math.sqrt(area / aspect)), 1), height)
-    return int(rng.random() * (height - crop_h + 1)), int(rng.random() * (width - crop_w + 1)), crop_h, crop_w
+    return (
+        int(rng.random() * (height - crop_h + 1)),
+        int(rng.random() * (width - crop_w + 1)),
+        crop_h,
+        crop_w,
+    )
 
 
-def draw_short_side_crop(rng: np.random.Generator, size: Pair, scale: tuple[float, float], target: Pair):
-    """The largest box (top, left, height, width) with the aspect of `target`, anywhere: what is left of a random crop
-    after a resize of the short side (spec SemAIM 9). `scale` has no part in it."""
+def draw_short_side_crop(
+    rng: np.random.Generator, size: Pair, scale: tuple[float, float], target: Pair
+):
+    """The largest box (top, left, height, width) with the aspect of `target`, anywhere: what is
+    left of a random crop after a resize of the short side (spec SemAIM 9). `scale` has no part in
+    it."""
     height, width = size
     factor = min(height / target[0], width / target[1])
     crop_h, crop_w = max(round(factor * target[0]), 1), max(round(factor * target[1]), 1)
-    return int(rng.random() * (height - crop_h + 1)), int(rng.random() * (width - crop_w + 1)), crop_h, crop_w
+    return (
+        int(rng.random() * (height - crop_h + 1)),
+        int(rng.random() * (width - crop_w + 1)),
+        crop_h,
+        crop_w,
+    )
 
 
 def _central_box(size: Pair) -> tuple[int, int, int, int]:
@@ -89,7 +112,9 @@ def _central_box(size: Pair) -> tuple[int, int, int, int]:
 # --- reference pipeline: Pillow, published order ----------------------------------------------------------------------
 
 
-def reference_crop(image: Image.Image, draws: ViewDraws, size: Pair, interpolation: str | None = None) -> Image.Image:
+def reference_crop(
+    image: Image.Image, draws: ViewDraws, size: Pair, interpolation: str | None = None
+) -> Image.Image:
     """Flip the whole picture, cut the box out, resize it to `size` (height, width)."""
     if draws.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -101,37 +126,50 @@ def reference_crop(image: Image.Image, draws: ViewDraws, size: Pair, interpolati
 # --- fast pipeline: colour planes [3, H, W] uint8 ---------------------------------------------------------------------
 
 
-def fast_crop(picture: np.ndarray, draws: ViewDraws, size: Pair, interpolation: str | None = None) -> np.ndarray:
+def fast_crop(
+    picture: np.ndarray, draws: ViewDraws, size: Pair, interpolation: str | None = None
+) -> np.ndarray:
     """`reference_crop` of a picture [H, W, 3], as contiguous colour planes [3, *size].
 
-    The resize is symmetric, so the flip may follow it, where there are fewer pixels and the crop is not yet copied.
+    The resize is symmetric, so the flip may follow it, where there are fewer pixels and the crop is
+    not yet copied.
     """
     top, left, height, width = draws.box
     if draws.flip:
         left = picture.shape[1] - left - width
-    resized = _resize(picture[top : top + height, left : left + width], size, interpolation or draws.interpolation)
+    resized = _resize(
+        picture[top : top + height, left : left + width], size, interpolation or draws.interpolation
+    )
     planes = np.empty((3, *size), dtype=np.uint8)
     cv2.split(cv2.flip(resized, 1) if draws.flip else resized, list(planes))
     return planes
 
 
 def _resize(crop: np.ndarray, size: Pair, interpolation: str) -> np.ndarray:
-    """As Pillow 12: width first. Pillow 13 begins with the height of tall pictures, which differs where 8 bits clip."""
+    """As Pillow 12: width first. Pillow 13 begins with the height of tall pictures, which differs
+    where 8 bits clip."""
     if interpolation not in TORCH_FILTERS:
-        return np.asarray(Image.fromarray(crop).resize((size[1], size[0]), PILLOW_FILTERS[interpolation]))
+        return np.asarray(
+            Image.fromarray(crop).resize((size[1], size[0]), PILLOW_FILTERS[interpolation])
+        )
     # [1, 3, h, w] with the strides of channels-last memory, for which torch has the fastest kernel
     pixels = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
-    return interpolate(pixels, size=size, mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    return (
+        interpolate(pixels, size=size, mode=interpolation, antialias=True)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
 
 
 # --- maps that cover a picture ----------------------------------------------------------------------------------------
 
 
 def crop_map(cells: np.ndarray, draws: ViewDraws, picture: Pair, grid: Pair) -> np.ndarray:
-    """What a map of the whole picture says at 4 x 4 points in each patch of the view: [rows, columns, 16].
+    """What a map of the whole picture says at 4 x 4 points in each patch of the view: [rows,
+    columns, 16].
 
-    The view's crop and flip are applied to the map [any size] as to the picture of `picture` (height, width) pixels;
-    `grid` is the view's (rows, columns) of patches (specs/semmae.md B.5).
+    The view's crop and flip are applied to the map [any size] as to the picture of `picture`
+    (height, width) pixels; `grid` is the view's (rows, columns) of patches (specs/semmae.md B.5).
     """
     top, left, height, width = draws.box
     if draws.flip:  # the box is one of the mirrored picture
@@ -150,7 +188,8 @@ def _points(start: int, length: int, picture: int, patches: int, cells: int) -> 
 
 
 def majority(points: np.ndarray) -> np.ndarray:
-    """The most frequent of the small numbers in the last axis, of equally frequent ones the smallest: uint8."""
+    """The most frequent of the small numbers in the last axis, of equally frequent ones the
+    smallest: uint8."""
     votes = points.reshape(-1, points.shape[-1]).astype(np.int64)
     kinds = int(votes.max()) + 1
     votes += kinds * np.arange(len(votes))[:, None]

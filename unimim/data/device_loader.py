@@ -1,8 +1,10 @@
-"""Batches for pre-training from images that lie on the device as one tensor, every view of which is made there.
+"""Batches for pre-training from images that lie on the device as one tensor, every view of which is
+made there.
 
-For images so small and steps so short that decoding and augmenting them on the CPU would take longer than the step.
-All images have one size and are decoded once; what is random follows from (seed, step) alone. Shapes in comments: N
-images, B of a batch, H x W their pixels, h x w those of a view, gh x gw its patches.
+For images so small and steps so short that decoding and augmenting them on the CPU would take
+longer than the step. All images have one size and are decoded once; what is random follows from
+(seed, step) alone. Shapes in comments: N images, B of a batch, H x W their pixels, h x w those of a
+view, gh x gw its patches.
 """
 
 import math
@@ -48,7 +50,8 @@ class Draws(Protocol):
 
 
 def decoded(source: Source, size: Pair | None = None, threads: int = 1) -> Tensor:
-    """All images of a source, uint8 [N, 3, H, W] on the CPU; with `size` each as for evaluation at that size.
+    """All images of a source, uint8 [N, 3, H, W] on the CPU; with `size` each as for evaluation at
+    that size.
 
     Raises:
         ValueError: images of several sizes, and no `size`.
@@ -90,17 +93,29 @@ def random_boxes(draw: Draws, count: int, size: Pair, scale: tuple[float, float]
     found = fits.any(1)
     crop_h = torch.where(found, heights.gather(1, first)[:, 0], fallback_h)
     crop_w = torch.where(found, widths.gather(1, first)[:, 0], fallback_w)
-    top = torch.where(found, (draw(count) * (height - crop_h + 1)).floor(), (height - fallback_h) // 2)
-    left = torch.where(found, (draw(count) * (width - crop_w + 1)).floor(), (width - fallback_w) // 2)
-    return torch.stack((top.minimum(height - crop_h), left.minimum(width - crop_w), crop_h, crop_w), dim=1)
+    top = torch.where(
+        found, (draw(count) * (height - crop_h + 1)).floor(), (height - fallback_h) // 2
+    )
+    left = torch.where(
+        found, (draw(count) * (width - crop_w + 1)).floor(), (width - fallback_w) // 2
+    )
+    return torch.stack(
+        (top.minimum(height - crop_h), left.minimum(width - crop_w), crop_h, crop_w), dim=1
+    )
 
 
 def resample(
-    images: Tensor, boxes: Tensor, size: Pair, interpolation: str = "bicubic", flip: Tensor | None = None
+    images: Tensor,
+    boxes: Tensor,
+    size: Pair,
+    interpolation: str = "bicubic",
+    flip: Tensor | None = None,
 ) -> Tensor:
-    """The boxes [B, 4] of images [B, 3, H, W] resized to `size` with antialiasing, some mirrored: whole float32.
+    """The boxes [B, 4] of images [B, 3, H, W] resized to `size` with antialiasing, some mirrored:
+    whole float32.
 
-    As by Pillow: a box is cut out before it is resized, its width first, and each pass is rounded to 8 bits.
+    As by Pillow: a box is cut out before it is resized, its width first, and each pass is rounded
+    to 8 bits.
     """
     rows = resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], interpolation)
     columns = resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], interpolation)
@@ -110,8 +125,11 @@ def resample(
     return (rows.unsqueeze(1) @ narrow).round_().clamp_(0, 255)
 
 
-def resize_weights(start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str) -> Tensor:
-    """How much each of `size` new pixels takes of each of the old ones, along one axis: float32 [B, size, pixels]."""
+def resize_weights(
+    start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str
+) -> Tensor:
+    """How much each of `size` new pixels takes of each of the old ones, along one axis: float32 [B,
+    size, pixels]."""
     start, scale = start.view(-1, 1, 1), length.view(-1, 1, 1) / size
     stretch = scale.clamp(min=1.0)  # antialiasing: the filter covers what one new pixel does
     centre = start + (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * scale
@@ -181,7 +199,8 @@ JITTER = {"brightness": brightness, "contrast": contrast, "saturation": saturati
 
 
 def jittered(images: Tensor, strength: float, draw: Draws, order: np.ndarray) -> Tensor:
-    """BEiT's jitter of whole pictures; the order of the three steps is the batch's, not each image's."""
+    """BEiT's jitter of whole pictures; the order of the three steps is the batch's, not each
+    image's."""
     names = ("brightness", "contrast", "saturation")
     for step in order:
         images = JITTER[names[step]](images, 1 + strength * (2 * draw(len(images), 1, 1, 1) - 1))
@@ -189,10 +208,11 @@ def jittered(images: Tensor, strength: float, draw: Draws, order: np.ndarray) ->
 
 
 def strong_view(images: Tensor, draw: Draws, order: np.ndarray) -> Tensor:
-    """ConMIM's second view of crops: jitter, grey, blur and solarisation with the published probabilities.
+    """ConMIM's second view of crops: jitter, grey, blur and solarisation with the published
+    probabilities.
 
-    It differs from the CPU's in that the order of the jitter's steps is the batch's, the blur a true Gaussian, and
-    nothing is rounded in between.
+    It differs from the CPU's in that the order of the jitter's steps is the batch's, the blur a
+    true Gaussian, and nothing is rounded in between.
     """
     count = len(images)
     names = list(JITTER_RANGES)
@@ -203,19 +223,25 @@ def strong_view(images: Tensor, draw: Draws, order: np.ndarray) -> Tensor:
         factor = low + (high - low) * draw(count, 1, 1, 1)
         images = JITTER[names[step]](images, neutral + chosen * (factor - neutral))
     images = torch.where(draw(count, 1, 1, 1) < GREY_PROBABILITY, luma(images), images)
-    images = blurred(images, BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * draw(count, 1, 1), draw)
-    return torch.where(draw(count, 1, 1, 1) < SOLARISE_PROBABILITY, images.minimum(255 - images), images)
+    images = blurred(
+        images, BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * draw(count, 1, 1), draw
+    )
+    return torch.where(
+        draw(count, 1, 1, 1) < SOLARISE_PROBABILITY, images.minimum(255 - images), images
+    )
 
 
 def blurred(images: Tensor, radius: Tensor, draw: Draws) -> Tensor:
-    """A Gaussian of deviation radius [B, 1, 1] on a tenth of the images; the others are as they were."""
+    """A Gaussian of deviation radius [B, 1, 1] on a tenth of the images; the others are as they
+    were."""
     radius = torch.where(draw(len(images), 1, 1) < BLUR_PROBABILITY, radius, 1e-2)
     rows, columns = (gaussian_weights(radius, side) for side in images.shape[2:])
     return rows.unsqueeze(1) @ (images @ columns.transpose(1, 2).unsqueeze(1))
 
 
 def gaussian_weights(radius: Tensor, side: int) -> Tensor:
-    """Of each pixel for each along one axis, [B, side, side]; pixels beyond the border have none."""
+    """Of each pixel for each along one axis, [B, side, side]; pixels beyond the border have
+    none."""
     place = torch.arange(side, device=radius.device, dtype=torch.float32)
     return (-((place[:, None] - place) ** 2) / (2 * radius**2)).softmax(-1)
 
@@ -224,10 +250,11 @@ def gaussian_weights(radius: Tensor, side: int) -> Tensor:
 
 
 class DeviceMasks:
-    """Masks bool [B, gh, gw] that are distributed as a generator's; `counts`: the fewest and the most hidden patches.
+    """Masks bool [B, gh, gw] that are distributed as a generator's; `counts`: the fewest and the
+    most hidden patches.
 
-    Uniform masks are the first cells in order of noise. Of any other kind a bank of `MASK_BANK` masks is made once by
-    the generator, from which masks are drawn.
+    Uniform masks are the first cells in order of noise. Of any other kind a bank of `MASK_BANK`
+    masks is made once by the generator, from which masks are drawn.
     """
 
     def __init__(self, generate: MaskGenerator, seed: int, device: torch.device):
@@ -238,7 +265,9 @@ class DeviceMasks:
             self.cells, self.count, self.repeat = generate.cells, generate.count, generate.cell
         else:
             rng = np.random.default_rng(seed)
-            self.bank = torch.from_numpy(np.stack([generate(rng) for _ in range(MASK_BANK)])).to(device)
+            self.bank = torch.from_numpy(np.stack([generate(rng) for _ in range(MASK_BANK)])).to(
+                device
+            )
         if self.bank is None:
             self.counts = (self.count * self.repeat**2,) * 2
         else:
@@ -251,14 +280,21 @@ class DeviceMasks:
         order = draw(count, math.prod(self.cells)).argsort(1)
         mask = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
         mask = mask.scatter_(1, order[:, : self.count], True).view(-1, *self.cells)
-        return mask.repeat_interleave(self.repeat, 1).repeat_interleave(self.repeat, 2) if self.repeat > 1 else mask
+        return (
+            mask.repeat_interleave(self.repeat, 1).repeat_interleave(self.repeat, 2)
+            if self.repeat > 1
+            else mask
+        )
 
 
 # --- parts and visual words -------------------------------------------------------------------------------------------
 
 
-def crop_maps(maps: Tensor, num_parts: int, boxes: Tensor, flip: Tensor, picture: Pair, grid: Pair) -> Tensor:
-    """The part of each patch of views, uint8 [B, gh, gw], from maps uint8 [B, any size] that cover the pictures.
+def crop_maps(
+    maps: Tensor, num_parts: int, boxes: Tensor, flip: Tensor, picture: Pair, grid: Pair
+) -> Tensor:
+    """The part of each patch of views, uint8 [B, gh, gw], from maps uint8 [B, any size] that cover
+    the pictures.
 
     The most frequent of 4 x 4 points in a patch, as by `transforms.crop_map` and `majority`.
     """
@@ -269,35 +305,48 @@ def crop_maps(maps: Tensor, num_parts: int, boxes: Tensor, flip: Tensor, picture
     points = maps[image, rows.unsqueeze(2), columns.unsqueeze(1)]
     shape = -1, grid[0], POINTS_PER_CELL, grid[1], POINTS_PER_CELL
     votes = points.view(shape).transpose(2, 3).flatten(3).long()  # [B, gh, gw, 16]
-    return (votes.unsqueeze(-1) == torch.arange(num_parts, device=maps.device)).sum(3).argmax(-1).to(torch.uint8)
+    return (
+        (votes.unsqueeze(-1) == torch.arange(num_parts, device=maps.device))
+        .sum(3)
+        .argmax(-1)
+        .to(torch.uint8)
+    )
 
 
 def _points(start: Tensor, length: Tensor, picture: int, patches: int, cells: int) -> Tensor:
-    """Cells of the map, along one axis, at equally spaced points of the crops: int64 [B, 4 * patches]."""
+    """Cells of the map, along one axis, at equally spaced points of the crops: int64 [B, 4 *
+    patches]."""
     share = torch.arange(patches * POINTS_PER_CELL, device=start.device, dtype=torch.float32) + 0.5
     places = start[:, None] + share / (patches * POINTS_PER_CELL) * length[:, None]
     return (places / picture * cells).long().clamp_(max=cells - 1)
 
 
-def colour_place_parts(images: Tensor, grid: Pair, num_parts: int, place_weight: float = 0.5) -> Tensor:
+def colour_place_parts(
+    images: Tensor, grid: Pair, num_parts: int, place_weight: float = 0.5
+) -> Tensor:
     """Parts of images uint8 [N, 3, H, W] by k-means on each one's own cells: uint8 [N, *grid].
 
     A cell is its mean colour and its place; no network has a hand in it.
     """
-    rows, columns = torch.meshgrid(*(torch.linspace(-1, 1, side, device=images.device) for side in grid), indexing="ij")
+    rows, columns = torch.meshgrid(
+        *(torch.linspace(-1, 1, side, device=images.device) for side in grid), indexing="ij"
+    )
     place = place_weight * torch.stack((rows, columns), -1).flatten(0, 1)
     parts = []
     for some in images.split(MAPS_AT_ONCE):
         colours = F.adaptive_avg_pool2d(some.float() / 127.5 - 1, grid).flatten(2).transpose(1, 2)
         # the constant lets colours keep their brightness when `kmeans_maps` normalises them
-        cells = torch.cat((colours, place.expand(len(some), -1, -1), torch.ones_like(colours[..., :1])), -1)
+        cells = torch.cat(
+            (colours, place.expand(len(some), -1, -1), torch.ones_like(colours[..., :1])), -1
+        )
         soft = kmeans_maps(Features(cells[:, 0], cells, cells[..., 0]), grid, num_parts)
         parts.append(hard_maps(soft, clean=False))
     return torch.cat(parts)
 
 
 class VisualWords:
-    """Normalised images [B, 3, h, w] to the number of the nearest centre of each patch, int64 [B, gh, gw]."""
+    """Normalised images [B, 3, h, w] to the number of the nearest centre of each patch, int64 [B,
+    gh, gw]."""
 
     def __init__(self, centres: Tensor, patch: Pair):
         self.centres, self.patch = centres, patch
@@ -309,22 +358,34 @@ class VisualWords:
 
 
 def kmeans_tokens(
-    images: Tensor, patch: Pair, vocab_size: int, *, seed: int, patches: int = 200_000, iterations: int = 10
+    images: Tensor,
+    patch: Pair,
+    vocab_size: int,
+    *,
+    seed: int,
+    patches: int = 200_000,
+    iterations: int = 10,
 ) -> VisualWords:
-    """A tokenizer without a network: k-means of patches of normalised images [N, 3, H, W], Lloyd's iterations.
+    """A tokenizer without a network: k-means of patches of normalised images [N, 3, H, W], Lloyd's
+    iterations.
 
-    It stands in for the discrete VAE of BEiT (arXiv 2106.08254, section 2.1), whose words say more than colours.
+    It stands in for the discrete VAE of BEiT (arXiv 2106.08254, section 2.1), whose words say more
+    than colours.
     """
     sample = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)
     rng = np.random.default_rng(seed)
     chosen = torch.from_numpy(rng.permutation(len(sample))[:patches]).to(sample.device)
     sample = sample[chosen]
     if len(sample) < vocab_size:
-        raise ValueError(f"{len(sample)} patches are too few for {vocab_size} visual tokens; take more images")
+        raise ValueError(
+            f"{len(sample)} patches are too few for {vocab_size} visual tokens; take more images"
+        )
     centres = sample[:vocab_size].clone()
     for _ in range(iterations):
         nearest = nearest_centre(sample, centres)
-        sizes = torch.zeros(vocab_size, 1, device=sample.device).index_add_(0, nearest, torch.ones_like(sample[:, :1]))
+        sizes = torch.zeros(vocab_size, 1, device=sample.device).index_add_(
+            0, nearest, torch.ones_like(sample[:, :1])
+        )
         sums = torch.zeros_like(centres).index_add_(0, nearest, sample)
         centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
     return VisualWords(centres, patch)
@@ -333,19 +394,23 @@ def kmeans_tokens(
 def nearest_centre(patches: Tensor, centres: Tensor) -> Tensor:
     """The number of the nearest centre [K, C] of each patch [M, C], int64 [M]."""
     lengths = centres.square().sum(1)
-    return torch.cat([(lengths - 2 * some @ centres.T).argmin(1) for some in patches.split(PATCHES_AT_ONCE)])
+    return torch.cat(
+        [(lengths - 2 * some @ centres.T).argmin(1) for some in patches.split(PATCHES_AT_ONCE)]
+    )
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
 class DeviceLoader:
-    """What a method reads, made on the device of `images`: `loader.batch(step)` is batch number `step` of the run.
+    """What a method reads, made on the device of `images`: `loader.batch(step)` is batch number
+    `step` of the run.
 
-    It is what `Normalize` makes of a batch of `build_pretrain_transform`'s samples: "image" and "image_strong" float32
-    [B, 3, h, w], normalised; "mask" and "target_mask" bool [B, gh, gw], with their counts on the host; "noise" float32
-    [B, noise_size]; "part_ids" uint8 [B, gh, gw]; and "target_ids" int64 [B, gh * gw], the visual words of "image".
-    An epoch is `steps_per_epoch` batches, a permutation of the images without what is left over.
+    It is what `Normalize` makes of a batch of `build_pretrain_transform`'s samples: "image" and
+    "image_strong" float32 [B, 3, h, w], normalised; "mask" and "target_mask" bool [B, gh, gw], with
+    their counts on the host; "noise" float32 [B, noise_size]; "part_ids" uint8 [B, gh, gw]; and
+    "target_ids" int64 [B, gh * gw], the visual words of "image". An epoch is `steps_per_epoch`
+    batches, a permutation of the images without what is left over.
 
     Args:
         images: uint8 [N, 3, H, W].
@@ -377,22 +442,41 @@ class DeviceLoader:
         words: Callable[[Tensor], Tensor] | None = None,
     ):
         if unknown := set(views) - set(VIEWS):
-            raise ValueError(f"view '{min(unknown)}' is not made on the device; it makes {', '.join(VIEWS)}")
+            raise ValueError(
+                f"view '{min(unknown)}' is not made on the device; it makes {', '.join(VIEWS)}"
+            )
         if interpolation not in FILTERS:
             raise ValueError(
                 f"--train_interpolation {interpolation} is not made on the device; use bicubic or bilinear"
             )
         if len(images) < batch_size:
-            raise ValueError(f"{len(images)} images do not fill a batch of {batch_size}; use a smaller --batch_size")
+            raise ValueError(
+                f"{len(images)} images do not fill a batch of {batch_size}; use a smaller --batch_size"
+            )
         assert "part_ids" not in views or part_maps is not None, "parts are looked up in maps"
         assert "target_ids" not in views or words is not None, "visual words need a tokenizer"
-        self.images, self.views, self.batch_size, self.size, self.grid = images, views, batch_size, size, grid
+        self.images, self.views, self.batch_size, self.size, self.grid = (
+            images,
+            views,
+            batch_size,
+            size,
+            grid,
+        )
         self.seed, self.interpolation, self.crop_scale = seed, interpolation, crop_scale
         self.normalize = Normalize(mean_std, images.device)
-        self.color_jitter, self.noise_size, self.part_maps, self.words = color_jitter, noise_size, part_maps, words
+        self.color_jitter, self.noise_size, self.part_maps, self.words = (
+            color_jitter,
+            noise_size,
+            part_maps,
+            words,
+        )
         self.num_parts = 0 if part_maps is None else int(part_maps.max()) + 1
-        self.masks = {name: DeviceMasks(make, seed, images.device) for name, make in (masks or {}).items()}
-        assert self.masks.keys() == {"mask", "target_mask"} & set(views), "masked views need mask generators"
+        self.masks = {
+            name: DeviceMasks(make, seed, images.device) for name, make in (masks or {}).items()
+        }
+        assert self.masks.keys() == {"mask", "target_mask"} & set(views), (
+            "masked views need mask generators"
+        )
         self.steps_per_epoch = len(images) // batch_size
         self.generator = torch.Generator(images.device)
         self.epoch, self.order = -1, images.new_empty(0)
@@ -420,7 +504,9 @@ class DeviceLoader:
         if "noise" in self.views:
             batch["noise"] = draw(self.batch_size, self.noise_size)
         if "part_ids" in self.views:
-            batch["part_ids"] = crop_maps(self.part_maps[chosen], self.num_parts, boxes, flip, picture, self.grid)
+            batch["part_ids"] = crop_maps(
+                self.part_maps[chosen], self.num_parts, boxes, flip, picture, self.grid
+            )
         if "target_ids" in self.views:
             batch["target_ids"] = self.words(batch["image"]).flatten(1)
         return batch

@@ -1,6 +1,8 @@
-"""Long lists of files in arrays: what map files list and what zip archives hold, read without an object for each line.
+"""Long lists of files in arrays: what map files list and what zip archives hold, read without an
+object for each line.
 
-Workers that fork share arrays; Python's strings are copied as they are counted, and take several times the memory.
+Workers that fork share arrays; Python's strings are copied as they are counted, and take several
+times the memory.
 """
 
 import mmap
@@ -24,7 +26,8 @@ _NONE32 = 0xFFFFFFFF  # a zip's field of 32 bits whose value is in the zip64 ext
 
 
 class PathTable:
-    """A list of strings in two arrays, which forked workers share: the bytes of all, and where each one ends."""
+    """A list of strings in two arrays, which forked workers share: the bytes of all, and where each
+    one ends."""
 
     def __init__(self, paths: Iterable[str]):
         encoded = [os.fsencode(path) for path in paths]
@@ -51,7 +54,8 @@ class PathTable:
 
 
 def _cut_out(data: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """The bytes of the spans begin ... end - 1, one after another; spans ascend, and no two begin or end together."""
+    """The bytes of the spans begin ... end - 1, one after another; spans ascend, and no two begin
+    or end together."""
     mark = np.zeros(len(data) + 1, dtype=np.int8)
     mark[begin] += 1
     mark[end] -= 1
@@ -82,9 +86,11 @@ def _strip(data: np.ndarray, begin: np.ndarray, end: np.ndarray, bytes_: tuple[i
 
 
 def read_map_file(path: Path) -> tuple[PathTable, np.ndarray]:
-    """Names and int64 labels of a map file: one "path label" a line, separated by a tab or by the last white space.
+    """Names and int64 labels of a map file: one "path label" a line, separated by a tab or by the
+    last white space.
 
-    Paths may hold spaces; blank lines and lines that start with # are skipped, as is a byte order mark.
+    Paths may hold spaces; blank lines and lines that start with # are skipped, as is a byte order
+    mark.
 
     Raises:
         ValueError: naming file and line: no file, no lines, not two columns, or a label that is no class number.
@@ -110,11 +116,13 @@ def read_map_file(path: Path) -> tuple[PathTable, np.ndarray]:
     return PathTable.of_arrays(np.frombuffer(text, dtype=np.uint8), ends), np.concatenate(labels)
 
 
-def _map_rows(block: bytes, data: np.ndarray, path: Path, first_line: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _map_rows(
+    block: bytes, data: np.ndarray, path: Path, first_line: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the names of a block of lines begin and end, and their labels.
 
-    Lines of printable ASCII with one tab or with a space before their label are done together. All others, those with a
-    mistake among them, are left to `_map_fields`.
+    Lines of printable ASCII with one tab or with a space before their label are done together. All
+    others, those with a mistake among them, are left to `_map_fields`.
     """
     breaks = np.flatnonzero(data == _NEWLINE)
     begin, end = np.concatenate(([0], breaks + 1)), np.concatenate((breaks, [len(data)]))
@@ -182,13 +190,15 @@ def _map_fields(line: str) -> tuple[str, int]:
 
 
 def _ends_in_number(name: str) -> bool:
-    """Whether a complete image name is followed by a number, which is then a column and not part of the name."""
+    """Whether a complete image name is followed by a number, which is then a column and not part of
+    the name."""
     head, _, tail = name.rpartition(" ")
     return tail.strip().isdigit() and head.rstrip().lower().endswith(IMAGE_EXTENSIONS)
 
 
 def split_archive(map_file: Path, names: PathTable) -> tuple[Path | None, PathTable]:
-    """The archive that the lines name by an `x.zip@/` prefix (None without one) and the names inside it.
+    """The archive that the lines name by an `x.zip@/` prefix (None without one) and the names
+    inside it.
 
     Raises:
         ValueError: lines that name different archives, or of which only some name one.
@@ -198,7 +208,9 @@ def split_archive(map_file: Path, names: PathTable) -> tuple[Path | None, PathTa
     prefix = os.fsencode(names[0]).partition(b"@")[0] + b"@"
     begin, end = names.starts, names.ends.copy()
     alike = prefix.endswith(b".zip@") and bool((end - begin >= len(prefix)).all())
-    if alike and all((names.text[begin + place] == byte).all() for place, byte in enumerate(prefix)):
+    if alike and all(
+        (names.text[begin + place] == byte).all() for place, byte in enumerate(prefix)
+    ):
         begin += len(prefix)
         _strip(names.text, begin, end, (_SLASH,))
         return map_file.parent / os.fsdecode(prefix[:-1]), _table_of_spans(names.text, begin, end)
@@ -207,7 +219,9 @@ def split_archive(map_file: Path, names: PathTable) -> tuple[Path | None, PathTa
     if archives == {""}:  # the end of one name and the beginning of the next
         return None, names
     if len(archives) > 1:
-        raise ValueError(f"{map_file} mixes images of several places: {sorted(archives)[:3]}; keep to one")
+        raise ValueError(
+            f"{map_file} mixes images of several places: {sorted(archives)[:3]}; keep to one"
+        )
     inside = PathTable(name.partition("@")[2].strip("/") for name in listed)
     return map_file.parent / archives.pop(), inside
 
@@ -229,7 +243,10 @@ class ZipMembers:
 def zip_members(archive: Path) -> ZipMembers:
     """The members of a zip archive; ValueError if there is none."""
     try:
-        with open(archive, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            open(archive, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             first, size, shift = _central_directory(content)
             directory = np.frombuffer(content[first : first + size], dtype=np.uint8)
         return _read_directory(directory, shift)
@@ -238,15 +255,22 @@ def zip_members(archive: Path) -> ZipMembers:
 
 
 def _central_directory(content: mmap.mmap) -> tuple[int, int, int]:
-    """Where it begins, its size, and how far everything lies behind where it says (bytes before the archive)."""
+    """Where it begins, its size, and how far everything lies behind where it says (bytes before the
+    archive)."""
     end = len(content) - 22
-    if end < 0 or content[end : end + 4] != b"PK\5\6" or content[-2:] != b"\0\0":  # there is a comment
+    if (
+        end < 0 or content[end : end + 4] != b"PK\5\6" or content[-2:] != b"\0\0"
+    ):  # there is a comment
         end = content.rfind(b"PK\5\6", max(0, end - 65535))
     if end < 0 or end + 22 > len(content):
         raise zipfile.BadZipFile("File is not a zip file")
     size, offset = struct.unpack_from("<2L", content, end + 12)
     after = end
-    if end >= 76 and content[end - 20 : end - 16] == b"PK\6\7" and content[end - 76 : end - 72] == b"PK\6\6":
+    if (
+        end >= 76
+        and content[end - 20 : end - 16] == b"PK\6\7"
+        and content[end - 76 : end - 72] == b"PK\6\6"
+    ):
         if struct.unpack_from("<L", content, end - 4)[0] > 1:
             raise zipfile.BadZipFile("zipfiles that span multiple disks are not supported")
         size, offset = struct.unpack_from("<2Q", content, end - 36)
@@ -277,7 +301,9 @@ def _read_directory(directory: np.ndarray, shift: int) -> ZipMembers:
     first &= field(2, 2, extra[rows]) + 4 <= extra_length[rows]
     place[rows[first]] = extra[rows[first]] + 4
     for row in np.flatnonzero((missing > 0) & (place == 0)):  # it comes after others
-        place[row] = _zip64_field(directory, int(extra[row]), int(extra_length[row]), 8 * int(missing[row]))
+        place[row] = _zip64_field(
+            directory, int(extra[row]), int(extra_length[row]), 8 * int(missing[row])
+        )
     for values in sizes.values():
         rows = np.flatnonzero((values == _NONE32) & (place > 0))
         values[rows] = field(0, 8, place[rows])
@@ -324,19 +350,24 @@ def _decoded(names: PathTable, flags: np.ndarray) -> PathTable:
     starts, pieces, lengths, done = names.starts, [], np.diff(names.ends, prepend=0), 0
     for row in rows:
         raw = names.text[starts[row] : names.ends[row]].tobytes()
-        name = os.fsencode((raw if flags[row] & 0x800 else raw.decode("cp437").encode()).partition(b"\0")[0])
+        name = os.fsencode(
+            (raw if flags[row] & 0x800 else raw.decode("cp437").encode()).partition(b"\0")[0]
+        )
         pieces += [names.text[done : starts[row]], np.frombuffer(name, dtype=np.uint8)]
         lengths[row], done = len(name), names.ends[row]
     if not pieces:
         return names
-    return PathTable.of_arrays(np.concatenate([*pieces, names.text[done:]]), np.cumsum(lengths, dtype=np.int64))
+    return PathTable.of_arrays(
+        np.concatenate([*pieces, names.text[done:]]), np.cumsum(lengths, dtype=np.int64)
+    )
 
 
 # --- looking up -------------------------------------------------------------------------------------------------------
 
 
 def locate(names: PathTable, wanted: PathTable) -> np.ndarray:
-    """The number of each wanted name among `names`, -1 where there is none; of equal names the last. int64 [wanted]."""
+    """The number of each wanted name among `names`, -1 where there is none; of equal names the
+    last. int64 [wanted]."""
     if not len(names):
         return np.full(len(wanted), -1)
     hashes, asked = _hashes(names), _hashes(wanted)
@@ -359,7 +390,9 @@ def _hashes(table: PathTable) -> np.ndarray:
     found = np.full(len(table), 0xCBF29CE484222325, dtype=np.uint64)
     prime = np.uint64(0x100000001B3)
     for first in range(0, len(table), BLOCK_ROWS):
-        at, end, part = (values[first : first + BLOCK_ROWS].copy() for values in (starts, ends, found))
+        at, end, part = (
+            values[first : first + BLOCK_ROWS].copy() for values in (starts, ends, found)
+        )
         rows = np.flatnonzero(at < end)
         while len(rows):
             part[rows] = (part[rows] ^ table.text[at[rows]]) * prime

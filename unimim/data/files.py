@@ -42,15 +42,19 @@ class FolderFiles:
 class ZipFiles:
     """The members `names` of a zip, read in place: stored ones as they are, deflated ones inflated.
 
-    The positions are looked up once and kept as arrays; the memory map is opened by the process that reads first, never
-    inherited or pickled. A name that is not in the archive is a broken image.
+    The positions are looked up once and kept as arrays; the memory map is opened by the process
+    that reads first, never inherited or pickled. A name that is not in the archive is a broken
+    image.
 
     Raises:
         ValueError: the file is missing, is no zip archive, or holds none of the names.
     """
 
     def __init__(self, archive: Path, names: PathTable | Iterable[str]):
-        self.archive, self.names = archive, names if isinstance(names, PathTable) else PathTable(names)
+        self.archive, self.names = (
+            archive,
+            names if isinstance(names, PathTable) else PathTable(names),
+        )
         members = zip_members(archive)
         found = locate(members.names, self.names)
         if len(found) and found.max() < 0:
@@ -70,7 +74,8 @@ class ZipFiles:
         return f"{self.archive}@/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The bytes of member `index`; its checksum is left to the decoder, which sees most damage anyway."""
+        """The bytes of member `index`; its checksum is left to the decoder, which sees most damage
+        anyway."""
         if self.offset[index] < 0:
             raise BrokenImageError("not in the archive")
         content = self._content()
@@ -83,7 +88,10 @@ class ZipFiles:
     def _content(self) -> mmap.mmap:
         if self._pid != os.getpid():
             with open(self.archive, "rb") as file:
-                self._map, self._pid = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.getpid()
+                self._map, self._pid = (
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ),
+                    os.getpid(),
+                )
         return self._map
 
     @staticmethod

@@ -19,7 +19,15 @@ RawImage = bytes | np.ndarray  # an encoded file, or decoded [H, W, 3] uint8
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 # whatever Pillow's readers raise for damaged files
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -36,7 +44,8 @@ class BrokenImageError(Exception):
 def decode(raw: RawImage) -> np.ndarray:
     """RGB picture [H, W, 3] uint8, equal to Pillow's; JPEGs through simplejpeg, which is faster.
 
-    Greyscale, palette, CMYK and transparent images become RGB as by Pillow's `convert`; EXIF orientation is ignored.
+    Greyscale, palette, CMYK and transparent images become RGB as by Pillow's `convert`; EXIF
+    orientation is ignored.
 
     Raises:
         BrokenImageError: empty, truncated, or not an image.
@@ -51,7 +60,8 @@ def decode(raw: RawImage) -> np.ndarray:
 
 
 def open_picture(raw: RawImage) -> tuple[Pair, Callable[[int], np.ndarray]]:
-    """A picture's (height, width), and a function that decodes at least its first n rows, [>= n, W, 3] as `decode`.
+    """A picture's (height, width), and a function that decodes at least its first n rows, [>= n, W,
+    3] as `decode`.
 
     A crop needs no rows below it, and most of a view's time is decoding.
     """
@@ -63,10 +73,12 @@ def open_picture(raw: RawImage) -> tuple[Pair, Callable[[int], np.ndarray]]:
 
 
 def cuttable_height(raw: bytes) -> int | None:
-    """Where a JPEG's height is written, if its rows can be decoded without those below them; None for other files.
+    """Where a JPEG's height is written, if its rows can be decoded without those below them; None
+    for other files.
 
-    They can in sequential files with all of their one or three components in one scan. Whether a file is whole is only
-    noticed at its end: those that do not end as they should are for `decode` to judge.
+    They can in sequential files with all of their one or three components in one scan. Whether a
+    file is whole is only noticed at its end: those that do not end as they should are for `decode`
+    to judge.
     """
     if raw[:2] != JPEG_START or JPEG_END not in raw[-JPEG_TAIL:]:
         return None
@@ -85,13 +97,16 @@ def cuttable_height(raw: bytes) -> int | None:
 
 
 def _decode_top(raw: bytes, height_at: int, rows: int) -> np.ndarray:
-    """The decoder stops where the header says that the picture ends, so the header is told to end it earlier."""
+    """The decoder stops where the header says that the picture ends, so the header is told to end
+    it earlier."""
     rows += CHROMA_ROWS
     if rows < struct.unpack_from(">H", raw, height_at)[0]:
         shortened = bytearray(raw)
         struct.pack_into(">H", shortened, height_at, rows)
         with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg(shortened, strict=False)  # it complains of the data that is left over
+            return simplejpeg.decode_jpeg(
+                shortened, strict=False
+            )  # it complains of the data that is left over
     return decode(raw)
 
 

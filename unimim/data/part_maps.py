@@ -1,8 +1,10 @@
-"""Part maps: which semantic part each cell of an image's grid belongs to, as files that training reads in place.
+"""Part maps: which semantic part each cell of an image's grid belongs to, as files that training
+reads in place.
 
-Three forms hold the same maps (specs/semmae.md C.7): one memory-mapped array in the order of the images, a folder of
-greyscale PNGs, or a zip of them. `PartMaps` reads all three, `PartMapWriter` fills the array from several processes,
-and `read_packed` understands the `.npy` samples that SemMAE's published pre-training consumed (B.3).
+Three forms hold the same maps (specs/semmae.md C.7): one memory-mapped array in the order of the
+images, a folder of greyscale PNGs, or a zip of them. `PartMaps` reads all three, `PartMapWriter`
+fills the array from several processes, and `read_packed` understands the `.npy` samples that
+SemMAE's published pre-training consumed (B.3).
 """
 
 import hashlib
@@ -43,9 +45,11 @@ class MissingMapError(ValueError):
 
 @dataclass(frozen=True)
 class PartMeta:
-    """What is stored beside the maps as JSON. Ids are 0..`num_parts` - 1; `background_id` is one of them or None.
+    """What is stored beside the maps as JSON. Ids are 0..`num_parts` - 1; `background_id` is one of
+    them or None.
 
-    `names_sha256` and `map_file_sha256` tie row n to image n; `scores` names the array of token scores, if any.
+    `names_sha256` and `map_file_sha256` tie row n to image n; `scores` names the array of token
+    scores, if any.
     """
 
     num_parts: int
@@ -66,25 +70,33 @@ class PartMeta:
 
     @classmethod
     def from_json(cls, text: str | bytes, path: Path) -> "PartMeta":
-        """ValueError, naming `path`, for what is no description of part maps or one of another kind."""
+        """ValueError, naming `path`, for what is no description of part maps or one of another
+        kind."""
         try:
             values = json.loads(text)
-            known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+            known = {
+                field.name: values[field.name] for field in fields(cls) if field.name in values
+            }
             meta = cls(**{**known, "grid": tuple(known["grid"])})
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} must be JSON with num_parts, grid and num_images: {error}") from error
+            raise ValueError(
+                f"{path} must be JSON with num_parts, grid and num_images: {error}"
+            ) from error
         if (meta.version, meta.coverage) != (cls.version, cls.coverage):
             raise ValueError(
                 f"{path} has version {meta.version} and coverage {meta.coverage}; "
                 f"version {cls.version} and {cls.coverage} can be read"
             )
         if not 1 <= meta.num_parts <= MISSING:
-            raise ValueError(f"{path} has num_parts {meta.num_parts}; it must be from 1 to {MISSING}")
+            raise ValueError(
+                f"{path} has num_parts {meta.num_parts}; it must be from 1 to {MISSING}"
+            )
         return meta
 
 
 def image_names(source: Source) -> Sequence[str]:
-    """The images' paths below their root, in order; numbered names for images that come from no file."""
+    """The images' paths below their root, in order; numbered names for images that come from no
+    file."""
     return source.files.names if isinstance(source, FileSource) else numbered_names(len(source))
 
 
@@ -93,11 +105,14 @@ def numbered_names(count: int) -> list[str]:
 
 
 def png_names(names: Sequence[str]) -> list[str]:
-    """The maps' names: those of the images with the suffix .png. ValueError where two images would share one."""
+    """The maps' names: those of the images with the suffix .png. ValueError where two images would
+    share one."""
     renamed = [PurePosixPath(name).with_suffix(".png").as_posix() for name in names]
     if len(set(renamed)) < len(renamed):
         twice = next(name for name in renamed if renamed.count(name) > 1)
-        raise ValueError(f"two images would have the part map {twice}: their names differ in the suffix only")
+        raise ValueError(
+            f"two images would have the part map {twice}: their names differ in the suffix only"
+        )
     return renamed
 
 
@@ -112,12 +127,16 @@ def names_sha256(names: Sequence[str]) -> str:
 
 
 class PartMaps:
-    """The part maps of a data set: `read(n)` is the map of image n, uint8 [Hp, Wp] with ids below `num_parts`.
+    """The part maps of a data set: `read(n)` is the map of image n, uint8 [Hp, Wp] with ids below
+    `num_parts`.
 
-    Files are opened by the process that reads first, never inherited or pickled: workers may fork or be spawned.
+    Files are opened by the process that reads first, never inherited or pickled: workers may fork
+    or be spawned.
     """
 
-    def __init__(self, rows: "_ArrayRows | _PngRows", meta: PartMeta, scores: "_ArrayRows | None" = None):
+    def __init__(
+        self, rows: "_ArrayRows | _PngRows", meta: PartMeta, scores: "_ArrayRows | None" = None
+    ):
         self._rows, self.meta, self._scores = rows, meta, scores
 
     @classmethod
@@ -129,10 +148,12 @@ class PartMaps:
         paths: Sequence[str] | None = None,
         map_file: str | Path | None = None,
     ) -> "PartMaps":
-        """Maps at `path`: a folder with `parts.npy` (or that file), a folder of PNGs, or a zip of PNGs.
+        """Maps at `path`: a folder with `parts.npy` (or that file), a folder of PNGs, or a zip of
+        PNGs.
 
-        `paths` are the images' names below their root (`image_names`), which PNGs are found by and every form is
-        checked against; without them PNGs are 00000000.png, 00000001.png, ... `map_file` is checked by its hash.
+        `paths` are the images' names below their root (`image_names`), which PNGs are found by and
+        every form is checked against; without them PNGs are 00000000.png, 00000001.png, ...
+        `map_file` is checked by its hash.
 
         Raises:
             ValueError: naming the file: no maps there, a wrong number, shape or type, or maps made for other images.
@@ -144,7 +165,9 @@ class PartMaps:
         elif path.is_dir() or path.is_file():
             maps = cls._open_pngs(path, paths)
         else:
-            raise ValueError(f"--part_maps {path} does not exist; give a folder, a zip or a {ARRAY}")
+            raise ValueError(
+                f"--part_maps {path} does not exist; give a folder, a zip or a {ARRAY}"
+            )
         maps._check_images(path, num_images, paths, map_file)
         return maps
 
@@ -153,7 +176,9 @@ class PartMaps:
         meta_file = array.with_suffix(".json")
         meta = PartMeta.from_json(_read_file(meta_file), meta_file)
         shape = (meta.num_images, *meta.grid)
-        scores = _ArrayRows(array.with_name(meta.scores), shape, np.float16) if meta.scores else None
+        scores = (
+            _ArrayRows(array.with_name(meta.scores), shape, np.float16) if meta.scores else None
+        )
         return cls(_ArrayRows(array, shape, np.uint8), meta, scores)
 
     @classmethod
@@ -162,9 +187,13 @@ class PartMaps:
         try:
             meta = PartMeta.from_json(about.read(0), path / PNG_META)
         except BrokenImageError as error:
-            raise ValueError(f"{about.path(0)}, which describes the part maps, cannot be read: {error}") from error
+            raise ValueError(
+                f"{about.path(0)}, which describes the part maps, cannot be read: {error}"
+            ) from error
         names = png_names(numbered_names(meta.num_images) if paths is None else paths)
-        return cls(_PngRows(FolderFiles(path, names) if path.is_dir() else ZipFiles(path, names)), meta)
+        return cls(
+            _PngRows(FolderFiles(path, names) if path.is_dir() else ZipFiles(path, names)), meta
+        )
 
     def _check_images(self, path: Path, num_images: int | None, paths, map_file) -> None:
         wanted = len(paths) if num_images is None and paths is not None else num_images
@@ -172,10 +201,14 @@ class PartMaps:
             raise ValueError(f"{path} has {len(self)} part maps, the data set has {wanted} images")
         made_for = self.meta.names_sha256
         if paths is not None and made_for and made_for != names_sha256(paths):
-            raise ValueError(f"{path} was made for images of other names or in another order (names_sha256)")
+            raise ValueError(
+                f"{path} was made for images of other names or in another order (names_sha256)"
+            )
         made_for = self.meta.map_file_sha256
         if map_file is not None and made_for and made_for != file_sha256(map_file):
-            raise ValueError(f"{path} was made for another map file than {map_file} (map_file_sha256)")
+            raise ValueError(
+                f"{path} was made for another map file than {map_file} (map_file_sha256)"
+            )
 
     @property
     def num_parts(self) -> int:
@@ -201,37 +234,51 @@ class PartMaps:
         """
         row = self._rows.read(index)
         if row.shape != self.grid:
-            raise ValueError(f"{self._rows.path(index)} is {row.shape}, {PNG_META} says {self.grid}")
+            raise ValueError(
+                f"{self._rows.path(index)} is {row.shape}, {PNG_META} says {self.grid}"
+            )
         largest = int(row.max())
         if largest == MISSING and (row == MISSING).all():
-            raise MissingMapError(f"{self._rows.path(index)} has not been written: finish the extraction")
+            raise MissingMapError(
+                f"{self._rows.path(index)} has not been written: finish the extraction"
+            )
         if largest >= self.num_parts:
-            raise ValueError(f"{self._rows.path(index)} holds part {largest}; there are {self.num_parts}, from 0")
+            raise ValueError(
+                f"{self._rows.path(index)} holds part {largest}; there are {self.num_parts}, from 0"
+            )
         return row
 
     def read_scores(self, index: int) -> np.ndarray:
-        """The token scores of image `index`, float16 [Hp, Wp]: the larger, the sooner a token is selected (B.5)."""
+        """The token scores of image `index`, float16 [Hp, Wp]: the larger, the sooner a token is
+        selected (B.5)."""
         if self._scores is None:
-            raise ValueError(f"{self._rows.path(index)} has no scores beside it; extract with --save_scores")
+            raise ValueError(
+                f"{self._rows.path(index)} has no scores beside it; extract with --save_scores"
+            )
         return self._scores.read(index)
 
 
 class _ArrayRows:
     """Rows of an array [N, Hp, Wp] that is mapped, not loaded.
 
-    All processes share its pages: for ImageNet's 1.28 M images 251 MB at 14 x 14 and 1.0 GB at 28 x 28, at most.
+    All processes share its pages: for ImageNet's 1.28 M images 251 MB at 14 x 14 and 1.0 GB at 28 x
+    28, at most.
     """
 
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: type):
         self.file = file
         rows = self._map()
         if (rows.shape, rows.dtype) != (shape, np.dtype(dtype)):
-            raise ValueError(f"{file} is {rows.dtype} {rows.shape}; {ARRAY_META} says {np.dtype(dtype)} {shape}")
+            raise ValueError(
+                f"{file} is {rows.dtype} {rows.shape}; {ARRAY_META} says {np.dtype(dtype)} {shape}"
+            )
         self._rows, self._pid = rows, os.getpid()
 
     def _map(self) -> np.ndarray:
         try:
-            return np.load(self.file, mmap_mode="r").view(np.ndarray)  # whose slices cost less than a memmap's
+            return np.load(self.file, mmap_mode="r").view(
+                np.ndarray
+            )  # whose slices cost less than a memmap's
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.file} cannot be read as an array: {error}") from error
 
@@ -274,27 +321,36 @@ def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}, which describes the part maps, cannot be read: {error.strerror}") from error
+        raise ValueError(
+            f"{path}, which describes the part maps, cannot be read: {error.strerror}"
+        ) from error
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 class PartMapWriter:
-    """Fills the array form in `folder`: one process calls `create`, then any number of them write, each its own rows.
+    """Fills the array form in `folder`: one process calls `create`, then any number of them write,
+    each its own rows.
 
-    Rows that are written stay when the folder is opened again, so that an interrupted extraction goes on.
+    Rows that are written stay when the folder is opened again, so that an interrupted extraction
+    goes on.
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.meta = PartMeta.from_json(_read_file(folder / ARRAY_META), folder / ARRAY_META)
         self._maps = np.lib.format.open_memmap(folder / ARRAY, mode="r+")
-        self._scores = np.lib.format.open_memmap(folder / self.meta.scores, mode="r+") if self.meta.scores else None
+        self._scores = (
+            np.lib.format.open_memmap(folder / self.meta.scores, mode="r+")
+            if self.meta.scores
+            else None
+        )
 
     @staticmethod
     def create(folder: str | Path, meta: PartMeta) -> None:
-        """Makes the files, all rows missing; leaves those of an earlier call with the same `meta` as they are.
+        """Makes the files, all rows missing; leaves those of an earlier call with the same `meta`
+        as they are.
 
         Raises:
             ValueError: the folder holds maps of another description.
@@ -302,11 +358,17 @@ class PartMapWriter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / ARRAY_META).is_file():
-            _check_same(PartMeta.from_json(_read_file(folder / ARRAY_META), folder / ARRAY_META), meta, folder)
+            _check_same(
+                PartMeta.from_json(_read_file(folder / ARRAY_META), folder / ARRAY_META),
+                meta,
+                folder,
+            )
             return
         shape = (meta.num_images, *meta.grid)
         if meta.scores:
-            np.lib.format.open_memmap(folder / meta.scores, mode="w+", dtype=np.float16, shape=shape).flush()
+            np.lib.format.open_memmap(
+                folder / meta.scores, mode="w+", dtype=np.float16, shape=shape
+            ).flush()
         rows = np.lib.format.open_memmap(folder / ARRAY, mode="w+", dtype=np.uint8, shape=shape)
         rows[:] = MISSING
         rows.flush()
@@ -319,9 +381,15 @@ class PartMapWriter:
         return rows[(self._maps[rank::world_size] == MISSING).all(axis=(1, 2))]
 
     def write(self, index: int, parts: np.ndarray, scores: np.ndarray | None = None) -> None:
-        """Puts the map [Hp, Wp] of image `index`; scores go first, since the map marks the row as written."""
-        assert parts.shape == self.meta.grid and parts.max() < self.meta.num_parts, (parts.shape, parts.max())
-        assert (scores is None) == (self._scores is None), "scores are written for all images or for none"
+        """Puts the map [Hp, Wp] of image `index`; scores go first, since the map marks the row as
+        written."""
+        assert parts.shape == self.meta.grid and parts.max() < self.meta.num_parts, (
+            parts.shape,
+            parts.max(),
+        )
+        assert (scores is None) == (self._scores is None), (
+            "scores are written for all images or for none"
+        )
         if scores is not None:
             self._scores[index] = scores
         self._maps[index] = parts
@@ -333,14 +401,21 @@ class PartMapWriter:
 
 
 def _check_same(found: PartMeta, wanted: PartMeta, folder: Path) -> None:
-    differing = [f.name for f in fields(PartMeta) if getattr(found, f.name) != getattr(wanted, f.name)]
+    differing = [
+        f.name for f in fields(PartMeta) if getattr(found, f.name) != getattr(wanted, f.name)
+    ]
     if differing:
-        changes = ", ".join(f"{n} {getattr(found, n)} there, {getattr(wanted, n)} now" for n in differing)
-        raise ValueError(f"{folder} holds part maps of another run ({changes}): remove it or give another folder")
+        changes = ", ".join(
+            f"{n} {getattr(found, n)} there, {getattr(wanted, n)} now" for n in differing
+        )
+        raise ValueError(
+            f"{folder} holds part maps of another run ({changes}): remove it or give another folder"
+        )
 
 
 def write_zip(maps: PartMaps, archive: str | Path, names: Sequence[str]) -> None:
-    """Writes the maps as PNGs into a zip, which appears when it is complete; scores are left behind.
+    """Writes the maps as PNGs into a zip, which appears when it is complete; scores are left
+    behind.
 
     `names` are the images' (`image_names`). ValueError where a map is missing.
     """
@@ -356,7 +431,9 @@ def write_zip(maps: PartMaps, archive: str | Path, names: Sequence[str]) -> None
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # the same maps give the same archive
+    return zipfile.ZipInfo(
+        name, date_time=(1980, 1, 1, 0, 0, 0)
+    )  # the same maps give the same archive
 
 
 def png_of(parts: np.ndarray) -> bytes:
@@ -373,8 +450,9 @@ def png_of(parts: np.ndarray) -> bytes:
 class PackedSample:
     """What one packed `.npy` holds, put back in its place (specs/semmae.md B.3).
 
-    image: [S, S, 3] uint8, the mean colour where no token is listed; parts: uint8 [G, G], 0 there; scores: float16
-    [G, G], falling in the order of the list and 0 elsewhere, so that a selection by score finds the listed tokens.
+    image: [S, S, 3] uint8, the mean colour where no token is listed; parts: uint8 [G, G], 0 there;
+    scores: float16 [G, G], falling in the order of the list and 0 elsewhere, so that a selection by
+    score finds the listed tokens.
     """
 
     image: np.ndarray
@@ -385,9 +463,11 @@ class PackedSample:
 def read_packed(
     path: str | Path, *, num_parts: int = PUBLISHED_PARTS, image_size: int = PUBLISHED_SIDE
 ) -> PackedSample:
-    """Reads a float array [tokens, 2 * num_parts + 1 + 3 * p * p]: part sizes, one-hot part, cell, pixels of a patch.
+    """Reads a float array [tokens, 2 * num_parts + 1 + 3 * p * p]: part sizes, one-hot part, cell,
+    pixels of a patch.
 
-    Pixels are taken to be normalised with ImageNet's mean and deviation, which the published code assumes.
+    Pixels are taken to be normalised with ImageNet's mean and deviation, which the published code
+    assumes.
 
     Raises:
         ValueError: naming the file: another shape, cells that are not of the grid, or parts that are not one-hot or
@@ -396,10 +476,14 @@ def read_packed(
     table = _load_packed(Path(path), num_parts)
     patch = round(((table.shape[1] - 2 * num_parts - 1) / 3) ** 0.5)
     side = image_size // patch
-    sizes, one_hot, cells, pixels = np.split(table, [num_parts, 2 * num_parts, 2 * num_parts + 1], axis=1)
+    sizes, one_hot, cells, pixels = np.split(
+        table, [num_parts, 2 * num_parts, 2 * num_parts + 1], axis=1
+    )
     cells = cells[:, 0].astype(np.int64)
     if len(np.unique(cells)) < len(cells) or cells.min() < 0 or cells.max() >= side * side:
-        raise ValueError(f"{path}: column {2 * num_parts} must list different cells from 0 to {side * side - 1}")
+        raise ValueError(
+            f"{path}: column {2 * num_parts} must list different cells from 0 to {side * side - 1}"
+        )
     if not ((one_hot == 0) | (one_hot == 1)).all() or (one_hot.sum(1) != 1).any():
         raise ValueError(f"{path}: columns {num_parts} to {2 * num_parts - 1} must be one-hot")
     if (sizes != one_hot.sum(0)).any():
@@ -419,7 +503,9 @@ def _load_packed(path: Path, num_parts: int) -> np.ndarray:
     pixels = table.shape[-1] - 2 * num_parts - 1
     patch = round(max(pixels / 3, 0) ** 0.5)
     if table.ndim != 2 or patch == 0 or 3 * patch * patch != pixels:
-        raise ValueError(f"{path} is {table.shape}; a packed sample is [tokens, {2 * num_parts + 1} + 3 * p * p]")
+        raise ValueError(
+            f"{path} is {table.shape}; a packed sample is [tokens, {2 * num_parts + 1} + 3 * p * p]"
+        )
     return table
 
 
@@ -428,13 +514,18 @@ def _place_patches(patches: np.ndarray, cells: np.ndarray, side: int) -> np.ndar
     patch = patches.shape[1]
     canvas = np.zeros((side * side, patch, patch, 3))
     canvas[cells] = patches
-    image = canvas.reshape(side, side, patch, patch, 3).swapaxes(1, 2).reshape(side * patch, side * patch, 3)
+    image = (
+        canvas.reshape(side, side, patch, patch, 3)
+        .swapaxes(1, 2)
+        .reshape(side * patch, side * patch, 3)
+    )
     mean, std = (np.array(values) for values in MEAN_STD["imagenet"])
     return np.clip(np.rint((image * std + mean) * 255), 0, 255).astype(np.uint8)
 
 
 class RandomParts:
-    """Part maps [rows, columns] without meaning: each cell's part is drawn uniformly, the same for an image each time.
+    """Part maps [rows, columns] without meaning: each cell's part is drawn uniformly, the same for
+    an image each time.
 
     In the place of real maps they show what these are worth.
     """

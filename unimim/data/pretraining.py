@@ -32,7 +32,9 @@ def mask_generator(args: Namespace, method: nn.Module, view: str):
 def build_data(args: Namespace, method: nn.Module):
     """The loader of what the method reads."""
     if "target_ids" in method.views:
-        raise ValueError(f"--model {args.model} needs --discrete_vae_weight_path: DALL-E's encoder, encoder.pkl")
+        raise ValueError(
+            f"--model {args.model} needs --discrete_vae_weight_path: DALL-E's encoder, encoder.pkl"
+        )
     sides = zip(method.image_size, method.cell_size, strict=True)
     transform = build_pretrain_transform(
         method.views,
@@ -68,15 +70,20 @@ def second_size(args: Namespace, method: nn.Module) -> tuple[int, int] | None:
 
 
 def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomParts:
-    """The part maps of the images in `source`, of the kind and with as many parts as the flags and the method say."""
+    """The part maps of the images in `source`, of the kind and with as many parts as the flags and
+    the method say."""
     if args.part_source == "random":
         log.warning("--part_source random: the parts have no meaning; this is a run for comparison")
         return RandomParts(method.num_parts, method.patch_embed.grid_size, args.seed)
     if args.part_maps is None:
-        raise ValueError(f"--model {args.model} needs --part_maps, as run_part_learning.py writes them")
+        raise ValueError(
+            f"--model {args.model} needs --part_maps, as run_part_learning.py writes them"
+        )
     map_file = Path(args.data_path or "", "train_map.txt")
     parts = PartMaps.open(
-        args.part_maps, paths=image_names(source), map_file=map_file if args.data_path and map_file.is_file() else None
+        args.part_maps,
+        paths=image_names(source),
+        map_file=map_file if args.data_path and map_file.is_file() else None,
     )
     if args.part_source not in ("maps", parts.meta.part_source):
         raise ValueError(
@@ -92,7 +99,8 @@ def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomP
 
 
 def train_loader(args: Namespace, dataset):
-    """A loader of whole optimizer steps, `steps_per_epoch` of them; what is left over of an epoch is dropped."""
+    """A loader of whole optimizer steps, `steps_per_epoch` of them; what is left over of an epoch
+    is dropped."""
     steps = len(dataset) // effective_batch(args)
     if steps == 0:
         raise ValueError(

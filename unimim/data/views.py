@@ -16,7 +16,14 @@ from timm.data import create_transform
 from torchvision.transforms import RandomCrop
 
 from masking_generator import MaskGenerator, Pair, as_pair
-from unimim.data.color import draw_colour, draw_jitter, fast_colour, fast_jitter, reference_colour, reference_jitter
+from unimim.data.color import (
+    draw_colour,
+    draw_jitter,
+    fast_colour,
+    fast_jitter,
+    reference_colour,
+    reference_jitter,
+)
 from unimim.data.crops import (
     INTERPOLATIONS,
     TORCH_FILTERS,
@@ -53,21 +60,27 @@ def draw_view(
     jitter: float = 0.0,
     second: str = "lanczos",
 ) -> ViewDraws:
-    """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colours if `strong` (spec 2.1).
+    """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colours if
+    `strong` (spec 2.1).
 
-    `crop(rng, size, crop_scale)` draws the box; None: `draw_crop`. `jitter`: half the range of the factors.
+    `crop(rng, size, crop_scale)` draws the box; None: `draw_crop`. `jitter`: half the range of the
+    factors.
     """
     steps = draw_jitter(rng, jitter) if jitter else ()
     flip = bool(rng.random() < 0.5)
     box = (crop or draw_crop)(rng, size, crop_scale)
     interpolation, second = (
-        TORCH_FILTERS[rng.integers(2)] if name == "random" else name for name in (interpolation, second)
+        TORCH_FILTERS[rng.integers(2)] if name == "random" else name
+        for name in (interpolation, second)
     )
     return ViewDraws(flip, box, interpolation, draw_colour(rng) if strong else None, steps, second)
 
 
 PLAIN_VIEWS = ("image", "image_strong", "image_second", "mask", "target_mask", "noise")
-MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"part_ids": majority, "part_scores": mean_score}
+MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "part_ids": majority,
+    "part_scores": mean_score,
+}
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------------
@@ -76,9 +89,10 @@ MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"part_ids": majority
 class PretrainTransform:
     """`transform(raw, rng, maps)` -> the keys in `views`.
 
-    "image" (weak), "image_strong" and "image_second" (of `second_size`) of the same crop, "mask", "target_mask",
-    "noise" (`noise_size` uniform float32 draws); of the same crop and flip of `maps`, arrays [any size] that cover the
-    picture: "part_ids" uint8, "part_scores" float32, both [rows, columns] of `grid`.
+    "image" (weak), "image_strong" and "image_second" (of `second_size`) of the same crop, "mask",
+    "target_mask", "noise" (`noise_size` uniform float32 draws); of the same crop and flip of
+    `maps`, arrays [any size] that cover the picture: "part_ids" uint8, "part_scores" float32, both
+    [rows, columns] of `grid`.
     """
 
     def __init__(
@@ -95,7 +109,12 @@ class PretrainTransform:
         second_size: Pair | None,
         second_interpolation: str,
     ):
-        self.views, self.size, self.interpolation, self.crop_scale = views, size, interpolation, crop_scale
+        self.views, self.size, self.interpolation, self.crop_scale = (
+            views,
+            size,
+            interpolation,
+            crop_scale,
+        )
         self.grid, self.noise_size = grid, noise_size
         self.color_jitter, self.second_interpolation = color_jitter, second_interpolation
         self.second_size = second_size if "image_second" in views else None
@@ -103,7 +122,10 @@ class PretrainTransform:
         self.masks = masks
 
     def __call__(
-        self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray] = MappingProxyType({})
+        self,
+        raw: RawImage,
+        rng: np.random.Generator,
+        maps: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> Sample:
         draw = functools.partial(
             draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation,
@@ -111,13 +133,17 @@ class PretrainTransform:
         )  # fmt: skip
         found = self.apply(raw, draw, self.size, self.second_size)
         views = {"image": found.weak, "image_strong": found.strong, "image_second": found.second}
-        sample = {name: torch.from_numpy(view) for name, view in views.items() if name in self.views}
+        sample = {
+            name: torch.from_numpy(view) for name, view in views.items() if name in self.views
+        }
         sample |= {name: torch.from_numpy(generate(rng)) for name, generate in self.masks.items()}
         if "noise" in self.views:
             sample["noise"] = torch.from_numpy(rng.random(self.noise_size, dtype=np.float32))
         for name, reduce in MAP_VIEWS.items():
             if name in self.views:
-                sample[name] = torch.from_numpy(reduce(crop_map(maps[name], found.draws, found.picture, self.grid)))
+                sample[name] = torch.from_numpy(
+                    reduce(crop_map(maps[name], found.draws, found.picture, self.grid))
+                )
         return sample
 
 
@@ -131,7 +157,9 @@ class Views(NamedTuple):
     second: np.ndarray | None
 
 
-def _apply_fast(raw: RawImage, draw: Callable[..., ViewDraws], size: Pair, second_size: Pair | None = None) -> Views:
+def _apply_fast(
+    raw: RawImage, draw: Callable[..., ViewDraws], size: Pair, second_size: Pair | None = None
+) -> Views:
     whole, decode_rows = open_picture(raw)
     draws = draw(size=whole)
     top, _, height, _ = draws.box
@@ -155,7 +183,11 @@ def _apply_reference(
     image = reference_jitter(image, draws.jitter)
     weak = reference_crop(image, draws, size)
     strong = None if draws.colour is None else _planes(reference_colour(weak, draws.colour))
-    second = None if second_size is None else _planes(reference_crop(image, draws, second_size, draws.second))
+    second = (
+        None
+        if second_size is None
+        else _planes(reference_crop(image, draws, second_size, draws.second))
+    )
     return Views(whole, draws, _planes(weak), strong, second)
 
 
@@ -178,7 +210,8 @@ def build_pretrain_transform(
     second_size: Pair | None = None,
     second_interpolation: str = "lanczos",
 ) -> PretrainTransform:
-    """The transform that makes a method's `views` (see `PretrainTransform`) at `input_size`, cut into `grid` patches.
+    """The transform that makes a method's `views` (see `PretrainTransform`) at `input_size`, cut
+    into `grid` patches.
 
     Raises:
         ValueError: an interpolation or pipeline that does not exist, or a jitter that cannot be.
@@ -193,7 +226,9 @@ def build_pretrain_transform(
     assert "image_second" not in views or second_size is not None, "a second picture needs a size"
     generators = {"mask": mask_generator, "target_mask": target_mask_generator}
     masks = {name: generate for name, generate in generators.items() if generate is not None}
-    assert masks.keys() == {"mask", "target_mask"} & set(views), "masked views need mask generators, others have none"
+    assert masks.keys() == {"mask", "target_mask"} & set(views), (
+        "masked views need mask generators, others have none"
+    )
     return PretrainTransform(
         tuple(views), as_pair(input_size), interpolation, pipeline, masks, tuple(crop_scale), grid, noise_size,
         color_jitter, second_size, second_interpolation,
@@ -226,7 +261,11 @@ class ProbeTransform:
     ):
         _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
         _check_choice("--train_crop", crop, PROBE_CROPS)
-        self.size, self.interpolation, self.crop_scale = as_pair(input_size), interpolation, tuple(crop_scale)
+        self.size, self.interpolation, self.crop_scale = (
+            as_pair(input_size),
+            interpolation,
+            tuple(crop_scale),
+        )
         short_side = functools.partial(draw_short_side_crop, target=self.size)
         self.crop = short_side if crop == "short_side" else draw_clipped_crop
 
@@ -242,7 +281,8 @@ class ProbeTransform:
 
 
 class TrainTransform:
-    """timm's ImageNet training augmentation, without normalisation and erasing, which follow on the device."""
+    """timm's ImageNet training augmentation, without normalisation and erasing, which follow on the
+    device."""
 
     def __init__(self, size: Pair, augment: Callable[[Image.Image], torch.Tensor]):
         self.size, self.augment = size, augment
@@ -256,10 +296,11 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The centre of the picture: resized to cover `size` / `crop_pct`, cut to `size` (specs/conmim.md 4.7).
+    """The centre of the picture: resized to cover `size` / `crop_pct`, cut to `size`
+    (specs/conmim.md 4.7).
 
-    Up to 32 pixels there is no crop; pictures of another size than `size` are resized to it (a repair: upstream's
-    batches could not be stacked).
+    Up to 32 pixels there is no crop; pictures of another size than `size` are resized to it (a
+    repair: upstream's batches could not be stacked).
     """
 
     def __init__(self, size: Pair, crop_pct: float | None):
@@ -273,7 +314,9 @@ class EvalTransform:
 
     def _centre(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        covered = _cover((image.height, image.width), (int(height / self.crop_pct), int(width / self.crop_pct)))
+        covered = _cover(
+            (image.height, image.width), (int(height / self.crop_pct), int(width / self.crop_pct))
+        )
         image = _exactly(image, covered)
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         return image.crop((left, top, left + width, top + height))
@@ -289,12 +332,17 @@ def _cover(size: Pair, area: Pair) -> Pair:
 
 def _exactly(image: Image.Image, size: Pair) -> Image.Image:
     height, width = size
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+    return (
+        image
+        if image.size == (width, height)
+        else image.resize((width, height), Image.Resampling.BICUBIC)
+    )
 
 
 @contextlib.contextmanager
 def seeded_globals(rng: np.random.Generator) -> Iterator[None]:
-    """Inside, `random`, numpy's and torch's global generators follow from `rng`; afterwards they are as before."""
+    """Inside, `random`, numpy's and torch's global generators follow from `rng`; afterwards they
+    are as before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(rng.integers(2**32))
     random.seed(seed)
@@ -308,15 +356,20 @@ def seeded_globals(rng: np.random.Generator) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def build_finetune_transform(args: argparse.Namespace, train: bool) -> TrainTransform | EvalTransform:
-    """The transform of classification (specs/conmim.md 4.6, 4.7): `transform(raw, rng)` -> {"image": uint8 [3, H, W]}.
+def build_finetune_transform(
+    args: argparse.Namespace, train: bool
+) -> TrainTransform | EvalTransform:
+    """The transform of classification (specs/conmim.md 4.6, 4.7): `transform(raw, rng)` ->
+    {"image": uint8 [3, H, W]}.
 
-    Reads `input_size`, and for training `aa`, `color_jitter` (only used without `aa`), `train_interpolation`,
-    `imagenet_default_mean_and_std` (the colour that fills moved pictures); for evaluation `crop_pct` and, in place of
-    `input_size`, `eval_input_size` where it is given.
+    Reads `input_size`, and for training `aa`, `color_jitter` (only used without `aa`),
+    `train_interpolation`, `imagenet_default_mean_and_std` (the colour that fills moved pictures);
+    for evaluation `crop_pct` and, in place of `input_size`, `eval_input_size` where it is given.
     """
     if not train:
-        return EvalTransform(as_pair(getattr(args, "eval_input_size", None) or args.input_size), args.crop_pct)
+        return EvalTransform(
+            as_pair(getattr(args, "eval_input_size", None) or args.input_size), args.crop_pct
+        )
     size = as_pair(args.input_size)
     _check_choice("--train_interpolation", args.train_interpolation, INTERPOLATIONS)
     mean, std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]

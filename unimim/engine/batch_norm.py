@@ -1,4 +1,5 @@
-"""Batch normalization: synchronized over processes, in float32, and put back after a skipped step."""
+"""Batch normalization: synchronized over processes, in float32, and put back after a skipped
+step."""
 
 from functools import partial
 
@@ -14,10 +15,17 @@ from unimim.engine.distributed import in_group, mean_over_ranks
 
 
 class BatchStatistics:
-    """Remembers the running statistics of batch normalisation so that a skipped step leaves no trace in them."""
+    """Remembers the running statistics of batch normalisation so that a skipped step leaves no
+    trace in them."""
 
     def __init__(self, *modules: nn.Module | None):
-        norms = [m for module in modules if module is not None for m in module.modules() if isinstance(m, _BatchNorm)]
+        norms = [
+            m
+            for module in modules
+            if module is not None
+            for m in module.modules()
+            if isinstance(m, _BatchNorm)
+        ]
         self.buffers = [buffer for norm in norms for buffer in norm.buffers()]
         self.kept: list[Tensor] = []
 
@@ -25,15 +33,19 @@ class BatchStatistics:
         self.kept = [buffer.clone() for buffer in self.buffers]
 
     def put_back_unless(self, applied: Tensor) -> None:
-        """A module on another device than the flag (an average kept on the host) waits for it once."""
-        flags = {device: applied.to(device) > 0 for device in {buffer.device for buffer in self.buffers}}
+        """A module on another device than the flag (an average kept on the host) waits for it
+        once."""
+        flags = {
+            device: applied.to(device) > 0 for device in {buffer.device for buffer in self.buffers}
+        }
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(flags[buffer.device], buffer, kept))
 
 
 @torch.no_grad()
 def average_batch_statistics(module: nn.Module, device: torch.device) -> None:
-    """Replaces the running statistics of each process by their mean over all, sent from `device`; all ranks call.
+    """Replaces the running statistics of each process by their mean over all, sent from `device`;
+    all ranks call.
 
     In float64, so that statistics which are equal on all ranks stay as they are to the last bit.
     """
@@ -48,7 +60,8 @@ def average_batch_statistics(module: nn.Module, device: torch.device) -> None:
 
 
 def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
-    """From now on batch normalisation takes its statistics from the batches of all processes, not of its own alone.
+    """From now on batch normalisation takes its statistics from the batches of all processes, not
+    of its own alone.
 
     On GPUs these are torch's modules, which know no CPU, where each norm gets a `forward` of ours.
     """
@@ -96,4 +109,6 @@ def batch_norm_in_float32(norm: _BatchNorm, x: Tensor) -> Tensor:
         norm.num_batches_tracked.add_(1)
     weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
     own = norm.training or norm.running_mean is None
-    return F.batch_norm(x.float(), norm.running_mean, norm.running_var, weight, bias, own, norm.momentum, norm.eps)
+    return F.batch_norm(
+        x.float(), norm.running_mean, norm.running_var, weight, bias, own, norm.momentum, norm.eps
+    )

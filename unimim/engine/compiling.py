@@ -25,10 +25,11 @@ COMPILED = (Block, EncoderBlock, *REPEATED_BLOCKS)
 
 
 class SharedGraphs:
-    """The compiled forward of blocks of one type at one place of a network, which share their graphs.
+    """The compiled forward of blocks of one type at one place of a network, which share their
+    graphs.
 
-    With and without gradient, in training and evaluation there are separate compilations: torch keeps the graphs of a
-    function together, looks through all of them and gives up at the eighth.
+    With and without gradient, in training and evaluation there are separate compilations: torch
+    keeps the graphs of a function together, looks through all of them and gives up at the eighth.
     """
 
     def __init__(self, forward: Callable, backend: str | Callable):
@@ -38,7 +39,9 @@ class SharedGraphs:
     def __call__(self, block: nn.Module, x: torch.Tensor, *args, **options) -> torch.Tensor:
         role = torch.is_grad_enabled(), block.training
         if role not in self.roles:
-            self.roles[role] = torch.compile(own_code(self.forward, role), dynamic=False, backend=self.backend)
+            self.roles[role] = torch.compile(
+                own_code(self.forward, role), dynamic=False, backend=self.backend
+            )
         if role == (False, False):  # the last batch of an evaluation is smaller
             torch._dynamo.maybe_mark_dynamic(x, 0)
         return self.roles[role](block, x, *args, **options)
@@ -47,13 +50,16 @@ class SharedGraphs:
 def own_code(function: Callable, role: tuple[bool, bool]) -> Callable:
     """The same function with code of its own, by which torch keeps its graphs."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{'_'.join(map(str, role))}")
-    copy = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    copy = FunctionType(
+        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
+    )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
 def compile_blocks(*modules: nn.Module | None, backend: str | Callable = "inductor") -> None:
-    """Compiles the blocks of these networks; those of one list and type share their graphs. Hooks stay outside."""
+    """Compiles the blocks of these networks; those of one list and type share their graphs. Hooks
+    stay outside."""
     places: dict[tuple[int, str, type], list[nn.Module]] = {}
     for number, module in enumerate(modules):
         for name, part in module.named_modules() if module is not None else ():

@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unimim.engine.batch_norm import batch_norm_in_float32, synchronised_batch_norm
 from unimim.engine.runner import AUTOCAST_DTYPES, Runner, spoil_if_nonfinite, step_unless_nonfinite
 
-# What DeepSpeed reads at the top level; it ignores a misspelt key without a word, so we do not (specs/engine.md 1.8).
+# What DeepSpeed reads at the top level; it ignores a misspelt key without a word, so we do not
+# (specs/engine.md 1.8).
 DEEPSPEED_KEYS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast", "bf16",
@@ -30,12 +31,13 @@ DEEPSPEED_KEYS = {
 
 
 def deepspeed_config(args: Namespace, parameters: int = 0) -> dict[str, Any]:
-    """The configuration that the flags ask for, or --deepspeed_config with what it leaves open filled in from them.
+    """The configuration that the flags ask for, or --deepspeed_config with what it leaves open
+    filled in from them.
 
     `gradient_clipping` is always written: DeepSpeed's default clips at 1.0 (specs/engine.md 0.1).
-    bf16 takes the `torch_autocast` section: float32 weights and the same numbers as DDP. fp16 takes the section of its
-    own, with BEiT's values: DeepSpeed 0.19 neither lowers nor undoes the scale of autocast's fp16 under ZeRO.
-    `parameters`, the number of trainable ones, sizes the buckets.
+    bf16 takes the `torch_autocast` section: float32 weights and the same numbers as DDP. fp16 takes
+    the section of its own, with BEiT's values: DeepSpeed 0.19 neither lowers nor undoes the scale
+    of autocast's fp16 under ZeRO. `parameters`, the number of trainable ones, sizes the buckets.
     """
     config = {
         "train_micro_batch_size_per_gpu": args.batch_size,
@@ -52,13 +54,16 @@ def deepspeed_config(args: Namespace, parameters: int = 0) -> dict[str, Any]:
         config |= precision_section(args.precision)
     config |= given
     check_zero_section(config["zero_optimization"], args)
-    if offloads(config["zero_optimization"]):  # or DeepSpeed refuses every optimizer but its own, which it compiles
+    if offloads(
+        config["zero_optimization"]
+    ):  # or DeepSpeed refuses every optimizer but its own, which it compiles
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
 
 
 def zero_section(args: Namespace, parameters: int) -> dict[str, Any]:
-    """Of the flags. DeepSpeed's own buckets take 2 GB and hold a whole ViT: nothing is sent before backward ends."""
+    """Of the flags. DeepSpeed's own buckets take 2 GB and hold a whole ViT: nothing is sent before
+    backward ends."""
     section: dict[str, Any] = {"stage": args.zero_stage}
     if parameters:
         bucket = min(500_000_000, math.ceil(parameters / 8 / 2**20) * 2**20)
@@ -87,14 +92,31 @@ def check_zero_section(section: dict[str, Any], args: Namespace) -> None:
             "use --zero_stage 1, or leave out --enable_deepspeed"
         )
     if offloads(section) and section["stage"] == 0:
-        raise ValueError("--offload optimizer needs a sharded optimizer: use --zero_stage 1, 2 or 3")
+        raise ValueError(
+            "--offload optimizer needs a sharded optimizer: use --zero_stage 1, 2 or 3"
+        )
 
 
 def precision_section(precision: str) -> dict[str, Any]:
     if precision == "fp16":
-        return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 7, "loss_scale_window": 128}}
-    if precision == "bf16":  # no module is named whose gradients and shards could be sent in bf16, as DDP sends none
-        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
+        return {
+            "fp16": {
+                "enabled": True,
+                "loss_scale": 0,
+                "initial_scale_power": 7,
+                "loss_scale_window": 128,
+            }
+        }
+    if (
+        precision == "bf16"
+    ):  # no module is named whose gradients and shards could be sent in bf16, as DDP sends none
+        return {
+            "torch_autocast": {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            }
+        }
     return {}
 
 
@@ -111,20 +133,36 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 def check_deepspeed_config(given: dict, ours: dict, args: Namespace) -> None:
     name = f"--deepspeed_config {args.deepspeed_config}"
     if named := {"optimizer", "scheduler"} & given.keys():
-        raise ValueError(f"{name} has the section {min(named)}, which comes from the flags here: leave it out")
+        raise ValueError(
+            f"{name} has the section {min(named)}, which comes from the flags here: leave it out"
+        )
     if unknown := given.keys() - DEEPSPEED_KEYS:
-        raise ValueError(f"{name}: DeepSpeed does not know the keys {sorted(unknown)}, and would ignore them silently")
+        raise ValueError(
+            f"{name}: DeepSpeed does not know the keys {sorted(unknown)}, and would ignore them silently"
+        )
     batches = {"train_batch_size": args.batch_size * args.update_freq * args.world_size, **ours}
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+    for key in (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+    ):
         if given.get(key, batches[key]) != batches[key]:
-            raise ValueError(f"{name} says {key} {given[key]}, the flags say {batches[key]}: make them equal")
+            raise ValueError(
+                f"{name} says {key} {given[key]}, the flags say {batches[key]}: make them equal"
+            )
     if args.clip_grad and given.get("gradient_clipping", args.clip_grad) != args.clip_grad:
-        raise ValueError(f"{name} says gradient_clipping {given['gradient_clipping']}, --clip_grad {args.clip_grad}")
+        raise ValueError(
+            f"{name} says gradient_clipping {given['gradient_clipping']}, --clip_grad {args.clip_grad}"
+        )
     stage = given.get("zero_optimization", {}).get("stage", args.zero_stage)
     if given.get("bf16", {}).get("enabled") and stage == 0:
-        raise ValueError(f"{name}: bf16 with ZeRO stage 0 takes a wrong first step in DeepSpeed; use stage 1 or more")
+        raise ValueError(
+            f"{name}: bf16 with ZeRO stage 0 takes a wrong first step in DeepSpeed; use stage 1 or more"
+        )
     if given.get("torch_autocast", {}).get("dtype") in ("fp16", "float16"):
-        raise ValueError(f"{name}: torch_autocast with fp16 clips scaled gradients in DeepSpeed; use the section fp16")
+        raise ValueError(
+            f"{name}: torch_autocast with fp16 clips scaled gradients in DeepSpeed; use the section fp16"
+        )
 
 
 class DeepSpeedRunner(Runner):
@@ -132,19 +170,27 @@ class DeepSpeedRunner(Runner):
 
     def __init__(self, network, optimizer, *, config: dict[str, Any], device: torch.device):
         super().__init__(
-            network, update_freq=config["gradient_accumulation_steps"], clip_grad=config["gradient_clipping"] or None
+            network,
+            update_freq=config["gradient_accumulation_steps"],
+            clip_grad=config["gradient_clipping"] or None,
         )
         deepspeed = import_deepspeed(device)
         self.config, self.device = config, device
         self.optimizer = optimizer
         self.guard = StepGuard(optimizer, device)
-        reduced = [dtype for name, dtype in AUTOCAST_DTYPES.items() if config.get(name, {}).get("enabled")]
+        reduced = [
+            dtype for name, dtype in AUTOCAST_DTYPES.items() if config.get(name, {}).get("enabled")
+        ]
         if reduced:
             run_with_rounded_weights(network, device, reduced[0])
-        self.model, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, config=dict(config))
+        self.model, _, _, _ = deepspeed.initialize(
+            model=network, optimizer=optimizer, config=dict(config)
+        )
         self.stage = self.model.zero_optimization_stage()
         self.gathered_parameters = deepspeed.zero.GatheredParameters
-        autocast = self.model.torch_autocast_dtype() if self.model.torch_autocast_enabled() else None
+        autocast = (
+            self.model.torch_autocast_dtype() if self.model.torch_autocast_enabled() else None
+        )
         self.dtype = reduced[0] if reduced else autocast
         # the weights themselves, or stage 3's gathered copies of them, may then be rounded
         self.rounded = bool(reduced) or (autocast is not None and self.stage == 3)
@@ -154,7 +200,9 @@ class DeepSpeedRunner(Runner):
             self.statistics.keep()
         out = self.model(batch)
         self.model.set_gradient_accumulation_boundary(last)
-        self.model.backward(spoil_if_nonfinite(out["loss"]))  # divides by the accumulation count itself
+        self.model.backward(
+            spoil_if_nonfinite(out["loss"])
+        )  # divides by the accumulation count itself
         if not last:
             self.model.step()
         return out
@@ -165,16 +213,21 @@ class DeepSpeedRunner(Runner):
         self.model.step()
         applied = self.guard.applied * float(self.model.was_step_applied())
         if norm is None:
-            known = self.model.get_global_grad_norm()  # not where the user's configuration switches it off
+            known = (
+                self.model.get_global_grad_norm()
+            )  # not where the user's configuration switches it off
             norm = torch.as_tensor(float("nan") if known is None else known, device=self.device)
         return {"grad_norm": norm.float(), "applied": applied}
 
     def _whole_norm(self) -> Tensor:
         """Stage 0 keeps whole gradients and reports no norm in float32."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        return torch.nn.utils.get_total_norm(
+            [p.grad for p in self.network.parameters() if p.grad is not None]
+        )
 
     def full_state_dict(self):
-        """One parameter at a time, whole on every rank for that long; only rank 0 keeps them, on the host."""
+        """One parameter at a time, whole on every rank for that long; only rank 0 keeps them, on
+        the host."""
         state, keeps = {}, dist.get_rank() == 0
         for name, value in self.network.state_dict(keep_vars=True).items():
             if isinstance(value, nn.Parameter):
@@ -205,17 +258,21 @@ class DeepSpeedRunner(Runner):
 
 
 def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Lets weights that DeepSpeed keeps in bf16 or fp16 meet float32 images and batch statistics."""
+    """Lets weights that DeepSpeed keeps in bf16 or fp16 meet float32 images and batch
+    statistics."""
     # inside the network, because DeepSpeed ends an autocast around it
     network.forward = torch.autocast(device.type, dtype)(network.forward)
     for norm in network.modules():
         if isinstance(norm, _BatchNorm):
             synchronised = isinstance(norm, nn.SyncBatchNorm) or "forward" in vars(norm)
-            norm.forward = partial(synchronised_batch_norm if synchronised else batch_norm_in_float32, norm)
+            norm.forward = partial(
+                synchronised_batch_norm if synchronised else batch_norm_in_float32, norm
+            )
 
 
 class StepGuard:
-    """Stands before optimizer.step: skips it on every rank where a gradient on any rank is not finite.
+    """Stands before optimizer.step: skips it on every rank where a gradient on any rank is not
+    finite.
 
     ZeRO-3 calls it for each of its sub-groups, after it has looked at the gradients of all.
     """
@@ -230,8 +287,17 @@ class StepGuard:
         self.applied = torch.ones((), device=self.device)
 
     def __call__(self, closure=None):
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.nn.utils.get_total_norm(gradients).isfinite().float() if gradients else self.applied.clone()
+        gradients = [
+            p.grad
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        finite = (
+            torch.nn.utils.get_total_norm(gradients).isfinite().float()
+            if gradients
+            else self.applied.clone()
+        )
         place = finite.device  # the host's under ZeRO-Offload, from where NCCL sends nothing
         finite = finite.to(self.device)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -245,12 +311,18 @@ class StepGuard:
 
 def import_deepspeed(device: torch.device):
     """Imports DeepSpeed so that it needs no compiler on a CPU (specs/engine.md 1.3)."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it takes a GPU unasked, also under --device cpu
+    os.environ.setdefault(
+        "DS_ACCELERATOR", device.type
+    )  # it takes a GPU unasked, also under --device cpu
     try:
         import deepspeed
     except ImportError as error:
-        raise ValueError("--enable_deepspeed needs the package deepspeed: pip install -r requirements.txt") from error
+        raise ValueError(
+            "--enable_deepspeed needs the package deepspeed: pip install -r requirements.txt"
+        ) from error
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if device.type == "cpu" and isinstance(compatible, dict):
-        compatible["deepspeed_shm_comm"] = False  # gloo alone does; the helper would be compiled at each first start
+        compatible["deepspeed_shm_comm"] = (
+            False  # gloo alone does; the helper would be compiled at each first start
+        )
     return deepspeed

@@ -36,7 +36,8 @@ class Place:
 
 
 def init_distributed(args: Namespace) -> torch.device:
-    """Finds this process's place among the others, joins the group, and sets args.rank, world_size and local_rank."""
+    """Finds this process's place among the others, joins the group, and sets args.rank, world_size
+    and local_rank."""
     if args.dist_on_itp:
         args.dist_url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     place = find_place(os.environ, openmpi=args.dist_on_itp, local_rank=args.local_rank)
@@ -54,25 +55,36 @@ def init_distributed(args: Namespace) -> torch.device:
 def find_place(env: Mapping[str, str], *, openmpi: bool = False, local_rank: int = -1) -> Place:
     """The place that a launcher's variables give this process.
 
-    Order: OpenMPI with --dist_on_itp, torchrun and deepspeed (RANK), srun, else one process. `local_rank` is the flag.
+    Order: OpenMPI with --dist_on_itp, torchrun and deepspeed (RANK), srun, else one process.
+    `local_rank` is the flag.
     """
     if openmpi:
-        return Place(*(int(env[f"OMPI_COMM_WORLD_{key}"]) for key in ("RANK", "SIZE", "LOCAL_RANK")))
+        return Place(
+            *(int(env[f"OMPI_COMM_WORLD_{key}"]) for key in ("RANK", "SIZE", "LOCAL_RANK"))
+        )
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", max(local_rank, 0))))
+        return Place(
+            int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", max(local_rank, 0)))
+        )
     return slurm_place(env)
 
 
 def slurm_place(env: Mapping[str, str]) -> Place:
     """The place of one of srun's tasks; one process outside of a job step, as in a batch script.
 
-    Without MASTER_ADDR the tasks meet on the step's first host, at a port that follows from the job and the step.
+    Without MASTER_ADDR the tasks meet on the step's first host, at a port that follows from the job
+    and the step.
     """
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or (env.get("SLURM_NTASKS", 1) if "MASTER_ADDR" in env else 1))
+    tasks = int(
+        env.get("SLURM_STEP_NUM_TASKS")
+        or (env.get("SLURM_NTASKS", 1) if "MASTER_ADDR" in env else 1)
+    )
     if tasks == 1 or "SLURM_PROCID" not in env:
         return Place()
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-    address = env.get("MASTER_ADDR") or (first_host(nodes) if nodes else env.get("SLURM_LAUNCH_NODE_IPADDR"))
+    address = env.get("MASTER_ADDR") or (
+        first_host(nodes) if nodes else env.get("SLURM_LAUNCH_NODE_IPADDR")
+    )
     if not address:
         raise ValueError(
             f"srun started {tasks} tasks, but neither SLURM_STEP_NODELIST nor MASTER_ADDR says where they meet; "
@@ -90,7 +102,9 @@ def first_host(hosts: str) -> str:
     """The first name of a host list in SLURM's form: "gpu07" of "gpu[07-12,15],login"."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)
     if first is None:
-        raise ValueError(f"{hosts!r} is not a list of hosts; export MASTER_ADDR as the first of the job's hosts")
+        raise ValueError(
+            f"{hosts!r} is not a list of hosts; export MASTER_ADDR as the first of the job's hosts"
+        )
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
 
 
@@ -106,7 +120,8 @@ def choose_device(args: Namespace) -> torch.device:
 def join_process_group(args: Namespace, device: torch.device, place: Place) -> None:
     """A lone process under DeepSpeed needs the variables of a launcher too.
 
-    On GPUs the group has a side for the host's tensors: what is agreed on there waits for no device.
+    On GPUs the group has a side for the host's tensors: what is agreed on there waits for no
+    device.
     """
     if in_group():  # a second run in the same processes
         return
@@ -124,7 +139,9 @@ def join_process_group(args: Namespace, device: torch.device, place: Place) -> N
         rank=args.rank,
         world_size=args.world_size,
         timeout=timedelta(minutes=args.dist_timeout),
-        device_id=device if on_gpus and args.world_size > 1 else None,  # a lone rank has no one to connect to
+        device_id=device
+        if on_gpus and args.world_size > 1
+        else None,  # a lone rank has no one to connect to
     )
 
 
@@ -139,7 +156,8 @@ def in_group() -> bool:
 
 
 def leave_process_group() -> None:
-    """Also ends gloo's threads: one that frees a tensor while the interpreter shuts down aborts the process.
+    """Also ends gloo's threads: one that frees a tensor while the interpreter shuts down aborts the
+    process.
 
     DeepSpeed keeps its engine, and so the threads, until the process ends.
     """
@@ -154,10 +172,11 @@ def has_peers() -> bool:
 
 
 def exit_at_once(code: int) -> None:
-    """Ends this process with what it has logged, without the farewell to peers that may never answer.
+    """Ends this process with what it has logged, without the farewell to peers that may never
+    answer.
 
-    They sit in a collective, where destroying the group would wait for them; a lost connection or the launcher ends
-    them. Loader workers go with their parent.
+    They sit in a collective, where destroying the group would wait for them; a lost connection or
+    the launcher ends them. Loader workers go with their parent.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -205,8 +224,9 @@ def gathered(value: Any) -> list[Any]:
 class StopSignal:
     """Turns SIGTERM, SIGINT or SIGUSR1 into a request to stop, on which all ranks agree.
 
-    Launchers and schedulers repeat what they have sent already, so repeats change nothing. Only SIGINT, that is Ctrl-C,
-    ends the process at once when it comes again more than `patience` seconds after the first.
+    Launchers and schedulers repeat what they have sent already, so repeats change nothing. Only
+    SIGINT, that is Ctrl-C, ends the process at once when it comes again more than `patience`
+    seconds after the first.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -228,10 +248,12 @@ class StopSignal:
             self.may_interrupt.start()
 
     def agreed(self, *, last: bool = False) -> bool:
-        """Whether any rank has been asked to stop; all ranks call it once a step and get the same answer.
+        """Whether any rank has been asked to stop; all ranks call it once a step and get the same
+        answer.
 
-        Among several ranks the answer is that to the votes of the step before, which have arrived meanwhile; in the
-        `last` step of an epoch it is waited for. A lone process looks at its own request.
+        Among several ranks the answer is that to the votes of the step before, which have arrived
+        meanwhile; in the `last` step of an epoch it is waited for. A lone process looks at its own
+        request.
         """
         if not has_peers():
             return self.received is not None

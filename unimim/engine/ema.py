@@ -1,4 +1,5 @@
-"""An exponential moving average of a network: the teacher of a method, or the averaged classifier."""
+"""An exponential moving average of a network: the teacher of a method, or the averaged
+classifier."""
 
 import copy
 from collections.abc import Callable
@@ -12,11 +13,12 @@ Reader = Callable[[list[Tensor]], AbstractContextManager[list[Tensor]]]
 
 
 class MovingAverage:
-    """A float32 copy of `source` that follows its parameters: average <- m * average + (1 - m) * source.
+    """A float32 copy of `source` that follows its parameters: average <- m * average + (1 - m) *
+    source.
 
-    `copy_buffers`: they are the source's, never averaged (specs/a2mim.md 4.4); otherwise the copy keeps buffers of its
-    own, as ConMIM's teacher does (specs/conmim.md 2.4).
-    `read` turns a list of the source's parameters into whole float32 tensors; an engine that shards or rounds them
+    `copy_buffers`: they are the source's, never averaged (specs/a2mim.md 4.4); otherwise the copy
+    keeps buffers of its own, as ConMIM's teacher does (specs/conmim.md 2.4). `read` turns a list of
+    the source's parameters into whole float32 tensors; an engine that shards or rounds them
     replaces it. It is called block by block, so that no more than a block is ever gathered.
     """
 
@@ -39,13 +41,16 @@ class MovingAverage:
         for mine, theirs in self._blocks:
             with self.read(theirs) as whole:
                 _lerp(mine, whole, weight)
-        if self._buffers_of is not None:  # looked up each time: a move to another device or dtype replaces buffers
+        if (
+            self._buffers_of is not None
+        ):  # looked up each time: a move to another device or dtype replaces buffers
             for mine, theirs in zip(self.module.buffers(), self._buffers_of.buffers(), strict=True):
                 mine.copy_(theirs)
 
 
 def _lerp(mine, theirs, weight: float | Tensor) -> None:
-    """A weight on the device (a skipped step is not known to the host yet) has no fused form of this call.
+    """A weight on the device (a skipped step is not known to the host yet) has no fused form of
+    this call.
 
     There three fused ones do the same, up to a rounding of the last bit.
     """
@@ -60,6 +65,7 @@ def _lerp(mine, theirs, weight: float | Tensor) -> None:
 
 
 def _block_of(name: str) -> str:
-    """`blocks.3` of `blocks.3.attn.qkv.weight`; names outside a block count together while they are neighbours."""
+    """`blocks.3` of `blocks.3.attn.qkv.weight`; names outside a block count together while they are
+    neighbours."""
     parts = name.split(".")
     return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else ""

@@ -21,7 +21,8 @@ from unimim.engine.distributed import mean_over_ranks
 from unimim.files import write_text
 from unimim.logs import log
 
-# Dense bf16/fp16 peak of a device in TFLOP/s, from the makers' data sheets; keys are words of torch's device names.
+# Dense bf16/fp16 peak of a device in TFLOP/s, from the makers' data sheets; keys are words of
+# torch's device names.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H200 NVL": 835, "GH200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "V100": 125,
@@ -31,7 +32,8 @@ OTHER_DEVICES = {"MIG", "LAPTOP", "TI", "D"}  # words of a part or a variant, wh
 
 
 class RunLog:
-    """Where figures go: log.txt (one JSON object an epoch), tensorboardX and W&B; on rank 0 only."""
+    """Where figures go: log.txt (one JSON object an epoch), tensorboardX and W&B; on rank 0
+    only."""
 
     def __init__(self, args: Namespace, config: dict):
         main = args.rank == 0
@@ -43,7 +45,9 @@ class RunLog:
         """Drops lines of epochs that a resumed run will do again."""
         if self.file is None or not self.file.exists():
             return
-        whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a crash may cut the last
+        whole = [
+            line for line in self.file.read_text().splitlines() if line.endswith("}")
+        ]  # a crash may cut the last
         lines = [line for line in whole if json.loads(line)["epoch"] < epoch]
         write_text(self.file, "".join(f"{line}\n" for line in lines))
 
@@ -78,13 +82,18 @@ def _wandb(args: Namespace, config: dict):
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("--wandb needs the package wandb: pip install wandb, or use --log_dir") from error
+        raise ValueError(
+            "--wandb needs the package wandb: pip install wandb, or use --log_dir"
+        ) from error
     name = Path(args.output_dir).name or None
-    return wandb.init(project=args.wandb, name=name, config=config, id=wandb_id(args), resume="allow")
+    return wandb.init(
+        project=args.wandb, name=name, config=config, id=wandb_id(args), resume="allow"
+    )
 
 
 def wandb_id(args: Namespace) -> str | None:
-    """The id under which W&B knows the run: kept in the output folder, new for a run that resumes nothing."""
+    """The id under which W&B knows the run: kept in the output folder, new for a run that resumes
+    nothing."""
     if not args.output_dir:
         return None
     file = Path(args.output_dir) / "wandb_id.txt"
@@ -102,19 +111,27 @@ class NonFiniteError(RuntimeError):
 
 
 class StepMonitor:
-    """Keeps each step's figures on the device and reads them together, so that no step waits for the device.
+    """Keeps each step's figures on the device and reads them together, so that no step waits for
+    the device.
 
-    Figures are means over all processes, so that every rank counts, stops and resumes with the same ones.
+    Figures are means over all processes, so that every rank counts, stops and resumes with the same
+    ones.
 
-    A step whose loss or gradient was not finite has `applied` 0: it did not change anything. Its batch is written to
-    `folder`, and more than `max_nonfinite` of them in a row raise NonFiniteError. With a loss scaler (`scaled`) a
-    gradient may overflow under a finite loss until the scale has come down: 16 more of those are let pass.
+    A step whose loss or gradient was not finite has `applied` 0: it did not change anything. Its
+    batch is written to `folder`, and more than `max_nonfinite` of them in a row raise
+    NonFiniteError. With a loss scaler (`scaled`) a gradient may overflow under a finite loss until
+    the scale has come down: 16 more of those are let pass.
     """
 
     scaler_halvings = 16
 
     def __init__(self, *, folder: str, rank: int, max_nonfinite: int, scaled: bool = False):
-        self.folder, self.rank, self.max_nonfinite, self.scaled = folder, rank, max_nonfinite, scaled
+        self.folder, self.rank, self.max_nonfinite, self.scaled = (
+            folder,
+            rank,
+            max_nonfinite,
+            scaled,
+        )
         self.pending: list[tuple[int, list[Tensor], dict[str, Tensor]]] = []
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
@@ -122,19 +139,27 @@ class StepMonitor:
         self.streak = 0
 
     def push(self, step: int, indices: list[Tensor], figures: dict[str, Tensor]) -> None:
-        """`figures` holds scalar tensors, among them loss, grad_norm and applied; `indices` the samples of the step."""
+        """`figures` holds scalar tensors, among them loss, grad_norm and applied; `indices` the
+        samples of the step."""
         self.pending.append((step, indices, figures))
 
     def read(self) -> dict[str, float]:
-        """Moves what is pending to the host and returns its means (of the steps that were applied); all ranks call."""
+        """Moves what is pending to the host and returns its means (of the steps that were applied);
+        all ranks call."""
         if self.pending:
             names = list(self.pending[0][2])
-            own = torch.stack([torch.stack([f[n].float() for n in names]) for *_, f in self.pending])
-            rows = [dict(zip(names, values, strict=True)) for values in mean_over_ranks(own).tolist()]
+            own = torch.stack(
+                [torch.stack([f[n].float() for n in names]) for *_, f in self.pending]
+            )
+            rows = [
+                dict(zip(names, values, strict=True)) for values in mean_over_ranks(own).tolist()
+            ]
             good = [row for row in rows if row["applied"]]
             self._check(rows, own)
             self._add(good)
-            self.recent = {n: sum(row[n] for row in good) / len(good) for n in names} if good else self.recent
+            self.recent = (
+                {n: sum(row[n] for row in good) / len(good) for n in names} if good else self.recent
+            )
             self.pending.clear()
         return self.recent
 
@@ -162,18 +187,31 @@ class StepMonitor:
         samples = torch.cat(indices).tolist() if indices else []
         log.warning("step %d skipped: loss %s, grad norm %s", step, row["loss"], row["grad_norm"])
         if self.folder:
-            report = {"step": step, "loss": str(row["loss"]), "grad_norm": str(row["grad_norm"]), "indices": samples}
-            write_text(Path(self.folder) / f"nonfinite-{step}-rank{self.rank}.json", json.dumps(report))
+            report = {
+                "step": step,
+                "loss": str(row["loss"]),
+                "grad_norm": str(row["grad_norm"]),
+                "indices": samples,
+            }
+            write_text(
+                Path(self.folder) / f"nonfinite-{step}-rank{self.rank}.json", json.dumps(report)
+            )
 
     def means(self) -> dict[str, float]:
         """Averages since the last reset."""
-        return {name: self.sums[name] / self.counts[name] for name in self.sums if name != "applied"}
+        return {
+            name: self.sums[name] / self.counts[name] for name in self.sums if name != "applied"
+        }
 
     def state(self) -> dict:
         return {"sums": dict(self.sums), "counts": dict(self.counts), "streak": self.streak}
 
     def load(self, state: dict) -> None:
-        self.sums, self.counts, self.streak = dict(state["sums"]), dict(state["counts"]), state["streak"]
+        self.sums, self.counts, self.streak = (
+            dict(state["sums"]),
+            dict(state["counts"]),
+            state["streak"],
+        )
 
     def reset(self) -> None:
         self.sums, self.counts = {}, {}
@@ -182,11 +220,16 @@ class StepMonitor:
 class Throughput:
     """Images a second, the share of time spent waiting for data, MFU, and the time left.
 
-    `flops_per_image` are those of the model: what --grad_checkpointing computes again is no use of the device.
+    `flops_per_image` are those of the model: what --grad_checkpointing computes again is no use of
+    the device.
     """
 
     def __init__(self, images_per_step: int, flops_per_image: float | None, peak: float | None):
-        self.images_per_step, self.flops_per_image, self.peak = images_per_step, flops_per_image, peak
+        self.images_per_step, self.flops_per_image, self.peak = (
+            images_per_step,
+            flops_per_image,
+            peak,
+        )
         self.restart()
 
     def restart(self) -> None:
@@ -205,7 +248,8 @@ class Throughput:
             yield batch
 
     def figures(self) -> dict[str, float]:
-        """Since the last call: images/s over all ranks, data wait in percent, MFU in percent if the peak is known."""
+        """Since the last call: images/s over all ranks, data wait in percent, MFU in percent if the
+        peak is known."""
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         rate = self.steps * self.images_per_step / elapsed
         figures = {
@@ -239,12 +283,15 @@ def peak_tflops(name: str) -> float | None:
 def count_flops(step, *args) -> float:
     """FLOPs of step(*args) by torch's counter, two for each multiply-add.
 
-    The counter does not know the fused attention of CPUs: it is given the products of the explicit form.
+    The counter does not know the fused attention of CPUs: it is given the products of the explicit
+    form.
     """
     aten = torch.ops.aten
     on_cpu = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *qkv, **_: 2 * _attention_flops(*qkv),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *qkv, **_: (
+            2 * _attention_flops(*qkv)
+        ),
     }
     with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         step(*args)
@@ -266,11 +313,13 @@ def memory_gib(device: torch.device) -> float:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Lets glibc's malloc keep what a step frees for the next one; `keep` False is its default again.
+    """Lets glibc's malloc keep what a step frees for the next one; `keep` False is its default
+    again.
 
-    By default large blocks go back to the kernel, which then hands out zeroed pages anew: a step on a CPU is 1.1 to 1.3
-    times as long (docs/benchmarks.md). What was kept in the heap's middle until then stays in use with `keep` False:
-    only a new process is without it. Nothing happens with another C library.
+    By default large blocks go back to the kernel, which then hands out zeroed pages anew: a step on
+    a CPU is 1.1 to 1.3 times as long (docs/benchmarks.md). What was kept in the heap's middle until
+    then stays in use with `keep` False: only a new process is without it. Nothing happens with
+    another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -291,13 +340,16 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar on a terminal, a plain line every `every` steps elsewhere; silent on ranks other than 0."""
+    """A bar on a terminal, a plain line every `every` steps elsewhere; silent on ranks other than
+    0."""
 
     def __init__(self, title: str, total: int, start: int, *, every: int, rank: int):
         self.title, self.total, self.every, self.rank = title, total, every, rank
         self.bar = None
         if rank == 0 and sys.stdout.isatty():
-            self.bar = tqdm(total=total, initial=start, desc=title, dynamic_ncols=True, file=sys.stdout)
+            self.bar = tqdm(
+                total=total, initial=start, desc=title, dynamic_ncols=True, file=sys.stdout
+            )
 
     def due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.total

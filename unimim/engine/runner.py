@@ -31,7 +31,8 @@ def has_bf16() -> bool:
 
 
 class Runner:
-    """What plain, DDP and DeepSpeed runs share. `network` is the module itself, `model` the wrapped one."""
+    """What plain, DDP and DeepSpeed runs share. `network` is the module itself, `model` the wrapped
+    one."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -47,11 +48,13 @@ class Runner:
         self.statistics = BatchStatistics(*modules)
 
     def micro_step(self, batch: dict[str, Tensor], *, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; `last` of the `update_freq` ones that make a step."""
+        """Forward and backward of one micro-batch; `last` of the `update_freq` ones that make a
+        step."""
         raise NotImplementedError
 
     def step(self) -> dict[str, Tensor]:
-        """Applies the gradients: {"grad_norm": 2-norm before clipping, "applied": 1.0, or 0.0 for a skipped step}."""
+        """Applies the gradients: {"grad_norm": 2-norm before clipping, "applied": 1.0, or 0.0 for a
+        skipped step}."""
         result = self.apply_gradients()
         self.statistics.put_back_unless(result["applied"])
         self.statistics.kept = []
@@ -63,7 +66,8 @@ class Runner:
         raise NotImplementedError
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The network's state with whole float32 weights; every rank must call, and rank 0 gets it."""
+        """The network's state with whole float32 weights; every rank must call, and rank 0 gets
+        it."""
         return self.network.state_dict()
 
     def whole(self, parameters: list[Tensor]):
@@ -72,31 +76,38 @@ class Runner:
 
 
 class GradientCheck:
-    """Finds trainable tensors that training leaves alone: in the first applied steps of a run no rank has a gradient
-    for them that is not zero.
+    """Finds trainable tensors that training leaves alone: in the first applied steps of a run no
+    rank has a gradient for them that is not zero.
 
-    A single such tensor may be meant, and is named in the log; most of a network never is, and is an error. It takes
-    several steps, because behind a head that starts at zero all gradients are zero in the first ones.
+    A single such tensor may be meant, and is named in the log; most of a network never is, and is
+    an error. It takes several steps, because behind a head that starts at zero all gradients are
+    zero in the first ones.
     """
 
     steps = 5
 
     def __init__(self, network: nn.Module):
-        named = [(name, p) for name, p in network.named_parameters() if p.requires_grad and p.numel() > 1]
+        named = [
+            (name, p) for name, p in network.named_parameters() if p.requires_grad and p.numel() > 1
+        ]
         self.names = [name for name, _ in named]
         self.seen = torch.zeros(len(named), device=named[0][1].device if named else None)
         self.done = torch.zeros((), device=self.seen.device)
         self.asked = 0
-        self.hooks = [p.register_hook(partial(self._note, number)) for number, (_, p) in enumerate(named)]
+        self.hooks = [
+            p.register_hook(partial(self._note, number)) for number, (_, p) in enumerate(named)
+        ]
 
     @torch.no_grad()
     def _note(self, number: int, gradient: Tensor) -> None:
-        """Before reduction and sharding: all engines look the same here. What is not finite says nothing."""
+        """Before reduction and sharding: all engines look the same here. What is not finite says
+        nothing."""
         largest = torch.linalg.vector_norm(gradient.detach(), math.inf)
         self.seen[number] += ((largest > 0) & largest.isfinite()).to(self.seen)
 
     def after_step(self, applied: Tensor) -> None:
-        """Judges once, after enough applied steps; waits for the device then, and not before `steps` steps."""
+        """Judges once, after enough applied steps; waits for the device then, and not before
+        `steps` steps."""
         if not self.hooks:
             return
         self.done += applied.to(self.done)
@@ -115,7 +126,9 @@ class GradientCheck:
         shown = ", ".join(untouched[:5]) + (", ..." if len(untouched) > 5 else "")
         text = f"{len(untouched)} of {len(self.names)} trainable tensors had no gradient in {self.steps} steps: {shown}"
         if 2 * len(untouched) > len(self.names):
-            raise ValueError(f"{text}. Most of the network is not trained: run without --compile or --enable_deepspeed")
+            raise ValueError(
+                f"{text}. Most of the network is not trained: run without --compile or --enable_deepspeed"
+            )
         log.warning("%s", text)
 
 
@@ -125,9 +138,11 @@ def spoil_if_nonfinite(loss: Tensor) -> Tensor:
 
 
 def step_unless_nonfinite(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """Steps where `applied` is 1. Fused optimizers skip on the device; for others the host has to look.
+    """Steps where `applied` is 1. Fused optimizers skip on the device; for others the host has to
+    look.
 
-    It looks before a first step too: a fused SGD that skips that one leaves its momentum uninitialised.
+    It looks before a first step too: a fused SGD that skips that one leaves its momentum
+    uninitialised.
     """
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     if fused and optimizer.state and applied.device.type != "cpu":
@@ -137,7 +152,8 @@ def step_unless_nonfinite(optimizer: torch.optim.Optimizer, applied: Tensor) -> 
 
 
 def step_on_device(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """The fused kernels read the gradient scaler's flag, and leave everything as it is where it is set."""
+    """The fused kernels read the gradient scaler's flag, and leave everything as it is where it is
+    set."""
     optimizer.grad_scale, optimizer.found_inf = None, 1.0 - applied
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
@@ -176,7 +192,9 @@ class TorchRunner(Runner):
         applied = norm.isfinite().float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        step_unless_nonfinite(self.optimizer, applied)  # not the scaler's step, which would not guard a first one
+        step_unless_nonfinite(
+            self.optimizer, applied
+        )  # not the scaler's step, which would not guard a first one
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "applied": applied}

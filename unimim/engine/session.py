@@ -1,9 +1,10 @@
 """What a run keeps on disk: its checkpoints, the position to resume from, and the clean encoder.
 
-A checkpoint holds plain tensors and dicts: model, teacher or averaged model, optimizer, scaler, epoch and step (the
-position of schedules and data; all randomness follows from it and the seed), the meters of the epoch, the flags, and
-what tells whether another run sees the same images. The optimizer's state goes by the parameters' names.
-A DeepSpeed run keeps optimizer shards in the folder of the same name, for an exact resume on as many ranks.
+A checkpoint holds plain tensors and dicts: model, teacher or averaged model, optimizer, scaler,
+epoch and step (the position of schedules and data; all randomness follows from it and the seed),
+the meters of the epoch, the flags, and what tells whether another run sees the same images. The
+optimizer's state goes by the parameters' names. A DeepSpeed run keeps optimizer shards in the
+folder of the same name, for an exact resume on as many ranks.
 """
 
 from argparse import Namespace
@@ -45,7 +46,8 @@ GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
 
 @dataclass
 class Position:
-    """`step` optimizer steps of `epoch` are done; `best` is the best validation accuracy so far in percent."""
+    """`step` optimizer steps of `epoch` are done; `best` is the best validation accuracy so far in
+    percent."""
 
     epoch: int = 0
     step: int = 0
@@ -77,10 +79,15 @@ class Session:
     # -- saving
 
     def save(self, position: Position, *, finished: bool) -> None:
-        """Writes checkpoint-<epoch>.pth of a finished epoch, else checkpoint-<epoch>-<step>.pth; all ranks call it."""
+        """Writes checkpoint-<epoch>.pth of a finished epoch, else checkpoint-<epoch>-<step>.pth;
+        all ranks call it."""
         if self.folder is None:
             return
-        stem = f"checkpoint-{position.epoch}" if finished else f"checkpoint-{position.epoch}-{position.step}"
+        stem = (
+            f"checkpoint-{position.epoch}"
+            if finished
+            else f"checkpoint-{position.epoch}-{position.step}"
+        )
         state = self._state(position) | self._progress(position)
         if self.sharded:
             self._save_shards(stem)
@@ -91,14 +98,18 @@ class Session:
         barrier()
 
     def save_best(self, position: Position, *, of_average: bool) -> None:
-        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the average; all ranks must call."""
+        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the average; all
+        ranks must call."""
         if self.folder is None:
             return
         state = self._state(position)
         if of_average:
             state["model"] = state[self.average_key]
         if self.args.rank == 0:
-            self._write("checkpoint-best-ema" if of_average else "checkpoint-best", state | {self.average_key: None})
+            self._write(
+                "checkpoint-best-ema" if of_average else "checkpoint-best",
+                state | {self.average_key: None},
+            )
 
     def _write(self, stem: str, state: dict[str, Any]) -> None:
         save_checkpoint(self.folder / f"{stem}.pth", state)
@@ -108,16 +119,22 @@ class Session:
         weights, prefix = self.runner.full_state_dict(), self._prefix()
         return {
             "model": {k.removeprefix(prefix): v for k, v in weights.items()},
-            self.average_key: None if self.average is None else dict(self.average.module.state_dict()),
+            self.average_key: None
+            if self.average is None
+            else dict(self.average.module.state_dict()),
             "args": as_config(self.args),
             "engine": self._engine(),
             **vars(position),
         }
 
     def _progress(self, position: Position) -> dict[str, Any]:
-        """What only a resumed run needs. All random draws are functions of the seed and the number of updates done."""
+        """What only a resumed run needs. All random draws are functions of the seed and the number
+        of updates done."""
         updates = position.epoch * self.steps_per_epoch + position.step
-        progress = {"rng": {"seed": self.args.seed, "updates": updates}, "monitor": self.monitor.state()}
+        progress = {
+            "rng": {"seed": self.args.seed, "updates": updates},
+            "monitor": self.monitor.state(),
+        }
         progress["data"] = self._data
         if self.sharded:
             return progress
@@ -135,17 +152,31 @@ class Session:
     def _param_names(self) -> list[list[str]]:
         """Of each group of the optimizer, in its order."""
         prefix = self._prefix()
-        names = {id(p): name.removeprefix(prefix) for name, p in self.runner.network.named_parameters()}
-        return [[names[id(p)] for p in group["params"]] for group in self.runner.optimizer.param_groups]
+        names = {
+            id(p): name.removeprefix(prefix) for name, p in self.runner.network.named_parameters()
+        }
+        return [
+            [names[id(p)] for p in group["params"]] for group in self.runner.optimizer.param_groups
+        ]
 
     def _prefix(self) -> str:
-        """The runner may wrap the network in a task; the checkpoint carries the network's own names."""
-        names = (name for name, module in self.runner.network.named_modules() if module is self.network)
+        """The runner may wrap the network in a task; the checkpoint carries the network's own
+        names."""
+        names = (
+            name for name, module in self.runner.network.named_modules() if module is self.network
+        )
         return "".join(f"{name}." for name in names if name)
 
     def _engine(self) -> dict[str, Any]:
-        kind = {"kind": "deepspeed", "zero_stage": self.runner.stage} if self.sharded else {"kind": "torch"}
-        return kind | {"world_size": self.args.world_size, "global_batch": effective_batch(self.args)}
+        kind = (
+            {"kind": "deepspeed", "zero_stage": self.runner.stage}
+            if self.sharded
+            else {"kind": "torch"}
+        )
+        return kind | {
+            "world_size": self.args.world_size,
+            "global_batch": effective_batch(self.args),
+        }
 
     def _save_shards(self, stem: str) -> None:
         if self.args.rank == 0:
@@ -167,24 +198,33 @@ class Session:
     # -- resuming
 
     def resume(self, origin: "Origin | None") -> Position:
-        """The position after `origin`, whose weights are in the network already; restores optimizer and meters."""
+        """The position after `origin`, whose weights are in the network already; restores optimizer
+        and meters."""
         if origin is None:
             return Position(epoch=self.args.start_epoch)
         if origin.published:
             epoch = int(origin.state.get("epoch", -1)) + 1
-            log.warning("%s is a published checkpoint: weights only, from epoch %d", origin.path, epoch)
+            log.warning(
+                "%s is a published checkpoint: weights only, from epoch %d", origin.path, epoch
+            )
             return Position(epoch=epoch)
         position = self._position(origin)
         self._load_optimizer(origin)
         log.info(
-            "resumed %s: at epoch %d, step %d of %d", origin.path, position.epoch, position.step, self.steps_per_epoch
+            "resumed %s: at epoch %d, step %d of %d",
+            origin.path,
+            position.epoch,
+            position.step,
+            self.steps_per_epoch,
         )
         return position
 
     def _position(self, origin: "Origin") -> Position:
         state = origin.state
         if "rng" not in state:
-            raise ValueError(f"{origin.path} holds weights only: give it to --finetune, or to --eval with --resume")
+            raise ValueError(
+                f"{origin.path} holds weights only: give it to --finetune, or to --eval with --resume"
+            )
         position = Position(**{name: state[name] for name in vars(Position())})
         # a finished epoch, however many steps it has in this run
         if origin.path.stem == f"checkpoint-{position.epoch}":
@@ -213,7 +253,8 @@ class Session:
         return position
 
     def _changes(self, state: dict[str, Any]) -> "Iterator[Change]":
-        """What the run that wrote `state` had otherwise; of what the file does not know, nothing is said."""
+        """What the run that wrote `state` had otherwise; of what the file does not know, nothing is
+        said."""
         there, ours = state["args"], as_config(self.args)
         for name in sorted(there.keys() & ours.keys()):
             of_order = name in ("seed", "aug_repeats") or "mask" in name
@@ -221,16 +262,24 @@ class Session:
                 yield Change(f"--{name}", there[name], ours[name], of_order)
         data = state.get("data", {})
         if data and data["images"] != self._data["images"]:
-            yield Change("--data_path: number of images", data["images"], self._data["images"], True)
+            yield Change(
+                "--data_path: number of images", data["images"], self._data["images"], True
+            )
         elif data and data["fingerprint"] != self._data["fingerprint"]:
-            yield Change("--data_path: list of images", data["fingerprint"], self._data["fingerprint"], True)
+            yield Change(
+                "--data_path: list of images", data["fingerprint"], self._data["fingerprint"], True
+            )
         steps = data.get("steps_per_epoch", self.steps_per_epoch)
-        schedules = f"{there['epochs']} x {steps} steps", f"{ours['epochs']} x {self.steps_per_epoch} steps"
+        schedules = (
+            f"{there['epochs']} x {steps} steps",
+            f"{ours['epochs']} x {self.steps_per_epoch} steps",
+        )
         if schedules[0] != schedules[1]:
             yield Change("--epochs: a schedule of", *schedules, False)
 
     def _load_optimizer(self, origin: "Origin") -> None:
-        """Each engine resumes its own optimizer state; from another engine only the weights come along.
+        """Each engine resumes its own optimizer state; from another engine only the weights come
+        along.
 
         Hyper-parameters are those of this run's flags, whatever the file says.
         """
@@ -238,11 +287,18 @@ class Session:
         settings = [dict(group) for group in self.runner.optimizer.param_groups]
         if (opt := origin.state["args"].get("opt", ours)).lower() != ours.lower():
             if self.sharded and engine["kind"] == "deepspeed":
-                raise ValueError(f"{path} holds shards of --opt {opt}, which --opt {ours} cannot use: keep --opt {opt}")
-            log.warning("%s holds the state of --opt %s: that of --opt %s starts afresh", path, opt, ours)
+                raise ValueError(
+                    f"{path} holds shards of --opt {opt}, which --opt {ours} cannot use: keep --opt {opt}"
+                )
+            log.warning(
+                "%s holds the state of --opt %s: that of --opt %s starts afresh", path, opt, ours
+            )
             return
         if self.sharded and engine["kind"] == "deepspeed":
-            for key, ours in (("zero_stage", self.runner.stage), ("world_size", self.args.world_size)):
+            for key, ours in (
+                ("zero_stage", self.runner.stage),
+                ("world_size", self.args.world_size),
+            ):
                 if engine[key] != ours:
                     raise ValueError(
                         f"{path} was written by DeepSpeed with {key} {engine[key]}, this run has {ours}: its optimizer "
@@ -250,27 +306,42 @@ class Session:
                     )
             check_checkpoint(path)
             if not deepspeed_folder(path).is_dir():
-                raise ValueError(f"{path} was written by DeepSpeed and needs the folder {path.stem} beside it")
+                raise ValueError(
+                    f"{path} was written by DeepSpeed and needs the folder {path.stem} beside it"
+                )
             self.runner.load(str(path.parent), path.stem)
         elif not self.sharded and engine["kind"] == "torch":
             self.runner.load_state_dict(origin.state | {"optimizer": self._optimizer_state(origin)})
         else:
-            log.warning("%s was written by another engine: weights are resumed, the optimizer starts afresh", path)
+            log.warning(
+                "%s was written by another engine: weights are resumed, the optimizer starts afresh",
+                path,
+            )
             return
         self._put_back(settings, path)
 
     def _optimizer_state(self, origin: "Origin") -> dict[str, Any]:
         """The file's optimizer state in the order of this run's groups, in memory of its own."""
-        saved, there, ours = origin.state["optimizer"], origin.state.get("param_names"), self._param_names()
+        saved, there, ours = (
+            origin.state["optimizer"],
+            origin.state.get("param_names"),
+            self._param_names(),
+        )
         if there is not None and there != ours:  # a file without names goes by position
             saved = in_order_of(ours, saved, there, self.runner.optimizer.param_groups)
             held = {name for names in there for name in names}
             if new := [name for names in ours for name in names if name not in held]:
-                log.warning("%s has no optimizer state of %d parameters, such as %s", origin.path, len(new), new[0])
+                log.warning(
+                    "%s has no optimizer state of %d parameters, such as %s",
+                    origin.path,
+                    len(new),
+                    new[0],
+                )
         return saved | {"state": in_own_memory(saved["state"])}
 
     def _put_back(self, settings: list[dict[str, Any]], path: Path) -> None:
-        """This run's settings into the optimizer's groups, and a line on each that differs in the file."""
+        """This run's settings into the optimizer's groups, and a line on each that differs in the
+        file."""
         differing: dict[str, str] = {}
         for group, ours in zip(self.runner.optimizer.param_groups, settings, strict=True):
             for name in GROUP_SETTINGS:
@@ -278,7 +349,9 @@ class Session:
                     continue
                 there = group.get(name, ours[name])
                 if name in HYPER_PARAMETERS and plain(there) != plain(ours[name]):
-                    differing.setdefault(name, f"{name} {plain(there)}, this run takes {plain(ours[name])}")
+                    differing.setdefault(
+                        name, f"{name} {plain(there)}, this run takes {plain(ours[name])}"
+                    )
                 group[name] = ours[name]
         for text in differing.values():
             log.warning("%s was saved with %s", path, text)
@@ -286,7 +359,8 @@ class Session:
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that a resumed run has otherwise; `of_order`: it decides which samples a step sees."""
+    """A setting that a resumed run has otherwise; `of_order`: it decides which samples a step
+    sees."""
 
     name: str
     there: Any
@@ -303,15 +377,22 @@ def plain(value: Any) -> Any:
 
 
 def in_order_of(
-    ours: list[list[str]], saved: dict[str, Any], there: list[list[str]], groups: list[dict[str, Any]]
+    ours: list[list[str]],
+    saved: dict[str, Any],
+    there: list[list[str]],
+    groups: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """An optimizer's saved state with groups of the names `there` as one with groups of the names `ours`.
+    """An optimizer's saved state with groups of the names `there` as one with groups of the names
+    `ours`.
 
-    A group gets what the optimizer keeps in that of its first known parameter, or in ours of `groups` without one.
+    A group gets what the optimizer keeps in that of its first known parameter, or in ours of
+    `groups` without one.
     """
     place = {}
     for names, group in zip(there, saved["param_groups"], strict=True):
-        place |= {name: (number, group) for name, number in zip(names, group["params"], strict=True)}
+        place |= {
+            name: (number, group) for name, number in zip(names, group["params"], strict=True)
+        }
     state, arranged, first = {}, [], 0
     for names, own in zip(ours, groups, strict=True):
         numbers = list(range(first, first + len(names)))
@@ -325,7 +406,8 @@ def in_order_of(
 
 
 def in_own_memory(value: Any) -> Any:
-    """A copy of nested dicts and lists whose tensors are no longer the file's, which may be mapped."""
+    """A copy of nested dicts and lists whose tensors are no longer the file's, which may be
+    mapped."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -346,7 +428,9 @@ class Origin:
         path = args.resume
         if not path and args.auto_resume and args.output_dir:
             path = latest_valid_checkpoint(args.output_dir) if args.rank == 0 else None
-            path = from_first_rank(path and str(path))  # the others may see the folder at another time
+            path = from_first_rank(
+                path and str(path)
+            )  # the others may see the folder at another time
         # mapped: the processes of a node share the pages, and read only what they use
         return cls(Path(path), load_checkpoint(path, mmap=True)) if path else None
 
@@ -354,11 +438,13 @@ class Origin:
     def published(self) -> bool:
         return "engine" not in self.state
 
-    def load_weights(self, network: nn.Module, average: MovingAverage | None, average_key: str, copy: str = "") -> None:
+    def load_weights(
+        self, network: nn.Module, average: MovingAverage | None, average_key: str, copy: str = ""
+    ) -> None:
         """Puts the checkpoint's weights into the network and its average.
 
-        A published file holds one network; the teacher is `copy` (--resume_copy), or the student where none is given.
-        An average that the file lacks starts from the weights.
+        A published file holds one network; the teacher is `copy` (--resume_copy), or the student
+        where none is given. An average that the file lacks starts from the weights.
         """
         states = [self.state.get("model"), self.state.get(average_key) or self.state.get("model")]
         if self.published:
@@ -369,7 +455,8 @@ class Origin:
 
 
 def fill(module: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Loads every tensor of the module by name. Keys that it has no use for are left out: published files have some."""
+    """Loads every tensor of the module by name. Keys that it has no use for are left out: published
+    files have some."""
     weights: dict[str, Tensor] = state.get("model", state.get("module", state))
     weights = {k.removeprefix("module."): v for k, v in weights.items()}
     own = module.state_dict()

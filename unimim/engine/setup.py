@@ -1,4 +1,5 @@
-"""Wiring of a run: processes, device, runner, schedules, resume; everything between flags and the first step."""
+"""Wiring of a run: processes, device, runner, schedules, resume; everything between flags and the
+first step."""
 
 import json
 import os
@@ -34,7 +35,13 @@ from unimim.data.views import MEAN_STD
 from unimim.engine.batch_norm import BatchStatistics, synchronise_batch_norm
 from unimim.engine.compiling import compile_blocks, recompute_gelu
 from unimim.engine.deepspeed import DeepSpeedRunner, deepspeed_config
-from unimim.engine.distributed import StopSignal, exit_at_once, has_peers, init_distributed, leave_process_group
+from unimim.engine.distributed import (
+    StopSignal,
+    exit_at_once,
+    has_peers,
+    init_distributed,
+    leave_process_group,
+)
 from unimim.engine.monitor import (
     NonFiniteError,
     RunLog,
@@ -51,27 +58,41 @@ from unimim.engine.state import Normalize, Stopped, Training
 from unimim.files import write_text
 from unimim.logs import log, setup_logging
 
-STOPPED = os.EX_TEMPFAIL  # the exit status of a run that a signal stopped and the same command goes on with: 75
+STOPPED = (
+    os.EX_TEMPFAIL
+)  # the exit status of a run that a signal stopped and the same command goes on with: 75
 
 
-def build_optimizer(args: Namespace, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    args: Namespace, groups: list[dict], device: torch.device
+) -> torch.optim.Optimizer:
     """The optimizer that the flags ask for, if the engine can run it."""
     optimizer = create_optimizer(args, groups, device)
     if needs_create_graph(optimizer):
-        raise ValueError(f"--opt {args.opt} needs second derivatives, which these engines do not compute; take another")
-    config = deepspeed_config(args) if args.enable_deepspeed else None  # which refuses what cannot work
+        raise ValueError(
+            f"--opt {args.opt} needs second derivatives, which these engines do not compute; take another"
+        )
+    config = (
+        deepspeed_config(args) if args.enable_deepspeed else None
+    )  # which refuses what cannot work
     if config and config["zero_optimization"]["stage"] and not works_on_shards(args.opt):
-        raise ValueError(f"--opt {args.opt} needs whole matrices: use --zero_stage 0, or adamw or sgd with ZeRO")
+        raise ValueError(
+            f"--opt {args.opt} needs whole matrices: use --zero_stage 0, or adamw or sgd with ZeRO"
+        )
     return optimizer
 
 
-def build_runner(args: Namespace, network: nn.Module, groups: list[dict], device: torch.device) -> Runner:
+def build_runner(
+    args: Namespace, network: nn.Module, groups: list[dict], device: torch.device
+) -> Runner:
     """Plain, DDP or DeepSpeed, whose configuration is also written to the output folder."""
     optimizer = build_optimizer(args, groups, device)
     if args.enable_deepspeed:
         config = deepspeed_config(args, count_parameters(network))
         if args.output_dir and args.rank == 0:
-            write_text(Path(args.output_dir) / "deepspeed_config.json", json.dumps(config, indent=2) + "\n")
+            write_text(
+                Path(args.output_dir) / "deepspeed_config.json", json.dumps(config, indent=2) + "\n"
+            )
         return DeepSpeedRunner(network, optimizer, config=config, device=device)
     return TorchRunner(
         network,
@@ -95,23 +116,30 @@ def schedules(args: Namespace, steps_per_epoch: int):
             warmup_ratio=args.warmup_ratio, milestones=args.lr_steps, gamma=args.lr_gamma,
         )  # fmt: skip
     else:
-        lr = cosine_schedule(args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup_steps=warmup)
+        lr = cosine_schedule(
+            args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup_steps=warmup
+        )
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return lr, cosine_schedule(args.weight_decay, end, args.epochs, steps_per_epoch)
 
 
-def dry_run(args: Namespace, groups: list[dict], steps_per_epoch: int, device: torch.device) -> None:
+def dry_run(
+    args: Namespace, groups: list[dict], steps_per_epoch: int, device: torch.device
+) -> None:
     """Refuses what a run would refuse when it starts."""
     schedules(args, steps_per_epoch)
     build_optimizer(args, groups, device)
 
 
 def flops_per_image(task: nn.Module, loader, normalize: Normalize) -> float:
-    """FLOPs of one training step, counted on two images; what that changes in batch statistics is put back.
+    """FLOPs of one training step, counted on two images; what that changes in batch statistics is
+    put back.
 
     --grad_checkpointing does not count: what is computed twice is needed once.
     """
-    recomputing = [module for module in task.modules() if getattr(module, "grad_checkpointing", False)]
+    recomputing = [
+        module for module in task.modules() if getattr(module, "grad_checkpointing", False)
+    ]
     for module in recomputing:
         module.grad_checkpointing = False
     batch = normalize(default_collate([loader.dataset[0, index] for index in (0, 1)]))
@@ -134,9 +162,11 @@ def start_training(
     normalize: Normalize,
     average_key: str,
 ) -> tuple[Training, Position]:
-    """Resumes weights, wraps the task in its engine, resumes the rest: everything between data and the first step.
+    """Resumes weights, wraps the task in its engine, resumes the rest: everything between data and
+    the first step.
 
-    `task` is what is trained, `network` the part of it that checkpoints hold; `average_key` names its average there.
+    `task` is what is trained, `network` the part of it that checkpoints hold; `average_key` names
+    its average there.
     """
     device, average, stop = normalize.device, task.average, StopSignal()
     lr, weight_decay = schedules(args, loader.steps_per_epoch)
@@ -155,7 +185,10 @@ def start_training(
     if average is not None:
         average.read = runner.whole
     monitor = StepMonitor(
-        folder=args.output_dir, rank=args.rank, max_nonfinite=args.max_nonfinite, scaled=args.precision == "fp16"
+        folder=args.output_dir,
+        rank=args.rank,
+        max_nonfinite=args.max_nonfinite,
+        scaled=args.precision == "fp16",
     )
     session = Session(
         args,
@@ -190,7 +223,8 @@ def image_mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def set_float32_products(precision: str, device: torch.device) -> None:
-    """How exact float32 products and convolutions are; on a GPU cuDNN's kernels are also chosen by measuring them."""
+    """How exact float32 products and convolutions are; on a GPU cuDNN's kernels are also chosen by
+    measuring them."""
     torch.set_float32_matmul_precision(precision)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = precision == "high"
@@ -213,7 +247,8 @@ def set_up(args: Namespace) -> Normalize:
 def launch(main_function, args: Namespace) -> None:
     """Users' mistakes and orderly stops end in one line, not in a traceback.
 
-    Only orderly ends, of which all ranks know, leave the process group: after an error the others may be waiting in it.
+    Only orderly ends, of which all ranks know, leave the process group: after an error the others
+    may be waiting in it.
     """
     code = 0
     try:
@@ -222,7 +257,8 @@ def launch(main_function, args: Namespace) -> None:
         log.info("stopped by %s; run the same command to go on", stopped)
         code = STOPPED
     except (ValueError, NonFiniteError, BadImagesError) as error:
-        # an error in a loader worker comes with the worker's traceback: the last line is what it says
+        # an error in a loader worker comes with the worker's traceback: the last line is what it
+        # says
         log.error("error: %s", str(error).rstrip().rpartition("\n")[2])
         code = 1
         if has_peers():

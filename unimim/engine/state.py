@@ -29,7 +29,10 @@ class Normalize:
         for name, value in moved.items():
             if value.dtype == torch.uint8 and value.ndim == 4 and name != "image_second":
                 moved[name] = value.float().div_(255).sub_(self.mean).div_(self.std)
-        for name in {"mask", "target_mask"} & batch.keys():  # counted on the host: no wait for the device
+        for name in {
+            "mask",
+            "target_mask",
+        } & batch.keys():  # counted on the host: no wait for the device
             counts = batch[name].flatten(1).sum(1)
             moved[f"{name}_counts"] = int(counts.min()), int(counts.max())
         if "mask" in batch:

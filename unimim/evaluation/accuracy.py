@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 def tally(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Sums over the images of a batch that count (bool [B]): loss, top-1 hits, top-5 hits, images; float64 [4]."""
+    """Sums over the images of a batch that count (bool [B]): loss, top-1 hits, top-5 hits, images;
+    float64 [4]."""
     # not row[counts], whose shape the host would have to wait for
     rows = [row.double().where(counts, 0.0).sum() for row in scores(logits, labels)]
     return torch.stack([*rows, counts.sum()])
@@ -19,7 +20,8 @@ def averages(sums: Tensor) -> dict[str, float]:
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per image: cross entropy, and whether the label is the first / among the first five guesses; each [B]."""
+    """Per image: cross entropy, and whether the label is the first / among the first five guesses;
+    each [B]."""
     guesses = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     hits = guesses == labels[:, None]
     return F.cross_entropy(logits, labels, reduction="none"), hits[:, 0], hits.any(-1)

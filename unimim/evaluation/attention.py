@@ -1,7 +1,8 @@
-"""Attention as numbers: where class tokens and single patches look (specs/semanticmim.md 6), and whether these are the
-objects.
+"""Attention as numbers: where class tokens and single patches look (specs/semanticmim.md 6), and
+whether these are the objects.
 
-Shapes: B images, h heads, n class tokens, N = gh * gw patches, T = n + N tokens, class tokens first; Q queries.
+Shapes: B images, h heads, n class tokens, N = gh * gw patches, T = n + N tokens, class tokens
+first; Q queries.
 """
 
 from collections.abc import Sequence
@@ -28,37 +29,46 @@ def class_maps(attention: Tensor, num_cls: int, grid: Pair) -> Tensor:
 def patch_maps(
     attention: Tensor, num_cls: int, grid: Pair, cells: Sequence[int], *, reduce_mean: bool = False
 ) -> Tensor:
-    """Attention [..., h, T, T] to what the patches in `cells` see, mean over heads: [..., Q, gh, gw].
+    """Attention [..., h, T, T] to what the patches in `cells` see, mean over heads: [..., Q, gh,
+    gw].
 
-    `reduce_mean` takes away what the class tokens see on average. ValueError: a cell beyond the grid.
+    `reduce_mean` takes away what the class tokens see on average. ValueError: a cell beyond the
+    grid.
     """
     check_cells(cells, grid)
     maps = query_maps(attention, num_cls, grid, [num_cls + cell for cell in cells]).mean(-3)
-    return maps - class_maps(attention, num_cls, grid).mean(-3, keepdim=True) if reduce_mean else maps
+    return (
+        maps - class_maps(attention, num_cls, grid).mean(-3, keepdim=True) if reduce_mean else maps
+    )
 
 
 def check_cells(cells: Sequence[int], grid: Pair) -> None:
     """ValueError: a cell beyond the grid."""
     if outside := [cell for cell in cells if not 0 <= cell < grid[0] * grid[1]]:
-        raise ValueError(f"--token_indices {outside} lie beyond the grid of {grid[0]} x {grid[1]} patches")
+        raise ValueError(
+            f"--token_indices {outside} lie beyond the grid of {grid[0]} x {grid[1]} patches"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Agreement with masks
 
-# Maps are compared as they are drawn: each patch's value for all of its pixels. So an object is the share of each
-# patch's pixels that belongs to it, in [0, 1].
+# Maps are compared as they are drawn: each patch's value for all of its pixels. So an object is the
+# share of each patch's pixels that belongs to it, in [0, 1].
 
 
 def patch_shares(masks: Tensor, grid: Pair) -> Tensor:
     """Masks bool [..., H, W] to the share of each patch's pixels that they cover: [..., N]."""
     height, width = (side // cells for side, cells in zip(masks.shape[-2:], grid, strict=True))
-    cut = masks.float().unflatten(-1, (-1, width)).unflatten(-3, (-1, height))  # [..., gh, ph, gw, pw]
+    cut = (
+        masks.float().unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
+    )  # [..., gh, ph, gw, pw]
     return cut.mean((-3, -1)).flatten(-2)
 
 
 def pixel_auc(maps: Tensor, shares: Tensor) -> Tensor:
-    """How often a pixel of the object lies under a larger value than one beside it, ties counting half; chance: 0.5.
+    """How often a pixel of the object lies under a larger value than one beside it, ties counting
+    half; chance: 0.5.
 
     Maps and shares [..., N] to [...]; nan where there are no pixels of either kind.
     """
@@ -70,7 +80,8 @@ def pixel_auc(maps: Tensor, shares: Tensor) -> Tensor:
 
 
 def best_iou(maps: Tensor, shares: Tensor) -> Tensor:
-    """The largest intersection over union that any threshold of maps [..., N] has with the object: [...].
+    """The largest intersection over union that any threshold of maps [..., N] has with the object:
+    [...].
 
     nan where there is no object.
     """
@@ -82,5 +93,6 @@ def best_iou(maps: Tensor, shares: Tensor) -> Tensor:
 
 
 def pointing(maps: Tensor, shares: Tensor) -> Tensor:
-    """Share of the object in the patch that is looked at most, [..., N] to [...]; chance: the object's share."""
+    """Share of the object in the patch that is looked at most, [..., N] to [...]; chance: the
+    object's share."""
     return shares.gather(-1, maps.argmax(-1, keepdim=True)).squeeze(-1)

@@ -1,8 +1,8 @@
 """One vector for each image from a frozen network: what k-NN and linear probing look at.
 
-A ViT's feature is the class token (the mean of several) or the mean of the patch tokens, after a norm that was trained
-with them, or after none: a norm that the checkpoint lacks is left out, never used as it was initialised. Of any other
-network it is the mean over the places of its last map.
+A ViT's feature is the class token (the mean of several) or the mean of the patch tokens, after a
+norm that was trained with them, or after none: a norm that the checkpoint lacks is left out, never
+used as it was initialised. Of any other network it is the mean over the places of its last map.
 """
 
 import argparse
@@ -20,7 +20,14 @@ from torch.utils.data import Dataset
 
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from modeling_backbones import family_of
-from modeling_finetune import ATTENTION_KERNELS, VisionTransformer, check_choice, create_model, input_size_of, to_pair
+from modeling_finetune import (
+    ATTENTION_KERNELS,
+    VisionTransformer,
+    check_choice,
+    create_model,
+    input_size_of,
+    to_pair,
+)
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
 from unimim.checkpoint.loading import PUBLISHED_KEYS, class_tokens, load_pretrained
 from unimim.cli.options import given, model_kwargs
@@ -41,18 +48,35 @@ POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
 def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The frozen network and its weights."""
     group = parser.add_argument_group("backbone")
-    group.add_argument("--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning")
-    group.add_argument("--input_size", type=int, default=None, help="image side in pixels; None is the model's own")
-    group.add_argument("--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own")
     group.add_argument(
-        "--model_kwargs", nargs="*", default=[], metavar="K=V", help="any constructor option of the model"
+        "--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning"
+    )
+    group.add_argument(
+        "--input_size", type=int, default=None, help="image side in pixels; None is the model's own"
+    )
+    group.add_argument(
+        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
+    )
+    group.add_argument(
+        "--model_kwargs",
+        nargs="*",
+        default=[],
+        metavar="K=V",
+        help="any constructor option of the model",
     )
     group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel")
     group.add_argument(
-        "--finetune", "--pretrained_weights", default="", help="checkpoint, as for fine-tuning; empty: random weights"
+        "--finetune",
+        "--pretrained_weights",
+        default="",
+        help="checkpoint, as for fine-tuning; empty: random weights",
     )
-    group.add_argument("--model_key", default=PUBLISHED_KEYS, help="where the weights are in that file")
-    group.add_argument("--model_prefix", default="", help="prefix of the weights' names in that file")
+    group.add_argument(
+        "--model_key", default=PUBLISHED_KEYS, help="where the weights are in that file"
+    )
+    group.add_argument(
+        "--model_prefix", default="", help="prefix of the weights' names in that file"
+    )
     return group
 
 
@@ -69,9 +93,17 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
         help="trained: the checkpoint's own norm, none if it has none; plain: a layer norm without weights after "
         "pooling un-normed tokens, as published for --global_pool",
     )  # fmt: skip
-    group.add_argument("--crop_pct", type=float, default=None, help="of evaluation images; None: 0.875, 1 from 384 px")
     group.add_argument(
-        "--feature_cache", default="", metavar="FOLDER", help="keep features there, and read them if they are there"
+        "--crop_pct",
+        type=float,
+        default=None,
+        help="of evaluation images; None: 0.875, 1 from 384 px",
+    )
+    group.add_argument(
+        "--feature_cache",
+        default="",
+        metavar="FOLDER",
+        help="keep features there, and read them if they are there",
     )
 
 
@@ -109,14 +141,19 @@ class ViTBackbone(Backbone):
         check_choice("pool", pool, POOLS)
         check_choice("feature_norm", norm, NORMS)
         self.vit, self.pool, self.plain = vit, pool, norm == "plain"
-        self.dim, self.image_size, self.norms = vit.embed_dim, vit.patch_embed.img_size, f"{vit.norm}, {vit.fc_norm}"
+        self.dim, self.image_size, self.norms = (
+            vit.embed_dim,
+            vit.patch_embed.img_size,
+            f"{vit.norm}, {vit.fc_norm}",
+        )
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
         return self.pooled(self.vit.forward_features(images))
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """The last block's tokens [B, T, C] to [B, C]. Norms without trained weights are identities here."""
+        """The last block's tokens [B, T, C] to [B, C]. Norms without trained weights are identities
+        here."""
         tokens = tokens if self.plain else self.vit.norm(tokens)
         prefix = self.vit.num_prefix_tokens
         vector = (tokens[:, :prefix] if self.pool == "cls" else tokens[:, prefix:]).mean(1)
@@ -140,7 +177,8 @@ class MapBackbone(Backbone):
 
 
 def build_backbone(args: Namespace) -> Backbone:
-    """The network that the flags name, with the weights of --finetune, and how it makes a feature."""
+    """The network that the flags name, with the weights of --finetune, and how it makes a
+    feature."""
     network = build_network(args)
     if isinstance(network, VisionTransformer):
         return ViTBackbone(network, args.pool, args.feature_norm)
@@ -170,7 +208,9 @@ def build_network(args: Namespace) -> nn.Module:
     chosen = given({"num_cls_tokens": tokens}) | model_kwargs(args) | form
     network = create_model(args.model, **chosen)
     if args.finetune and isinstance(network, VisionTransformer):
-        network.fc_norm = nn.LayerNorm(network.embed_dim, eps=1e-6)  # classifiers may have it in place of `norm`
+        network.fc_norm = nn.LayerNorm(
+            network.embed_dim, eps=1e-6
+        )  # classifiers may have it in place of `norm`
     if args.finetune:
         load_whole(args, network)
     else:
@@ -179,8 +219,11 @@ def build_network(args: Namespace) -> nn.Module:
 
 
 def load_whole(args: Namespace, network: nn.Module) -> None:
-    """Unlike in fine-tuning nothing would repair weights that are missing; norms that are missing are taken out."""
-    found = load_pretrained(network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0)
+    """Unlike in fine-tuning nothing would repair weights that are missing; norms that are missing
+    are taken out."""
+    found = load_pretrained(
+        network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
+    )
     log.info("%s", found)
     for name in ("norm", "fc_norm", "head.norm"):
         if f"{name}.weight" in found.missing:
@@ -226,7 +269,8 @@ def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> Im
 def features_of(
     args: Namespace, dataset: ImageDataset, backbone: Backbone, normalize: Normalize, name: str
 ) -> Features:
-    """The features of all images on every rank, from --feature_cache where `name` (train, val) is there already."""
+    """The features of all images on every rank, from --feature_cache where `name` (train, val) is
+    there already."""
     if not args.feature_cache:
         return extract(args, dataset, backbone, normalize, name)
     path = Path(args.feature_cache) / f"{name}.pth"
@@ -243,12 +287,20 @@ def features_of(
 
 
 @torch.no_grad()
-def extract(args: Namespace, dataset: ImageDataset, backbone: Backbone, normalize: Normalize, name: str) -> Features:
-    """Each rank sees its share of the images; a broken image has no feature, what replaced it counts once."""
-    sampler = EvalBatchSampler(len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size)
+def extract(
+    args: Namespace, dataset: ImageDataset, backbone: Backbone, normalize: Normalize, name: str
+) -> Features:
+    """Each rank sees its share of the images; a broken image has no feature, what replaced it
+    counts once."""
+    sampler = EvalBatchSampler(
+        len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size
+    )
     loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
     device, dtype = normalize.device, AUTOCAST_DTYPES.get(args.precision)
-    sums, times = torch.zeros(len(dataset), backbone.dim, device=device), torch.zeros(len(dataset), device=device)
+    sums, times = (
+        torch.zeros(len(dataset), backbone.dim, device=device),
+        torch.zeros(len(dataset), device=device),
+    )
     progress = Progress(f"{name} features", len(sampler), 0, every=50, rank=args.rank)
     for number, batch in enumerate(loader, 1):
         counts = batch["index"] >= 0
@@ -282,7 +334,15 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
         "first image": str(dataset.source.path(0)),
         "norms": backbone.norms,
     }
-    names = ("model", "model_kwargs", "pool", "feature_norm", "crop_pct", "imagenet_default_mean_and_std", "precision")
+    names = (
+        "model",
+        "model_kwargs",
+        "pool",
+        "feature_norm",
+        "crop_pct",
+        "imagenet_default_mean_and_std",
+        "precision",
+    )
     return described | {name: str(getattr(args, name)) for name in names}
 
 

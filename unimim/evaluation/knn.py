@@ -24,7 +24,8 @@ class Accuracy:
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows of bank [N, C] with the largest dot products with queries [m, C]: similarity and index, both [m, k].
+    """The k rows of bank [N, C] with the largest dot products with queries [m, C]: similarity and
+    index, both [m, k].
 
     The most similar comes first, and of equally similar ones the one with the lower index.
     """
@@ -39,22 +40,29 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices.gather(1, order)
 
 
-def votes(similarity: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int) -> Iterator:
-    """(k, scores float64 [m, num_classes]) for each k: the first k neighbours add exp(similarity / T) to their class.
+def votes(
+    similarity: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int
+) -> Iterator:
+    """(k, scores float64 [m, num_classes]) for each k: the first k neighbours add exp(similarity /
+    T) to their class.
 
-    `similarity` and `labels` [m, K] are those of the K nearest, in descending order. Scores are given up to a factor
-    for each query, so that no temperature is too low for them. The tensor that is yielded changes afterwards.
+    `similarity` and `labels` [m, K] are those of the K nearest, in descending order. Scores are
+    given up to a factor for each query, so that no temperature is too low for them. The tensor that
+    is yielded changes afterwards.
     """
     weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
     scores = torch.zeros(len(labels), num_classes, dtype=torch.float64, device=labels.device)
-    for number in range(max(ks)):  # one after another: the same sum in the same order on every device
+    for number in range(
+        max(ks)
+    ):  # one after another: the same sum in the same order on every device
         scores.scatter_add_(1, labels[:, number, None], weights[:, number, None])
         if number + 1 in ks:
             yield number + 1, scores
 
 
 def hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """Whether the label [m] is the first, and among the first five, of the classes by score [m, C]: bool [m, 2].
+    """Whether the label [m] is the first, and among the first five, of the classes by score [m, C]:
+    bool [m, 2].
 
     Of equal scores the lower class comes first. A class without votes is not among the guesses.
     """
@@ -74,13 +82,17 @@ def evaluate_knn(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Accuracy]:
-    """An accuracy for each k and temperature. Every rank holds all features and answers every world_size-th query."""
+    """An accuracy for each k and temperature. Every rank holds all features and answers every
+    world_size-th query."""
     if max(ks) > len(bank):
         raise ValueError(f"--knn_k {max(ks)} is more than the {len(bank)} training images")
     settings = [(k, temperature) for k in ks for temperature in temperatures]
     counts = dict.fromkeys(settings, torch.zeros(2, dtype=torch.float64, device=bank.labels.device))
     known = F.normalize(bank.vectors, dim=1)
-    vectors, labels = F.normalize(queries.vectors[rank::world_size], dim=1), queries.labels[rank::world_size]
+    vectors, labels = (
+        F.normalize(queries.vectors[rank::world_size], dim=1),
+        queries.labels[rank::world_size],
+    )
     rows = max(1, SIMILARITIES_AT_ONCE // len(bank))
     for part, truth in zip(vectors.split(rows), labels.split(rows), strict=True):
         similarity, index = nearest(part, known, max(ks))
@@ -88,4 +100,6 @@ def evaluate_knn(
             for k, scores in votes(similarity, bank.labels[index], ks, temperature, num_classes):
                 counts[k, temperature] = counts[k, temperature] + hits(scores, truth).sum(0)
     shares = 100 * reduce_sum(torch.stack([counts[setting] for setting in settings])) / len(queries)
-    return [Accuracy(*setting, *share) for setting, share in zip(settings, shares.tolist(), strict=True)]
+    return [
+        Accuracy(*setting, *share) for setting, share in zip(settings, shares.tolist(), strict=True)
+    ]

@@ -1,4 +1,5 @@
-"""Linear probing: heads trained side by side on the features of a frozen backbone, and their evaluation."""
+"""Linear probing: heads trained side by side on the features of a frozen backbone, and their
+evaluation."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -16,10 +17,11 @@ from unimim.evaluation.features import Backbone
 
 
 class LinearHead(nn.Sequential):
-    """Features [B, C] to logits [B, classes]: batch normalisation without weights, unless it is left out, then a linear
-    layer.
+    """Features [B, C] to logits [B, classes]: batch normalisation without weights, unless it is
+    left out, then a linear layer.
 
-    Its names, `0.running_mean` and `1.weight`, are the published ones after `head.` (specs/semaim.md 9).
+    Its names, `0.running_mean` and `1.weight`, are the published ones after `head.`
+    (specs/semaim.md 9).
     """
 
     def __init__(self, dim: int, num_classes: int, batch_norm: bool = True):
@@ -48,7 +50,8 @@ def side_by_side(
 
 
 def head_groups(heads: Iterable[LinearHead], rates: Sequence[float], weight_decay: float) -> Groups:
-    """An optimizer group for each head, whose learning rate is its own of `rates`, as a share of the largest.
+    """An optimizer group for each head, whose learning rate is its own of `rates`, as a share of
+    the largest.
 
     The bias decays too, as published, unless the optimizer leaves it out (LARS).
     """
@@ -67,8 +70,8 @@ def head_groups(heads: Iterable[LinearHead], rates: Sequence[float], weight_deca
 class Probe(nn.Module):
     """What the engine trains: batches of images, or of features, to the sum of the heads' losses.
 
-    No head sees another: each has the gradients that it would have alone. The backbone is no submodule, so that it is
-    neither wrapped nor optimized nor saved, and stays in eval mode.
+    No head sees another: each has the gradients that it would have alone. The backbone is no
+    submodule, so that it is neither wrapped nor optimized nor saved, and stays in eval mode.
     """
 
     average = None
@@ -93,22 +96,29 @@ class Probe(nn.Module):
         accuracies = [(own.detach().argmax(-1) == labels).float().mean() for own in logits]
         figures = {"loss": torch.stack(losses).sum(), "class_acc": torch.stack(accuracies).amax()}
         if len(losses) > 1:
-            figures |= {f"loss_{name}": loss.detach() for name, loss in zip(self.heads, losses, strict=True)}
+            figures |= {
+                f"loss_{name}": loss.detach() for name, loss in zip(self.heads, losses, strict=True)
+            }
         return figures
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
         """Nothing changes with the epochs."""
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Each rank normalises its own batches; the running statistics are those of all, and equal on all ranks."""
+        """Each rank normalises its own batches; the running statistics are those of all, and equal
+        on all ranks."""
         average_batch_statistics(self.heads, next(self.heads.parameters()).device)
 
 
 @torch.no_grad()
 def evaluate_heads(
-    probe: Probe, loader: Iterable[dict[str, Tensor]], normalize: Normalize, dtype: torch.dtype | None
+    probe: Probe,
+    loader: Iterable[dict[str, Tensor]],
+    normalize: Normalize,
+    dtype: torch.dtype | None,
 ) -> list[dict[str, float]]:
-    """{"loss", "acc1", "acc5"} of each head over a loader that is shared among the ranks; every image counts once."""
+    """{"loss", "acc1", "acc5"} of each head over a loader that is shared among the ranks; every
+    image counts once."""
     was_training, device = probe.training, normalize.device
     probe.eval()
     sums = torch.zeros(len(probe.heads), 4, dtype=torch.float64, device=device)

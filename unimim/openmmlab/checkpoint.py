@@ -1,4 +1,5 @@
-"""Pre-trained weights for a backbone, through the repository's one loader (specs/downstream.md 5)."""
+"""Pre-trained weights for a backbone, through the repository's one loader (specs/downstream.md
+5)."""
 
 import logging
 import pickle
@@ -19,7 +20,8 @@ NETWORK = "backbone.network."  # of a segmentor or detector whose backbone is on
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content; of one that would run code, such as mmengine's own files, the tensors alone."""
+    """A checkpoint's content; of one that would run code, such as mmengine's own files, the tensors
+    alone."""
     try:
         return load_checkpoint(path)
     except ValueError as error:
@@ -27,17 +29,22 @@ def read(path: str | Path) -> dict[str, Any]:
             raise
     tensors = load_module_state(path)
     for key in KEYS:
-        inside = {name.removeprefix(f"{key}."): value for name, value in tensors.items() if name.startswith(f"{key}.")}
+        inside = {
+            name.removeprefix(f"{key}."): value
+            for name, value in tensors.items()
+            if name.startswith(f"{key}.")
+        }
         if inside:
             return {key: inside}
     return tensors
 
 
 def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = ()) -> LoadReport:
-    """Copies the weights of any file that `checkpoint.load_pretrained` knows into a backbone, and logs the report.
+    """Copies the weights of any file that `checkpoint.load_pretrained` knows into a backbone, and
+    logs the report.
 
-    Raises ValueError, with the model untouched, where less than 90 % of its parameter tensors are found, without those
-    whose names contain one of `new`.
+    Raises ValueError, with the model untouched, where less than 90 % of its parameter tensors are
+    found, without those whose names contain one of `new`.
     """
     content = read(path)
     weights = next((content[key] for key in KEYS if isinstance(content.get(key), dict)), content)

@@ -1,4 +1,5 @@
-"""timm's ResNet, ConvNeXt and Swin as backbones of several maps, under timm's names (specs/downstream.md 8)."""
+"""timm's ResNet, ConvNeXt and Swin as backbones of several maps, under timm's names
+(specs/downstream.md 8)."""
 
 from collections.abc import Sequence
 
@@ -12,11 +13,13 @@ from unimim.openmmlab.checkpoint import load_backbone
 
 
 class TimmBackbone(nn.Module):
-    """Images [B, 3, H, W] to the maps [B, C, h, w] behind the stages `out_indices` (from 0), contiguous.
+    """Images [B, 3, H, W] to the maps [B, C, h, w] behind the stages `out_indices` (from 0),
+    contiguous.
 
-    name: one of `TIMM_BACKBONES`, or any other network of timm that lists its stages; `options` are its own (ResNet:
-    output_stride). sync_bn: batch statistics of all processes. out_norm: each map gets a layer norm of its own, as
-    Swin and ConvNeXt need. Stages behind the last map are left out.
+    name: one of `TIMM_BACKBONES`, or any other network of timm that lists its stages; `options` are
+    its own (ResNet: output_stride). sync_bn: batch statistics of all processes. out_norm: each map
+    gets a layer norm of its own, as Swin and ConvNeXt need. Stages behind the last map are left
+    out.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class TimmBackbone(nn.Module):
             network.head = nn.Identity()  # ConvNeXt's has a norm
         self.network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if sync_bn else network
         widths = [network.feature_info[index]["num_chs"] for index in self.indices]
-        self.norms = nn.ModuleList(LayerNorm2d(width) if out_norm else nn.Identity() for width in widths)
+        self.norms = nn.ModuleList(
+            LayerNorm2d(width) if out_norm else nn.Identity() for width in widths
+        )
         self.pretrained = pretrained
 
     def init_weights(self) -> None:
@@ -64,5 +69,7 @@ class TimmBackbone(nn.Module):
         return layers.get(name.removeprefix("network."), last)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        maps = self.network.forward_intermediates(images, self.indices, stop_early=True, intermediates_only=True)
+        maps = self.network.forward_intermediates(
+            images, self.indices, stop_early=True, intermediates_only=True
+        )
         return tuple(norm(x).contiguous() for norm, x in zip(self.norms, maps, strict=True))

@@ -1,4 +1,5 @@
-"""OpenMMLab's libraries from wheels alone: a stand-in for compiled operators, versions, and clear words on what lacks.
+"""OpenMMLab's libraries from wheels alone: a stand-in for compiled operators, versions, and clear
+words on what lacks.
 
 Source: specs/downstream.md 1.4 and 2.5. `install_operators` comes before anything imports mmcv.ops.
 """
@@ -29,7 +30,9 @@ EXTENSION = "mmcv._ext"
 def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Kept rows of boxes [K, 4], best first: int64 [M]."""
     if offset:
-        raise NotImplementedError("the stand-in for mmcv's nms counts no pixel as width 1: offset must be 0")
+        raise NotImplementedError(
+            "the stand-in for mmcv's nms counts no pixel as width 1: offset must be 0"
+        )
     return torchvision.ops.nms(bboxes, scores, iou_threshold)
 
 
@@ -46,10 +49,13 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fills `output` [K, C, aligned_height, aligned_width] from maps [B, C, H, W]; rois [K, 5] begin with the image."""
+    """Fills `output` [K, C, aligned_height, aligned_width] from maps [B, C, H, W]; rois [K, 5]
+    begin with the image."""
     _check_average(pool_mode)
     size = (aligned_height, aligned_width)
-    output.copy_(torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
+    output.copy_(
+        torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
+    )
 
 
 def roi_align_backward(
@@ -68,7 +74,14 @@ def roi_align_backward(
     """Fills `grad_input` [B, C, H, W] from `grad_output` [K, C, aligned_height, aligned_width]."""
     _check_average(pool_mode)
     grad = torch.ops.torchvision._roi_align_backward(
-        grad_output, rois, spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned
+        grad_output,
+        rois,
+        spatial_scale,
+        aligned_height,
+        aligned_width,
+        *grad_input.shape,
+        sampling_ratio,
+        aligned,
     )
     grad_input.copy_(grad)
 
@@ -79,7 +92,8 @@ def _check_average(pool_mode: int) -> None:
 
 
 class _Operators(ModuleType):
-    """mmcv asks for every operator on import and calls few: the others say their name once they are called."""
+    """mmcv asks for every operator on import and calls few: the others say their name once they are
+    called."""
 
     def __getattr__(self, name: str) -> Callable:
         if name.startswith("__"):
@@ -97,17 +111,23 @@ class _Operators(ModuleType):
 def has_compiled_operators() -> bool:
     """Whether the installed mmcv brings its own. ModuleNotFoundError without mmcv."""
     found = sys.modules.get(EXTENSION)
-    return not isinstance(found, _Operators) and (found or importlib.util.find_spec(EXTENSION)) is not None
+    return (
+        not isinstance(found, _Operators)
+        and (found or importlib.util.find_spec(EXTENSION)) is not None
+    )
 
 
 def install_operators() -> bool:
-    """Puts the stand-in in place of mmcv's compiled operators unless there are some. Returns whether it is in place."""
+    """Puts the stand-in in place of mmcv's compiled operators unless there are some. Returns
+    whether it is in place."""
     if has_compiled_operators():
         return False
     if EXTENSION not in sys.modules:
         module = _Operators(EXTENSION)
         module.__spec__ = ModuleSpec(EXTENSION, None)
-        vars(module).update(nms=nms, roi_align_forward=roi_align_forward, roi_align_backward=roi_align_backward)
+        vars(module).update(
+            nms=nms, roi_align_forward=roi_align_forward, roi_align_backward=roi_align_backward
+        )
         sys.modules[EXTENSION] = module
     return True
 
@@ -119,7 +139,11 @@ def install_operators() -> bool:
 def pins() -> dict[str, str]:
     """Names and versions of requirements-downstream.txt: {"mmengine": "==0.10.7", ...}."""
     lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
-    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines if line and not line.startswith("-"))
+    return dict(
+        re.match(r"([\w-]+)(.*)", line).groups()
+        for line in lines
+        if line and not line.startswith("-")
+    )
 
 
 def installed(name: str) -> str | None:
@@ -169,7 +193,10 @@ def prepare(*names: str) -> None:
 
 
 def init_process_group(launcher: str) -> None:
-    """Joins the launcher's processes on a CPU, which mmengine cannot; with a GPU it does that itself."""
+    """Joins the launcher's processes on a CPU, which mmengine cannot; with a GPU it does that
+    itself."""
     if launcher != "none" and not torch.cuda.is_available() and not dist.is_initialized():
-        importlib.import_module("mmengine.runner")  # what it imports takes the group there is as default arguments
+        importlib.import_module(
+            "mmengine.runner"
+        )  # what it imports takes the group there is as default arguments
         dist.init_process_group("gloo")

@@ -1,7 +1,9 @@
-"""The order of images and all randomness of a training step as functions of (seed, position): runs resume exactly.
+"""The order of images and all randomness of a training step as functions of (seed, position): runs
+resume exactly.
 
-mmengine loads everything again that a resumed run had seen, with other random numbers. Here a sampler hands out keys,
-indices that carry their position in the run; the pipeline's first step seeds what follows by it.
+mmengine loads everything again that a resumed run had seen, with other random numbers. Here a
+sampler hands out keys, indices that carry their position in the run; the pipeline's first step
+seeds what follows by it.
 """
 
 import random
@@ -20,7 +22,8 @@ from unimim.engine.distributed import seed_step
 
 
 class Key(int):
-    """An image's index that knows the position in the run (over all processes) and the seed of the run."""
+    """An image's index that knows the position in the run (over all processes) and the seed of the
+    run."""
 
     position: int
     seed: int
@@ -33,10 +36,11 @@ class Key(int):
 
 
 class PositionSampler(Sampler):
-    """Keys of this process's images: every pass over the data is a permutation by (seed, number of the pass).
+    """Keys of this process's images: every pass over the data is a permutation by (seed, number of
+    the pass).
 
-    endless: for iteration-based training, from `start`, a number of this process's images. Otherwise one epoch, whose
-    end is filled up so that all processes have as many images.
+    endless: for iteration-based training, from `start`, a number of this process's images.
+    Otherwise one epoch, whose end is filled up so that all processes have as many images.
     """
 
     def __init__(self, dataset, seed: int | None = None, endless: bool = True):
@@ -57,7 +61,10 @@ class PositionSampler(Sampler):
             position = (first + count) * self.world + self.rank
             number, place = divmod(position, self.period())
             if number != current:
-                current, order = number, np.random.default_rng([self.seed, number]).permutation(len(self.dataset))
+                current, order = (
+                    number,
+                    np.random.default_rng([self.seed, number]).permutation(len(self.dataset)),
+                )
             yield Key.make(int(order[place % len(order)]), position, self.seed)
             count += 1
 
@@ -67,7 +74,8 @@ class PositionSampler(Sampler):
 
 
 class SeedSample(BaseTransform):
-    """The first step of a training pipeline: what it draws from here on depends on the seed and position alone."""
+    """The first step of a training pipeline: what it draws from here on depends on the seed and
+    position alone."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         key = results["sample_idx"]
@@ -81,7 +89,8 @@ class SeedSample(BaseTransform):
 
 
 class SeedStepHook(Hook):
-    """Stochastic depth and dropout of each iteration depend on the seed, the process and the iteration alone."""
+    """Stochastic depth and dropout of each iteration depend on the seed, the process and the
+    iteration alone."""
 
     priority = "VERY_HIGH"
 
@@ -90,7 +99,8 @@ class SeedStepHook(Hook):
 
 
 class PositionLoop(IterBasedTrainLoop):
-    """Iteration-based training with a `PositionSampler`, which a resumed run sets to its position at once."""
+    """Iteration-based training with a `PositionSampler`, which a resumed run sets to its position
+    at once."""
 
     def run(self):
         self.runner.call_hook("before_train")

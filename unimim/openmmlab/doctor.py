@@ -1,4 +1,5 @@
-"""`python -m unimim.openmmlab.doctor`: what segmentation and detection need, what is there, and what to do if not."""
+"""`python -m unimim.openmmlab.doctor`: what segmentation and detection need, what is there, and
+what to do if not."""
 
 import platform
 import sys
@@ -27,7 +28,13 @@ def report() -> list[str]:
 def main() -> int:
     print("\n".join(report()))
     problems = compat.problems()
-    print(" ".join([*problems, f"Repair it with: {compat.INSTALL}"] if problems else ["Everything needed is there."]))
+    print(
+        " ".join(
+            [*problems, f"Repair it with: {compat.INSTALL}"]
+            if problems
+            else ["Everything needed is there."]
+        )
+    )
     return bool(problems)
 
 

@@ -1,4 +1,5 @@
-"""Layer-wise learning rates of a segmentor or detector by its backbone's structure (specs/downstream.md 4.4)."""
+"""Layer-wise learning rates of a segmentor or detector by its backbone's structure
+(specs/downstream.md 4.4)."""
 
 from collections.abc import Collection
 from typing import Any
@@ -8,13 +9,18 @@ from torch import nn
 
 
 def layer_groups(
-    model: nn.Module, lr: float, weight_decay: float, layer_decay: float, no_decay_names: Collection[str] = ()
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float,
+    no_decay_names: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: factor `layer_decay` ** (last - layer) of `lr`, where heads and necks are the last layer.
+    """Optimizer groups: factor `layer_decay` ** (last - layer) of `lr`, where heads and necks are
+    the last layer.
 
-    The backbone says with `num_layers` and `get_layer_id(name)` where a parameter is. One-dimensional parameters, names
-    that end in `.bias`, and names below the backbone in `no_decay_names` are not decayed: by default positions and
-    class tokens are, as published.
+    The backbone says with `num_layers` and `get_layer_id(name)` where a parameter is.
+    One-dimensional parameters, names that end in `.bias`, and names below the backbone in
+    `no_decay_names` are not decayed: by default positions and class tokens are, as published.
     """
     last = model.backbone.num_layers + 1
     groups: dict[str, dict[str, Any]] = {}
@@ -39,7 +45,8 @@ def layer_groups(
 
 
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's way to `layer_groups`: paramwise_cfg = dict(layer_decay=0.65, no_decay_names=())."""
+    """mmengine's way to `layer_groups`: paramwise_cfg = dict(layer_decay=0.65,
+    no_decay_names=())."""
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs) -> None:
         params += layer_groups(module, self.base_lr, self.base_wd or 0.0, **self.paramwise_cfg)

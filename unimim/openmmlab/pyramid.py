@@ -1,16 +1,20 @@
-"""BEiT's pyramid: a ViT's maps of one stride to maps of strides 4, 8, 16 and 32 (specs/downstream.md 4.1)."""
+"""BEiT's pyramid: a ViT's maps of one stride to maps of strides 4, 8, 16 and 32
+(specs/downstream.md 4.1)."""
 
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
 
 class BeitPyramid(nn.Module):
-    """Four maps [B, C, h, w] of stride `patch_size` (16 or 8) to strides 4, 8, 16, 32, by deconvolution and pooling."""
+    """Four maps [B, C, h, w] of stride `patch_size` (16 or 8) to strides 4, 8, 16, 32, by
+    deconvolution and pooling."""
 
     def __init__(self, width: int, patch_size: int = 16, norm_cfg: dict | None = None):
         super().__init__()
         if patch_size not in (8, 16):
-            raise ValueError(f"model.neck.patch_size={patch_size}: the pyramid is for patches of 8 or 16 pixels")
+            raise ValueError(
+                f"model.neck.patch_size={patch_size}: the pyramid is for patches of 8 or 16 pixels"
+            )
         double = nn.Sequential(deconvolution(width))
         if patch_size == 16:
             norm = build_norm_layer(norm_cfg or {"type": "SyncBN"}, width)[1]

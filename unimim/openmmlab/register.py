@@ -15,7 +15,8 @@ from unimim.openmmlab.vit_backbone import VisionTransformerBackbone
 
 
 class SafeCheckpointHook(Hook):
-    """Leaves out of a checkpoint what torch's safe loading refuses: the history of logged values (spec 1.4).
+    """Leaves out of a checkpoint what torch's safe loading refuses: the history of logged values
+    (spec 1.4).
 
     The best result so far stays, which a resumed run needs.
     """
@@ -23,7 +24,9 @@ class SafeCheckpointHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         known = checkpoint["message_hub"]["runtime_info"]
         best = {name: value for name, value in known.items() if name.startswith("best_")}
-        best = {name: value if isinstance(value, str) else float(value) for name, value in best.items()}
+        best = {
+            name: value if isinstance(value, str) else float(value) for name, value in best.items()
+        }
         checkpoint["message_hub"] = {
             "log_scalars": {}, "runtime_info": best, "resumed_keys": dict.fromkeys(best, True),
         }  # fmt: skip

@@ -1,4 +1,5 @@
-"""The command lines of segmentation and detection: a configuration, the flags over it, and mmengine's runner."""
+"""The command lines of segmentation and detection: a configuration, the flags over it, and
+mmengine's runner."""
 
 import argparse
 import logging
@@ -30,7 +31,8 @@ RANDOM = "none"  # --pretrained none: random weights on purpose
 class Task:
     """library: mmseg or mmdet. folder: of the scripts, where configurations find their modules.
 
-    save_predictions: sets a configuration up so that testing writes its predictions to the path of --out.
+    save_predictions: sets a configuration up so that testing writes its predictions to the path of
+    --out.
     """
 
     library: str
@@ -45,12 +47,20 @@ class Task:
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="a Python file below configs/")
-    parser.add_argument("--work-dir", default=None, help="folder for checkpoints and logs; default output/CONFIG")
-    parser.add_argument("--data-root", default=None, help="the data set's folder, in place of the configuration's")
+    parser.add_argument(
+        "--work-dir", default=None, help="folder for checkpoints and logs; default output/CONFIG"
+    )
+    parser.add_argument(
+        "--data-root", default=None, help="the data set's folder, in place of the configuration's"
+    )
     parser.add_argument("--trust-checkpoint", action="store_true",
                         help="run the code of pickled checkpoints: only for files whose origin you trust")  # fmt: skip
-    parser.add_argument("--launcher", choices=("none", "pytorch"), default="none", help="pytorch: under torchrun")
-    parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help="set by old launchers")
+    parser.add_argument(
+        "--launcher", choices=("none", "pytorch"), default="none", help="pytorch: under torchrun"
+    )
+    parser.add_argument(
+        "--local-rank", "--local_rank", type=int, default=0, help="set by old launchers"
+    )
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
                         help="anything of the configuration: optim_wrapper.optimizer.lr=1e-4")  # fmt: skip
     return parser
@@ -64,7 +74,9 @@ def parse_train(argv: Sequence[str] | None, description: str) -> Namespace:
                         help="go on from a checkpoint, by default the last one of --work-dir")  # fmt: skip
     parser.add_argument("--amp", nargs="?", const="float16", default=None, choices=("float16", "bfloat16"),
                         help="mixed precision, on GPUs")  # fmt: skip
-    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the rate to the total batch")
+    parser.add_argument(
+        "--auto-scale-lr", action="store_true", help="scale the rate to the total batch"
+    )
     parser.add_argument("--seed", type=int, default=None, help="default: the configuration's")
     return parser.parse_args(argv)
 
@@ -82,7 +94,8 @@ def parse_test(argv: Sequence[str] | None, description: str) -> Namespace:
 
 
 def prepare(task: Task, launcher: str) -> None:
-    """Before anything imports the library: operators, the folder of the configurations' modules, processes."""
+    """Before anything imports the library: operators, the folder of the configurations' modules,
+    processes."""
     compat.prepare(task.library)
     if str(task.folder) not in sys.path:
         sys.path.insert(0, str(task.folder))
@@ -105,7 +118,9 @@ def load_config(args: Namespace):
     DictAction("--cfg-options", "values")(None, options, args.cfg_options)
     cfg.merge_from_dict(options.values)
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / Path(args.config).stem)
+    cfg.work_dir = (
+        args.work_dir or cfg.get("work_dir") or str(Path("output") / Path(args.config).stem)
+    )
     if not torch.cuda.is_available():
         run_on_cpu(cfg)
     return cfg
@@ -123,29 +138,43 @@ def _move(value: Any, old: str, new: str) -> None:
 def check_data(cfg) -> None:
     """ValueError: the folder of the data is not there."""
     if "data_root" in cfg and not Path(cfg.data_root).is_dir():
-        raise ValueError(f"the data's folder {cfg.data_root} does not exist: name it with --data-root")
+        raise ValueError(
+            f"the data's folder {cfg.data_root} does not exist: name it with --data-root"
+        )
 
 
 def run_on_cpu(cfg) -> None:
-    """What mmengine takes for granted of GPUs: synchronised batch norms, nccl, and a device for each process."""
+    """What mmengine takes for granted of GPUs: synchronised batch norms, nccl, and a device for
+    each process."""
     keep_freed_memory()
     _replace(cfg.model, "type", "SyncBN", "BN")
     _replace(cfg.model, "sync_bn", True, False)
     if cfg.launcher != "none":
-        wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+        wrapper = {
+            "type": "MMDistributedDataParallel",
+            "device_ids": None,
+            "broadcast_buffers": False,
+        }
         cfg.model_wrapper_cfg = wrapper | dict(cfg.get("model_wrapper_cfg") or {})
 
 
 def _replace(value: Any, key: str, old: Any, new: Any) -> None:
     """`key`: `old` becomes `key`: `new` everywhere in nested dicts and lists."""
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+    for item in (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (list, tuple))
+        else ()
+    ):
         _replace(item, key, old, new)
     if isinstance(value, dict) and value.get(key) == old:
         value[key] = new
 
 
 def use_pretrained(cfg, path: str) -> None:
-    """The file for each part of the model that configurations list in `pretrained_parts`, by default the backbone.
+    """The file for each part of the model that configurations list in `pretrained_parts`, by
+    default the backbone.
 
     A ViT takes as many class tokens as the file has.
     """
@@ -160,7 +189,8 @@ def use_class_tokens(cfg, path: str) -> None:
 
 
 def set_start(cfg, args: Namespace) -> None:
-    """Where the weights come from. ValueError: nowhere, and --pretrained does not say that this is meant."""
+    """Where the weights come from. ValueError: nowhere, and --pretrained does not say that this is
+    meant."""
     from mmengine.runner import find_latest_checkpoint
 
     if args.resume:
@@ -177,7 +207,9 @@ def set_start(cfg, args: Namespace) -> None:
     elif args.pretrained:
         use_pretrained(cfg, args.pretrained)
     elif not cfg.get("load_from") and not cfg.model.backbone.get("pretrained"):
-        raise ValueError("--pretrained is missing: name a checkpoint, or 'none' to start from random weights")
+        raise ValueError(
+            "--pretrained is missing: name a checkpoint, or 'none' to start from random weights"
+        )
 
 
 def check_batch(cfg, world_size: int) -> None:
@@ -199,7 +231,10 @@ def use_tta(cfg) -> None:
         raise ValueError("--tta: this configuration has no tta_pipeline and tta_model")
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.test_dataloader.batch_size = 1
-    cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": "PrepareTTAHook", "tta_cfg": cfg.tta_model}]
+    cfg.custom_hooks = [
+        *cfg.get("custom_hooks", []),
+        {"type": "PrepareTTAHook", "tta_cfg": cfg.tta_model},
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,14 +242,19 @@ def use_tta(cfg) -> None:
 
 
 def check_loads(path: str, trusted: bool) -> None:
-    """ValueError unless the safe default reads the file, or it is trusted, which concerns the rest of the process."""
+    """ValueError unless the safe default reads the file, or it is trusted, which concerns the rest
+    of the process."""
     if trusted:
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
         return
     try:
         load_checkpoint(path)
     except ValueError as error:
-        hint = "; --trust-checkpoint runs it" if isinstance(error.__cause__, pickle.UnpicklingError) else ""
+        hint = (
+            "; --trust-checkpoint runs it"
+            if isinstance(error.__cause__, pickle.UnpicklingError)
+            else ""
+        )
         raise ValueError(f"{error}{hint}") from error
 
 
@@ -223,7 +263,9 @@ def load_network(runner, path: str) -> None:
     try:
         runner.load_checkpoint(path, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} is not a checkpoint of this configuration's network: {error}") from error
+        raise ValueError(
+            f"{path} is not a checkpoint of this configuration's network: {error}"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +315,9 @@ def test(task: Task, argv: Sequence[str] | None = None, description: str = "") -
 
 
 def parse_demo(
-    argv: Sequence[str] | None, description: str, add_flags: Callable[[argparse.ArgumentParser], None] | None = None
+    argv: Sequence[str] | None,
+    description: str,
+    add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> Namespace:
     """`add_flags` adds those of one task."""
     parser = _parser(description)
@@ -281,12 +325,18 @@ def parse_demo(
         add_flags(parser)
     parser.add_argument("checkpoint", help="weights of the whole network, as training saves them")
     parser.add_argument("images", help="a folder of images, or one image")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where pictures are written, under their names")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="where pictures are written, under their names",
+    )
     return parser.parse_args(argv)
 
 
 def demo_network(task: Task, args: Namespace):
-    """The configuration, and the network with the checkpoint's weights on the device there is, to look at images.
+    """The configuration, and the network with the checkpoint's weights on the device there is, to
+    look at images.
 
     Of the checkpoint only tensors are read.
     """
@@ -303,14 +353,18 @@ def demo_network(task: Task, args: Namespace):
     try:
         network.load_state_dict(state.get("state_dict", state))
     except RuntimeError as error:
-        raise ValueError(f"{args.checkpoint} is not a checkpoint of this configuration's network: {error}") from error
+        raise ValueError(
+            f"{args.checkpoint} is not a checkpoint of this configuration's network: {error}"
+        ) from error
     return cfg, network.to(get_device()).eval()
 
 
 def pictures(place: str) -> list[Path]:
     """The images of a folder, or the one image. ValueError: there is none."""
     path = Path(place)
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES) if path.is_dir() else [path]
+    found = (
+        sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES) if path.is_dir() else [path]
+    )
     if not found or not found[0].is_file():
         raise ValueError(f"{place} holds no image ({', '.join(IMAGES)})")
     return found
@@ -320,7 +374,9 @@ def predict(cfg, network, path: Path):
     """mmengine's data sample of one image, as for tests but without labels."""
     from mmengine.dataset import Compose, pseudo_collate
 
-    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type != "LoadAnnotations"]
+    steps = [
+        step for step in cfg.test_dataloader.dataset.pipeline if step.type != "LoadAnnotations"
+    ]
     data = Compose(steps)({"img_path": str(path), "img_id": 0, "reduce_zero_label": False})
     with torch.no_grad():
         return network.test_step(pseudo_collate([data]))[0]

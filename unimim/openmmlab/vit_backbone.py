@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_finetune import VIT_SIZES, Attention, Block, VisionTransformer, bias_of, relative_position_index
+from modeling_finetune import (
+    VIT_SIZES,
+    Attention,
+    Block,
+    VisionTransformer,
+    bias_of,
+    relative_position_index,
+)
 from optim_factory import layer_id
 from unimim.checkpoint.resizing import resample
 from unimim.openmmlab.checkpoint import load_backbone
@@ -21,7 +28,8 @@ Grid = tuple[int, int]
 
 @lru_cache(maxsize=8)
 def resampling_matrix(src: int, dst: int) -> Tensor:
-    """What turns the 2 src - 1 offsets of a bias table's axis into 2 dst - 1: float64 [2 dst - 1, 2 src - 1]."""
+    """What turns the 2 src - 1 offsets of a bias table's axis into 2 dst - 1: float64 [2 dst - 1, 2
+    src - 1]."""
     return torch.from_numpy(resample(np.eye(2 * src - 1), 0, src, dst))
 
 
@@ -32,7 +40,8 @@ def index_of(grid: Grid, device: torch.device) -> Tensor:
 
 
 def resized_table(table: Tensor, src: Grid, dst: Grid) -> Tensor:
-    """A bias table [rows, h] at another grid, with its gradient: `checkpoint.interpolate_rel_pos_bias` as a product."""
+    """A bias table [rows, h] at another grid, with its gradient:
+    `checkpoint.interpolate_rel_pos_bias` as a product."""
     offsets, extra = table.split([len(table) - 3, 3])
     y, x = (resampling_matrix(a, b).to(table) for a, b in zip(src, dst, strict=True))
     offsets = offsets.unflatten(0, (2 * src[0] - 1, 2 * src[1] - 1))
@@ -40,10 +49,15 @@ def resized_table(table: Tensor, src: Grid, dst: Grid) -> Tensor:
 
 
 def resized_positions(pos_embed: Tensor, src: Grid, dst: Grid) -> Tensor:
-    """Absolute positions [1, n + rows * columns, C] at another grid, bicubic; the n class tokens keep theirs."""
-    prefix, patches = pos_embed.split([pos_embed.shape[1] - src[0] * src[1], src[0] * src[1]], dim=1)
+    """Absolute positions [1, n + rows * columns, C] at another grid, bicubic; the n class tokens
+    keep theirs."""
+    prefix, patches = pos_embed.split(
+        [pos_embed.shape[1] - src[0] * src[1], src[0] * src[1]], dim=1
+    )
     grid = patches.transpose(1, 2).unflatten(2, src)
-    resized = F.interpolate(grid.float(), size=dst, mode="bicubic", align_corners=False).to(pos_embed)
+    resized = F.interpolate(grid.float(), size=dst, mode="bicubic", align_corners=False).to(
+        pos_embed
+    )
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -77,12 +91,13 @@ class GridBlock(Block):
 
 
 class VisionTransformerBackbone(VisionTransformer):
-    """Images [B, 3, H, W] to maps [B, C, H / p, W / p] behind the blocks `out_indices`, contiguous, without a norm.
+    """Images [B, 3, H, W] to maps [B, C, H / p, W / p] behind the blocks `out_indices`, contiguous,
+    without a norm.
 
-    size: one of `VIT_SIZES`, which other options override. Positions and bias tables fit themselves to the images'
-    size; sides are padded with zeros to whole patches.
-    final_norm: the last map is normed, as SemanticMIM's MaskFeat form does.
-    pretrained: a checkpoint for `init_weights`; it may lack parameters whose names contain one of `may_be_new`.
+    size: one of `VIT_SIZES`, which other options override. Positions and bias tables fit themselves
+    to the images' size; sides are padded with zeros to whole patches. final_norm: the last map is
+    normed, as SemanticMIM's MaskFeat form does. pretrained: a checkpoint for `init_weights`; it may
+    lack parameters whose names contain one of `may_be_new`.
     """
 
     block = GridBlock
@@ -98,7 +113,9 @@ class VisionTransformerBackbone(VisionTransformer):
         **options,
     ):
         if size not in VIT_SIZES:
-            raise ValueError(f"model.backbone.size={size} is unknown; take one of {', '.join(VIT_SIZES)}")
+            raise ValueError(
+                f"model.backbone.size={size} is unknown; take one of {', '.join(VIT_SIZES)}"
+            )
         form = {"num_classes": 0, "global_pool": "token"}
         super().__init__(**VIT_SIZES[size] | form | options)
         if list(out_indices) != sorted(set(out_indices)) or out_indices[-1] != len(self.blocks) - 1:
@@ -107,10 +124,15 @@ class VisionTransformerBackbone(VisionTransformer):
             )
         if not final_norm:
             self.norm = nn.Identity()
-        self.out_indices, self.pretrained, self.may_be_new = tuple(out_indices), pretrained, tuple(may_be_new)
+        self.out_indices, self.pretrained, self.may_be_new = (
+            tuple(out_indices),
+            pretrained,
+            tuple(may_be_new),
+        )
 
     def init_weights(self, init_scale: float | None = None) -> None:
-        """The constructor draws the weights; mmengine's call, without an argument, then loads `pretrained`."""
+        """The constructor draws the weights; mmengine's call, without an argument, then loads
+        `pretrained`."""
         if init_scale is not None:
             super().init_weights(init_scale)
         elif self.pretrained:
@@ -123,7 +145,8 @@ class VisionTransformerBackbone(VisionTransformer):
         return len(self.blocks)
 
     def get_layer_id(self, name: str) -> int:
-        """Layer of one of its parameters: 0 is the embedding, `num_layers` + 1 comes behind the blocks."""
+        """Layer of one of its parameters: 0 is the embedding, `num_layers` + 1 comes behind the
+        blocks."""
         return layer_id(name, self.num_layers)
 
     # -- forward
@@ -133,7 +156,10 @@ class VisionTransformerBackbone(VisionTransformer):
         images = F.pad(images, (0, -images.shape[3] % pw, 0, -images.shape[2] % ph))
         patches = self.patch_embed.proj(images)
         grid = tuple(patches.shape[2:])
-        x, bias = self.embed(patches.flatten(2).transpose(1, 2), self.positions(grid)), self.shared_bias(grid)
+        x, bias = (
+            self.embed(patches.flatten(2).transpose(1, 2), self.positions(grid)),
+            self.shared_bias(grid),
+        )
         maps = []
         for number, block in enumerate(self.blocks):
             block.attn.grid = grid
@@ -143,7 +169,8 @@ class VisionTransformerBackbone(VisionTransformer):
         return tuple(maps)
 
     def to_map(self, x: Tensor, grid: Grid) -> Tensor:
-        """Tokens [B, T, C] to [B, C, rows, columns]. Compiled RoIAlign misreads any other order in memory."""
+        """Tokens [B, T, C] to [B, C, rows, columns]. Compiled RoIAlign misreads any other order in
+        memory."""
         return x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid).contiguous()
 
     def positions(self, grid: Grid) -> Tensor | None:
@@ -155,4 +182,6 @@ class VisionTransformerBackbone(VisionTransformer):
     def shared_bias(self, grid: Grid) -> Tensor | None:
         if self.rel_pos_bias is None:
             return None
-        return bias_at(self.rel_pos_bias.relative_position_bias_table, self.patch_embed.grid_size, grid)
+        return bias_at(
+            self.rel_pos_bias.relative_position_bias_table, self.patch_embed.grid_size, grid
+        )

@@ -1,6 +1,8 @@
-"""What learned parts are for: maps of a whole data set, their agreement with objects, and a sheet to look at.
+"""What learned parts are for: maps of a whole data set, their agreement with objects, and a sheet
+to look at.
 
-The part sources other than "learned" are the baselines of SemMAE's ablation (specs/semmae.md C.6, D).
+The part sources other than "learned" are the baselines of SemMAE's ablation (specs/semmae.md C.6,
+D).
 """
 
 import csv
@@ -19,7 +21,15 @@ from tqdm import tqdm
 
 from datasets import ImageDataset, build_dataset, build_loader
 from unimim.data.jpeg import RawImage, decode
-from unimim.data.part_maps import SCORES, PartMaps, PartMapWriter, PartMeta, file_sha256, image_names, names_sha256
+from unimim.data.part_maps import (
+    SCORES,
+    PartMaps,
+    PartMapWriter,
+    PartMeta,
+    file_sha256,
+    image_names,
+    names_sha256,
+)
 from unimim.data.shapes import FOLDERS, cached_shapes
 from unimim.data.sources import Source
 from unimim.engine.distributed import barrier
@@ -53,7 +63,8 @@ PALETTE = np.concatenate((_FIRST_COLOURS, _MORE_COLOURS)).astype(np.uint8)
 
 
 class WholeImage:
-    """The whole picture squeezed to a square, which part maps are made on: {"image": uint8 [3, S, S]} (C.7)."""
+    """The whole picture squeezed to a square, which part maps are made on: {"image": uint8 [3, S,
+    S]} (C.7)."""
 
     def __init__(self, size: int):
         self.size = (size, size)
@@ -64,13 +75,19 @@ class WholeImage:
 
 
 def whole_images(args: Namespace, *, train: bool) -> ImageDataset:
-    return build_dataset(args, train=train, transform=WholeImage(args.input_size), need_labels=False)
+    return build_dataset(
+        args, train=train, transform=WholeImage(args.input_size), need_labels=False
+    )
 
 
-def batches_of(args: Namespace, dataset: ImageDataset, rows: list[int]) -> Iterator[dict[str, Tensor]]:
+def batches_of(
+    args: Namespace, dataset: ImageDataset, rows: list[int]
+) -> Iterator[dict[str, Tensor]]:
     """The images `rows` in this order."""
     keys = [(0, row) for row in rows]
-    batches = [keys[first : first + args.batch_size] for first in range(0, len(keys), args.batch_size)]
+    batches = [
+        keys[first : first + args.batch_size] for first in range(0, len(keys), args.batch_size)
+    ]
     return iter(build_loader(dataset, batches, num_workers=args.num_workers, pin_mem=args.pin_mem))
 
 
@@ -80,7 +97,9 @@ class Viewer:
     def __init__(self, args: Namespace, task: PartLearning, normalize: Normalize):
         self.teacher, self.normalize = task.teacher, normalize
         dtype = AUTOCAST_DTYPES.get(args.precision)
-        self.precision = partial(torch.autocast, normalize.device.type, dtype, enabled=dtype is not None)
+        self.precision = partial(
+            torch.autocast, normalize.device.type, dtype, enabled=dtype is not None
+        )
 
     def __call__(self, batch: dict[str, Tensor]) -> Features:
         with self.precision():
@@ -108,14 +127,19 @@ class MapMaker:
         elif source == "kmeans":
             self.soft = lambda features, _: kmeans_maps(features, teacher_grid, self.num_parts)
         else:
-            self.soft = lambda _, indices: random_maps(indices, teacher_grid, self.num_parts, args.seed)
+            self.soft = lambda _, indices: random_maps(
+                indices, teacher_grid, self.num_parts, args.seed
+            )
 
     def __call__(self, features: Features, indices: list[int]) -> Tensor:
         return hard_maps(self.soft(features, indices), self.grid, clean=self.clean).cpu()
 
 
-def attention_scores(features: Features, teacher_grid: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-    """How much the class token attends to each cell of `grid`, mean of the heads: float16 [B, Hp, Wp]."""
+def attention_scores(
+    features: Features, teacher_grid: tuple[int, int], grid: tuple[int, int]
+) -> np.ndarray:
+    """How much the class token attends to each cell of `grid`, mean of the heads: float16 [B, Hp,
+    Wp]."""
     attention = features.attention.mean(1, keepdim=True).unflatten(-1, teacher_grid)
     resized = F.interpolate(attention, size=grid, mode="bilinear", align_corners=False)
     return resized[:, 0].cpu().numpy().astype(np.float16)
@@ -125,7 +149,8 @@ def attention_scores(features: Features, teacher_grid: tuple[int, int], grid: tu
 
 
 def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
-    """Writes the part map of every image that has none yet into --extract; each process makes its own rows."""
+    """Writes the part map of every image that has none yet into --extract; each process makes its
+    own rows."""
     view, make = Viewer(args, task, normalize), MapMaker(args, args.part_source, task)
     dataset, folder = whole_images(args, train=args.split == "train"), Path(args.extract)
     if args.rank == 0:
@@ -133,12 +158,19 @@ def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
     barrier()
     writer = PartMapWriter(folder)
     rows = writer.missing(args.rank, args.world_size).tolist()
-    with tqdm(total=len(rows), desc=f"{args.part_source} parts", unit="image", disable=args.rank > 0 or None) as bar:
+    with tqdm(
+        total=len(rows),
+        desc=f"{args.part_source} parts",
+        unit="image",
+        disable=args.rank > 0 or None,
+    ) as bar:
         for batch in batches_of(args, dataset, rows):
             features, indices = view(batch), batch["index"].tolist()
             maps = make(features, indices).numpy()
             scores = (
-                attention_scores(features, task.teacher.grid, make.grid) if args.save_scores else [None] * len(maps)
+                attention_scores(features, task.teacher.grid, make.grid)
+                if args.save_scores
+                else [None] * len(maps)
             )
             for row in zip(indices, maps, scores, strict=True):
                 writer.write(*row)
@@ -159,7 +191,9 @@ def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source
         background_id=make.background_id,
         part_source=args.part_source,
         teacher=" ".join(filter(None, (args.teacher, args.teacher_checkpoint))),
-        checkpoint_sha256=weights_sha256(task.learner if args.part_source == "learned" else task.teacher),
+        checkpoint_sha256=weights_sha256(
+            task.learner if args.part_source == "learned" else task.teacher
+        ),
         map_file_sha256=file_sha256(map_file) if map_file and map_file.is_file() else None,
         names_sha256=names_sha256(image_names(source)),
         scores=SCORES if args.save_scores else None,
@@ -186,22 +220,38 @@ def report_maps(folder: Path, writer: PartMapWriter) -> None:
     written = np.setdiff1d(np.arange(writer.meta.num_images), missing)
     log.info("%s: %d part maps of %s cells", folder, len(written), writer.meta.grid)
     if len(missing):
-        log.warning("%d images cannot be read and have no map: rows %s ...", len(missing), missing[:10].tolist())
+        log.warning(
+            "%d images cannot be read and have no map: rows %s ...",
+            len(missing),
+            missing[:10].tolist(),
+        )
     shares, present = usage(PartMaps.open(folder), written)
     for part, (share, images) in enumerate(zip(shares, present, strict=True)):
-        log.info("  part %d: %4.1f %% of the cells, in %5.1f %% of the images", part, 100 * share, 100 * images)
+        log.info(
+            "  part %d: %4.1f %% of the cells, in %5.1f %% of the images",
+            part,
+            100 * share,
+            100 * images,
+        )
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def evaluate(args: Namespace, task: PartLearning, normalize: Normalize) -> list[dict[str, float | str]]:
-    """Agreement of every part source with the masks of the val split (`PartQuality`), logged and written as CSV.
+def evaluate(
+    args: Namespace, task: PartLearning, normalize: Normalize
+) -> list[dict[str, float | str]]:
+    """Agreement of every part source with the masks of the val split (`PartQuality`), logged and
+    written as CSV.
 
     Every process measures everything; the first one writes.
     """
     dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
-    folder = Path(args.mask_path) if args.mask_path else data_folder(args) / "annotations" / FOLDERS["val"]
+    folder = (
+        Path(args.mask_path)
+        if args.mask_path
+        else data_folder(args) / "annotations" / FOLDERS["val"]
+    )
     makers = {source: MapMaker(args, source, task) for source in PART_SOURCES}
     qualities = {source: PartQuality(make.num_parts, MASK_IDS) for source, make in makers.items()}
     for batch in batches_of(args, dataset, list(range(len(dataset)))):
@@ -210,7 +260,10 @@ def evaluate(args: Namespace, task: PartLearning, normalize: Normalize) -> list[
         for source, make in makers.items():
             for parts, mask in zip(make(features, indices).numpy(), masks, strict=True):
                 qualities[source].add(overlap(parts, mask, make.num_parts, MASK_IDS))
-    rows = [{"part_source": s, "parts": makers[s].num_parts, **quality.figures()} for s, quality in qualities.items()]
+    rows = [
+        {"part_source": s, "parts": makers[s].num_parts, **quality.figures()}
+        for s, quality in qualities.items()
+    ]
     if args.rank == 0:
         write_table(Path(args.evaluate), rows)
     return rows
@@ -230,16 +283,23 @@ def write_table(file: Path, rows: list[dict[str, float | str]]) -> None:
     with file.open("w", newline="") as stream:
         table = csv.DictWriter(stream, rows[0])
         table.writeheader()
-        table.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        table.writerows(
+            {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
     for row in rows:
-        log.info("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        log.info(
+            "  ".join(
+                f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+            )
+        )
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
 def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
-    """Writes --visualize: a row for each image with itself, its parts and the class token's attention.
+    """Writes --visualize: a row for each image with itself, its parts and the class token's
+    attention.
 
     For learned parts the picture that the decoder makes of them comes last.
     """
@@ -253,7 +313,10 @@ def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> 
         if args.part_source == "learned":
             painted = (255 * task.learner.reconstruct(features)).byte()
             columns.append(painted.permute(0, 2, 3, 1).cpu().numpy())
-        rows += [np.concatenate([_panel(picture) for picture in row], axis=1) for row in zip(*columns, strict=True)]
+        rows += [
+            np.concatenate([_panel(picture) for picture in row], axis=1)
+            for row in zip(*columns, strict=True)
+        ]
     titles = ("image", f"parts: {args.part_source}", "attention", "reconstruction")
     file = Path(args.visualize)
     file.parent.mkdir(parents=True, exist_ok=True)

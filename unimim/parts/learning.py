@@ -1,9 +1,11 @@
-"""SemMAE's first stage: a frozen ViT's features become a few semantic parts of each image (specs/semmae.md C).
+"""SemMAE's first stage: a frozen ViT's features become a few semantic parts of each image
+(specs/semmae.md C).
 
-The class token is embedded into part tokens, each patch goes to the part it resembles, and the parts have to suffice a
-small decoder to paint the image again. What the paper leaves open is this project's own choice (C.2, C.3), as are the
-baselines below: attention heads, k-means and random parts.
-Shapes in comments: B images, N = H * W patches, C channels, K parts (background among them), h heads.
+The class token is embedded into part tokens, each patch goes to the part it resembles, and the
+parts have to suffice a small decoder to paint the image again. What the paper leaves open is this
+project's own choice (C.2, C.3), as are the baselines below: attention heads, k-means and random
+parts. Shapes in comments: B images, N = H * W patches, C channels, K parts (background among them),
+h heads.
 """
 
 import math
@@ -36,8 +38,8 @@ FOREGROUND_MASS = 0.6  # of the class token's attention (C.5)
 
 
 class Features(NamedTuple):
-    """What the teacher sees: class token [B, C] and patch tokens [B, N, C] after the final norm, and how much the class
-    token attends to each patch in the last block, [B, h, N]."""
+    """What the teacher sees: class token [B, C] and patch tokens [B, N, C] after the final norm,
+    and how much the class token attends to each patch in the last block, [B, h, N]."""
 
     cls: Tensor
     patches: Tensor
@@ -50,11 +52,14 @@ class Teacher(nn.Module):
     def __init__(self, vit: nn.Module):
         super().__init__()
         if not hasattr(vit, "blocks") or not hasattr(vit.blocks[-1].attn, "qkv"):
-            raise ValueError("--teacher must be a vision transformer with a joint qkv projection, as DINO's and iBOT's")
+            raise ValueError(
+                "--teacher must be a vision transformer with a joint qkv projection, as DINO's and iBOT's"
+            )
         self.vit = vit.eval().requires_grad_(False)
         self.dim, self.grid = vit.embed_dim, tuple(vit.patch_embed.grid_size)
         self.num_heads = vit.blocks[-1].attn.num_heads
-        # fused kernels show no probabilities, so the last block's input is kept to compute them again
+        # fused kernels show no probabilities, so the last block's input is kept to compute them
+        # again
         vit.blocks[-1].attn.register_forward_pre_hook(self._keep_input)
 
     def _keep_input(self, _attention: nn.Module, inputs: tuple) -> None:
@@ -69,17 +74,24 @@ class Teacher(nn.Module):
         if isinstance(self.vit, VisionTransformer):  # timm's has applied it
             tokens = self.vit.norm(tokens)
         prefix = self.vit.num_prefix_tokens
-        return Features(tokens[:, 0].float(), tokens[:, prefix:].float(), self._class_attention()[..., prefix:])
+        return Features(
+            tokens[:, 0].float(), tokens[:, prefix:].float(), self._class_attention()[..., prefix:]
+        )
 
     def _class_attention(self) -> Tensor:
-        """softmax(q k / sqrt(d) + bias) of the last block for the class token's query: [B, h, T]."""
+        """softmax(q k / sqrt(d) + bias) of the last block for the class token's query: [B, h,
+        T]."""
         attn = self.vit.blocks[-1].attn
         if isinstance(self.vit, VisionTransformer):
             q, k, _ = attn.project(self._last_input)
             bias = attn.position_bias(None)
-            return attn.probabilities(q[:, :, :1], k, None if bias is None else bias[:, :1])[:, :, 0].float()
+            return attn.probabilities(q[:, :, :1], k, None if bias is None else bias[:, :1])[
+                :, :, 0
+            ].float()
         # [B, T, 3 * C] to [3, B, h, T, d]
-        qkv = attn.qkv(self._last_input).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = (
+            attn.qkv(self._last_input).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         q, k = attn.q_norm(qkv[0, :, :, :1]), attn.k_norm(qkv[1])
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].float()
 
@@ -92,17 +104,21 @@ def load_teacher(
     allow_random: bool = False,
     model_kwargs: dict[str, Any] | None = None,
 ) -> Teacher:
-    """The teacher that --teacher names, for square images of `image_size` pixels; positions are resized to its grid.
+    """The teacher that --teacher names, for square images of `image_size` pixels; positions are
+    resized to its grid.
 
-    A file gives the model by its tensors' shapes; timm's, DINO's, iBOT's and this repository's naming are understood.
-    A timm name takes its weights from the file `checkpoint`, else from timm's hub; `allow_random` leaves them random.
-    `model_kwargs` are further options of the constructor, such as num_heads, which no tensor tells.
+    A file gives the model by its tensors' shapes; timm's, DINO's, iBOT's and this repository's
+    naming are understood. A timm name takes its weights from the file `checkpoint`, else from
+    timm's hub; `allow_random` leaves them random. `model_kwargs` are further options of the
+    constructor, such as num_heads, which no tensor tells.
 
     Raises:
         ValueError: no such model or file, weights that do not fit, or a hub that cannot be reached.
     """
     if Path(name_or_path).is_file():
-        vit = vit_of(teacher_state(name_or_path), name_or_path, input_size=image_size, **(model_kwargs or {}))
+        vit = vit_of(
+            teacher_state(name_or_path), name_or_path, input_size=image_size, **(model_kwargs or {})
+        )
     elif timm.is_model(name_or_path):
         options = {"img_size": image_size, "num_classes": 0, **(model_kwargs or {})}
         vit = _timm_vit(name_or_path, options, checkpoint, allow_random)
@@ -121,7 +137,9 @@ def _timm_vit(name: str, options: dict[str, Any], checkpoint: str, allow_random:
             "or --allow_random_teacher to do without its weights"
         ) from error
     except TypeError as error:
-        raise ValueError(f"--teacher {name} does not take one of {sorted(options)}: {error}") from error
+        raise ValueError(
+            f"--teacher {name} does not take one of {sorted(options)}: {error}"
+        ) from error
     if checkpoint:
         load_strictly(vit, teacher_state(checkpoint), checkpoint)
     return vit
@@ -129,21 +147,39 @@ def _timm_vit(name: str, options: dict[str, Any], checkpoint: str, allow_random:
 
 _CONTAINERS = ("teacher", "state_dict", "model", "student", "module")
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.")
-_BACKBONE = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "norm_pre.", "rel_pos_bias.", "blocks.", "norm.")
+_BACKBONE = (
+    "cls_token",
+    "pos_embed",
+    "reg_token",
+    "patch_embed.",
+    "norm_pre.",
+    "rel_pos_bias.",
+    "blocks.",
+    "norm.",
+)
 
 
 def teacher_state(path: str) -> dict[str, Tensor]:
-    """The backbone's tensors of a checkpoint, whatever holds them (C.4): heads, decoders and mask tokens are left out.
+    """The backbone's tensors of a checkpoint, whatever holds them (C.4): heads, decoders and mask
+    tokens are left out.
 
-    The state dict may be bare or lie under teacher, state_dict, model, student or module, in this order; its names may
-    begin with module., _orig_mod. and backbone.
+    The state dict may be bare or lie under teacher, state_dict, model, student or module, in this
+    order; its names may begin with module., _orig_mod. and backbone.
     """
     found = load_checkpoint(path)
     state = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), dict)), found)
-    tensors = {_unwrapped(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    kept = {k: v for k, v in tensors.items() if k.startswith(_BACKBONE) and not k.endswith("relative_position_index")}
+    tensors = {
+        _unwrapped(name): value for name, value in state.items() if isinstance(value, Tensor)
+    }
+    kept = {
+        k: v
+        for k, v in tensors.items()
+        if k.startswith(_BACKBONE) and not k.endswith("relative_position_index")
+    }
     if "cls_token" not in kept or "patch_embed.proj.weight" not in kept:
-        raise ValueError(f"{path} holds no ViT with a class token; its tensors are {', '.join(list(tensors)[:4])}, ...")
+        raise ValueError(
+            f"{path} holds no ViT with a class token; its tensors are {', '.join(list(tensors)[:4])}, ..."
+        )
     return kept
 
 
@@ -154,9 +190,15 @@ def _unwrapped(name: str) -> str:
 
 
 def vit_of(state: dict[str, Tensor], path: str, **options: Any) -> VisionTransformer:
-    """The ViT whose tensors these are, with heads of 64 channels (80 in MAE's huge) unless a bias table tells."""
-    dim, patch = state["patch_embed.proj.weight"].shape[0], tuple(state["patch_embed.proj.weight"].shape[-2:])
-    tables = [value for name, value in state.items() if name.endswith("relative_position_bias_table")]
+    """The ViT whose tensors these are, with heads of 64 channels (80 in MAE's huge) unless a bias
+    table tells."""
+    dim, patch = (
+        state["patch_embed.proj.weight"].shape[0],
+        tuple(state["patch_embed.proj.weight"].shape[-2:]),
+    )
+    tables = [
+        value for name, value in state.items() if name.endswith("relative_position_bias_table")
+    ]
     names = " ".join(state)
     shape = {
         "patch_size": patch,
@@ -181,9 +223,13 @@ def vit_of(state: dict[str, Tensor], path: str, **options: Any) -> VisionTransfo
 def load_strictly(vit: nn.Module, state: dict[str, Tensor], path: str) -> None:
     """Puts every tensor in its place; one left over on either side is a ValueError."""
     report = load_pretrained(vit, state, min_matched=0.0)
-    wrong = [f"{name} is missing" for name in report.missing] + [f"{name} has no place" for name in report.ignored]
+    wrong = [f"{name} is missing" for name in report.missing] + [
+        f"{name} has no place" for name in report.ignored
+    ]
     if wrong:
-        raise ValueError(f"{path} does not fit --teacher: {'; '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}")
+        raise ValueError(
+            f"{path} does not fit --teacher: {'; '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}"
+        )
 
 
 # --- the learner ------------------------------------------------------------------------------------------------------
@@ -192,9 +238,10 @@ def load_strictly(vit: nn.Module, state: dict[str, Tensor], path: str) -> None:
 class PartLearner(nn.Module):
     """Part tokens, part maps and the decoder (C.3). `num_parts` counts foreground parts.
 
-    background "token": a learned token competes with the part tokens for each patch, and part 0 is what it wins;
-    "attention": part 0 is where the teacher's class token does not look (`foreground`); "none": every part is equal.
-    `weights` are those of reconstruction, diversity and balance; the last 0 gives the paper's two terms.
+    background "token": a learned token competes with the part tokens for each patch, and part 0 is
+    what it wins; "attention": part 0 is where the teacher's class token does not look
+    (`foreground`); "none": every part is equal. `weights` are those of reconstruction, diversity
+    and balance; the last 0 gives the paper's two terms.
     """
 
     def __init__(
@@ -209,7 +256,10 @@ class PartLearner(nn.Module):
         weights: tuple[float, float, float] = (10.0, 0.1, 0.1),
     ):
         super().__init__()
-        assert background in BACKGROUNDS and reconstruction in RECONSTRUCTIONS, (background, reconstruction)
+        assert background in BACKGROUNDS and reconstruction in RECONSTRUCTIONS, (
+            background,
+            reconstruction,
+        )
         self.grid, self.background, self.weights = grid, background, weights
         self.reconstruction = RECONSTRUCTIONS[reconstruction]
         self.temperature = math.inf  # the caller's affair: it falls with the steps
@@ -237,19 +287,28 @@ class PartLearner(nn.Module):
         picture = self.decoder(blurred, cls)
         with torch.autocast(images.device.type, enabled=False):
             target = F.interpolate(images, size=picture.shape[-2:], mode="bilinear", antialias=True)
-            terms = (self.reconstruction(picture.float(), target), similarity(blurred), starvation(maps))
+            terms = (
+                self.reconstruction(picture.float(), target),
+                similarity(blurred),
+                starvation(maps),
+            )
         loss = sum(weight * term for weight, term in zip(self.weights, terms, strict=True))
         names = ("reconstruction", "diversity", "balance")
         figures = {name: term.detach() for name, term in zip(names, terms, strict=True)}
         return {"loss": loss, **figures, "confidence": maps.detach().amax(1).mean()}
 
     def soft_maps(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Which part each patch belongs to, as probabilities [B, K, H, W], and the standardised class token [B, C]."""
+        """Which part each patch belongs to, as probabilities [B, K, H, W], and the standardised
+        class token [B, C]."""
         with torch.autocast(features.cls.device.type, enabled=False):
             cls = (features.cls - self.cls_mean) / self.cls_std
             patches = (features.patches - self.feat_mean) / self.feat_std
             tokens = self.part_tokens(cls)
-            logits = F.normalize(tokens, dim=-1) @ F.normalize(patches, dim=-1).transpose(1, 2) / self.temperature
+            logits = (
+                F.normalize(tokens, dim=-1)
+                @ F.normalize(patches, dim=-1).transpose(1, 2)
+                / self.temperature
+            )
             return logits.softmax(1).unflatten(-1, self.grid), cls
 
     def part_tokens(self, cls: Tensor) -> Tensor:
@@ -263,7 +322,11 @@ class PartLearner(nn.Module):
     def maps(self, features: Features) -> Tensor:
         """Blurred maps of all ids, [B, K, H, W], to take the largest of (`hard_maps`)."""
         blurred = blur(self.soft_maps(features)[0])
-        return on_foreground(blurred, features, self.grid) if self.background == "attention" else blurred
+        return (
+            on_foreground(blurred, features, self.grid)
+            if self.background == "attention"
+            else blurred
+        )
 
     @torch.no_grad()
     def reconstruct(self, features: Features) -> Tensor:
@@ -273,26 +336,33 @@ class PartLearner(nn.Module):
 
     @torch.no_grad()
     def standardise(self, batches: Iterable[Features]) -> None:
-        """Fixes mean and deviation of every channel to those of these features, on all processes together."""
+        """Fixes mean and deviation of every channel to those of these features, on all processes
+        together."""
         cls, feat = Moments(self.cls_mean), Moments(self.feat_mean)
         for features in batches:
             cls.add(features.cls)
             feat.add(features.patches.flatten(0, 1))
-        for moments, mean, std in ((cls, self.cls_mean, self.cls_std), (feat, self.feat_mean, self.feat_std)):
+        for moments, mean, std in (
+            (cls, self.cls_mean, self.cls_std),
+            (feat, self.feat_mean, self.feat_std),
+        ):
             found = moments.read()
             mean.copy_(found[0])
             std.copy_(found[1])
 
 
 class Moments:
-    """Mean and deviation of the rows of tensors [n, C], over all processes; `like` is a tensor [C]."""
+    """Mean and deviation of the rows of tensors [n, C], over all processes; `like` is a tensor
+    [C]."""
 
     def __init__(self, like: Tensor):
         self.sums = torch.zeros(3, *like.shape, dtype=torch.float64, device=like.device)
 
     def add(self, rows: Tensor) -> None:
         rows = rows.double()
-        self.sums += torch.stack((torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)))
+        self.sums += torch.stack(
+            (torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0))
+        )
 
     def read(self) -> tuple[Tensor, Tensor]:
         count, total, squares = reduce_sum(self.sums.clone())
@@ -301,14 +371,17 @@ class Moments:
 
 
 class Decoder(nn.Module):
-    """A small painter in StyleGAN's manner: maps [B, K, H, W] are its only view of where things are, the class token
-    [B, C] sets mean and deviation of every channel. Each width after the first doubles the side.
+    """A small painter in StyleGAN's manner: maps [B, K, H, W] are its only view of where things
+    are, the class token [B, C] sets mean and deviation of every channel. Each width after the first
+    doubles the side.
     """
 
     def __init__(self, maps: int, dim: int, widths: tuple[int, ...]):
         super().__init__()
         pairs = zip((maps, *widths), widths, strict=False)
-        self.convs = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairs)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1) for before, after in pairs
+        )
         self.adain = nn.ModuleList(nn.Linear(dim, 2 * width) for width in widths)
         for layer in self.adain:
             nn.init.normal_(layer.weight, std=0.01)
@@ -332,7 +405,8 @@ def blur(maps: Tensor) -> Tensor:
 
 
 def similarity(maps: Tensor) -> Tensor:
-    """Diversity loss: how far the cosine of two parts' maps exceeds `SIMILAR`, over all pairs of different parts."""
+    """Diversity loss: how far the cosine of two parts' maps exceeds `SIMILAR`, over all pairs of
+    different parts."""
     flat = F.normalize(maps.float().flatten(2), dim=-1)
     parts = flat.shape[1]
     excess = (flat @ flat.transpose(1, 2) - SIMILAR).clamp(min=0)
@@ -341,22 +415,26 @@ def similarity(maps: Tensor) -> Tensor:
 
 
 def starvation(maps: Tensor) -> Tensor:
-    """Balance loss: how far a part's share of the batch lies below `LEAST_SHARE`, over all parts."""
+    """Balance loss: how far a part's share of the batch lies below `LEAST_SHARE`, over all
+    parts."""
     return ((LEAST_SHARE - maps.mean((0, 2, 3))).clamp(min=0) / LEAST_SHARE).mean()
 
 
 def temperature_at(progress: float, start: float, end: float) -> float:
-    """Falls geometrically from `start` to `end` over the first `ANNEALED` of the run (`progress` from 0 to 1)."""
+    """Falls geometrically from `start` to `end` over the first `ANNEALED` of the run (`progress`
+    from 0 to 1)."""
     return start * (end / start) ** min(progress / ANNEALED, 1.0)
 
 
 class PartLearning(nn.Module):
-    """What the engine trains: batches of normalised images to the learner's losses. The teacher is no submodule, so
-    that it is neither wrapped nor optimized nor saved."""
+    """What the engine trains: batches of normalised images to the learner's losses. The teacher is
+    no submodule, so that it is neither wrapped nor optimized nor saved."""
 
     average = None
 
-    def __init__(self, learner: PartLearner, teacher: Teacher, mean_std, temperatures: tuple[float, float]):
+    def __init__(
+        self, learner: PartLearner, teacher: Teacher, mean_std, temperatures: tuple[float, float]
+    ):
         super().__init__()
         self.learner, self.temperatures = learner, temperatures
         self._teacher = (teacher,)
@@ -383,7 +461,8 @@ class PartLearning(nn.Module):
 
 
 def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> Tensor:
-    """The id of the largest of maps [B, K, H, W] in every cell of `grid` (None: H x W): uint8 [B, Hp, Wp] (C.6).
+    """The id of the largest of maps [B, K, H, W] in every cell of `grid` (None: H x W): uint8 [B,
+    Hp, Wp] (C.6).
 
     The smallest id wins a tie; a finer grid is interpolated first; `clean` removes single cells.
     """
@@ -394,26 +473,33 @@ def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> 
 
 
 def without_single_cells(parts: Tensor, num_parts: int) -> Tensor:
-    """Cells of int64 [B, H, W] that agree with none of their 8 neighbours take the neighbours' most frequent id."""
+    """Cells of int64 [B, H, W] that agree with none of their 8 neighbours take the neighbours' most
+    frequent id."""
     one_hot = F.one_hot(parts, num_parts).permute(0, 3, 1, 2).float()
-    ring = one_hot.new_ones(3, 3).index_put((torch.tensor(1), torch.tensor(1)), one_hot.new_zeros(()))
+    ring = one_hot.new_ones(3, 3).index_put(
+        (torch.tensor(1), torch.tensor(1)), one_hot.new_zeros(())
+    )
     neighbours = F.conv2d(one_hot, ring.expand(num_parts, 1, 3, 3), padding=1, groups=num_parts)
     alone = neighbours.gather(1, parts[:, None])[:, 0] == 0
     return torch.where(alone, neighbours.argmax(1), parts)
 
 
 def foreground(attention: Tensor, grid: Grid) -> Tensor:
-    """The fewest cells that hold `FOREGROUND_MASS` of attention [B, h, N], after a 3 x 3 majority: bool [B, H, W]."""
+    """The fewest cells that hold `FOREGROUND_MASS` of attention [B, h, N], after a 3 x 3 majority:
+    bool [B, H, W]."""
     mass = attention.mean(1)
     mass, order = (mass / mass.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
     needed = mass.cumsum(-1) - mass < FOREGROUND_MASS
     inside = torch.zeros_like(needed).scatter(1, order, needed).unflatten(-1, grid)
-    votes = F.avg_pool2d(F.pad(inside[:, None].float(), (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    votes = F.avg_pool2d(
+        F.pad(inside[:, None].float(), (1, 1, 1, 1), mode="replicate"), 3, stride=1
+    )
     return votes[:, 0] > 0.5
 
 
 def on_foreground(maps: Tensor, features: Features, grid: Grid) -> Tensor:
-    """Positive maps [B, K - 1, H, W] inside the foreground, with the background as part 0: [B, K, H, W]."""
+    """Positive maps [B, K - 1, H, W] inside the foreground, with the background as part 0: [B, K,
+    H, W]."""
     inside = foreground(features.attention, grid)[:, None]
     return torch.cat(((~inside).float(), maps * inside), dim=1)
 
@@ -422,20 +508,24 @@ def on_foreground(maps: Tensor, features: Features, grid: Grid) -> Tensor:
 
 
 def attention_head_maps(features: Features, grid: Grid) -> Tensor:
-    """One part for each head of the class token's attention, on its foreground: [B, 1 + h, H, W]."""
+    """One part for each head of the class token's attention, on its foreground: [B, 1 + h, H,
+    W]."""
     return on_foreground(features.attention.unflatten(-1, grid), features, grid)
 
 
 def kmeans_maps(features: Features, grid: Grid, num_parts: int, iterations: int = 20) -> Tensor:
-    """k-means on each image's own normalised patch tokens: minus the squared distance to the centres, [B, K, H, W].
+    """k-means on each image's own normalised patch tokens: minus the squared distance to the
+    centres, [B, K, H, W].
 
-    Centres start at the tokens that lie farthest from each other, so that nothing is random; ids are not comparable
-    between images.
+    Centres start at the tokens that lie farthest from each other, so that nothing is random; ids
+    are not comparable between images.
     """
     tokens = F.normalize(features.patches, dim=-1)
     centres = _farthest_tokens(tokens, num_parts)
     for _ in range(iterations):
-        members = F.one_hot(torch.cdist(tokens, centres).argmin(-1), num_parts).to(tokens.dtype)  # [B, N, K]
+        members = F.one_hot(torch.cdist(tokens, centres).argmin(-1), num_parts).to(
+            tokens.dtype
+        )  # [B, N, K]
         sizes = members.sum(1)[..., None]
         means = members.transpose(1, 2) @ tokens / sizes.clamp(min=1)
         centres = torch.where(sizes > 0, means, centres)
@@ -443,7 +533,8 @@ def kmeans_maps(features: Features, grid: Grid, num_parts: int, iterations: int 
 
 
 def _farthest_tokens(tokens: Tensor, count: int) -> Tensor:
-    """[B, N, C] to [B, count, C]: first the token farthest from the mean, then the one farthest from those chosen."""
+    """[B, N, C] to [B, count, C]: first the token farthest from the mean, then the one farthest
+    from those chosen."""
     chosen, distance = [], torch.cdist(tokens, tokens.mean(1, keepdim=True))[..., 0]
     for number in range(count):
         row = distance.argmax(-1)[:, None, None].expand(-1, 1, tokens.shape[-1])
@@ -455,5 +546,8 @@ def _farthest_tokens(tokens: Tensor, count: int) -> Tensor:
 
 def random_maps(indices: list[int], grid: Grid, num_parts: int, seed: int) -> Tensor:
     """Noise [B, K, H, W] that depends on the seed and the image's number only."""
-    draws = [np.random.default_rng((seed, index)).random((num_parts, *grid), dtype=np.float32) for index in indices]
+    draws = [
+        np.random.default_rng((seed, index)).random((num_parts, *grid), dtype=np.float32)
+        for index in indices
+    ]
     return torch.from_numpy(np.stack(draws))

@@ -1,6 +1,7 @@
 """How good part maps are: do they follow the objects of a picture, and are all parts used?
 
-Everything comes from one table of an image, the number of pixels that each part shares with each object.
+Everything comes from one table of an image, the number of pixels that each part shares with each
+object.
 """
 
 from collections.abc import Iterable
@@ -13,20 +14,24 @@ from unimim.data.part_maps import PartMaps
 def overlap(parts: np.ndarray, mask: np.ndarray, num_parts: int, num_objects: int) -> np.ndarray:
     """Pixels that part k and object c share, int64 [num_parts, num_objects].
 
-    `parts` [Hp, Wp] covers the whole picture of the `mask` [H, W]; each pixel takes the cell that its centre lies in.
+    `parts` [Hp, Wp] covers the whole picture of the `mask` [H, W]; each pixel takes the cell that
+    its centre lies in.
     """
     rows, columns = (
         ((np.arange(side) + 0.5) * cells / side).astype(int)
         for side, cells in zip(mask.shape, parts.shape, strict=True)
     )
     pairs = parts[rows][:, columns].astype(np.int64) * num_objects + mask
-    return np.bincount(pairs.ravel(), minlength=num_parts * num_objects).reshape(num_parts, num_objects)
+    return np.bincount(pairs.ravel(), minlength=num_parts * num_objects).reshape(
+        num_parts, num_objects
+    )
 
 
 def best_union_iou(table: np.ndarray, wanted: int) -> float:
     """The largest intersection over union that any union of parts has with object `wanted`.
 
-    The best union consists of the parts that lie in the object to the largest share, so prefixes of that order do.
+    The best union consists of the parts that lie in the object to the largest share, so prefixes of
+    that order do.
     """
     table = table[table.sum(1) > 0]
     inside, sizes = table[:, wanted], table.sum(1)
@@ -36,7 +41,8 @@ def best_union_iou(table: np.ndarray, wanted: int) -> float:
 
 
 def nmi(table: np.ndarray) -> float:
-    """Normalised mutual information 2 I / (H + H') of parts and objects, from 0 to 1; 1 if there is one of each."""
+    """Normalised mutual information 2 I / (H + H') of parts and objects, from 0 to 1; 1 if there is
+    one of each."""
     joint = table / table.sum()
     part, wanted = joint.sum(1), joint.sum(0)
     total = entropy(part) + entropy(wanted)
@@ -52,9 +58,10 @@ def entropy(shares: np.ndarray) -> float:
 class PartQuality:
     """Means over images, from one `overlap` table each; object 0 is the background.
 
-    miou: of `best_union_iou` over all objects of all images; foreground_iou: the same for all objects together; nmi:
-    image by image; nmi_pooled: over the pixels of all images together, so that ids must mean the same everywhere;
-    evenness: entropy of the parts' mean shares, 1 where all are used alike.
+    miou: of `best_union_iou` over all objects of all images; foreground_iou: the same for all
+    objects together; nmi: image by image; nmi_pooled: over the pixels of all images together, so
+    that ids must mean the same everywhere; evenness: entropy of the parts' mean shares, 1 where all
+    are used alike.
     """
 
     def __init__(self, num_parts: int, num_objects: int):
@@ -71,7 +78,9 @@ class PartQuality:
         present = [c for c in range(1, table.shape[1]) if table[:, c].any()]
         self.ious += [best_union_iou(table, c) for c in present]
         if present:
-            self.foreground.append(best_union_iou(np.stack((table[:, 0], table[:, 1:].sum(1)), axis=1), 1))
+            self.foreground.append(
+                best_union_iou(np.stack((table[:, 0], table[:, 1:].sum(1)), axis=1), 1)
+            )
 
     def figures(self) -> dict[str, float]:
         return {
@@ -84,6 +93,9 @@ class PartQuality:
 
 
 def usage(maps: PartMaps, rows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the maps of images `rows`: each part's mean share of the cells, and the share of images that have it."""
-    counts = np.stack([np.bincount(maps.read(row).ravel(), minlength=maps.num_parts) for row in rows])
+    """Of the maps of images `rows`: each part's mean share of the cells, and the share of images
+    that have it."""
+    counts = np.stack(
+        [np.bincount(maps.read(row).ravel(), minlength=maps.num_parts) for row in rows]
+    )
     return (counts / counts.sum(1, keepdims=True)).mean(0), (counts > 0).mean(0)

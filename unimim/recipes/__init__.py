@@ -1,7 +1,8 @@
 """Published recipes by name, one module for each family of methods; no torch is imported here.
 
-`python -m unimim.recipes --list` shows them, `scripts/recipe.sh NAME` runs one, `--recipe NAME` in a run script sets
-the model and all its flags. A value that no source states is named in the recipe's `note`.
+`python -m unimim.recipes --list` shows them, `scripts/recipe.sh NAME` runs one, `--recipe NAME` in
+a run script sets the model and all its flags. A value that no source states is named in the
+recipe's `note`.
 """
 
 import difflib
@@ -58,16 +59,19 @@ def by_name(name: str) -> Recipe:
 
 
 def recipe_for(model: str, stage: str) -> Recipe | None:
-    """Returns the recipe whose flags are the defaults of `model` in `stage` (one of STAGES), None for a model without.
+    """Returns the recipe whose flags are the defaults of `model` in `stage` (one of STAGES), None
+    for a model without.
 
-    Of several, it is the first; `names_for` has them all. Names of SimMIM and A2MIM go on with any of timm's: a
-    network without a recipe has that of its relatives.
+    Of several, it is the first; `names_for` has them all. Names of SimMIM and A2MIM go on with any
+    of timm's: a network without a recipe has that of its relatives.
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     own = (recipe for recipe in _RECIPES if (recipe.model, recipe.stage) == (model, stage))
     related = (
-        recipe for recipe in mim.RELATIVES if recipe.stage == stage and model.startswith(recipe.model.rstrip("*"))
+        recipe
+        for recipe in mim.RELATIVES
+        if recipe.stage == stage and model.startswith(recipe.model.rstrip("*"))
     )
     return next(own, None) or next(related, None)
 
@@ -88,24 +92,33 @@ def processes(recipe: Recipe) -> tuple[int, int]:
 
 
 def checkpoint_of(recipe: Recipe) -> str | None:
-    """Returns the file that the recipe starts from, where the recipe before it leaves it; None if there is none."""
+    """Returns the file that the recipe starts from, where the recipe before it leaves it; None if
+    there is none."""
     if recipe.starts_from not in _BY_NAME:
         return None
     before = by_name(recipe.starts_from)
-    file = f"encoder-{before.epochs - 1}.safetensors" if before.stage == "pretrain" else "checkpoint-best.pth"
+    file = (
+        f"encoder-{before.epochs - 1}.safetensors"
+        if before.stage == "pretrain"
+        else "checkpoint-best.pth"
+    )
     return f"output/{before.name}/{file}"
 
 
-def launch_command(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:
+def launch_command(
+    recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str] = ()
+) -> list[str]:
     """Returns the program and its words: `--recipe NAME`, where things are, and `extra`.
 
-    `environment` names the places: DATA_PATH, OUTPUT_DIR, CHECKPOINT, PART_MAPS, TOKENIZER, TARGET_MODEL.
+    `environment` names the places: DATA_PATH, OUTPUT_DIR, CHECKPOINT, PART_MAPS, TOKENIZER,
+    TARGET_MODEL.
     """
     return [recipe.program, "--recipe", recipe.name, *_places(recipe, environment, extra), *extra]
 
 
 def command(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:
-    """Returns what `launch_command` does with every flag of the recipe spelled out in place of its name."""
+    """Returns what `launch_command` does with every flag of the recipe spelled out in place of its
+    name."""
     model = "--teacher" if recipe.stage == "parts" else "--model"
     places = _places(recipe, environment, extra)
     return [recipe.program, model, recipe.model, *places, *recipe.words(), *extra]
@@ -126,7 +139,11 @@ def _places(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str]
     if environment.get("DATA_PATH"):
         words += ["--data_path", environment["DATA_PATH"]]
     elif not _has(extra, "data_path", "data_set"):
-        maps = "train_map.txt" if recipe.stage in ("pretrain", "parts") else "train_map.txt and val_map.txt"
+        maps = (
+            "train_map.txt"
+            if recipe.stage in ("pretrain", "parts")
+            else "train_map.txt and val_map.txt"
+        )
         raise ValueError(f"DATA_PATH is not set; it must name {path.format(maps)}")
     output = environment.get("OUTPUT_DIR") or f"output/{recipe.name}"
     words += ["--output_dir", output]

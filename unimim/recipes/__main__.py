@@ -27,7 +27,10 @@ def listing() -> str:
     recipes = all_recipes()
     width = max(len(recipe.name) for recipe in recipes)
     models = max(len(recipe.model) for recipe in recipes)
-    lines = (f"{recipe.name:{width}}  {recipe.model:{models}}  {recipe.stage:8}  {_top1(recipe)}" for recipe in recipes)
+    lines = (
+        f"{recipe.name:{width}}  {recipe.model:{models}}  {recipe.stage:8}  {_top1(recipe)}"
+        for recipe in recipes
+    )
     return "\n".join(lines)
 
 
@@ -80,7 +83,9 @@ def _hardware(recipe: Recipe) -> str:
     if recipe.epochs is None:
         return f"{recipe.hardware} images at once"
     if recipe.flags.get("blr") is not None:
-        return f"{recipe.hardware} images a step; --blr follows the batch when NNODES or NPROC differ"
+        return (
+            f"{recipe.hardware} images a step; --blr follows the batch when NNODES or NPROC differ"
+        )
     return f"{recipe.hardware} images a step; --lr is for this batch: keep it when NNODES or NPROC differ"
 
 
@@ -101,7 +106,10 @@ def script(recipe: Recipe, extra: list[str]) -> str:
         environment = {"CHECKPOINT": "CHECKPOINT"} | environment
     program, *words = command(recipe, environment, extra)
     machines, each = processes(recipe)
-    launch = [f"NNODES={os.environ.get('NNODES', machines)}", f"NPROC={os.environ.get('NPROC', each)}"]
+    launch = [
+        f"NNODES={os.environ.get('NNODES', machines)}",
+        f"NPROC={os.environ.get('NPROC', each)}",
+    ]
     lines = [" ".join([*launch, "scripts/launch.sh", program])]
     for flag in _by_flag(words):
         text = shlex.join(flag)

@@ -59,7 +59,12 @@ PRETRAIN_SEMANTIC_MASKFEAT = PRETRAIN_SEMANTIC_BEIT | {
     "crop_scale": (0.5, 1.0),
 }
 PRETRAIN_MASKFEAT = PRETRAIN_SEMANTIC_MASKFEAT | {"mask_ratio": 0.4, "num_cls_tokens": 1}
-_OWN_BATCH = {"mask_type": "random", "mask_patch_size": None, "batch_size": 256, "warmup_epochs": 10}
+_OWN_BATCH = {
+    "mask_type": "random",
+    "mask_patch_size": None,
+    "batch_size": 256,
+    "warmup_epochs": 10,
+}
 PRETRAIN_BEIT_TINY = PRETRAIN_BEIT | {"batch_size": 256, "epochs": 300, "drop_path": 0.0}
 PRETRAIN_SEMANTIC_BEIT_TINY = PRETRAIN_SEMANTIC_BEIT | _OWN_BATCH | {"drop_path": 0.0}
 PRETRAIN_SEMANTIC_MASKFEAT_TINY = PRETRAIN_SEMANTIC_MASKFEAT | _OWN_BATCH | {"clip_grad": None}
@@ -106,7 +111,8 @@ VOC_SEMANTIC = {
 
 BEIT_NOTE = "Unverified: how the published batch of 2048 was shared among GPUs."
 BEIT_LARGE_NOTE = (
-    "Published are the figure, from ConMIM's table 1, 800 epochs and layer scale. Unverified: all else is ViT-B's."
+    "Published are the figure, from ConMIM's table 1, 800 epochs and layer scale. "
+    "Unverified: all else is ViT-B's."
 )
 WARMUP_NOTE = "The published warm-up starts from 1/10000 of the peak, here it starts from 0."
 ABS_POS_NOTE = (
@@ -118,7 +124,9 @@ MASKFEAT_NOTE = (
     "The published warm-up starts from a millionth of the peak, here from 0."
 )
 CLS_NOTE = f"The released setting has 1 class token; the authors trained 8 too (--num_cls_tokens 8). {WARMUP_NOTE}"
-MEAN_STD_NOTE = "The published normalisation is not that of pre-training but 0.5; here it is the same."
+MEAN_STD_NOTE = (
+    "The published normalisation is not that of pre-training but 0.5; here it is the same."
+)
 JITTER_NOTE = "Published with a colour jitter after RandAugment and bilinear test images, which are not made here."
 SEMANTIC_MASKFEAT_NOTE = "The published warm-up starts from a millionth of the peak, here from 0."
 BORROWED_NOTE = "Unverified: every setting is SemanticMIM's for its own models."
@@ -311,7 +319,12 @@ RECIPES = (
             ("beit", "BEiT", PRETRAIN_BEIT_TINY, "_8k_vocab"),
             ("semanticmim_beit", "SemanticMIM on BEiT", PRETRAIN_SEMANTIC_BEIT_TINY, ""),
             ("maskfeat", "MaskFeat", PRETRAIN_MASKFEAT_TINY, ""),
-            ("semanticmim_maskfeat", "SemanticMIM on MaskFeat", PRETRAIN_SEMANTIC_MASKFEAT_TINY, ""),
+            (
+                "semanticmim_maskfeat",
+                "SemanticMIM on MaskFeat",
+                PRETRAIN_SEMANTIC_MASKFEAT_TINY,
+                "",
+            ),
         )
         for size in ("tiny", "small")
     ),

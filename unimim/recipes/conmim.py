@@ -1,4 +1,5 @@
-"""ConMIM, "Masked Image Modeling with Denoising Contrast" (arXiv 2205.09616): ViT-S, ViT-B and ViT-L.
+"""ConMIM, "Masked Image Modeling with Denoising Contrast" (arXiv 2205.09616): ViT-S, ViT-B and
+ViT-L.
 
 Published are the command of ViT-L's pre-training on 32 GPUs (2,048 images a step) and of ViT-B's
 fine-tuning on 8 (1,024); ImageNet-1K top-1 at 224 px: 82.0, 83.7 and 85.5 (tables 1 to 3).
@@ -78,7 +79,8 @@ FINETUNE_TINY = FINETUNE_BASE | {
     "cutmix": 0.0,
 }
 
-# Fine-tuned at 224 px, then a tenth of those epochs at 384 px with a small rate and almost no decay.
+# Fine-tuned at 224 px, then a tenth of those epochs at 384 px with a small rate and almost no
+# decay.
 FINETUNE_BASE_384 = FINETUNE_BASE | {
     "input_size": 384,
     "batch_size": 32,

@@ -1,8 +1,8 @@
 """MAE (arXiv 2111.06377) and SemMAE (arXiv 2206.10207): ViT-B, ViT-L and ViT-H.
 
-Published are MAE's commands: 4,096 images a step in pre-training (64 GPUs), 1,024 in fine-tuning (32),
-16,384 in linear probing; ImageNet-1K top-1 83.6, 85.9 and 86.9. SemMAE: 83.352 with patches of 16
-pixels, 84.444 of 8. `blr` is the peak for 256 images a step.
+Published are MAE's commands: 4,096 images a step in pre-training (64 GPUs), 1,024 in fine-tuning
+(32), 16,384 in linear probing; ImageNet-1K top-1 83.6, 85.9 and 86.9. SemMAE: 83.352 with patches
+of 16 pixels, 84.444 of 8. `blr` is the peak for 256 images a step.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,12 @@ PRETRAIN_MAE = {
     "save_ckpt_freq": 20,
 }
 PRETRAIN_SEMMAE = PRETRAIN_MAE | {"batch_size": 256, "epochs": 800, "mask_lambda_power": 2.0}
-PRETRAIN_MAE_TINY = PRETRAIN_MAE | {"batch_size": 256, "epochs": 300, "warmup_epochs": 10, "blr": 5e-4}
+PRETRAIN_MAE_TINY = PRETRAIN_MAE | {
+    "batch_size": 256,
+    "epochs": 300,
+    "warmup_epochs": 10,
+    "blr": 5e-4,
+}
 PRETRAIN_SEMMAE_TINY = PRETRAIN_MAE_TINY | {"mask_lambda_power": 2.0}
 
 FINETUNE_MAE_BASE = {
@@ -55,9 +60,19 @@ FINETUNE_MAE_BASE = {
     "smoothing": 0.1,
     "imagenet_default_mean_and_std": True,
 }
-FINETUNE_MAE_LARGE = FINETUNE_MAE_BASE | {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2}
+FINETUNE_MAE_LARGE = FINETUNE_MAE_BASE | {
+    "epochs": 50,
+    "blr": 1e-3,
+    "layer_decay": 0.75,
+    "drop_path": 0.2,
+}
 FINETUNE_MAE_HUGE = FINETUNE_MAE_LARGE | {"drop_path": 0.3}
-FINETUNE_MAE_TINY = FINETUNE_MAE_BASE | {"batch_size": 256, "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0}
+FINETUNE_MAE_TINY = FINETUNE_MAE_BASE | {
+    "batch_size": 256,
+    "drop_path": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+}
 
 SPLIT_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs."
 PARTS_NOTE = "Unverified: crops, which the published code has none of. The part maps come from run_part_learning.py."
@@ -104,7 +119,9 @@ LEARN_PARTS_NOTE = (
 )
 
 
-def _mae(size: str, patch: int, published: float, finetune: Mapping[str, Any], also: str = "") -> tuple[Recipe, ...]:
+def _mae(
+    size: str, patch: int, published: float, finetune: Mapping[str, Any], also: str = ""
+) -> tuple[Recipe, ...]:
     """Pre-training for 1600 epochs with normalized pixels, and the fine-tuning after it."""
     model = f"{size}_patch{patch}_224"
     shared = {
@@ -215,7 +232,16 @@ RECIPES = (
         method="SemMAE",
         network="DINO's ViT-S/16",
     ),
-    *(_own(f"mae_{size}", "pretrain", f"mae_{size}", PRETRAIN_MAE_TINY) for size in ("tiny", "small")),
-    *(_own(f"mae_{size}", "finetune", f"vit_{size}", FINETUNE_MAE_TINY) for size in ("tiny", "small")),
-    *(_own(f"semmae_{size}", "pretrain", f"semmae_{size}", PRETRAIN_SEMMAE_TINY) for size in ("tiny", "small")),
+    *(
+        _own(f"mae_{size}", "pretrain", f"mae_{size}", PRETRAIN_MAE_TINY)
+        for size in ("tiny", "small")
+    ),
+    *(
+        _own(f"mae_{size}", "finetune", f"vit_{size}", FINETUNE_MAE_TINY)
+        for size in ("tiny", "small")
+    ),
+    *(
+        _own(f"semmae_{size}", "pretrain", f"semmae_{size}", PRETRAIN_SEMMAE_TINY)
+        for size in ("tiny", "small")
+    ),
 )

@@ -39,7 +39,10 @@ PRETRAIN_MIM = {
 PRETRAIN_SIMMIM_RESNET = PRETRAIN_MIM | {"sync_bn": True}
 PRETRAIN_A2MIM_CNN = PRETRAIN_MIM | {"lr": 1.2e-3, "crop_scale": (0.8, 1.0)}
 PRETRAIN_A2MIM_RESNET = PRETRAIN_A2MIM_CNN | {"sync_bn": True}
-PRETRAIN_A2MIM_RESNET_100 = PRETRAIN_A2MIM_RESNET | {"epochs": 100, "model_kwargs": ("gamma_lr=0.1",)}
+PRETRAIN_A2MIM_RESNET_100 = PRETRAIN_A2MIM_RESNET | {
+    "epochs": 100,
+    "model_kwargs": ("gamma_lr=0.1",),
+}
 PRETRAIN_MIM_VIT = PRETRAIN_MIM | {
     "epochs": 800,
     "lr": 4e-4,
@@ -71,7 +74,9 @@ PRETRAIN_A2MIM_DEIT_DEEP = PRETRAIN_A2MIM_DEIT | {"model_kwargs": ("mask_layer=8
 PRETRAIN_A2MIM_RESNET_IN100 = PRETRAIN_A2MIM_RESNET_100 | {"epochs": 800, "input_size": 192}
 # the token without gamma, before the last stage and before the first
 PRETRAIN_A2MIM_RESNET_L3 = PRETRAIN_A2MIM_RESNET | {"epochs": 100, "model_kwargs": ("mask_init=0",)}
-PRETRAIN_A2MIM_RESNET_L0 = PRETRAIN_A2MIM_RESNET_L3 | {"model_kwargs": ("mask_layer=0", "mask_init=0")}
+PRETRAIN_A2MIM_RESNET_L0 = PRETRAIN_A2MIM_RESNET_L3 | {
+    "model_kwargs": ("mask_layer=0", "mask_init=0")
+}
 PRETRAIN_A2MIM_RESNET_CIFAR = PRETRAIN_A2MIM_RESNET_L3 | {"epochs": 1000}
 PRETRAIN_A2MIM_VIT_CIFAR = PRETRAIN_MIM_VIT | {
     "epochs": 1000,
@@ -126,7 +131,12 @@ FINETUNE_CONVNEXT = FINETUNE_BASE | {
     "model_ema_decay": 0.9999,
     "model_ema_warmup_epochs": 20,
 }
-FINETUNE_CONVNEXT_TINY = FINETUNE_CONVNEXT | {"epochs": 400, "lr": 4e-4, "weight_decay": 0.01, "layer_decay": 0.7}
+FINETUNE_CONVNEXT_TINY = FINETUNE_CONVNEXT | {
+    "epochs": 400,
+    "lr": 4e-4,
+    "weight_decay": 0.01,
+    "layer_decay": 0.7,
+}
 # "ResNet strikes back": A3 trains at 160 px for 100 epochs, A2 at 224 px for 300
 FINETUNE_A3 = {
     "batch_size": 256,
@@ -164,7 +174,11 @@ FINETUNE_A2 = FINETUNE_A3 | {
     "aa": "rand-m7-mstd0.5-inc1",
     "aug_repeats": 3,
 }
-FINETUNE_A2_AVERAGED = FINETUNE_A2 | {"model_ema": True, "model_ema_decay": 0.9999, "model_ema_warmup_epochs": 20}
+FINETUNE_A2_AVERAGED = FINETUNE_A2 | {
+    "model_ema": True,
+    "model_ema_decay": 0.9999,
+    "model_ema_warmup_epochs": 20,
+}
 # ResNet-50 as Swin is fine-tuned, and with crops, flips and cross entropy alone
 FINETUNE_RESNET_AS_SWIN = FINETUNE_A3 | {
     "warmup_epochs": 20,
@@ -197,7 +211,10 @@ FINETUNE_CONVNEXT_TINY_A3 = FINETUNE_A3 | {
     "model_ema_decay": None,
     "model_ema_warmup_epochs": None,
 }
-FINETUNE_MIM_TINY = FINETUNE_TINY | {"lr_schedule": "stepfix_cosine", "disable_weight_decay_on_rel_pos_bias": True}
+FINETUNE_MIM_TINY = FINETUNE_TINY | {
+    "lr_schedule": "stepfix_cosine",
+    "disable_weight_decay_on_rel_pos_bias": True,
+}
 
 # Probes: a linear layer alone, its rate of the whole batch, steps at 60 and 80 epochs
 LINEAR_A2MIM_CNN = {
@@ -227,8 +244,12 @@ MIM_CIFAR_NOTE = f"For CIFAR-100. {MIM_NOTE} Unverified: crops, mean and std."
 MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was shared among GPUs."
 MIM_CNN_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs, and the head's start."
 MIM_SWIN_800_NOTE = f"{MIM_CNN_NOTE.format(2048)} Unverified: that this accuracy is for 224 px."
-MIM_DEIT_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_FINETUNE_NOTE} Unverified: 224 px."
-LINEAR_A2MIM_NOTE = "Unverified: how the published batch of {} was shared among GPUs. No accuracy is published.{}"
+MIM_DEIT_NOTE = (
+    f"For ImageNet-100, on which this is the accuracy. {MIM_FINETUNE_NOTE} Unverified: 224 px."
+)
+LINEAR_A2MIM_NOTE = (
+    "Unverified: how the published batch of {} was shared among GPUs. No accuracy is published.{}"
+)
 STEPS_NOTE = " The published setting names a cosine and steps, and inherits Mixup, which a probe does without."
 
 METHODS = {"a2mim": "A2MIM", "simmim": "SimMIM"}
@@ -529,7 +550,9 @@ RECIPES = (
         None,
         FINETUNE_RESNET_PLAIN,
     ),
-    _finetune("a2mim_convnext_tiny_finetune", "convnext_tiny", "ConvNeXt-T", None, FINETUNE_CONVNEXT_TINY),
+    _finetune(
+        "a2mim_convnext_tiny_finetune", "convnext_tiny", "ConvNeXt-T", None, FINETUNE_CONVNEXT_TINY
+    ),
     _finetune(
         "a2mim_convnext_tiny_finetune_a3",
         "convnext_tiny",
@@ -537,7 +560,9 @@ RECIPES = (
         None,
         FINETUNE_CONVNEXT_TINY_A3,
     ),
-    _finetune("simmim_convnext_tiny_finetune", "convnext_tiny", "ConvNeXt-T", None, FINETUNE_CONVNEXT_TINY),
+    _finetune(
+        "simmim_convnext_tiny_finetune", "convnext_tiny", "ConvNeXt-T", None, FINETUNE_CONVNEXT_TINY
+    ),
     *(
         _finetune(
             f"{method}_convnext_{size}_finetune",
@@ -554,7 +579,9 @@ RECIPES = (
             ("simmim", "base", 83.6, 0.5),
         )
     ),
-    _finetune("simmim_swin_base_finetune", "swin_base", "Swin-B", 84.0, FINETUNE_SWIN, MIM_SWIN_800_NOTE),
+    _finetune(
+        "simmim_swin_base_finetune", "swin_base", "Swin-B", 84.0, FINETUNE_SWIN, MIM_SWIN_800_NOTE
+    ),
     _finetune(
         "simmim_swin_base_100_finetune",
         "swin_base",
@@ -563,7 +590,9 @@ RECIPES = (
         FINETUNE_SWIN,
         input_size=192,
     ),
-    _finetune("simmim_swin_base_100_finetune_224", "swin_base", "Swin-B at 224 px", 83.5, FINETUNE_SWIN),
+    _finetune(
+        "simmim_swin_base_100_finetune_224", "swin_base", "Swin-B at 224 px", 83.5, FINETUNE_SWIN
+    ),
     Recipe(
         name="a2mim_deit_small_in100_finetune",
         stage="finetune",

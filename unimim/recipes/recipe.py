@@ -33,10 +33,11 @@ _OFF = {"use_mean_pooling": "use_cls", "use_bottleneck": "no_bottleneck"}
 class Recipe:
     """How one model was, or should be, trained or evaluated in one stage.
 
-    `flags` maps command-line names to values: `lr` is the peak, never scaled by the batch, `batch_size` the images per
-    GPU and micro-batch, False switches a flag off, and None leaves it at its default. `published` is the top-1 on
-    `data` in percent that the recipe leads to; for pre-training, that of the fine-tuned model. `also` says what other
-    settings of it are published to reach, `note` what is not published.
+    `flags` maps command-line names to values: `lr` is the peak, never scaled by the batch,
+    `batch_size` the images per GPU and micro-batch, False switches a flag off, and None leaves it
+    at its default. `published` is the top-1 on `data` in percent that the recipe leads to; for
+    pre-training, that of the fine-tuned model. `also` says what other settings of it are published
+    to reach, `note` what is not published.
     """
 
     name: str
@@ -76,7 +77,8 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float | None:
-        """The peak of the learning rate on the published number of GPUs; None where nothing is trained."""
+        """The peak of the learning rate on the published number of GPUs; None where nothing is
+        trained."""
         if self.flags.get("blr") is not None:
             return self.flags["blr"] * self.effective_batch / 256
         return self.flags.get("lr")
@@ -98,7 +100,8 @@ class Recipe:
 
     @property
     def starts_from(self) -> str | None:
-        """The name of the recipe whose checkpoint this one takes; None where it starts from random weights."""
+        """The name of the recipe whose checkpoint this one takes; None where it starts from random
+        weights."""
         if self.stage in ("pretrain", "parts"):
             return None
         if self.name.endswith("_384"):  # after fine-tuning at 224 px

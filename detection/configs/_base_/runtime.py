@@ -1,5 +1,8 @@
 default_scope = "mmdet"
-custom_imports = {"imports": ["unimim.openmmlab.register", "det_ext"], "allow_failed_imports": False}
+custom_imports = {
+    "imports": ["unimim.openmmlab.register", "det_ext"],
+    "allow_failed_imports": False,
+}
 default_hooks = {
     "timer": {"type": "IterTimerHook"},
     "logger": {"type": "LoggerHook", "interval": 50},
@@ -7,8 +10,13 @@ default_hooks = {
     "checkpoint": {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 3},
     "sampler_seed": {"type": "DistSamplerSeedHook"},
 }
-# the last: a file, and all processes that validate, have the same statistics where batch norms are not synchronised
-custom_hooks = [{"type": "SafeCheckpointHook"}, {"type": "SeedStepHook"}, {"type": "SyncBuffersHook"}]
+# the last: a file, and all processes that validate, have the same statistics where batch norms are
+# not synchronised
+custom_hooks = [
+    {"type": "SafeCheckpointHook"},
+    {"type": "SeedStepHook"},
+    {"type": "SyncBuffersHook"},
+]
 env_cfg = {
     "cudnn_benchmark": False,
     "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},

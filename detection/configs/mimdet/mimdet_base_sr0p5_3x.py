@@ -5,7 +5,10 @@ _base_ = [
     "../_base_/runtime.py",
 ]
 
-# the stem has the optimizer's rate, the encoder a share of it, what starts afresh or is narrow a multiple
+# the stem has the optimizer's rate, the encoder a share of it, what starts afresh or is narrow a
+# multiple
 optim_wrapper = {
-    "paramwise_cfg": {"rates": {"backbone.encoder.patch_embed.": 1.0, "backbone.encoder.": 1 / 2.0, "": 2.0}}
+    "paramwise_cfg": {
+        "rates": {"backbone.encoder.patch_embed.": 1.0, "backbone.encoder.": 1 / 2.0, "": 2.0}
+    }
 }

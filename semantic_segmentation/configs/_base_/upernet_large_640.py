@@ -1,4 +1,9 @@
-_base_ = ["./models/upernet_vit_large.py", "./datasets/ade20k_640.py", "./schedules/160k.py", "./runtime.py"]
+_base_ = [
+    "./models/upernet_vit_large.py",
+    "./datasets/ade20k_640.py",
+    "./schedules/160k.py",
+    "./runtime.py",
+]
 model = dict(
     data_preprocessor=dict(size=(640, 640)),
     backbone=dict(input_size=640),

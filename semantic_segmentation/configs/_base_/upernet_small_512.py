@@ -1,4 +1,9 @@
-_base_ = ["./models/upernet_vit_small.py", "./datasets/ade20k_512.py", "./schedules/160k.py", "./runtime.py"]
+_base_ = [
+    "./models/upernet_vit_small.py",
+    "./datasets/ade20k_512.py",
+    "./schedules/160k.py",
+    "./runtime.py",
+]
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
     backbone=dict(input_size=512),

@@ -1,4 +1,5 @@
-# Settings of MAE-L are not published: those of the base model, with a layer decay of 0.75 for twice the depth.
+# Settings of MAE-L are not published: those of the base model, with a layer decay of 0.75 for twice
+# the depth.
 _base_ = "../_base_/upernet_large_512.py"
 model = dict(
     backbone=dict(

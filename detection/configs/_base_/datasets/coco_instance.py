@@ -12,7 +12,10 @@ test_pipeline = [
     {"type": "LoadImageFromFile"},
     {"type": "Resize", "scale": (1333, 800), "keep_ratio": True},
     {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
-    {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")},
+    {
+        "type": "PackDetInputs",
+        "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+    },
 ]
 train_dataloader = {
     "batch_size": 2,
@@ -26,7 +29,11 @@ train_dataloader = {
         "ann_file": "annotations/instances_train2017.json",
         "data_prefix": {"img": "train2017/"},
         "filter_cfg": {"filter_empty_gt": True, "min_size": 32},
-        "pipeline": [*load, {"type": "Resize", "scale": (1333, 800), "keep_ratio": True}, {"type": "PackDetInputs"}],
+        "pipeline": [
+            *load,
+            {"type": "Resize", "scale": (1333, 800), "keep_ratio": True},
+            {"type": "PackDetInputs"},
+        ],
     },
 }
 val_dataloader = {

@@ -1,4 +1,5 @@
-# Mask R-CNN with FPN, RoIAlign of torchvision, and a box head of 4 convolutions with norm and 1 fully connected layer.
+# Mask R-CNN with FPN, RoIAlign of torchvision, and a box head of 4 convolutions with norm and 1
+# fully connected layer.
 norm_cfg = {"type": "SyncBN", "requires_grad": True}
 
 model = {
@@ -11,7 +12,12 @@ model = {
         "pad_mask": True,
         "pad_size_divisor": 32,
     },
-    "neck": {"type": "FPN", "in_channels": [256, 512, 1024, 2048], "out_channels": 256, "num_outs": 5},
+    "neck": {
+        "type": "FPN",
+        "in_channels": [256, 512, 1024, 2048],
+        "out_channels": 256,
+        "num_outs": 5,
+    },
     "rpn_head": {
         "type": "RPNHead",
         "in_channels": 256,
@@ -22,7 +28,11 @@ model = {
             "ratios": [0.5, 1.0, 2.0],
             "strides": [4, 8, 16, 32, 64],
         },
-        "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": [1.0] * 4},
+        "bbox_coder": {
+            "type": "DeltaXYWHBBoxCoder",
+            "target_means": [0.0] * 4,
+            "target_stds": [1.0] * 4,
+        },
         "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 1.0},
         "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
     },
@@ -30,7 +40,12 @@ model = {
         "type": "StandardRoIHead",
         "bbox_roi_extractor": {
             "type": "SingleRoIExtractor",
-            "roi_layer": {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0, "use_torchvision": True},
+            "roi_layer": {
+                "type": "RoIAlign",
+                "output_size": 7,
+                "sampling_ratio": 0,
+                "use_torchvision": True,
+            },
             "out_channels": 256,
             "featmap_strides": [4, 8, 16, 32],
         },
@@ -53,7 +68,12 @@ model = {
         },
         "mask_roi_extractor": {
             "type": "SingleRoIExtractor",
-            "roi_layer": {"type": "RoIAlign", "output_size": 14, "sampling_ratio": 0, "use_torchvision": True},
+            "roi_layer": {
+                "type": "RoIAlign",
+                "output_size": 14,
+                "sampling_ratio": 0,
+                "use_torchvision": True,
+            },
             "out_channels": 256,
             "featmap_strides": [4, 8, 16, 32],
         },
@@ -115,7 +135,12 @@ model = {
         },
     },
     "test_cfg": {
-        "rpn": {"nms_pre": 1000, "max_per_img": 1000, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0},
+        "rpn": {
+            "nms_pre": 1000,
+            "max_per_img": 1000,
+            "nms": {"type": "nms", "iou_threshold": 0.7},
+            "min_bbox_size": 0,
+        },
         "rcnn": {
             "score_thr": 0.05,
             "nms": {"type": "nms", "iou_threshold": 0.5},

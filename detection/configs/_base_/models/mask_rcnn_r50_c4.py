@@ -1,4 +1,5 @@
-# A2MIM's and MoCo's: the last stage, with a norm behind it, is on the regions (specs/downstream.md 8).
+# A2MIM's and MoCo's: the last stage, with a norm behind it, is on the regions (specs/downstream.md
+# 8).
 _base_ = "./mask_rcnn.py"
 norm_cfg = {"type": "SyncBN", "requires_grad": True}
 pretrained_parts = ["backbone", "roi_head.shared_head"]
@@ -20,7 +21,11 @@ model = {
             "norm_cfg": norm_cfg,
             "norm_eval": False,
         },
-        "bbox_roi_extractor": {"roi_layer": {"output_size": 14}, "out_channels": 1024, "featmap_strides": [16]},
+        "bbox_roi_extractor": {
+            "roi_layer": {"output_size": 14},
+            "out_channels": 1024,
+            "featmap_strides": [16],
+        },
         "bbox_head": {
             "_delete_": True,
             "type": "BBoxHead",

@@ -1,9 +1,16 @@
-# The windowed ViT in MAE's form with the heads of "Benchmarking Detection Transfer Learning" (specs/downstream.md 7).
+# The windowed ViT in MAE's form with the heads of "Benchmarking Detection Transfer Learning"
+# (specs/downstream.md 7).
 _base_ = "./mask_rcnn.py"
 norm_cfg = {"type": "SyncBN", "requires_grad": True}
 
 model = {
-    "backbone": {"type": "WindowViT", "size": "base", "input_size": 1024, "window": 16, "drop_path": 0.1},
+    "backbone": {
+        "type": "WindowViT",
+        "size": "base",
+        "input_size": 1024,
+        "window": 16,
+        "drop_path": 0.1,
+    },
     "neck": {
         "type": "PyramidFPN",
         "in_channels": [768] * 4,

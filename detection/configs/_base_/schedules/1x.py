@@ -4,7 +4,14 @@ val_cfg = {"type": "ValLoop"}
 test_cfg = {"type": "TestLoop"}
 param_scheduler = [
     {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": 500},
-    {"type": "MultiStepLR", "begin": 0, "end": 12, "by_epoch": True, "milestones": [8, 11], "gamma": 0.1},
+    {
+        "type": "MultiStepLR",
+        "begin": 0,
+        "end": 12,
+        "by_epoch": True,
+        "milestones": [8, 11],
+        "gamma": 0.1,
+    },
 ]
 optim_wrapper = {
     "type": "OptimWrapper",

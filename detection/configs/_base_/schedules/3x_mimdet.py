@@ -1,10 +1,18 @@
-# 36 epochs of AdamW, 64 images a step; the rates of the parts are the model's (specs/downstream.md 6.7).
+# 36 epochs of AdamW, 64 images a step; the rates of the parts are the model's (specs/downstream.md
+# 6.7).
 train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 36, "val_interval": 1}
 val_cfg = {"type": "ValLoop"}
 test_cfg = {"type": "TestLoop"}
 param_scheduler = [
     {"type": "LinearLR", "start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": 468},
-    {"type": "MultiStepLR", "begin": 0, "end": 36, "by_epoch": True, "milestones": [27, 33], "gamma": 0.1},
+    {
+        "type": "MultiStepLR",
+        "begin": 0,
+        "end": 36,
+        "by_epoch": True,
+        "milestones": [27, 33],
+        "gamma": 0.1,
+    },
 ]
 optim_wrapper = {
     "type": "OptimWrapper",

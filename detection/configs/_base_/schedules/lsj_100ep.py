@@ -18,7 +18,10 @@ optim_wrapper = {
     "optimizer": {"type": "AdamW", "lr": 8e-5, "betas": (0.9, 0.999), "weight_decay": 0.1},
     "paramwise_cfg": {
         "norm_decay_mult": 0.0,
-        "custom_keys": {"pos_embed": {"decay_mult": 0.0}, "relative_position_bias_table": {"decay_mult": 0.0}},
+        "custom_keys": {
+            "pos_embed": {"decay_mult": 0.0},
+            "relative_position_bias_table": {"decay_mult": 0.0},
+        },
     },
 }
 auto_scale_lr = {"enable": False, "base_batch_size": 64}

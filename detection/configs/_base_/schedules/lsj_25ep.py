@@ -3,5 +3,12 @@ _base_ = "./lsj_100ep.py"
 train_cfg = {"max_epochs": 25}
 param_scheduler = [
     {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": 461},
-    {"type": "CosineAnnealingLR", "begin": 0, "end": 25, "T_max": 25, "by_epoch": True, "convert_to_iter_based": True},
+    {
+        "type": "CosineAnnealingLR",
+        "begin": 0,
+        "end": 25,
+        "T_max": 25,
+        "by_epoch": True,
+        "convert_to_iter_based": True,
+    },
 ]

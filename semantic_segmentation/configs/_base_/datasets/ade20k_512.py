@@ -1,4 +1,5 @@
-# ADE20K (SceneParsing), crops of 512 px from images of 2048 x 512 (specs/downstream.md 3.1, 4.3, 4.6).
+# ADE20K (SceneParsing), crops of 512 px from images of 2048 x 512 (specs/downstream.md 3.1, 4.3,
+# 4.6).
 data_root = "data/ade/ADEChallengeData2016"
 crop_size, scale = (512, 512), (2048, 512)
 train_pipeline = [
@@ -23,10 +24,15 @@ tta_pipeline = [
         type="TestTimeAug",
         transforms=[
             [
-                dict(type="ResizeShortestAtLeast", scale=scale, ratio=ratio, min_short=min(crop_size))
+                dict(
+                    type="ResizeShortestAtLeast", scale=scale, ratio=ratio, min_short=min(crop_size)
+                )
                 for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
             ],
-            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0, direction="horizontal")],
+            [
+                dict(type="RandomFlip", prob=0.0),
+                dict(type="RandomFlip", prob=1.0, direction="horizontal"),
+            ],
             [dict(type="LoadAnnotations")],
             [dict(type="PackSegInputs")],
         ],

@@ -1,7 +1,10 @@
-# FCN on timm's plain ResNet-50 with stages 3 and 4 dilated to stride 8: the stem that was pre-trained, not V1c's.
+# FCN on timm's plain ResNet-50 with stages 3 and 4 dilated to stride 8: the stem that was
+# pre-trained, not V1c's.
 _base_ = "./upernet_vit.py"
 model = dict(
-    backbone=dict(_delete_=True, type="TimmBackbone", name="resnet50", output_stride=8, sync_bn=True),
+    backbone=dict(
+        _delete_=True, type="TimmBackbone", name="resnet50", output_stride=8, sync_bn=True
+    ),
     neck=None,
     decode_head=dict(
         _delete_=True,

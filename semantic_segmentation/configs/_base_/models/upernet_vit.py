@@ -1,4 +1,5 @@
-# UPerNet with an auxiliary FCN head on a ViT-B (specs/downstream.md 4.1, 4.2). Sizes of images come with the data.
+# UPerNet with an auxiliary FCN head on a ViT-B (specs/downstream.md 4.1, 4.2). Sizes of images come
+# with the data.
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
     type="WindowedEncoderDecoder",
@@ -10,7 +11,9 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
     ),
-    backbone=dict(type="VisionTransformerBackbone", size="base", out_indices=[3, 5, 7, 11], drop_path=0.1),
+    backbone=dict(
+        type="VisionTransformerBackbone", size="base", out_indices=[3, 5, 7, 11], drop_path=0.1
+    ),
     neck=dict(type="BeitPyramid", width=768, norm_cfg=norm_cfg),
     decode_head=dict(
         type="UPerHead",
