@@ -156,6 +156,7 @@ def markdown() -> str:
 def _section(family, sources: list[str]) -> str:
     """The paragraphs of the module's docstring, the table of its recipes, and their notes."""
     title, _, about = family.__doc__.strip().partition("\n\n")
+    title = " ".join(title.split())
     rows = "\n".join(_row(recipe, sources) for recipe in family.RECIPES)
     notes: dict[str, list[str]] = {}
     for recipe in family.RECIPES:

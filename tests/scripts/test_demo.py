@@ -22,7 +22,7 @@ from unimim.checkpoint.files import save_checkpoint
 from unimim.data.jpeg import decode
 from unimim.data.sources import digits_source, map_source
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Page(HTMLParser):

@@ -19,7 +19,7 @@ from scripts.tools import make_shapes
 from unimim.data import shapes
 from unimim.data.views import build_finetune_transform
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # of write_shapes(root, 20, 5): file names and contents in sorted order
 DIGEST = "0c77f7e0cf3b3b2b3d48c445a84fbf9eab3de40eb532989361ee4e1c483a9f2a"
 

@@ -38,7 +38,7 @@ from mmengine.registry import init_default_scope  # noqa: E402
 
 from modeling_finetune import create_model, relative_position_index  # noqa: E402
 
-TINY_CONFIG = ROOT / "tests/tiny_detection.py"
+TINY_CONFIG = ROOT / "tests/openmmlab/tiny_detection.py"
 CONFIGS = sorted(
     path for path in (ROOT / "detection/configs").glob("*/*.py") if path.parent.name != "_base_"
 )

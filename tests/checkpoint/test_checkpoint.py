@@ -50,7 +50,7 @@ from unimim.checkpoint.resizing import (
 )
 
 SIZE = {"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -12,7 +12,7 @@ import pytest
 
 from unimim import files
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
 import sys
 from unimim import files
