@@ -224,7 +224,7 @@ def _check_count(count: int, grid: Pair, flag: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Orders of tokens
 
 
@@ -426,7 +426,7 @@ def others_first(selected: Tensor) -> Tensor:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Orders in which patches are predicted
 
 
@@ -458,8 +458,8 @@ def patch_order(
 
     Args:
         noise: uniform draws [B, N], for all but `ORDERS_WITHOUT_NOISE`.
-        attention: a map [B, N], for the orders that are called so; its first maximum is the centre.
-        center_noise: uniform draws [B, 2] for the row and column of stochastic_center's centre.
+        attention: a map [B, N], for the orders that are called so; its first maximum is the center.
+        center_noise: uniform draws [B, 2] for the row and column of stochastic_center's center.
         device: of the orders that follow from the grid alone.
 
     Raises:

@@ -117,7 +117,7 @@ def options_of(name: str) -> set[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pieces
 
 
@@ -127,7 +127,7 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
     """Images [B, c, H, W] cut into patches of ph x pw pixels: [B, N, ph * pw * c], in the order
-    row, column, colour."""
+    row, column, color."""
     ph, pw = patch
     cut = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # [B, c, gh, ph, gw, pw]
     return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -580,7 +580,7 @@ def positions_of(table: Tensor, cells: Tensor, num_cls: int = 1) -> Tensor:
     return table[0, torch.cat((first, cells + num_cls), dim=1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -672,7 +672,7 @@ class VisionTransformer(nn.Module):
         table = F.pad(table, (0, 0, self.num_prefix_tokens - 1, 0))
         return nn.Parameter(table, requires_grad=kind == "sincos_trainable")
 
-    # -- initialisation (specs/conmim.md 1.3)
+    # -- initialization (specs/conmim.md 1.3)
 
     def init_weights(self, init_scale: float) -> None:
         self.apply(self._init_module)
@@ -782,7 +782,7 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{option}={value} is unknown; take one of {', '.join(choices)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Registered classifiers
 
 

@@ -1,6 +1,6 @@
 """Losses of reconstructed pixels: spatial and in the frequency domain (specs/a2mim.md 3.2 to 3.5).
 
-Shapes in comments: B images, c colours, H x W pixels; h x w a mask's cells; V = W // 2 + 1 columns
+Shapes in comments: B images, c colors, H x W pixels; h x w a mask's cells; V = W // 2 + 1 columns
 of the half spectrum that a real image has, of which the other columns are mirror images.
 """
 
@@ -27,7 +27,7 @@ def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mean_filled(images: Tensor, mask: Tensor) -> Tensor:
-    """Images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image and colour
+    """Images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image and color
     by itself (1.2)."""
     hidden = enlarged(mask, images.shape[-2:]).unsqueeze(1).bool()
     return torch.where(hidden, images.mean((2, 3), keepdim=True), images)
@@ -80,7 +80,7 @@ def spatial_loss(
     return (loss * weight).sum() / (weight.sum() + 1e-5) / predicted.shape[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Frequencies
 
 
@@ -115,7 +115,7 @@ class FocalFrequencyLoss:
     ave_spectrum: of the mean images of the batch on this device. The gradient is then nearly the
     same for every image, and its size depends on the images a device and micro-step. log_matrix:
     the logarithm of the weights. batch_matrix: weights are divided by the largest of all, else by
-    the largest of their image and colour, where the published code crashes. matrix: weights [...,
+    the largest of their image and color, where the published code crashes. matrix: weights [...,
     H, W] in [0, 1] of all frequencies, which take the place of the distances'; they need not be
     symmetric, and no gradient goes through them.
     """
@@ -169,7 +169,7 @@ class ReconstructionLoss:
 
     fft_unmask_weight: what a visible pixel of the prediction counts for among the frequencies; the
     rest of it is replaced by fft_unmask_replace: the target, the prediction itself without its
-    gradient, the target's mean colour, or half of each of the first two ("mixed"); None is the
+    gradient, the target's mean color, or half of each of the first two ("mixed"); None is the
     target. fft_focal: the loss above, else the regression on the distance of spectra; fft_reweight:
     which then weighs itself.
     """

@@ -5,7 +5,7 @@ A method is a `PretrainMethod`: it names the batch keys it reads (`views`), comp
 batch, and may move a teacher after each optimizer step. It knows nothing of flags, data sets,
 optimizers, devices and engines. Shapes in comments: B images, N patches, T = 1 + N tokens, C
 channels, M masked patches an image, D projected width; L tokens that take part, P = patch height *
-patch width * 3 numbers of a patch; n class tokens, V visible patches, K visual words.
+patch width * 3 numbers of a patch; n class tokens, V visible patches, K visual tokens.
 """
 
 import math
@@ -82,8 +82,8 @@ Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the rando
 
 
 class Reconstruction(NamedTuple):
-    """Pictures [B, 3, H, W] in the units of the normalised images; what a picture does not show is
-    0, the mean colour.
+    """Pictures [B, 3, H, W] in the units of the normalized images; what a picture does not show is
+    0, the mean color.
 
     masked: the known patches; predicted: what is predicted of each; pasted: the known patches and
     what is predicted elsewhere.
@@ -203,7 +203,7 @@ def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Te
     return positions, mask.gather(1, positions)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ConMIM
 
 
@@ -279,7 +279,7 @@ class ConMIM(MaskedImageModel):
 
 
 def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """Three bias-free linear layers, each with batch normalisation, the last without affine
+    """Three bias-free linear layers, each with batch normalization, the last without affine
     (specs/conmim.md 1.2)."""
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False),
@@ -302,7 +302,7 @@ def without_dropout(module: nn.Module) -> None:
                 setattr(part, rate, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MAE
 
 
@@ -456,7 +456,7 @@ class MAE(PlainViT):
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch. Predictions of normalised pixels get the mean and deviation of the
+        """Predicts every patch. Predictions of normalized pixels get the mean and deviation of the
         true patch."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
@@ -481,7 +481,7 @@ def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SemMAE
 
 
@@ -580,7 +580,7 @@ class SemMAE(MAE):
         return order[:, : self.num_tokens]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SemAIM, SAIM, ViT-iGPT
 
 
@@ -636,7 +636,7 @@ class SemAIM(PlainViT):
     (`use_ema_model`) or of the features' teacher. `predict_feature`: "none" are pixels; "inference"
     and "ema" the unmasked tokens of the network or its average; "clip" and "dino" those of
     `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published that
-    model sees images normalised for ours, or with `image_mean_std`, which names that normalisation,
+    model sees images normalized for ours, or with `image_mean_std`, which names that normalization,
     by its own. Differences from the published code: tokens are sorted by the order, which makes
     both streams causal attention without masks; of order values that rounding made equal, the patch
     with the lower number is first. With the order "attention", in which ties are the rule, and with
@@ -786,7 +786,7 @@ class SemAIM(PlainViT):
         """Predicts every patch, each from all earlier ones; the first `known_share` of the order
         counts as known.
 
-        The predictions are of the blurred image, and of normalised pixels they get the blurred
+        The predictions are of the blurred image, and of normalized pixels they get the blurred
         patch's own statistics.
         """
         assert self.predicts_pixels, self.predict_feature
@@ -910,7 +910,7 @@ class SemAIM(PlainViT):
     # -- target and loss
 
     def pixel_target(self, images: Tensor) -> Tensor:
-        """Patches [B, N, P] of the blurred images, each normalised by itself if so asked, in
+        """Patches [B, N, P] of the blurred images, each normalized by itself if so asked, in
         float32."""
         patches = self.blurred_patches(images)
         if not self.norm_pix_loss:
@@ -947,7 +947,7 @@ class SemAIM(PlainViT):
 
 def order_noise_sizes(kind: str, patches: int) -> tuple[int, ...]:
     """How many draws an order takes for each image: for its patches, and for the row and column of
-    its centre."""
+    its center."""
     if kind in ORDERS_WITHOUT_NOISE:
         return ()
     return (patches, 2) if kind == "stochastic_center" else (patches,)
@@ -1021,11 +1021,11 @@ def is_random(network: nn.Module) -> bool:
     return any(rates)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # BEiT
 
 
-class WordLoss(torch.autograd.Function):
+class VisualTokenLoss(torch.autograd.Function):
     """Sum of the cross entropies of linear(x), and how many words are hit, without the logits of
     all rows at once.
 
@@ -1046,8 +1046,8 @@ class WordLoss(torch.autograd.Function):
             torch.empty_like(x),
             *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias)),
         ]
-        for start in range(0, len(x), WordLoss.rows):
-            few = slice(start, start + WordLoss.rows)
+        for start in range(0, len(x), VisualTokenLoss.rows):
+            few = slice(start, start + VisualTokenLoss.rows)
             logits = F.linear(x[few], weight, bias)
             dtype, word, count = logits.dtype, words[few, None], counts[few, None]
             hits += ((logits.argmax(-1, keepdim=True) == word) * count).sum()
@@ -1081,8 +1081,8 @@ class WordLoss(torch.autograd.Function):
         )
 
 
-class WordHead(nn.Linear):
-    """Predicts the visual words of tokens, and says how well."""
+class VisualTokenHead(nn.Linear):
+    """Predicts the visual tokens of tokens, and says how well."""
 
     def forward(
         self, tokens: Tensor, words: Tensor, counts: Tensor | None = None
@@ -1090,15 +1090,15 @@ class WordHead(nn.Linear):
         """Mean loss and share of hits of tokens [B, M, C] against words int64 [B, M]; those count
         where bool [B, M]."""
         counts = torch.ones_like(words, dtype=torch.float32) if counts is None else counts.float()
-        loss, hits = WordLoss.apply(
+        loss, hits = VisualTokenLoss.apply(
             tokens.flatten(0, 1), self.weight, self.bias, words.flatten(), counts.flatten()
         )
         total = counts.sum().clamp(min=1)
         return loss / total, hits / total
 
 
-class WordPredictor(PretrainMethod):
-    """A method whose target are the visual words of its patches (specs/semanticmim.md 2.1).
+class VisualTokenPredictor(PretrainMethod):
+    """A method whose target are the visual tokens of its patches (specs/semanticmim.md 2.1).
 
     They come from the tokenizer in `discrete_vae_weight_path`, which sees the same crop as
     "image_second", or without one with the batch, as "target_ids" [B, N].
@@ -1106,9 +1106,9 @@ class WordPredictor(PretrainMethod):
 
     not_exported = ("mask_token", "lm_head.")
 
-    def build_words(self, vocab_size: int, path: str | None, precision: str) -> None:
+    def build_visual_tokens(self, vocab_size: int, path: str | None, precision: str) -> None:
         """Call at the end of the constructor."""
-        self.lm_head = WordHead(self.embed_dim, vocab_size)
+        self.lm_head = VisualTokenHead(self.embed_dim, vocab_size)
         self.lm_head.apply(self._init_module)
         self.tokenizer = None if path is None else load_tokenizer(path, precision)
         self.views = ("image", "target_ids" if path is None else "image_second", *self.views[1:])
@@ -1127,7 +1127,7 @@ class WordPredictor(PretrainMethod):
     def frozen(self) -> nn.Module | None:
         return None if self.tokenizer is None else self.tokenizer.encoder
 
-    def words_at(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
+    def visual_tokens_at(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
         """Words int64 [B, M] of the patches at these positions."""
         if "target_ids" in batch:
             return batch["target_ids"].flatten(1).gather(1, positions)
@@ -1141,15 +1141,15 @@ class WordPredictor(PretrainMethod):
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of tokens [B, M, C] of the patches at these positions."""
-        loss, hits = self.lm_head(tokens, self.words_at(batch, positions), counts)
+        loss, hits = self.lm_head(tokens, self.visual_tokens_at(batch, positions), counts)
         return {"loss": loss, "mlm_acc": hits}
 
 
-class BEiT(WordPredictor, MaskedImageModel):
+class BEiT(VisualTokenPredictor, MaskedImageModel):
     """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254; specs/semanticmim.md
     1.7).
 
-    Every patch passes the blocks, the masked ones as a mask token; of these the visual word is
+    Every patch passes the blocks, the masked ones as a mask token; of these the visual token is
     predicted. Differences from the published code, without effect on the numbers: the MLP of the
     last block, the last norm and the head see masked patches only; so does the tokenizer's last
     layer.
@@ -1164,7 +1164,7 @@ class BEiT(WordPredictor, MaskedImageModel):
         **vit,
     ):
         super().__init__(**vit)
-        self.build_words(vocab_size, discrete_vae_weight_path, target_precision)
+        self.build_visual_tokens(vocab_size, discrete_vae_weight_path, target_precision)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         mask = batch["mask"].flatten(1)
@@ -1174,7 +1174,7 @@ class BEiT(WordPredictor, MaskedImageModel):
         return self.compare(tokens, batch, positions, counts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SemanticMIM and its baselines
 
 
@@ -1297,11 +1297,11 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
     return mask, low
 
 
-class SemanticBEiT(WordPredictor, SemanticMIM):
+class SemanticBEiT(VisualTokenPredictor, SemanticMIM):
     """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual
     words."""
 
-    not_exported = (*SemanticMIM.not_exported, *WordPredictor.not_exported)
+    not_exported = (*SemanticMIM.not_exported, *VisualTokenPredictor.not_exported)
 
     def __init__(
         self,
@@ -1312,7 +1312,7 @@ class SemanticBEiT(WordPredictor, SemanticMIM):
         **semantic,
     ):
         super().__init__(**semantic)
-        self.build_words(vocab_size, discrete_vae_weight_path, target_precision)
+        self.build_visual_tokens(vocab_size, discrete_vae_weight_path, target_precision)
 
     def _init_module(self, module: nn.Module) -> None:
         super()._init_module(module)
@@ -1327,7 +1327,7 @@ class SemanticBEiT(WordPredictor, SemanticMIM):
 
 class MaskFeat(SemanticMIM):
     """Masked feature prediction (CVPR 2022, arXiv 2112.09133), the baseline, and SemanticMIM in its
-    form: keys with a bias, no layer scale, histograms of oriented gradients of the normalised image
+    form: keys with a bias, no layer scale, histograms of oriented gradients of the normalized image
     (specs/semanticmim.md 2.2)."""
 
     not_exported = (*SemanticMIM.not_exported, "hog_head.")
@@ -1365,7 +1365,7 @@ class MaskFeat(SemanticMIM):
         """Not in this form."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SimMIM and A2MIM
 
 _UNDECAYED = {"weight_decay": 0.0}
@@ -1513,9 +1513,9 @@ class SimMIM(PretrainMethod):
 class A2MIM(SimMIM):
     """Architecture-agnostic masked image modelling (ICML 2023, arXiv 2205.13943; specs/a2mim.md).
 
-    Masked pixels are given the image's mean colour; deep in the backbone a token is added to their
+    Masked pixels are given the image's mean color; deep in the backbone a token is added to their
     features; the loss also compares the spectra of prediction and image. See `ReconstructionLoss`,
-    `Regression` and `FocalFrequencyLoss`. mean_residual: the image's mean colour is added to the
+    `Regression` and `FocalFrequencyLoss`. mean_residual: the image's mean color is added to the
     prediction. Differences from the published code, without effect on the numbers: one real
     transform of the mean difference in place of two complex ones of whole batches.
     """
@@ -1556,7 +1556,7 @@ class A2MIM(SimMIM):
         return predicted + images.mean((2, 3), keepdim=True) if self.mean_residual else predicted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Registered methods
 
 # The published decoder has 8 blocks of width 512; those of the small encoders are ours, with its 32
@@ -1628,7 +1628,7 @@ for _name, _timm_name in TIMM_BACKBONES.items():
         register(f"simmim_{_name}", SimMIM, backbone=_timm_name)
         register(f"a2mim_{_name}", A2MIM, backbone=_timm_name, fft_weight=0.5)
         continue
-    # the published ConvNeXt never initialises its token; SimMIM's adds it, ResNet's puts it in
+    # the published ConvNeXt never initializes its token; SimMIM's adds it, ResNet's puts it in
     _convnext = _name.startswith("convnext")
     _token = {"token_std": 0.0} if _convnext else {}
     _gamma = {"gamma_lr": 0.1} if _convnext else {}

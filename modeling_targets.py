@@ -65,18 +65,18 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
     return None if kernel_size is None else GaussianBlur(kernel_size, sigma)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Histograms of oriented gradients
 
 
 class HOG:
-    """MaskFeat's target: how much gradient each cell has in each direction, by colour
+    """MaskFeat's target: how much gradient each cell has in each direction, by color
     (specs/semanticmim.md 2.2).
 
     A cell is `pool` x `pool` pixels; each of its pixels counts by the size of its gradient, under a
     Gaussian `window` (0: none) that is repeated over the image. Directions are unsigned. Given
-    normalised images the result is that of the published code, given uint8 ones it is the same but
-    where the horizontal gradient is exactly 0: there the rounding of normalised images decides
+    normalized images the result is that of the published code, given uint8 ones it is the same but
+    where the horizontal gradient is exactly 0: there the rounding of normalized images decides
     between the first and the last bin, the raw ones always take the first.
     """
 
@@ -105,7 +105,7 @@ class HOG:
         return 3 * self.nbins * math.prod(self.cells)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to float32 [B, N, width], in the order colour, bin, cell row, cell
+        """Images [B, 3, H, W] to float32 [B, N, width], in the order color, bin, cell row, cell
         column."""
         cut = (
             self.histograms(images)
@@ -116,7 +116,7 @@ class HOG:
 
     @torch.no_grad()
     def histograms(self, images: Tensor) -> Tensor:
-        """Normalised histograms of the cells, float32 [B, 3, nbins, H / pool, W / pool].
+        """Normalized histograms of the cells, float32 [B, 3, nbins, H / pool, W / pool].
 
         On a CPU a few images at a time: what they need while they are at work is a small multiple
         of the result. A GPU takes all at once, as small kernels would leave it idle.
@@ -164,7 +164,7 @@ def gaussian_window(side: int, device: torch.device) -> Tensor:
     return window / window.sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -318,7 +318,7 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
     return VisualTokenizer(encoder, precision)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Teachers
 
 
@@ -354,7 +354,7 @@ class Teacher:
     trains it.
 
     precision "auto" leaves float32 weights to the autocast around a call; else the tower runs in
-    that dtype. mean_std: what the images that it is given are normalised by, and what it wants;
+    that dtype. mean_std: what the images that it is given are normalized by, and what it wants;
     None leaves them as they are.
     """
 

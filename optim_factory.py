@@ -340,7 +340,7 @@ class LARS(torch.optim.Optimizer):
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
             weight_norm, gradient_norm = parameter.norm(), gradient.norm()
             trust = group["trust_coefficient"] * weight_norm / gradient_norm
-            # where(), not if: no host synchronisation
+            # where(), not if: no host synchronization
             gradient = gradient * torch.where((weight_norm > 0) & (gradient_norm > 0), trust, 1.0)
         state = self.state[parameter]
         if "momentum_buffer" not in state:

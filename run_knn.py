@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[10, 20, 100],
         metavar="K",
-        help="neighbours that vote",
+        help="neighbors that vote",
     )
     group.add_argument(
         "--temperature",

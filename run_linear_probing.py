@@ -59,7 +59,7 @@ class Result:
     seed: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -105,7 +105,7 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--no_batch_norm", dest="batch_norm", action="store_false",
-        help="no batch normalisation in front of the linear layer: SemanticMIM's probe",
+        help="no batch normalization in front of the linear layer: SemanticMIM's probe",
     )  # fmt: skip
     group.add_argument("--eval", action="store_true", help="evaluate --resume and exit")
 
@@ -143,7 +143,7 @@ def validate(args: Namespace) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training and evaluation
 
 
@@ -209,7 +209,7 @@ def evaluate_only(args: Namespace, heads: nn.ModuleDict, evaluator: Evaluator) -
     return evaluator(origin.state["epoch"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -245,7 +245,7 @@ def shared_loader(args: Namespace, dataset: Dataset) -> DataLoader:
     return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main(args: Namespace) -> list[Result]:

@@ -40,7 +40,7 @@ RECIPE = "semmae_parts"  # gives the defaults
 STATISTICS_BATCHES = 50  # of optimizer steps, from which the features' mean and deviation are taken
 WARMUP_SHARE = 0.05  # of the steps, where the flags give no warm-up
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -178,7 +178,7 @@ def validate(args: Namespace) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -218,14 +218,14 @@ def train_learner(args: Namespace, task: PartLearning, normalize: Normalize) -> 
     if position == Position():
         loader.batch_sampler.set_position(0)
         first = islice(loader, STATISTICS_BATCHES * args.update_freq)
-        task.learner.standardise(task.teacher(normalize(batch)["image"]) for batch in first)
+        task.learner.standardize(task.teacher(normalize(batch)["image"]) for batch in first)
     done = position.epoch * loader.steps_per_epoch + position.step
     task.after_step(max(done - 1, 0) / steps)  # the temperature that the last step left
     train(run, position, after_epoch=lambda position: {})
     task.after_step(1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main(args: Namespace) -> None:

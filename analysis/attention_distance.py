@@ -40,18 +40,18 @@ class Distance:
     relative: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers
 
 
 def patch_distances(grid: tuple[int, int], stride: tuple[float, float]) -> Tensor:
-    """Between the centres of patches of a grid that are `stride` pixels apart: float64 [N, N]."""
+    """Between the centers of patches of a grid that are `stride` pixels apart: float64 [N, N]."""
     axes = [
         torch.arange(count, dtype=torch.float64) * pixels
         for count, pixels in zip(grid, stride, strict=True)
     ]
-    centres = torch.cartesian_prod(*axes).view(-1, 2)
-    return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+    centers = torch.cartesian_prod(*axes).view(-1, 2)
+    return torch.cdist(centers, centers, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
     return (shares * distances.to(shares.device)).sum(-1).mean(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention of a network
 
 
@@ -169,7 +169,7 @@ def tabulate(label: str, found: Sequence[tuple[Attending, Tensor]]) -> list[Dist
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figure
 
 
@@ -196,7 +196,7 @@ def draw(rows: Sequence[Distance]) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 

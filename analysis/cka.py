@@ -2,7 +2,7 @@
 
     python analysis/cka.py --checkpoint a/checkpoint-99.pth b/checkpoint-99.pth --data_path DATA --images 1024
 
-Linear centred kernel alignment (Kornblith et al., 1905.00414) of every pair of layers, each image's
+Linear centerd kernel alignment (Kornblith et al., 1905.00414) of every pair of layers, each image's
 whole map being one vector (--features map) or its mean over places (mean). The three HSIC terms are
 unbiased and averaged over minibatches before the division (Nguyen et al., 2010.15327), so that
 --batch_size hardly matters; with few images a value may lie slightly outside [0, 1]. Writes
@@ -39,7 +39,7 @@ class Similarity:
     cka: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers
 
 
@@ -121,7 +121,7 @@ def tabulate(names: list[tuple[str, str]], values: Tensor) -> list[Similarity]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figure
 
 
@@ -149,7 +149,7 @@ def draw(names: list[tuple[str, str]], values: Tensor) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 

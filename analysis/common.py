@@ -40,7 +40,7 @@ from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.state import Normalize
 from unimim.files import write_rows
 from unimim.logs import log
-from unimim.report import COLOURS
+from unimim.report import COLORS
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ from matplotlib.figure import Figure
 RANDOM = "random"  # in the place of a checkpoint
 _HEADS = ("head.", "fc.")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -185,7 +185,7 @@ def models(args: Namespace) -> list[str]:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks
 
 
@@ -194,7 +194,7 @@ class Network:
     """A frozen network in eval mode. `features.forward_features` takes images; `model` gives logits
     if it `classifies`.
 
-    size: (height, width) of its images. mean_std: the key in `MEAN_STD` of what they are normalised
+    size: (height, width) of its images. mean_std: the key in `MEAN_STD` of what they are normalized
     by.
     """
 
@@ -248,7 +248,7 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     )
     network = Network(label, model, image_size(model, args, run), mean_std(args, run), classifies)
     log.info(
-        "%s: images of %d x %d, normalised by the values of %s",
+        "%s: images of %d x %d, normalized by the values of %s",
         label,
         *network.size,
         network.mean_std,
@@ -295,7 +295,7 @@ def mean_std(args: Namespace, run: dict[str, Any]) -> str:
     return "imagenet" if flag else "inception"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images
 
 
@@ -315,7 +315,7 @@ def image_set(args: Namespace, network: Network, *, need_labels: bool = False) -
 
 
 def batches(args: Namespace, network: Network, device: torch.device) -> Iterator[Tensor]:
-    """Normalised images [B, 3, H, W] from all over the data set: they may be in the order of their
+    """Normalized images [B, 3, H, W] from all over the data set: they may be in the order of their
     classes."""
     dataset = image_set(args, network)
     chosen = (
@@ -338,7 +338,7 @@ def autocast(args: Namespace, device: torch.device):
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers
 
 
@@ -437,15 +437,15 @@ def depths(count: int) -> list[float]:
     return np.linspace(0, 1, count).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables and figures
 
 
 def by_network(rows: Sequence[Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
     """The rows of each network, and how its lines look."""
     for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
-        line = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
-        style = {"label": name, "color": COLOURS[number % len(COLOURS)], "linestyle": line}
+        line = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
+        style = {"label": name, "color": COLORS[number % len(COLORS)], "linestyle": line}
         yield [row for row in rows if row.label == name], style
 
 

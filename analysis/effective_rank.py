@@ -2,7 +2,7 @@
 
     python analysis/effective_rank.py --checkpoint a/checkpoint-99.pth b/checkpoint-99.pth --data_path DATA
 
-exp(H) of the singular values of the centred feature matrix, as shares of their sum (Roy and
+exp(H) of the singular values of the centerd feature matrix, as shares of their sum (Roy and
 Vetterli, 2007). A row of that matrix is an image's mean over places (--features mean), of which
 there should be more images than channels, or a place (place). Writes effective_rank.csv, a row for
 each layer, and effective_rank.png.
@@ -38,7 +38,7 @@ class Rank:
     share: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers
 
 
@@ -56,9 +56,9 @@ class Moments:
         self.products = self.products + vectors.T @ vectors
 
     def spectrum(self) -> Tensor:
-        """Squared singular values [D] of the centred matrix of all vectors."""
-        centred = self.products - torch.outer(self.sum, self.sum) / self.count
-        return torch.linalg.eigvalsh(centred).clamp(min=0)
+        """Squared singular values [D] of the centerd matrix of all vectors."""
+        centerd = self.products - torch.outer(self.sum, self.sum) / self.count
+        return torch.linalg.eigvalsh(centerd).clamp(min=0)
 
 
 def effective_rank(squares: Tensor) -> float:
@@ -109,7 +109,7 @@ def tabulate(label: str, moments: dict[str, Moments]) -> list[Rank]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figure
 
 
@@ -125,7 +125,7 @@ def draw(rows: Sequence[Rank]) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 

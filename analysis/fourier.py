@@ -49,7 +49,7 @@ class LayerSpectrum:
     variance: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers
 
 
@@ -121,7 +121,7 @@ def tabulate(
     return curves, summary
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figure
 
 
@@ -131,18 +131,18 @@ def draw(curves: list[Amplitude], summary: list[LayerSpectrum]) -> Figure:
     names = list(dict.fromkeys(row.label for row in summary))
     figure = Figure(figsize=(3.2 * (len(names) + 2), 3.0), layout="constrained")
     axes = figure.subplots(1, len(names) + 2)
-    colours = matplotlib.colormaps["viridis"]
+    colors = matplotlib.colormaps["viridis"]
     for name, axis in zip(names, axes, strict=False):
         for layer in (row for row in summary if row.label == name):
             points = [row for row in curves if (row.label, row.layer) == (name, layer.layer)]
             axis.plot(
                 [p.frequency for p in points],
                 [p.relative_log_amplitude for p in points],
-                color=colours(layer.depth),
+                color=colors(layer.depth),
             )
         axis.set_title(name, fontsize=9)
         axis.set(xlabel="frequency (π)", ylabel="relative log amplitude", ylim=limits(curves))
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), colours)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), colors)
     figure.colorbar(scale, ax=axes[len(names) - 1], label="depth")
     for axis, value in ((axes[-2], "high_frequency"), (axes[-1], "variance")):
         common.draw_lines(axis, summary, "depth", value)
@@ -160,7 +160,7 @@ def limits(curves: list[Amplitude]) -> tuple[float, float]:
     return min(values) - margin, max(values) + margin
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 

@@ -3,7 +3,7 @@ interaction strength.
 
     python analysis/interaction.py --checkpoint out/finetuned/checkpoint-best.pth --data_path DATA --precision auto
 
-The image is a grid of players; those left out have the mean colour. I(i, j) of order m is the mean of v(S+i+j) - v(S+i)
+The image is a grid of players; those left out have the mean color. I(i, j) of order m is the mean of v(S+i+j) - v(S+i)
 - v(S+j) + v(S) over contexts S of m others, where v rewards the true class (specs/a2mim.md 7.1, arXiv 2205.13943). The
 published setting needs a million forward passes for each image of 224 px: finished orders are kept in --output_dir and
 read again, ranks of torchrun share the images, and --precision bf16 is faster, but its rounding adds to weak
@@ -59,7 +59,7 @@ class Strength:
     contexts: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Draws
 
 
@@ -69,7 +69,7 @@ def order_of(ratio: float, players: int) -> int:
 
 
 def draw_pairs(grid: int, count: int, reach: int, rng: np.random.Generator) -> Tensor:
-    """Different unordered pairs of neighbours among grid * grid cells: int64 [count, 2].
+    """Different unordered pairs of neighbors among grid * grid cells: int64 [count, 2].
 
     i is uniform, j at a uniform offset of at most `reach` rows and columns, clamped to the grid.
     Raises:
@@ -123,7 +123,7 @@ def coalitions(pairs: Tensor, contexts: Tensor, players: int) -> Tensor:
     return present
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Interactions
 
 
@@ -181,7 +181,7 @@ def shares(strengths: Tensor) -> Tensor:
     return strengths / strengths.mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images
 
 
@@ -247,7 +247,7 @@ def orders(args: Namespace) -> list[int]:
     return sorted({order_of(ratio, args.grid**2) for ratio in args.ratios})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stored results
 
 
@@ -334,7 +334,7 @@ def draw(rows: Sequence[Strength]) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 

@@ -54,7 +54,7 @@ def draw_grid(
     """A figure with one picture per row and title: [H, W, 3] uint8 is shown as it is, [h, w] floats
     as a map.
 
-    Each map's colours run from 0, or from its smallest value below, to its own largest value.
+    Each map's colors run from 0, or from its smallest value below, to its own largest value.
     `cell` is a picture's side in inches. `marks` lists for each column the cells of `grid` (rows,
     columns) that get a frame.
     """
@@ -85,7 +85,7 @@ def frame(number: int, grid: Pair, shape: Pair) -> Rectangle:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
 
 HEADS = ("mean", "each", "all")
@@ -240,7 +240,7 @@ def attention(own: Namespace, flags: list[str]) -> Figure:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Orders
 
 ORDERS = ("raster", "stochastic", "attention", "attention_center")
@@ -253,7 +253,7 @@ MAPS = {
 
 @torch.no_grad()
 def order_maps(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-    """The three maps that SemAIM's orders can follow, each [B, N], of normalised images
+    """The three maps that SemAIM's orders can follow, each [B, N], of normalized images
     (specs/semaim.md 4).
 
     A run with a target model follows the similarity to that model's class token, which is then the
@@ -313,12 +313,12 @@ def orders(own: Namespace, flags: list[str]) -> Figure:
     return order_grid(model, images, normalization(args), own.orders, followed, args.seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Masks
 
 
 def mask_grid(samples: Iterable[dict[str, Tensor]]) -> Figure:
-    """What pre-training reads of each sample: the image, the same with its masked patches grey, the
+    """What pre-training reads of each sample: the image, the same with its masked patches gray, the
     teacher's view."""
     batch = default_collate(list(samples))
     columns = {"image": batch["image"], "student sees": hide(batch["image"], batch["mask"])}
@@ -331,7 +331,7 @@ def mask_grid(samples: Iterable[dict[str, Tensor]]) -> Figure:
 
 
 def hide(images: Tensor, mask: Tensor) -> Tensor:
-    """Images [B, 3, H, W] with the patches where mask [B, gh, gw] is True in grey."""
+    """Images [B, 3, H, W] with the patches where mask [B, gh, gw] is True in gray."""
     height, width = (
         side // cells for side, cells in zip(images.shape[-2:], mask.shape[-2:], strict=True)
     )
@@ -356,7 +356,7 @@ def masks(own: Namespace, flags: list[str]) -> Figure:
     return mask_grid(training_samples(args, method, own.images))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reconstruction
 
 
@@ -387,7 +387,7 @@ def reconstruct(own: Namespace, flags: list[str]) -> Figure:
     return reconstruction_grid(method, batch, normalization(args))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 

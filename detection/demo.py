@@ -38,20 +38,20 @@ def overlay(image: Image.Image, instances, names: Sequence[str]) -> Image.Image:
     for number in order:
         mask = instances.masks[number].numpy().astype(bool)
         pixels[mask] = (1 - OPACITY) * pixels[mask] + OPACITY * np.array(
-            colour(int(instances.labels[number]))
+            color(int(instances.labels[number]))
         )
     drawn = Image.fromarray(pixels.round().astype(np.uint8))
     pen = ImageDraw.Draw(drawn)
     for number in order:
         label, (left, top, *_) = int(instances.labels[number]), instances.bboxes[number].tolist()
-        pen.rectangle(instances.bboxes[number].tolist(), outline=colour(label), width=2)
+        pen.rectangle(instances.bboxes[number].tolist(), outline=color(label), width=2)
         text = f"{names[label]} {instances.scores[number]:.2f}"
         pen.text((left + 3, top + 1), text, fill="white", stroke_width=1, stroke_fill="black")
     return drawn
 
 
-def colour(label: int) -> tuple[int, ...]:
-    """A strong colour, of neighbouring classes far apart."""
+def color(label: int) -> tuple[int, ...]:
+    """A strong color, of neighboring classes far apart."""
     return tuple(
         int(128 + 127 * np.cos(2 * np.pi * (label * 0.618 + shift))) for shift in (0, 1 / 3, 2 / 3)
     )

@@ -16,12 +16,12 @@ OPACITY = 0.6
 
 
 def overlay(image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Colours of the classes [H, W] over an image [H, W, 3], uint8."""
+    """Colors of the classes [H, W] over an image [H, W, 3], uint8."""
     return (image * (1 - OPACITY) + palette[classes] * OPACITY).astype(np.uint8)
 
 
 def class_names(cfg) -> tuple[Sequence[str], np.ndarray]:
-    """Names and colours [K, 3] of the configuration's data set."""
+    """Names and colors [K, 3] of the configuration's data set."""
     from mmseg.registry import DATASETS
 
     dataset = cfg.test_dataloader.dataset

@@ -69,7 +69,7 @@ class Result:
     seed: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The metric
 
 
@@ -92,7 +92,7 @@ def class_iou(confusion: Tensor) -> Tensor:
     return hits / (confusion.sum(0) + confusion.sum(1) - hits + 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -141,7 +141,7 @@ def existing(root: Path, folders: tuple[str, ...], name: str, suffixes: tuple[st
 
 
 def read_mask(path: Path, num_classes: int) -> np.ndarray:
-    """Class numbers uint8 [H, W], 255 where none counts: the indices of a palette image or a grey
+    """Class numbers uint8 [H, W], 255 where none counts: the indices of a palette image or a gray
     one's values."""
     try:
         picture = Image.open(path)
@@ -149,7 +149,7 @@ def read_mask(path: Path, num_classes: int) -> np.ndarray:
     except PILLOW_ERRORS as error:
         raise BrokenImageError(f"mask {path}: {error}") from error
     if picture.mode not in ("P", "L"):
-        raise ValueError(f"mask {path} is no palette or grey image, but of mode {picture.mode}")
+        raise ValueError(f"mask {path} is no palette or gray image, but of mode {picture.mode}")
     if (unknown := mask[(mask >= num_classes) & (mask != IGNORED)]).size:
         raise ValueError(
             f"mask {path} has class {unknown[0]}: --nb_classes {num_classes} is too few"
@@ -211,7 +211,7 @@ def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -322,7 +322,7 @@ def evaluate(
     return reduce_sum(confusion)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -381,7 +381,7 @@ def validate(args: Namespace) -> None:
         raise ValueError(f"--nb_classes {args.nb_classes}: masks have room for {IGNORED} classes")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
 
 

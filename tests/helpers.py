@@ -156,7 +156,7 @@ FINETUNE = [
     ),
 ]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs in this process
 
 
@@ -251,7 +251,7 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     """Over the parameters of two networks.
 
     Without what has no gradient but rounding noise, of which AdamW makes whole steps: ConMIM's
-    `norm.bias` (a constant added to every token drops out in the projector's batch normalisation,
+    `norm.bias` (a constant added to every token drops out in the projector's batch normalization,
     specs/conmim.md 1.2) and the keys' bias (one added to every logit of a softmax). Running
     statistics are of each process.
     """
@@ -292,7 +292,7 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
     return [] if ours == theirs else [place]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Spawned ranks
 
 
@@ -330,7 +330,7 @@ def gloo_threads() -> int:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Subprocesses
 
 

@@ -185,7 +185,7 @@ def vit_options(config: dict) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Adapters
 
 
@@ -435,7 +435,7 @@ def lars(case: Case) -> dict[str, Tensor]:
 # -- MAE and SemMAE
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalized(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] as the models see it."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in MEAN_STD["imagenet"])
     return (images.float() / 255 - mean) / std
@@ -458,7 +458,7 @@ def mae(case: Case) -> dict[str, Tensor]:
         return sincos_tables(case)
     model = MAE(**mae_options(case.config))
     load_weights(model, case.inputs("weights/"))
-    batch, noise = {"image": normalised(case.inputs()["image"])}, case.inputs()["noise"]
+    batch, noise = {"image": normalized(case.inputs()["image"])}, case.inputs()["noise"]
     loss = model(batch, noise)["loss"]
     loss.backward()
     computed, order, visible = autoencoder_parts(model, batch, noise)
@@ -521,7 +521,7 @@ def mae_finetune(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs()
     model = mae_classifier(config)
     load_weights(model, case.inputs("weights/"))
-    features = model.pool(model.forward_features(normalised(inputs["image"])))
+    features = model.pool(model.forward_features(normalized(inputs["image"])))
     logits = model.head(features)
     loss = F.cross_entropy(logits, inputs["target"])
     loss.backward()
@@ -611,7 +611,7 @@ def semmae(case: Case) -> dict[str, Tensor]:
     model = SemMAE(**mae_options(config), **options)
     load_weights(model, case.inputs("weights/"))
     cells, noise = inputs["sorted_index"], (inputs["noise_tokens"], inputs["noise_parts"])
-    batch = {"image": normalised(inputs["image"]), "part_ids": inputs["part_map"]}
+    batch = {"image": normalized(inputs["image"]), "part_ids": inputs["part_map"]}
     if cells.tolist() != [list(range(model.patch_embed.num_patches))] * len(cells):
         batch["cells"] = cells
     loss = model(batch, noise)["loss"]
@@ -695,7 +695,7 @@ def semmae_finetune_tokens(case: Case) -> dict[str, Tensor]:
     inputs = case.inputs()
     model = mae_classifier(case.config, pos_embed="sincos")
     load_weights(model, case.inputs("weights/"))
-    logits = model(normalised(inputs["image"]), cells=inputs["sorted_index"])
+    logits = model(normalized(inputs["image"]), cells=inputs["sorted_index"])
     loss = F.cross_entropy(logits, inputs["target"])
     loss.backward()
     return {"logits": logits, "loss": loss.view(1)} | gradients(model)
@@ -961,7 +961,7 @@ def gaussian_blur(case: Case) -> dict[str, Tensor]:
         "kernel": model.gaussian_blur.weight,
         "blurred": blurred,
         "patches": patchify(blurred, model.patch_embed.patch_size),
-        "normalised_target": model.pixel_target(images),
+        "normalized_target": model.pixel_target(images),
     }
 
 
@@ -1237,7 +1237,7 @@ def focal_frequency_loss(case: Case) -> dict[str, Tensor]:
 
 
 def reconstruction_loss(head: dict, matrix: Tensor | None = None) -> ReconstructionLoss:
-    """Of a published configuration of a head: SimMIM's has no options but the number of colours."""
+    """Of a published configuration of a head: SimMIM's has no options but the number of colors."""
     loss = {
         key: value
         for key, value in head.get("loss", {}).items()
@@ -1665,7 +1665,7 @@ ADAPTERS = {
 } | dict.fromkeys(("a2mim_resnet", "a2mim_vit", "a2mim_convnext", "simmim"), masked_reconstruction)  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The test
 
 
@@ -1699,7 +1699,7 @@ def test_reference_case(folder: Path):
     check(case, ADAPTERS[method](case))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What further cases may state or leave out
 
 

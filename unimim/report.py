@@ -12,8 +12,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-# Colour-blind safe; the first entry is the method, the second what it is compared with.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+# Color-blind safe; the first entry is the method, the second what it is compared with.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 Logs = Sequence[list[dict]]
 
 STYLE = """
@@ -36,7 +36,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Curves
 
 
@@ -46,8 +46,8 @@ def contrast_curves(log: list[dict], patches: int) -> Figure:
     figure = Figure(figsize=(8.4, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(log) + 1)
-    left.plot(epochs, [epoch["train_loss"] for epoch in log], color=COLOURS[0])
-    right.plot(epochs, [100 * epoch["train_contrast_acc"] for epoch in log], color=COLOURS[0])
+    left.plot(epochs, [epoch["train_loss"] for epoch in log], color=COLORS[0])
+    right.plot(epochs, [100 * epoch["train_contrast_acc"] for epoch in log], color=COLORS[0])
     _guessing(left, math.log(patches), f"guessing: ln {patches} = {math.log(patches):.2f}")
     _guessing(right, 100 / patches, f"guessing: 1 of {patches}")
     left.set(xlabel="epoch", ylabel="contrast loss (nats)")
@@ -67,16 +67,14 @@ def accuracy_curves(arms: Mapping[str, Logs]) -> Figure:
     seeds."""
     figure = Figure(figsize=(6.0, 3.2), layout="constrained")
     axis = figure.subplots()
-    for (name, logs), colour in zip(arms.items(), COLOURS, strict=False):
+    for (name, logs), color in zip(arms.items(), COLORS, strict=False):
         by_epoch = list(zip(*([epoch["test_acc1"] for epoch in log] for log in logs), strict=True))
         epochs = range(1, len(by_epoch) + 1)
-        axis.plot(
-            epochs, [statistics.mean(values) for values in by_epoch], color=colour, label=name
-        )
+        axis.plot(epochs, [statistics.mean(values) for values in by_epoch], color=color, label=name)
         axis.fill_between(
             epochs,
             *zip(*((min(v), max(v)) for v in by_epoch), strict=True),
-            color=colour,
+            color=color,
             alpha=0.2,
         )
     axis.set(xlabel="epoch", ylabel="validation accuracy (%)")
@@ -84,7 +82,7 @@ def accuracy_curves(arms: Mapping[str, Logs]) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pages and tables
 
 

@@ -192,7 +192,7 @@ def make_positions(kind: str, dim: int, grid: tuple[int, int]) -> nn.Parameter |
 
 
 def fit(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images padded at the bottom and right with 0, the mean colour. ValueError: one is larger."""
+    """Images padded at the bottom and right with 0, the mean color. ValueError: one is larger."""
     height, width = images.shape[2:]
     if height > size[0] or width > size[1]:
         raise ValueError(

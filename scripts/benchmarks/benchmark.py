@@ -2,7 +2,7 @@
 
 `benchmark.py step` measures a training step as a share of the machine's matrix-multiplication peak,
 against the straightforward form of the same computation. `benchmark.py masks` measures SemMAE's
-masks, `benchmark.py targets` HOG and the loss of visual words with their memory, `benchmark.py
+masks, `benchmark.py targets` HOG and the loss of visual tokens with their memory, `benchmark.py
 spectra` A2MIM's loss of spectra, `benchmark.py data` the loading of images, `benchmark.py
 attention`, `windows` and `roi_align` what segmentation and detection add.
 """
@@ -30,7 +30,7 @@ from engine_for_finetuning import Classification
 from masking_generator import semantic_mask
 from modeling_finetune import create_model
 from modeling_losses import ReconstructionLoss
-from modeling_pretrain import PretrainMethod, WordHead
+from modeling_pretrain import PretrainMethod, VisualTokenHead
 from modeling_targets import HOG
 from optim_factory import param_groups
 from scripts.benchmarks import data as bench_data
@@ -195,7 +195,7 @@ def make_variant(
 def random_batch(
     model: PretrainMethod, size: int, device: torch.device, mask_ratio: float = 0.75
 ) -> dict[str, Tensor]:
-    """Normalised images, a share of masked patches, parts and pictures for a tokenizer, at
+    """Normalized images, a share of masked patches, parts and pictures for a tokenizer, at
     random."""
     sides = zip(model.image_size, model.cell_size, strict=True)
     shape, grid = (size, 3, *model.image_size), tuple(side // cell for side, cell in sides)
@@ -290,13 +290,13 @@ def run_step(args: argparse.Namespace) -> None:
 
 
 def run_targets(args: argparse.Namespace) -> None:
-    """Prints time and peak memory of HOG and of the loss of visual words, against their
+    """Prints time and peak memory of HOG and of the loss of visual tokens, against their
     straightforward forms."""
     torch.set_num_threads(args.threads)
     hog = HOG((args.input_size // 16,) * 2, (16, 16))
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size)
     head, rows = (
-        WordHead(args.width, 8192),
+        VisualTokenHead(args.width, 8192),
         round(args.mask_ratio * args.batch_size * (args.input_size // 16) ** 2),
     )
     tokens, words = (

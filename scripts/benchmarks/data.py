@@ -30,10 +30,10 @@ from masking_generator import MaskGenerator, build_mask_generator
 from unimim.data.color import (
     BLUR_RADIUS,
     JITTER_RANGES,
-    ColourDraws,
-    draw_colour,
-    fast_colour,
-    reference_colour,
+    ColorDraws,
+    draw_color,
+    fast_color,
+    reference_color,
 )
 from unimim.data.crops import reference_crop
 from unimim.data.jpeg import RawImage, decode_pillow
@@ -60,35 +60,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class PublishedTransform:
-    """What the released ConMIM loader computes: Pillow, an unused second picture, normalised
+    """What the released ConMIM loader computes: Pillow, an unused second picture, normalized
     float32 (spec 2.1)."""
 
     def __init__(self, input_size: int, mask_generator: MaskGenerator | None):
         self.size, self.mask_generator = (input_size, input_size), mask_generator
         jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
-        self.colour = Compose(
-            [RandomApply([jitter], 0.8), RandomGrayscale(0.2), _published_blur_and_solarise]
+        self.color = Compose(
+            [RandomApply([jitter], 0.8), RandomGrayscale(0.2), _published_blur_and_solarize]
         )
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         image = decode_pillow(raw)
         draws = draw_view(rng, (image.height, image.width), (0.08, 1.0), "bicubic", False)
         weak = reference_crop(image, draws, self.size)
-        sample = {"image": _normalised(weak)}
+        sample = {"image": _normalized(weak)}
         if self.mask_generator:
             reference_crop(image, dataclasses.replace(draws, interpolation="lanczos"), SECOND_SIZE)
-            sample["image_strong"] = _normalised(self.colour(weak))
+            sample["image_strong"] = _normalized(self.color(weak))
             sample["mask"] = torch.from_numpy(self.mask_generator(rng))
         return sample
 
 
-def _published_blur_and_solarise(image: Image.Image) -> Image.Image:
+def _published_blur_and_solarize(image: Image.Image) -> Image.Image:
     if random.random() < 0.1:
         image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
     return ImageOps.solarize(image) if random.random() < 0.2 else image
 
 
-def _normalised(image: Image.Image) -> torch.Tensor:
+def _normalized(image: Image.Image) -> torch.Tensor:
     return normalize(to_tensor(image), *MEAN_STD["imagenet"])
 
 
@@ -124,30 +124,30 @@ def report_speed(title: str, rates: dict[str, list[float]], target: float) -> No
     print(f"  target for the fast pipeline: {target}x")
 
 
-def colour_differences(pictures: list[np.ndarray]) -> dict[str, tuple[int, float]]:
-    """Grey levels between the fast and Pillow's form of each colour operation on the same input:
+def color_differences(pictures: list[np.ndarray]) -> dict[str, tuple[int, float]]:
+    """Gray levels between the fast and Pillow's form of each color operation on the same input:
     (maximum, mean)."""
     rng = np.random.default_rng(0)
-    none = {"jitter": (), "grey": False, "blur_radius": None, "solarise": False}
+    none = {"jitter": (), "gray": False, "blur_radius": None, "solarize": False}
     cases = {
         name: lambda name=name: none | {"jitter": ((name, rng.uniform(*JITTER_RANGES[name])),)}
         for name in JITTER_RANGES
     }
-    cases["grey"] = lambda: none | {"grey": True}
+    cases["gray"] = lambda: none | {"gray": True}
     cases["blur"] = lambda: none | {"blur_radius": rng.uniform(*BLUR_RADIUS)}
-    cases["solarise"] = lambda: none | {"solarise": True}
-    cases["all of a strong view"] = lambda: vars(draw_colour(rng))
+    cases["solarize"] = lambda: none | {"solarize": True}
+    cases["all of a strong view"] = lambda: vars(draw_color(rng))
     return {name: _difference(pictures, draw) for name, draw in cases.items()}
 
 
 def _difference(pictures: list[np.ndarray], draw: Callable[[], dict]) -> tuple[int, float]:
     differences = []
     for picture in pictures:
-        draws = ColourDraws(**draw())
-        fast = fast_colour(np.ascontiguousarray(picture.transpose(2, 0, 1)), draws).transpose(
+        draws = ColorDraws(**draw())
+        fast = fast_color(np.ascontiguousarray(picture.transpose(2, 0, 1)), draws).transpose(
             1, 2, 0
         )
-        reference = np.asarray(reference_colour(Image.fromarray(picture), draws))
+        reference = np.asarray(reference_color(Image.fromarray(picture), draws))
         differences.append(np.abs(fast.astype(int) - reference))
     return int(max(d.max() for d in differences)), float(np.mean([d.mean() for d in differences]))
 
@@ -155,7 +155,7 @@ def _difference(pictures: list[np.ndarray], draw: Callable[[], dict]) -> tuple[i
 def view_differences(
     fast: ImageDataset, reference: ImageDataset, images: int
 ) -> dict[str, tuple[int, float]]:
-    """Grey levels between the two pipelines' views for the same draws: (maximum, mean)."""
+    """Gray levels between the two pipelines' views for the same draws: (maximum, mean)."""
     found = {"image": [], "image_strong": []}
     for index in range(min(images, len(fast))):
         a, b = fast[0, index], reference[0, index]
@@ -227,13 +227,13 @@ def _run(args: argparse.Namespace, root: Path) -> None:
         report_speed(title, measure(contenders, args.rounds, args.images), target)
 
     fast = dataset(two_views, "fast")
-    print("difference from Pillow, grey levels           maximum      mean")
+    print("difference from Pillow, gray levels           maximum      mean")
     views = view_differences(fast, dataset(two_views, "reference"), args.images)
     pictures = [
         fast[0, index]["image"].permute(1, 2, 0).numpy()
         for index in range(min(args.images, len(fast)))
     ]
-    for name, (maximum, mean) in (views | colour_differences(pictures)).items():
+    for name, (maximum, mean) in (views | color_differences(pictures)).items():
         print(f"  {name:42s} {maximum:8d}  {mean:8.3f}")
 
 

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from datasets import ImageDataset, TrainBatchSampler, build_loader
 from engine_for_finetuning import Classification
 from modeling_finetune import Block
-from modeling_pretrain import PretrainMethod, WordPredictor
+from modeling_pretrain import PretrainMethod, VisualTokenPredictor
 from modeling_targets import DalleEncoder, VisualTokenizer
 from optim_factory import param_groups
 from scripts.benchmarks.benchmark import Variant, gemm, make_variant, random_batch, synchronize
@@ -145,7 +145,7 @@ KINDS = {  # of kernels, by what is found in their names; the first that fits
     "compiled": ("triton_",),
     "optimizer and norms of gradients": ("multi_tensor", "foreach", "fused_adam", "FusedAdam"),
     "attention": ("flash", "fmha", "attention", "sdpa"),
-    "normalisation": ("layer_norm", "LayerNorm", "GammaBeta", "batch_norm", "bn_"),
+    "normalization": ("layer_norm", "LayerNorm", "GammaBeta", "batch_norm", "bn_"),
     "matrix products": (
         "gemm",
         "nvjet",
@@ -218,7 +218,7 @@ def run(checks: Checks) -> None:
             release(checks.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models and their steps
 
 
@@ -231,7 +231,7 @@ def build(case: Case, device: torch.device, args: Namespace, plain: bool = False
     )
     if case.stage == "finetune":
         return Classification(network, args, device)
-    if isinstance(network, WordPredictor):
+    if isinstance(network, VisualTokenPredictor):
         give_tokenizer(network, device)
     if plain:
         make_straightforward(network)
@@ -254,7 +254,7 @@ def make_on(device: torch.device, make: Callable[[], nn.Module]) -> nn.Module:
     return module.to(device)
 
 
-def give_tokenizer(method: WordPredictor, device: torch.device) -> None:
+def give_tokenizer(method: VisualTokenPredictor, device: torch.device) -> None:
     """A tokenizer as from a file, whose words mean nothing."""
     sizes = {"n_hid": 8 if device.type == "cpu" else 256, "vocab_size": method.lm_head.out_features}
     method.tokenizer = VisualTokenizer(make_on(device, partial(DalleEncoder, **sizes)))
@@ -436,7 +436,7 @@ def measure_row(bench: Bench, case: Case, variant: str, seconds: float) -> None:
     bench.checks.attempt(f"{case.name}, {variant}", one, seconds=seconds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Phases
 
 
@@ -705,7 +705,7 @@ def measure_launches(bench: Bench) -> None:
         bench.checks.attempt(f"{LAUNCHES.name}, {variant}", partial(one, variant), seconds=wanted)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 
@@ -716,7 +716,7 @@ def measure_loading(bench: Bench) -> None:
 
 
 def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
-    """Images/s from JPEGs of 500 x 375 pixels to normalised batches on the device; with `train`,
+    """Images/s from JPEGs of 500 x 375 pixels to normalized batches on the device; with `train`,
     through a step too."""
     case, device = CASES["MAE B"], bench.device
     release(device)
@@ -777,7 +777,7 @@ def jpeg_loader(root: Path, method: PretrainMethod, size: int, workers: int) -> 
     return build_loader(dataset, TrainBatchSampler(images, size), num_workers=workers, pin_mem=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables
 
 

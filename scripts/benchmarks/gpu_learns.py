@@ -53,8 +53,8 @@ from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse, resolve_lr
 from unimim.data.device_loader import (
     DeviceLoader,
-    VisualWords,
-    colour_place_parts,
+    VisualTokens,
+    color_place_parts,
     decoded,
     kmeans_tokens,
     resample,
@@ -79,10 +79,10 @@ PRETRAINED = (
 )  # fmt: skip
 RANDOM = ("random", "random_beit", "random_mim_vit", "random_resnet18")
 NOTES = {
-    "semmae_kmeans": "parts: k-means of each image's colours and places",
+    "semmae_kmeans": "parts: k-means of each image's colors and places",
     "semmae_random": "parts: drawn at random",
-    "beit": "visual words: k-means of patches",
-    "semanticmim_beit": "visual words: k-means of patches",
+    "beit": "visual tokens: k-means of patches",
+    "semanticmim_beit": "visual tokens: k-means of patches",
 }
 SIZE = (32, 32)
 PART_GRID = (16, 16)
@@ -136,7 +136,7 @@ class Row(Result):
     note: str
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -190,20 +190,20 @@ class Images:
     def part_maps(self, kind: str, seed: int, num_parts: int, grid: tuple[int, int]) -> Tensor:
         """uint8 [N, rows, columns]."""
         if kind == "kmeans":
-            return self.once(kind, lambda: colour_place_parts(self.pretrain, PART_GRID, num_parts))
+            return self.once(kind, lambda: color_place_parts(self.pretrain, PART_GRID, num_parts))
         generator = torch.Generator().manual_seed(seed)
         shape = len(self.pretrain), *grid
         draw = partial(torch.randint, num_parts, shape, generator=generator, dtype=torch.uint8)
         return self.once((kind, seed), lambda: draw().to(self.device))
 
-    def words(self, patch: tuple[int, int], mean_std) -> VisualWords:
+    def words(self, patch: tuple[int, int], mean_std) -> VisualTokens:
         """The same tokenizer for all seeds."""
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in mean_std)
         images = self.tensors["train"][:10_000].float().div(255).sub(mean).div(std)
         return self.once("words", lambda: kmeans_tokens(images, patch, WORDS, seed=0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pre-training
 
 
@@ -316,7 +316,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -477,7 +477,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return averages(tally(logits, labels, torch.ones_like(labels, dtype=torch.bool)))["acc1"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Jobs
 
 
@@ -531,7 +531,7 @@ def save_encoder(method: PretrainMethod, folder: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes
 
 
@@ -646,7 +646,7 @@ def epochs_that_fit(
     return epochs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The section
 
 

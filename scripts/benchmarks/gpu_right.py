@@ -48,7 +48,7 @@ from unimim.cli.models import build_method
 from unimim.cli.options import parse
 from unimim.data.pretraining import build_data
 from unimim.engine import setup
-from unimim.engine.batch_norm import synchronised_batch_norm
+from unimim.engine.batch_norm import synchronized_batch_norm
 from unimim.engine.compiling import compile_blocks
 from unimim.engine.distributed import (
     barrier,
@@ -79,7 +79,7 @@ MOVED = 1e-2  # how far apart two trainings may end, as a share of the way
 MARGIN = 3.0  # seconds at the end of the section for what the groups found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tiny runs
 
 
@@ -219,7 +219,7 @@ def exact_products() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is compared
 
 
@@ -274,7 +274,7 @@ def alike(
     initial: dict[str, Tensor],
     tolerance: tuple[float, float],
 ) -> dict[str, Any]:
-    """See `trained_alike`. Running statistics of batch normalisation count as weights."""
+    """See `trained_alike`. Running statistics of batch normalization count as weights."""
     kept = [
         name
         for name, value in theirs.items()
@@ -299,7 +299,7 @@ def against_cpu(name: str, device: torch.device) -> dict[str, Any]:
     return compared(ours, build(name, torch.device("cpu")).gradients(batch), CLOSE["fp32"])
 
 
-def predicts_words(method: PretrainMethod) -> bool:
+def predicts_visual_tokens(method: PretrainMethod) -> bool:
     return hasattr(method, "tokenizer")
 
 
@@ -314,7 +314,9 @@ def lower_precision(name: str, device: torch.device, *, precision: str) -> dict[
     while not bool(built.runner.step()["applied"]) and skipped < 8:  # a loss scale comes down
         ours = built.gradients(batches[0])
         skipped += 1
-    row = compared(ours, theirs, WORDS if predicts_words(built.method) else CLOSE[precision])
+    row = compared(
+        ours, theirs, WORDS if predicts_visual_tokens(built.method) else CLOSE[precision]
+    )
     losses = []
     for batch in batches[1:]:
         losses.append(built.gradients(batch)[0])
@@ -428,7 +430,7 @@ def waiting_places(run: Training) -> list[str]:
     return list(dict.fromkeys(places))
 
 
-def neighbours(device: torch.device) -> dict[str, Any]:
+def neighbors(device: torch.device) -> dict[str, Any]:
     """k-NN of random features on the device against the CPU, in percent of the digits."""
     flags = (
         *TINY,
@@ -494,12 +496,12 @@ def probing(device: torch.device) -> dict[str, Any]:
     return row | {"tolerance": (1e-3, 0.6), "ok": row["loss"] <= 1e-3 and row["apart"] <= 0.6}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Groups: in a process of their own
 
 
 def engine_checks(checks: Checks) -> None:
-    """DeepSpeed against plain torch on one device, and batch normalisation over a group of one."""
+    """DeepSpeed against plain torch on one device, and batch normalization over a group of one."""
     device = checks.device
     folder = checks.output
     names = FEW if checks.tiny else (*FEW, "a2mim_resnet", "semaim")
@@ -541,7 +543,7 @@ def zero(
 
 
 def sync_bn_of_one(device: torch.device, folder: Path) -> dict[str, Any]:
-    """Batch normalisation by sums over a group with one member, and torch's, against plain: results
+    """Batch normalization by sums over a group with one member, and torch's, against plain: results
     and gradients."""
     device = init_distributed(
         arguments("mae", device, "--enable_deepspeed", "--output_dir", str(folder))
@@ -550,7 +552,7 @@ def sync_bn_of_one(device: torch.device, folder: Path) -> dict[str, Any]:
     norm = nn.BatchNorm2d(8).to(device)
     x = torch.randn(16, 8, 5, 5).to(device).requires_grad_()
     steps = []
-    forwards = [norm, partial(synchronised_batch_norm, norm)]
+    forwards = [norm, partial(synchronized_batch_norm, norm)]
     if device.type != "cpu":  # where torch has none
         forwards.append(nn.SyncBatchNorm.convert_sync_batchnorm(norm))
     for forward in forwards:
@@ -657,7 +659,7 @@ def compiled(name: str, device: torch.device, *, precision: str = "fp32") -> dic
 def rank_checks(checks: Checks) -> None:
     """Two ranks against one process: with nccl where there are two GPUs, else with gloo on one
     device."""
-    for name in ("mae", "a2mim_resnet"):  # the latter with batch normalisation over both
+    for name in ("mae", "a2mim_resnet"):  # the latter with batch normalization over both
         attempt(
             checks,
             "two ranks against one process",
@@ -837,7 +839,7 @@ def attempt(
     checks.attempt(f"{comparison}: {name}", lambda: about | run(), seconds=MARGIN + seconds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def comparisons(checks: Checks, methods: Sequence[str]) -> None:
@@ -869,9 +871,7 @@ def comparisons(checks: Checks, methods: Sequence[str]) -> None:
 def frozen_features(checks: Checks) -> None:
     """Compares k-NN and linear probing on the device with the CPU's."""
     device = checks.device
-    checks.attempt(
-        "k-NN on the device against CPU", partial(neighbours, device), seconds=MARGIN + 2
-    )
+    checks.attempt("k-NN on the device against CPU", partial(neighbors, device), seconds=MARGIN + 2)
     checks.attempt(
         "linear probing on the device against CPU", partial(probing, device), seconds=MARGIN + 2
     )

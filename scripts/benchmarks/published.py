@@ -193,7 +193,7 @@ class StraightforwardSemanticBEiT(StraightforwardSemanticMIM, SemanticBEiT):
         logits = take(F.linear(tokens, self.lm_head.weight, self.lm_head.bias), positions)
         return {
             "loss": F.cross_entropy(
-                logits.flatten(0, 1).float(), self.words_at(batch, positions).flatten()
+                logits.flatten(0, 1).float(), self.visual_tokens_at(batch, positions).flatten()
             )
         }
 

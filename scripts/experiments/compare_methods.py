@@ -36,7 +36,7 @@ class Method:
 
     `classifier` are the flags of the network that is evaluated. "{patch}" and "{cell}" in flags are
     the data set's. `length` is the name of a schedule below: methods whose step takes much longer
-    get fewer epochs. `words`: it needs visual words, which only the data on the device of
+    get fewer epochs. `words`: it needs visual tokens, which only the data on the device of
     scripts/benchmarks/gpu_learns.py come with.
     """
 
@@ -64,7 +64,7 @@ MASKFEAT = (
     f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --mask_type random --lr 2e-3 "
     "--opt_betas 0.9 0.95"
 )
-# the visual words are as many as scripts/benchmarks/gpu_learns.py makes of patches; published are
+# the visual tokens are as many as scripts/benchmarks/gpu_learns.py makes of patches; published are
 # 8192, of a network
 BEIT = (
     f"--model_kwargs {ENCODER} vocab_size=512 --patch_size {{patch}} --color_jitter 0.4 --lr 1.5e-3 "
@@ -213,7 +213,7 @@ class Result:
     finetune_acc1: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
 
 
@@ -309,7 +309,7 @@ def encoder_of(folder: Path) -> Path:
     return folder / f"encoder-{report.read_log(folder)[-1]['epoch']}.safetensors"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables
 
 
@@ -345,8 +345,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
-    without_words = [key for key, method in METHODS.items() if not method.words]
-    parser.add_argument("--methods", nargs="+", choices=without_words, default=without_words)
+    without_visual_tokens = [key for key, method in METHODS.items() if not method.words]
+    parser.add_argument(
+        "--methods", nargs="+", choices=without_visual_tokens, default=without_visual_tokens
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--output", type=Path, default=ROOT / "output" / "compare", help="folder of all runs"

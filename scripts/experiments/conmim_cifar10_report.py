@@ -48,13 +48,13 @@ def picture(runs: Path, seeds: list[str]) -> Figure:
     left, right = figure.subplots(1, 2)
     for seed in seeds:
         loss = [epoch["train_loss"] for epoch in report.read_log(runs / f"pretrain-{seed}")]
-        left.plot(range(1, len(loss) + 1), loss, color=report.COLOURS[0], alpha=0.8)
-        for arm, colour in zip(ARMS, report.COLOURS, strict=False):
+        left.plot(range(1, len(loss) + 1), loss, color=report.COLORS[0], alpha=0.8)
+        for arm, color in zip(ARMS, report.COLORS, strict=False):
             accuracy = [
                 epoch["test_acc1"] for epoch in report.read_log(runs / f"finetune-{arm}-{seed}")
             ]
             label = ARMS[arm] if seed == seeds[0] else None
-            right.plot(range(1, len(accuracy) + 1), accuracy, color=colour, alpha=0.8, label=label)
+            right.plot(range(1, len(accuracy) + 1), accuracy, color=color, alpha=0.8, label=label)
     left.axhline(math.log(PATCHES), color="black", linewidth=0.8, linestyle=":")
     left.text(1, math.log(PATCHES), f" guessing, ln {PATCHES}", va="bottom", fontsize=8)
     left.set(xlabel="epoch", ylabel="contrast loss (nats)", title="ConMIM pre-training")

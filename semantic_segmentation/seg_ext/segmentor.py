@@ -19,7 +19,7 @@ class WindowedEncoderDecoder(EncoderDecoder):
     a time.
 
     Windows are always of the crop's size, which bias tables were made for: smaller images are
-    padded with zeros, that is with the mean colour (specs/downstream.md 4.5).
+    padded with zeros, that is with the mean color (specs/downstream.md 4.5).
     """
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:

@@ -53,7 +53,7 @@ SIZE = {"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter away from its initial zeros and ones, so that a lost one shows."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -62,7 +62,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def vit(input_size=16, **options) -> VisionTransformer:
-    return randomised(
+    return randomized(
         VisionTransformer(**{**SIZE, "input_size": input_size, "num_classes": 0} | options)
     )
 
@@ -74,8 +74,8 @@ def conmim(seed: int = 0, **options) -> ConMIM:
         "projector_hidden_dim": 8,
         "projector_out_dim": 4,
     }
-    model = randomised(ConMIM(**{**SIZE, "input_size": 16, **form} | options), seed)
-    randomised(model.teacher, seed + 1)
+    model = randomized(ConMIM(**{**SIZE, "input_size": 16, **form} | options), seed)
+    randomized(model.teacher, seed + 1)
     return model
 
 
@@ -96,7 +96,7 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
 
 
@@ -209,7 +209,7 @@ def test_others_may_read_what_the_user_lets_them(tmp_path):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -287,7 +287,7 @@ def test_downloads_are_checked_against_the_hash_in_their_name(tmp_path, monkeypa
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Finding and pruning
 
 
@@ -452,7 +452,7 @@ def test_pruning_never_deletes_the_newest_valid_checkpoint(tmp_path):
     assert list_checkpoints(tmp_path) == [valid, damaged[-1]] and not oldest.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Resizing
 
 
@@ -500,8 +500,8 @@ def test_small_windows_are_resized_through_their_points():
     for src in (1, 2):
         table = torch.arange((2 * src - 1) ** 2 + 3.0).unsqueeze(1)
         resized = interpolate_rel_pos_bias(table, src, 4)
-        centre = (2 * src - 1) ** 2 // 2
-        assert resized.shape == (52, 1) and resized[24, 0] == pytest.approx(centre)
+        center = (2 * src - 1) ** 2 // 2
+        assert resized.shape == (52, 1) and resized[24, 0] == pytest.approx(center)
         assert torch.equal(resized[-3:], table[-3:])
 
 
@@ -523,7 +523,7 @@ def test_positions_are_resized_along_the_right_axes_and_the_class_row_stays():
         interpolate_pos_embed(source[:, :-1], 4, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading into a model
 
 
@@ -588,13 +588,13 @@ def test_model_key_chooses_the_weights():
 
 
 @pytest.mark.parametrize("wrap", ["bare", "model", "module", "ddp", "compiled", "both"])
-def test_published_wrappings_are_recognised(wrap):
+def test_published_wrappings_are_recognized(wrap):
     source = vit(rel_pos_bias="per_block", init_values=0.1)
     state = source.state_dict()
     state |= {"blocks.0.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.int64)}
     prefix = {"ddp": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod."}.get(wrap, "")
     state = {prefix + key: value for key, value in state.items()}
-    target = randomised(vit(rel_pos_bias="per_block", init_values=0.1), seed=5)
+    target = randomized(vit(rel_pos_bias="per_block", init_values=0.1), seed=5)
     report = load_pretrained(
         target, {wrap: state, "optimizer": {}} if wrap in ("model", "module") else state
     )
@@ -603,7 +603,7 @@ def test_published_wrappings_are_recognised(wrap):
 
 
 def test_model_prefix_selects_the_keys_under_it():
-    source, target = vit(), randomised(vit(), seed=5)
+    source, target = vit(), randomized(vit(), seed=5)
     state = {f"backbone.{k}": v for k, v in source.state_dict().items()} | {
         "neck.weight": torch.ones(1)
     }
@@ -662,7 +662,7 @@ def test_positions_that_the_model_has_no_place_for_are_dropped():
 
 def test_a_head_of_another_shape_stays_and_one_of_the_same_shape_is_loaded():
     source = vit(num_classes=7)
-    other, same = vit(num_classes=5), randomised(vit(num_classes=7), seed=5)
+    other, same = vit(num_classes=5), randomized(vit(num_classes=7), seed=5)
     report = load_pretrained(other, source.state_dict())
     assert report.ignored == report.missing == ["head.weight", "head.bias"]
     load_pretrained(same, source.state_dict())
@@ -672,7 +672,7 @@ def test_a_head_of_another_shape_stays_and_one_of_the_same_shape_is_loaded():
 def test_a_shape_that_no_rule_repairs_is_fatal_and_nothing_is_loaded():
     target = vit()
     before = {k: v.clone() for k, v in target.state_dict().items()}
-    state = randomised(vit(), seed=5).state_dict() | {
+    state = randomized(vit(), seed=5).state_dict() | {
         "blocks.1.mlp.fc1.weight": torch.zeros(32, 16)
     }
     with pytest.raises(
@@ -701,7 +701,7 @@ def test_under_ninety_percent_of_the_encoder_is_an_error_with_names_of_both_side
     assert load_pretrained(target, few).missing == ["blocks.0.gamma_1", "blocks.0.gamma_2"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Export to timm
 
 
@@ -772,7 +772,7 @@ def test_an_exported_plain_vit_is_timms_and_loads_back(tmp_path, k_bias, init_va
     )
 
     for back_k_bias in (False, True):  # without key biases nothing changes: softmax drops them
-        back = randomised(vit(**form | {"k_bias": back_k_bias}), seed=5)
+        back = randomized(vit(**form | {"k_bias": back_k_bias}), seed=5)
         report = load_pretrained(back, tmp_path / "encoder-3.safetensors")
         assert report.missing == [] and report.ignored == [] and report.matched == 1.0
         torch.testing.assert_close(

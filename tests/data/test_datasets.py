@@ -98,7 +98,7 @@ def equal(a, b):
     )
 
 
-# --- where the bytes come from ----------------------------------------------------------------------------------------
+# --- where the bytes come from --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -342,7 +342,7 @@ def test_missing_and_damaged_containers_are_named(tmp_path):
         map_source(tmp_path, "train")
 
 
-# --- folders and embedded sets ----------------------------------------------------------------------------------------
+# --- folders and embedded sets --------------------------------------------------------------------
 
 
 def test_class_folders(tmp_path):
@@ -441,7 +441,7 @@ def test_missing_data_is_named(tmp_path, data_set, path, message):
         )
 
 
-# --- broken images ----------------------------------------------------------------------------------------------------
+# --- broken images --------------------------------------------------------------------------------
 
 
 def break_file(root, kind):
@@ -560,7 +560,7 @@ def test_errors_of_the_transform_are_not_taken_for_broken_images(folder_root):
     assert len(dataset.bad) == 0
 
 
-# --- order, workers ---------------------------------------------------------------------------------------------------
+# --- order, workers -------------------------------------------------------------------------------
 
 
 def test_sample_generators_are_independent():
@@ -699,7 +699,7 @@ def test_fine_tuning_batches_do_not_depend_on_the_workers(zip_root):
     assert all(equal(a, b) for a, b in zip(*batches, strict=True))
 
 
-# --- scripts ----------------------------------------------------------------------------------------------------------
+# --- scripts --------------------------------------------------------------------------------------
 
 
 def test_packing_and_listing_make_a_data_set(folder_root, capsys):

@@ -15,7 +15,7 @@ from unimim.data.device_loader import (
     DeviceLoader,
     DeviceMasks,
     brightness,
-    colour_place_parts,
+    color_place_parts,
     contrast,
     crop_maps,
     decoded,
@@ -40,7 +40,7 @@ def draws(seed: int = 0):
 
 
 def pictures(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
-    """Smooth colours with some noise, uint8 [count, 3, height, width]."""
+    """Smooth colors with some noise, uint8 [count, 3, height, width]."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (count, 3, 4, 4))).float()
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
@@ -111,7 +111,7 @@ def test_every_method_gets_what_the_cpu_would_give_it(key, digits):
             assert (low, high) == expected[f"{name}_counts"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Crops
 
 
@@ -167,8 +167,8 @@ def test_maps_are_cropped_as_by_the_cpu():
         assert np.array_equal(found[number].numpy(), majority(points))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Colours and masks
+# --------------------------------------------------------------------------------------------------
+# Colors and masks
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_maps_are_cropped_as_by_the_cpu():
         (hue, -0.1, 2.0),
     ],
 )
-def test_colours_are_changed_as_by_pillow(change, factor, mean_error):
+def test_colors_are_changed_as_by_pillow(change, factor, mean_error):
     images = pictures(4)
     found = change(images.float(), torch.full((4, 1, 1, 1), factor))
     expected = np.stack([FAST_JITTER[change.__name__](image.numpy(), factor) for image in images])
@@ -196,8 +196,8 @@ def test_the_strong_view_changes_most_images_and_leaves_levels_in_range():
     assert found.min() >= -1e-3 and found.max() <= 255 + 1e-3
     changed = (found - images).abs().amax((1, 2, 3)) > 1
     assert 0.8 < changed.float().mean() < 1  # 1 - 0.2 * 0.8 * 0.9 * 0.8 = 0.885
-    grey = ((found - found.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 0.01).float().mean()
-    assert 0.12 < grey < 0.28
+    gray = ((found - found.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 0.01).float().mean()
+    assert 0.12 < gray < 0.28
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_masks_hide_every_patch_as_often_as_the_generator_does(kind, options):
         assert (cells.all(-1) == cells.any(-1)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parts and words
 
 
@@ -240,17 +240,17 @@ def test_too_few_patches_for_the_words_are_refused():
         kmeans_tokens(torch.randn(1, 3, 32, 32), (4, 4), 100, seed=0)
 
 
-def test_parts_of_an_image_are_its_colours():
+def test_parts_of_an_image_are_its_colors():
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     images[:, 0, :, 16:] = 255
     images[:, 2, :, :16] = 255
-    parts = colour_place_parts(images, (16, 16), 2)
+    parts = color_place_parts(images, (16, 16), 2)
     assert parts.shape == (2, 16, 16) and parts.dtype == torch.uint8
     assert len(parts[0, :, :8].unique()) == len(parts[0, :, 8:].unique()) == 1
     assert parts[0, 0, 0] != parts[0, 0, 15]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 

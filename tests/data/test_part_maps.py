@@ -201,7 +201,7 @@ def test_no_maps_at_all(tmp_path):
         PartMaps.open(tmp_path)
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def test_ranks_share_the_rows_and_go_on_after_a_stop(tmp_path):
@@ -247,7 +247,7 @@ def test_two_images_cannot_share_a_png(tmp_path):
     assert not (tmp_path / "x.zip").exists()
 
 
-# --- packed samples ---------------------------------------------------------------------------------------------------
+# --- packed samples -------------------------------------------------------------------------------
 
 
 def packed_table(image: np.ndarray, parts: np.ndarray, cells: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ PALETTE = np.array(
 def painted(
     rng: np.random.Generator, cells: tuple[int, int], pixels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A part map of blobs and the picture whose colours show it, `pixels` for each cell."""
+    """A part map of blobs and the picture whose colors show it, `pixels` for each cell."""
     parts = rng.integers(len(PALETTE), size=(cells[0] // 3 + 1, cells[1] // 3 + 1), dtype=np.uint8)
     parts = parts.repeat(3, 0).repeat(3, 1)[: cells[0], : cells[1]]
     return parts, PALETTE[parts].repeat(pixels, 0).repeat(pixels, 1)
@@ -39,7 +39,7 @@ def painted(
 
 @pytest.mark.parametrize("pipeline", ["fast", "reference"])
 def test_the_map_stays_on_the_picture(pipeline):
-    """Where a patch lies within one part, it shows that part's colour; checked after random crops
+    """Where a patch lies within one part, it shows that part's color; checked after random crops
     and flips."""
     rng = np.random.default_rng(0)
     transform = build_pretrain_transform(
@@ -55,8 +55,8 @@ def test_the_map_stays_on_the_picture(pipeline):
         sample = transform(picture, rng, {"part_ids": parts})
         assert sample["part_ids"].shape == (6, 8) and sample["part_ids"].dtype == torch.uint8
         patches = sample["image"].numpy().reshape(3, 6, 8, 8, 8).transpose(1, 3, 2, 4, 0)
-        colour = np.median(patches.reshape(6, 8, 64, 3), axis=2)
-        nearest = np.abs(colour[:, :, None] - PALETTE.astype(float)).sum(-1)
+        color = np.median(patches.reshape(6, 8, 64, 3), axis=2)
+        nearest = np.abs(color[:, :, None] - PALETTE.astype(float)).sum(-1)
         inside = nearest.min(-1) == 0
         assert (nearest.argmin(-1) == sample["part_ids"].numpy())[inside].all()
         checked += inside.sum()
@@ -141,7 +141,7 @@ def test_random_parts_are_an_images_own():
     assert parts.read(7).dtype == np.uint8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs and flags
 
 

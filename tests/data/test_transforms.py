@@ -17,10 +17,10 @@ from masking_generator import as_pair, build_mask_generator
 from unimim.data.color import (
     JITTER_RANGES,
     REFERENCE_JITTER,
-    ColourDraws,
-    draw_colour,
-    fast_colour,
-    reference_colour,
+    ColorDraws,
+    draw_color,
+    fast_color,
+    reference_color,
 )
 from unimim.data.crops import INTERPOLATIONS, PILLOW_FILTERS, draw_crop
 from unimim.data.jpeg import (
@@ -39,7 +39,7 @@ from unimim.data.views import (
     draw_view,
 )
 
-NO_COLOUR = ColourDraws(jitter=(), grey=False, blur_radius=None, solarise=False)
+NO_COLOR = ColorDraws(jitter=(), gray=False, blur_radius=None, solarize=False)
 
 
 def photo(seed, height=375, width=500):
@@ -65,17 +65,17 @@ def levels_apart(a, b):
     return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 PICTURE = Image.fromarray(photo(1, 40, 60))
 ENCODED = {
     "jpeg 4:2:0": encode(PICTURE),
     "jpeg 4:4:4": encode(PICTURE, subsampling=0),
     "progressive jpeg": encode(PICTURE, progressive=True),
-    "grey jpeg": encode(PICTURE.convert("L")),
+    "gray jpeg": encode(PICTURE.convert("L")),
     "cmyk jpeg": encode(PICTURE.convert("CMYK")),
     "png": encode(PICTURE, "PNG"),
-    "grey png": encode(PICTURE.convert("L"), "PNG"),
+    "gray png": encode(PICTURE.convert("L"), "PNG"),
     "palette png": encode(PICTURE.quantize(16), "PNG"),
     "png with alpha": encode(PICTURE.convert("RGBA"), "PNG"),
     "bilevel png": encode(PICTURE.convert("1"), "PNG"),
@@ -92,21 +92,21 @@ def test_decode_equals_pillow(kind):
         assert (picture == expected).all()
 
 
-COLOURS = np.random.default_rng(0).integers(
+COLORS = np.random.default_rng(0).integers(
     0, 256, (67, 45, 3), dtype=np.uint8
 )  # nothing in common from row to row
 SEQUENTIAL = {
     **{
-        name: simplejpeg.encode_jpeg(COLOURS, colorsubsampling=name)
+        name: simplejpeg.encode_jpeg(COLORS, colorsubsampling=name)
         for name in ("444", "422", "420", "440", "411")
     },
-    "grey": encode(Image.fromarray(COLOURS).convert("L")),
-    "restart markers": encode(Image.fromarray(COLOURS), restart_marker_rows=1),
-    "a few bytes after the end": simplejpeg.encode_jpeg(COLOURS) + bytes(20),
+    "gray": encode(Image.fromarray(COLORS).convert("L")),
+    "restart markers": encode(Image.fromarray(COLORS), restart_marker_rows=1),
+    "a few bytes after the end": simplejpeg.encode_jpeg(COLORS) + bytes(20),
     "an end inside, of a thumbnail": encode(
-        Image.fromarray(COLOURS), comment=b"\xff\xd9\xff\xc2 thumbnail"
+        Image.fromarray(COLORS), comment=b"\xff\xd9\xff\xc2 thumbnail"
     ),
-    "filling before a segment": simplejpeg.encode_jpeg(COLOURS).replace(
+    "filling before a segment": simplejpeg.encode_jpeg(COLORS).replace(
         b"\xff\xc0", b"\xff\xff\xff\xc0", 1
     ),
 }
@@ -136,7 +136,7 @@ def test_only_whole_sequential_jpegs_are_decoded_in_part():
         SEQUENTIAL["420"][:-400],
         SEQUENTIAL["420"] + bytes(200),
         b"\xff\xd8\xff\xd9",
-        COLOURS.tobytes(),
+        COLORS.tobytes(),
     ]
     for raw in (ENCODED["progressive jpeg"], ENCODED["cmyk jpeg"], ENCODED["png"], *not_whole):
         assert cuttable_height(raw) is None
@@ -173,7 +173,7 @@ def test_broken_bytes_are_reported_as_such(raw):
             decoder(raw)
 
 
-# --- draws ------------------------------------------------------------------------------------------------------------
+# --- draws ----------------------------------------------------------------------------------------
 
 
 def test_draws_have_the_published_distribution():
@@ -189,17 +189,17 @@ def test_draws_have_the_published_distribution():
     )  # a quarter of (0.08, 1), a little more as wide ones do not fit
     for name, share, expected in (
         ("flip", np.mean([draws.flip for draws in found]), 0.5),
-        ("jitter", np.mean([len(draws.colour.jitter) == 4 for draws in found]), 0.8),
-        ("grey", np.mean([draws.colour.grey for draws in found]), 0.2),
-        ("blur", np.mean([draws.colour.blur_radius is not None for draws in found]), 0.1),
-        ("solarise", np.mean([draws.colour.solarise for draws in found]), 0.2),
+        ("jitter", np.mean([len(draws.color.jitter) == 4 for draws in found]), 0.8),
+        ("gray", np.mean([draws.color.gray for draws in found]), 0.2),
+        ("blur", np.mean([draws.color.blur_radius is not None for draws in found]), 0.1),
+        ("solarize", np.mean([draws.color.solarize for draws in found]), 0.2),
     ):
         assert abs(share - expected) < 0.03, name
 
 
 def test_jitter_steps_come_in_every_order_with_factors_in_range():
     rng = np.random.default_rng(0)
-    steps = [draws.jitter for draws in (draw_colour(rng) for _ in range(1500)) if draws.jitter]
+    steps = [draws.jitter for draws in (draw_color(rng) for _ in range(1500)) if draws.jitter]
     assert len({tuple(name for name, _ in jitter) for jitter in steps}) == 24
     for name, (low, high) in JITTER_RANGES.items():
         factors = [dict(jitter)[name] for jitter in steps]
@@ -224,7 +224,7 @@ def test_boxes_stay_inside_and_reach_the_edges():
     assert (boxes[:, 0] + boxes[:, 2]).max() == 30 and (boxes[:, 1] + boxes[:, 3]).max() == 40
 
 
-# --- the two pipelines ------------------------------------------------------------------------------------------------
+# --- the two pipelines ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
@@ -270,19 +270,19 @@ def test_weak_views_agree_at_full_size():
         *[({"jitter": (("contrast", factor),)}, 1) for factor in (0.6, 1.4)],
         *[({"jitter": (("saturation", factor),)}, 1) for factor in (0.8, 1.2)],
         *[({"jitter": (("hue", shift),)}, 1) for shift in (-0.1, -0.003, 0.0, 0.05, 0.1)],
-        ({"grey": True}, 0),
+        ({"gray": True}, 0),
         *[({"blur_radius": radius}, 3) for radius in (0.12, 0.9, 2.0)],
-        ({"solarise": True}, 0),
+        ({"solarize": True}, 0),
     ],
 )
-def test_colour_operations_agree_with_pillow(change, most):
-    draws = ColourDraws(**(vars(NO_COLOUR) | change))
+def test_color_operations_agree_with_pillow(change, most):
+    draws = ColorDraws(**(vars(NO_COLOR) | change))
     rng = np.random.default_rng(0)
     anything = rng.integers(0, 256, (120, 130, 3), dtype=np.uint8)
     for picture in (photo(3, 90, 120), anything):
         before = np.ascontiguousarray(picture.transpose(2, 0, 1))
-        fast = fast_colour(before.copy(), draws)
-        expected = np.asarray(reference_colour(Image.fromarray(picture), draws)).transpose(2, 0, 1)
+        fast = fast_color(before.copy(), draws)
+        expected = np.asarray(reference_color(Image.fromarray(picture), draws)).transpose(2, 0, 1)
         assert levels_apart(fast, expected).max() <= most
         if change not in ({"jitter": (("hue", 0.0),)}, {"blur_radius": 0.12}):
             assert levels_apart(fast, before).mean() > 0.3  # it does something
@@ -314,7 +314,7 @@ def test_both_views_are_the_same_crop():
             np.random.default_rng(seed), (90, 120), (0.08, 1.0), "bicubic", strong=True
         )
         sample = transform(picture, np.random.default_rng(seed))
-        if draws.colour == NO_COLOUR:
+        if draws.color == NO_COLOR:
             untouched += 1
             assert torch.equal(sample["image"], sample["image_strong"])
     assert untouched >= 3
@@ -387,10 +387,10 @@ def test_views_without_jitter_are_drawn_as_before():
     also = draw_view(
         np.random.default_rng(0), (90, 120), (0.08, 1.0), "bicubic", strong=True, second="bilinear"
     )
-    assert (plain.flip, plain.box, plain.colour, plain.jitter) == (
+    assert (plain.flip, plain.box, plain.color, plain.jitter) == (
         also.flip,
         also.box,
-        also.colour,
+        also.color,
         (),
     )
 
@@ -440,7 +440,7 @@ def test_unknown_words_are_refused(options, message):
         build_pretrain_transform(("image",), input_size=32, **options)
 
 
-# --- fine-tuning ------------------------------------------------------------------------------------------------------
+# --- fine-tuning ----------------------------------------------------------------------------------
 
 
 def arguments(**changes):

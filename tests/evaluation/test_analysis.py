@@ -65,7 +65,7 @@ def images(size: int, count: int = 2) -> Tensor:
     return torch.linspace(-2, 2, count * 3 * size**2).view(count, 3, size, size).sin()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers
 
 
@@ -139,7 +139,7 @@ def test_a_decoder_is_no_layer_of_the_encoder():
     assert names == ["embedding", "blocks.0.attn", "blocks.0", "blocks.1.attn", "blocks.1"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fourier
 
 
@@ -181,7 +181,7 @@ def test_variance_is_over_places_and_of_one_place_none():
     assert fourier.spatial_variance(maps[..., :1, :1]) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Interaction
 
 
@@ -265,7 +265,7 @@ def test_ratios_of_one_order_are_computed_once():
     assert sum(row.share for row in rows) == pytest.approx(13)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CKA
 
 
@@ -295,7 +295,7 @@ def test_minibatches_estimate_the_same_hsic():
     assert sum(mixed) / len(mixed) == pytest.approx(0, abs=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention distance
 
 
@@ -361,7 +361,7 @@ def test_attention_is_what_the_network_uses():
         torch.testing.assert_close(attention, vit.attention_maps(images(16), layer))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Effective rank
 
 
@@ -377,7 +377,7 @@ def test_rank_of_known_spectra():
 
 
 def test_rank_of_features_with_a_known_spectrum_in_parts():
-    """Three centred orthogonal directions of equal length among eight channels, far from the
+    """Three centerd orthogonal directions of equal length among eight channels, far from the
     origin."""
     torch.manual_seed(0)
     directions = torch.linalg.qr(torch.randn(8, 3).double()).Q
@@ -392,7 +392,7 @@ def test_rank_of_features_with_a_known_spectrum_in_parts():
     assert effective_rank.effective_rank(moments.spectrum()) == pytest.approx(3, rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands
 
 

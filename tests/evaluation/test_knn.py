@@ -39,7 +39,7 @@ def tied_features(count: int, classes: int, seed: int) -> Features:
 def brute_force(
     bank: Features, queries: Features, k: int, temperature: float, classes: int
 ) -> Accuracy:
-    """Query by query: neighbours by (similarity, lower index), classes by (votes, lower class),
+    """Query by query: neighbors by (similarity, lower index), classes by (votes, lower class),
     none without votes."""
     firsts = []
     for query, label in zip(queries.vectors, queries.labels.tolist(), strict=True):
@@ -47,9 +47,9 @@ def brute_force(
             math.fsum((a * b for a, b in zip(query.tolist(), row, strict=True)))
             for row in bank.vectors.tolist()
         ]
-        neighbours = sorted(range(len(bank)), key=lambda i: (-similarity[i], i))[:k]
+        neighbors = sorted(range(len(bank)), key=lambda i: (-similarity[i], i))[:k]
         votes = dict.fromkeys(range(classes), 0.0)
-        for i in neighbours:
+        for i in neighbors:
             votes[int(bank.labels[i])] += math.exp(similarity[i] / temperature)
         order = sorted((c for c in votes if votes[c] > 0), key=lambda c: (-votes[c], c))
         firsts.append(order.index(label) if label in order else classes + 5)
@@ -64,7 +64,7 @@ def close(ours: list[Accuracy], theirs: list[Accuracy]) -> bool:
     return [vars(a) for a in ours] == [pytest.approx(vars(b), rel=1e-12) for b in theirs]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The vote
 
 
@@ -98,7 +98,7 @@ def test_a_low_temperature_is_the_nearest_neighbour():
 
 
 def test_a_class_without_votes_is_no_guess():
-    """With one neighbour there is one guess, so top-5 is top-1."""
+    """With one neighbor there is one guess, so top-5 is top-1."""
     bank, queries = tied_features(30, 10, seed=4), tied_features(30, 10, seed=5)
     (found,) = evaluate_knn(bank, queries, [1], [0.07], 10)
     assert found.acc5 == found.acc1 < 100
@@ -118,12 +118,12 @@ def test_ranks_answer_each_query_once():
         assert part[0].acc1 * size == pytest.approx(share[0].acc1 * len(queries))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Features
 
 
 def classifier_file(path: Path, pool: str, **more) -> str:
-    """A classifier whose norms, like everything else, are not as initialised."""
+    """A classifier whose norms, like everything else, are not as initialized."""
     torch.manual_seed(3)
     options = {"input_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
     vit = create_model("vit_tiny_patch16_224", **options, global_pool=pool, num_classes=0)
@@ -134,7 +134,7 @@ def classifier_file(path: Path, pool: str, **more) -> str:
 
 
 def features_by_hand(file: str, pool: str, norm: str | None) -> torch.Tensor:
-    """Of three images: tokens of the last block, normalised (with which norm, before or after
+    """Of three images: tokens of the last block, normalized (with which norm, before or after
     pooling) and pooled."""
     state = torch.load(file)["model"]
     vit = build_backbone(parse("--finetune", file)).vit
@@ -230,7 +230,7 @@ def test_broken_images_have_no_features(tmp_path):
     torch.testing.assert_close(features.vectors, expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
 
 

@@ -69,7 +69,7 @@ def shown(path: str, *flags: str, images: int = 1) -> dict[str, list[np.ndarray]
     return {title: pictures[column :: len(titles)] for column, title in enumerate(titles)}
 
 
-def normalised(picture: np.ndarray) -> Tensor:
+def normalized(picture: np.ndarray) -> Tensor:
     mean_std = visualize.MEAN_STD["imagenet"]
     return visualize.Normalize(mean_std, torch.device("cpu"))({"image": as_image(picture)})["image"]
 
@@ -78,7 +78,7 @@ def as_image(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -117,7 +117,7 @@ def test_every_vit_at_another_image_size(tmp_path, name):
             torch.testing.assert_close(larger.pos_embed, expected)
         assert larger.pos_embed.shape == expected.shape
     for image, found in zip(columns["image"], columns["layer 1: patch 35"], strict=True):
-        attention = larger.attention_maps(normalised(image), 1)[0]
+        attention = larger.attention_maps(normalized(image), 1)[0]
         expected = attention[:, -1, model.num_prefix_tokens :].mean(0).view(6, 6).numpy()
         np.testing.assert_allclose(found, expected, atol=1e-6)
         assert 0 < found.sum() < 1, "what goes to class tokens is dropped"
@@ -127,7 +127,7 @@ def test_class_tokens_heads_and_means(tmp_path):
     model, path = saved(tmp_path, "semanticmim_maskfeat_tiny_patch16_224")
     columns = shown(path)
     assert list(columns) == ["image", "class 0", "class 1", "class 2"]
-    heads = model.attention_maps(normalised(columns["image"][0]))[0, :, :, 3:]  # [h, T, N]
+    heads = model.attention_maps(normalized(columns["image"][0]))[0, :, :, 3:]  # [h, T, N]
     classes = heads[:, :3].mean(0)
     for number in range(3):
         np.testing.assert_allclose(
@@ -177,7 +177,7 @@ def test_queries_are_marked_in_their_map_and_in_the_image(tmp_path):
     ]
 
 
-def test_colours_of_negative_values_start_at_the_smallest():
+def test_colors_of_negative_values_start_at_the_smallest():
     figure = visualize.draw_grid([[np.array([[-1.0, 2.0]]), np.array([[1.0, 2.0]])]], ["a", "b"])
     assert [axis.images[0].get_clim() for axis in figure.axes] == [(-1.0, 2.0), (0.0, 2.0)]
 
@@ -194,7 +194,7 @@ def test_looks_that_cannot_be_are_refused(tmp_path):
             shown(path, *flags)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Agreement with objects
 
 

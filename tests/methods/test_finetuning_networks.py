@@ -63,7 +63,7 @@ def encoder_of(name: str, **options) -> dict[str, Tensor]:
     return method.encoder_state_dict()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights and layers
 
 
@@ -100,9 +100,9 @@ def test_tables_of_a_swin_are_resized_to_its_windows():
         expected = interpolate_rel_pos_bias(encoder[key], 3, 5, num_extra=0)
         assert expected.shape == (81, encoder[key].shape[1])
         assert torch.equal(model.state_dict()[key], expected)
-        centre = encoder[key].shape[0] // 2
+        center = encoder[key].shape[0] // 2
         torch.testing.assert_close(
-            expected[40], encoder[key][centre]
+            expected[40], encoder[key][center]
         )  # equal positions have no offset
 
 
@@ -194,7 +194,7 @@ def test_models_know_their_size():
     assert args.input_size == 96
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -305,7 +305,7 @@ def test_a_resnet_is_trained_small_and_evaluated_large(tmp_path):
     assert run.loader.dataset[0, 0]["image"].shape[-2:] == (64, 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Probing
 
 
@@ -315,7 +315,7 @@ def probe_args(path, **changes) -> Namespace:
 
 
 def test_a_frozen_network_keeps_its_statistics(tmp_path):
-    """The published probe leaves batch normalisation in train mode; features are the mean of the
+    """The published probe leaves batch normalization in train mode; features are the mean of the
     last map."""
     save_encoder(tmp_path / "encoder.safetensors", encoder_of("resnet18"), {"format": "timm"})
     backbone = build_backbone(probe_args(tmp_path / "encoder.safetensors"))

@@ -34,8 +34,8 @@ def test_block_masks_are_made_of_rectangles():
     else:
         pytest.fail("no single rectangle in 200 masks")
     clustered = draws(BlockwiseMask((14, 14), 75, 16), 300)
-    neighbours = (clustered[:, :, 1:] & clustered[:, :, :-1]).sum() / clustered[:, :, 1:].sum()
-    assert neighbours > 0.75  # scattered patches would give 75 / 196 = 0.38
+    neighbors = (clustered[:, :, 1:] & clustered[:, :, :-1]).sum() / clustered[:, :, 1:].sum()
+    assert neighbors > 0.75  # scattered patches would give 75 / 196 = 0.38
 
 
 def test_block_covers_the_grid_evenly_at_mirrored_places():

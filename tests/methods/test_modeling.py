@@ -36,16 +36,16 @@ def classifier(**options) -> nn.Module:
     model = create_model(
         "beit_tiny_patch16_224", **{**SIZE, "num_classes": 5, "init_scale": 1.0, **options}
     )
-    return randomised(model)
+    return randomized(model)
 
 
 def conmim(**options) -> ConMIM:
     torch.manual_seed(0)
     sizes = {**SIZE, "projector_hidden_dim": 32, "projector_out_dim": 16}
-    return randomised(create_model("conmim_tiny_patch16_224", **{**sizes, **options}))
+    return randomized(create_model("conmim_tiny_patch16_224", **{**sizes, **options}))
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Biases and tables that start at zero would hide mistakes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def assert_close(ours: dict, theirs: dict, atol: float) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -113,7 +113,7 @@ def test_flex_attention_under_a_bias(monkeypatch):
     CPUs, where its formulas are the same and only the kernel lacks."""
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *args: None)
     torch.manual_seed(0)
-    attention = randomised(
+    attention = randomized(
         Attention(32, 2, qkv_bias=True, k_bias=False, attn_drop=0, proj_drop=0, grid=GRID)
     )
     q, k, v = attention.project(torch.randn(3, 25, 32))
@@ -150,7 +150,7 @@ def test_where_flex_attention_is_taken():
 
 def test_attention_is_the_softmax_form():
     torch.manual_seed(0)
-    attention = randomised(
+    attention = randomized(
         Attention(8, 2, qkv_bias=True, k_bias=False, attn_drop=0, proj_drop=0, grid=(2, 2))
     )
     x = torch.randn(1, 5, 8)
@@ -213,7 +213,7 @@ def test_attention_maps(layer):
     torch.testing.assert_close(maps, seen[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The same numbers in other ways
 
 
@@ -441,7 +441,7 @@ def test_wrong_image_size_is_refused():
         classifier()(images().transpose(2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Published sizes (specs/conmim.md 1.2, 1.3)
 
 
@@ -479,7 +479,7 @@ def test_published_classifier_sizes(on_meta, size, total):
     assert parameters(create_model(f"beit_{size}_patch16_224")) == total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ConMIM
 
 
@@ -583,7 +583,7 @@ def test_teacher_has_no_dropout_but_batch_statistics():
     plain = conmim().teacher
     plain.load_state_dict(model.teacher.state_dict())
     torch.testing.assert_close(plain.project(images(), None), features[0])
-    # every image is normalised with the others: not what running statistics would do
+    # every image is normalized with the others: not what running statistics would do
     alone = copy.deepcopy(model.teacher).project(images()[:1], None)
     assert (alone - features[0][:1]).abs().max() > 0.01
 

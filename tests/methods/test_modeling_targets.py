@@ -202,7 +202,7 @@ def test_precision(tmp_path):
         assert 1e-3 < (found[precision] - exact).abs().max() < 0.2
 
 
-def test_images_in_the_teachers_own_normalisation(tmp_path):
+def test_images_in_the_teachers_own_normalization(tmp_path):
     torch.save(timm_clip().state_dict(), tmp_path / "weights.pth")
     raw = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     ours, own = (

@@ -82,7 +82,7 @@ def draws_for(kind: str, grid: tuple[int, int], count: int = 4) -> dict[str, Ten
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Orders
 
 
@@ -96,7 +96,7 @@ def test_fixed_orders(grid):
     assert patch_order("zigzag", grid).flatten().tolist() == list(range(math.prod(grid)))
     walk = places(patch_order("raster", grid)[0], grid)
     assert (np.abs(np.diff(walk, axis=0)).sum(1) == 1).all(), (
-        "each patch is a neighbour of the one before"
+        "each patch is a neighbor of the one before"
     )
     assert walk[0].tolist() == [0, 0] and (np.diff(walk[:, 0]) >= 0).all()
 
@@ -206,7 +206,7 @@ def test_the_class_token_sees_itself_and_is_seen():
     assert query == [[1, 0, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0], [1, 0, 1, 0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two forms, one method
 
 
@@ -341,7 +341,7 @@ def test_tied_patches_do_not_predict_one_another_under_masks(options):
     assert torch.equal(predictions(model, images, order), predictions(model, changed, order))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The map
 
 
@@ -405,7 +405,7 @@ def test_features_that_are_predicted():
     assert small(predict_feature="clip", out_dim=20, permutation_type="raster").noise_size == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -463,7 +463,7 @@ def test_pictured_orders_are_those_of_the_method(attention_type):
         assert torch.equal(places.sort(1).values, torch.arange(1, 25).expand(3, -1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Draws, average, sizes, start
 
 

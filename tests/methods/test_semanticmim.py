@@ -10,7 +10,14 @@ from helpers import METHODS, TOKENIZER, arguments
 from torch import Tensor, nn
 
 from modeling_finetune import create_model, list_models
-from modeling_pretrain import BEiT, MaskFeat, SemanticBEiT, SemanticMIM, WordHead, WordLoss
+from modeling_pretrain import (
+    BEiT,
+    MaskFeat,
+    SemanticBEiT,
+    SemanticMIM,
+    VisualTokenHead,
+    VisualTokenLoss,
+)
 from optim_factory import param_groups
 from scripts.benchmarks.benchmark import LivingBytes
 from scripts.benchmarks.published import make_straightforward
@@ -92,7 +99,7 @@ def mask_tokens(model: SemanticMIM, batch: dict[str, Tensor], classes: list[Tens
     return tokens, seen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The bottleneck
 
 
@@ -174,7 +181,7 @@ def test_drop_path_and_checkpointing(form):
     assert torch.equal(*losses)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Masks
 
 
@@ -241,15 +248,15 @@ def test_counts_come_from_the_host():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Losses
 
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_word_loss_is_the_cross_entropy(monkeypatch, counted):
-    monkeypatch.setattr(WordLoss, "rows", 5)
+    monkeypatch.setattr(VisualTokenLoss, "rows", 5)
     torch.manual_seed(0)
-    head, words = WordHead(16, 30), torch.randint(0, 30, (3, 7))
+    head, words = VisualTokenHead(16, 30), torch.randint(0, 30, (3, 7))
     tokens = torch.randn(3, 7, 16, requires_grad=True)
     counts = torch.rand(3, 7) < 0.6 if counted else None
     rows = torch.ones(3, 7, dtype=torch.bool) if counts is None else counts
@@ -267,9 +274,9 @@ def test_word_loss_is_the_cross_entropy(monkeypatch, counted):
 
 
 def test_word_loss_never_holds_all_logits(monkeypatch):
-    monkeypatch.setattr(WordLoss, "rows", 32)
+    monkeypatch.setattr(VisualTokenLoss, "rows", 32)
     rows, words = 1024, 2048
-    head = WordHead(8, words)
+    head = VisualTokenHead(8, words)
     tokens = torch.randn(1, rows, 8, requires_grad=True)
     targets = torch.randint(0, words, (1, rows))
     with LivingBytes() as chunked:
@@ -283,7 +290,7 @@ def test_word_loss_never_holds_all_logits(monkeypatch):
 
 def test_word_loss_in_half_precision():
     torch.manual_seed(0)
-    head, tokens = WordHead(64, 256), torch.randn(2, 50, 64, requires_grad=True)
+    head, tokens = VisualTokenHead(64, 256), torch.randn(2, 50, 64, requires_grad=True)
     words = torch.randint(0, 256, (2, 50))
     head(tokens, words)[0].backward()
     exact = head.weight.grad.clone()
@@ -311,7 +318,7 @@ def test_beits_last_block_computes_masked_patches_only():
     assert torch.equal(model(batch | {"max_masked": 9})["loss"], out["loss"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Work
 
 
@@ -343,7 +350,7 @@ def test_the_plain_form_computes_the_same(form, use_bottleneck):
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Start, groups, construction
 
 

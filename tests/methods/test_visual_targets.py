@@ -28,7 +28,7 @@ def pictures(count: int = 2, height: int = 32, width: int = 32) -> Tensor:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # HOG
 
 
@@ -42,7 +42,7 @@ def test_hog_is_what_its_definition_says(nbins, pool, window):
     torch.testing.assert_close(hog.histograms(images).double(), expected, rtol=1e-5, atol=1e-6)
     side, target = 8 // pool, hog(images)
     assert target.shape == (3, 24, hog.width) and hog.width == 3 * nbins * side**2
-    for cell in (0, 7, 23):  # the layout of a patch: colour, bin, cell row, cell column
+    for cell in (0, 7, 23):  # the layout of a patch: color, bin, cell row, cell column
         row, column = divmod(cell, 6)
         inside = expected[
             :, :, :, row * side : (row + 1) * side, column * side : (column + 1) * side
@@ -52,13 +52,13 @@ def test_hog_is_what_its_definition_says(nbins, pool, window):
         )
 
 
-def test_hog_of_raw_and_of_normalised_images():
+def test_hog_of_raw_and_of_normalized_images():
     """The same, but where the horizontal gradient is 0: there rounding decides between the first
     and the last bin."""
     images = pictures(2, 64, 64)
     hog = HOG((4, 4), (16, 16))
-    raw, normalised = hog.histograms(images), hog.histograms((images / 255 - MEAN) / STD)
-    same = (raw - normalised).abs().amax(2) < 1e-3
+    raw, normalized = hog.histograms(images), hog.histograms((images / 255 - MEAN) / STD)
+    same = (raw - normalized).abs().amax(2) < 1e-3
     padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
     across = padded[..., :-2] - padded[..., 2:]
     vertical = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :] == 0
@@ -94,7 +94,7 @@ def test_what_hog_refuses():
         HOG((4, 4), (16, 16), window=24)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -108,9 +108,9 @@ def encoder(seed: int = 0, **sizes) -> DalleEncoder:
 
 
 def blocks() -> Tensor:
-    """Eight pixels of one colour each, which give different tokens."""
-    colours = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=generator())
-    return colours.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    """Eight pixels of one color each, which give different tokens."""
+    colors = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=generator())
+    return colors.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
 def published(made: DalleEncoder) -> dict[str, Tensor]:

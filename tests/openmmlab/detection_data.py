@@ -9,12 +9,12 @@ from PIL import Image
 from detection.check_coco import CATEGORY_IDS
 
 HEIGHT, WIDTH = 96, 128
-COLOURS = ((200, 40, 40), (40, 60, 210))  # of the categories 1 (person) and 18 (dog)
+COLORS = ((200, 40, 40), (40, 60, 210))  # of the categories 1 (person) and 18 (dog)
 CATEGORIES = (1, 18)
 
 
 def write_coco(root: Path, train: int = 8, val: int = 4) -> Path:
-    """Pictures of two coloured squares on grey noise, with outlines: annotations/, train2017/,
+    """Pictures of two colored squares on gray noise, with outlines: annotations/, train2017/,
     val2017/ in `root`."""
     from mmdet.datasets import CocoDataset
 
@@ -50,7 +50,7 @@ def scene(
         side = int(rng.integers(24, 44))
         x = int(half * WIDTH // 2 + rng.integers(0, WIDTH // 2 - side))
         y = int(rng.integers(0, HEIGHT - side))
-        picture[y : y + side, x : x + side] = COLOURS[kind]
+        picture[y : y + side, x : x + side] = COLORS[kind]
         boxes.append((int(kind), (x, y, side, side)))
     return picture, boxes
 

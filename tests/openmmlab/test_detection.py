@@ -79,7 +79,7 @@ def drawn(model: nn.Module, std: float = 0.1) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MIMDet
 
 
@@ -217,7 +217,7 @@ def test_bad_options_of_mimdet_are_named(wrong):
         MIMDet("tiny", **MIMDET | wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables without a class token
 
 
@@ -240,7 +240,7 @@ def test_the_bias_between_cells_is_that_of_the_map_and_far_offsets_are_the_farth
     assert torch.equal(whole[:, last, 0], table[row])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The windowed ViT
 
 
@@ -302,7 +302,7 @@ def test_tables_of_the_windowed_ViT_have_the_published_sizes_and_positions_say_w
         WindowViT("tiny", **WINDOWS | {"window": 3})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
 
 
@@ -523,7 +523,7 @@ def test_both_parts_of_C4_start_from_one_file(tmp_path):
     assert found.shape == (1, 2048, 7, 7) and head.norm.num_features == 2048
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rates
 
 
@@ -558,7 +558,7 @@ def test_rates_of_mimdets_parts_are_the_published_ones():
         prefix_groups(model, 1.0, 0.0, {"backbone.": 1.0})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configurations
 
 
@@ -592,7 +592,7 @@ def dicts_in(value):
 
 
 def tiny_detector() -> nn.Module:
-    """MIMDet with small heads, batch norms in place of synchronised ones."""
+    """MIMDet with small heads, batch norms in place of synchronized ones."""
     return revert_sync_batchnorm(MODELS.build(Config.fromfile(TINY_CONFIG).model))
 
 
@@ -681,7 +681,7 @@ def test_the_roi_extractor_reads_maps_in_any_memory_order():
     assert torch.equal(found, expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # COCO's layout
 
 
@@ -726,7 +726,7 @@ def test_the_check_names_everything_that_is_wrong(tmp_path, capsys):
     assert check_coco.main([str(tmp_path)]) == 1 and "does not exist" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
 
 

@@ -78,7 +78,7 @@ def run_here(folder: Path, root: Path, *flags: str) -> voc.Result:
         return voc.main(parse(root, folder, *flags))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The metric
 
 
@@ -91,7 +91,7 @@ def test_iou_by_hand():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -128,7 +128,7 @@ def test_palette_indices_are_the_classes(tmp_path):
     with pytest.raises(ValueError, match=r"a\.png has class 20: --nb_classes 20 is too few"):
         voc.read_mask(tmp_path / "a.png", 20)
     picture.convert("RGB").save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png is no palette or grey image, but of mode RGB"):
+    with pytest.raises(ValueError, match=r"b\.png is no palette or gray image, but of mode RGB"):
         voc.read_mask(tmp_path / "b.png", 21)
 
 
@@ -152,7 +152,7 @@ def test_mask_and_image_are_cut_alike():
     assert np.array_equal(
         view["labels"], np.repeat(np.repeat(np.arange(20).reshape(4, 5), 8, 0), 8, 1)
     )
-    draws = ViewDraws(flip=True, box=(16, 0, 32, 32), interpolation="bilinear", colour=None)
+    draws = ViewDraws(flip=True, box=(16, 0, 32, 32), interpolation="bilinear", color=None)
     assert voc.crop_labels(mask, draws, (2, 2)).tolist() == [[9, 8], [14, 13]]
 
 
@@ -170,7 +170,7 @@ def test_crops_keep_most_of_the_picture():
         assert 33 <= view["labels"].min() <= 35 and 164 <= view["labels"].max() <= 167
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -274,7 +274,7 @@ def test_published_settings(root):
     assert head.weight.std().item() == pytest.approx(0.01, rel=0.03) and not head.bias.any()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
 
 
@@ -326,10 +326,10 @@ def test_a_run_by_hand_and_its_resume(root, tmp_path):
     assert run_here(tmp_path / "e", root, *flags, "--eval", "--resume", saved).miou == result.miou
 
 
-def write_coloured(root: Path) -> Path:
-    """VOC's layout with 32 + 8 images [48, 64] of rectangles whose class is their colour, JPEG as
+def write_colored(root: Path) -> Path:
+    """VOC's layout with 32 + 8 images [48, 64] of rectangles whose class is their color, JPEG as
     in VOC."""
-    rng, colours = (
+    rng, colors = (
         np.random.default_rng(0),
         np.array([[40, 40, 40], [220, 40, 40], [40, 60, 220]], np.uint8),
     )
@@ -343,14 +343,14 @@ def write_coloured(root: Path) -> Path:
             for number in (1, 2):
                 top, left = rng.integers(0, 28), rng.integers(0, 44)
                 mask[top : top + 20, left : left + 20] = number
-            Image.fromarray(colours[mask]).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
+            Image.fromarray(colors[mask]).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
             Image.fromarray(mask).save(root / "SegmentationClass" / f"{name}.png")
     return root
 
 
-def test_classes_that_are_colours_are_learned(tmp_path):
+def test_classes_that_are_colors_are_learned(tmp_path):
     """Even on random weights, 77 is seen: rectangles end within patches. Flipped apart, 66."""
-    root = write_coloured(tmp_path / "VOC2012")
+    root = write_colored(tmp_path / "VOC2012")
     flags = (
         "--nb_classes",
         "3",
@@ -416,7 +416,7 @@ def test_it_runs_from_the_command_line(root, tmp_path):
     assert done.returncode == 0 and "best mIoU" in done.stdout, done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 

@@ -12,7 +12,7 @@ TRAIN, VAL = (64, 64), (80, 96)
 
 
 def write_images(root: Path, train: int = 8, val: int = 4) -> Path:
-    """Two coloured rectangles on grey, as classes 3 and 150, in ADE20K's folders."""
+    """Two colored rectangles on gray, as classes 3 and 150, in ADE20K's folders."""
     rng = np.random.default_rng(0)
     for split, count, size in (("training", train, TRAIN), ("validation", val, VAL)):
         folders = [root / kind / split for kind in ("images", "annotations")]
@@ -31,10 +31,10 @@ def scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, 
         0, 20, (*size, 3), dtype=np.uint8
     )
     labels = np.zeros(size, dtype=np.uint8)
-    for label, colour in ((3, (220, 40, 40)), (150, (40, 40, 220))):
+    for label, color in ((3, (220, 40, 40)), (150, (40, 40, 220))):
         top, left = (int(rng.integers(0, side // 2)) for side in size)
         box = np.s_[top : top + size[0] // 2, left : left + size[1] // 2]
-        image[box], labels[box] = colour, label
+        image[box], labels[box] = color, label
     return image, labels
 
 

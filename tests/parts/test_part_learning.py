@@ -70,7 +70,7 @@ def random_features(count: int = 2, dim: int = 16, grid=(4, 4)) -> Features:
 
 
 def some_scenes(count: int, side: int) -> torch.Tensor:
-    """Normalised images [count, 3, side, side]."""
+    """Normalized images [count, 3, side, side]."""
     images = [
         Image.fromarray(make_scene("train", i).image).resize((side, side)) for i in range(count)
     ]
@@ -78,7 +78,7 @@ def some_scenes(count: int, side: int) -> torch.Tensor:
     return (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - mean) / std
 
 
-# --- teachers ---------------------------------------------------------------------------------------------------------
+# --- teachers -------------------------------------------------------------------------------------
 
 
 def wrapped(state: dict, prefix: str, **more) -> dict:
@@ -191,7 +191,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
         load_teacher("resnet18", image_size=48, allow_random=True, model_kwargs={"img_size": None})
 
 
-# --- the learner ------------------------------------------------------------------------------------------------------
+# --- the learner ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_loss_falls():
     torch.manual_seed(0)
     learner = PartLearner(192, teacher.grid, widths=(32, 24, 16))
     task = PartLearning(learner, teacher, MEAN_STD["imagenet"], (0.2, 0.07))
-    learner.standardise([teacher(images)])
+    learner.standardize([teacher(images)])
     optimizer, losses = torch.optim.AdamW(learner.parameters(), lr=3e-3), []
     for step in range(60):
         task.after_step(step / 60)
@@ -269,7 +269,7 @@ def test_standardise_gives_mean_zero_and_deviation_one():
     features = random_features(count=8)
     scaled = Features(features.cls * 3 + 5, features.patches * 0.2 - 1, features.attention)
     learner = PartLearner(16, (4, 4), widths=(8,))
-    learner.standardise([Features(*(x[:3] for x in scaled)), Features(*(x[3:] for x in scaled))])
+    learner.standardize([Features(*(x[:3] for x in scaled)), Features(*(x[3:] for x in scaled))])
     patches = (scaled.patches - learner.feat_mean) / learner.feat_std
     torch.testing.assert_close(patches.mean((0, 1)), torch.zeros(16), atol=1e-5, rtol=0)
     torch.testing.assert_close(patches.flatten(0, 1).std(0, correction=0), torch.ones(16))
@@ -302,7 +302,7 @@ def test_temperature_falls_geometrically_and_then_stays():
     assert temperature_at(0.7, 0.2, 0.05) == temperature_at(1.0, 0.2, 0.05) == pytest.approx(0.05)
 
 
-# --- hard maps --------------------------------------------------------------------------------------------------------
+# --- hard maps ------------------------------------------------------------------------------------
 
 
 def test_the_smallest_id_wins_a_tie():
@@ -311,7 +311,7 @@ def test_the_smallest_id_wins_a_tie():
 
 def test_single_cells_take_their_neighbours_id():
     parts = torch.tensor([[1, 1, 2, 2], [1, 3, 2, 2], [1, 1, 0, 4]])[None]
-    # 3: five neighbours of part 1, two of 2. 0: two of 2, one of 1, and two that stand alone. 4:
+    # 3: five neighbors of part 1, two of 2. 0: two of 2, one of 1, and two that stand alone. 4:
     # two of 2.
     assert without_single_cells(parts, 5).tolist() == [[[1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2]]]
     diagonal = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 0]])[None]
@@ -358,7 +358,7 @@ def test_random_maps_depend_on_the_image_only():
     assert not torch.equal(random_maps([8], (4, 4), 5, seed=2)[0], together[1])
 
 
-# --- metrics ----------------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def test_metrics_of_perfect_useless_and_half_right_maps():
@@ -400,7 +400,7 @@ def test_quality_pools_images_and_measures_evenness():
     assert figures["evenness"] == pytest.approx(1.0)
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

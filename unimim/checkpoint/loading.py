@@ -71,7 +71,7 @@ def load_pretrained(
     Which weights: the first key of `model_key` (split at "|") that the checkpoint has, else the
     checkpoint itself. With the default key a checkpoint of this repository that has a `teacher`
     gives the teacher, which is what the published recipe fine-tunes, and SemAIM's "state_dict" is a
-    key too. `prefix` selects the keys under it. The naming is recognised by content; a shared bias
+    key too. `prefix` selects the keys under it. The naming is recognized by content; a shared bias
     table is copied into every block, bias tables and positions are resized, a head of another shape
     is left out.
 

@@ -45,10 +45,10 @@ def to_timm(state_dict: StateDict) -> StateDict:
 
 
 def _to_native(state: StateDict, target: Collection[str]) -> StateDict:
-    """The state under the model's names: every converter that recognises the names it meets is
+    """The state under the model's names: every converter that recognizes the names it meets is
     applied, in order."""
-    for recognise, convert in _CONVERTERS:
-        if recognise(state, target):
+    for recognize, convert in _CONVERTERS:
+        if recognize(state, target):
             state = convert(state)
     return state
 
@@ -231,7 +231,7 @@ def _columns_first(value: Tensor) -> Tensor:
     return value.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
 
 
-# (recognise(names, names the model has), convert): a further naming is one more line
+# (recognize(names, names the model has), convert): a further naming is one more line
 _CONVERTERS: tuple[
     tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...
 ] = (

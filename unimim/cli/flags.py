@@ -161,7 +161,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_loader_flags(group: argparse._ArgumentGroup) -> None:
-    """How images are normalised and read, and what becomes of unreadable ones."""
+    """How images are normalized and read, and what becomes of unreadable ones."""
     _switch(
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
         help="ImageNet mean and standard deviation instead of 0.5",
@@ -292,7 +292,7 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "norm_pix_loss",
         "no_norm_pix_loss",
         default=None,
-        help="predict each patch normalised by itself",
+        help="predict each patch normalized by itself",
     )
     group.add_argument(
         "--part_maps",
@@ -326,7 +326,7 @@ def _semanticmim_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("BEiT, MaskFeat and SemanticMIM; None: the model's own")
     group.add_argument(
         "--discrete_vae_weight_path", default=None, metavar="FILE",
-        help="DALL-E's encoder, which gives the visual words: OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
+        help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
     )  # fmt: skip
     group.add_argument(
         "--second_input_size",
@@ -398,7 +398,7 @@ def _semaim_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--target_mean_std", choices=("images", "own"), default="images",
-        help="what that model's images are normalised by: as all images, which is as published, or by its own values",
+        help="what that model's images are normalized by: as all images, which is as published, or by its own values",
     )  # fmt: skip
     _switch(
         group,
@@ -424,7 +424,7 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     _switch(
         group, "use_mean_pooling", "use_cls", help="mean of patch tokens instead of the class token"
     )
-    group = parser.add_argument_group("regularisation")
+    group = parser.add_argument_group("regularization")
     group.add_argument("--drop", type=float, default=0.0)
     group.add_argument("--attn_drop_rate", type=float, default=0.0)
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
@@ -529,7 +529,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "sync_bn",
         "no_sync_bn",
         default=False,
-        help="batch normalisation over the batches of all processes",
+        help="batch normalization over the batches of all processes",
     )
     group.add_argument("--enable_deepspeed", action="store_true")
     group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)

@@ -36,7 +36,9 @@ def build_method(args: Namespace) -> nn.Module:
         "num_cls_tokens": args.num_cls_tokens,
         "use_bottleneck": args.use_bottleneck,
         "separate_mask": None if args.separate_mask_ratio is None else True,
-        "discrete_vae_weight_path": args.discrete_vae_weight_path if takes_words(args) else None,
+        "discrete_vae_weight_path": args.discrete_vae_weight_path
+        if takes_visual_tokens(args)
+        else None,
         "image_mean_std": image_mean_std(args) if args.target_mean_std == "own" else None,
         "attn": args.attn,
         "grad_checkpointing": args.grad_checkpointing,
@@ -50,8 +52,8 @@ def build_method(args: Namespace) -> nn.Module:
     return method
 
 
-def takes_words(args: Namespace) -> bool:
-    """Whether the method predicts visual words; published commands of others name a tokenizer
+def takes_visual_tokens(args: Namespace) -> bool:
+    """Whether the method predicts visual tokens; published commands of others name a tokenizer
     too."""
     return "discrete_vae_weight_path" in options_of(args.model)
 

@@ -20,22 +20,22 @@ JITTER_RANGES = {
 BEIT_JITTER = ("brightness", "contrast", "saturation")
 GREY_PROBABILITY = 0.2
 BLUR_PROBABILITY, BLUR_RADIUS = 0.1, (0.1, 2.0)
-SOLARISE_PROBABILITY = 0.2
+SOLARIZE_PROBABILITY = 0.2
 ROUND_DOWN = -0.4999  # OpenCV rounds where Pillow cuts off
 
 
-# --- draws ------------------------------------------------------------------------------------------------------------
+# --- draws ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ColourDraws:
+class ColorDraws:
     """The strong view's photometric changes: jitter steps (name, factor) in their order, then the
     rest."""
 
     jitter: tuple[tuple[str, float], ...]
-    grey: bool
+    gray: bool
     blur_radius: float | None
-    solarise: bool
+    solarize: bool
 
 
 def draw_jitter(rng: np.random.Generator, strength: float) -> tuple[tuple[str, float], ...]:
@@ -47,17 +47,17 @@ def draw_jitter(rng: np.random.Generator, strength: float) -> tuple[tuple[str, f
     )
 
 
-def draw_colour(rng: np.random.Generator) -> ColourDraws:
-    """Jitter in random order with probability 0.8, grey 0.2, Gaussian blur 0.1, solarise 0.2 (spec
+def draw_color(rng: np.random.Generator) -> ColorDraws:
+    """Jitter in random order with probability 0.8, gray 0.2, Gaussian blur 0.1, solarize 0.2 (spec
     2.1)."""
     jitter = ()
     if rng.random() < JITTER_PROBABILITY:
         names = list(JITTER_RANGES)
         order = rng.permutation(len(names))
         jitter = tuple((names[i], _between(rng, JITTER_RANGES[names[i]])) for i in order)
-    grey = bool(rng.random() < GREY_PROBABILITY)
+    gray = bool(rng.random() < GREY_PROBABILITY)
     blur_radius = _between(rng, BLUR_RADIUS) if rng.random() < BLUR_PROBABILITY else None
-    return ColourDraws(jitter, grey, blur_radius, bool(rng.random() < SOLARISE_PROBABILITY))
+    return ColorDraws(jitter, gray, blur_radius, bool(rng.random() < SOLARIZE_PROBABILITY))
 
 
 def _between(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
@@ -72,14 +72,14 @@ def reference_jitter(image: Image.Image, steps: tuple[tuple[str, float], ...]) -
     return image
 
 
-def reference_colour(image: Image.Image, draws: ColourDraws) -> Image.Image:
+def reference_color(image: Image.Image, draws: ColorDraws) -> Image.Image:
     """The strong view of an RGB picture by Pillow's own operations."""
     image = reference_jitter(image, draws.jitter)
-    if draws.grey:
+    if draws.gray:
         image = image.convert("L").convert("RGB")
     if draws.blur_radius is not None:
         image = image.filter(ImageFilter.GaussianBlur(draws.blur_radius))
-    return ImageOps.solarize(image, threshold=128) if draws.solarise else image
+    return ImageOps.solarize(image, threshold=128) if draws.solarize else image
 
 
 def _reference_hue(image: Image.Image, shift: float) -> Image.Image:
@@ -104,15 +104,15 @@ def fast_jitter(planes: np.ndarray, steps: tuple[tuple[str, float], ...]) -> np.
     return planes
 
 
-def fast_colour(planes: np.ndarray, draws: ColourDraws) -> np.ndarray:
-    """`reference_colour` on colour planes; the argument is left as it is."""
+def fast_color(planes: np.ndarray, draws: ColorDraws) -> np.ndarray:
+    """`reference_color` on color planes; the argument is left as it is."""
     planes = fast_jitter(planes, draws.jitter)
-    if draws.grey:
+    if draws.gray:
         planes = np.stack([_grey(planes)] * 3)
     if draws.blur_radius is not None:
         planes = _blur(planes, draws.blur_radius)
     return (
-        np.minimum(planes, 255 - planes) if draws.solarise else planes
+        np.minimum(planes, 255 - planes) if draws.solarize else planes
     )  # 128 is the middle: the darker of the two
 
 
@@ -127,7 +127,7 @@ def _grey(planes: np.ndarray) -> np.ndarray:
 
 
 def _blend_level(planes: np.ndarray, level: int, factor: float) -> np.ndarray:
-    """Pillow's blend with one grey level."""
+    """Pillow's blend with one gray level."""
     flat = planes.reshape(-1, planes.shape[-1])
     return cv2.addWeighted(flat, factor, flat, 0, (1 - factor) * level + ROUND_DOWN).reshape(
         planes.shape
@@ -143,14 +143,14 @@ def _contrast(planes: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _saturation(planes: np.ndarray, factor: float) -> np.ndarray:
-    grey, out = _grey(planes), np.empty_like(planes)
+    gray, out = _grey(planes), np.empty_like(planes)
     for plane, target in zip(planes, out, strict=True):
-        cv2.addWeighted(plane, factor, grey, 1 - factor, ROUND_DOWN, dst=target)
+        cv2.addWeighted(plane, factor, gray, 1 - factor, ROUND_DOWN, dst=target)
     return out
 
 
 def _hue_steps(shift: float) -> int:
-    """A turn of the colour circle in the 1/255 steps of an 8-bit hue, cut off towards zero, modulo
+    """A turn of the color circle in the 1/255 steps of an 8-bit hue, cut off towards zero, modulo
     256."""
     return int(shift * 255) % 256
 
@@ -160,7 +160,7 @@ def _hue_table() -> torch.Tensor:
     """Pillow's 8-bit hue by (sector * 2 + sign, difference modulo 256, chroma), flat [6 * 256 *
     256].
 
-    In the sector of its largest channel a colour's hue is a function of its chroma and of the
+    In the sector of its largest channel a color's hue is a function of its chroma and of the
     signed difference of the other two channels. Looking Pillow's own values up keeps its
     truncations, which change the result by up to 6 levels.
     """
@@ -168,13 +168,13 @@ def _hue_table() -> torch.Tensor:
         np.arange(6), np.arange(256), np.arange(256), indexing="ij"
     )
     signed = np.clip(difference - 256 * (kind % 2), -chroma, chroma)
-    colours = np.zeros((*kind.shape, 3), dtype=np.uint8)
+    colors = np.zeros((*kind.shape, 3), dtype=np.uint8)
     for sector in range(3):
         rows = slice(2 * sector, 2 * sector + 2)
-        colours[rows, :, :, sector] = chroma[rows]
-        colours[rows, :, :, (sector + 1) % 3] = np.maximum(signed[rows], 0)
-        colours[rows, :, :, (sector + 2) % 3] = np.maximum(-signed[rows], 0)
-    hsv = Image.fromarray(colours.reshape(6 * 256, 256, 3)).convert("HSV")
+        colors[rows, :, :, sector] = chroma[rows]
+        colors[rows, :, :, (sector + 1) % 3] = np.maximum(signed[rows], 0)
+        colors[rows, :, :, (sector + 2) % 3] = np.maximum(-signed[rows], 0)
+    hsv = Image.fromarray(colors.reshape(6 * 256, 256, 3)).convert("HSV")
     return torch.from_numpy(np.asarray(hsv)[..., 0].reshape(-1).copy())
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from masking_generator import Pair
-from unimim.data.color import ColourDraws, _between
+from unimim.data.color import ColorDraws, _between
 
 PILLOW_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -38,7 +38,7 @@ class ViewDraws:
     flip: bool
     box: tuple[int, int, int, int]
     interpolation: str
-    colour: ColourDraws | None
+    color: ColorDraws | None
     jitter: tuple[tuple[str, float], ...] = ()
     second: str = "lanczos"
 
@@ -99,7 +99,7 @@ def draw_short_side_crop(
 
 
 def _central_box(size: Pair) -> tuple[int, int, int, int]:
-    """The largest centred box whose aspect lies in the allowed range."""
+    """The largest centerd box whose aspect lies in the allowed range."""
     height, width = size
     crop_h, crop_w = height, width
     if width / height < CROP_ASPECT[0]:
@@ -109,7 +109,7 @@ def _central_box(size: Pair) -> tuple[int, int, int, int]:
     return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
 
 
-# --- reference pipeline: Pillow, published order ----------------------------------------------------------------------
+# --- reference pipeline: Pillow, published order --------------------------------------------------
 
 
 def reference_crop(
@@ -123,13 +123,13 @@ def reference_crop(
     return crop.resize((size[1], size[0]), PILLOW_FILTERS[interpolation or draws.interpolation])
 
 
-# --- fast pipeline: colour planes [3, H, W] uint8 ---------------------------------------------------------------------
+# --- fast pipeline: color planes [3, H, W] uint8 --------------------------------------------------
 
 
 def fast_crop(
     picture: np.ndarray, draws: ViewDraws, size: Pair, interpolation: str | None = None
 ) -> np.ndarray:
-    """`reference_crop` of a picture [H, W, 3], as contiguous colour planes [3, *size].
+    """`reference_crop` of a picture [H, W, 3], as contiguous color planes [3, *size].
 
     The resize is symmetric, so the flip may follow it, where there are fewer pixels and the crop is
     not yet copied.
@@ -161,7 +161,7 @@ def _resize(crop: np.ndarray, size: Pair, interpolation: str) -> np.ndarray:
     )
 
 
-# --- maps that cover a picture ----------------------------------------------------------------------------------------
+# --- maps that cover a picture --------------------------------------------------------------------
 
 
 def crop_map(cells: np.ndarray, draws: ViewDraws, picture: Pair, grid: Pair) -> np.ndarray:

@@ -24,7 +24,7 @@ from unimim.data.color import (
     GREY_PROBABILITY,
     JITTER_PROBABILITY,
     JITTER_RANGES,
-    SOLARISE_PROBABILITY,
+    SOLARIZE_PROBABILITY,
 )
 from unimim.data.crops import CROP_ASPECT, CROP_ATTEMPTS, POINTS_PER_CELL, TORCH_FILTERS
 from unimim.data.jpeg import decode
@@ -46,7 +46,7 @@ class Draws(Protocol):
     def __call__(self, *shape: int) -> Tensor: ...
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def decoded(source: Source, size: Pair | None = None, threads: int = 1) -> Tensor:
@@ -72,7 +72,7 @@ def decoded(source: Source, size: Pair | None = None, threads: int = 1) -> Tenso
     return torch.stack(images)
 
 
-# --- crops ------------------------------------------------------------------------------------------------------------
+# --- crops ----------------------------------------------------------------------------------------
 
 
 def random_boxes(draw: Draws, count: int, size: Pair, scale: tuple[float, float]) -> Tensor:
@@ -84,7 +84,7 @@ def random_boxes(draw: Draws, count: int, size: Pair, scale: tuple[float, float]
     widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = fits.int().argmax(1, keepdim=True)
-    # where no attempt fits: the largest centred box of an allowed aspect
+    # where no attempt fits: the largest centerd box of an allowed aspect
     fallback_h, fallback_w = height, width
     if width / height < CROP_ASPECT[0]:
         fallback_h = round(width / CROP_ASPECT[0])
@@ -132,9 +132,9 @@ def resize_weights(
     size, pixels]."""
     start, scale = start.view(-1, 1, 1), length.view(-1, 1, 1) / size
     stretch = scale.clamp(min=1.0)  # antialiasing: the filter covers what one new pixel does
-    centre = start + (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * scale
+    center = start + (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * scale
     places = torch.arange(pixels, device=start.device).view(1, 1, -1) + 0.5
-    weights = FILTERS[interpolation](((places - centre) / stretch).abs())
+    weights = FILTERS[interpolation](((places - center) / stretch).abs())
     inside = (places > start) & (places < start + length.view(-1, 1, 1))
     weights = weights * inside
     return weights / weights.sum(-1, keepdim=True)
@@ -156,11 +156,11 @@ FILTERS = {"bicubic": bicubic, "bilinear": bilinear}
 assert FILTERS.keys() == set(TORCH_FILTERS)
 
 
-# --- colours: float images [B, 3, H, W] from 0 to 255, factors [B, 1, 1, 1] -------------------------------------------
+# --- colors: float images [B, 3, H, W] from 0 to 255, factors [B, 1, 1, 1] ------------------------
 
 
 def luma(images: Tensor) -> Tensor:
-    """Grey [B, 1, H, W]."""
+    """Gray [B, 1, H, W]."""
     red, green, blue = images.split(1, dim=1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
@@ -208,7 +208,7 @@ def jittered(images: Tensor, strength: float, draw: Draws, order: np.ndarray) ->
 
 
 def strong_view(images: Tensor, draw: Draws, order: np.ndarray) -> Tensor:
-    """ConMIM's second view of crops: jitter, grey, blur and solarisation with the published
+    """ConMIM's second view of crops: jitter, gray, blur and solarization with the published
     probabilities.
 
     It differs from the CPU's in that the order of the jitter's steps is the batch's, the blur a
@@ -227,7 +227,7 @@ def strong_view(images: Tensor, draw: Draws, order: np.ndarray) -> Tensor:
         images, BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * draw(count, 1, 1), draw
     )
     return torch.where(
-        draw(count, 1, 1, 1) < SOLARISE_PROBABILITY, images.minimum(255 - images), images
+        draw(count, 1, 1, 1) < SOLARIZE_PROBABILITY, images.minimum(255 - images), images
     )
 
 
@@ -246,7 +246,7 @@ def gaussian_weights(radius: Tensor, side: int) -> Tensor:
     return (-((place[:, None] - place) ** 2) / (2 * radius**2)).softmax(-1)
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 class DeviceMasks:
@@ -287,7 +287,7 @@ class DeviceMasks:
         )
 
 
-# --- parts and visual words -------------------------------------------------------------------------------------------
+# --- parts and visual tokens ----------------------------------------------------------------------
 
 
 def crop_maps(
@@ -321,12 +321,12 @@ def _points(start: Tensor, length: Tensor, picture: int, patches: int, cells: in
     return (places / picture * cells).long().clamp_(max=cells - 1)
 
 
-def colour_place_parts(
+def color_place_parts(
     images: Tensor, grid: Pair, num_parts: int, place_weight: float = 0.5
 ) -> Tensor:
     """Parts of images uint8 [N, 3, H, W] by k-means on each one's own cells: uint8 [N, *grid].
 
-    A cell is its mean colour and its place; no network has a hand in it.
+    A cell is its mean color and its place; no network has a hand in it.
     """
     rows, columns = torch.meshgrid(
         *(torch.linspace(-1, 1, side, device=images.device) for side in grid), indexing="ij"
@@ -334,27 +334,27 @@ def colour_place_parts(
     place = place_weight * torch.stack((rows, columns), -1).flatten(0, 1)
     parts = []
     for some in images.split(MAPS_AT_ONCE):
-        colours = F.adaptive_avg_pool2d(some.float() / 127.5 - 1, grid).flatten(2).transpose(1, 2)
-        # the constant lets colours keep their brightness when `kmeans_maps` normalises them
+        colors = F.adaptive_avg_pool2d(some.float() / 127.5 - 1, grid).flatten(2).transpose(1, 2)
+        # the constant lets colors keep their brightness when `kmeans_maps` normalizes them
         cells = torch.cat(
-            (colours, place.expand(len(some), -1, -1), torch.ones_like(colours[..., :1])), -1
+            (colors, place.expand(len(some), -1, -1), torch.ones_like(colors[..., :1])), -1
         )
         soft = kmeans_maps(Features(cells[:, 0], cells, cells[..., 0]), grid, num_parts)
         parts.append(hard_maps(soft, clean=False))
     return torch.cat(parts)
 
 
-class VisualWords:
-    """Normalised images [B, 3, h, w] to the number of the nearest centre of each patch, int64 [B,
+class VisualTokens:
+    """Normalized images [B, 3, h, w] to the number of the nearest center of each patch, int64 [B,
     gh, gw]."""
 
-    def __init__(self, centres: Tensor, patch: Pair):
-        self.centres, self.patch = centres, patch
+    def __init__(self, centers: Tensor, patch: Pair):
+        self.centers, self.patch = centers, patch
 
     def __call__(self, images: Tensor) -> Tensor:
         grid = [side // cell for side, cell in zip(images.shape[2:], self.patch, strict=True)]
         patches = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2).flatten(0, 1)
-        return nearest_centre(patches, self.centres).view(-1, *grid)
+        return nearest_centre(patches, self.centers).view(-1, *grid)
 
 
 def kmeans_tokens(
@@ -365,12 +365,12 @@ def kmeans_tokens(
     seed: int,
     patches: int = 200_000,
     iterations: int = 10,
-) -> VisualWords:
-    """A tokenizer without a network: k-means of patches of normalised images [N, 3, H, W], Lloyd's
+) -> VisualTokens:
+    """A tokenizer without a network: k-means of patches of normalized images [N, 3, H, W], Lloyd's
     iterations.
 
     It stands in for the discrete VAE of BEiT (arXiv 2106.08254, section 2.1), whose words say more
-    than colours.
+    than colors.
     """
     sample = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)
     rng = np.random.default_rng(seed)
@@ -380,26 +380,26 @@ def kmeans_tokens(
         raise ValueError(
             f"{len(sample)} patches are too few for {vocab_size} visual tokens; take more images"
         )
-    centres = sample[:vocab_size].clone()
+    centers = sample[:vocab_size].clone()
     for _ in range(iterations):
-        nearest = nearest_centre(sample, centres)
+        nearest = nearest_centre(sample, centers)
         sizes = torch.zeros(vocab_size, 1, device=sample.device).index_add_(
             0, nearest, torch.ones_like(sample[:, :1])
         )
-        sums = torch.zeros_like(centres).index_add_(0, nearest, sample)
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-    return VisualWords(centres, patch)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, sample)
+        centers = torch.where(sizes > 0, sums / sizes.clamp(min=1), centers)
+    return VisualTokens(centers, patch)
 
 
-def nearest_centre(patches: Tensor, centres: Tensor) -> Tensor:
-    """The number of the nearest centre [K, C] of each patch [M, C], int64 [M]."""
-    lengths = centres.square().sum(1)
+def nearest_centre(patches: Tensor, centers: Tensor) -> Tensor:
+    """The number of the nearest center [K, C] of each patch [M, C], int64 [M]."""
+    lengths = centers.square().sum(1)
     return torch.cat(
-        [(lengths - 2 * some @ centres.T).argmin(1) for some in patches.split(PATCHES_AT_ONCE)]
+        [(lengths - 2 * some @ centers.T).argmin(1) for some in patches.split(PATCHES_AT_ONCE)]
     )
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 class DeviceLoader:
@@ -407,9 +407,9 @@ class DeviceLoader:
     `step` of the run.
 
     It is what `Normalize` makes of a batch of `build_pretrain_transform`'s samples: "image" and
-    "image_strong" float32 [B, 3, h, w], normalised; "mask" and "target_mask" bool [B, gh, gw], with
+    "image_strong" float32 [B, 3, h, w], normalized; "mask" and "target_mask" bool [B, gh, gw], with
     their counts on the host; "noise" float32 [B, noise_size]; "part_ids" uint8 [B, gh, gw]; and
-    "target_ids" int64 [B, gh * gw], the visual words of "image". An epoch is `steps_per_epoch`
+    "target_ids" int64 [B, gh * gw], the visual tokens of "image". An epoch is `steps_per_epoch`
     batches, a permutation of the images without what is left over.
 
     Args:
@@ -417,7 +417,7 @@ class DeviceLoader:
         size, grid: (height, width) of views, and how many patches they have along each side.
         masks: the generators of "mask" and "target_mask", where the method reads these.
         part_maps: uint8 [N, any size], parts of the whole images.
-        words: a tokenizer of normalised images [B, 3, h, w].
+        words: a tokenizer of normalized images [B, 3, h, w].
 
     Raises:
         ValueError: a view or an interpolation that is not made here, or fewer images than a batch.
@@ -454,7 +454,7 @@ class DeviceLoader:
                 f"{len(images)} images do not fill a batch of {batch_size}; use a smaller --batch_size"
             )
         assert "part_ids" not in views or part_maps is not None, "parts are looked up in maps"
-        assert "target_ids" not in views or words is not None, "visual words need a tokenizer"
+        assert "target_ids" not in views or words is not None, "visual tokens need a tokenizer"
         self.images, self.views, self.batch_size, self.size, self.grid = (
             images,
             views,

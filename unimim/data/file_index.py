@@ -82,7 +82,7 @@ def _strip(data: np.ndarray, begin: np.ndarray, end: np.ndarray, bytes_: tuple[i
             rows = rows[begin[rows] < end[rows]]
 
 
-# --- map files --------------------------------------------------------------------------------------------------------
+# --- map files ------------------------------------------------------------------------------------
 
 
 def read_map_file(path: Path) -> tuple[PathTable, np.ndarray]:
@@ -226,7 +226,7 @@ def split_archive(map_file: Path, names: PathTable) -> tuple[Path | None, PathTa
     return map_file.parent / archives.pop(), inside
 
 
-# --- zip archives -----------------------------------------------------------------------------------------------------
+# --- zip archives ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -362,7 +362,7 @@ def _decoded(names: PathTable, flags: np.ndarray) -> PathTable:
     )
 
 
-# --- looking up -------------------------------------------------------------------------------------------------------
+# --- looking up -----------------------------------------------------------------------------------
 
 
 def locate(names: PathTable, wanted: PathTable) -> np.ndarray:

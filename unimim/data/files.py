@@ -16,7 +16,7 @@ from unimim.data.jpeg import BrokenImageError
 Key = tuple[int, int]  # (epoch, index); a negative index -1-i loads image i as padding
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 class FolderFiles:

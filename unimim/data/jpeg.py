@@ -16,7 +16,7 @@ from masking_generator import Pair
 RawImage = bytes | np.ndarray  # an encoded file, or decoded [H, W, 3] uint8
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 # whatever Pillow's readers raise for damaged files
 PILLOW_ERRORS = (
@@ -34,7 +34,7 @@ JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 JPEG_TAIL = 64  # bytes that may follow the end, as some cameras write them
 JPEG_SCAN = 0xDA
 JPEG_SEQUENTIAL, JPEG_OTHER_FRAMES = b"\xc0\xc1", b"\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
-CHROMA_ROWS = 8  # that a row's colours may depend on, below it
+CHROMA_ROWS = 8  # that a row's colors may depend on, below it
 
 
 class BrokenImageError(Exception):

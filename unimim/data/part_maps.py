@@ -40,7 +40,7 @@ class MissingMapError(ValueError):
     """The data set has an image without a part map; the message names both."""
 
 
-# --- what is known about a set of maps --------------------------------------------------------------------------------
+# --- what is known about a set of maps ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def names_sha256(names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class PartMaps:
@@ -311,7 +311,7 @@ class _PngRows:
         try:
             image = Image.open(io.BytesIO(data))
             if image.mode not in ("L", "P"):  # a palette's numbers are the ids too
-                raise ValueError(f"its pixels are {image.mode}, not 8-bit grey levels")
+                raise ValueError(f"its pixels are {image.mode}, not 8-bit gray levels")
             return np.array(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"part map {self.path(index)} cannot be read: {error}") from error
@@ -326,7 +326,7 @@ def _read_file(path: Path) -> bytes:
         ) from error
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 class PartMapWriter:
@@ -443,14 +443,14 @@ def png_of(parts: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-# --- the published packed samples -------------------------------------------------------------------------------------
+# --- the published packed samples -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PackedSample:
     """What one packed `.npy` holds, put back in its place (specs/semmae.md B.3).
 
-    image: [S, S, 3] uint8, the mean colour where no token is listed; parts: uint8 [G, G], 0 there;
+    image: [S, S, 3] uint8, the mean color where no token is listed; parts: uint8 [G, G], 0 there;
     scores: float16 [G, G], falling in the order of the list and 0 elsewhere, so that a selection by
     score finds the listed tokens.
     """
@@ -466,7 +466,7 @@ def read_packed(
     """Reads a float array [tokens, 2 * num_parts + 1 + 3 * p * p]: part sizes, one-hot part, cell,
     pixels of a patch.
 
-    Pixels are taken to be normalised with ImageNet's mean and deviation, which the published code
+    Pixels are taken to be normalized with ImageNet's mean and deviation, which the published code
     assumes.
 
     Raises:
@@ -510,7 +510,7 @@ def _load_packed(path: Path, num_parts: int) -> np.ndarray:
 
 
 def _place_patches(patches: np.ndarray, cells: np.ndarray, side: int) -> np.ndarray:
-    """Normalised patches [n, p, p, 3] at their cells of an image [side * p, side * p, 3] uint8."""
+    """Normalized patches [n, p, p, 3] at their cells of an image [side * p, side * p, 3] uint8."""
     patch = patches.shape[1]
     canvas = np.zeros((side * side, patch, patch, 3))
     canvas[cells] = patches

@@ -64,7 +64,7 @@ class Scene:
         ]
 
 
-# --- one scene --------------------------------------------------------------------------------------------------------
+# --- one scene ------------------------------------------------------------------------------------
 
 
 def make_scene(split: str, index: int) -> Scene:
@@ -91,7 +91,7 @@ def make_scene(split: str, index: int) -> Scene:
 
 
 def background(rng: np.random.RandomState, height: int, width: int) -> np.ndarray:
-    """Coloured noise of four scales with small patches strewn over it, [height, width, 3] int64
+    """Colored noise of four scales with small patches strewn over it, [height, width, 3] int64
     from 0 to 255."""
     octaves = zip((8, 4, 2, 1), (3, 6, 12, 24), strict=True)
     ground = (
@@ -107,7 +107,7 @@ def background(rng: np.random.RandomState, height: int, width: int) -> np.ndarra
 
 
 def _smooth_noise(rng: np.random.RandomState, height: int, width: int, cells: int) -> np.ndarray:
-    """Random colours on a grid of `cells` x `cells`, interpolated linearly in 8-bit fixed point."""
+    """Random colors on a grid of `cells` x `cells`, interpolated linearly in 8-bit fixed point."""
     corners = rng.randint(0, 256, size=(cells + 1, cells + 1, 3))
     row, row_part = np.divmod(np.arange(height) * cells * 256 // height, 256)
     column, column_part = np.divmod(np.arange(width) * cells * 256 // width, 256)
@@ -117,8 +117,8 @@ def _smooth_noise(rng: np.random.RandomState, height: int, width: int, cells: in
 
 
 def _texture(rng: np.random.RandomState, height: int, width: int) -> np.ndarray:
-    """Two colours in stripes, squares, spots or blotches, [height, width, 3]."""
-    colours = rng.randint(0, 256, size=(2, 3))
+    """Two colors in stripes, squares, spots or blotches, [height, width, 3]."""
+    colors = rng.randint(0, 256, size=(2, 3))
     pattern, step = rng.randint(4), rng.randint(3, 8)
     x, y = np.arange(width)[None, :], np.arange(height)[:, None]
     if pattern == 0:
@@ -129,7 +129,7 @@ def _texture(rng: np.random.RandomState, height: int, width: int) -> np.ndarray:
         second = (x % (2 * step) - step) ** 2 + (y % (2 * step) - step) ** 2 < step * step // 2
     else:
         second = _smooth_noise(rng, height, width, 16)[..., 0] > 127
-    return colours[np.broadcast_to(second, (height, width)).astype(np.int64)]
+    return colors[np.broadcast_to(second, (height, width)).astype(np.int64)]
 
 
 def _object_mask(
@@ -199,7 +199,7 @@ OUTLINES: dict[str, Outline] = {
 }
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def png_bytes(image: np.ndarray) -> bytes:

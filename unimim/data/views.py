@@ -17,11 +17,11 @@ from torchvision.transforms import RandomCrop
 
 from masking_generator import MaskGenerator, Pair, as_pair
 from unimim.data.color import (
-    draw_colour,
+    draw_color,
     draw_jitter,
-    fast_colour,
+    fast_color,
     fast_jitter,
-    reference_colour,
+    reference_color,
     reference_jitter,
 )
 from unimim.data.crops import (
@@ -60,7 +60,7 @@ def draw_view(
     jitter: float = 0.0,
     second: str = "lanczos",
 ) -> ViewDraws:
-    """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colours if
+    """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colors if
     `strong` (spec 2.1).
 
     `crop(rng, size, crop_scale)` draws the box; None: `draw_crop`. `jitter`: half the range of the
@@ -73,7 +73,7 @@ def draw_view(
         TORCH_FILTERS[rng.integers(2)] if name == "random" else name
         for name in (interpolation, second)
     )
-    return ViewDraws(flip, box, interpolation, draw_colour(rng) if strong else None, steps, second)
+    return ViewDraws(flip, box, interpolation, draw_color(rng) if strong else None, steps, second)
 
 
 PLAIN_VIEWS = ("image", "image_strong", "image_second", "mask", "target_mask", "noise")
@@ -83,7 +83,7 @@ MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-# --- pre-training -----------------------------------------------------------------------------------------------------
+# --- pre-training ---------------------------------------------------------------------------------
 
 
 class PretrainTransform:
@@ -169,7 +169,7 @@ def _apply_fast(
     else:
         picture = decode_rows(top + height)
     weak = fast_crop(picture, draws, size)
-    strong = None if draws.colour is None else fast_colour(weak, draws.colour)
+    strong = None if draws.color is None else fast_color(weak, draws.color)
     second = None if second_size is None else fast_crop(picture, draws, second_size, draws.second)
     return Views(whole, draws, weak, strong, second)
 
@@ -182,7 +182,7 @@ def _apply_reference(
     draws = draw(size=whole)
     image = reference_jitter(image, draws.jitter)
     weak = reference_crop(image, draws, size)
-    strong = None if draws.colour is None else _planes(reference_colour(weak, draws.colour))
+    strong = None if draws.color is None else _planes(reference_color(weak, draws.color))
     second = (
         None
         if second_size is None
@@ -240,7 +240,7 @@ def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{flag} is '{value}'; it must be one of {', '.join(choices)}")
 
 
-# --- linear probing ---------------------------------------------------------------------------------------------------
+# --- linear probing -------------------------------------------------------------------------------
 
 
 PROBE_CROPS = ("area", "short_side")
@@ -277,11 +277,11 @@ class ProbeTransform:
         return {"image": torch.from_numpy(_apply_fast(raw, draw, self.size).weak)}
 
 
-# --- fine-tuning ------------------------------------------------------------------------------------------------------
+# --- fine-tuning ----------------------------------------------------------------------------------
 
 
 class TrainTransform:
-    """timm's ImageNet training augmentation, without normalisation and erasing, which follow on the
+    """timm's ImageNet training augmentation, without normalization and erasing, which follow on the
     device."""
 
     def __init__(self, size: Pair, augment: Callable[[Image.Image], torch.Tensor]):
@@ -296,7 +296,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The centre of the picture: resized to cover `size` / `crop_pct`, cut to `size`
+    """The center of the picture: resized to cover `size` / `crop_pct`, cut to `size`
     (specs/conmim.md 4.7).
 
     Up to 32 pixels there is no crop; pictures of another size than `size` are resized to it (a
@@ -363,7 +363,7 @@ def build_finetune_transform(
     {"image": uint8 [3, H, W]}.
 
     Reads `input_size`, and for training `aa`, `color_jitter` (only used without `aa`),
-    `train_interpolation`, `imagenet_default_mean_and_std` (the colour that fills moved pictures);
+    `train_interpolation`, `imagenet_default_mean_and_std` (the color that fills moved pictures);
     for evaluation `crop_pct` and, in place of `input_size`, `eval_input_size` where it is given.
     """
     if not train:

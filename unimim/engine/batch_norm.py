@@ -15,7 +15,7 @@ from unimim.engine.distributed import in_group, mean_over_ranks
 
 
 class BatchStatistics:
-    """Remembers the running statistics of batch normalisation so that a skipped step leaves no
+    """Remembers the running statistics of batch normalization so that a skipped step leaves no
     trace in them."""
 
     def __init__(self, *modules: nn.Module | None):
@@ -59,8 +59,8 @@ def average_batch_statistics(module: nn.Module, device: torch.device) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
-    """From now on batch normalisation takes its statistics from the batches of all processes, not
+def synchronize_batch_norm(network: nn.Module, device: torch.device) -> None:
+    """From now on batch normalization takes its statistics from the batches of all processes, not
     of its own alone.
 
     On GPUs these are torch's modules, which know no CPU, where each norm gets a `forward` of ours.
@@ -72,25 +72,25 @@ def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
         return
     for norm in network.modules():
         if isinstance(norm, _BatchNorm):
-            norm.forward = partial(synchronised_batch_norm, norm)
+            norm.forward = partial(synchronized_batch_norm, norm)
 
 
-def synchronised_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Batch normalisation of x [B, C, ...] in float32 by mean and variance over all processes."""
+def synchronized_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Batch normalization of x [B, C, ...] in float32 by mean and variance over all processes."""
     if not norm.training:
         return activated(norm, batch_norm_in_float32(norm, x).to(x.dtype))
     values, space = x.float(), [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     sums = all_reduce(torch.cat((values.sum(space), values.new_tensor([values[:, 0].numel()]))))
     mean, count = sums[:-1] / sums[-1], sums[-1].detach()
-    centred = values - mean.view(shape)
-    variance = all_reduce(centred.square().sum(space)) / count
+    centerd = values - mean.view(shape)
+    variance = all_reduce(centerd.square().sum(space)) / count
     if norm.track_running_stats:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
             norm.running_mean.lerp_(mean, norm.momentum)
             norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
-    normed = centred * (variance + norm.eps).rsqrt().view(shape)
+    normed = centerd * (variance + norm.eps).rsqrt().view(shape)
     if norm.affine:
         normed = normed * norm.weight.float().view(shape) + norm.bias.float().view(shape)
     return activated(norm, normed.to(x.dtype))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unimim.engine.batch_norm import batch_norm_in_float32, synchronised_batch_norm
+from unimim.engine.batch_norm import batch_norm_in_float32, synchronized_batch_norm
 from unimim.engine.runner import AUTOCAST_DTYPES, Runner, spoil_if_nonfinite, step_unless_nonfinite
 
 # What DeepSpeed reads at the top level; it ignores a misspelt key without a word, so we do not
@@ -264,9 +264,9 @@ def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: to
     network.forward = torch.autocast(device.type, dtype)(network.forward)
     for norm in network.modules():
         if isinstance(norm, _BatchNorm):
-            synchronised = isinstance(norm, nn.SyncBatchNorm) or "forward" in vars(norm)
+            synchronized = isinstance(norm, nn.SyncBatchNorm) or "forward" in vars(norm)
             norm.forward = partial(
-                synchronised_batch_norm if synchronised else batch_norm_in_float32, norm
+                synchronized_batch_norm if synchronized else batch_norm_in_float32, norm
             )
 
 

@@ -66,6 +66,6 @@ def _lerp(mine, theirs, weight: float | Tensor) -> None:
 
 def _block_of(name: str) -> str:
     """`blocks.3` of `blocks.3.attn.qkv.weight`; names outside a block count together while they are
-    neighbours."""
+    neighbors."""
     parts = name.split(".")
     return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else ""

@@ -142,7 +142,7 @@ def step_unless_nonfinite(optimizer: torch.optim.Optimizer, applied: Tensor) -> 
     look.
 
     It looks before a first step too: a fused SGD that skips that one leaves its momentum
-    uninitialised.
+    uninitialized.
     """
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     if fused and optimizer.state and applied.device.type != "cpu":

@@ -32,7 +32,7 @@ from unimim.cli.options import (
     warmup_steps,
 )
 from unimim.data.views import MEAN_STD
-from unimim.engine.batch_norm import BatchStatistics, synchronise_batch_norm
+from unimim.engine.batch_norm import BatchStatistics, synchronize_batch_norm
 from unimim.engine.compiling import compile_blocks, recompute_gelu
 from unimim.engine.deepspeed import DeepSpeedRunner, deepspeed_config
 from unimim.engine.distributed import (
@@ -179,7 +179,7 @@ def start_training(
     if getattr(args, "compile", False):
         compile_blocks(network, average and average.module, getattr(task, "frozen", None))
     if getattr(args, "sync_bn", False):
-        synchronise_batch_norm(network, device)
+        synchronize_batch_norm(network, device)
     runner = build_runner(args, task, groups, device)
     runner.watch(network, average and average.module)
     if average is not None:

@@ -15,9 +15,9 @@ from unimim.engine.session import Session
 
 
 class Normalize:
-    """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalised floats.
+    """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalized floats.
 
-    "image_second" stays as it is: it is for a network that normalises in its own way.
+    "image_second" stays as it is: it is for a network that normalizes in its own way.
     """
 
     def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device):

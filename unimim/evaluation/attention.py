@@ -50,7 +50,7 @@ def check_cells(cells: Sequence[int], grid: Pair) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Agreement with masks
 
 # Maps are compared as they are drawn: each patch's value for all of its pixels. So an object is the

@@ -2,7 +2,7 @@
 
 A ViT's feature is the class token (the mean of several) or the mean of the patch tokens, after a
 norm that was trained with them, or after none: a norm that the checkpoint lacks is left out, never
-used as it was initialised. Of any other network it is the mean over the places of its last map.
+used as it was initialized. Of any other network it is the mean over the places of its last map.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from unimim.logs import log
 
 POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -107,14 +107,14 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The network
 
 
 class Backbone(nn.Module):
-    """A frozen network in eval mode, in which batch normalisation keeps its statistics.
+    """A frozen network in eval mode, in which batch normalization keeps its statistics.
 
-    Normalised images [B, 3, H, W] to features float32 [B, dim].
+    Normalized images [B, 3, H, W] to features float32 [B, dim].
     """
 
     dim: int
@@ -230,7 +230,7 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
             network.set_submodule(name, nn.Identity())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Features of a data set
 
 

@@ -43,7 +43,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def votes(
     similarity: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int
 ) -> Iterator:
-    """(k, scores float64 [m, num_classes]) for each k: the first k neighbours add exp(similarity /
+    """(k, scores float64 [m, num_classes]) for each k: the first k neighbors add exp(similarity /
     T) to their class.
 
     `similarity` and `labels` [m, K] are those of the K nearest, in descending order. Scores are

@@ -17,7 +17,7 @@ from unimim.evaluation.features import Backbone
 
 
 class LinearHead(nn.Sequential):
-    """Features [B, C] to logits [B, classes]: batch normalisation without weights, unless it is
+    """Features [B, C] to logits [B, classes]: batch normalization without weights, unless it is
     left out, then a linear layer.
 
     Its names, `0.running_mean` and `1.weight`, are the published ones after `head.`
@@ -105,7 +105,7 @@ class Probe(nn.Module):
         """Nothing changes with the epochs."""
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Each rank normalises its own batches; the running statistics are those of all, and equal
+        """Each rank normalizes its own batches; the running statistics are those of all, and equal
         on all ranks."""
         average_batch_statistics(self.heads, next(self.heads.parameters()).device)
 

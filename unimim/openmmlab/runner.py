@@ -40,7 +40,7 @@ class Task:
     save_predictions: Callable[[Any, str], None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -89,7 +89,7 @@ def parse_test(argv: Sequence[str] | None, description: str) -> Namespace:
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The configuration
 
 
@@ -144,7 +144,7 @@ def check_data(cfg) -> None:
 
 
 def run_on_cpu(cfg) -> None:
-    """What mmengine takes for granted of GPUs: synchronised batch norms, nccl, and a device for
+    """What mmengine takes for granted of GPUs: synchronized batch norms, nccl, and a device for
     each process."""
     keep_freed_memory()
     _replace(cfg.model, "type", "SyncBN", "BN")
@@ -237,7 +237,7 @@ def use_tta(cfg) -> None:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints of whole networks
 
 
@@ -268,7 +268,7 @@ def load_network(runner, path: str) -> None:
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Entry points
 
 

@@ -50,16 +50,16 @@ from unimim.parts.metrics import PartQuality, overlap, usage
 MASK_IDS = 256  # of an 8-bit mask
 PANEL = 160  # pixels of a picture on the contact sheet
 
-# one colour for each id, the first ones easy to tell apart; part 0 is grey
-_FIRST_COLOURS = [
+# one color for each id, the first ones easy to tell apart; part 0 is gray
+_FIRST_COLORS = [
     (128, 128, 128), (230, 60, 60), (60, 180, 75), (60, 100, 230), (245, 190, 30), (150, 50, 190), (60, 210, 220),
     (240, 130, 200),
 ]  # fmt: skip
-_MORE_COLOURS = np.random.default_rng(0).integers(0, 256, (256 - len(_FIRST_COLOURS), 3))
-PALETTE = np.concatenate((_FIRST_COLOURS, _MORE_COLOURS)).astype(np.uint8)
+_MORE_COLORS = np.random.default_rng(0).integers(0, 256, (256 - len(_FIRST_COLORS), 3))
+PALETTE = np.concatenate((_FIRST_COLORS, _MORE_COLORS)).astype(np.uint8)
 
 
-# --- from images to maps ----------------------------------------------------------------------------------------------
+# --- from images to maps --------------------------------------------------------------------------
 
 
 class WholeImage:
@@ -145,7 +145,7 @@ def attention_scores(
     return resized[:, 0].cpu().numpy().astype(np.float16)
 
 
-# --- a whole data set -------------------------------------------------------------------------------------------------
+# --- a whole data set -----------------------------------------------------------------------------
 
 
 def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
@@ -235,7 +235,7 @@ def report_maps(folder: Path, writer: PartMapWriter) -> None:
         )
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -294,7 +294,7 @@ def write_table(file: Path, rows: list[dict[str, float | str]]) -> None:
         )
 
 
-# --- looking ----------------------------------------------------------------------------------------------------------
+# --- looking --------------------------------------------------------------------------------------
 
 
 def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
@@ -307,8 +307,8 @@ def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> 
     make, rows = MapMaker(args, args.part_source, task), []
     for batch in batches_of(args, dataset, list(range(min(args.visualize_images, len(dataset))))):
         features, images = view(batch), batch["image"].permute(0, 2, 3, 1).numpy()
-        colours = PALETTE[make(features, batch["index"].tolist()).numpy()]
-        parts = [_blended(image, colour) for image, colour in zip(images, colours, strict=True)]
+        colors = PALETTE[make(features, batch["index"].tolist()).numpy()]
+        parts = [_blended(image, color) for image, color in zip(images, colors, strict=True)]
         columns = [images, parts, _grey(attention_scores(features, task.teacher.grid, make.grid))]
         if args.part_source == "learned":
             painted = (255 * task.learner.reconstruct(features)).byte()
@@ -329,12 +329,12 @@ def _panel(picture: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((PANEL, PANEL), Image.Resampling.NEAREST))
 
 
-def _blended(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    return (0.4 * _panel(image) + 0.6 * _panel(colours)).astype(np.uint8)
+def _blended(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    return (0.4 * _panel(image) + 0.6 * _panel(colors)).astype(np.uint8)
 
 
 def _grey(scores: np.ndarray) -> np.ndarray:
-    """Scores [B, H, W] as grey pictures [B, H, W, 3], the largest of each white."""
+    """Scores [B, H, W] as gray pictures [B, H, W, 3], the largest of each white."""
     scaled = 255 * scores.astype(np.float32) / scores.max(axis=(1, 2), keepdims=True)
     return scaled.astype(np.uint8)[..., None].repeat(3, axis=-1)
 

@@ -34,7 +34,7 @@ SIMILAR = 0.1  # cosine of two maps from which on the diversity loss parts them
 LEAST_SHARE = 0.03  # of all cells, below which a part counts as dying out
 FOREGROUND_MASS = 0.6  # of the class token's attention (C.5)
 
-# --- the teacher ------------------------------------------------------------------------------------------------------
+# --- the teacher ----------------------------------------------------------------------------------
 
 
 class Features(NamedTuple):
@@ -47,7 +47,7 @@ class Features(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """A frozen ViT, timm's or this repository's: normalised images [B, 3, S, S] to `Features`."""
+    """A frozen ViT, timm's or this repository's: normalized images [B, 3, S, S] to `Features`."""
 
     def __init__(self, vit: nn.Module):
         super().__init__()
@@ -232,7 +232,7 @@ def load_strictly(vit: nn.Module, state: dict[str, Tensor], path: str) -> None:
         )
 
 
-# --- the learner ------------------------------------------------------------------------------------------------------
+# --- the learner ----------------------------------------------------------------------------------
 
 
 class PartLearner(nn.Module):
@@ -298,7 +298,7 @@ class PartLearner(nn.Module):
         return {"loss": loss, **figures, "confidence": maps.detach().amax(1).mean()}
 
     def soft_maps(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Which part each patch belongs to, as probabilities [B, K, H, W], and the standardised
+        """Which part each patch belongs to, as probabilities [B, K, H, W], and the standardized
         class token [B, C]."""
         with torch.autocast(features.cls.device.type, enabled=False):
             cls = (features.cls - self.cls_mean) / self.cls_std
@@ -335,7 +335,7 @@ class PartLearner(nn.Module):
         return self.decoder(blur(maps), cls)
 
     @torch.no_grad()
-    def standardise(self, batches: Iterable[Features]) -> None:
+    def standardize(self, batches: Iterable[Features]) -> None:
         """Fixes mean and deviation of every channel to those of these features, on all processes
         together."""
         cls, feat = Moments(self.cls_mean), Moments(self.feat_mean)
@@ -427,7 +427,7 @@ def temperature_at(progress: float, start: float, end: float) -> float:
 
 
 class PartLearning(nn.Module):
-    """What the engine trains: batches of normalised images to the learner's losses. The teacher is
+    """What the engine trains: batches of normalized images to the learner's losses. The teacher is
     no submodule, so that it is neither wrapped nor optimized nor saved."""
 
     average = None
@@ -457,7 +457,7 @@ class PartLearning(nn.Module):
         self.learner.temperature = temperature_at(progress, *self.temperatures)
 
 
-# --- hard maps --------------------------------------------------------------------------------------------------------
+# --- hard maps ------------------------------------------------------------------------------------
 
 
 def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> Tensor:
@@ -473,15 +473,15 @@ def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> 
 
 
 def without_single_cells(parts: Tensor, num_parts: int) -> Tensor:
-    """Cells of int64 [B, H, W] that agree with none of their 8 neighbours take the neighbours' most
+    """Cells of int64 [B, H, W] that agree with none of their 8 neighbors take the neighbors' most
     frequent id."""
     one_hot = F.one_hot(parts, num_parts).permute(0, 3, 1, 2).float()
     ring = one_hot.new_ones(3, 3).index_put(
         (torch.tensor(1), torch.tensor(1)), one_hot.new_zeros(())
     )
-    neighbours = F.conv2d(one_hot, ring.expand(num_parts, 1, 3, 3), padding=1, groups=num_parts)
-    alone = neighbours.gather(1, parts[:, None])[:, 0] == 0
-    return torch.where(alone, neighbours.argmax(1), parts)
+    neighbors = F.conv2d(one_hot, ring.expand(num_parts, 1, 3, 3), padding=1, groups=num_parts)
+    alone = neighbors.gather(1, parts[:, None])[:, 0] == 0
+    return torch.where(alone, neighbors.argmax(1), parts)
 
 
 def foreground(attention: Tensor, grid: Grid) -> Tensor:
@@ -504,7 +504,7 @@ def on_foreground(maps: Tensor, features: Features, grid: Grid) -> Tensor:
     return torch.cat(((~inside).float(), maps * inside), dim=1)
 
 
-# --- parts without learning -------------------------------------------------------------------------------------------
+# --- parts without learning -----------------------------------------------------------------------
 
 
 def attention_head_maps(features: Features, grid: Grid) -> Tensor:
@@ -514,22 +514,22 @@ def attention_head_maps(features: Features, grid: Grid) -> Tensor:
 
 
 def kmeans_maps(features: Features, grid: Grid, num_parts: int, iterations: int = 20) -> Tensor:
-    """k-means on each image's own normalised patch tokens: minus the squared distance to the
-    centres, [B, K, H, W].
+    """k-means on each image's own normalized patch tokens: minus the squared distance to the
+    centers, [B, K, H, W].
 
-    Centres start at the tokens that lie farthest from each other, so that nothing is random; ids
+    Centers start at the tokens that lie farthest from each other, so that nothing is random; ids
     are not comparable between images.
     """
     tokens = F.normalize(features.patches, dim=-1)
-    centres = _farthest_tokens(tokens, num_parts)
+    centers = _farthest_tokens(tokens, num_parts)
     for _ in range(iterations):
-        members = F.one_hot(torch.cdist(tokens, centres).argmin(-1), num_parts).to(
+        members = F.one_hot(torch.cdist(tokens, centers).argmin(-1), num_parts).to(
             tokens.dtype
         )  # [B, N, K]
         sizes = members.sum(1)[..., None]
         means = members.transpose(1, 2) @ tokens / sizes.clamp(min=1)
-        centres = torch.where(sizes > 0, means, centres)
-    return -torch.cdist(tokens, centres).square().transpose(1, 2).unflatten(-1, grid)
+        centers = torch.where(sizes > 0, means, centers)
+    return -torch.cdist(tokens, centers).square().transpose(1, 2).unflatten(-1, grid)
 
 
 def _farthest_tokens(tokens: Tensor, count: int) -> Tensor:

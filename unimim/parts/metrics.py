@@ -15,7 +15,7 @@ def overlap(parts: np.ndarray, mask: np.ndarray, num_parts: int, num_objects: in
     """Pixels that part k and object c share, int64 [num_parts, num_objects].
 
     `parts` [Hp, Wp] covers the whole picture of the `mask` [H, W]; each pixel takes the cell that
-    its centre lies in.
+    its center lies in.
     """
     rows, columns = (
         ((np.arange(side) + 0.5) * cells / side).astype(int)
@@ -41,7 +41,7 @@ def best_union_iou(table: np.ndarray, wanted: int) -> float:
 
 
 def nmi(table: np.ndarray) -> float:
-    """Normalised mutual information 2 I / (H + H') of parts and objects, from 0 to 1; 1 if there is
+    """Normalized mutual information 2 I / (H + H') of parts and objects, from 0 to 1; 1 if there is
     one of each."""
     joint = table / table.sum()
     part, wanted = joint.sum(1), joint.sum(0)

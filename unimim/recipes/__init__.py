@@ -82,7 +82,7 @@ def names_for(model: str, stage: str, without: str | None = None) -> tuple[str, 
     return tuple(recipe.name for recipe in recipes if recipe.name != without)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands
 
 

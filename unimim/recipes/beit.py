@@ -125,9 +125,9 @@ MASKFEAT_NOTE = (
 )
 CLS_NOTE = f"The released setting has 1 class token; the authors trained 8 too (--num_cls_tokens 8). {WARMUP_NOTE}"
 MEAN_STD_NOTE = (
-    "The published normalisation is not that of pre-training but 0.5; here it is the same."
+    "The published normalization is not that of pre-training but 0.5; here it is the same."
 )
-JITTER_NOTE = "Published with a colour jitter after RandAugment and bilinear test images, which are not made here."
+JITTER_NOTE = "Published with a color jitter after RandAugment and bilinear test images, which are not made here."
 SEMANTIC_MASKFEAT_NOTE = "The published warm-up starts from a millionth of the peak, here from 0."
 BORROWED_NOTE = "Unverified: every setting is SemanticMIM's for its own models."
 VOC_NOTE = "No figure is published. Unverified: the number of GPUs, by which the rate grows."

@@ -11,7 +11,7 @@ default_hooks = {
     "sampler_seed": {"type": "DistSamplerSeedHook"},
 }
 # the last: a file, and all processes that validate, have the same statistics where batch norms are
-# not synchronised
+# not synchronized
 custom_hooks = [
     {"type": "SafeCheckpointHook"},
     {"type": "SeedStepHook"},

@@ -1,4 +1,4 @@
-# A2MIM's: synchronised batch norm everywhere, nothing frozen (specs/downstream.md 8).
+# A2MIM's: synchronized batch norm everywhere, nothing frozen (specs/downstream.md 8).
 _base_ = "./mask_rcnn.py"
 norm_cfg = {"type": "SyncBN", "requires_grad": True}
 
