@@ -33,9 +33,9 @@ from unimim.data.sources import (
     logger,
 )
 
-Transform = Callable[
-    ..., dict[str, torch.Tensor]
-]  # (raw, rng), and the image's maps where there are some
+# of (raw, rng), and of the image's maps where there are some
+Transform = Callable[..., dict[str, torch.Tensor]]
+Maps = dict[str, Callable[[int], np.ndarray]]  # by the name of a view: reads an image's map
 
 
 # --- the data set ---------------------------------------------------------------------------------
@@ -63,9 +63,10 @@ class ImageDataset(Dataset):
         seed: int,
         max_bad_images: int = 100,
         strict: bool = False,
+        maps: Maps | None = None,
     ):
         self.source, self.transform, self.seed = source, transform, seed
-        self.maps: dict[str, Callable[[int], np.ndarray]] = {}
+        self.maps = maps or {}
         self.max_bad_images = 0 if strict else max_bad_images
         self.bad = SharedNumbers(min(len(source), self.max_bad_images + 1))
 
@@ -147,14 +148,20 @@ class SharedNumbers:
 
 
 def build_dataset(
-    args: argparse.Namespace, *, train: bool, transform: Transform, need_labels: bool
+    args: argparse.Namespace,
+    *,
+    train: bool,
+    transform: Transform,
+    need_labels: bool,
+    maps: Callable[[Source], Maps] | None = None,
 ) -> ImageDataset:
     """The data set of the flags `data_set`, `data_path`, `eval_data_path`, `seed`,
     `max_bad_images`, `strict_data`.
 
     For training `label_fraction`, where there is such a flag, keeps the first images of each class.
     For evaluation `eval_data_path` replaces `data_path` where it is given; an image_folder needs it
-    unless it is divided into `train` and `val`.
+    unless it is divided into `train` and `val`. `maps` opens what else belongs to the images of a
+    source.
     """
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
@@ -180,6 +187,7 @@ def build_dataset(
         seed=args.seed,
         max_bad_images=args.max_bad_images,
         strict=args.strict_data,
+        maps=None if maps is None else maps(source),
     )
 
 

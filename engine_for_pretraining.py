@@ -1,9 +1,8 @@
 """The training loop, for every method and for fine-tuning alike: one optimizer step after another,
 whatever is trained.
 
-A task is a module with `forward(batch) -> {"loss": ...}`, `before_epoch(epoch, epochs)` and
-`after_step(progress, applied)`: a pre-training method, or a classifier with its criterion
-(engine_for_finetuning.py).
+What is trained is a `Task` (unimim/engine/task.py): a pre-training method, or a classifier with its
+criterion (engine_for_finetuning.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -57,7 +56,7 @@ def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Ten
     set_schedule(run.runner.optimizer, run.lr[update], run.weight_decay[update])
     seed_step(run.args.seed, run.args.rank, update)
     outs = [
-        run.runner.micro_step(run.normalize(batch), last=k == len(micro_batches))
+        run.runner.micro_step(run.prepare(batch), last=k == len(micro_batches))
         for k, batch in enumerate(micro_batches, 1)
     ]
     result = run.runner.step()
@@ -89,7 +88,7 @@ def show(run: Training, progress: Progress, position: Position) -> None:
         return
     rates = [group["lr"] for group in run.runner.optimizer.param_groups]
     update = position.epoch * run.steps_per_epoch + position.step
-    memory = memory_gib(run.normalize.device)
+    memory = memory_gib(run.context.device)
     text = {
         "loss": f"{recent['loss']:.4f}",
         "lr": f"{max(rates):.2e}",

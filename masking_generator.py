@@ -16,21 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimim.sizes import Pair, to_pair
+
 MASK_TYPES = ("block", "random", "random_mps32")
 BLOCK_MASK_FRACTION = 75 / 14**2  # BEiT hides 75 patches of a 14 x 14 grid
 LOG_BLOCK_ASPECT = math.log(1 / 0.3)  # aspects are log-uniform from 0.3 to 1 / 0.3
 BLOCK_ATTEMPTS = 10
 
-Pair = tuple[int, int]
 MaskGenerator = Callable[[np.random.Generator], np.ndarray]
-
-
-def as_pair(size: int | tuple[int, int] | list[int]) -> Pair:
-    """(height, width) of a size that is given as one number or as two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)
 
 
 class BlockwiseMask:
@@ -179,7 +172,7 @@ def build_mask_generator(
 def _grid(input_size: int | Pair, cell_size: int | Pair, flag: str) -> Pair:
     """Cells of `cell_size` pixels in an image of `input_size` pixels, which they must fill
     exactly."""
-    (height, width), (cell_h, cell_w) = as_pair(input_size), as_pair(cell_size)
+    (height, width), (cell_h, cell_w) = to_pair(input_size), to_pair(cell_size)
     if cell_h < 1 or cell_w < 1 or height % cell_h or width % cell_w:
         raise ValueError(
             f"--input_size {height}x{width} is not a multiple of {flag} {cell_h}x{cell_w}"
@@ -189,7 +182,7 @@ def _grid(input_size: int | Pair, cell_size: int | Pair, flag: str) -> Pair:
 
 def _cell(input_size: int | Pair, patch_size: int | Pair, mask_patch_size: int | None) -> int:
     """Patches along the side of one SimMIM cell."""
-    patch_h, patch_w = as_pair(patch_size)
+    patch_h, patch_w = to_pair(patch_size)
     side = 2 * patch_h if mask_patch_size is None else mask_patch_size
     if patch_h != patch_w or side % patch_h:
         raise ValueError(

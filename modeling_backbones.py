@@ -27,10 +27,10 @@ from modeling_finetune import (
     check_choice,
     register,
     register_family,
-    to_pair,
 )
 from modeling_losses import enlarged
 from unimim.errors import refused
+from unimim.sizes import to_pair
 
 # timm's networks that have recipes, under the names that these give them
 TIMM_BACKBONES = {

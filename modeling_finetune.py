@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from unimim.sizes import to_pair
+
 VIT_SIZES = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -121,8 +123,9 @@ def options_of(name: str) -> set[str]:
 # Pieces
 
 
-def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Returns the rate of stochastic depth of each block, rising evenly from 0 to `last`."""
+    return torch.linspace(0, last, depth, device="cpu").tolist()
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -652,7 +655,7 @@ class VisionTransformer(nn.Module):
             qkv_bias=qkv_bias, k_bias=k_bias, attn_drop=attn_drop, kernel=attn,
             grid=grid if rel_pos_bias in ("per_block", "both") else None,
         )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if global_pool == "token" else nn.Identity()
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if global_pool == "avg" else nn.Identity()

@@ -50,12 +50,12 @@ from modeling_finetune import (
     Mlp,
     VisionTransformer,
     check_choice,
+    drop_path_rates,
     positions_of,
     register,
     register_family,
     sincos_pos_embed,
     take,
-    to_pair,
     unpatchify,
 )
 from modeling_losses import (
@@ -76,7 +76,9 @@ from modeling_targets import (
     load_tokenizer,
 )
 from unimim.engine.ema import MovingAverage
+from unimim.engine.task import Task
 from unimim.errors import refused
+from unimim.sizes import to_pair
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
@@ -95,46 +97,36 @@ class Reconstruction(NamedTuple):
     pasted: Tensor
 
 
-class PretrainMethod(nn.Module):
-    """What the engine asks of every method; its other base is the network that it trains.
+class PretrainMethod(Task):
+    """A `Task` (unimim/engine/task.py) that pre-trains; its other base is the network that it trains.
 
     `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view
     "noise" [B, noise_size] holds for each image, so that what is random follows from seed, epoch
-    and image, not from processes and batches. `teacher`: an average of the network that is no
-    submodule, so that neither DDP nor DeepSpeed wraps, casts or optimizes it; None without one.
-    `not_exported`: beginnings of the names of what is no part of the encoder. `frozen`: a network
-    beside it that makes targets and can be compiled. `predicts_pixels`: whether `reconstruct` can
-    show what is predicted. `most_masked`: what lists of masked patches are filled up to, so that
-    compiled blocks see one length; None: the batch's largest number.
+    and image, not from processes and batches. `not_exported`: beginnings of the names of what is
+    no part of the encoder. `predicts_pixels`: whether `reconstruct` can show what is predicted.
+    `most_masked`: what lists of masked patches are filled up to, so that compiled blocks see one
+    length; None: the batch's largest number. Its ema is the teacher.
     """
 
     views: tuple[str, ...] = ("image",)
     noise_size: int = 0
     not_exported: tuple[str, ...] = ()
-    average: MovingAverage | None = None
-    frozen: nn.Module | None = None
     predicts_pixels: bool = False
     most_masked: int | None = None
+    ema_key = "teacher"
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns {"loss": scalar, ...}; further entries are detached figures for the log."""
-        raise NotImplementedError
+    def pad_masks_to(self, count: int) -> None:
+        """Fills lists of masked patches up to `count`, so that compiled blocks see one length."""
+        self.most_masked = count
 
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
         """Pictures of what is predicted of a batch, by a method that `predicts_pixels`; `noise` as
         for `forward`."""
         raise NotImplementedError
 
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Called when epoch number `epoch`, from 0, of a run of `epochs` begins or is resumed."""
-
-    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Called after each optimizer step with the share of the run that lay before it, in [0,
-        1)."""
-
     @property
     def teacher(self) -> nn.Module | None:
-        return None if self.average is None else self.average.module
+        return None if self.ema is None else self.ema.module
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -234,7 +226,7 @@ class ConMIM(MaskedImageModel):
         self.temperature, self.t_momentum = temperature, t_momentum
         self.projectors = projector(self.embed_dim, projector_hidden_dim, projector_out_dim)
         self.projectors.apply(self._init_module)
-        self.average = MovingAverage(self)
+        self.ema = MovingAverage(self)
         without_dropout(self.teacher)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -275,7 +267,7 @@ class ConMIM(MaskedImageModel):
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         """Teacher momentum: cosine from `t_momentum` to 1 over the run (specs/conmim.md 5.4)."""
         momentum = 1.0 + 0.5 * (self.t_momentum - 1.0) * (1.0 + math.cos(math.pi * progress))
-        self.average.update(momentum, applied)
+        self.ema.update(momentum, applied)
 
 
 def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
@@ -702,7 +694,7 @@ class SemAIM(PlainViT):
         )
         target = self.load_target(target_model, target_precision, image_mean_std)
         self.build_head(prediction_head_type, mlp_ratio, self.target_width(target, out_dim))
-        self.average = MovingAverage(self) if use_ema_model else None
+        self.ema = MovingAverage(self) if use_ema_model else None
         self.target = target  # after the copy for the average, which needs none
         self.before_epoch(0, 1)
 
@@ -714,9 +706,7 @@ class SemAIM(PlainViT):
             QueryBlock, self.embed_dim, heads, drop=0.0, attn_drop=0.0, init_values=None, qkv_bias=True, k_bias=True,
             **options,
         )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()[
-            : depth if self.share_weight else query_depth
-        ]
+        rates = drop_path_rates(drop_path, depth)[: depth if self.share_weight else query_depth]
         made = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
         setattr(self, "blocks" if self.share_weight else "query_blocks", made)
         self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
@@ -941,8 +931,8 @@ class SemAIM(PlainViT):
         self.ema_decay = 0.999 + 0.0009 * min(epoch / 100, 1.0)
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        if self.average is not None:
-            self.average.update(self.ema_decay, applied)
+        if self.ema is not None:
+            self.ema.update(self.ema_decay, applied)
 
 
 def order_noise_sizes(kind: str, patches: int) -> tuple[int, ...]:
@@ -1105,6 +1095,7 @@ class VisualTokenPredictor(PretrainMethod):
     """
 
     not_exported = ("mask_token", "lm_head.")
+    raw_views = ("image_second",)
 
     def build_visual_tokens(self, vocab_size: int, path: str | None, precision: str) -> None:
         """Call at the end of the constructor."""
@@ -1224,7 +1215,7 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
                 Block, self.embed_dim, own.num_heads, drop=0.0, attn_drop=0.0, kernel=attn,
                 k_bias=own.q_bias is None, **shared,
             )  # fmt: skip
-            rates = torch.linspace(0, drop_path, len(self.blocks), device="cpu").tolist()
+            rates = drop_path_rates(drop_path, len(self.blocks))
             self.mask_blocks = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(
                 self._init_module
             )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from modeling_finetune import VisionTransformer, check_choice, take
 from unimim.checkpoint.files import load_checkpoint, load_module_state
+from unimim.checkpoint.loading import unwrapped
 from unimim.checkpoint.names import StateDict
 from unimim.checkpoint.resizing import interpolate_pos_embed
 
@@ -494,16 +495,8 @@ def is_archive(path: str) -> bool:
 
 def visual_weights(found: dict[str, Any]) -> StateDict:
     """The tensors of the visual tower, without the names around them."""
-    for key in ("state_dict", "teacher", "model"):
-        found = found[key] if isinstance(found.get(key), dict) else found
-    for prefix in ("module.", "visual.", "trunk.", "backbone."):
-        inside = {
-            name.removeprefix(prefix): value
-            for name, value in found.items()
-            if name.startswith(prefix)
-        }
-        found = inside or found
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    prefixes = ("module.", "visual.", "trunk.", "backbone.")
+    return unwrapped(found, ("state_dict", "teacher", "model"), prefixes)
 
 
 _OPENAI_NAMES = (

@@ -23,7 +23,7 @@ from unimim.logs import log
 
 
 @dataclass(frozen=True)
-class Result(Accuracy):
+class KnnRow(Accuracy):
     """One row of knn.csv: an evaluation and what it was made with."""
 
     model: str
@@ -95,9 +95,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
     return parse_flags(build_parser(), argv, validate, stage="knn")
 
 
-def main(args: Namespace) -> list[Result]:
-    normalize = set_up(args)
-    backbone = build_backbone(args).to(normalize.device)
+def main(args: Namespace) -> list[KnnRow]:
+    context = set_up(args)
+    backbone = build_backbone(args).to(context.device)
     images = {
         name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")
     }
@@ -106,7 +106,7 @@ def main(args: Namespace) -> list[Result]:
     if args.dry_run:
         return []
     bank, queries = (
-        features_of(args, dataset, backbone, normalize, name) for name, dataset in images.items()
+        features_of(context, dataset, backbone, name) for name, dataset in images.items()
     )
     accuracies = evaluate_knn(
         bank,
@@ -121,7 +121,7 @@ def main(args: Namespace) -> list[Result]:
     about = {
         name: getattr(args, name) for name in ("model", "finetune", "pool", "feature_norm", "seed")
     }
-    results = [Result(**vars(accuracy), **about, **sizes) for accuracy in accuracies]
+    results = [KnnRow(**vars(accuracy), **about, **sizes) for accuracy in accuracies]
     for r in results:
         log.info("k %d  temperature %g: top-1 %.3f  top-5 %.3f", r.k, r.temperature, r.acc1, r.acc5)
     if args.output_dir and args.rank == 0:

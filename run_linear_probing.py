@@ -10,19 +10,19 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import modeling_pretrain  # noqa: F401  (registers the methods)
-from datasets import EvalBatchSampler, ImageDataset, build_loader
+from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from engine_for_pretraining import train
 from unimim.cli import options
 from unimim.cli.flags import add_data_flags, add_engine_flags, add_optimizer_flags, add_run_flags
-from unimim.cli.options import parse_flags, report
+from unimim.cli.options import derived, parse_flags, report
 from unimim.data.classes import settle_classes
-from unimim.data.pretraining import train_loader
+from unimim.data.pretraining import steps_per_epoch, train_loader
 from unimim.data.views import PROBE_CROPS, ProbeTransform
 from unimim.engine.distributed import from_first_rank
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
-from unimim.engine.state import Normalize
+from unimim.engine.state import RunContext
 from unimim.evaluation.features import (
     Backbone,
     FeatureDataset,
@@ -43,7 +43,7 @@ from unimim.logs import log
 
 
 @dataclass(frozen=True)
-class Result:
+class ProbeRow:
     """One row of linear.csv: a head after an epoch (numbered from 0), accuracies in percent."""
 
     lr: float
@@ -147,37 +147,32 @@ def validate(args: Namespace) -> None:
 # Training and evaluation
 
 
-class Evaluator:
+class ProbeEvaluator:
     """Evaluates all heads, writes linear.csv, and keeps the checkpoint of the best head's best
     epoch."""
 
     def __init__(
         self,
-        args: Namespace,
+        context: RunContext,
         probe: Probe,
         rates: list[float],
         loader: DataLoader,
-        normalize: Normalize,
     ):
-        self.args, self.probe, self.rates, self.loader, self.normalize = (
-            args,
-            probe,
-            rates,
-            loader,
-            normalize,
-        )
-        self.results: list[Result] = []  # the latest
+        self.context = context
+        self.probe = probe
+        self.rates = rates
+        self.loader = loader
+        self.results: list[ProbeRow] = []  # the latest
 
-    def __call__(self, epoch: int) -> list[Result]:
-        args = self.args
-        found = evaluate_heads(
-            self.probe, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision)
-        )
+    def __call__(self, epoch: int) -> list[ProbeRow]:
+        args = self.context.args
+        dtype = AUTOCAST_DTYPES.get(args.precision)
+        found = evaluate_heads(self.probe, self.loader, self.context, dtype)
         found = from_first_rank(found)  # the best is to be the same one on all ranks
         names = ("model", "finetune", "pool", "feature_norm", "opt", "seed")
         about = {"epoch": epoch} | {name: getattr(args, name) for name in names}
         self.results = [
-            Result(lr=rate, **own, **about) for rate, own in zip(self.rates, found, strict=True)
+            ProbeRow(lr=rate, **own, **about) for rate, own in zip(self.rates, found, strict=True)
         ]
         if args.output_dir and args.rank == 0:
             write_rows(Path(args.output_dir) / "linear.csv", self.results)
@@ -190,7 +185,7 @@ class Evaluator:
         best = max(results, key=lambda result: result.acc1)
         if best.acc1 > position.best:
             position.best = best.acc1
-            session.save_best(position, of_average=False)
+            session.save_best(position, of_ema=False)
         figures = {f"test_{name}": getattr(best, name) for name in ("acc1", "acc5", "loss")}
         if len(results) > 1:
             figures |= {
@@ -200,7 +195,9 @@ class Evaluator:
         return figures | {"best_acc1": position.best}
 
 
-def evaluate_only(args: Namespace, heads: nn.ModuleDict, evaluator: Evaluator) -> list[Result]:
+def evaluate_only(
+    args: Namespace, heads: nn.ModuleDict, evaluator: ProbeEvaluator
+) -> list[ProbeRow]:
     """--eval: the accuracies of --resume, or of the newest checkpoint of --output_dir."""
     origin = Origin.find(args)
     if origin is None:
@@ -215,24 +212,26 @@ def evaluate_only(args: Namespace, heads: nn.ModuleDict, evaluator: Evaluator) -
 
 def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]:
     """{"train", "val"}; with --no_aug both as for evaluation. Settles --nb_classes."""
+    augmented = ProbeTransform(
+        backbone.image_size, args.train_interpolation, args.crop_scale, args.train_crop
+    )
     images = {
-        name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")
+        "train": evaluation_images(args, backbone, train=True)
+        if args.no_aug
+        else build_dataset(args, train=True, transform=augmented, need_labels=True),
+        "val": evaluation_images(args, backbone, train=False),
     }
     for dataset in images.values():
         settle_classes(args, dataset)
-    if not args.no_aug:
-        images["train"].transform = ProbeTransform(
-            backbone.image_size, args.train_interpolation, args.crop_scale, args.train_crop
-        )
     return images
 
 
 def in_features(
-    args: Namespace, images: dict[str, ImageDataset], backbone: Backbone, normalize: Normalize
+    context: RunContext, images: dict[str, ImageDataset], backbone: Backbone
 ) -> dict[str, FeatureDataset]:
     """--no_aug: what the backbone makes of the images, once for all epochs."""
     return {
-        name: FeatureDataset(features_of(args, dataset, backbone, normalize, name))
+        name: FeatureDataset(features_of(context, dataset, backbone, name))
         for name, dataset in images.items()
     }
 
@@ -248,33 +247,29 @@ def shared_loader(args: Namespace, dataset: Dataset) -> DataLoader:
 # --------------------------------------------------------------------------------------------------
 
 
-def main(args: Namespace) -> list[Result]:
-    normalize = set_up(args)
-    backbone = build_backbone(args).to(normalize.device)
+def main(args: Namespace) -> list[ProbeRow]:
+    context = set_up(args)
+    backbone = build_backbone(args).to(context.device)
     data = build_images(args, backbone)
     rates = args.lr_sweep or [args.lr]
-    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed, args.batch_norm).to(
-        normalize.device
-    )
+    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed, args.batch_norm)
+    heads.to(context.device)
     probe = Probe(heads, backbone)
     groups = head_groups(heads.values(), rates, args.weight_decay)
     if args.no_aug and not args.dry_run:
-        data = in_features(args, data, backbone, normalize)
-    evaluator = Evaluator(args, probe, rates, shared_loader(args, data["val"]), normalize)
+        data = in_features(context, data, backbone)
+    evaluator = ProbeEvaluator(context, probe, rates, shared_loader(args, data["val"]))
     if args.eval and not args.dry_run:
         return evaluate_only(args, heads, evaluator)
 
     loader = train_loader(args, data["train"])
     sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
-    derived = options.derived(args, loader.steps_per_epoch) | {
-        "images": sizes,
-        "heads": ", ".join(heads),
-    }
-    report(args, derived)
+    steps = steps_per_epoch(args, loader)
+    report(args, derived(args, steps) | {"images": sizes, "heads": ", ".join(heads)})
     if args.dry_run:
-        dry_run(args, groups, loader.steps_per_epoch, normalize.device)
+        dry_run(args, groups, steps, context.device)
         return []
-    run, position = start_training(args, probe, heads, loader, groups, normalize, "average")
+    run, position = start_training(context, probe, loader, groups)
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best acc1 %.3f", position.best)
     return evaluator.results or evaluator(args.epochs - 1)  # a finished run has trained nothing

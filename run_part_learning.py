@@ -2,7 +2,7 @@
 README.md has examples.
 
 One command does one or more of: train (resumed where it stopped; a finished run is not trained again), --extract,
---evaluate, --visualize.
+--evaluate_parts, --visualize.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from optim_factory import param_groups
 from unimim.cli import options
 from unimim.cli.flags import add_data_flags, add_engine_flags, add_optimizer_flags, add_run_flags
 from unimim.cli.options import derived, model_kwargs, parse_flags, report
-from unimim.data.pretraining import train_loader
-from unimim.data.views import MEAN_STD, build_pretrain_transform
+from unimim.data.pretraining import steps_per_epoch, train_loader
+from unimim.data.views import build_pretrain_transform, image_mean_std
 from unimim.engine.session import Position
 from unimim.engine.setup import launch, set_up, start_training
-from unimim.engine.state import Normalize
-from unimim.parts.extraction import contact_sheet, evaluate, extract
+from unimim.engine.state import RunContext
+from unimim.parts.extraction import contact_sheet, evaluate_parts, extract
 from unimim.parts.learning import (
     BACKGROUNDS,
     PART_SOURCES,
@@ -195,8 +195,9 @@ def build_learner(args: Namespace, teacher: Teacher) -> PartLearner:
     )
 
 
-def train_learner(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
+def train_learner(context: RunContext, task: PartLearning) -> None:
     """Trains to the last epoch, from wherever an earlier run stopped."""
+    args = context.args
     transform = build_pretrain_transform(
         ("image",),
         input_size=args.input_size,
@@ -207,19 +208,20 @@ def train_learner(args: Namespace, task: PartLearning, normalize: Normalize) -> 
     loader = train_loader(
         args, build_dataset(args, train=True, transform=transform, need_labels=False)
     )
-    steps = args.epochs * loader.steps_per_epoch
+    steps_in_epoch = steps_per_epoch(args, loader)
+    steps = args.epochs * steps_in_epoch
     if args.warmup_steps < 0 and not args.warmup_epochs:
         args.warmup_steps = max(1, round(WARMUP_SHARE * steps))
-    report(args, derived(args, loader.steps_per_epoch) | {"images": len(loader.dataset)})
+    report(args, derived(args, steps_in_epoch) | {"images": len(loader.dataset)})
     if args.dry_run:
         return
     groups = param_groups(task.learner, args.weight_decay)
-    run, position = start_training(args, task, task.learner, loader, groups, normalize, "average")
+    run, position = start_training(context, task, loader, groups)
     if position == Position():
         loader.batch_sampler.set_position(0)
         first = islice(loader, STATISTICS_BATCHES * args.update_freq)
-        task.learner.standardize(task.teacher(normalize(batch)["image"]) for batch in first)
-    done = position.epoch * loader.steps_per_epoch + position.step
+        task.learner.standardize(task.teacher(run.normalize(batch)["image"]) for batch in first)
+    done = position.epoch * steps_in_epoch + position.step
     task.after_step(max(done - 1, 0) / steps)  # the temperature that the last step left
     train(run, position, after_epoch=lambda position: {})
     task.after_step(1.0)
@@ -229,7 +231,7 @@ def train_learner(args: Namespace, task: PartLearning, normalize: Normalize) -> 
 
 
 def main(args: Namespace) -> None:
-    normalize = set_up(args)
+    context = set_up(args)
     torch.manual_seed(args.seed)  # of a random teacher, which must be the same in every call
     teacher = load_teacher(
         args.teacher,
@@ -238,22 +240,20 @@ def main(args: Namespace) -> None:
         allow_random=args.allow_random_teacher,
         model_kwargs=teacher_kwargs(args),
     )
-    mean_std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
-    task = PartLearning(
-        build_learner(args, teacher), teacher, mean_std, (args.tau_start, args.tau_end)
-    )
-    teacher.to(normalize.device)
-    task.to(normalize.device)
+    temperatures = (args.tau_start, args.tau_end)
+    task = PartLearning(build_learner(args, teacher), teacher, image_mean_std(args), temperatures)
+    teacher.to(context.device)
+    task.to(context.device)
     if args.part_source == "learned" or args.evaluate:
-        train_learner(args, task, normalize)
+        train_learner(context, task)
     if args.dry_run:
         return
     if args.extract:
-        extract(args, task, normalize)
+        extract(context, task)
     if args.evaluate:
-        evaluate(args, task, normalize)
+        evaluate_parts(context, task)
     if args.visualize and args.rank == 0:
-        contact_sheet(args, task, normalize)
+        contact_sheet(context, task)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from analysis import common
-from modeling_finetune import Attention, to_pair
+from modeling_finetune import Attention
 from unimim.engine.setup import launch
 from unimim.errors import refused
+from unimim.sizes import to_pair
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,10 @@ from datasets import ImageDataset, build_dataset, build_loader
 from modeling_backbones import feature_places
 from modeling_finetune import Block, builder_of, create_model
 from modeling_pretrain import PretrainMethod
-from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
-from unimim.cli import flags
+from unimim.checkpoint.runs import flags_of, rebuild
 from unimim.cli.flags import add_data_flags, add_process_flags
-from unimim.cli.models import build_classifier, build_method
-from unimim.cli.options import model_kwargs, parse_flags
+from unimim.cli.options import given, model_kwargs, parse_flags
 from unimim.data.views import MEAN_STD, EvalTransform
 from unimim.engine import setup
 from unimim.engine.runner import AUTOCAST_DTYPES
@@ -225,12 +223,12 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     Raises:
         ValueError: the file carries no flags and no name is given; or its weights are of another network.
     """
-    run = {} if path == RANDOM else load_checkpoint(path).get("args") or {}
+    run = {} if path == RANDOM else flags_of(path)
     torch.manual_seed(args.seed)
     if name:
         model = named_model(name, model_kwargs(args), num_classes)
     elif run:
-        model = model_of_run(run, args)
+        model = model_of_run(path, run, args)
     else:
         raise ValueError(f"{path} does not say which model it holds: name it with --model")
     is_method, missing = isinstance(model, PretrainMethod), []
@@ -256,7 +254,7 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     return network
 
 
-def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module:
+def named_model(name: str, options: dict[str, Any], num_classes: int) -> nn.Module:
     """A model of this repository, or else of timm. ValueError: neither has it, or not with these
     options."""
     builder = builder_of(name)
@@ -264,20 +262,15 @@ def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module
         raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
     is_method = isinstance(builder.func, type) and issubclass(builder.func, PretrainMethod)
     own = {} if is_method else {"num_classes": num_classes}
-    return create_model(name, **own | given)
+    return create_model(name, **own | options)
 
 
-def model_of_run(run: dict[str, Any], args: Namespace) -> nn.Module:
-    """The method or classifier of a run's flags, over which those of the command line win."""
-    stage = "pretrain" if "mask_type" in run else "finetune"
-    of_run = flags.build_parser(stage).parse_args([])
-    vars(of_run).update(run)
-    vars(of_run).update(
-        {name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name)}
-    )
-    of_run.model_kwargs = [*of_run.model_kwargs, *args.model_kwargs]
-    build = build_method if stage == "pretrain" else build_classifier
-    return build(of_run)
+def model_of_run(path: str, run: dict[str, Any], args: Namespace) -> nn.Module:
+    """Returns the method or classifier of a checkpoint; flags of the command line win over those of
+    its run."""
+    changes = given({"input_size": args.input_size, "patch_size": args.patch_size})
+    changes["model_kwargs"] = [*run.get("model_kwargs", []), *args.model_kwargs]
+    return rebuild(path, model_key=args.model_key, **changes)[0]
 
 
 def image_size(model: nn.Module, args: Namespace, run: dict[str, Any]) -> tuple[int, int]:

@@ -24,14 +24,13 @@ from datasets import ImageDataset
 from masking_generator import PATCH_ORDERS, patch_order
 from modeling_finetune import VisionTransformer
 from modeling_pretrain import PretrainMethod, similarity, stretched
-from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
+from unimim.checkpoint.runs import rebuild
 from unimim.cli import options
-from unimim.cli.flags import build_parser
-from unimim.cli.models import build_classifier, build_method
+from unimim.cli.models import build_method
 from unimim.data.pretraining import build_data
 from unimim.data.sources import build_source
-from unimim.data.views import MEAN_STD, build_finetune_transform
+from unimim.data.views import build_finetune_transform, image_mean_std
 from unimim.engine.state import Normalize
 from unimim.evaluation.attention import Pair, check_cells, class_maps, query_maps
 from unimim.logs import log, setup_logging
@@ -179,23 +178,9 @@ def as_picture(image: Tensor) -> np.ndarray:
 
 
 def load_model(path: str, model_key: str, flags: list[str]) -> tuple[nn.Module, Namespace]:
-    """The model of a checkpoint with its weights, and the flags of its run, over which the given
-    `flags` win.
-
-    A file without flags of its own (an encoder export) is taken for a classifier that `flags`
-    describe.
-    """
-    saved = load_checkpoint(path).get("args") or {}
-    stage = "pretrain" if "mask_type" in saved else "finetune"
-    parser = build_parser(stage)
-    parser.set_defaults(**saved)
-    args = parser.parse_args(flags)
-    if stage == "pretrain":
-        args.discrete_vae_weight_path = None  # nothing is predicted here
-        model = build_method(args)
-    else:  # with as many class tokens as there are in this file, not in what its run began with
-        args.resume, args.finetune, args.model_key = "", path, model_key
-        model = build_classifier(args)
+    """Returns the model of a checkpoint with its weights, and the flags of its run, over which the
+    given `flags` win (`rebuild`)."""
+    model, args = rebuild(path, flags, model_key=model_key)
     log.info("%s", load_pretrained(model, path, model_key=model_key))
     return model, args
 
@@ -216,10 +201,7 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def normalization(args: Namespace) -> Normalize:
-    return Normalize(
-        MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"],
-        torch.device("cpu"),
-    )
+    return Normalize(image_mean_std(args), torch.device("cpu"))
 
 
 def load_vit(path: str, model_key: str, flags: list[str]) -> tuple[VisionTransformer, Namespace]:

@@ -32,14 +32,15 @@ from unimim.cli.options import derived, parse_flags, report
 from unimim.data.crops import ViewDraws, fast_crop
 from unimim.data.files import FolderFiles
 from unimim.data.jpeg import PILLOW_ERRORS, BrokenImageError, RawImage, decode
-from unimim.data.pretraining import train_loader
+from unimim.data.pretraining import steps_per_epoch, train_loader
 from unimim.data.sources import FileSource
 from unimim.data.views import Sample, draw_view
 from unimim.engine.distributed import reduce_sum
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
-from unimim.engine.state import Normalize
+from unimim.engine.state import RunContext
+from unimim.engine.task import Task
 from unimim.evaluation.features import add_network_flags, build_vit
 from unimim.files import write_rows
 from unimim.logs import log
@@ -55,7 +56,7 @@ CROP_SCALE = (0.8, 1.0)
 
 
 @dataclass(frozen=True)
-class Result:
+class VocRow:
     """The row of voc.csv: the mean IoU over all classes, in percent, after an epoch (numbered from
     0), and the best."""
 
@@ -264,7 +265,7 @@ def build_head(dim: int, num_classes: int, seed: int) -> nn.Conv2d:
     return head
 
 
-class Segmentation(nn.Module):
+class Segmentation(Task):
     """What the engine trains: batches of images and labels to a loss.
 
     The published code enlarges the features and then applies the head. Both are linear, and what
@@ -272,11 +273,13 @@ class Segmentation(nn.Module):
     the memory. The backbone is no submodule, so that it is neither wrapped nor optimized nor saved.
     """
 
-    average = None
-
     def __init__(self, head: nn.Conv2d, backbones: dict[str, Backbone], mask_size: int):
         super().__init__()
         self.head, self._backbones, self.mask_size = head, (backbones,), mask_size
+
+    @property
+    def network(self) -> nn.Module:
+        return self.head
 
     def logits(self, images: Tensor, size: tuple[int, int], split: str) -> Tensor:
         """Images [B, 3, H, W] to float32 [B, classes, *size]."""
@@ -297,24 +300,18 @@ class Segmentation(nn.Module):
             )
         }
 
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Nothing changes with the epochs."""
-
-    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Nothing follows the weights."""
-
 
 @torch.no_grad()
-def evaluate(
-    task: Segmentation, loader: DataLoader, normalize: Normalize, dtype: torch.dtype | None
+def evaluate_segmentation(
+    task: Segmentation, loader: DataLoader, context: RunContext, dtype: torch.dtype | None
 ) -> Tensor:
     """The confusion matrix, int64 [K, K], over a loader that is shared among the ranks; every image
     counts once."""
-    classes, device = task.head.out_channels, normalize.device
+    classes, device = task.head.out_channels, context.device
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     for batch in loader:
         counts = batch["index"] >= 0
-        moved = normalize({name: batch[name][counts] for name in ("image", "labels")})
+        moved = context.normalize({name: batch[name][counts] for name in ("image", "labels")})
         labels = moved["labels"]
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             predictions = task.logits(moved["image"], labels.shape[1:], "val").argmax(1)
@@ -385,27 +382,28 @@ def validate(args: Namespace) -> None:
 # Runs
 
 
-class Evaluator:
+class SegmentationEvaluator:
     """Evaluates the head, writes voc.csv, and keeps the best epoch's checkpoint."""
 
-    def __init__(
-        self, args: Namespace, task: Segmentation, loader: DataLoader, normalize: Normalize
-    ):
-        self.args, self.task, self.loader, self.normalize = args, task, loader, normalize
-        self.result: Result | None = None  # the latest
+    def __init__(self, context: RunContext, task: Segmentation, loader: DataLoader):
+        self.args, self.context = context.args, context
+        self.task, self.loader = task, loader
+        self.result: VocRow | None = None  # the latest
 
-    def __call__(self, epoch: int, best: float = 0.0) -> Result:
+    def __call__(self, epoch: int, best: float = 0.0) -> VocRow:
         """The result after `epoch`, where that of the best epoch before was `best`."""
         args = self.args
         iou = class_iou(
-            evaluate(self.task, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision))
+            evaluate_segmentation(
+                self.task, self.loader, self.context, AUTOCAST_DTYPES.get(args.precision)
+            )
         ).cpu()
         about = {
             name: getattr(args, name)
             for name in ("lr", "layer_indices", "model", "finetune", "seed")
         }
         miou = 100 * iou.mean().item()
-        self.result = Result(miou=miou, best_miou=max(miou, best), epoch=epoch, **about)
+        self.result = VocRow(miou=miou, best_miou=max(miou, best), epoch=epoch, **about)
         if args.output_dir and args.rank == 0:
             write_rows(Path(args.output_dir) / "voc.csv", [self.result])
         log.info("mIoU %.3f; by class: %s", miou, " ".join(f"{100 * x:.1f}" for x in iou.tolist()))
@@ -418,7 +416,7 @@ class Evaluator:
         miou = self(position.epoch, position.best).miou
         if miou > position.best:
             position.best = miou
-            session.save_best(position, of_average=False)
+            session.save_best(position, of_ema=False)
         return {"test_miou": miou, "best_miou": position.best}
 
 
@@ -434,13 +432,12 @@ def build_data(args: Namespace, backbones: dict[str, Backbone]) -> dict[str, Ima
     return data
 
 
-def main(args: Namespace) -> Result | None:
-    normalize = set_up(args)
-    backbones = build_backbones(args, normalize.device)
+def main(args: Namespace) -> VocRow | None:
+    context = set_up(args)
+    backbones = build_backbones(args, context.device)
     data = build_data(args, backbones)
-    head = build_head(backbones["train"].vit.embed_dim, args.nb_classes, args.seed).to(
-        normalize.device
-    )
+    head = build_head(backbones["train"].vit.embed_dim, args.nb_classes, args.seed)
+    head.to(context.device)
     task = Segmentation(head, backbones, args.train_mask_size)
     sampler = EvalBatchSampler(
         len(data["val"]), args.val_batch_size, rank=args.rank, world_size=args.world_size
@@ -448,7 +445,7 @@ def main(args: Namespace) -> Result | None:
     val_loader = build_loader(
         data["val"], sampler, num_workers=args.num_workers, pin_mem=args.pin_mem
     )
-    evaluator = Evaluator(args, task, val_loader, normalize)
+    evaluator = SegmentationEvaluator(context, task, val_loader)
     if args.eval and not args.dry_run:
         origin = Origin.find(args)
         if origin is None:
@@ -457,14 +454,15 @@ def main(args: Namespace) -> Result | None:
         return evaluator(origin.state["epoch"])
     loader = train_loader(args, data["train"])
     sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
-    report(args, derived(args, loader.steps_per_epoch) | {"images": sizes})
+    steps = steps_per_epoch(args, loader)
+    report(args, derived(args, steps) | {"images": sizes})
     groups = [
         {"params": list(head.parameters()), "weight_decay": args.weight_decay, "decay": True}
     ]  # bias too
     if args.dry_run:
-        dry_run(args, groups, loader.steps_per_epoch, normalize.device)
+        dry_run(args, groups, steps, context.device)
         return None
-    run, position = start_training(args, task, head, loader, groups, normalize, "average")
+    run, position = start_training(context, task, loader, groups)
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best mIoU %.3f", position.best)
     return evaluator.result or evaluator(

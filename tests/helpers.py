@@ -186,22 +186,21 @@ def start(stage: str, folder: Path | str, *flags: str) -> tuple[Training, Positi
 
 
 def _start_pretraining(args: Namespace) -> tuple[Training, Position]:
-    normalize = set_up(args)
+    context = set_up(args)
     method = build_method(args)
     loader = build_data(args, method)
-    groups = param_groups(method, args.weight_decay)
-    return start_training(args, method, method, loader, groups, normalize, "teacher")
+    return start_training(context, method, loader, param_groups(method, args.weight_decay))
 
 
 def _start_finetuning(args: Namespace) -> tuple[Training, Position]:
-    normalize = set_up(args)
+    context = set_up(args)
     model = build_classifier(args)
     transform = build_finetune_transform(args, train=not args.no_aug)
     dataset = build_dataset(args, train=True, transform=transform, need_labels=True)
     loader = train_loader(args, dataset)
-    task = Classification(model, args, normalize.device)
+    task = Classification(model, args, context.device)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    return start_training(args, task, model, loader, groups, normalize, "model_ema")
+    return start_training(context, task, loader, groups)
 
 
 def train_steps(
@@ -239,7 +238,7 @@ def whole_weights(run: Training) -> dict[str, Tensor]:
 
 def average_weights(run: Training) -> dict[str, Tensor]:
     """Of the teacher or of the averaged model; empty without one."""
-    average = run.task.average
+    average = run.task.ema
     return (
         {}
         if average is None

@@ -35,7 +35,7 @@ from masking_generator import (
     visible_patches,
 )
 from modeling_backbones import PixelNeck
-from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, to_pair, unpatchify
+from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
 from modeling_losses import FocalFrequencyLoss, ReconstructionLoss, Regression, mean_filled
 from modeling_pretrain import (
     A2MIM,
@@ -91,6 +91,7 @@ from unimim.evaluation.attention import class_maps, patch_maps
 from unimim.evaluation.features import Features
 from unimim.evaluation.knn import evaluate_knn
 from unimim.evaluation.linear_probe import LinearHead, head_groups
+from unimim.sizes import to_pair
 
 OWN_CASES = Path(__file__).parent / "reference_cases"
 CASES = Path(os.environ.get("REFERENCE_CASES", OWN_CASES))
@@ -245,7 +246,7 @@ def conmim_steps(model: ConMIM, case: Case) -> dict[str, Tensor]:
             nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"] or float("inf"))
         )
         optimizer.step()
-        model.average.update(config["momentum_per_step"][step])
+        model.ema.update(config["momentum_per_step"][step])
         losses.append(loss)
     return {"mean_loss": torch.stack(losses).mean(), "mean_grad_norm": torch.stack(norms).mean()}
 
@@ -826,7 +827,7 @@ def semaim_attention(case: Case) -> dict[str, Tensor]:
     """Each map by the pass that computes no more than it needs, the tokens by the one that predicts
     them."""
     model, batch = load_semaim(case, "auto"), {"image": case.inputs()["imgs"]}
-    model.predict_feature, model.has_features, model.average = (
+    model.predict_feature, model.has_features, model.ema = (
         "none",
         False,
         None,

@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,12 +57,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_rows(path: str | Path, rows: Sequence[Any]) -> None:
-    """Replaces a CSV file by dataclass instances of one kind, a row for each, under their fields'
-    names."""
+    """Replaces a CSV file by dataclass instances of one kind, under the names of their fields."""
+    write_table(path, [asdict(row) for row in rows])
+
+
+def write_table(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Replaces a CSV file by rows with the same keys, under these keys."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 

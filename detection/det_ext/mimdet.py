@@ -19,7 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from det_ext import loading
 from det_ext.offset_bias import bias_between, bias_of_map
-from modeling_finetune import MAE_SIZES, Attention, Block, check_choice, sincos_pos_embed, take
+from modeling_finetune import (
+    MAE_SIZES,
+    Attention,
+    Block,
+    check_choice,
+    drop_path_rates,
+    sincos_pos_embed,
+    take,
+)
 from unimim.checkpoint.resizing import interpolate_pos_embed
 from unimim.openmmlab.checkpoint import log
 
@@ -125,7 +133,7 @@ class SampledViT(nn.Module):
             BiasedBlock, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=0.0, init_values=init_values, qkv_bias=True,
             k_bias=k_bias, attn_drop=0.0, kernel=attn,
         )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
         for each in self.blocks if rel_pos_bias == "per_block" else ():
             rows = (2 * self.grid[0] - 1) ** 2

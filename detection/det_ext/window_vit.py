@@ -20,6 +20,7 @@ from modeling_finetune import (
     Block,
     PatchEmbed,
     check_choice,
+    drop_path_rates,
     patchify,
     sincos_pos_embed,
     unpatchify,
@@ -83,7 +84,7 @@ class WindowViT(nn.Module):
             Block, dim, heads, mlp_ratio=mlp_ratio, drop=0.0, init_values=init_values, qkv_bias=True, k_bias=k_bias,
             attn_drop=0.0, kernel=attn,
         )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
         self.window_bias = OffsetBias(window, heads) if rel_pos_bias and self.group > 1 else None
         self.global_bias = OffsetBias(self.grid[0], heads) if rel_pos_bias else None

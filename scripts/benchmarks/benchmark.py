@@ -181,7 +181,7 @@ def make_variant(
         update_freq=1,
         clip_grad=None,
     )
-    runner.watch(model, model.average and model.average.module)
+    runner.watch(model, model.ema and model.ema.module)
 
     def step() -> Tensor:
         loss = runner.micro_step(batch, last=True)["loss"]

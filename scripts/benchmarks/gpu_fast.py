@@ -50,11 +50,10 @@ from scripts.gpu_check import Checks
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
 from unimim.data.sources import PartSource, map_source
-from unimim.data.views import build_pretrain_transform
+from unimim.data.views import build_pretrain_transform, image_mean_std
 from unimim.engine.compiling import compile_blocks
 from unimim.engine.monitor import count_flops, memory_gib, peak_flops
-from unimim.engine.setup import image_mean_std
-from unimim.engine.state import Normalize
+from unimim.engine.state import Normalize, with_mask_counts
 from unimim.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,7 +299,7 @@ def make_step(
     if case.stage == "finetune":
         groups = param_groups(task.model, args.weight_decay, args.layer_decay)
     if variant == "compiled":
-        compile_blocks(task, task.average and task.average.module, getattr(task, "frozen", None))
+        compile_blocks(task, task.ema and task.ema.module, task.frozen)
     if variant == "graphs":
         for block in task.modules():
             if isinstance(block, Block):
@@ -728,7 +727,7 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
     step = make_variant(case.name, task, batch, PRECISION, fused=True).step
     loader, normalize = (
         jpeg_loader(bench.images, task, size, workers),
-        Normalize(image_mean_std(args), device),
+        Normalize(image_mean_std(args), device, task.raw_views),
     )
     step()
     batches, ready = iter(loader), 2 * workers  # what workers had made before they had to keep up
@@ -737,7 +736,7 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
         if number == ready:
             synchronize(device)
             begin = time.perf_counter()
-        batch.update(normalize(loaded))
+        batch.update(normalize(with_mask_counts(loaded)))
         if train:
             step()
         done = number + 1 - ready

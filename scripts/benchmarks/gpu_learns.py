@@ -61,9 +61,10 @@ from unimim.data.device_loader import (
 )
 from unimim.data.pretraining import mask_generator
 from unimim.data.sources import build_source, first_of_each_class
+from unimim.data.views import image_mean_std
 from unimim.engine.distributed import seed_step
 from unimim.engine.runner import AUTOCAST_DTYPES, TorchRunner
-from unimim.engine.setup import image_mean_std, schedules
+from unimim.engine.setup import schedules
 from unimim.engine.state import Normalize
 from unimim.evaluation.accuracy import averages, tally
 from unimim.evaluation.features import Features, build_backbone

@@ -47,6 +47,7 @@ from scripts.gpu_check import Checks
 from unimim.cli.models import build_method
 from unimim.cli.options import parse
 from unimim.data.pretraining import build_data
+from unimim.data.views import image_mean_std
 from unimim.engine import setup
 from unimim.engine.batch_norm import synchronized_batch_norm
 from unimim.engine.compiling import compile_blocks
@@ -59,7 +60,7 @@ from unimim.engine.distributed import (
 from unimim.engine.runner import Runner
 from unimim.engine.session import Position
 from unimim.engine.setup import build_runner, start_training
-from unimim.engine.state import Normalize, Training
+from unimim.engine.state import Normalize, RunContext, Training, with_mask_counts
 from unimim.logs import log
 
 METHODS: dict[str, tuple[str, ...]] = {"conmim": ()} | OTHERS  # flags over those of PRETRAIN
@@ -98,11 +99,11 @@ def arguments(name: str, device: torch.device, *flags: str) -> Namespace:
     return parse("pretrain", [*PRETRAIN, *METHODS[name], *place, *flags])
 
 
-def set_up(args: Namespace) -> Normalize:
+def set_up(args: Namespace) -> RunContext:
     """As run_pretraining's, without its words on the terminal."""
-    normalize = setup.set_up(args)
+    context = setup.set_up(args)
     log.setLevel("ERROR")
-    return normalize
+    return context
 
 
 @dataclass
@@ -111,12 +112,15 @@ class Built:
 
     method: PretrainMethod
     runner: Runner
-    normalize: Normalize
+    context: RunContext
 
     def gradients(self, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """Loss of a batch from the loader, and the float32 gradients on the CPU that now lie in the
         parameters."""
-        loss = self.runner.micro_step(self.normalize(batch), last=True)["loss"]
+        mean_std = image_mean_std(self.context.args)
+        normalize = Normalize(mean_std, self.context.device, self.method.raw_views)
+        batch = normalize(with_mask_counts(batch))
+        loss = self.runner.micro_step(batch, last=True)["loss"]
         scale = self.runner.scaler.get_scale()
         found = {name: p.grad for name, p in self.method.named_parameters() if p.grad is not None}
         return float(loss.detach()), {
@@ -127,15 +131,15 @@ class Built:
 def build(name: str, device: torch.device, *flags: str) -> Built:
     """Method `name` as run_pretraining.py builds it: the same weights on every device."""
     args = arguments(name, device, *flags)
-    normalize = set_up(args)
-    method = build_method(args).to(normalize.device)
+    context = set_up(args)
+    method = build_method(args).to(context.device)
     if method.teacher is not None:
-        method.teacher.to(normalize.device)
-    runner = build_runner(args, method, param_groups(method, args.weight_decay), normalize.device)
+        method.teacher.to(context.device)
+    runner = build_runner(args, method, param_groups(method, args.weight_decay), context.device)
     runner.watch(method, method.teacher)
     method.train()
     method.before_epoch(0, args.epochs)
-    return Built(method, runner, normalize)
+    return Built(method, runner, context)
 
 
 @cache
@@ -154,15 +158,15 @@ def start(
 ) -> tuple[Training, Position]:
     """What run_pretraining.py's main() does up to the first step."""
     args = arguments(name, device, "--output_dir", str(folder), *flags)
-    normalize = set_up(args)
+    context = set_up(args)
     method = build_method(args)
     loader = build_data(args, method)
     groups = param_groups(method, args.weight_decay)
-    method.to(normalize.device)
+    method.to(context.device)
     if method.teacher is not None:
-        method.teacher.to(normalize.device)
+        method.teacher.to(context.device)
     with own_signals():
-        run, position = start_training(args, method, method, loader, groups, normalize, "teacher")
+        run, position = start_training(context, method, loader, groups)
     run.task.train()
     run.task.before_epoch(0, args.epochs)
     return run, position

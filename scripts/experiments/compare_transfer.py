@@ -28,7 +28,7 @@ CONFIG = ROOT / "semantic_segmentation" / "configs" / "shapes" / "upernet_tiny_s
 
 
 @dataclass(frozen=True)
-class Result:
+class TransferRow:
     """One row of transfer.csv: percent on the validation images after the last iteration."""
 
     method: str
@@ -67,7 +67,7 @@ def last_figures(folder: Path) -> dict[str, float]:
     return next(row for row in reversed(rows) if "mIoU" in row)
 
 
-def table(results: Sequence[Result]) -> str:
+def table(results: Sequence[TransferRow]) -> str:
     """Markdown: a row for each start, mean and deviation over the seeds, then each seed."""
     seeds = sorted({row.seed for row in results})
     lines = [
@@ -121,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     ).resolve()
                 )
             folder = args.output / f"seed{seed}" / method
-            results.append(Result(method, seed, *train(data, folder, start, seed, options), start))
+            results.append(
+                TransferRow(method, seed, *train(data, folder, start, seed, options), start)
+            )
     write_rows(args.output / "transfer.csv", results)
     print(table(results))
 

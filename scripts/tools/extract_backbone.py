@@ -22,8 +22,8 @@ import modeling_pretrain  # noqa: F401  (registers the methods)
 from unimim.checkpoint.files import load_checkpoint, save_encoder
 from unimim.checkpoint.loading import PUBLISHED_KEYS, backbone_weights
 from unimim.checkpoint.names import StateDict
-from unimim.cli.flags import build_parser
-from unimim.cli.models import build_method
+from unimim.checkpoint.runs import is_pretraining, rebuild
+from unimim.files import write_atomically
 
 # one after another (specs/a2mim.md 6)
 DETECTRON2_NAMES = (
@@ -40,11 +40,10 @@ def extract(path: str, model_key: str = PUBLISHED_KEYS) -> tuple[StateDict, str]
     holds, if it does."""
     loaded = load_checkpoint(path)
     saved = loaded.get("args") or {}
-    if "mask_type" in saved:  # a pre-training run of this repository
-        args = build_parser("pretrain").parse_args([])
-        vars(args).update(saved)
+    if is_pretraining(saved):
+        method, args = rebuild(path)
         weights = loaded.get("teacher") or loaded["model"]
-        return build_method(args).encoder_state_dict(weights), args.model
+        return method.encoder_state_dict(weights), args.model
     return backbone_weights(loaded, path, model_key), saved.get("model", "")
 
 
@@ -68,9 +67,8 @@ def write(path: Path, weights: StateDict, model: str) -> None:
     if path.suffix != ".pkl":
         raise ValueError(f"{path} must end in .safetensors or .pkl")
     arrays = {name: value.numpy() for name, value in to_detectron2(weights).items()}
-    path.write_bytes(
-        pickle.dumps({"model": arrays, "__author__": "UniMIM", "matching_heuristics": True})
-    )
+    content = {"model": arrays, "__author__": "UniMIM", "matching_heuristics": True}
+    write_atomically(path, lambda file: pickle.dump(content, file))
 
 
 def main() -> None:

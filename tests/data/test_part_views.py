@@ -122,8 +122,9 @@ def test_the_image_is_the_same_with_and_without_its_map():
 def test_a_replacement_brings_its_own_map():
     images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
     transform = build_pretrain_transform(("image", "part_ids"), input_size=8, grid=(2, 2))
-    dataset = ImageDataset(ArraySource("zeros", images, [0] * 4, ["0"]), transform, seed=0)
-    dataset.maps = {"part_ids": lambda index: np.full((3, 3), index, dtype=np.uint8)}
+    maps = {"part_ids": lambda index: np.full((3, 3), index, dtype=np.uint8)}
+    source = ArraySource("zeros", images, [0] * 4, ["0"])
+    dataset = ImageDataset(source, transform, seed=0, maps=maps)
     assert dataset[0, 2]["part_ids"].unique().tolist() == [2]
     dataset.bad.add(2)
     sample = dataset[0, 2]

@@ -25,8 +25,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
-from engine_for_finetuning import evaluate
-from run_class_finetuning import Evaluator
+from engine_for_finetuning import evaluate_classifier
+from run_class_finetuning import ClassificationEvaluator
 from unimim.cli.options import resolve_precision
 from unimim.data.views import MEAN_STD, build_finetune_transform
 from unimim.engine import runner
@@ -36,7 +36,7 @@ from unimim.engine.ema import MovingAverage
 from unimim.engine.monitor import NonFiniteError, StepMonitor, peak_tflops
 from unimim.engine.runner import GradientCheck, TorchRunner, check_precision, step_on_device
 from unimim.engine.setup import flops_per_image
-from unimim.engine.state import Normalize
+from unimim.engine.state import Normalize, RunContext
 from unimim.evaluation.accuracy import tally
 from unimim.logs import log
 
@@ -416,15 +416,15 @@ def test_averaged_classifier_follows_and_is_evaluated(tmp_path, flags):
         train_steps(run, step, step + 1)
         for name, p in run.task.model.named_parameters():
             expected[name] = 0.5 * expected[name] + 0.5 * p.detach().double()
-    for name, p in run.task.average.module.named_parameters():
+    for name, p in run.task.ema.module.named_parameters():
         torch.testing.assert_close(p.double(), expected[name], atol=1e-6, rtol=0)
 
-    evaluator = Evaluator(run, eval_loader(run.args))
+    evaluator = ClassificationEvaluator(run, eval_loader(run.args))
     position.step = 3
     found = evaluator.after_epoch(position, run.session)
-    for name, model in (("test_loss", run.task.model), ("test_ema_loss", run.task.average.module)):
+    for name, model in (("test_loss", run.task.model), ("test_ema_loss", run.task.ema.module)):
         assert found[name] == pytest.approx(
-            evaluate(model, eval_loader(run.args), run.normalize)["loss"]
+            evaluate_classifier(model, eval_loader(run.args), run.context)["loss"]
         )
     assert found["test_loss"] != found["test_ema_loss"]
     run.session.save(position, finished=False)
@@ -481,7 +481,8 @@ def test_evaluation_counts_hits_and_ignores_padding():
         {"image": image[part], "label": labels[part], "index": index[part]}
         for part in (slice(0, 4), slice(4, 7))
     ]
-    result = evaluate(Scripted(logits), loader, Normalize(MEAN_STD["inception"], CPU))
+    context = RunContext(Namespace(imagenet_default_mean_and_std=False), CPU, 0, 1)
+    result = evaluate_classifier(Scripted(logits), loader, context)
     ranks = [(logits[i] > logits[i, labels[i]]).sum().item() for i in range(5)]
     assert result["acc1"] == pytest.approx(100 * sum(rank < 1 for rank in ranks) / 5)
     assert result["acc5"] == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 5)
@@ -644,7 +645,9 @@ def test_recomputation_is_no_work_of_the_model(tmp_path, network):
         start("pretrain", tmp_path, *network, *flags)[0]
         for flags in ((), ("--grad_checkpointing",))
     ]
-    plain, recomputing = (flops_per_image(run.task, run.loader, run.normalize) for run in runs)
+    plain, recomputing = (
+        flops_per_image(run.task, run.loader.dataset, run.normalize) for run in runs
+    )
     assert plain == recomputing > 0
     again = [
         module.grad_checkpointing

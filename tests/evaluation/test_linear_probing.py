@@ -31,7 +31,7 @@ def parse(folder: Path | str, *flags: str):
     return run_linear_probing.parse([*BASE, "--output_dir", str(folder), *flags])
 
 
-def run_here(folder: Path, *flags: str) -> list[run_linear_probing.Result]:
+def run_here(folder: Path, *flags: str) -> list[run_linear_probing.ProbeRow]:
     with own_signals():
         return run_linear_probing.main(parse(folder, *flags))
 
@@ -149,9 +149,9 @@ def test_without_augmentation_it_is_plain_training_on_features(tmp_path, opt):
     flags = ("--no_aug", "--global_pool", "--opt", opt, "--momentum", "0.8")
     (result,) = run_here(tmp_path, *flags)
     args = parse("", *flags)
-    normalize, backbone = set_up(args), build_backbone(args)
+    context, backbone = set_up(args), build_backbone(args)
     train, val = (
-        extract(args, evaluation_images(args, backbone, train=is_train), backbone, normalize, "")
+        extract(context, evaluation_images(args, backbone, train=is_train), backbone, "")
         for is_train in (True, False)
     )
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from analysis import attention_agreement, visualize
 from modeling_finetune import create_model
 from unimim.checkpoint.files import save_checkpoint
 from unimim.checkpoint.resizing import interpolate_pos_embed
+from unimim.data.views import MEAN_STD
 from unimim.evaluation.attention import (
     best_iou,
     class_maps,
@@ -70,7 +71,7 @@ def shown(path: str, *flags: str, images: int = 1) -> dict[str, list[np.ndarray]
 
 
 def normalized(picture: np.ndarray) -> Tensor:
-    mean_std = visualize.MEAN_STD["imagenet"]
+    mean_std = MEAN_STD["imagenet"]
     return visualize.Normalize(mean_std, torch.device("cpu"))({"image": as_image(picture)})["image"]
 
 

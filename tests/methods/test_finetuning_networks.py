@@ -219,7 +219,7 @@ def test_the_average_has_the_networks_batch_statistics():
     task = Classification(
         nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), args, torch.device("cpu")
     )
-    before, average = task.average.module[1].weight.clone(), task.average.module
+    before, average = task.ema.module[1].weight.clone(), task.ema.module
     task.model[1].weight.data += 1
     task.model(torch.randn(16, 4) + 3)
     task.after_step(1.0)
@@ -243,11 +243,11 @@ def test_the_averages_decay_rises():
     args.nb_classes = 3
     task = Classification(nn.Linear(4, 3), args, torch.device("cpu"))
     for progress, decay in ((0.0, 0.72), (0.25, 0.76), (0.5, 0.8), (0.9, 0.8)):
-        before = copy.deepcopy(task.average.module.weight)
+        before = copy.deepcopy(task.ema.module.weight)
         task.model.weight.data += 1
         task.after_step(progress)
         torch.testing.assert_close(
-            task.average.module.weight.data, decay * before + (1 - decay) * task.model.weight
+            task.ema.module.weight.data, decay * before + (1 - decay) * task.model.weight
         )
 
 

@@ -25,7 +25,7 @@ from unimim.cli.models import build_method
 from unimim.data.pretraining import build_data
 from unimim.data.views import MEAN_STD
 from unimim.engine.monitor import count_flops
-from unimim.engine.state import Normalize
+from unimim.engine.state import Normalize, with_mask_counts
 
 SIZE = {"input_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 FORMS = {"beit": (SemanticBEiT, {"vocab_size": 24, "init_values": 0.1}), "maskfeat": (MaskFeat, {})}
@@ -225,14 +225,14 @@ def test_unequal_counts_are_refused(form):
 
 
 def test_counts_come_from_the_host():
-    normalize = Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
     raw = {
         "image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
         "mask": masks(10),
         "target_mask": masks(7),
     }
     raw["image_second"] = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
-    batch = normalize(raw)
+    normalize = Normalize(MEAN_STD["imagenet"], torch.device("cpu"), raw=("image_second",))
+    batch = normalize(with_mask_counts(raw))
     assert (batch["mask_counts"], batch["target_mask_counts"], batch["max_masked"]) == (
         (10, 10),
         (7, 7),

@@ -362,7 +362,7 @@ def test_the_comparison_reads_the_last_validation_and_finished_runs(tmp_path):
         ("random", 1, 52.0, 80.0),
         ("mae", 1, 61.0, 81.0),
     ]
-    results = [compare_transfer.Result(*row, "") for row in rows]
+    results = [compare_transfer.TransferRow(*row, "") for row in rows]
     assert compare_transfer.table(results).splitlines()[2:] == [
         "| random weights | 51.0 ± 1.4 | 80.0 ± 0.0 | 50.0 | 52.0 |",
         "| MAE | 60.5 ± 0.7 | 81.0 ± 0.0 | 60.0 | 61.0 |",

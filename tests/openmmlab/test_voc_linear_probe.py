@@ -73,7 +73,7 @@ def parse(root: Path, folder: Path | str, *flags: str) -> Namespace:
     return voc.parse([*BASE, "--data_path", str(root), "--output_dir", str(folder), *flags])
 
 
-def run_here(folder: Path, root: Path, *flags: str) -> voc.Result:
+def run_here(folder: Path, root: Path, *flags: str) -> voc.VocRow:
     with own_signals():
         return voc.main(parse(root, folder, *flags))
 
@@ -287,7 +287,7 @@ def test_a_run_by_hand_and_its_resume(root, tmp_path):
     result = run_here(tmp_path, root, *flags)
     args = parse(root, "", *flags)
     args.rank, args.world_size = 0, 1
-    normalize = voc.set_up(args)
+    normalize = voc.set_up(args).normalize
     backbones = voc.build_backbones(args, torch.device("cpu"))
     data = voc.build_data(args, backbones)
     task = voc.Segmentation(voc.build_head(32, 11, seed=0), backbones, 20)

@@ -18,20 +18,21 @@ from unimim.data.part_maps import MISSING, PartMaps, PartMapWriter
 from unimim.data.shapes import cached_shapes, make_scene
 from unimim.data.views import MEAN_STD
 from unimim.engine.distributed import StopSignal
+from unimim.engine.state import RunContext
 from unimim.parts import extraction
 from unimim.parts.learning import (
-    Features,
     PartLearner,
     PartLearning,
+    TeacherFeatures,
     attention_head_maps,
+    balance_loss,
     blur,
+    diversity_loss,
     foreground,
     hard_maps,
     kmeans_maps,
     load_teacher,
     random_maps,
-    similarity,
-    starvation,
     temperature_at,
     without_single_cells,
 )
@@ -62,11 +63,11 @@ def random_teacher(size: int = 48):
     return load_teacher(TIMM, image_size=size, allow_random=True, model_kwargs=TINY)
 
 
-def random_features(count: int = 2, dim: int = 16, grid=(4, 4)) -> Features:
+def random_features(count: int = 2, dim: int = 16, grid=(4, 4)) -> TeacherFeatures:
     torch.manual_seed(1)
     cells = grid[0] * grid[1]
     attention = torch.rand(count, 3, cells).softmax(-1)
-    return Features(torch.randn(count, dim), torch.randn(count, cells, dim), attention)
+    return TeacherFeatures(torch.randn(count, dim), torch.randn(count, cells, dim), attention)
 
 
 def some_scenes(count: int, side: int) -> torch.Tensor:
@@ -230,7 +231,7 @@ def test_soft_maps_by_hand():
         [3.0, 0.0, 0.0, 5.0]
     )  # the parts look along the two axes
     learner.temperature = 0.5
-    features = Features(
+    features = TeacherFeatures(
         torch.zeros(1, 2), torch.tensor([[[2.0, 0.0], [3.0, 4.0]]]), torch.ones(1, 1, 2)
     )
     wanted = torch.tensor([[1.0, 0.6], [0.0, 0.8]]).div(0.5).softmax(0).view(1, 2, 1, 2)
@@ -267,9 +268,11 @@ def test_loss_falls():
 
 def test_standardise_gives_mean_zero_and_deviation_one():
     features = random_features(count=8)
-    scaled = Features(features.cls * 3 + 5, features.patches * 0.2 - 1, features.attention)
+    scaled = TeacherFeatures(features.cls * 3 + 5, features.patches * 0.2 - 1, features.attention)
     learner = PartLearner(16, (4, 4), widths=(8,))
-    learner.standardize([Features(*(x[:3] for x in scaled)), Features(*(x[3:] for x in scaled))])
+    learner.standardize(
+        [TeacherFeatures(*(x[:3] for x in scaled)), TeacherFeatures(*(x[3:] for x in scaled))]
+    )
     patches = (scaled.patches - learner.feat_mean) / learner.feat_std
     torch.testing.assert_close(patches.mean((0, 1)), torch.zeros(16), atol=1e-5, rtol=0)
     torch.testing.assert_close(patches.flatten(0, 1).std(0, correction=0), torch.ones(16))
@@ -291,9 +294,9 @@ def test_diversity_and_balance_by_hand():
     maps = torch.stack(
         (left, left, 1 - left), dim=1
     )  # two equal parts and one that shares nothing with them
-    torch.testing.assert_close(similarity(maps), torch.tensor(2 * 0.9 / 6))
+    torch.testing.assert_close(diversity_loss(maps), torch.tensor(2 * 0.9 / 6))
     shares = torch.tensor([0.97, 0.03, 0.015]).view(1, 3, 1, 1).expand(2, 3, 2, 2)
-    torch.testing.assert_close(starvation(shares), torch.tensor(0.5 / 3))
+    torch.testing.assert_close(balance_loss(shares), torch.tensor(0.5 / 3))
 
 
 def test_temperature_falls_geometrically_and_then_stays():
@@ -339,7 +342,7 @@ def test_foreground_holds_the_mass_and_drops_specks():
         [2, 3],
         [3, 2],
     ]  # corners have four votes of nine
-    heads = attention_head_maps(Features(None, None, attention.flatten(2)), (6, 6))
+    heads = attention_head_maps(TeacherFeatures(None, None, attention.flatten(2)), (6, 6))
     assert torch.equal(heads.argmax(1) == 0, ~inside)
 
 
@@ -347,7 +350,9 @@ def test_kmeans_finds_separate_clusters():
     torch.manual_seed(0)
     truth = torch.randint(0, 4, (3, 36))
     patches = 10 * torch.eye(4, 8)[truth] + 0.1 * torch.randn(3, 36, 8)
-    found = hard_maps(kmeans_maps(Features(None, patches, None), (6, 6), 4), clean=False).flatten(1)
+    found = hard_maps(
+        kmeans_maps(TeacherFeatures(None, patches, None), (6, 6), 4), clean=False
+    ).flatten(1)
     for wanted, ids in zip(truth, found, strict=True):
         assert len({(int(a), int(b)) for a, b in zip(wanted, ids, strict=True)}) == 4
 
@@ -520,7 +525,7 @@ def test_extraction_goes_on_where_it_stopped(data, tmp_path):
 
 
 def test_two_ranks_write_what_one_writes(data, tmp_path):
-    teacher, normalize = random_teacher(32), run_part_learning.set_up(parse(data, tmp_path))
+    teacher, device = random_teacher(32), run_part_learning.set_up(parse(data, tmp_path)).device
     task = PartLearning(
         PartLearner(192, teacher.grid, widths=(8,)), teacher, MEAN_STD["imagenet"], (0.2, 0.07)
     )
@@ -528,8 +533,7 @@ def test_two_ranks_write_what_one_writes(data, tmp_path):
     for folder, ranks in zip(folders, (1, 2), strict=True):
         for rank in range(ranks):
             args = parse(data, tmp_path, "--extract", str(folder), "--batch_size", "3")
-            args.rank, args.world_size = rank, ranks
-            extraction.extract(args, task, normalize)
+            extraction.extract(RunContext(args, device, rank, ranks), task)
             if (rank, ranks) == (0, 2):
                 assert PartMapWriter(folder).missing().tolist() == list(range(1, 21, 2))
     assert np.array_equal(rows_of(folders[0]), rows_of(folders[1]))

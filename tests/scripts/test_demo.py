@@ -21,6 +21,7 @@ from unimim import report
 from unimim.checkpoint.files import save_checkpoint
 from unimim.data.jpeg import decode
 from unimim.data.sources import digits_source, map_source
+from unimim.data.views import MEAN_STD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -252,7 +253,7 @@ def test_orders_of_a_checkpoint_are_those_of_the_network_that_gives_the_map(tmp_
     image, attention, close, rows, similar, central = pictures(
         visualize.orders(*visualize.parse(line.split()))
     )[:6]
-    normalize = visualize.Normalize(visualize.MEAN_STD["imagenet"], torch.device("cpu"))
+    normalize = visualize.Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
     x = normalize({"image": torch.from_numpy(image).permute(2, 0, 1)[None]})["image"]
     expected = method.look_ahead({"image": x})[1]
     np.testing.assert_allclose(

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,37 @@ def class_tokens(
     return token.shape[1] if token is not None and token.ndim == 3 and token.shape[1] > 1 else None
 
 
+def unwrapped(
+    checkpoint: dict[str, Any], keys: Sequence[str], prefixes: Sequence[str] = ()
+) -> StateDict:
+    """Returns the tensors of a loaded checkpoint by their names, without what is around them.
+
+    The state dict lies under the first of `keys` that holds one, else it is the checkpoint itself.
+    Where names begin with one of `prefixes`, only those names stay, without the prefix; this is
+    repeated until no name begins with any.
+    """
+    key = next((key for key in keys if isinstance(checkpoint.get(key), dict)), None)
+    state = checkpoint if key is None else checkpoint[key]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    while any(name.startswith(tuple(prefixes)) for name in tensors):
+        prefix = next(p for p in prefixes if any(name.startswith(p) for name in tensors))
+        tensors = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+    return tensors
+
+
 def _select_weights(
     checkpoint: dict[str, Any], model_key: str, name: str
 ) -> tuple[str, dict[str, Any]]:
-    if model_key == PUBLISHED_KEYS and checkpoint.get("teacher"):
-        return "teacher", checkpoint["teacher"]
-    # SemAIM's files have the weights under a key of its own
-    for key in (*model_key.split("|"), *(["state_dict"] if model_key == PUBLISHED_KEYS else [])):
+    """Returns the key of the weights that --model_key names, "" for a bare state dict, and them."""
+    keys = model_key.split("|")
+    if model_key == PUBLISHED_KEYS:
+        # a teacher is what the published recipe fine-tunes; SemAIM's files say state_dict
+        keys = ["teacher", *keys, "state_dict"]
+    for key in keys:
         if isinstance(checkpoint.get(key), dict):
             return key, checkpoint[key]
     if not any(isinstance(value, Tensor) for value in checkpoint.values()):

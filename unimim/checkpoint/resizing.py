@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
+from unimim.sizes import to_pair
+
 
 def interpolate_rel_pos_bias(
     table: Tensor,
@@ -24,7 +26,7 @@ def interpolate_rel_pos_bias(
     float64, and read at the whole offsets of the new window, clamped to the source's range. The
     last `num_extra` rows are copied. Returns the table's dtype.
     """
-    src, dst = _pair(src_window), _pair(dst_window)
+    src, dst = to_pair(src_window), to_pair(dst_window)
     if src == dst:
         return table
     offsets, extra = table.detach().split([table.shape[0] - num_extra, num_extra])
@@ -65,7 +67,7 @@ def interpolate_pos_embed(
     The prefix rows (class token) are copied. Returns [1, num_prefix + dst_h * dst_w, C] in the
     dtype of `pos_embed`.
     """
-    dst = _pair(dst_grid)
+    dst = to_pair(dst_grid)
     prefix, patches = pos_embed.detach().split([num_prefix, pos_embed.shape[1] - num_prefix], dim=1)
     side = math.isqrt(patches.shape[1])
     if side**2 != patches.shape[1]:
@@ -77,10 +79,6 @@ def interpolate_pos_embed(
     grid = patches.float().transpose(1, 2).unflatten(2, (side, side))
     resized = F.interpolate(grid, size=dst, mode="bicubic", align_corners=False)
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(prefix)], dim=1)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def resample(values: np.ndarray, axis: int, src_window: int, dst_window: int) -> np.ndarray:

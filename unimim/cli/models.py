@@ -9,7 +9,7 @@ import modeling_backbones  # noqa: F401  (registers its networks)
 from modeling_finetune import create_model, options_of
 from unimim.checkpoint.loading import class_tokens
 from unimim.cli.options import given, model_kwargs
-from unimim.engine.setup import image_mean_std
+from unimim.data.views import image_mean_std
 
 SEMAIM_FLAGS = (  # named as the options of the model
     "permutation_type", "attention_type", "order_precision", "query_depth", "share_weight", "prediction_head_type",

@@ -5,9 +5,10 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-from modeling_finetune import input_size_of, to_pair
+from modeling_finetune import input_size_of
 from unimim.cli.options import model_kwargs
 from unimim.errors import refused
+from unimim.sizes import to_pair
 
 
 def settle_size(args: Namespace) -> None:

@@ -31,7 +31,7 @@ from unimim.data.jpeg import decode
 from unimim.data.sources import Source
 from unimim.data.views import EvalTransform
 from unimim.engine.state import Normalize
-from unimim.parts.learning import Features, hard_maps, kmeans_maps
+from unimim.parts.learning import TeacherFeatures, hard_maps, kmeans_maps
 
 VIEWS = ("image", "image_strong", "mask", "target_mask", "noise", "part_ids", "target_ids")
 LUMA = (0.299, 0.587, 0.114)
@@ -339,7 +339,7 @@ def color_place_parts(
         cells = torch.cat(
             (colors, place.expand(len(some), -1, -1), torch.ones_like(colors[..., :1])), -1
         )
-        soft = kmeans_maps(Features(cells[:, 0], cells, cells[..., 0]), grid, num_parts)
+        soft = kmeans_maps(TeacherFeatures(cells[:, 0], cells, cells[..., 0]), grid, num_parts)
         parts.append(hard_maps(soft, clean=False))
     return torch.cat(parts)
 

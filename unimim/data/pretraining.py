@@ -1,14 +1,17 @@
 """The loader of what a pre-training method reads."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from datasets import TrainBatchSampler, build_dataset, build_loader
+from datasets import Maps, TrainBatchSampler, build_dataset, build_loader
 from masking_generator import build_mask_generator
 from unimim.cli.options import effective_batch
 from unimim.data.part_maps import PartMaps, RandomParts, image_names
+from unimim.data.sources import Source
 from unimim.data.views import build_pretrain_transform
 from unimim.logs import log
 
@@ -29,8 +32,8 @@ def mask_generator(args: Namespace, method: nn.Module, view: str):
     )
 
 
-def build_data(args: Namespace, method: nn.Module):
-    """The loader of what the method reads."""
+def build_data(args: Namespace, method: nn.Module) -> DataLoader:
+    """Returns the loader of what the method reads."""
     if "target_ids" in method.views:
         raise ValueError(
             f"--model {args.model} needs --discrete_vae_weight_path: DALL-E's encoder, encoder.pkl"
@@ -50,12 +53,18 @@ def build_data(args: Namespace, method: nn.Module):
         second_size=second_size(args, method),
         second_interpolation=args.second_interpolation,
     )
-    dataset = build_dataset(args, train=True, transform=transform, need_labels=False)
+    maps = None
     if "part_ids" in method.views:
-        parts = open_parts(args, dataset.source, method)
-        readers = {"part_ids": parts.read, "part_scores": parts.read_scores}
-        dataset.maps = {view: read for view, read in readers.items() if view in method.views}
+        maps = partial(part_readers, args, method)
+    dataset = build_dataset(args, train=True, transform=transform, need_labels=False, maps=maps)
     return train_loader(args, dataset)
+
+
+def part_readers(args: Namespace, method: nn.Module, source: Source) -> Maps:
+    """Returns what reads the part maps of the images in `source`, by the name of the view."""
+    parts = open_parts(args, source, method)
+    readers = {"part_ids": parts.read, "part_scores": parts.read_scores}
+    return {view: read for view, read in readers.items() if view in method.views}
 
 
 def second_size(args: Namespace, method: nn.Module) -> tuple[int, int] | None:
@@ -98,9 +107,8 @@ def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomP
     return parts
 
 
-def train_loader(args: Namespace, dataset):
-    """A loader of whole optimizer steps, `steps_per_epoch` of them; what is left over of an epoch
-    is dropped."""
+def train_loader(args: Namespace, dataset: Dataset) -> DataLoader:
+    """Returns a loader of whole optimizer steps; what is left over of an epoch is dropped."""
     steps = len(dataset) // effective_batch(args)
     if steps == 0:
         raise ValueError(
@@ -117,6 +125,9 @@ def train_loader(args: Namespace, dataset):
         repeats=getattr(args, "aug_repeats", 1),
         step_batches=args.update_freq * args.world_size,
     )
-    loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
-    loader.steps_per_epoch = steps
-    return loader
+    return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
+
+
+def steps_per_epoch(args: Namespace, loader: DataLoader) -> int:
+    """Returns how many optimizer steps a loader of `train_loader` has batches for."""
+    return len(loader) // args.update_freq

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import RandomCrop
 
-from masking_generator import MaskGenerator, Pair, as_pair
+from masking_generator import MaskGenerator
 from unimim.data.color import (
     draw_color,
     draw_jitter,
@@ -38,6 +38,7 @@ from unimim.data.crops import (
     reference_crop,
 )
 from unimim.data.jpeg import RawImage, decode, decode_pillow, open_picture
+from unimim.sizes import Pair, to_pair
 
 cv2.setNumThreads(0)  # the loader's workers are the parallelism
 
@@ -48,6 +49,11 @@ MEAN_STD = {
 PIPELINES = ("fast", "reference")
 SMALL_IMAGE = 32  # up to this size images are neither resized for evaluation nor cropped by area (spec 4.6, 4.7)
 Sample = dict[str, torch.Tensor]
+
+
+def image_mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and std by color that --imagenet_default_mean_and_std chooses."""
+    return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
 
 
 def draw_view(
@@ -230,7 +236,7 @@ def build_pretrain_transform(
         "masked views need mask generators, others have none"
     )
     return PretrainTransform(
-        tuple(views), as_pair(input_size), interpolation, pipeline, masks, tuple(crop_scale), grid, noise_size,
+        tuple(views), to_pair(input_size), interpolation, pipeline, masks, tuple(crop_scale), grid, noise_size,
         color_jitter, second_size, second_interpolation,
     )  # fmt: skip
 
@@ -262,7 +268,7 @@ class ProbeTransform:
         _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
         _check_choice("--train_crop", crop, PROBE_CROPS)
         self.size, self.interpolation, self.crop_scale = (
-            as_pair(input_size),
+            to_pair(input_size),
             interpolation,
             tuple(crop_scale),
         )
@@ -368,11 +374,11 @@ def build_finetune_transform(
     """
     if not train:
         return EvalTransform(
-            as_pair(getattr(args, "eval_input_size", None) or args.input_size), args.crop_pct
+            to_pair(getattr(args, "eval_input_size", None) or args.input_size), args.crop_pct
         )
-    size = as_pair(args.input_size)
+    size = to_pair(args.input_size)
     _check_choice("--train_interpolation", args.train_interpolation, INTERPOLATIONS)
-    mean, std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
+    mean, std = image_mean_std(args)
     augment = create_transform(
         input_size=size,
         is_training=True,

@@ -31,12 +31,14 @@ from unimim.checkpoint.files import (
     save_encoder,
     sync_deepspeed_folder,
 )
+from unimim.checkpoint.loading import unwrapped
 from unimim.cli.options import as_config, effective_batch
 from unimim.engine.deepspeed import DeepSpeedRunner
 from unimim.engine.distributed import barrier, from_first_rank
 from unimim.engine.ema import MovingAverage
 from unimim.engine.monitor import StepMonitor
 from unimim.engine.runner import Runner
+from unimim.engine.task import Task
 from unimim.logs import log
 
 # What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
@@ -56,22 +58,25 @@ class Position:
 
 
 class Session:
-    """Saves and resumes one run. `network` is the model whose names the checkpoint carries."""
+    """Saves and resumes one run. The names in a checkpoint are those of `task.network`."""
 
     def __init__(
         self,
         args: Namespace,
         runner: Runner,
-        network: nn.Module,
+        task: Task,
         monitor: StepMonitor,
         *,
-        average: MovingAverage | None,
-        average_key: str,
         steps_per_epoch: int,
         dataset: Dataset,
     ):
-        self.args, self.runner, self.network, self.monitor = args, runner, network, monitor
-        self.average, self.average_key, self.steps_per_epoch = average, average_key, steps_per_epoch
+        self.args = args
+        self.runner = runner
+        self.monitor = monitor
+        self.network = task.network
+        self.ema = task.ema
+        self.ema_key = task.ema_key
+        self.steps_per_epoch = steps_per_epoch
         self.dataset = dataset
         self.folder = Path(args.output_dir) if args.output_dir and args.save_ckpt else None
         self.sharded = isinstance(runner, DeepSpeedRunner)
@@ -92,23 +97,23 @@ class Session:
         if self.sharded:
             self._save_shards(stem)
         if self.args.rank == 0:
-            self._save_encoder(stem, state[self.average_key] or state["model"])
+            self._save_encoder(stem, state[self.ema_key] or state["model"])
             self._write(stem, state)
             prune_checkpoints(self.folder, self.args.keep_checkpoints, self.folder / f"{stem}.pth")
         barrier()
 
-    def save_best(self, position: Position, *, of_average: bool) -> None:
-        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the average; all
-        ranks must call."""
+    def save_best(self, position: Position, *, of_ema: bool) -> None:
+        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the ema; all ranks
+        must call."""
         if self.folder is None:
             return
         state = self._state(position)
-        if of_average:
-            state["model"] = state[self.average_key]
+        if of_ema:
+            state["model"] = state[self.ema_key]
         if self.args.rank == 0:
             self._write(
-                "checkpoint-best-ema" if of_average else "checkpoint-best",
-                state | {self.average_key: None},
+                "checkpoint-best-ema" if of_ema else "checkpoint-best",
+                state | {self.ema_key: None},
             )
 
     def _write(self, stem: str, state: dict[str, Any]) -> None:
@@ -119,9 +124,7 @@ class Session:
         weights, prefix = self.runner.full_state_dict(), self._prefix()
         return {
             "model": {k.removeprefix(prefix): v for k, v in weights.items()},
-            self.average_key: None
-            if self.average is None
-            else dict(self.average.module.state_dict()),
+            self.ema_key: None if self.ema is None else dict(self.ema.module.state_dict()),
             "args": as_config(self.args),
             "engine": self._engine(),
             **vars(position),
@@ -162,10 +165,10 @@ class Session:
     def _prefix(self) -> str:
         """The runner may wrap the network in a task; the checkpoint carries the network's own
         names."""
-        names = (
-            name for name, module in self.runner.network.named_modules() if module is self.network
-        )
-        return "".join(f"{name}." for name in names if name)
+        for name, module in self.runner.network.named_modules():
+            if module is self.network:
+                return f"{name}." if name else ""
+        raise AssertionError("the network is a part of what the runner trains")
 
     def _engine(self) -> dict[str, Any]:
         kind = (
@@ -439,26 +442,28 @@ class Origin:
         return "engine" not in self.state
 
     def load_weights(
-        self, network: nn.Module, average: MovingAverage | None, average_key: str, copy: str = ""
+        self, network: nn.Module, ema: MovingAverage | None, ema_key: str, copy: str = ""
     ) -> None:
-        """Puts the checkpoint's weights into the network and its average.
+        """Puts the checkpoint's weights into the network and its ema.
 
         A published file holds one network; the teacher is `copy` (--resume_copy), or the student
-        where none is given. An average that the file lacks starts from the weights.
+        where none is given. An ema that the file lacks starts from the weights.
         """
-        states = [self.state.get("model"), self.state.get(average_key) or self.state.get("model")]
+        weights = self.state.get("model")
+        ema_weights = self.state.get(ema_key) or weights
         if self.published:
-            states = [self.state, load_checkpoint(copy) if copy else self.state]
-        for module, state in zip((network, average and average.module), states, strict=True):
-            if module is not None and state is not None:
-                fill(module, state, self.path)
+            weights = self.state
+            ema_weights = load_checkpoint(copy) if copy else self.state
+        if weights is not None:
+            fill(network, weights, self.path)
+        if ema is not None and ema_weights is not None:
+            fill(ema.module, ema_weights, self.path)
 
 
 def fill(module: nn.Module, state: dict[str, Any], path: Path) -> None:
     """Loads every tensor of the module by name. Keys that it has no use for are left out: published
     files have some."""
-    weights: dict[str, Tensor] = state.get("model", state.get("module", state))
-    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    weights = unwrapped(state, ("model", "module"), ("module.",))
     own = module.state_dict()
     if wrong := [k for k in own if k not in weights or own[k].shape != weights[k].shape]:
         raise ValueError(

@@ -1,17 +1,19 @@
-"""Wiring of a run: processes, device, runner, schedules, resume; everything between flags and the
-first step."""
+"""Wires a run: processes, device, runner, schedules, resume; all between flags and first step."""
 
 import json
 import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets import BadImagesError
 from optim_factory import (
@@ -31,7 +33,8 @@ from unimim.cli.options import (
     resolve_precision,
     warmup_steps,
 )
-from unimim.data.views import MEAN_STD
+from unimim.data.pretraining import steps_per_epoch
+from unimim.data.views import image_mean_std
 from unimim.engine.batch_norm import BatchStatistics, synchronize_batch_norm
 from unimim.engine.compiling import compile_blocks, recompute_gelu
 from unimim.engine.deepspeed import DeepSpeedRunner, deepspeed_config
@@ -54,13 +57,15 @@ from unimim.engine.monitor import (
 )
 from unimim.engine.runner import Runner, TorchRunner, check_precision
 from unimim.engine.session import Origin, Position, Session
-from unimim.engine.state import Normalize, Stopped, Training
+from unimim.engine.state import Normalize, RunContext, Stopped, Training, with_mask_counts
+from unimim.engine.task import Task
 from unimim.files import write_text
 from unimim.logs import log, setup_logging
 
-STOPPED = (
-    os.EX_TEMPFAIL
-)  # the exit status of a run that a signal stopped and the same command goes on with: 75
+# The exit status of a run that a signal stopped and that the same command resumes: 75.
+STOPPED = os.EX_TEMPFAIL
+# Flags that not every script which trains has, with what the others run with.
+OPTIONAL_FLAGS = {"compile": False, "recompute_gelu": "auto", "resume_copy": ""}
 
 
 def build_optimizer(
@@ -131,81 +136,86 @@ def dry_run(
     build_optimizer(args, groups, device)
 
 
-def flops_per_image(task: nn.Module, loader, normalize: Normalize) -> float:
-    """FLOPs of one training step, counted on two images; what that changes in batch statistics is
-    put back.
+def flops_per_image(task: Task, dataset: Dataset, normalize: Normalize) -> float:
+    """Counts the FLOPs of one training step on two images, and puts batch statistics back.
 
     --grad_checkpointing does not count: what is computed twice is needed once.
     """
+    batch = normalize(with_mask_counts(default_collate([dataset[0, 0], dataset[0, 1]])))
+    statistics = BatchStatistics(task, task.teacher)
+    statistics.keep()
+    with without_grad_checkpointing(task):
+        flops = count_flops(lambda: task(batch)["loss"].backward())
+    statistics.put_back_unless(torch.zeros(()))
+    task.zero_grad(set_to_none=True)
+    return flops / 2
+
+
+@contextmanager
+def without_grad_checkpointing(task: nn.Module) -> Iterator[None]:
+    """Keeps all activations of a forward pass inside the context."""
     recomputing = [
         module for module in task.modules() if getattr(module, "grad_checkpointing", False)
     ]
     for module in recomputing:
         module.grad_checkpointing = False
-    batch = normalize(default_collate([loader.dataset[0, index] for index in (0, 1)]))
-    statistics = BatchStatistics(task, getattr(task, "teacher", None))
-    statistics.keep()
-    flops = count_flops(lambda: task(batch)["loss"].backward())
-    statistics.put_back_unless(torch.zeros((), device=normalize.device))
-    task.zero_grad(set_to_none=True)
-    for module in recomputing:
-        module.grad_checkpointing = True
-    return flops / 2
+    try:
+        yield
+    finally:
+        for module in recomputing:
+            module.grad_checkpointing = True
 
 
 def start_training(
-    args: Namespace,
-    task: nn.Module,
-    network: nn.Module,
-    loader,
-    groups: list[dict],
-    normalize: Normalize,
-    average_key: str,
+    context: RunContext, task: Task, loader: DataLoader, groups: list[dict]
 ) -> tuple[Training, Position]:
-    """Resumes weights, wraps the task in its engine, resumes the rest: everything between data and
-    the first step.
+    """Returns the state of a run before its first step, and the position it goes on from.
 
-    `task` is what is trained, `network` the part of it that checkpoints hold; `average_key` names
-    its average there.
+    Resumes the weights, wraps the task in its engine and resumes the rest. `groups` are those of
+    the optimizer.
     """
-    device, average, stop = normalize.device, task.average, StopSignal()
-    lr, weight_decay = schedules(args, loader.steps_per_epoch)
+    args = context.args
+    flags = OPTIONAL_FLAGS | vars(args)
+    ema_module = None if task.ema is None else task.ema.module
+    steps = steps_per_epoch(args, loader)
+    lr, weight_decay = schedules(args, steps)
+    stop = StopSignal()
+
+    # weights come first: an engine may shard or round the network's own
     origin = Origin.find(args)
     if origin is not None:
-        origin.load_weights(network, average, average_key, getattr(args, "resume_copy", ""))
-    peak, n_parameters = peak_flops(device, args.precision), count_parameters(network)
-    flops = flops_per_image(task, loader, normalize) if peak else None
-    recompute_gelu(network, getattr(args, "recompute_gelu", "auto"))
-    if getattr(args, "compile", False):
-        compile_blocks(network, average and average.module, getattr(task, "frozen", None))
-    if getattr(args, "sync_bn", False):
-        synchronize_batch_norm(network, device)
-    runner = build_runner(args, task, groups, device)
-    runner.watch(network, average and average.module)
-    if average is not None:
-        average.read = runner.whole
+        origin.load_weights(task.network, task.ema, task.ema_key, flags["resume_copy"])
+
+    # FLOPs and parameters are those of the network as it was built
+    peak = peak_flops(context.device, args.precision)
+    n_parameters = count_parameters(task.network)
+    normalize = Normalize(image_mean_std(args), context.device, task.raw_views)
+    flops = flops_per_image(task, loader.dataset, normalize) if peak else None
+
+    recompute_gelu(task.network, flags["recompute_gelu"])
+    if flags["compile"]:
+        compile_blocks(task.network, ema_module, task.frozen)
+    if args.sync_bn:
+        synchronize_batch_norm(task.network, context.device)
+    runner = build_runner(args, task, groups, context.device)
+    runner.watch(task.network, ema_module)
+    if task.ema is not None:
+        task.ema.read_by(runner.whole)
+
     monitor = StepMonitor(
         folder=args.output_dir,
-        rank=args.rank,
+        rank=context.rank,
         max_nonfinite=args.max_nonfinite,
         scaled=args.precision == "fp16",
     )
-    session = Session(
-        args,
-        runner,
-        network,
-        monitor,
-        average=average,
-        average_key=average_key,
-        steps_per_epoch=loader.steps_per_epoch,
-        dataset=loader.dataset,
-    )
+    session = Session(args, runner, task, monitor, steps_per_epoch=steps, dataset=loader.dataset)
     run = Training(
-        args=args,
+        context=context,
         runner=runner,
         task=task,
         normalize=normalize,
         loader=loader,
+        steps_per_epoch=steps,
         n_parameters=n_parameters,
         lr=lr,
         weight_decay=weight_decay,
@@ -218,10 +228,6 @@ def start_training(
     return run, session.resume(origin)
 
 
-def image_mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
-
-
 def set_float32_products(precision: str, device: torch.device) -> None:
     """How exact float32 products and convolutions are; on a GPU cuDNN's kernels are also chosen by
     measuring them."""
@@ -231,7 +237,7 @@ def set_float32_products(precision: str, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def set_up(args: Namespace) -> Normalize:
+def set_up(args: Namespace) -> RunContext:
     """Joins the other processes, starts the log, settles device and precision."""
     device = init_distributed(args)
     setup_logging(args.rank)
@@ -241,10 +247,10 @@ def set_up(args: Namespace) -> Normalize:
     resolve_lr(args)
     check_precision(args.precision, device)
     set_float32_products(resolve_matmul_precision(args, device), device)
-    return Normalize(image_mean_std(args), device)
+    return RunContext(args, device, args.rank, args.world_size)
 
 
-def launch(main_function, args: Namespace) -> None:
+def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
     """Users' mistakes and orderly stops end in one line, not in a traceback.
 
     Only orderly ends, of which all ranks know, leave the process group: after an error the others

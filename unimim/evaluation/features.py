@@ -26,7 +26,6 @@ from modeling_finetune import (
     check_choice,
     create_model,
     input_size_of,
-    to_pair,
 )
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
 from unimim.checkpoint.loading import PUBLISHED_KEYS, class_tokens, load_pretrained
@@ -36,8 +35,9 @@ from unimim.data.views import EvalTransform
 from unimim.engine.distributed import barrier, from_first_rank, reduce_sum
 from unimim.engine.monitor import Progress
 from unimim.engine.runner import AUTOCAST_DTYPES
-from unimim.engine.state import Normalize
+from unimim.engine.state import RunContext
 from unimim.logs import log
+from unimim.sizes import to_pair
 
 POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
 
@@ -267,18 +267,19 @@ def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> Im
 
 
 def features_of(
-    args: Namespace, dataset: ImageDataset, backbone: Backbone, normalize: Normalize, name: str
+    context: RunContext, dataset: ImageDataset, backbone: Backbone, name: str
 ) -> Features:
     """The features of all images on every rank, from --feature_cache where `name` (train, val) is
     there already."""
+    args = context.args
     if not args.feature_cache:
-        return extract(args, dataset, backbone, normalize, name)
+        return extract(context, dataset, backbone, name)
     path = Path(args.feature_cache) / f"{name}.pth"
     about = description(args, dataset, backbone)
     if from_first_rank(path.is_file()):
-        return read_cache(path, about, normalize.device)
-    features = extract(args, dataset, backbone, normalize, name)
-    if args.rank == 0:
+        return read_cache(path, about, context.device)
+    features = extract(context, dataset, backbone, name)
+    if context.rank == 0:
         tensors = {"vectors": features.vectors.cpu(), "labels": features.labels.cpu()}
         save_checkpoint(path, {**tensors, "about": about})
         log.info("saved %s", path)
@@ -287,26 +288,26 @@ def features_of(
 
 
 @torch.no_grad()
-def extract(
-    args: Namespace, dataset: ImageDataset, backbone: Backbone, normalize: Normalize, name: str
-) -> Features:
-    """Each rank sees its share of the images; a broken image has no feature, what replaced it
-    counts once."""
+def extract(context: RunContext, dataset: ImageDataset, backbone: Backbone, name: str) -> Features:
+    """Computes the features of all images, each rank a part of them.
+
+    A broken image has no feature; the image that replaced it counts once.
+    """
+    args = context.args
     sampler = EvalBatchSampler(
-        len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size
+        len(dataset), args.batch_size, rank=context.rank, world_size=context.world_size
     )
     loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
-    device, dtype = normalize.device, AUTOCAST_DTYPES.get(args.precision)
-    sums, times = (
-        torch.zeros(len(dataset), backbone.dim, device=device),
-        torch.zeros(len(dataset), device=device),
-    )
-    progress = Progress(f"{name} features", len(sampler), 0, every=50, rank=args.rank)
+    device = context.device
+    dtype = AUTOCAST_DTYPES.get(args.precision)
+    sums = torch.zeros(len(dataset), backbone.dim, device=device)
+    times = torch.zeros(len(dataset), device=device)
+    progress = Progress(f"{name} features", len(sampler), 0, every=50, rank=context.rank)
     for number, batch in enumerate(loader, 1):
         counts = batch["index"] >= 0
         index = batch["index"][counts].to(device)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            vectors = backbone(normalize(batch)["image"])
+            vectors = backbone(context.normalize(batch)["image"])
         sums.index_add_(0, index, vectors[counts.to(device)])
         times.index_add_(0, index, torch.ones_like(index, dtype=times.dtype))
         progress.advance()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from optim_factory import Groups
 from unimim.engine.batch_norm import average_batch_statistics
 from unimim.engine.distributed import reduce_sum
-from unimim.engine.state import Normalize
+from unimim.engine.state import RunContext
+from unimim.engine.task import Task
 from unimim.evaluation.accuracy import averages, tally
 from unimim.evaluation.features import Backbone
 
@@ -67,18 +68,20 @@ def head_groups(heads: Iterable[LinearHead], rates: Sequence[float], weight_deca
     ]
 
 
-class Probe(nn.Module):
+class Probe(Task):
     """What the engine trains: batches of images, or of features, to the sum of the heads' losses.
 
     No head sees another: each has the gradients that it would have alone. The backbone is no
     submodule, so that it is neither wrapped nor optimized nor saved, and stays in eval mode.
     """
 
-    average = None
-
     def __init__(self, heads: nn.ModuleDict, backbone: Backbone):
         super().__init__()
         self.heads, self._backbone = heads, (backbone,)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.heads
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Those of the batch [B, C], or the backbone's of its images."""
@@ -101,9 +104,6 @@ class Probe(nn.Module):
             }
         return figures
 
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Nothing changes with the epochs."""
-
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         """Each rank normalizes its own batches; the running statistics are those of all, and equal
         on all ranks."""
@@ -114,17 +114,18 @@ class Probe(nn.Module):
 def evaluate_heads(
     probe: Probe,
     loader: Iterable[dict[str, Tensor]],
-    normalize: Normalize,
+    context: RunContext,
     dtype: torch.dtype | None,
 ) -> list[dict[str, float]]:
     """{"loss", "acc1", "acc5"} of each head over a loader that is shared among the ranks; every
     image counts once."""
-    was_training, device = probe.training, normalize.device
+    was_training = probe.training
+    device = context.device
     probe.eval()
     sums = torch.zeros(len(probe.heads), 4, dtype=torch.float64, device=device)
     for batch in loader:
         counts = (batch["index"] >= 0).to(device)
-        moved = normalize(batch)
+        moved = context.normalize(batch)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             logits = probe.logits(moved)
         sums += torch.stack([tally(own, moved["label"], counts) for own in logits])

@@ -11,7 +11,7 @@ from torch import nn
 
 from unimim.checkpoint import loading
 from unimim.checkpoint.files import load_checkpoint, load_module_state
-from unimim.checkpoint.loading import LoadReport, load_pretrained
+from unimim.checkpoint.loading import LoadReport, load_pretrained, unwrapped
 
 log = logging.getLogger("unimim")
 
@@ -27,16 +27,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         if not isinstance(error.__cause__, pickle.UnpicklingError):
             raise
-    tensors = load_module_state(path)
-    for key in KEYS:
-        inside = {
-            name.removeprefix(f"{key}."): value
-            for name, value in tensors.items()
-            if name.startswith(f"{key}.")
-        }
-        if inside:
-            return {key: inside}
-    return tensors
+    return unwrapped(load_module_state(path), (), [f"{key}." for key in KEYS])
 
 
 def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = ()) -> LoadReport:
@@ -47,8 +38,8 @@ def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = 
     found, without those whose names contain one of `new`.
     """
     content = read(path)
-    weights = next((content[key] for key in KEYS if isinstance(content.get(key), dict)), content)
-    prefix = NETWORK if any(str(name).startswith(NETWORK) for name in weights) else ""
+    names = unwrapped(content, KEYS)
+    prefix = NETWORK if any(name.startswith(NETWORK) for name in names) else ""
     try:
         report = load_pretrained(model, content, prefix=prefix, new=new)
     except ValueError as error:

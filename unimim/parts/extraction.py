@@ -5,7 +5,6 @@ The part sources other than "learned" are the baselines of SemMAE's ablation (sp
 D).
 """
 
-import csv
 import hashlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -34,12 +33,13 @@ from unimim.data.shapes import FOLDERS, cached_shapes
 from unimim.data.sources import Source
 from unimim.engine.distributed import barrier
 from unimim.engine.runner import AUTOCAST_DTYPES
-from unimim.engine.state import Normalize
+from unimim.engine.state import RunContext
+from unimim.files import write_atomically, write_table
 from unimim.logs import log
 from unimim.parts.learning import (
     PART_SOURCES,
-    Features,
     PartLearning,
+    TeacherFeatures,
     attention_head_maps,
     hard_maps,
     kmeans_maps,
@@ -94,20 +94,21 @@ def batches_of(
 class Viewer:
     """Batches of uint8 images to the teacher's features, under the run's precision."""
 
-    def __init__(self, args: Namespace, task: PartLearning, normalize: Normalize):
-        self.teacher, self.normalize = task.teacher, normalize
-        dtype = AUTOCAST_DTYPES.get(args.precision)
+    def __init__(self, context: RunContext, task: PartLearning):
+        self.teacher = task.teacher
+        self.normalize = context.normalize
+        dtype = AUTOCAST_DTYPES.get(context.args.precision)
         self.precision = partial(
-            torch.autocast, normalize.device.type, dtype, enabled=dtype is not None
+            torch.autocast, context.device.type, dtype, enabled=dtype is not None
         )
 
-    def __call__(self, batch: dict[str, Tensor]) -> Features:
+    def __call__(self, batch: dict[str, Tensor]) -> TeacherFeatures:
         with self.precision():
             return self.teacher(self.normalize(batch)["image"])
 
 
 class MapMaker:
-    """Features to hard part maps uint8 [B, Hp, Wp] on the CPU, by one part source.
+    """TeacherFeatures to hard part maps uint8 [B, Hp, Wp] on the CPU, by one part source.
 
     `num_parts` counts the ids, `background_id` is the one that is not a part of an object, or None.
     """
@@ -117,7 +118,7 @@ class MapMaker:
         teacher_grid = task.teacher.grid
         self.grid = teacher_grid if args.part_grid is None else (args.part_grid, args.part_grid)
         self.num_parts, self.background_id = task.learner.num_ids, None
-        self.soft: Callable[[Features, list[int]], Tensor]
+        self.soft: Callable[[TeacherFeatures, list[int]], Tensor]
         if source == "learned":
             self.background_id = None if args.background == "none" else 0
             self.soft = lambda features, _: task.learner.maps(features)
@@ -131,12 +132,12 @@ class MapMaker:
                 indices, teacher_grid, self.num_parts, args.seed
             )
 
-    def __call__(self, features: Features, indices: list[int]) -> Tensor:
+    def __call__(self, features: TeacherFeatures, indices: list[int]) -> Tensor:
         return hard_maps(self.soft(features, indices), self.grid, clean=self.clean).cpu()
 
 
 def attention_scores(
-    features: Features, teacher_grid: tuple[int, int], grid: tuple[int, int]
+    features: TeacherFeatures, teacher_grid: tuple[int, int], grid: tuple[int, int]
 ) -> np.ndarray:
     """How much the class token attends to each cell of `grid`, mean of the heads: float16 [B, Hp,
     Wp]."""
@@ -148,21 +149,24 @@ def attention_scores(
 # --- a whole data set -----------------------------------------------------------------------------
 
 
-def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
+def extract(context: RunContext, task: PartLearning) -> None:
     """Writes the part map of every image that has none yet into --extract; each process makes its
     own rows."""
-    view, make = Viewer(args, task, normalize), MapMaker(args, args.part_source, task)
-    dataset, folder = whole_images(args, train=args.split == "train"), Path(args.extract)
-    if args.rank == 0:
+    args = context.args
+    view = Viewer(context, task)
+    make = MapMaker(args, args.part_source, task)
+    dataset = whole_images(args, train=args.split == "train")
+    folder = Path(args.extract)
+    if context.rank == 0:
         PartMapWriter.create(folder, map_meta(args, make, task, dataset.source))
     barrier()
     writer = PartMapWriter(folder)
-    rows = writer.missing(args.rank, args.world_size).tolist()
+    rows = writer.missing(context.rank, context.world_size).tolist()
     with tqdm(
         total=len(rows),
         desc=f"{args.part_source} parts",
         unit="image",
-        disable=args.rank > 0 or None,
+        disable=context.rank > 0 or None,
     ) as bar:
         for batch in batches_of(args, dataset, rows):
             features, indices = view(batch), batch["index"].tolist()
@@ -177,7 +181,7 @@ def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
             bar.update(len(maps))
     writer.flush()
     barrier()
-    if args.rank == 0:
+    if context.rank == 0:
         report_maps(folder, writer)
 
 
@@ -238,15 +242,15 @@ def report_maps(folder: Path, writer: PartMapWriter) -> None:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def evaluate(
-    args: Namespace, task: PartLearning, normalize: Normalize
-) -> list[dict[str, float | str]]:
+def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, float | str]]:
     """Agreement of every part source with the masks of the val split (`PartQuality`), logged and
     written as CSV.
 
     Every process measures everything; the first one writes.
     """
-    dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
+    args = context.args
+    dataset = whole_images(args, train=False)
+    view = Viewer(context, task)
     folder = (
         Path(args.mask_path)
         if args.mask_path
@@ -264,8 +268,10 @@ def evaluate(
         {"part_source": s, "parts": makers[s].num_parts, **quality.figures()}
         for s, quality in qualities.items()
     ]
-    if args.rank == 0:
-        write_table(Path(args.evaluate), rows)
+    if context.rank == 0:
+        write_table(args.evaluate, [rounded(row, 4) for row in rows])
+        for row in rows:
+            log.info("  ".join(f"{name} {text}" for name, text in rounded(row, 3).items()))
     return rows
 
 
@@ -278,33 +284,28 @@ def read_mask(folder: Path, image_path: str) -> np.ndarray:
         raise ValueError(f"mask {file} of image {image_path} cannot be read: {error}") from error
 
 
-def write_table(file: Path, rows: list[dict[str, float | str]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        table = csv.DictWriter(stream, rows[0])
-        table.writeheader()
-        table.writerows(
-            {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-    for row in rows:
-        log.info(
-            "  ".join(
-                f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-            )
-        )
+def rounded(row: dict[str, float | str], digits: int) -> dict[str, str]:
+    """Returns a row as texts, its floats with so many digits after the point."""
+    return {
+        name: f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        for name, value in row.items()
+    }
 
 
 # --- looking --------------------------------------------------------------------------------------
 
 
-def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
+def contact_sheet(context: RunContext, task: PartLearning) -> None:
     """Writes --visualize: a row for each image with itself, its parts and the class token's
     attention.
 
     For learned parts the picture that the decoder makes of them comes last.
     """
-    dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
-    make, rows = MapMaker(args, args.part_source, task), []
+    args = context.args
+    dataset = whole_images(args, train=False)
+    view = Viewer(context, task)
+    make = MapMaker(args, args.part_source, task)
+    rows = []
     for batch in batches_of(args, dataset, list(range(min(args.visualize_images, len(dataset))))):
         features, images = view(batch), batch["image"].permute(0, 2, 3, 1).numpy()
         colors = PALETTE[make(features, batch["index"].tolist()).numpy()]
@@ -318,10 +319,9 @@ def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> 
             for row in zip(*columns, strict=True)
         ]
     titles = ("image", f"parts: {args.part_source}", "attention", "reconstruction")
-    file = Path(args.visualize)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _with_titles(Image.fromarray(np.concatenate(rows)), titles[: len(columns)]).save(file)
-    log.info("contact sheet written to %s", file)
+    sheet = _with_titles(Image.fromarray(np.concatenate(rows)), titles[: len(columns)])
+    write_atomically(args.visualize, lambda file: sheet.save(file, format="PNG"))
+    log.info("contact sheet written to %s", args.visualize)
 
 
 def _panel(picture: np.ndarray) -> np.ndarray:

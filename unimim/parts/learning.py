@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from modeling_finetune import VisionTransformer
 from unimim.checkpoint.files import load_checkpoint
-from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.loading import load_pretrained, unwrapped
 from unimim.data.part_maps import Grid
 from unimim.engine.distributed import reduce_sum
+from unimim.engine.task import Task
 
 BACKGROUNDS = ("token", "attention", "none")
 RECONSTRUCTIONS = {"mse": F.mse_loss, "l1": F.l1_loss}
@@ -31,13 +32,13 @@ PART_SOURCES = ("learned", "attention_heads", "kmeans", "random")
 
 ANNEALED = 0.7  # share of training over which the temperature falls
 SIMILAR = 0.1  # cosine of two maps from which on the diversity loss parts them
-LEAST_SHARE = 0.03  # of all cells, below which a part counts as dying out
+LEAST_FRACTION = 0.03  # of all patches, below which a part counts as dying out
 FOREGROUND_MASS = 0.6  # of the class token's attention (C.5)
 
 # --- the teacher ----------------------------------------------------------------------------------
 
 
-class Features(NamedTuple):
+class TeacherFeatures(NamedTuple):
     """What the teacher sees: class token [B, C] and patch tokens [B, N, C] after the final norm,
     and how much the class token attends to each patch in the last block, [B, h, N]."""
 
@@ -47,7 +48,7 @@ class Features(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """A frozen ViT, timm's or this repository's: normalized images [B, 3, S, S] to `Features`."""
+    """A frozen ViT, timm's or this repository's: normalized images [B, 3, S, S] to `TeacherFeatures`."""
 
     def __init__(self, vit: nn.Module):
         super().__init__()
@@ -69,12 +70,12 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor) -> TeacherFeatures:
         tokens = self.vit.forward_features(images)
         if isinstance(self.vit, VisionTransformer):  # timm's has applied it
             tokens = self.vit.norm(tokens)
         prefix = self.vit.num_prefix_tokens
-        return Features(
+        return TeacherFeatures(
             tokens[:, 0].float(), tokens[:, prefix:].float(), self._class_attention()[..., prefix:]
         )
 
@@ -166,11 +167,7 @@ def teacher_state(path: str) -> dict[str, Tensor]:
     The state dict may be bare or lie under teacher, state_dict, model, student or module, in this
     order; its names may begin with module., _orig_mod. and backbone.
     """
-    found = load_checkpoint(path)
-    state = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), dict)), found)
-    tensors = {
-        _unwrapped(name): value for name, value in state.items() if isinstance(value, Tensor)
-    }
+    tensors = unwrapped(load_checkpoint(path), _CONTAINERS, _WRAPPERS)
     kept = {
         k: v
         for k, v in tensors.items()
@@ -181,12 +178,6 @@ def teacher_state(path: str) -> dict[str, Tensor]:
             f"{path} holds no ViT with a class token; its tensors are {', '.join(list(tensors)[:4])}, ..."
         )
     return kept
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
 
 
 def vit_of(state: dict[str, Tensor], path: str, **options: Any) -> VisionTransformer:
@@ -280,7 +271,7 @@ class PartLearner(nn.Module):
         """How many ids a map may hold: K."""
         return self.embed.out_features // self.embed.in_features + (self.background != "none")
 
-    def forward(self, features: Features, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, features: TeacherFeatures, images: Tensor) -> dict[str, Tensor]:
         """Losses against images [B, 3, S, S] in [0, 1]; `loss` is their weighted sum."""
         maps, cls = self.soft_maps(features)
         blurred = blur(maps)
@@ -289,15 +280,15 @@ class PartLearner(nn.Module):
             target = F.interpolate(images, size=picture.shape[-2:], mode="bilinear", antialias=True)
             terms = (
                 self.reconstruction(picture.float(), target),
-                similarity(blurred),
-                starvation(maps),
+                diversity_loss(blurred),
+                balance_loss(maps),
             )
         loss = sum(weight * term for weight, term in zip(self.weights, terms, strict=True))
         names = ("reconstruction", "diversity", "balance")
         figures = {name: term.detach() for name, term in zip(names, terms, strict=True)}
         return {"loss": loss, **figures, "confidence": maps.detach().amax(1).mean()}
 
-    def soft_maps(self, features: Features) -> tuple[Tensor, Tensor]:
+    def soft_maps(self, features: TeacherFeatures) -> tuple[Tensor, Tensor]:
         """Which part each patch belongs to, as probabilities [B, K, H, W], and the standardized
         class token [B, C]."""
         with torch.autocast(features.cls.device.type, enabled=False):
@@ -319,7 +310,7 @@ class PartLearner(nn.Module):
         return torch.cat((self.bg_token.expand(len(cls), 1, -1), tokens), dim=1)
 
     @torch.no_grad()
-    def maps(self, features: Features) -> Tensor:
+    def maps(self, features: TeacherFeatures) -> Tensor:
         """Blurred maps of all ids, [B, K, H, W], to take the largest of (`hard_maps`)."""
         blurred = blur(self.soft_maps(features)[0])
         return (
@@ -329,16 +320,16 @@ class PartLearner(nn.Module):
         )
 
     @torch.no_grad()
-    def reconstruct(self, features: Features) -> Tensor:
+    def reconstruct(self, features: TeacherFeatures) -> Tensor:
         """What the decoder makes of the parts: [B, 3, S', S'] in [0, 1]."""
         maps, cls = self.soft_maps(features)
         return self.decoder(blur(maps), cls)
 
     @torch.no_grad()
-    def standardize(self, batches: Iterable[Features]) -> None:
+    def standardize(self, batches: Iterable[TeacherFeatures]) -> None:
         """Fixes mean and deviation of every channel to those of these features, on all processes
         together."""
-        cls, feat = Moments(self.cls_mean), Moments(self.feat_mean)
+        cls, feat = RunningMoments(self.cls_mean), RunningMoments(self.feat_mean)
         for features in batches:
             cls.add(features.cls)
             feat.add(features.patches.flatten(0, 1))
@@ -351,7 +342,7 @@ class PartLearner(nn.Module):
             std.copy_(found[1])
 
 
-class Moments:
+class RunningMoments:
     """Mean and deviation of the rows of tensors [n, C], over all processes; `like` is a tensor
     [C]."""
 
@@ -404,9 +395,8 @@ def blur(maps: Tensor) -> Tensor:
     return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=maps.shape[1])
 
 
-def similarity(maps: Tensor) -> Tensor:
-    """Diversity loss: how far the cosine of two parts' maps exceeds `SIMILAR`, over all pairs of
-    different parts."""
+def diversity_loss(maps: Tensor) -> Tensor:
+    """Returns by how much the cosine of two parts' maps exceeds `SIMILAR`, mean over all pairs."""
     flat = F.normalize(maps.float().flatten(2), dim=-1)
     parts = flat.shape[1]
     excess = (flat @ flat.transpose(1, 2) - SIMILAR).clamp(min=0)
@@ -414,10 +404,10 @@ def similarity(maps: Tensor) -> Tensor:
     return excess[:, apart].mean() if parts > 1 else excess.sum() * 0
 
 
-def starvation(maps: Tensor) -> Tensor:
-    """Balance loss: how far a part's share of the batch lies below `LEAST_SHARE`, over all
-    parts."""
-    return ((LEAST_SHARE - maps.mean((0, 2, 3))).clamp(min=0) / LEAST_SHARE).mean()
+def balance_loss(maps: Tensor) -> Tensor:
+    """Returns by how much a part's fraction of the batch falls below `LEAST_FRACTION`, mean over
+    all parts, in units of it."""
+    return ((LEAST_FRACTION - maps.mean((0, 2, 3))).clamp(min=0) / LEAST_FRACTION).mean()
 
 
 def temperature_at(progress: float, start: float, end: float) -> float:
@@ -426,11 +416,9 @@ def temperature_at(progress: float, start: float, end: float) -> float:
     return start * (end / start) ** min(progress / ANNEALED, 1.0)
 
 
-class PartLearning(nn.Module):
+class PartLearning(Task):
     """What the engine trains: batches of normalized images to the learner's losses. The teacher is
     no submodule, so that it is neither wrapped nor optimized nor saved."""
-
-    average = None
 
     def __init__(
         self, learner: PartLearner, teacher: Teacher, mean_std, temperatures: tuple[float, float]
@@ -444,14 +432,15 @@ class PartLearning(nn.Module):
         self.after_step(0.0)
 
     @property
+    def network(self) -> PartLearner:
+        return self.learner
+
+    @property
     def teacher(self) -> Teacher:
         return self._teacher[0]
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.learner(self.teacher(batch["image"]), batch["image"] * self.std + self.mean)
-
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Nothing changes with the epochs: the temperature falls step by step."""
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         self.learner.temperature = temperature_at(progress, *self.temperatures)
@@ -497,7 +486,7 @@ def foreground(attention: Tensor, grid: Grid) -> Tensor:
     return votes[:, 0] > 0.5
 
 
-def on_foreground(maps: Tensor, features: Features, grid: Grid) -> Tensor:
+def on_foreground(maps: Tensor, features: TeacherFeatures, grid: Grid) -> Tensor:
     """Positive maps [B, K - 1, H, W] inside the foreground, with the background as part 0: [B, K,
     H, W]."""
     inside = foreground(features.attention, grid)[:, None]
@@ -507,13 +496,15 @@ def on_foreground(maps: Tensor, features: Features, grid: Grid) -> Tensor:
 # --- parts without learning -----------------------------------------------------------------------
 
 
-def attention_head_maps(features: Features, grid: Grid) -> Tensor:
+def attention_head_maps(features: TeacherFeatures, grid: Grid) -> Tensor:
     """One part for each head of the class token's attention, on its foreground: [B, 1 + h, H,
     W]."""
     return on_foreground(features.attention.unflatten(-1, grid), features, grid)
 
 
-def kmeans_maps(features: Features, grid: Grid, num_parts: int, iterations: int = 20) -> Tensor:
+def kmeans_maps(
+    features: TeacherFeatures, grid: Grid, num_parts: int, iterations: int = 20
+) -> Tensor:
     """k-means on each image's own normalized patch tokens: minus the squared distance to the
     centers, [B, K, H, W].
 
