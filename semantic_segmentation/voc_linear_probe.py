@@ -41,7 +41,8 @@ from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
 from unimim.engine.state import RunContext
 from unimim.engine.task import Task
-from unimim.evaluation.features import add_network_flags, build_vit
+from unimim.evaluation.features import build_vit
+from unimim.evaluation.flags import add_network_flags
 from unimim.files import write_rows
 from unimim.logs import log
 from unimim.recipes import by_name

@@ -31,8 +31,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import run_knn
-import run_linear_probing
 from engine_for_finetuning import Classification
 from modeling_pretrain import PretrainMethod
 from optim_factory import create_optimizer, param_groups, set_schedule
@@ -68,6 +66,7 @@ from unimim.engine.setup import schedules
 from unimim.engine.state import Normalize
 from unimim.evaluation.accuracy import averages, tally
 from unimim.evaluation.features import Features, build_backbone
+from unimim.evaluation.flags import parse_knn, parse_linear
 from unimim.evaluation.knn import evaluate_knn
 from unimim.evaluation.linear_probe import Probe, head_groups, side_by_side
 from unimim.files import write_rows, write_text
@@ -332,7 +331,7 @@ def evaluate(setting: Setting, images: Images, job: Job, encoder: Path | None) -
     network += ["--precision", setting.precision] + (
         [] if encoder is None else ["--finetune", str(encoder)]
     )
-    args = run_knn.parse([*network, *PROBE.split()])
+    args = parse_knn([*network, *PROBE.split()])
     backbone = build_backbone(args).to(images.device)
     bank, queries = (features_of(args, images, backbone, split) for split in ("train", "val"))
     return {
@@ -363,7 +362,7 @@ def linear_accuracy(
 ) -> float:
     """Of a linear probe, trained as by run_linear_probing.py on features of whole images."""
     flags = [*PROBE.split(), *LINEAR.split(), "--epochs", str(setting.linear_epochs)]
-    args = run_linear_probing.parse([*network, *flags])
+    args = parse_linear([*network, *flags])
     args.batch_size = min(args.batch_size, len(bank))
     heads = side_by_side([args.lr], bank.vectors.shape[1], classes, args.seed).to(
         bank.vectors.device

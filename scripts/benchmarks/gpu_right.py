@@ -38,9 +38,7 @@ sys.path.insert(0, str(ROOT))
 from helpers import METHODS as OTHERS
 from helpers import PRETRAIN, SIZE, TINY, differing, own_signals
 
-import run_knn
-import run_linear_probing
-from engine_for_pretraining import train_one_step
+from engine_for_pretraining import train, train_one_step
 from modeling_pretrain import PretrainMethod
 from optim_factory import param_groups
 from scripts.gpu_check import Checks
@@ -61,6 +59,9 @@ from unimim.engine.runner import Runner
 from unimim.engine.session import Position
 from unimim.engine.setup import build_runner, start_training
 from unimim.engine.state import Normalize, RunContext, Training, with_mask_counts
+from unimim.evaluation.flags import parse_knn, parse_linear
+from unimim.evaluation.knn import evaluate_features
+from unimim.evaluation.probing import run_probe
 from unimim.logs import log
 
 METHODS: dict[str, tuple[str, ...]] = {"conmim": ()} | OTHERS  # flags over those of PRETRAIN
@@ -450,7 +451,7 @@ def neighbors(device: torch.device) -> dict[str, Any]:
     with exact_products():
         for place in ("cpu", device.type):
             with redirect_stdout(io.StringIO()):
-                found[place] = run_knn.main(run_knn.parse([*flags, "--device", place]))
+                found[place] = evaluate_features(parse_knn([*flags, "--device", place]))
     pairs = list(zip(found["cpu"], found[device.type], strict=True))
     largest = max(abs(a.acc1 - b.acc1) for a, b in pairs)
     return {
@@ -488,9 +489,7 @@ def probing(device: torch.device) -> dict[str, Any]:
     with exact_products():
         for place in ("cpu", device.type):
             with own_signals(), redirect_stdout(io.StringIO()):
-                last[place] = run_linear_probing.main(
-                    run_linear_probing.parse([*flags, "--device", place])
-                )[-1]
+                last[place] = run_probe(parse_linear([*flags, "--device", place]), train)[-1]
     ours, theirs = last[device.type], last["cpu"]
     row = {
         "loss": relative(ours.loss, theirs.loss),

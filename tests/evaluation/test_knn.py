@@ -18,13 +18,14 @@ from unimim.checkpoint.files import save_checkpoint, save_encoder
 from unimim.engine.setup import launch, set_up
 from unimim.evaluation import knn
 from unimim.evaluation.features import Features, build_backbone, evaluation_images, extract
-from unimim.evaluation.knn import Accuracy, evaluate_knn
+from unimim.evaluation.flags import parse_knn
+from unimim.evaluation.knn import Accuracy, KnnRow, evaluate_knn
 
 BASE = ["--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE]
 
 
 def parse(*flags: str):
-    return run_knn.parse([*BASE, *flags])
+    return parse_knn([*BASE, *flags])
 
 
 def tied_features(count: int, classes: int, seed: int) -> Features:
@@ -234,7 +235,7 @@ def test_broken_images_have_no_features(tmp_path):
 # Runs
 
 
-def run_here(folder: Path, *flags: str) -> list[run_knn.KnnRow]:
+def run_here(folder: Path, *flags: str) -> list[KnnRow]:
     return run_knn.main(parse("--knn_k", "5", "20", "--output_dir", str(folder), *flags))
 
 

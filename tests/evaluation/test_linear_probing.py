@@ -18,7 +18,9 @@ from unimim.data.crops import draw_clipped_crop, draw_short_side_crop
 from unimim.data.views import ProbeTransform
 from unimim.engine.setup import launch, set_up
 from unimim.evaluation.features import build_backbone, evaluation_images, extract
+from unimim.evaluation.flags import parse_linear
 from unimim.evaluation.linear_probe import LinearHead
+from unimim.evaluation.probing import ProbeRow
 
 BASE = [
     *("--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE),
@@ -28,10 +30,10 @@ SWEEP = ("--lr_sweep", "0.1", "1.0", "0.3")
 
 
 def parse(folder: Path | str, *flags: str):
-    return run_linear_probing.parse([*BASE, "--output_dir", str(folder), *flags])
+    return parse_linear([*BASE, "--output_dir", str(folder), *flags])
 
 
-def run_here(folder: Path, *flags: str) -> list[run_linear_probing.ProbeRow]:
+def run_here(folder: Path, *flags: str) -> list[ProbeRow]:
     with own_signals():
         return run_linear_probing.main(parse(folder, *flags))
 
@@ -236,7 +238,7 @@ def test_saved_configuration_gives_the_same_run(tmp_path):
     args = parse(tmp_path, *SWEEP, "--global_pool", "--dry_run")
     with own_signals():
         run_linear_probing.main(args)
-        again = run_linear_probing.parse(["--config", str(tmp_path / "config.yaml"), "--dry_run"])
+        again = parse_linear(["--config", str(tmp_path / "config.yaml"), "--dry_run"])
         saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
         run_linear_probing.main(again)
     assert saved["pool"] == "avg" and saved["lr"] == 1.0

@@ -12,7 +12,6 @@ from helpers import start, train_steps
 from torch import Tensor, nn
 
 import run_class_finetuning
-import run_linear_probing
 from datasets import TrainBatchSampler
 from engine_for_finetuning import BinaryCrossEntropy, Classification
 from modeling_finetune import create_model, input_size_of
@@ -24,6 +23,7 @@ from unimim.cli.options import parse
 from unimim.data.classes import check_eval_size, settle_size
 from unimim.data.views import build_finetune_transform
 from unimim.evaluation.features import build_backbone
+from unimim.evaluation.flags import parse_linear
 from unimim.evaluation.linear_probe import Probe, side_by_side
 
 TINY = {
@@ -310,7 +310,7 @@ def test_a_resnet_is_trained_small_and_evaluated_large(tmp_path):
 
 
 def probe_args(path, **changes) -> Namespace:
-    args = run_linear_probing.parse([*FLAGS, "--finetune", str(path)])
+    args = parse_linear([*FLAGS, "--finetune", str(path)])
     return Namespace(**vars(args) | changes)
 
 

@@ -5,7 +5,6 @@ norm that was trained with them, or after none: a norm that the checkpoint lacks
 used as it was initialized. Of any other network it is the mean over the places of its last map.
 """
 
-import argparse
 import hashlib
 from argparse import Namespace
 from contextlib import nullcontext
@@ -21,14 +20,13 @@ from torch.utils.data import Dataset
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from modeling_backbones import family_of
 from modeling_finetune import (
-    ATTENTION_KERNELS,
     VisionTransformer,
     check_choice,
     create_model,
     input_size_of,
 )
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
-from unimim.checkpoint.loading import PUBLISHED_KEYS, class_tokens, load_pretrained
+from unimim.checkpoint.loading import class_tokens, load_pretrained
 from unimim.cli.options import given, model_kwargs
 from unimim.data.files import Key
 from unimim.data.views import EvalTransform
@@ -40,72 +38,6 @@ from unimim.logs import log
 from unimim.sizes import to_pair
 
 POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
-
-# --------------------------------------------------------------------------------------------------
-# Flags
-
-
-def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The frozen network and its weights."""
-    group = parser.add_argument_group("backbone")
-    group.add_argument(
-        "--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning"
-    )
-    group.add_argument(
-        "--input_size", type=int, default=None, help="image side in pixels; None is the model's own"
-    )
-    group.add_argument(
-        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
-    )
-    group.add_argument(
-        "--model_kwargs",
-        nargs="*",
-        default=[],
-        metavar="K=V",
-        help="any constructor option of the model",
-    )
-    group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel")
-    group.add_argument(
-        "--finetune",
-        "--pretrained_weights",
-        default="",
-        help="checkpoint, as for fine-tuning; empty: random weights",
-    )
-    group.add_argument(
-        "--model_key", default=PUBLISHED_KEYS, help="where the weights are in that file"
-    )
-    group.add_argument(
-        "--model_prefix", default="", help="prefix of the weights' names in that file"
-    )
-    return group
-
-
-def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
-    """The frozen network, its weights, and how its tokens become one vector."""
-    group = add_network_flags(parser)
-    pools = group.add_mutually_exclusive_group()
-    pools.add_argument("--cls_token", dest="pool", action="store_const", const="cls", default="cls",
-                       help="the class token is the feature, where there is one")  # fmt: skip
-    pools.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default="cls",
-                       help="the mean of the patch tokens is")  # fmt: skip
-    group.add_argument(
-        "--feature_norm", choices=NORMS, default="trained",
-        help="trained: the checkpoint's own norm, none if it has none; plain: a layer norm without weights after "
-        "pooling un-normed tokens, as published for --global_pool",
-    )  # fmt: skip
-    group.add_argument(
-        "--crop_pct",
-        type=float,
-        default=None,
-        help="of evaluation images; None: 0.875, 1 from 384 px",
-    )
-    group.add_argument(
-        "--feature_cache",
-        default="",
-        metavar="FOLDER",
-        help="keep features there, and read them if they are there",
-    )
-
 
 # --------------------------------------------------------------------------------------------------
 # The network

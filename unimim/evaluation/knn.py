@@ -1,14 +1,20 @@
 """k-NN classification of features with votes weighted by similarity (specs/semaim.md 10)."""
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimim.data.classes import settle_classes
 from unimim.engine.distributed import reduce_sum
-from unimim.evaluation.features import Features
+from unimim.engine.setup import set_up
+from unimim.evaluation.features import Features, build_backbone, evaluation_images, features_of
+from unimim.files import write_rows
+from unimim.logs import log
 
 SIMILARITIES_AT_ONCE = 2**26  # 256 MiB of float32
 
@@ -103,3 +109,54 @@ def evaluate_knn(
     return [
         Accuracy(*setting, *share) for setting, share in zip(settings, shares.tolist(), strict=True)
     ]
+
+
+# --- a run -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnnRow(Accuracy):
+    """One row of knn.csv: an evaluation and what it was made with."""
+
+    model: str
+    finetune: str
+    pool: str
+    feature_norm: str
+    train_images: int
+    val_images: int
+    seed: int
+
+
+def evaluate_features(args: Namespace) -> list[KnnRow]:
+    """Returns the k-NN accuracies that the flags of run_knn.py ask for, and writes knn.csv."""
+    context = set_up(args)
+    backbone = build_backbone(args).to(context.device)
+    images = {
+        name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")
+    }
+    for dataset in images.values():
+        settle_classes(args, dataset)
+    if args.dry_run:
+        return []
+    bank, queries = (
+        features_of(context, dataset, backbone, name) for name, dataset in images.items()
+    )
+    accuracies = evaluate_knn(
+        bank,
+        queries,
+        args.knn_k,
+        args.temperature,
+        args.nb_classes,
+        rank=args.rank,
+        world_size=args.world_size,
+    )
+    sizes = {"train_images": len(bank), "val_images": len(queries)}
+    about = {
+        name: getattr(args, name) for name in ("model", "finetune", "pool", "feature_norm", "seed")
+    }
+    results = [KnnRow(**vars(accuracy), **about, **sizes) for accuracy in accuracies]
+    for r in results:
+        log.info("k %d  temperature %g: top-1 %.3f  top-5 %.3f", r.k, r.temperature, r.acc1, r.acc5)
+    if args.output_dir and args.rank == 0:
+        write_rows(Path(args.output_dir) / "knn.csv", results)
+    return results
