@@ -10,7 +10,7 @@ import re
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -350,9 +350,20 @@ def near_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+class TeacherFeatures(NamedTuple):
+    """What a teacher sees: tokens after the final norm, and the last block's class attention.
+
+    cls [B, C], patches [B, N, C], and how much the class token attends to each patch, [B, h, N].
+    """
+
+    cls: Tensor
+    patches: Tensor
+    attention: Tensor
+
+
 class Teacher:
-    """A frozen tower. It is no submodule of what it teaches, so that no engine wraps, saves or
-    trains it.
+    """A frozen vision transformer, this repository's or timm's. It is no submodule of what it
+    teaches, so that no engine wraps, saves or trains it.
 
     precision "auto" leaves float32 weights to the autocast around a call; else the tower runs in
     that dtype. mean_std: what the images that it is given are normalized by, and what it wants;
@@ -361,7 +372,7 @@ class Teacher:
 
     def __init__(
         self,
-        tower: VisualTower,
+        tower: nn.Module,
         precision: str = "auto",
         mean_std: tuple[MeanStd, MeanStd] | None = None,
     ):
@@ -376,24 +387,70 @@ class Teacher:
         head = self.tower.head
         return head.out_features if isinstance(head, nn.Linear) else self.tower.embed_dim
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return tuple(self.tower.patch_embed.grid_size)
+
+    @property
+    def num_heads(self) -> int:
+        return self.tower.blocks[-1].attn.num_heads
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Tokens float32 [B, T, D] of images [B, 3, H, W], which are brought to the size that gives
         T."""
-        if self.tower.cls_token.device != images.device:
+        if next(self.tower.parameters()).device != images.device:
             self.tower.to(images.device)
         if self.mean_std is not None:
             if self.mean_std.device != images.device:
                 self.mean_std = self.mean_std.to(images.device)
             (mean, std), (own_mean, own_std) = self.mean_std
             images = (images * std + mean - own_mean) / own_std
-        size = self.tower.patch_embed.img_size
+        size = tuple(self.tower.patch_embed.img_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
         if self.dtype is None:
-            return self.tower(images).float()
+            return self._tokens(images).float()
         with torch.autocast(images.device.type, enabled=False):
-            return self.tower(images.to(self.dtype)).float()
+            return self._tokens(images.to(self.dtype)).float()
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        if isinstance(self.tower, VisualTower):
+            return self.tower(images)
+        tokens = self.tower.forward_features(images)
+        # timm's has applied the norm
+        return self.tower.norm(tokens) if isinstance(self.tower, VisionTransformer) else tokens
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> TeacherFeatures:
+        """Returns the tokens of images [B, 3, H, W] and the class token's attention.
+
+        Fused kernels show no probabilities, so they are computed again from the last block's input.
+        """
+        kept: list[Tensor] = []
+        attention = self.tower.blocks[-1].attn
+        hook = attention.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        try:
+            tokens = self(images)
+        finally:
+            hook.remove()
+        prefix = self.tower.num_prefix_tokens
+        seen = self._class_attention(kept[0])[..., prefix:]
+        return TeacherFeatures(tokens[:, 0], tokens[:, prefix:], seen)
+
+    def _class_attention(self, x: Tensor) -> Tensor:
+        """Returns softmax(q k / sqrt(d) + bias) of the last block for the class token: [B, h, T]."""
+        attn = self.tower.blocks[-1].attn
+        if isinstance(self.tower, VisionTransformer):
+            q, k, _ = attn.project(x)
+            bias = attn.position_bias(None)
+            bias = None if bias is None else bias[:, :1]
+            return attn.probabilities(q[:, :, :1], k, bias)[:, :, 0].float()
+        # [B, T, 3 * C] to [3, B, h, T, d]
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(qkv[0, :, :, :1]), attn.k_norm(qkv[1])
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].float()
 
 
 def load_teacher(
@@ -435,21 +492,34 @@ def load_teacher(
     )
 
 
+def vit_options(weights: StateDict) -> dict[str, Any]:
+    """Returns the options of the vision transformer whose tensors these are, in native names.
+
+    Heads have 64 channels, 80 in the huge sizes, unless a bias table tells their number.
+    """
+    width, _, *patch = weights["patch_embed.proj.weight"].shape
+    tables = [value for name, value in weights.items() if name.endswith("position_bias_table")]
+    return {
+        "patch_size": tuple(patch),
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "num_heads": tables[0].shape[-1] if tables else width // (80 if width == 1280 else 64),
+        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+    }
+
+
 def build_tower(
     weights: StateDict, grid: tuple[int, int], *, quick_gelu: bool, num_heads: int | None = None
 ) -> VisualTower:
     """The tower that these weights, in native names, are of. Heads have 64 channels unless their
     number is given."""
     is_clip = "norm_pre.weight" in weights
-    width, _, *patch = weights["patch_embed.proj.weight"].shape
+    shape = vit_options(weights)
+    patch = shape["patch_size"]
     projection = weights.get("head.weight") if is_clip else None
     tower = VisualTower(
         input_size=(grid[0] * patch[0], grid[1] * patch[1]),
-        patch_size=tuple(patch),
-        embed_dim=width,
-        depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        num_heads=num_heads or width // 64,
-        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        **shape | ({} if num_heads is None else {"num_heads": num_heads}),
         num_classes=0 if projection is None else len(projection),
         is_clip=is_clip,
         quick_gelu=quick_gelu,

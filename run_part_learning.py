@@ -1,8 +1,8 @@
 """Learns SemMAE's semantic parts and writes part maps for a data set; `--help` lists the flags,
 README.md has examples.
 
-One command does one or more of: train (resumed where it stopped; a finished run is not trained again), --extract,
---evaluate_parts, --visualize.
+One command does one or more of: train (resumed where it stopped; a finished run is not trained
+again), --extract, --evaluate, --visualize.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from unimim.parts.learning import (
 from unimim.recipes import by_name
 
 RECIPE = "semmae_parts"  # gives the defaults
-STATISTICS_BATCHES = 50  # of optimizer steps, from which the features' mean and deviation are taken
-WARMUP_SHARE = 0.05  # of the steps, where the flags give no warm-up
+STATISTICS_BATCHES = 50  # of optimizer steps, from which the features' mean and std are taken
+WARMUP_FRACTION = 0.05  # of the steps, where the flags give no warm-up
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -65,7 +65,8 @@ def _teacher_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--teacher", default="vit_small_patch16_224.dino",
-        help="checkpoint file of a ViT (timm's, DINO's, iBOT's or this repository's naming), or timm's name of one",
+        help="checkpoint file of a ViT (timm's, DINO's, iBOT's or this repository's naming), or "
+        "timm's name of one",
     )  # fmt: skip
     group.add_argument(
         "--teacher_checkpoint", default="", help="weights for a timm name; empty: timm's hub"
@@ -123,13 +124,16 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--split", choices=("train", "val"), default="train", help="of --extract")
     group.add_argument(
-        "--part_grid", type=int, default=None, help="side of the maps in cells; None: the teacher's"
+        "--part_grid",
+        type=int,
+        default=None,
+        help="side of the maps in patches; None: the teacher's",
     )
     group.add_argument(
         "--save_scores", action="store_true", help="of --extract: class attention beside the maps"
     )
     group.add_argument(
-        "--no_clean", dest="clean", action="store_false", help="keep single cells of another part"
+        "--no_clean", dest="clean", action="store_false", help="keep single patches of another part"
     )
     group.add_argument(
         "--evaluate",
@@ -154,7 +158,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def teacher_kwargs(args: Namespace) -> dict[str, Any]:
-    """Constructor options from --teacher_kwargs (YAML values)."""
+    """Returns constructor options from --teacher_kwargs (YAML values)."""
     return model_kwargs(
         Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None)
     )
@@ -185,7 +189,7 @@ def validate(args: Namespace) -> None:
 def build_learner(args: Namespace, teacher: Teacher) -> PartLearner:
     torch.manual_seed(args.seed)
     return PartLearner(
-        teacher.dim,
+        teacher.width,
         teacher.grid,
         num_parts=args.num_parts,
         background=args.background,
@@ -211,7 +215,7 @@ def train_learner(context: RunContext, task: PartLearning) -> None:
     steps_in_epoch = steps_per_epoch(args, loader)
     steps = args.epochs * steps_in_epoch
     if args.warmup_steps < 0 and not args.warmup_epochs:
-        args.warmup_steps = max(1, round(WARMUP_SHARE * steps))
+        args.warmup_steps = max(1, round(WARMUP_FRACTION * steps))
     report(args, derived(args, steps_in_epoch) | {"images": len(loader.dataset)})
     if args.dry_run:
         return
@@ -220,7 +224,9 @@ def train_learner(context: RunContext, task: PartLearning) -> None:
     if position == Position():
         loader.batch_sampler.set_position(0)
         first = islice(loader, STATISTICS_BATCHES * args.update_freq)
-        task.learner.standardize(task.teacher(run.normalize(batch)["image"]) for batch in first)
+        task.learner.standardize(
+            task.teacher.look(run.normalize(batch)["image"]) for batch in first
+        )
     done = position.epoch * steps_in_epoch + position.step
     task.after_step(max(done - 1, 0) / steps)  # the temperature that the last step left
     train(run, position, after_epoch=lambda position: {})
@@ -242,7 +248,6 @@ def main(args: Namespace) -> None:
     )
     temperatures = (args.tau_start, args.tau_end)
     task = PartLearning(build_learner(args, teacher), teacher, image_mean_std(args), temperatures)
-    teacher.to(context.device)
     task.to(context.device)
     if args.part_source == "learned" or args.evaluate:
         train_learner(context, task)

@@ -116,8 +116,8 @@ def test_every_naming_gives_the_same_features(tmp_path, naming, by_name):
     images = some_scenes(2, 48)
     with torch.no_grad():
         tokens = vit.forward_features(images)
-    features = teacher(images)
-    assert (teacher.grid, teacher.dim, teacher.num_heads) == ((6, 6), 192, 3)
+    features = teacher.look(images)
+    assert (teacher.grid, teacher.width, teacher.num_heads) == ((6, 6), 192, 3)
     torch.testing.assert_close(features.cls, tokens[:, 0])
     torch.testing.assert_close(features.patches, tokens[:, 1:])
 
@@ -140,7 +140,7 @@ def test_class_attention_is_that_of_the_last_block(tmp_path):
             TIMM, image_size=48, checkpoint=str(tmp_path / "teacher.pth"), model_kwargs=TINY
         ),
     ):
-        torch.testing.assert_close(teacher(images).attention, wanted)
+        torch.testing.assert_close(teacher.look(images).attention, wanted)
 
 
 def test_our_own_encoders_teach_at_any_size(tmp_path):
@@ -160,15 +160,21 @@ def test_our_own_encoders_teach_at_any_size(tmp_path):
     teacher, images = load_teacher(str(path), image_size=48), some_scenes(2, 48)
     with torch.no_grad():
         tokens = vit.norm(vit.forward_features(images))
-    torch.testing.assert_close(teacher(images).patches, tokens[:, 1:])
-    torch.testing.assert_close(teacher(images).attention, vit.attention_maps(images)[:, :, 0, 1:])
-    assert load_teacher(str(path), image_size=64)(some_scenes(1, 64)).patches.shape == (1, 64, 64)
+    torch.testing.assert_close(teacher.look(images).patches, tokens[:, 1:])
+    torch.testing.assert_close(
+        teacher.look(images).attention, vit.attention_maps(images)[:, :, 0, 1:]
+    )
+    assert load_teacher(str(path), image_size=64).look(some_scenes(1, 64)).patches.shape == (
+        1,
+        64,
+        64,
+    )
 
 
 def test_a_teacher_stays_frozen():
     teacher = random_teacher()
-    assert not teacher.train().vit.training
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.tower.training
+    assert not any(parameter.requires_grad for parameter in teacher.tower.parameters())
 
 
 def test_teachers_that_do_not_fit_are_refused(tmp_path):
@@ -245,7 +251,7 @@ def test_gradients_reach_parts_and_background_but_not_the_teacher():
     task({"image": some_scenes(2, 48)})["loss"].backward()
     for parameter in (learner.bg_token, *learner.parameters()):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.tower.parameters())
     assert not any("teacher" in name for name in task.state_dict())
 
 
@@ -254,7 +260,7 @@ def test_loss_falls():
     torch.manual_seed(0)
     learner = PartLearner(192, teacher.grid, widths=(32, 24, 16))
     task = PartLearning(learner, teacher, MEAN_STD["imagenet"], (0.2, 0.07))
-    learner.standardize([teacher(images)])
+    learner.standardize([teacher.look(images)])
     optimizer, losses = torch.optim.AdamW(learner.parameters(), lr=3e-3), []
     for step in range(60):
         task.after_step(step / 60)
@@ -399,7 +405,7 @@ def test_quality_pools_images_and_measures_evenness():
     quality.add(
         overlap(np.array([[1, 0]], dtype=np.uint8), mask, 2, 3)
     )  # as good, with the ids the other way round
-    figures = quality.figures()
+    figures = quality.metrics()
     assert (figures["miou"], figures["foreground_iou"]) == (1.0, 1.0)
     assert figures["nmi"] == pytest.approx(1.0) and figures["nmi_pooled"] == pytest.approx(0.0)
     assert figures["evenness"] == pytest.approx(1.0)
@@ -493,7 +499,7 @@ def test_a_run_trains_extracts_measures_and_shows(data, tmp_path):
         (32, 32), Image.Resampling.BICUBIC
     )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in MEAN_STD["imagenet"])
-    features = teacher(
+    features = teacher.look(
         ((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std)[None]
     )
     assert np.array_equal(maps.read(4), hard_maps(learner.maps(features), (8, 8))[0].numpy())

@@ -71,15 +71,15 @@ OPTIONAL_FLAGS = {"compile": False, "recompute_gelu": "auto", "resume_copy": ""}
 def build_optimizer(
     args: Namespace, groups: list[dict], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that the flags ask for, if the engine can run it."""
+    """Returns the optimizer that the flags ask for; ValueError if the engine cannot run it."""
     optimizer = create_optimizer(args, groups, device)
     if needs_create_graph(optimizer):
         raise ValueError(
-            f"--opt {args.opt} needs second derivatives, which these engines do not compute; take another"
+            f"--opt {args.opt} needs second derivatives, which these engines do not compute; "
+            "use another"
         )
-    config = (
-        deepspeed_config(args) if args.enable_deepspeed else None
-    )  # which refuses what cannot work
+    # refuses what cannot work
+    config = deepspeed_config(args) if args.enable_deepspeed else None
     if config and config["zero_optimization"]["stage"] and not works_on_shards(args.opt):
         raise ValueError(
             f"--opt {args.opt} needs whole matrices: use --zero_stage 0, or adamw or sgd with ZeRO"
@@ -90,7 +90,7 @@ def build_optimizer(
 def build_runner(
     args: Namespace, network: nn.Module, groups: list[dict], device: torch.device
 ) -> Runner:
-    """Plain, DDP or DeepSpeed, whose configuration is also written to the output folder."""
+    """Returns the plain, DDP or DeepSpeed runner; DeepSpeed's configuration is also written."""
     optimizer = build_optimizer(args, groups, device)
     if args.enable_deepspeed:
         config = deepspeed_config(args, count_parameters(network))
@@ -110,7 +110,7 @@ def build_runner(
 
 
 def schedules(args: Namespace, steps_per_epoch: int):
-    """Learning rate and weight decay of every step."""
+    """Returns the learning rate and the weight decay of every step."""
     warmup = warmup_steps(args, steps_per_epoch)
     if args.lr_schedule == "mae":
         epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
@@ -131,7 +131,7 @@ def schedules(args: Namespace, steps_per_epoch: int):
 def dry_run(
     args: Namespace, groups: list[dict], steps_per_epoch: int, device: torch.device
 ) -> None:
-    """Refuses what a run would refuse when it starts."""
+    """Raises what a run would raise when it starts."""
     schedules(args, steps_per_epoch)
     build_optimizer(args, groups, device)
 
@@ -142,7 +142,7 @@ def flops_per_image(task: Task, dataset: Dataset, normalize: Normalize) -> float
     --grad_checkpointing does not count: what is computed twice is needed once.
     """
     batch = normalize(with_mask_counts(default_collate([dataset[0, 0], dataset[0, 1]])))
-    statistics = BatchStatistics(task, task.teacher)
+    statistics = BatchStatistics(task, None if task.ema is None else task.ema.module)
     statistics.keep()
     with without_grad_checkpointing(task):
         flops = count_flops(lambda: task(batch)["loss"].backward())
@@ -229,8 +229,10 @@ def start_training(
 
 
 def set_float32_products(precision: str, device: torch.device) -> None:
-    """How exact float32 products and convolutions are; on a GPU cuDNN's kernels are also chosen by
-    measuring them."""
+    """Sets how exact float32 products and convolutions are.
+
+    On a GPU cuDNN's kernels are also chosen by measuring them.
+    """
     torch.set_float32_matmul_precision(precision)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = precision == "high"
@@ -251,7 +253,7 @@ def set_up(args: Namespace) -> RunContext:
 
 
 def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
-    """Users' mistakes and orderly stops end in one line, not in a traceback.
+    """Runs a script; users' mistakes and orderly stops end in one line, not in a traceback.
 
     Only orderly ends, of which all ranks know, leave the process group: after an error the others
     may be waiting in it.
@@ -263,8 +265,7 @@ def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
         log.info("stopped by %s; run the same command to go on", stopped)
         code = STOPPED
     except (ValueError, NonFiniteError, BadImagesError) as error:
-        # an error in a loader worker comes with the worker's traceback: the last line is what it
-        # says
+        # an error in a loader worker comes with the worker's traceback, its message comes last
         log.error("error: %s", str(error).rstrip().rpartition("\n")[2])
         code = 1
         if has_peers():

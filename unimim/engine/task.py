@@ -1,5 +1,7 @@
 """What the training loop asks of anything that it trains."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from unimim.engine.ema import MovingAverage
@@ -16,24 +18,20 @@ class Task(nn.Module):
         casts or optimizes it, but it is saved and resumed.
     ema_key: the key of a checkpoint under which the average is saved; the key is always written,
         with None where there is no average.
-    teacher: a network that runs in the forward pass and is not trained; None. Its batch statistics
-        are put back after a skipped step, as the network's are.
+    teacher: what makes the targets and is not trained, such as the ema's network; None.
     frozen: a network that only makes targets, and whose blocks --compile compiles too; None.
     raw_views: keys of a batch whose images the task normalizes itself.
     """
 
     ema: MovingAverage | None = None
     ema_key: str = "average"
+    teacher: Any = None
     frozen: nn.Module | None = None
     raw_views: tuple[str, ...] = ()
 
     @property
     def network(self) -> nn.Module:
         return self
-
-    @property
-    def teacher(self) -> nn.Module | None:
-        return None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns {"loss": scalar, ...}; further entries are detached metrics for the log."""

@@ -1,8 +1,7 @@
-"""What learned parts are for: maps of a whole data set, their agreement with objects, and a sheet
-to look at.
+"""What learned parts are for: maps of a data set, their agreement with objects, a contact sheet.
 
-The part sources other than "learned" are the baselines of SemMAE's ablation (specs/semmae.md C.6,
-D).
+The part sources other than "learned" are the baselines of SemMAE's ablation
+(docs/methods/mae_semmae.md#first-stage).
 """
 
 import hashlib
@@ -48,7 +47,7 @@ from unimim.parts.learning import (
 from unimim.parts.metrics import PartQuality, overlap, usage
 
 MASK_IDS = 256  # of an 8-bit mask
-PANEL = 160  # pixels of a picture on the contact sheet
+PANEL = 160  # pixels of a image on the contact sheet
 
 # one color for each id, the first ones easy to tell apart; part 0 is gray
 _FIRST_COLORS = [
@@ -63,8 +62,8 @@ PALETTE = np.concatenate((_FIRST_COLORS, _MORE_COLORS)).astype(np.uint8)
 
 
 class WholeImage:
-    """The whole picture squeezed to a square, which part maps are made on: {"image": uint8 [3, S,
-    S]} (C.7)."""
+    """Squeezes the whole image to a square, on which part maps are made: {"image": uint8 [3, S,
+    S]}."""
 
     def __init__(self, size: int):
         self.size = (size, size)
@@ -83,7 +82,7 @@ def whole_images(args: Namespace, *, train: bool) -> ImageDataset:
 def batches_of(
     args: Namespace, dataset: ImageDataset, rows: list[int]
 ) -> Iterator[dict[str, Tensor]]:
-    """The images `rows` in this order."""
+    """Yields batches of the images `rows`, in this order."""
     keys = [(0, row) for row in rows]
     batches = [
         keys[first : first + args.batch_size] for first in range(0, len(keys), args.batch_size)
@@ -92,7 +91,7 @@ def batches_of(
 
 
 class Viewer:
-    """Batches of uint8 images to the teacher's features, under the run's precision."""
+    """Turns batches of uint8 images into the teacher's features, in the run's precision."""
 
     def __init__(self, context: RunContext, task: PartLearning):
         self.teacher = task.teacher
@@ -104,11 +103,11 @@ class Viewer:
 
     def __call__(self, batch: dict[str, Tensor]) -> TeacherFeatures:
         with self.precision():
-            return self.teacher(self.normalize(batch)["image"])
+            return self.teacher.look(self.normalize(batch)["image"])
 
 
 class MapMaker:
-    """TeacherFeatures to hard part maps uint8 [B, Hp, Wp] on the CPU, by one part source.
+    """Turns features into hard part maps uint8 [B, Hp, Wp] on the CPU, by one part source.
 
     `num_parts` counts the ids, `background_id` is the one that is not a part of an object, or None.
     """
@@ -117,13 +116,15 @@ class MapMaker:
         self.clean = args.clean and source != "random"
         teacher_grid = task.teacher.grid
         self.grid = teacher_grid if args.part_grid is None else (args.part_grid, args.part_grid)
-        self.num_parts, self.background_id = task.learner.num_ids, None
+        self.num_parts = task.learner.num_ids
+        self.background_id = None
         self.soft: Callable[[TeacherFeatures, list[int]], Tensor]
         if source == "learned":
             self.background_id = None if args.background == "none" else 0
             self.soft = lambda features, _: task.learner.maps(features)
         elif source == "attention_heads":
-            self.num_parts, self.background_id = 1 + task.teacher.num_heads, 0
+            self.num_parts = 1 + task.teacher.num_heads
+            self.background_id = 0
             self.soft = lambda features, _: attention_head_maps(features, teacher_grid)
         elif source == "kmeans":
             self.soft = lambda features, _: kmeans_maps(features, teacher_grid, self.num_parts)
@@ -139,8 +140,7 @@ class MapMaker:
 def attention_scores(
     features: TeacherFeatures, teacher_grid: tuple[int, int], grid: tuple[int, int]
 ) -> np.ndarray:
-    """How much the class token attends to each cell of `grid`, mean of the heads: float16 [B, Hp,
-    Wp]."""
+    """Returns the class token's attention on `grid`, mean over heads: float16 [B, Hp, Wp]."""
     attention = features.attention.mean(1, keepdim=True).unflatten(-1, teacher_grid)
     resized = F.interpolate(attention, size=grid, mode="bilinear", align_corners=False)
     return resized[:, 0].cpu().numpy().astype(np.float16)
@@ -150,8 +150,10 @@ def attention_scores(
 
 
 def extract(context: RunContext, task: PartLearning) -> None:
-    """Writes the part map of every image that has none yet into --extract; each process makes its
-    own rows."""
+    """Writes the part map of every image that has none yet into --extract.
+
+    Each process makes its own rows.
+    """
     args = context.args
     view = Viewer(context, task)
     make = MapMaker(args, args.part_source, task)
@@ -195,8 +197,11 @@ def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source
         background_id=make.background_id,
         part_source=args.part_source,
         teacher=" ".join(filter(None, (args.teacher, args.teacher_checkpoint))),
+        # under the names that the teacher's weights have in maps written before
         checkpoint_sha256=weights_sha256(
-            task.learner if args.part_source == "learned" else task.teacher
+            task.learner
+            if args.part_source == "learned"
+            else nn.ModuleDict({"vit": task.teacher.tower})
         ),
         map_file_sha256=file_sha256(map_file) if map_file and map_file.is_file() else None,
         names_sha256=names_sha256(image_names(source)),
@@ -205,7 +210,7 @@ def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source
 
 
 def data_folder(args: Namespace) -> Path | None:
-    """--data_path, or where the shapes lie without one."""
+    """Returns --data_path, or where the shapes are kept without one."""
     if args.data_set == "shapes":
         return cached_shapes(None if args.data_path is None else Path(args.data_path))
     return None if args.data_path is None else Path(args.data_path)
@@ -219,22 +224,22 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def report_maps(folder: Path, writer: PartMapWriter) -> None:
-    """Says how the parts are used, and which images have no map because they cannot be read."""
+    """Logs how the parts are used, and which images have no map because they cannot be read."""
     missing = writer.missing()
     written = np.setdiff1d(np.arange(writer.meta.num_images), missing)
-    log.info("%s: %d part maps of %s cells", folder, len(written), writer.meta.grid)
+    log.info("%s: %d part maps of %s patches", folder, len(written), writer.meta.grid)
     if len(missing):
         log.warning(
             "%d images cannot be read and have no map: rows %s ...",
             len(missing),
             missing[:10].tolist(),
         )
-    shares, present = usage(PartMaps.open(folder), written)
-    for part, (share, images) in enumerate(zip(shares, present, strict=True)):
+    fractions, present = usage(PartMaps.open(folder), written)
+    for part, (fraction, images) in enumerate(zip(fractions, present, strict=True)):
         log.info(
-            "  part %d: %4.1f %% of the cells, in %5.1f %% of the images",
+            "  part %d: %4.1f %% of the patches, in %5.1f %% of the images",
             part,
-            100 * share,
+            100 * fraction,
             100 * images,
         )
 
@@ -243,8 +248,9 @@ def report_maps(folder: Path, writer: PartMapWriter) -> None:
 
 
 def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, float | str]]:
-    """Agreement of every part source with the masks of the val split (`PartQuality`), logged and
-    written as CSV.
+    """Returns the agreement of every part source with the masks of the val split (`PartQuality`).
+
+    It is also logged and written as CSV.
 
     Every process measures everything; the first one writes.
     """
@@ -265,7 +271,7 @@ def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, fl
             for parts, mask in zip(make(features, indices).numpy(), masks, strict=True):
                 qualities[source].add(overlap(parts, mask, make.num_parts, MASK_IDS))
     rows = [
-        {"part_source": s, "parts": makers[s].num_parts, **quality.figures()}
+        {"part_source": s, "parts": makers[s].num_parts, **quality.metrics()}
         for s, quality in qualities.items()
     ]
     if context.rank == 0:
@@ -276,7 +282,7 @@ def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, fl
 
 
 def read_mask(folder: Path, image_path: str) -> np.ndarray:
-    """The mask that is named as the image, uint8 [H, W]; 0 is the background."""
+    """Returns the mask that is named as the image, uint8 [H, W]; 0 is the background."""
     file = folder / f"{Path(image_path).stem}.png"
     try:
         return np.asarray(Image.open(file))
@@ -296,10 +302,10 @@ def rounded(row: dict[str, float | str], digits: int) -> dict[str, str]:
 
 
 def contact_sheet(context: RunContext, task: PartLearning) -> None:
-    """Writes --visualize: a row for each image with itself, its parts and the class token's
+    """Writes --visualize: for each image a row with itself, its parts, and the class token's
     attention.
 
-    For learned parts the picture that the decoder makes of them comes last.
+    For learned parts the image that the decoder makes of them comes last.
     """
     args = context.args
     dataset = whole_images(args, train=False)
@@ -315,7 +321,7 @@ def contact_sheet(context: RunContext, task: PartLearning) -> None:
             painted = (255 * task.learner.reconstruct(features)).byte()
             columns.append(painted.permute(0, 2, 3, 1).cpu().numpy())
         rows += [
-            np.concatenate([_panel(picture) for picture in row], axis=1)
+            np.concatenate([_panel(image) for image in row], axis=1)
             for row in zip(*columns, strict=True)
         ]
     titles = ("image", f"parts: {args.part_source}", "attention", "reconstruction")
@@ -324,9 +330,9 @@ def contact_sheet(context: RunContext, task: PartLearning) -> None:
     log.info("contact sheet written to %s", args.visualize)
 
 
-def _panel(picture: np.ndarray) -> np.ndarray:
-    """Enlarged without smoothing, so that cells stay cells."""
-    return np.asarray(Image.fromarray(picture).resize((PANEL, PANEL), Image.Resampling.NEAREST))
+def _panel(image: np.ndarray) -> np.ndarray:
+    """Enlarges an image without smoothing, so that patches stay visible."""
+    return np.asarray(Image.fromarray(image).resize((PANEL, PANEL), Image.Resampling.NEAREST))
 
 
 def _blended(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
@@ -334,7 +340,7 @@ def _blended(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def _grey(scores: np.ndarray) -> np.ndarray:
-    """Scores [B, H, W] as gray pictures [B, H, W, 3], the largest of each white."""
+    """Turns scores [B, H, W] into gray images [B, H, W, 3], the largest score of each white."""
     scaled = 255 * scores.astype(np.float32) / scores.max(axis=(1, 2), keepdims=True)
     return scaled.astype(np.uint8)[..., None].repeat(3, axis=-1)
 
