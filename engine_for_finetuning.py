@@ -1,4 +1,4 @@
-"""Classification: the task that the training loop of engine_for_pretraining.py trains, and its
+"""Classification: the task that the loop of engine_for_pretraining.py trains, and its
 evaluation."""
 
 from argparse import Namespace
@@ -66,7 +66,7 @@ class Classification(Task):
 
 
 class BinaryCrossEntropy(nn.Module):
-    """Of each class by itself, summed over the classes: targets are labels [B] or shares [B,
+    """Computes binary cross entropy, summed over classes: targets are labels [B] or fractions [B,
     classes]."""
 
     def __init__(self, smoothing: float = 0.0):
@@ -75,13 +75,14 @@ class BinaryCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         if targets.ndim == 1:
-            shares = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)
-            targets = shares * (1 - self.smoothing) + self.smoothing / logits.shape[-1]
+            hot = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)
+            targets = hot * (1 - self.smoothing) + self.smoothing / logits.shape[-1]
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
 
 
 def make_criterion(args: Namespace, mixing: bool) -> nn.Module:
-    """Of logits [B, classes] and labels [B] or, where images are mixed, shares [B, classes]."""
+    """Returns the criterion of logits [B, classes] and labels [B] or, where images are mixed,
+    fractions [B, classes]."""
     if args.bce_loss:
         return BinaryCrossEntropy(args.smoothing)
     if mixing:
@@ -111,7 +112,8 @@ def evaluate_classifier(
     dtype: torch.dtype | None = None,
     shared: bool = False,
 ) -> dict[str, float]:
-    """{"loss", "acc1", "acc5"} (percent) over a loader; padding (negative index) does not count.
+    """Returns {"loss", "acc1", "acc5"} (percent) over a loader; padding (a negative index) does not
+    count.
 
     `shared`: each process saw a part of the images, and the sums are added up over processes.
     """

@@ -28,7 +28,8 @@ from unimim.logs import log
 
 
 def build_eval_loader(args: Namespace, transform):
-    """Every image once: shared among the processes, or on each of them with --no_dist_eval."""
+    """Returns a loader of every image once, shared among the ranks unless --no_dist_eval is
+    given."""
     dataset = build_dataset(args, train=False, transform=transform, need_labels=True)
     rank, world_size = (args.rank, args.world_size) if args.dist_eval else (0, 1)
     sampler = EvalBatchSampler(
@@ -38,7 +39,7 @@ def build_eval_loader(args: Namespace, transform):
 
 
 def undecayed(args: Namespace, model: nn.Module) -> set[str]:
-    """Names of the tables that --disable_weight_decay_on_rel_pos_bias exempts."""
+    """Returns the names of the tables that --disable_weight_decay_on_rel_pos_bias exempts."""
     if not args.disable_weight_decay_on_rel_pos_bias:
         return set()
     return {
@@ -49,7 +50,7 @@ def undecayed(args: Namespace, model: nn.Module) -> set[str]:
 
 
 class ClassificationEvaluator:
-    """Evaluates the model and its average after each epoch, and keeps the best of either."""
+    """Evaluates the model and its ema after each epoch, and keeps the best of either."""
 
     def __init__(self, run: Training, loader: DataLoader):
         self.args = run.args
@@ -68,28 +69,31 @@ class ClassificationEvaluator:
         return result
 
     def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
-        """Rank 0's figures decide for all: ranks that evaluate by themselves may round otherwise,
-        and a checkpoint takes every one of them."""
+        """Evaluates; the metrics of rank 0 decide for all ranks.
+
+        Ranks that evaluate by themselves may round differently, and all of them have to save
+        together.
+        """
         ema = self.task.ema and self.task.ema.module
         for network in (self.task.model, ema):
             if network is not None:  # what rank 0 saves is then what every rank evaluates
                 average_batch_statistics(network, self.context.device)
         if self.args.disable_eval_during_finetuning:
             return {}
-        figures = {f"test_{k}": v for k, v in from_first_rank(self(self.task.model)).items()}
-        if figures["test_acc1"] > position.best:
-            position.best = figures["test_acc1"]
+        metrics = {f"test_{k}": v for k, v in from_first_rank(self(self.task.model)).items()}
+        if metrics["test_acc1"] > position.best:
+            position.best = metrics["test_acc1"]
             session.save_best(position, of_ema=False)
         if ema is not None:
-            figures |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema)).items()}
-            if figures["test_ema_acc1"] > position.best_average:
-                position.best_average = figures["test_ema_acc1"]
+            metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema)).items()}
+            if metrics["test_ema_acc1"] > position.best_average:
+                position.best_average = metrics["test_ema_acc1"]
                 session.save_best(position, of_ema=True)
-        return figures | {"best_acc1": position.best}
+        return metrics | {"best_acc1": position.best}
 
 
 def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> None:
-    """--eval: the accuracy of --resume (or of --finetune) in one line."""
+    """Logs the accuracy of --resume (or of --finetune) in one line, for --eval."""
     args = context.args
     if args.resume:
         Origin(Path(args.resume), load_checkpoint(args.resume)).load_weights(
@@ -131,7 +135,10 @@ def main(args: Namespace) -> None:
         need_labels=True,
     )
     loader = train_loader(args, dataset)
-    images = f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, {args.nb_classes} classes"
+    images = (
+        f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, "
+        f"{args.nb_classes} classes"
+    )
     steps = steps_per_epoch(args, loader)
     report(args, derived(args, steps) | {"images": images})
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))

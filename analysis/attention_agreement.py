@@ -40,8 +40,8 @@ from unimim.engine.state import Normalize
 from unimim.evaluation.attention import (
     best_iou,
     class_maps,
+    patch_fractions,
     patch_maps,
-    patch_shares,
     pixel_auc,
     pointing,
 )
@@ -66,7 +66,7 @@ def figures(
 ) -> Iterator[tuple[str, float]]:
     """All values of one image, from attention [h, T, T] and the objects' numbers [H, W]; 0 is the
     background."""
-    shares = patch_shares(objects > 0, grid)
+    shares = patch_fractions(objects > 0, grid)
     maps = class_maps(attention, num_cls, grid).flatten(1)  # [n, N]
     for name, measure in MEASURES.items():
         each = measure(maps, shares.expand_as(maps))
@@ -84,7 +84,7 @@ def patch_queries(
     """For each patch of which an object has more than half: what it sees of the other patches, and
     that object."""
     for number in objects[objects > 0].unique().tolist():
-        shares = patch_shares(objects == number, grid)
+        shares = patch_fractions(objects == number, grid)
         for cell in (shares > 0.5).nonzero().flatten().tolist():
             others = torch.arange(len(shares)) != cell
             if shares[others].any():

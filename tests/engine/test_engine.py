@@ -601,7 +601,7 @@ def test_compile_refuses_the_stage_of_the_file(tmp_path):
         ),
         ({"train_batch_size": 64}, "train_batch_size 64, the flags say 8"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4, the flags say 1"),
-        ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, --clip_grad 3.0"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, --clip_grad is 3.0"),
         ({"optimizer": {"type": "Adam"}}, "optimizer, which comes from the flags"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "section fp16"),
         ([], "one JSON object"),

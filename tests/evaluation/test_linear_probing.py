@@ -285,9 +285,9 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt, more):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--lr_sweep 0.1 0", "--lr_sweep takes different positive rates"),
-        ("--lr_sweep 0.1 0.1", "--lr_sweep takes different positive rates"),
-        ("--lr_sweep 0.1 0.3 --lr 2", "--lr_sweep [0.1, 0.3] says every rate: leave --lr 2 out"),
+        ("--lr_sweep 0.1 0", "--lr_sweep takes different positive learning rates"),
+        ("--lr_sweep 0.1 0.1", "--lr_sweep takes different positive learning rates"),
+        ("--lr_sweep 0.1 0.3 --lr 2", "--lr_sweep [0.1, 0.3] says every lr: leave --lr 2 out"),
         (
             "--lr_sweep 0.1 0.3 --clip_grad 3",
             "--clip_grad would clip the heads of --lr_sweep together",

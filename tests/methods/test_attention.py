@@ -19,8 +19,8 @@ from unimim.data.views import MEAN_STD
 from unimim.evaluation.attention import (
     best_iou,
     class_maps,
+    patch_fractions,
     patch_maps,
-    patch_shares,
     pixel_auc,
     pointing,
 )
@@ -204,7 +204,7 @@ def test_measures_against_pixels():
     draws = torch.Generator().manual_seed(1)
     mask = torch.rand(3, 12, 8, generator=draws) < 0.4
     maps = torch.randint(0, 7, (3, 24), generator=draws).float()  # patches of 2 x 2
-    shares = patch_shares(mask, (6, 4))
+    shares = patch_fractions(mask, (6, 4))
     for image in range(3):
         pixels = maps[image].view(6, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
         inside, outside = pixels[mask[image]][:, None], pixels[~mask[image]][None]

@@ -41,5 +41,7 @@ def rebuild(
         args.discrete_vae_weight_path = None  # nothing is trained, so no tokenizer is needed
         return build_method(args), args
     # as many class tokens as this file has, not the file that its run began with
-    args.resume, args.finetune, args.model_key = "", str(path), model_key
+    args.resume = ""
+    args.finetune = str(path)
+    args.model_key = model_key
     return build_classifier(args), args

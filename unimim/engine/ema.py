@@ -1,5 +1,4 @@
-"""An exponential moving average of a network: the teacher of a method, or the averaged
-classifier."""
+"""An exponential moving average of a network: a method's teacher, or an averaged classifier."""
 
 import copy
 from collections.abc import Callable
@@ -52,8 +51,10 @@ class MovingAverage:
 
 
 def _lerp(mine, theirs, weight: float | Tensor) -> None:
-    """A weight on the device (a skipped step is not known to the host yet) has no fused form of
-    this call.
+    """Moves `mine` toward `theirs` by `weight`.
+
+    A weight on the device, where the host does not know yet whether the step was skipped, has no
+    fused form of this call.
 
     There three fused ones do the same, up to a rounding of the last bit.
     """
@@ -68,7 +69,6 @@ def _lerp(mine, theirs, weight: float | Tensor) -> None:
 
 
 def _block_of(name: str) -> str:
-    """`blocks.3` of `blocks.3.attn.qkv.weight`; names outside a block count together while they are
-    neighbors."""
+    """Returns `blocks.3` of `blocks.3.attn.qkv.weight`, and "" for names outside a block."""
     parts = name.split(".")
     return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else ""

@@ -1,4 +1,4 @@
-"""One vector for each image from a frozen network: what k-NN and linear probing look at.
+"""One feature vector per image from a frozen network, for k-NN and linear probing.
 
 A ViT's feature is the class token (the mean of several) or the mean of the patch tokens, after a
 norm that was trained with them, or after none: a norm that the checkpoint lacks is left out, never
@@ -66,26 +66,28 @@ class Backbone(nn.Module):
 
 
 class ViTBackbone(Backbone):
-    """A ViT: its class token or the mean of its patch tokens."""
+    """A ViT whose feature is its class token or the mean of its patch tokens."""
 
     def __init__(self, vit: VisionTransformer, pool: str, norm: str):
         super().__init__()
         check_choice("pool", pool, POOLS)
         check_choice("feature_norm", norm, NORMS)
-        self.vit, self.pool, self.plain = vit, pool, norm == "plain"
-        self.dim, self.image_size, self.norms = (
-            vit.embed_dim,
-            vit.patch_embed.img_size,
-            f"{vit.norm}, {vit.fc_norm}",
-        )
+        self.vit = vit
+        self.pool = pool
+        self.plain = norm == "plain"
+        self.dim = vit.embed_dim
+        self.image_size = vit.patch_embed.img_size
+        self.norms = f"{vit.norm}, {vit.fc_norm}"
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
         return self.pooled(self.vit.forward_features(images))
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """The last block's tokens [B, T, C] to [B, C]. Norms without trained weights are identities
-        here."""
+        """Returns the feature [B, C] of the last block's tokens [B, T, C].
+
+        Norms without trained weights are identities here.
+        """
         tokens = tokens if self.plain else self.vit.norm(tokens)
         prefix = self.vit.num_prefix_tokens
         vector = (tokens[:, :prefix] if self.pool == "cls" else tokens[:, prefix:]).mean(1)
@@ -95,11 +97,12 @@ class ViTBackbone(Backbone):
 
 
 class MapBackbone(Backbone):
-    """Any other network: the mean of its last map, as it is pre-trained."""
+    """Any other network; its feature is the mean of its last map, as it is pre-trained."""
 
     def __init__(self, network: nn.Module, image_size: tuple[int, int]):
         super().__init__()
-        self.network, self.image_size = network, image_size
+        self.network = network
+        self.image_size = image_size
         self.feature_map = family_of(network).feature_map
         self.dim = self.feature_map(network.eval(), torch.zeros(1, 3, *image_size)).shape[1]
         self.freeze()
@@ -109,8 +112,7 @@ class MapBackbone(Backbone):
 
 
 def build_backbone(args: Namespace) -> Backbone:
-    """The network that the flags name, with the weights of --finetune, and how it makes a
-    feature."""
+    """Returns the network that the flags name, with the weights of --finetune, as a backbone."""
     network = build_network(args)
     if isinstance(network, VisionTransformer):
         return ViTBackbone(network, args.pool, args.feature_norm)
@@ -120,19 +122,22 @@ def build_backbone(args: Namespace) -> Backbone:
 
 
 def build_vit(args: Namespace) -> VisionTransformer:
-    """The ViT that the flags name, with the weights of --finetune.
+    """Returns the ViT that the flags name, with the weights of --finetune.
 
     Raises:
         ValueError: --model is another network.
     """
     network = build_network(args)
     if not isinstance(network, VisionTransformer):
-        raise ValueError(f"--model {args.model} is no ViT, whose patch tokens are needed here")
+        raise ValueError(f"--model {args.model} is not a ViT; this probe needs patch tokens")
     return network
 
 
 def build_network(args: Namespace) -> nn.Module:
-    """--model with the weights of --finetune and as many class tokens; norms that these lack are identities."""
+    """Returns --model with the weights of --finetune and as many class tokens.
+
+    Norms that these weights lack are identities.
+    """
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
     source = {"model_key": args.model_key, "prefix": args.model_prefix}
@@ -140,9 +145,8 @@ def build_network(args: Namespace) -> nn.Module:
     chosen = given({"num_cls_tokens": tokens}) | model_kwargs(args) | form
     network = create_model(args.model, **chosen)
     if args.finetune and isinstance(network, VisionTransformer):
-        network.fc_norm = nn.LayerNorm(
-            network.embed_dim, eps=1e-6
-        )  # classifiers may have it in place of `norm`
+        # classifiers may have it in place of `norm`
+        network.fc_norm = nn.LayerNorm(network.embed_dim, eps=1e-6)
     if args.finetune:
         load_whole(args, network)
     else:
@@ -151,8 +155,10 @@ def build_network(args: Namespace) -> nn.Module:
 
 
 def load_whole(args: Namespace, network: nn.Module) -> None:
-    """Unlike in fine-tuning nothing would repair weights that are missing; norms that are missing
-    are taken out."""
+    """Loads every weight, and takes out norms that the file lacks.
+
+    Unlike in fine-tuning nothing would repair weights that are missing.
+    """
     found = load_pretrained(
         network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
     )
@@ -168,7 +174,10 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
 
 @dataclass
 class Features:
-    """`vectors` float32 [N, C] and `labels` int64 [N] of a data set's images, in their order."""
+    """The features of a data set, in the order of its images.
+
+    vectors: float32 [N, C]; labels: int64 [N].
+    """
 
     vectors: Tensor
     labels: Tensor
@@ -178,7 +187,7 @@ class Features:
 
 
 class FeatureDataset(Dataset):
-    """Features in the place of images, under the same keys (epoch, index); they live on the CPU."""
+    """A data set of features in place of images, by the same keys (epoch, index); on the CPU."""
 
     def __init__(self, features: Features):
         self.vectors, self.labels = features.vectors.cpu(), features.labels.cpu()
@@ -193,7 +202,7 @@ class FeatureDataset(Dataset):
 
 
 def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> ImageDataset:
-    """The labelled images of a split, each as for evaluation."""
+    """Returns the labeled images of a split, each transformed as for evaluation."""
     transform = EvalTransform(backbone.image_size, args.crop_pct)
     return build_dataset(args, train=train, transform=transform, need_labels=True)
 
@@ -201,8 +210,8 @@ def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> Im
 def features_of(
     context: RunContext, dataset: ImageDataset, backbone: Backbone, name: str
 ) -> Features:
-    """The features of all images on every rank, from --feature_cache where `name` (train, val) is
-    there already."""
+    """Returns the features of all images on every rank, from --feature_cache where it has
+    `name`."""
     args = context.args
     if not args.feature_cache:
         return extract(context, dataset, backbone, name)
@@ -256,7 +265,7 @@ def extract(context: RunContext, dataset: ImageDataset, backbone: Backbone, name
 
 
 def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> dict[str, str]:
-    """What cached features depend on."""
+    """Returns what cached features depend on."""
     weights = hashlib.sha256()
     for value in backbone.state_dict().values():
         weights.update(value.cpu().contiguous().numpy().data)
@@ -280,13 +289,13 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
 
 
 def read_cache(path: Path, about: dict[str, str], device: torch.device) -> Features:
-    """ValueError where the file holds features of something else."""
+    """Reads cached features; ValueError where the file holds those of something else."""
     held = load_checkpoint(path)
     for key, value in about.items():
         if (there := held.get("about", {}).get(key)) != value:
             raise ValueError(
-                f"--feature_cache: {path} holds features of another run: {key} {there} there, {value} now; name "
-                "another folder"
+                f"--feature_cache: {path} holds features of another run, with {key} {there} "
+                f"instead of {value}; use another folder"
             )
     log.info("read %s", path)
     return Features(held["vectors"].to(device), held["labels"].to(device))

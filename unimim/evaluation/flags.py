@@ -23,7 +23,7 @@ from unimim.evaluation.linear_probe import head_names
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The frozen network and its weights."""
+    """Adds the flags of the frozen network and its weights."""
     group = parser.add_argument_group("backbone")
     group.add_argument(
         "--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning"
@@ -58,18 +58,32 @@ def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
-    """The frozen network, its weights, and how its tokens become one vector."""
+    """Adds the flags of the network, and of how its tokens become one vector."""
     group = add_network_flags(parser)
     pools = group.add_mutually_exclusive_group()
-    pools.add_argument("--cls_token", dest="pool", action="store_const", const="cls", default="cls",
-                       help="the class token is the feature, where there is one")  # fmt: skip
-    pools.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default="cls",
-                       help="the mean of the patch tokens is")  # fmt: skip
+    pools.add_argument(
+        "--cls_token",
+        dest="pool",
+        action="store_const",
+        const="cls",
+        default="cls",
+        help="the feature is the class token, where there is one",
+    )
+    pools.add_argument(
+        "--global_pool",
+        dest="pool",
+        action="store_const",
+        const="avg",
+        default="cls",
+        help="the feature is the mean of the patch tokens",
+    )
     group.add_argument(
-        "--feature_norm", choices=NORMS, default="trained",
-        help="trained: the checkpoint's own norm, none if it has none; plain: a layer norm without weights after "
-        "pooling un-normed tokens, as published for --global_pool",
-    )  # fmt: skip
+        "--feature_norm",
+        choices=NORMS,
+        default="trained",
+        help="trained: the checkpoint's own norm, none if it has none; plain: a layer norm without "
+        "weights after pooling un-normed tokens, as published for --global_pool",
+    )
     group.add_argument(
         "--crop_pct",
         type=float,
@@ -128,7 +142,7 @@ def knn_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--seed", type=int, default=0, help="of random weights")
     group.add_argument("--dry_run", action="store_true", help="check the flags and exit")
-    # as published: no autocast, and the mean and deviation that the recipes pre-train with
+    # as published: no autocast, and the mean and std that the recipes pre-train with
     parser.set_defaults(
         precision="fp32", imagenet_default_mean_and_std=True, enable_deepspeed=False
     )
@@ -144,7 +158,7 @@ def _check_knn(args: Namespace) -> None:
 
 
 def parse_knn(argv: list[str] | None = None) -> Namespace:
-    """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
+    """Returns the flags of run_knn.py: defaults < --recipe < --config < command line."""
     return parse_flags(knn_parser(), argv, _check_knn, stage="knn")
 
 
@@ -164,11 +178,21 @@ def linear_parser() -> argparse.ArgumentParser:
     for add, stage in ((add_data_flags, "finetune"), (add_optimizer_flags, "pretrain"),
                        (add_engine_flags, "finetune"), (add_run_flags, "finetune")):  # fmt: skip
         add(parser, stage)
-    # docs/methods/semaim.md#k-nn-and-linear-probe; without --warmup_epochs the warm-up is the published 10 of 90 epochs
+    # docs/methods/semaim.md#k-nn-and-linear-probe; without --warmup_epochs the warm-up is the
+    # published 10 of 90 epochs
     parser.set_defaults(
-        batch_size=512, epochs=90, opt="momentum", opt_betas=None, lr=None, blr=0.1, lr_schedule="mae", min_lr=0.0,
-        warmup_epochs=None, weight_decay=0.0, imagenet_default_mean_and_std=True,
-    )  # fmt: skip
+        batch_size=512,
+        epochs=90,
+        opt="momentum",
+        opt_betas=None,
+        lr=None,
+        blr=0.1,
+        lr_schedule="mae",
+        min_lr=0.0,
+        warmup_epochs=None,
+        weight_decay=0.0,
+        imagenet_default_mean_and_std=True,
+    )
     return parser
 
 
@@ -176,16 +200,16 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("linear probe")
     group.add_argument(
         "--lr_sweep", type=float, nargs="+", default=None, metavar="LR",
-        help="in place of --lr: one head for each rate, trained side by side; --min_lr is that of the largest rate, "
-        "the others fall to the same share of theirs",
+        help="in place of --lr: one head for each lr, trained side by side; --min_lr is that of "
+        "the largest lr, the others fall to the same fraction of theirs",
     )  # fmt: skip
     group.add_argument(
         "--crop_scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"),
-        help="share of the area that a training crop keeps",
+        help="fraction of the area that a training crop keeps",
     )  # fmt: skip
     group.add_argument(
         "--train_crop", choices=PROBE_CROPS, default="area",
-        help="area: MAE's, by --crop_scale; short_side: SemAIM's, as large as the picture allows",
+        help="area: MAE's, by --crop_scale; short_side: SemAIM's, as large as the image allows",
     )  # fmt: skip
     group.add_argument(
         "--no_aug",
@@ -200,11 +224,12 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_linear(argv: list[str] | None = None) -> Namespace:
-    """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
+    """Returns the flags of run_linear_probing.py: defaults < --recipe < --config < command line."""
     args = parse_flags(linear_parser(), argv, options.validate, _check_linear, stage="linear")
     if args.lr_sweep:
         args.lr_sweep = sorted(args.lr_sweep)  # the optimizer's state goes by position
-        args.lr, args.blr = max(args.lr_sweep), None
+        args.lr = max(args.lr_sweep)
+        args.blr = None
     if args.warmup_epochs is None:
         args.warmup_epochs = round(args.epochs / 9)
     return args
@@ -213,10 +238,12 @@ def parse_linear(argv: list[str] | None = None) -> Namespace:
 def _check_linear(args: Namespace) -> None:
     if args.lr_sweep:
         if min(args.lr_sweep) <= 0 or len(set(head_names(args.lr_sweep))) < len(args.lr_sweep):
-            raise ValueError(f"--lr_sweep takes different positive rates, not {args.lr_sweep}")
+            raise ValueError(
+                f"--lr_sweep takes different positive learning rates, not {args.lr_sweep}"
+            )
         if args.lr is not None and args.lr != max(args.lr_sweep):
             raise ValueError(
-                f"--lr_sweep {args.lr_sweep} says every rate: leave --lr {args.lr:g} out"
+                f"--lr_sweep {args.lr_sweep} says every lr: leave --lr {args.lr:g} out"
             )
         if args.clip_grad and len(args.lr_sweep) > 1:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""k-NN classification of features with votes weighted by similarity (specs/semaim.md 10)."""
+"""k-NN classification with votes weighted by similarity
+(docs/methods/semaim.md#k-nn-and-linear-probe)."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ SIMILARITIES_AT_ONCE = 2**26  # 256 MiB of float32
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 and top-5 in percent of one evaluation."""
+    """The top-1 and top-5 accuracy in percent of one evaluation."""
 
     k: int
     temperature: float
@@ -30,8 +31,9 @@ class Accuracy:
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows of bank [N, C] with the largest dot products with queries [m, C]: similarity and
-    index, both [m, k].
+    """Returns the k rows of bank [N, C] with the largest dot products with queries [m, C].
+
+    Similarity and index, both [m, k].
 
     The most similar comes first, and of equally similar ones the one with the lower index.
     """
@@ -49,8 +51,9 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def votes(
     similarity: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int
 ) -> Iterator:
-    """(k, scores float64 [m, num_classes]) for each k: the first k neighbors add exp(similarity /
-    T) to their class.
+    """Yields (k, scores float64 [m, num_classes]) for each k.
+
+    The first k neighbors each add exp(similarity / T) to their class.
 
     `similarity` and `labels` [m, K] are those of the K nearest, in descending order. Scores are
     given up to a factor for each query, so that no temperature is too low for them. The tensor that
@@ -67,8 +70,8 @@ def votes(
 
 
 def hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """Whether the label [m] is the first, and among the first five, of the classes by score [m, C]:
-    bool [m, 2].
+    """Returns whether the label [m] is first, and among the first five, by score [m, C]: bool [m,
+    2].
 
     Of equal scores the lower class comes first. A class without votes is not among the guesses.
     """
@@ -88,8 +91,10 @@ def evaluate_knn(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Accuracy]:
-    """An accuracy for each k and temperature. Every rank holds all features and answers every
-    world_size-th query."""
+    """Returns an accuracy for each k and temperature.
+
+    Every rank holds all features and answers every world_size-th query.
+    """
     if max(ks) > len(bank):
         raise ValueError(f"--knn_k {max(ks)} is more than the {len(bank)} training images")
     settings = [(k, temperature) for k in ks for temperature in temperatures]
@@ -105,18 +110,21 @@ def evaluate_knn(
         for temperature in temperatures:
             for k, scores in votes(similarity, bank.labels[index], ks, temperature, num_classes):
                 counts[k, temperature] = counts[k, temperature] + hits(scores, truth).sum(0)
-    shares = 100 * reduce_sum(torch.stack([counts[setting] for setting in settings])) / len(queries)
+    fractions = (
+        100 * reduce_sum(torch.stack([counts[setting] for setting in settings])) / len(queries)
+    )
     return [
-        Accuracy(*setting, *share) for setting, share in zip(settings, shares.tolist(), strict=True)
+        Accuracy(*setting, *fraction)
+        for setting, fraction in zip(settings, fractions.tolist(), strict=True)
     ]
 
 
-# --- a run -----------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class KnnRow(Accuracy):
-    """One row of knn.csv: an evaluation and what it was made with."""
+    """A row of knn.csv: an evaluation and what it was made with."""
 
     model: str
     finetune: str

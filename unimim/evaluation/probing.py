@@ -1,4 +1,4 @@
-"""A run of the linear probe: its images, its heads, their evaluation after each epoch."""
+"""Runs the linear probe: its images, its heads, their evaluation after each epoch."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from unimim.logs import log
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One row of linear.csv: a head after an epoch (numbered from 0), accuracies in percent."""
+    """A row of linear.csv: a head after an epoch (counted from 0), accuracies in percent."""
 
     lr: float
     acc1: float
@@ -48,19 +48,18 @@ class ProbeRow:
 
 
 class ProbeEvaluator:
-    """Evaluates all heads, writes linear.csv, and keeps the checkpoint of the best head's best
-    epoch."""
+    """Evaluates all heads, writes linear.csv, and saves the best epoch of the best head."""
 
     def __init__(
         self,
         context: RunContext,
         probe: Probe,
-        rates: list[float],
+        lrs: list[float],
         loader: DataLoader,
     ):
         self.context = context
         self.probe = probe
-        self.rates = rates
+        self.lrs = lrs
         self.loader = loader
         self.results: list[ProbeRow] = []  # the latest
 
@@ -72,7 +71,7 @@ class ProbeEvaluator:
         names = ("model", "finetune", "pool", "feature_norm", "opt", "seed")
         about = {"epoch": epoch} | {name: getattr(args, name) for name in names}
         self.results = [
-            ProbeRow(lr=rate, **own, **about) for rate, own in zip(self.rates, found, strict=True)
+            ProbeRow(lr=lr, **own, **about) for lr, own in zip(self.lrs, found, strict=True)
         ]
         if args.output_dir and args.rank == 0:
             write_rows(Path(args.output_dir) / "linear.csv", self.results)
@@ -86,19 +85,20 @@ class ProbeEvaluator:
         if best.acc1 > position.best:
             position.best = best.acc1
             session.save_best(position, of_ema=False)
-        figures = {f"test_{name}": getattr(best, name) for name in ("acc1", "acc5", "loss")}
+        metrics = {f"test_{name}": getattr(best, name) for name in ("acc1", "acc5", "loss")}
         if len(results) > 1:
-            figures |= {
+            metrics |= {
                 f"test_acc1_{name}": r.acc1
                 for name, r in zip(self.probe.heads, results, strict=True)
             }
-        return figures | {"best_acc1": position.best}
+        return metrics | {"best_acc1": position.best}
 
 
 def evaluate_only(
     args: Namespace, heads: nn.ModuleDict, evaluator: ProbeEvaluator
 ) -> list[ProbeRow]:
-    """--eval: the accuracies of --resume, or of the newest checkpoint of --output_dir."""
+    """Returns the accuracies of --resume, or of the newest checkpoint of --output_dir, for
+    --eval."""
     origin = Origin.find(args)
     if origin is None:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
@@ -111,7 +111,7 @@ def evaluate_only(
 
 
 def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]:
-    """{"train", "val"}; with --no_aug both as for evaluation. Settles --nb_classes."""
+    """Returns {"train", "val"} and settles --nb_classes; with --no_aug both as for evaluation."""
     augmented = ProbeTransform(
         backbone.image_size, args.train_interpolation, args.crop_scale, args.train_crop
     )
@@ -129,7 +129,7 @@ def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]
 def in_features(
     context: RunContext, images: dict[str, ImageDataset], backbone: Backbone
 ) -> dict[str, FeatureDataset]:
-    """--no_aug: what the backbone makes of the images, once for all epochs."""
+    """Returns the features of the images, computed once for all epochs, for --no_aug."""
     return {
         name: FeatureDataset(features_of(context, dataset, backbone, name))
         for name, dataset in images.items()
@@ -137,7 +137,7 @@ def in_features(
 
 
 def shared_loader(args: Namespace, dataset: Dataset) -> DataLoader:
-    """Every image once, shared among the ranks."""
+    """Returns a loader of every image once, shared among the ranks."""
     sampler = EvalBatchSampler(
         len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size
     )
@@ -157,19 +157,22 @@ def run_probe(
     context = set_up(args)
     backbone = build_backbone(args).to(context.device)
     data = build_images(args, backbone)
-    rates = args.lr_sweep or [args.lr]
-    heads = side_by_side(rates, backbone.dim, args.nb_classes, args.seed, args.batch_norm)
+    lrs = args.lr_sweep or [args.lr]
+    heads = side_by_side(lrs, backbone.dim, args.nb_classes, args.seed, args.batch_norm)
     heads.to(context.device)
     probe = Probe(heads, backbone)
-    groups = head_groups(heads.values(), rates, args.weight_decay)
+    groups = head_groups(heads.values(), lrs, args.weight_decay)
     if args.no_aug and not args.dry_run:
         data = in_features(context, data, backbone)
-    evaluator = ProbeEvaluator(context, probe, rates, shared_loader(args, data["val"]))
+    evaluator = ProbeEvaluator(context, probe, lrs, shared_loader(args, data["val"]))
     if args.eval and not args.dry_run:
         return evaluate_only(args, heads, evaluator)
 
     loader = train_loader(args, data["train"])
-    sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
+    sizes = (
+        f"{len(data['train'])} for training, {len(data['val'])} for validation, "
+        f"{args.nb_classes} classes"
+    )
     steps = steps_per_epoch(args, loader)
     report(args, derived(args, steps) | {"images": sizes, "heads": ", ".join(heads)})
     if args.dry_run:

@@ -1,5 +1,4 @@
-"""Pre-trained weights for a backbone, through the repository's one loader (specs/downstream.md
-5)."""
+"""Loads pre-trained weights into a backbone, through the repository's one loader."""
 
 import logging
 import pickle
