@@ -164,7 +164,7 @@ def orders(bench: Bench, args: argparse.Namespace) -> None:
     normalize = Normalize(image_mean_std(flags), device)
     folders = sorted(path.parent for path in args.data_path.glob("*/*_map.txt"))
     sets = {folder.name: folder for folder in dict.fromkeys(folders)}
-    count, size = (4, 4) if bench.tiny else (256, 64)
+    count, size = (4, 4) if bench.tiny else (96, 32)
     images = {
         name: normalize({"image": read_images(folder, count, side)})["image"]
         for name, folder in sets.items()
