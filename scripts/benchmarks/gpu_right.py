@@ -380,12 +380,10 @@ def skips(name: str, device: torch.device, *, precision: str = "fp32") -> dict[s
     }
 
 
-def waits(
-    name: str, device: torch.device, *, precision: str = "bf16", more: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def waits(name: str, device: torch.device, *flags: str, precision: str = "bf16") -> dict[str, Any]:
     """Three training steps under which every wait for the device is an error; then the places of
     all of them."""
-    run, _ = start(name, device, "", "--precision", precision, *more)
+    run, _ = start(name, device, "", "--precision", precision, *flags)
     train_steps(
         run, 0, 2
     )  # the first ones may wait: torch's fused optimizers cannot skip the very first
@@ -592,7 +590,7 @@ def optimizer_checks(checks: Checks) -> None:
     device = checks.device
     for optimizer in ("lamb", "lars", "sgd") if device.type == "cuda" else ():
         for name in FEW:
-            run = partial(waits, name, device, more=("--opt", optimizer))
+            run = partial(waits, name, device, "--opt", optimizer)
             attempt(checks, f"no wait in a step, {optimizer}", name, run)
     for optimizer in ("sgd", "adamw", "lamb"):
         precision = "fp16" if device.type == "cuda" else "bf16"
@@ -976,6 +974,9 @@ def comparisons(checks: Checks, methods: Sequence[str]) -> None:
         attempt(checks, "device against CPU, fp32", name, partial(against_cpu, name, device))
     for name in methods if on_gpu else ():
         attempt(checks, "no wait in a step, bf16", name, partial(waits, name, device))
+    for name in methods[:1] if on_gpu else ():  # an optimizer without a fused form
+        check = partial(waits, name, device, "--opt", "lamb")
+        attempt(checks, "no wait in a step, bf16", f"{name}, lamb", check)
     for precision in ("bf16", "fp16") if on_gpu else ("bf16",):
         for name in methods:
             run = partial(lower_precision, name, device, precision=precision)
