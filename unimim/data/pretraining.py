@@ -122,7 +122,7 @@ def train_loader(args: Namespace, dataset: Dataset) -> DataLoader:
         rank=args.rank,
         world_size=args.world_size,
         seed=args.seed,
-        repeats=getattr(args, "aug_repeats", 1),
+        repeats=getattr(args, "aug_repeats", 1),  # a flag of fine-tuning alone
         step_batches=args.update_freq * args.world_size,
     )
     return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
