@@ -68,6 +68,7 @@ from modeling_losses import (
 from modeling_targets import (
     HOG,
     PREDICTED_FEATURES,
+    TARGET_PRECISIONS,
     TEACHERS,
     MeanStd,
     Teacher,
@@ -76,7 +77,8 @@ from modeling_targets import (
     load_tokenizer,
 )
 from unimim.engine.ema import MovingAverage
-from unimim.errors import refused
+from unimim.errors import OptionError, refused
+from unimim.flag import Flag
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
 
@@ -98,7 +100,8 @@ class Reconstruction(NamedTuple):
 class PretrainMethod(nn.Module):
     """What the engine asks of every method; its other base is the network that it trains.
 
-    `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view
+    `views`: the batch keys that `forward` reads. `flags`: the command-line flags that set options
+    of its constructor. `noise_size`: how many uniform draws the view
     "noise" [B, noise_size] holds for each image, so that what is random follows from seed, epoch
     and image, not from processes and batches. `teacher`: an average of the network that is no
     submodule, so that neither DDP nor DeepSpeed wraps, casts or optimizes it; None without one.
@@ -109,6 +112,7 @@ class PretrainMethod(nn.Module):
     """
 
     views: tuple[str, ...] = ("image",)
+    flags: tuple[Flag, ...] = ()
     noise_size: int = 0
     not_exported: tuple[str, ...] = ()
     average: MovingAverage | None = None
@@ -219,6 +223,10 @@ class ConMIM(MaskedImageModel):
     """
 
     views = ("image", "image_strong", "mask")
+    flags = (
+        Flag("temp", "temperature", type=float, help="temperature of the contrast"),
+        Flag("t_momentum", type=float, help="teacher momentum at the first step; 1 at the last"),
+    )
     not_exported = ("mask_token", "projectors.")
 
     def __init__(
@@ -360,6 +368,13 @@ class PlainViT(PretrainMethod, VisionTransformer):
             nn.init.zeros_(module.bias)
 
 
+NORM_PIX_LOSS = Flag(
+    "norm_pix_loss",
+    off="no_norm_pix_loss",
+    help="predict each patch normalized by its own mean and std",
+)
+
+
 class MAE(PlainViT):
     """Masked autoencoder (CVPR 2022, arXiv 2111.06377; specs/semmae.md A).
 
@@ -371,6 +386,7 @@ class MAE(PlainViT):
     """
 
     views = ("image", "noise")
+    flags = (Flag("mask_ratio", optional=True), NORM_PIX_LOSS)
     not_exported = ("mask_token", "decoder_")
     predicts_pixels = True
 
@@ -500,6 +516,16 @@ class SemMAE(MAE):
     """
 
     views = ("image", "part_ids", "noise")
+    flags = (
+        *MAE.flags,
+        Flag("num_parts", type=int, help="number of parts, the background among them"),
+        Flag(
+            "mask_lambda",
+            type=float,
+            help="keep it constant: 1 masks a ratio of each part, 0 whole parts",
+        ),
+        Flag("mask_lambda_power", type=float, help="let it fall from 1 to 0 as 1 - t ** POWER"),
+    )
 
     def __init__(
         self,
@@ -517,7 +543,7 @@ class SemMAE(MAE):
         check_choice("count_fix", count_fix, COUNT_FIXES)
         check_choice("token_selection", token_selection, ("random", "score"))
         if mask_lambda is not None and not 0 <= mask_lambda <= 1:
-            raise ValueError(f"--mask_lambda is {mask_lambda}; it must lie between 0 and 1")
+            raise OptionError("mask_lambda", mask_lambda, "does not lie between 0 and 1")
         self.num_parts, self.count_fix, self.token_selection = num_parts, count_fix, token_selection
         self.num_tokens = int(token_share * self.patch_embed.num_patches)
         num_visible(self.num_tokens, self.mask_ratio)
@@ -583,6 +609,11 @@ class SemMAE(MAE):
 # --------------------------------------------------------------------------------------------------
 # SemAIM, SAIM, ViT-iGPT
 
+ATTENTION_MAPS = ("cls", "gap", "self")
+ORDER_PRECISIONS = ("fp32", "auto")
+PREDICTION_HEADS = ("MLP", "LINEAR")
+PIXEL_LOSSES = ("L1", "L2")
+
 
 class QueryAttention(Attention):
     """Attention with three projections in place of the joint one, so that keys and values can come
@@ -626,6 +657,13 @@ class QueryBlock(Block):
         return self.add(x, self.attn(queries, keys, mask, causal=causal))
 
 
+TARGET_PRECISION = Flag(
+    "target_precision",
+    choices=TARGET_PRECISIONS,
+    help="precision of the frozen target model; auto: --precision",
+)
+
+
 class SemAIM(PlainViT):
     """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457; specs/semaim.md)
     and its ancestors: SAIM is the order "stochastic", ViT-iGPT the order "zigzag".
@@ -647,6 +685,39 @@ class SemAIM(PlainViT):
     any grid.
     """
 
+    flags = (
+        Flag(
+            "permutation_type", choices=PATCH_ORDERS,
+            help="order of the patches; zigzag is row-major, raster serpentine; attention_center is SemAIM's",
+        ),
+        Flag(
+            "attention_type", choices=ATTENTION_MAPS,
+            help="attention map of the order: similarity to the class token or to the mean, or self-attention",
+        ),
+        Flag(
+            "order_precision", choices=ORDER_PRECISIONS,
+            help="precision of the pass for the attention map; auto: --precision",
+        ),
+        Flag("query_depth", type=int, help="number of query blocks"),
+        Flag("share_weight", off="no_share_weight", help="use the encoder blocks as query blocks"),
+        Flag("prediction_head_type", choices=PREDICTION_HEADS),
+        Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
+        Flag("gaussian_sigma", type=float, help="std of the blur of the target pixels"),
+        NORM_PIX_LOSS,
+        Flag("loss_type", choices=PIXEL_LOSSES, help="loss of the pixels"),
+        Flag(
+            "predict_feature", choices=PREDICTED_FEATURES,
+            help="predict features in place of pixels: of the network, its ema, a DINO or a CLIP model",
+        ),
+        Flag("target_model", metavar="PATH", help="the DINO or CLIP model: a file, or its name in timm"),
+        TARGET_PRECISION,
+        Flag(
+            "target_mean_std", "image_mean_std", choices=("images", "own"), default="images",
+            convert=lambda choice, run: run.mean_std if choice == "own" else None,
+            help="normalize that model's images as all images, which is as published, or by its own mean and std",
+        ),
+        Flag("use_ema_model", off="no_use_ema_model", help="keep an ema of the network for the attention map"),
+    )  # fmt: skip
     not_exported = ("query_blocks.", "prediction_head.", "gaussian_blur.")
     known_share = 0.25  # of the patches in `reconstruct`, as many as MAE's encoder sees
 
@@ -676,13 +747,15 @@ class SemAIM(PlainViT):
     ):
         super().__init__(mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, **vit)
         check_choice("permutation_type", permutation_type, PATCH_ORDERS)
-        check_choice("attention_type", attention_type, ("cls", "gap", "self"))
-        check_choice("order_precision", order_precision, ("fp32", "auto"))
-        check_choice("prediction_head_type", prediction_head_type, ("MLP", "LINEAR"))
+        check_choice("attention_type", attention_type, ATTENTION_MAPS)
+        check_choice("order_precision", order_precision, ORDER_PRECISIONS)
+        check_choice("prediction_head_type", prediction_head_type, PREDICTION_HEADS)
         check_choice("predict_feature", predict_feature, PREDICTED_FEATURES)
-        check_choice("loss_type", loss_type, ("L1", "L2"))
+        check_choice("loss_type", loss_type, PIXEL_LOSSES)
         if predict_feature == "ema" and not use_ema_model:
-            raise ValueError("--predict_feature ema needs the average that --use_ema_model keeps")
+            raise OptionError(
+                "predict_feature", "ema", "needs the ema that use_ema_model keeps", "use_ema_model"
+            )
         self.permutation_type, self.attention_type = permutation_type, attention_type
         self.order_precision, self.predict_feature = order_precision, predict_feature
         self.norm_pix_loss, self.loss_type = norm_pix_loss, loss_type
@@ -737,8 +810,11 @@ class SemAIM(PlainViT):
                 self.embed_dim if self.has_features else 3 * math.prod(self.patch_embed.patch_size)
             )
         if target is None and out_dim is None:
-            raise ValueError(
-                f"--predict_feature {self.predict_feature} needs --target_model: a file or timm's name"
+            raise OptionError(
+                "predict_feature",
+                self.predict_feature,
+                "needs target_model: a file or timm's name",
+                "target_model",
             )
         return out_dim if target is None else target.width
 
@@ -750,8 +826,11 @@ class SemAIM(PlainViT):
         if source is None:
             return None
         if self.predict_feature not in TEACHERS:
-            raise ValueError(
-                f"--target_model is of no use without --predict_feature {' or '.join(TEACHERS)}"
+            raise OptionError(
+                "target_model",
+                source,
+                f"is of no use without predict_feature {' or '.join(TEACHERS)}",
+                "predict_feature",
             )
         return load_teacher(
             self.predict_feature, source, self.patch_embed.grid_size, precision, image_mean_std
@@ -957,8 +1036,8 @@ def blocks_per_query(depth: int, query_depth: int) -> int:
     """How many encoder blocks lie between two query blocks, which must not outnumber them."""
     step = depth // query_depth if query_depth > 0 else 0
     if step == 0 or depth // step > query_depth:
-        raise ValueError(
-            f"--query_depth {query_depth} does not share out {depth} blocks: take a divisor of {depth}"
+        raise OptionError(
+            "query_depth", query_depth, f"does not divide {depth} blocks; use a divisor of {depth}"
         )
     return step
 
@@ -1104,6 +1183,14 @@ class VisualTokenPredictor(PretrainMethod):
     "image_second", or without one with the batch, as "target_ids" [B, N].
     """
 
+    flags = (
+        Flag(
+            "discrete_vae_weight_path", metavar="FILE", optional=True,
+            help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or OpenMMLab's "
+            "dalle_encoder.pth",
+        ),
+        TARGET_PRECISION,
+    )  # fmt: skip
     not_exported = ("mask_token", "lm_head.")
 
     def build_visual_tokens(self, vocab_size: int, path: str | None, precision: str) -> None:
@@ -1118,10 +1205,11 @@ class VisualTokenPredictor(PretrainMethod):
             self.tokenizer.encoder.stride * side for side in self.patch_embed.grid_size
         )
         if self.tokenizer.vocab_size != vocab_size:
-            raise ValueError(
-                f"--discrete_vae_weight_path {path} has {self.tokenizer.vocab_size} words, the model {vocab_size}: "
-                f"give --model_kwargs vocab_size={self.tokenizer.vocab_size}"
-            )
+            count = self.tokenizer.vocab_size
+            raise OptionError(
+                "discrete_vae_weight_path", path,
+                f"has {count} visual tokens, the model {vocab_size}; use vocab_size={count}", "vocab_size",
+            )  # fmt: skip
 
     @property
     def frozen(self) -> nn.Module | None:
@@ -1193,6 +1281,14 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
     """
 
     views = ("image", "mask")
+    flags = (
+        Flag("separate_mask_ratio", "separate_mask", convert=lambda ratio, run: True),
+        Flag("num_cls_tokens", type=int, help="number of class tokens, the bottleneck"),
+        Flag(
+            "use_bottleneck", off="no_bottleneck",
+            help="mask tokens attend to the class tokens only; without, the baseline of SemanticMIM",
+        ),
+    )  # fmt: skip
     not_exported = ("mask_token", "mask_blocks.")
 
     def __init__(
@@ -1290,10 +1386,10 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
     low = int(low)
     high = int(high)
     if low != high:
-        raise ValueError(
-            f"{name} selects {low} patches of one image and {high} of another, but every image needs as many: use "
-            "--mask_type random or random_mps32"
-        )
+        raise OptionError(
+            "mask_type", None, f"{name} selects {low} patches of one image and {high} of another, but "
+            "every image needs the same number; use random or random_mps32",
+        )  # fmt: skip
     return mask, low
 
 
@@ -1301,6 +1397,7 @@ class SemanticBEiT(VisualTokenPredictor, SemanticMIM):
     """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual
     words."""
 
+    flags = (*SemanticMIM.flags, *VisualTokenPredictor.flags)
     not_exported = (*SemanticMIM.not_exported, *VisualTokenPredictor.not_exported)
 
     def __init__(
@@ -1429,8 +1526,10 @@ class SimMIM(PretrainMethod):
         )
         width, stride = map_of(self.backbone)
         if any(side % stride for side in self.input_size):
-            raise ValueError(
-                f"--input_size {self.input_size} is not a multiple of {stride}, the backbone's last stride"
+            raise OptionError(
+                "input_size",
+                self.input_size,
+                f"is not a multiple of {stride}, the backbone's last stride",
             )
         self.inject = MaskToken(
             place_of(self.backbone, mask_layer), kind=mask_token, replace=replace, mask_init=mask_init, detach=detach,
@@ -1449,9 +1548,8 @@ class SimMIM(PretrainMethod):
             return
         place, training = self.inject.place, self.training
         mask = torch.ones(1, *(side // place.stride for side in self.input_size))
-        with refused(
-            f"--model: there is no place for a mask token behind {place.module} of {name}"
-        ):
+        problem = f"there is no place for a mask token after {place.module} of {name}"
+        with refused(OptionError("backbone", None, problem)):
             self.eval().features(torch.zeros(1, 3, *self.input_size), mask)
         self.train(training)
         self.inject.mask = None

@@ -257,14 +257,14 @@ def test_what_is_refused(tmp_path):
     path = tmp_path / "weights.pth"
     assert "neither a file nor the name of a model" in said("clip", str(tmp_path / "missing.pt"))
     torch.save(timm_dino().state_dict(), path)
-    assert "not of the kind that --predict_feature clip needs" in said("clip", str(path))
+    assert "not of the kind that predict_feature clip needs" in said("clip", str(path))
     torch.save(timm_clip().state_dict(), path)
-    assert "not of the kind that --predict_feature dino needs" in said("dino", str(path))
+    assert "not of the kind that predict_feature dino needs" in said("dino", str(path))
     torch.save({"conv.weight": torch.ones(3)}, path)
     assert "holds no vision transformer" in said("dino", str(path))
     path.write_bytes(b"no weights")
     assert "damaged" in said("dino", str(path))
-    assert "timm has no weights" in said("dino", "vit_base_patch16_plus_240")
+    assert "has no weights at timm" in said("dino", "vit_base_patch16_plus_240")
     with pytest.raises(ValueError, match="of no use without"):
         SemAIM(target_model=str(path), embed_dim=8, depth=1, num_heads=1, query_depth=1)
     with pytest.raises(ValueError, match="target_precision=int8 is unknown"):

@@ -558,14 +558,14 @@ def test_query_blocks_share_out_the_encoder(depth, query_depth, step):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"query_depth": 5}, "--query_depth 5 does not share out 4 blocks"),
-        ({"query_depth": 3}, "--query_depth 3 does not share out 4 blocks"),
-        ({"query_depth": 0}, "--query_depth 0 does not share out 4 blocks"),
+        ({"query_depth": 5}, "query_depth=5 does not divide 4 blocks"),
+        ({"query_depth": 3}, "query_depth=3 does not divide 4 blocks"),
+        ({"query_depth": 0}, "query_depth=0 does not divide 4 blocks"),
         ({"permutation_type": "saliency"}, "permutation_type=saliency is unknown"),
         ({"attention_type": "map"}, "attention_type=map is unknown"),
-        ({"predict_feature": "ema"}, "needs the average that --use_ema_model keeps"),
-        ({"predict_feature": "clip"}, "needs --target_model"),
-        ({"gaussian_sigma": 1.0}, "given together"),
+        ({"predict_feature": "ema"}, "predict_feature=ema needs the ema that use_ema_model keeps"),
+        ({"predict_feature": "clip"}, "predict_feature=clip needs target_model"),
+        ({"gaussian_sigma": 1.0}, "give it together with gaussian_sigma"),
         ({"gaussian_kernel_size": 4, "gaussian_sigma": 1.0}, "must be odd"),
     ],
 )
