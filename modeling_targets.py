@@ -380,6 +380,10 @@ class Teacher:
         self.tower = tower.to(self.dtype).eval().requires_grad_(False)
         self.mean_std = None if mean_std is None else torch.tensor(mean_std).view(2, 2, 3, 1, 1)
 
+    def __deepcopy__(self, memo: dict) -> "Teacher":
+        """Returns itself: the copies of a method share its frozen teacher."""
+        return self
+
     @property
     def width(self) -> int:
         """D, numbers of a token."""
