@@ -29,7 +29,7 @@ from modeling_finetune import (
     register_family,
 )
 from modeling_losses import enlarged
-from unimim.errors import refused
+from unimim.errors import OptionError, refused
 from unimim.sizes import to_pair
 
 # timm's networks that have recipes, under the names that these give them
@@ -193,8 +193,8 @@ def place_of(backbone: nn.Module, mask_layer: int) -> Place:
     place."""
     places = family_of(backbone).places(backbone)
     if not -1 <= mask_layer < len(places):
-        raise ValueError(
-            f"mask_layer={mask_layer} is none of this backbone's, which are 0 to {len(places) - 1}"
+        raise OptionError(
+            "mask_layer", mask_layer, f"is none of this backbone's; use 0 to {len(places) - 1}"
         )
     return places[mask_layer]
 
@@ -230,8 +230,10 @@ def build_backbone(
         **options,
     )
     if len(getattr(backbone, "feature_info", None) or ()) < 2:
-        raise ValueError(
-            f"--model: timm lists too few features of {name}: there is no place for a mask token"
+        raise OptionError(
+            "backbone",
+            None,
+            f"timm lists too few features of {name}; it has no place for a mask token",
         )
     if is_listed_by_timm(backbone):
         freeze_unused(backbone, name, input_size)
@@ -257,12 +259,12 @@ def timm_network(
         network = timm.create_model(name, **options)
     except TypeError as error:
         if "drop_path_rate" in str(error):
-            raise ValueError(
-                f"--drop_path {drop_path}: {name} has no stochastic depth, give 0"
+            raise OptionError(
+                "drop_path", drop_path, f"is not possible: {name} has no stochastic depth; use 0"
             ) from error
         raise
     if grad_checkpointing:
-        with refused(f"--grad_checkpointing: timm's {name} has none"):
+        with refused(OptionError("grad_checkpointing", None, f"timm's {name} has none")):
             network.set_grad_checkpointing()
     put_in_order(network, family_of(network).channels_last)
     return network
@@ -270,7 +272,7 @@ def timm_network(
 
 def window_of(input_size: tuple[int, int]) -> int:
     if min(input_size) < 32:
-        raise ValueError(f"--input_size {input_size}: Swin needs 32 pixels a side or more")
+        raise OptionError("input_size", input_size, "is too small: Swin needs 32 pixels a side")
     return min(input_size) // 32
 
 
@@ -294,15 +296,15 @@ def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -
     """Engines wait for a gradient of every parameter: what the map does not come from is not
     trained."""
     training = backbone.training
-    with refused(f"--model: timm's {name} does not take images of {input_size} (--input_size)"):
+    with refused(OptionError("input_size", input_size, f"does not suit timm's {name}")):
         features = family_of(backbone).feature_map(backbone.eval(), torch.zeros(1, 3, *input_size))
     if (
         not isinstance(features, Tensor)
         or features.ndim != 4
         or features.shape[1] != backbone.num_features
     ):
-        raise ValueError(
-            f"--model: timm's {name} ends in no map of {backbone.num_features} channels"
+        raise OptionError(
+            "backbone", None, f"timm's {name} ends in no map of {backbone.num_features} channels"
         )
     features.sum().backward()
     for parameter in backbone.parameters():

@@ -6,9 +6,9 @@ positions, class token or mean pooling). Shapes in comments: B images, N patches
 (class token first), C channels, h heads, d = C / h. There may be n class tokens; T is n + N then.
 """
 
-import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import timm
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from unimim.errors import OptionError
+from unimim.flag import Flag
 from unimim.sizes import to_pair
 
 VIT_SIZES = {
@@ -40,86 +42,118 @@ ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flex")
 # memory
 FLEX_OPTIONS = {"num_stages": 1}
 AUTO_TAKES_FLEX = False  # for a trained bias on a GPU; to be switched on by a measurement there
-_MODELS: dict[str, Callable[..., nn.Module]] = {}
-_FAMILIES: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register(name: str, build: Callable[..., nn.Module], **defaults) -> None:
+# --------------------------------------------------------------------------------------------------
+# Models by name
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """What is known of a registered model before it is built.
+
+    build: takes options by name and returns the model.
+    classes: of which one is built; none for a classifier of timm.
+    kind: "method" (pre-training), "classifier" or "timm" (a classifier with timm's options).
+    input_size: the side of the images that it is for, unless it is told another.
+    flags: command-line flags of its classes.
+    """
+
+    build: Callable[..., nn.Module]
+    classes: tuple[type, ...]
+    kind: str
+    input_size: int
+    flags: tuple[Flag, ...]
+
+
+_MODELS: dict[str, ModelEntry] = {}
+_FAMILIES: dict[str, ModelEntry] = {}
+
+
+def register(
+    name: str, build: Callable[..., nn.Module], *, classes: tuple[type, ...] = (), **defaults
+) -> None:
     """Makes `build(**defaults)` the model called `name` here, and in timm too where timm has no
-    model of that name."""
-    _MODELS[name] = partial(build, **defaults)
+    model of that name.
+
+    `classes`: what a `build` that is a function returns one of.
+    """
+    _MODELS[name] = _entry(build, classes, defaults)
     if not timm.is_model(name):
-        named = partial(_MODELS[name])
-        named.__name__, named.__module__ = name, __name__
+        named = partial(_MODELS[name].build)
+        named.__name__ = name
+        named.__module__ = __name__
         timm.models.register_model(named)
 
 
 def register_family(prefix: str, build: Callable[..., nn.Module], **defaults) -> None:
     """Makes `build(backbone=rest, **defaults)` the model called `prefix` + rest, for each model of
     timm called rest."""
-    _FAMILIES[prefix] = partial(build, **defaults)
+    _FAMILIES[prefix] = _entry(build, (), defaults)
 
 
-def builder_of(name: str) -> Callable[..., nn.Module] | None:
-    """What builds the model of that name; None if there is no such model."""
+def _entry(build: Callable, classes: tuple[type, ...], defaults: dict) -> ModelEntry:
+    classes = classes or ((build,) if isinstance(build, type) else ())
+    flags = dict.fromkeys(flag for cls in classes for flag in getattr(cls, "flags", ()))
+    kind = "timm"
+    if classes:
+        kind = "method" if hasattr(classes[0], "views") else "classifier"
+    size = defaults.get("input_size", 224)
+    return ModelEntry(partial(build, **defaults), classes, kind, size, tuple(flags))
+
+
+def entry_of(name: str) -> ModelEntry | None:
+    """Returns the entry of the model of that name; None if there is no such model."""
     if name in _MODELS:
         return _MODELS[name]
-    families = (
-        (prefix, name.removeprefix(prefix)) for prefix in _FAMILIES if name.startswith(prefix)
-    )
-    return next(
-        (partial(_FAMILIES[p], backbone=rest) for p, rest in families if timm.is_model(rest)), None
-    )
+    for prefix, entry in _FAMILIES.items():
+        backbone = name.removeprefix(prefix)
+        if name.startswith(prefix) and timm.is_model(backbone):
+            return replace(entry, build=partial(entry.build, backbone=backbone))
+    return None
 
 
 def list_models(prefix: str = "") -> list[str]:
     return sorted(name for name in _MODELS if name.startswith(prefix))
 
 
+def registered_flags() -> dict[Flag, list[str]]:
+    """Returns the flags of all registered models, each with the names of the classes that list
+    it."""
+    users: dict[Flag, list[str]] = {}
+    for entry in (*_MODELS.values(), *_FAMILIES.values()):
+        for cls in entry.classes:
+            for flag in getattr(cls, "flags", ()):
+                names = users.setdefault(flag, [])
+                if cls.__name__ not in names:
+                    names.append(cls.__name__)
+    return users
+
+
 def create_model(name: str, **kwargs) -> nn.Module:
-    """Builds a registered model of this repository. ValueError: an unknown name, or an option that
-    it does not take."""
-    builder = builder_of(name)
-    if builder is None:
-        raise ValueError(
-            f"--model {name} is unknown here; the models are: {', '.join(list_models())}"
+    """Builds a registered model of this repository.
+
+    Raises:
+        ValueError: an unknown name, or an option that the model does not take.
+    """
+    entry = entry_of(name)
+    if entry is None:
+        raise OptionError(
+            "model", name, f"is unknown here; the models are: {', '.join(list_models())}"
         )
     try:
-        return builder(**kwargs)
+        return entry.build(**kwargs)
     except TypeError as error:
-        raise ValueError(
-            f"--model {name} does not take one of the options {sorted(kwargs)}: {error}"
+        raise OptionError(
+            "model", name, f"does not take one of the options {sorted(kwargs)}: {error}"
         ) from error
 
 
-def is_of_timm(name: str) -> bool:
-    """Whether that model is a classifier of timm's, with timm's options in place of the
-    repository's."""
-    builder = builder_of(name)
-    return builder is not None and not isinstance(builder.func, type)
-
-
 def input_size_of(name: str) -> int:
-    """The side of the images that a registered model is for, unless it is told another."""
-    builder = builder_of(name)
-    return inspect.signature(builder).parameters["input_size"].default if builder else 0
-
-
-def options_of(name: str) -> set[str]:
-    """Names of the options that the constructor of a registered model takes; none for an unknown
-    model."""
-    found: set[str] = set()
-    builder = builder_of(name)
-    for cls in getattr(builder.func, "__mro__", ()) if builder else ():
-        parameters = (
-            inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
-        )
-        found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        if parameters and not any(
-            p.kind is p.VAR_KEYWORD for p in parameters
-        ):  # hands nothing on to its base
-            break
-    return found
+    """Returns the side of the images that a model is for, unless it is told another; 0 for an
+    unknown model."""
+    entry = entry_of(name)
+    return entry.input_size if entry else 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,8 +202,11 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size, self.patch_size = to_pair(img_size), to_pair(patch_size)
         if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
-            raise ValueError(
-                f"--input_size {self.img_size} is not a multiple of --patch_size {self.patch_size}"
+            raise OptionError(
+                "input_size",
+                self.img_size,
+                f"is not a multiple of patch_size {self.patch_size}",
+                "patch_size",
             )
         self.grid_size = tuple(
             side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True)
@@ -188,8 +225,10 @@ class PatchEmbed(nn.Module):
 
     def check(self, x: Tensor) -> None:
         if x.shape[-2:] != self.img_size:
-            raise ValueError(
-                f"images are {tuple(x.shape[-2:])}, the model was built for --input_size {self.img_size}"
+            raise OptionError(
+                "input_size",
+                self.img_size,
+                f"is what the model was built for; the images are {tuple(x.shape[-2:])}",
             )
 
 
@@ -267,10 +306,7 @@ class Attention(nn.Module):
         self, dim, num_heads, *, qkv_bias, k_bias, attn_drop, proj_drop, grid=None, kernel="auto"
     ):
         super().__init__()
-        if kernel not in ATTENTION_KERNELS:
-            raise ValueError(
-                f"--attn {kernel} is unknown; take one of {', '.join(ATTENTION_KERNELS)}"
-            )
+        check_choice("attn", kernel, ATTENTION_KERNELS)
         self.num_heads, self.kernel, self.attn_drop = num_heads, kernel, attn_drop
         self.q_bias = self.v_bias = self.relative_position_bias_table = None
         if qkv_bias and not k_bias:
@@ -632,10 +668,12 @@ class VisionTransformer(nn.Module):
         check_choice("rel_pos_bias", rel_pos_bias, ("none", "shared", "per_block", "both"))
         check_choice("global_pool", global_pool, ("avg", "token"))
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+            raise OptionError("embed_dim", embed_dim, f"is not a multiple of num_heads={num_heads}")
         if num_cls_tokens < 1 or (num_cls_tokens > 1 and rel_pos_bias != "none"):
-            raise ValueError(
-                f"num_cls_tokens={num_cls_tokens} must be 1 or more, and 1 with a relative position bias"
+            raise OptionError(
+                "num_cls_tokens",
+                num_cls_tokens,
+                "must be 1 or more, and 1 with a relative position bias",
             )
         self.embed_dim, self.num_prefix_tokens, self.global_pool = (
             embed_dim,
@@ -768,8 +806,10 @@ class VisionTransformer(nn.Module):
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
         """Attention probabilities of one block: [B, h, T, T]. ValueError: no such block."""
         if not -len(self.blocks) <= layer < len(self.blocks):
-            raise ValueError(
-                f"--layer {layer}: there are {len(self.blocks)} blocks, counted from 0 or from the end"
+            raise OptionError(
+                "layer",
+                layer,
+                f"is none of the {len(self.blocks)} blocks; count from 0 or, with -1, from the end",
             )
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         layer %= len(self.blocks)
@@ -782,8 +822,9 @@ class VisionTransformer(nn.Module):
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises an OptionError if the value of a constructor option is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{option}={value} is unknown; take one of {', '.join(choices)}")
+        raise OptionError(option, value, f"is unknown; take one of {', '.join(choices)}")
 
 
 # --------------------------------------------------------------------------------------------------

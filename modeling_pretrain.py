@@ -68,16 +68,17 @@ from modeling_losses import (
 from modeling_targets import (
     HOG,
     PREDICTED_FEATURES,
+    TARGET_PRECISIONS,
     TEACHERS,
     MeanStd,
-    Teacher,
     build_blur,
     load_teacher,
     load_tokenizer,
 )
 from unimim.engine.ema import MovingAverage
 from unimim.engine.task import Task
-from unimim.errors import refused
+from unimim.errors import OptionError, refused
+from unimim.flag import Flag
 from unimim.sizes import to_pair
 
 Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
@@ -100,7 +101,8 @@ class Reconstruction(NamedTuple):
 class PretrainMethod(Task):
     """A `Task` (unimim/engine/task.py) that pre-trains; its other base is the network that it trains.
 
-    `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view
+    `views`: the batch keys that `forward` reads. `flags`: the command-line flags that set options
+    of its constructor. `noise_size`: how many uniform draws the view
     "noise" [B, noise_size] holds for each image, so that what is random follows from seed, epoch
     and image, not from processes and batches. `not_exported`: beginnings of the names of what is
     no part of the encoder. `predicts_pixels`: whether `reconstruct` can show what is predicted.
@@ -109,6 +111,7 @@ class PretrainMethod(Task):
     """
 
     views: tuple[str, ...] = ("image",)
+    flags: tuple[Flag, ...] = ()
     noise_size: int = 0
     not_exported: tuple[str, ...] = ()
     predicts_pixels: bool = False
@@ -211,6 +214,10 @@ class ConMIM(MaskedImageModel):
     """
 
     views = ("image", "image_strong", "mask")
+    flags = (
+        Flag("temp", "temperature", type=float, help="temperature of the contrast"),
+        Flag("t_momentum", type=float, help="teacher momentum at the first step; 1 at the last"),
+    )
     not_exported = ("mask_token", "projectors.")
 
     def __init__(
@@ -312,7 +319,7 @@ class PlainViT(PretrainMethod, VisionTransformer):
         }
         super().__init__(**vit, **form, num_cls_tokens=1)
 
-    def draws(self, batch: dict[str, Tensor]) -> Tensor:
+    def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
         """The noise that came with the images, [B, noise_size], drawn here if there is none."""
         images = batch["image"]
         return (
@@ -352,6 +359,13 @@ class PlainViT(PretrainMethod, VisionTransformer):
             nn.init.zeros_(module.bias)
 
 
+NORM_PIX_LOSS = Flag(
+    "norm_pix_loss",
+    off="no_norm_pix_loss",
+    help="predict each patch normalized by its own mean and std",
+)
+
+
 class MAE(PlainViT):
     """Masked autoencoder (CVPR 2022, arXiv 2111.06377; specs/semmae.md A).
 
@@ -363,6 +377,7 @@ class MAE(PlainViT):
     """
 
     views = ("image", "noise")
+    flags = (Flag("mask_ratio", optional=True), NORM_PIX_LOSS)
     not_exported = ("mask_token", "decoder_")
     predicts_pixels = True
 
@@ -419,7 +434,7 @@ class MAE(PlainViT):
 
     def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """A random order of the grid's cells, int64 [B, N]: ascending in noise [B, N]."""
-        return ascending(self.draws(batch) if noise is None else noise)
+        return ascending(self.noise_of(batch) if noise is None else noise)
 
     def forward_encoder(self, patches: Tensor, cells: Tensor) -> Tensor:
         """Visible patches [B, V, P] at cells [B, V] to normed tokens [B, 1 + V, C]."""
@@ -492,6 +507,16 @@ class SemMAE(MAE):
     """
 
     views = ("image", "part_ids", "noise")
+    flags = (
+        *MAE.flags,
+        Flag("num_parts", type=int, help="number of parts, the background among them"),
+        Flag(
+            "mask_lambda",
+            type=float,
+            help="keep it constant: 1 masks a ratio of each part, 0 whole parts",
+        ),
+        Flag("mask_lambda_power", type=float, help="let it fall from 1 to 0 as 1 - t ** POWER"),
+    )
 
     def __init__(
         self,
@@ -509,7 +534,7 @@ class SemMAE(MAE):
         check_choice("count_fix", count_fix, COUNT_FIXES)
         check_choice("token_selection", token_selection, ("random", "score"))
         if mask_lambda is not None and not 0 <= mask_lambda <= 1:
-            raise ValueError(f"--mask_lambda is {mask_lambda}; it must lie between 0 and 1")
+            raise OptionError("mask_lambda", mask_lambda, "does not lie between 0 and 1")
         self.num_parts, self.count_fix, self.token_selection = num_parts, count_fix, token_selection
         self.num_tokens = int(token_share * self.patch_embed.num_patches)
         num_visible(self.num_tokens, self.mask_ratio)
@@ -546,7 +571,7 @@ class SemMAE(MAE):
         another.
         """
         if noise is None:
-            noise = self.draws(batch).split(
+            noise = self.noise_of(batch).split(
                 (self.num_tokens, self.num_parts, self.choice_size), dim=1
             )
         noise_tokens, noise_parts, noise_choice = (*noise, None)[:3]
@@ -574,6 +599,11 @@ class SemMAE(MAE):
 
 # --------------------------------------------------------------------------------------------------
 # SemAIM, SAIM, ViT-iGPT
+
+ATTENTION_MAPS = ("cls", "gap", "self")
+ORDER_PRECISIONS = ("fp32", "auto")
+PREDICTION_HEADS = ("MLP", "LINEAR")
+PIXEL_LOSSES = ("L1", "L2")
 
 
 class QueryAttention(Attention):
@@ -618,29 +648,139 @@ class QueryBlock(Block):
         return self.add(x, self.attn(queries, keys, mask, causal=causal))
 
 
-class SemAIM(PlainViT):
-    """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457; specs/semaim.md)
-    and its ancestors: SAIM is the order "stochastic", ViT-iGPT the order "zigzag".
+TARGET_PRECISION = Flag(
+    "target_precision",
+    choices=TARGET_PRECISIONS,
+    help="precision of the frozen target model; auto: --precision",
+)
 
-    Every image has an order of its patches. The content stream h sees of each patch what is not
-    later; the query stream g knows positions and looks at what of h is earlier, and predicts each
-    patch from that. An order with "attention" follows a map of the network itself, of its average
-    (`use_ema_model`) or of the features' teacher. `predict_feature`: "none" are pixels; "inference"
-    and "ema" the unmasked tokens of the network or its average; "clip" and "dino" those of
-    `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published that
-    model sees images normalized for ours, or with `image_mean_std`, which names that normalization,
-    by its own. Differences from the published code: tokens are sorted by the order, which makes
-    both streams causal attention without masks; of order values that rounding made equal, the patch
-    with the lower number is first. With the order "attention", in which ties are the rule, and with
-    `attn` "eager" nothing is sorted, masks are explicit, and ties see each other as published. The
-    map passes the last block once, and only what is asked of it; `order_precision` "auto" lets it
-    be autocast. `share_weight` and "ema" with an attention order work; the head has the teacher's
-    width; targets are float32; blocks behind the last one that a query block looks at are frozen;
-    any grid.
+
+class TwoStreams(PlainViT):
+    """A ViT with two streams over an order of the patches (two-stream attention, arXiv 1906.08237).
+
+    A patch of the content stream h attends to itself and to what is earlier; one of the query
+    stream g begins as its position alone and attends to what of h is earlier. All see the class
+    token, which sees itself only.
+
+    query_depth: number of query blocks; one follows every k-th encoder block, and encoder blocks
+        after the last of these are frozen.
+    share_weight: the encoder blocks serve as query blocks.
     """
 
-    not_exported = ("query_blocks.", "prediction_head.", "gaussian_blur.")
-    known_share = 0.25  # of the patches in `reconstruct`, as many as MAE's encoder sees
+    flags = (
+        Flag("query_depth", type=int, help="number of query blocks"),
+        Flag("share_weight", off="no_share_weight", help="use the encoder blocks as query blocks"),
+    )
+    not_exported = ("query_blocks.",)
+
+    def __init__(
+        self,
+        *,
+        query_depth: int = 12,
+        share_weight: bool = False,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        attn: str = "auto",
+        **vit,
+    ):
+        super().__init__(mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, **vit)
+        depth = len(self.blocks)
+        self.share_weight = share_weight
+        self.blocks_per_query = blocks_per_query(depth, query_depth)
+        block = partial(
+            QueryBlock, self.embed_dim, self.blocks[0].attn.num_heads, mlp_ratio=mlp_ratio, drop=0.0, attn_drop=0.0,
+            init_values=None, qkv_bias=True, k_bias=True, kernel=attn,
+        )  # fmt: skip
+        rates = drop_path_rates(drop_path, depth)
+        rates = rates if share_weight else rates[:query_depth]
+        blocks = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
+        if share_weight:
+            self.blocks = blocks
+        else:
+            self.query_blocks = blocks
+        self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
+
+    def causal_streams(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns h [B, N, C] of the class token and all patches but the last, and g [B, N, C], of
+        patches sorted by the order: `positions` [B, N].
+
+        Row r of h is the r-th patch, 0 the class token, and row r of g the (r + 1)-th: both see
+        rows 0 ... r of h. The last patch is seen by none.
+        """
+        seen = positions[:, :-1]
+        patches = take(self.patch_embed.cut(images), seen)
+        h = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, seen))
+        return self.run_streams(h, self.pos_embed[0, 1 + positions])
+
+    def masked_streams(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns h and g, each [B, T, C], in row-major order, by explicit masks made of order
+        values [B, N]; patches of equal values see each other in h only."""
+        h = self.embed(self.patch_embed(images), self.pos_embed)
+        mask_h = additive_mask(visible_patches(order, itself=True))
+        mask_g = additive_mask(visible_patches(order, itself=False))
+        return self.run_streams(h, self.pos_embed.expand_as(h), mask_h, mask_g)
+
+    def run_streams(
+        self, h: Tensor, g: Tensor, mask_h: Tensor | None = None, mask_g: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns both streams after the last block, without norm; masks [B, 1, T, T], None for
+        causal attention."""
+        query_blocks = self.blocks if self.share_weight else self.query_blocks
+        for depth, block in enumerate(self.blocks, 1):
+            h = self._run_block(block, h, mask_h, causal=mask_h is None)
+            query, rest = divmod(depth, self.blocks_per_query)
+            if rest == 0:
+                query_block = query_blocks[query - 1]
+                g = self._run_block(query_block, g, mask_g, context=h, causal=mask_g is None)
+        return h, g
+
+
+class SemAIM(TwoStreams):
+    """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457).
+
+    Each image has an order of its patches, and each patch is predicted from its position and all
+    earlier patches, all of them at once by two streams. The order follows the network's attention,
+    so that patches of one object come together; SAIM is the order "stochastic", ViT-iGPT "zigzag".
+
+    permutation_type: the order; those with "attention" follow the attention map.
+    attention_type: the map: similarity of the patches to the class token ("cls") or to their mean
+        ("gap"), or the last block's self-attention from the class token ("self").
+    order_precision: "fp32", or "auto", which lets the pass for the map be autocast.
+    use_ema_model: keep an ema of the network; it gives the map.
+    prediction_head_type: "MLP" or "LINEAR".
+    gaussian_kernel_size, gaussian_sigma: blur of the target pixels; None is without.
+    norm_pix_loss: normalize each target patch by its own mean and std.
+    loss_type: "L1" or "L2".
+    attn: with "eager", and with orders in which ties are the rule, the streams run under explicit
+        masks; otherwise tokens are sorted by the order, which makes the attention causal.
+
+    Differences from the published code: docs/methods/semaim.md#differences-from-the-published-code.
+    """
+
+    flags = (
+        Flag(
+            "permutation_type", choices=PATCH_ORDERS,
+            help="order of the patches; zigzag is row-major, raster serpentine; attention_center is SemAIM's",
+        ),
+        Flag(
+            "attention_type", choices=ATTENTION_MAPS,
+            help="attention map of the order: similarity to the class token or to the mean, or self-attention",
+        ),
+        Flag(
+            "order_precision", choices=ORDER_PRECISIONS,
+            help="precision of the pass for the attention map; auto: --precision",
+        ),
+        Flag("use_ema_model", off="no_use_ema_model", help="keep an ema of the network, which gives the attention map"),
+        *TwoStreams.flags,
+        Flag("prediction_head_type", choices=PREDICTION_HEADS),
+        Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
+        Flag("gaussian_sigma", type=float, help="std of the blur of the target pixels"),
+        Flag("loss_type", choices=PIXEL_LOSSES, help="loss of the pixels"),
+        NORM_PIX_LOSS,
+    )  # fmt: skip
+    not_exported = (*TwoStreams.not_exported, "prediction_head.", "gaussian_blur.")
+    predicts_pixels = True
+    known_ratio = 0.25  # of the patches in `reconstruct`, as many as MAE's encoder sees
 
     def __init__(
         self,
@@ -648,286 +788,173 @@ class SemAIM(PlainViT):
         permutation_type: str = "attention_center",
         attention_type: str = "cls",
         order_precision: str = "fp32",
-        query_depth: int = 12,
-        share_weight: bool = False,
+        use_ema_model: bool = False,
         prediction_head_type: str = "MLP",
-        predict_feature: str = "none",
         gaussian_kernel_size: int | None = None,
         gaussian_sigma: float | None = None,
         norm_pix_loss: bool = True,
         loss_type: str = "L2",
-        target_model: str | None = None,
-        target_precision: str = "auto",
-        image_mean_std: MeanStd | None = None,
-        out_dim: int | None = None,
-        use_ema_model: bool = False,
         mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
         attn: str = "auto",
-        **vit,
+        **streams,
     ):
-        super().__init__(mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, **vit)
+        super().__init__(mlp_ratio=mlp_ratio, attn=attn, **streams)
         check_choice("permutation_type", permutation_type, PATCH_ORDERS)
-        check_choice("attention_type", attention_type, ("cls", "gap", "self"))
-        check_choice("order_precision", order_precision, ("fp32", "auto"))
-        check_choice("prediction_head_type", prediction_head_type, ("MLP", "LINEAR"))
-        check_choice("predict_feature", predict_feature, PREDICTED_FEATURES)
-        check_choice("loss_type", loss_type, ("L1", "L2"))
-        if predict_feature == "ema" and not use_ema_model:
-            raise ValueError("--predict_feature ema needs the average that --use_ema_model keeps")
-        self.permutation_type, self.attention_type = permutation_type, attention_type
-        self.order_precision, self.predict_feature = order_precision, predict_feature
-        self.norm_pix_loss, self.loss_type = norm_pix_loss, loss_type
-        self.dense = attn == "eager" or permutation_type in ORDERS_WITH_TIES
-        self.has_map, self.has_features = (
-            permutation_type.startswith("attention"),
-            predict_feature != "none",
-        )
-        self.predicts_pixels = not self.has_features
+        check_choice("attention_type", attention_type, ATTENTION_MAPS)
+        check_choice("order_precision", order_precision, ORDER_PRECISIONS)
+        check_choice("prediction_head_type", prediction_head_type, PREDICTION_HEADS)
+        check_choice("loss_type", loss_type, PIXEL_LOSSES)
+        self.permutation_type = permutation_type
+        self.attention_type = attention_type
+        self.order_precision = order_precision
+        self.norm_pix_loss = norm_pix_loss
+        self.loss_type = loss_type
+        self.explicit_masks = attn == "eager" or permutation_type in ORDERS_WITH_TIES
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
         self.noise_size = sum(self.noise_sizes)
         self.views = ("image", "noise") if self.noise_size else ("image",)
-        self.share_weight = share_weight
-        self.build_query_blocks(query_depth, drop_path, mlp_ratio=mlp_ratio, kernel=attn)
-        self.gaussian_blur = (
-            None if self.has_features else build_blur(gaussian_kernel_size, gaussian_sigma)
-        )
-        target = self.load_target(target_model, target_precision, image_mean_std)
-        self.build_head(prediction_head_type, mlp_ratio, self.target_width(target, out_dim))
+        width = self.build_target(gaussian_kernel_size, gaussian_sigma)
+        if prediction_head_type == "MLP":
+            head = Mlp(self.embed_dim, int(self.embed_dim * mlp_ratio), 0.0, width)
+        else:
+            head = nn.Linear(self.embed_dim, width)
+        self.prediction_head = head.apply(self._init_module)
         self.ema = MovingAverage(self) if use_ema_model else None
-        self.target = target  # after the copy for the average, which needs none
         self.before_epoch(0, 1)
 
-    def build_query_blocks(self, query_depth: int, drop_path: float, **options) -> None:
-        """The blocks of the query stream; shared ones take the place of the encoder's."""
-        depth, heads = len(self.blocks), self.blocks[0].attn.num_heads
-        self.blocks_per_query = blocks_per_query(depth, query_depth)
-        block = partial(
-            QueryBlock, self.embed_dim, heads, drop=0.0, attn_drop=0.0, init_values=None, qkv_bias=True, k_bias=True,
-            **options,
-        )  # fmt: skip
-        rates = drop_path_rates(drop_path, depth)[: depth if self.share_weight else query_depth]
-        made = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
-        setattr(self, "blocks" if self.share_weight else "query_blocks", made)
-        self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
-
-    def build_head(self, kind: str, mlp_ratio: float, width: int) -> None:
-        hidden = int(self.embed_dim * mlp_ratio)
-        head = (
-            Mlp(self.embed_dim, hidden, 0.0, width)
-            if kind == "MLP"
-            else nn.Linear(self.embed_dim, width)
-        )
-        self.prediction_head = head.apply(self._init_module)
-
-    def target_width(self, target: Teacher | None, out_dim: int | None) -> int:
-        """Numbers that are predicted of each patch."""
-        if self.predict_feature not in TEACHERS:
-            return (
-                self.embed_dim if self.has_features else 3 * math.prod(self.patch_embed.patch_size)
-            )
-        if target is None and out_dim is None:
-            raise ValueError(
-                f"--predict_feature {self.predict_feature} needs --target_model: a file or timm's name"
-            )
-        return out_dim if target is None else target.width
-
-    def load_target(
-        self, source: str | None, precision: str, image_mean_std: MeanStd | None
-    ) -> Teacher | None:
-        """The model whose features are predicted, if that is neither the network nor its
-        average."""
-        if source is None:
-            return None
-        if self.predict_feature not in TEACHERS:
-            raise ValueError(
-                f"--target_model is of no use without --predict_feature {' or '.join(TEACHERS)}"
-            )
-        return load_teacher(
-            self.predict_feature, source, self.patch_embed.grid_size, precision, image_mean_std
-        )
+    def build_target(self, kernel_size: int | None, sigma: float | None) -> int:
+        """Builds what makes the target and returns how many numbers of each patch are predicted;
+        called by the constructor."""
+        self.gaussian_blur = build_blur(kernel_size, sigma)
+        return 3 * math.prod(self.patch_embed.patch_size)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random draws of `order_of`."""
-        images = batch["image"]
-        features, attention = self.look_ahead(batch)
-        order = self.order_of(batch, attention, noise)  # [B, N], smaller is earlier
-        target = self.pixel_target(images) if features is None else features[:, 1:]  # [B, N, P]
-        predicted, cells = self.predict(images, order)
-        return {
-            "loss": self.loss_map(
-                predicted, target if cells is None else take(target, cells)
-            ).mean()
-        }
+        """`noise` replaces the random noise of `order_values`."""
+        attention, target = self.attention_and_target(batch)
+        order = self.order_values(batch, attention, noise)  # [B, N], smaller is earlier
+        predicted, positions = self.predict(batch["image"], order)
+        if positions is not None:
+            target = take(target, positions)
+        return {"loss": self.loss_map(predicted, target).mean()}
 
     def predict(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Predictions [B, N, P] and the cells [B, N] that they are of, None being row-major
-        order."""
-        if self.dense:
-            cells, (_, g) = None, self.masked_streams(images, order)
-            g = g[:, 1:]
+        """Returns predictions [B, N, P] and the positions [B, N] that they are of, None for
+        row-major order."""
+        if self.explicit_masks:
+            positions = None
+            g = self.masked_streams(images, order)[1][:, 1:]
         else:
-            cells = order.argsort(dim=1, stable=True)
-            _, g = self.sorted_streams(images, cells)
-        return self.prediction_head(self.norm(g)), cells
+            positions = order.argsort(dim=1, stable=True)
+            g = self.causal_streams(images, positions)[1]
+        return self.prediction_head(self.norm(g)), positions
+
+    # -- the order
+
+    @torch.no_grad()
+    def attention_and_target(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        """Returns the attention map [B, N], None for orders without one, and the target [B, N, P],
+        both of the unmasked image."""
+        return self.attention_map(batch["image"]), self.pixel_target(batch["image"])
+
+    @torch.no_grad()
+    def attention_map(self, images: Tensor) -> Tensor | None:
+        """Returns the map [B, N] that the order follows, None for orders without one."""
+        if not self.permutation_type.startswith("attention"):
+            return None
+        network = self if self.teacher is None else self.teacher
+        # weights that an engine has rounded stay as they are
+        weight = network.patch_embed.proj.weight
+        exact = self.order_precision == "fp32" and weight.dtype == torch.float32
+        with evaluating(network), disabled_autocast(weight.device) if exact else nullcontext():
+            return network.own_attention(images)
+
+    def own_attention(self, images: Tensor) -> Tensor:
+        """Returns the network's own map [B, N], computing of the last block what it takes."""
+        x = self.before_last_block(images)
+        if self.attention_type == "self":
+            return class_attention(self.blocks[-1], x)
+        patches_only = self.patch_embed.num_patches if self.attention_type == "gap" else None
+        return self.similarity_map(self.norm(self.blocks[-1](x, last=patches_only)))
+
+    def before_last_block(self, images: Tensor) -> Tensor:
+        """Returns the tokens [B, T, C] of unmasked images that the last block sees."""
+        x = self.embed(self.patch_embed(images), self.pos_embed)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
+
+    def similarity_map(self, tokens: Tensor) -> Tensor:
+        """Returns the similarity [B, N] of normed patch tokens to the class token or their mean."""
+        patches = tokens[:, -self.patch_embed.num_patches :]
+        query = patches.mean(1, keepdim=True) if self.attention_type != "cls" else tokens[:, :1]
+        return similarity(query, patches).softmax(-1)
+
+    def order_values(
+        self, batch: dict[str, Tensor], attention: Tensor | None, noise: Noise = None
+    ) -> Tensor:
+        """Returns order values [B, N]. `noise`: uniform noise [B, N], for "stochastic_center" a
+        pair with noise [B, 2] of the center."""
+        images = batch["image"]
+        if noise is None and self.noise_size:
+            noise = self.noise_of(batch).split(self.noise_sizes, dim=1)
+        if not isinstance(noise, tuple):
+            noise = (noise,)
+        noise_patches, noise_center = (*noise, None, None)[:2]
+        order = patch_order(
+            self.permutation_type, self.patch_embed.grid_size, noise_patches, attention, noise_center, images.device
+        )  # fmt: skip
+        return order.to(images.device).expand(len(images), -1)
+
+    # -- target and loss
+
+    def pixel_target(self, images: Tensor) -> Tensor:
+        """Returns the patches [B, N, P] of the blurred images, float32, each normalized by itself
+        with `norm_pix_loss`."""
+        patches = self.blurred_patches(images)
+        if not self.norm_pix_loss:
+            return patches
+        mean, std = pixel_statistics(patches)
+        return (patches - mean) / std
+
+    def blurred_patches(self, images: Tensor) -> Tensor:
+        """Returns the patches [B, N, P] of the blurred images in float32."""
+        images = images.float()
+        if self.gaussian_blur is not None:
+            with disabled_autocast(images.device):
+                images = self.gaussian_blur(images)
+        return self.patch_embed.cut(images)
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of each patch [B, N], in float32, of two tensors [B, N, P]."""
+        error = predicted.float() - target.float()
+        return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch, each from all earlier ones; the first `known_share` of the order
+        """Predicts every patch, each from all earlier ones; the first `known_ratio` of the order
         counts as known.
 
         The predictions are of the blurred image, and of normalized pixels they get the blurred
         patch's own statistics.
         """
-        assert self.predicts_pixels, self.predict_feature
+        assert self.predicts_pixels, type(self).__name__
         images = batch["image"]
-        order = self.order_of(batch, self.look_ahead(batch)[1], noise)
-        predicted, cells = self.predict(images, order)
-        predicted = (
-            predicted.float()
-            if cells is None
-            else put(torch.zeros_like(predicted), cells, predicted).float()
-        )
+        order = self.order_values(batch, self.attention_map(images), noise)
+        predicted, positions = self.predict(images, order)
+        if positions is not None:
+            predicted = put(torch.zeros_like(predicted), positions, predicted)
+        predicted = predicted.float()
         if self.norm_pix_loss:
-            mean, deviation = pixel_statistics(self.blurred_patches(images))
-            predicted = predicted * deviation + mean
-        known = order.argsort(dim=1, stable=True)[:, : round(self.known_share * order.shape[1])]
+            mean, std = pixel_statistics(self.blurred_patches(images))
+            predicted = predicted * std + mean
+        known = order.argsort(dim=1, stable=True)[:, : round(self.known_ratio * order.shape[1])]
         return self.panels(images, known, predicted)
 
-    # -- the order
-
-    def order_of(
-        self, batch: dict[str, Tensor], attention: Tensor | None, noise: Noise = None
-    ) -> Tensor:
-        """Order values [B, N]. `noise`: uniform draws [B, N], for "stochastic_center" a pair with
-        others [B, 2]."""
-        if noise is None and self.noise_size:
-            noise = self.draws(batch).split(self.noise_sizes, dim=1)
-        draws = noise if isinstance(noise, tuple) else (noise,)
-        noise, center_noise = (*draws, None, None)[:2]
-        images, grid = batch["image"], self.patch_embed.grid_size
-        order = patch_order(
-            self.permutation_type, grid, noise, attention, center_noise, images.device
-        )
-        return order.to(images.device).expand(len(images), -1)
-
-    @torch.no_grad()
-    def look_ahead(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Features to predict [B, T, D] and the map of the order [B, N], from whole images; each
-        None if not needed."""
-        if self.predict_feature in TEACHERS:
-            features = (
-                batch["target_tokens"] if self.target is None else self.target(batch["image"])
-            )
-            return features, stretched(similarity(features[:, :1], features[:, 1:]))
-        if not (self.has_map or self.has_features):
-            return None, None
-        network = (
-            self if self.teacher is None or self.predict_feature == "inference" else self.teacher
-        )
-        # the published pass for the map alone is in float32; weights that an engine has rounded
-        # stay as they are
-        weight = network.patch_embed.proj.weight
-        whole = (
-            not self.has_features
-            and self.order_precision == "fp32"
-            and weight.dtype == torch.float32
-        )
-        with (
-            evaluating(network),
-            torch.autocast(weight.device.type, enabled=False) if whole else nullcontext(),
-        ):
-            return network.unmasked(batch["image"])
-
-    def unmasked(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Normed tokens [B, T, C] if features are predicted, and the map [B, N]; of the last block
-        what that takes."""
-        x = self.embed(self.patch_embed(images), self.pos_embed)
-        *blocks, last_block = self.blocks
-        for block in blocks:
-            x = block(x)
-        attention = (
-            class_attention(last_block, x)
-            if self.has_map and self.attention_type == "self"
-            else None
-        )
-        if attention is not None and not self.has_features:
-            return None, attention
-        count = self.patch_embed.num_patches
-        without_class = self.attention_type == "gap" and not self.has_features
-        tokens = self.norm(last_block(x, last=count if without_class else None))
-        patches = tokens[:, -count:]
-        if attention is None:
-            query = tokens[:, :1] if self.attention_type == "cls" else patches.mean(1, keepdim=True)
-            attention = similarity(query, patches).softmax(-1)
-        return tokens if self.has_features else None, attention
-
-    # -- the two streams
-
-    def sorted_streams(self, images: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """h [B, N, C] of the class token and all patches but the last, g [B, N, C]; cells [B, N] in
-        ascending order.
-
-        Row r of h is the r-th patch, 0 the class token, and row r of g the (r + 1)-th: both see
-        rows 0 ... r of h. The last patch is seen by none.
-        """
-        patches = take(self.patch_embed.cut(images), cells[:, :-1])
-        h = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, cells[:, :-1]))
-        return self.run_streams(h, self.pos_embed[0, 1 + cells])
-
-    def masked_streams(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """h and g, [B, T, C] each, in row-major order; under explicit masks made of order values
-        [B, N]."""
-        h = self.embed(self.patch_embed(images), self.pos_embed)
-        masks = (additive_mask(visible_patches(order, itself=itself)) for itself in (True, False))
-        return self.run_streams(h, self.pos_embed.expand_as(h), *masks)
-
-    def run_streams(
-        self, h: Tensor, g: Tensor, mask_h: Tensor | None = None, mask_g: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams after the last block, without norm; masks [B, 1, T, T], none for causal
-        attention."""
-        query_blocks = self.blocks if self.share_weight else self.query_blocks
-        for depth, block in enumerate(self.blocks, 1):
-            h = self._run_block(block, h, mask_h, causal=mask_h is None)
-            query, rest = divmod(depth, self.blocks_per_query)
-            if rest == 0:
-                g = self._run_block(
-                    query_blocks[query - 1], g, mask_g, context=h, causal=mask_g is None
-                )
-        return h, g
-
-    # -- target and loss
-
-    def pixel_target(self, images: Tensor) -> Tensor:
-        """Patches [B, N, P] of the blurred images, each normalized by itself if so asked, in
-        float32."""
-        patches = self.blurred_patches(images)
-        if not self.norm_pix_loss:
-            return patches
-        mean, deviation = pixel_statistics(patches)
-        return (patches - mean) / deviation
-
-    def blurred_patches(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, enabled=False):
-            images = (
-                images.float() if self.gaussian_blur is None else self.gaussian_blur(images.float())
-            )
-        return self.patch_embed.cut(images)
-
-    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Loss of each patch [B, N], in float32, from two tensors [B, N, P]: every patch counts."""
-        predicted, target = predicted.float(), target.float()
-        if self.has_features:
-            return (F.normalize(predicted, dim=-1) - F.normalize(target, dim=-1)).square().sum(-1)
-        error = predicted - target
-        return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
-
-    # -- the average
+    # -- the ema
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
-        """The average's decay rises for a hundred epochs, however long the run (specs/semaim.md
-        6)."""
+        """Raises the decay of the ema for a hundred epochs, however long the run
+        (docs/methods/semaim.md#moving-average)."""
         self.ema_decay = 0.999 + 0.0009 * min(epoch / 100, 1.0)
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
@@ -935,9 +962,130 @@ class SemAIM(PlainViT):
             self.ema.update(self.ema_decay, applied)
 
 
+class FeatureSemAIM(SemAIM):
+    """SemAIM that predicts the features of an unmasked image in place of its pixels.
+
+    The options of pixels have no effect. With "dino" and "clip" the order follows the similarity of
+    that model's patch tokens to its class token, and `attention_type` has no effect.
+
+    predict_feature: "inference" and "ema" are the normed tokens of the network or of its ema,
+        "dino" and "clip" those of `target_model`.
+    target_model: a file, or timm's name of the model; without it a batch brings "target_tokens" [B,
+        T, out_dim].
+    target_precision: the dtype of that model; "auto" leaves it to autocast.
+    image_mean_std: what images are normalized by; with it that model gets them normalized by its
+        own mean and std, without it as they are, which is as published.
+    """
+
+    flags = (
+        *SemAIM.flags,
+        Flag(
+            "predict_feature", choices=PREDICTED_FEATURES,
+            help="predict features in place of pixels: of the network, its ema, a DINO or a CLIP model",
+        ),
+        Flag("target_model", metavar="PATH", help="the DINO or CLIP model: a file, or its name in timm"),
+        TARGET_PRECISION,
+        Flag(
+            "target_mean_std", "image_mean_std", choices=("images", "own"), default="images",
+            convert=lambda choice, run: run.mean_std if choice == "own" else None,
+            help="normalize that model's images as all images, which is as published, or by its own mean and std",
+        ),
+    )  # fmt: skip
+    predicts_pixels = False
+
+    def __init__(
+        self,
+        *,
+        predict_feature: str,
+        target_model: str | None = None,
+        target_precision: str = "auto",
+        image_mean_std: MeanStd | None = None,
+        out_dim: int | None = None,
+        use_ema_model: bool = False,
+        **semaim,
+    ):
+        check_choice("predict_feature", predict_feature, PREDICTED_FEATURES)
+        if predict_feature == "ema" and not use_ema_model:
+            raise OptionError(
+                "predict_feature", "ema", "needs the ema that use_ema_model keeps", "use_ema_model"
+            )
+        if predict_feature not in TEACHERS:
+            check_no_target_model(target_model)
+        elif target_model is None and out_dim is None:
+            problem = "needs target_model: a file or timm's name"
+            raise OptionError("predict_feature", predict_feature, problem, "target_model")
+        # the constructor of SemAIM calls `build_target`, which needs these
+        self.predict_feature = predict_feature
+        self.out_dim = out_dim
+        self.load_target = partial(
+            load_teacher, predict_feature, target_model, precision=target_precision, image_mean_std=image_mean_std
+        )  # fmt: skip
+        super().__init__(use_ema_model=use_ema_model, **semaim)
+
+    def build_target(self, kernel_size: int | None, sigma: float | None) -> int:
+        self.gaussian_blur = None
+        self.target = None
+        if self.predict_feature not in TEACHERS:
+            return self.embed_dim
+        if self.load_target.args[1] is None:
+            return self.out_dim
+        self.target = self.load_target(grid=self.patch_embed.grid_size)
+        return self.target.width
+
+    @torch.no_grad()
+    def attention_and_target(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        if self.predict_feature in TEACHERS:
+            given = self.target is None
+            tokens = batch["target_tokens"] if given else self.target(batch["image"])
+            return stretched(similarity(tokens[:, :1], tokens[:, 1:])), tokens[:, 1:]
+        network = self.teacher if self.predict_feature == "ema" else self
+        with evaluating(network):
+            attention, tokens = network.attention_and_tokens(batch["image"])
+        return attention, tokens[:, 1:]
+
+    def attention_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the network's own map [B, N] and normed tokens [B, T, C] from one pass."""
+        x = self.before_last_block(images)
+        tokens = self.norm(self.blocks[-1](x))
+        if self.attention_type == "self":
+            return class_attention(self.blocks[-1], x), tokens
+        return self.similarity_map(tokens), tokens
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        predicted = F.normalize(predicted.float(), dim=-1)
+        return (predicted - F.normalize(target.float(), dim=-1)).square().sum(-1)
+
+
+def build_semaim(
+    *,
+    predict_feature: str = "none",
+    target_model: str | None = None,
+    target_precision: str = "auto",
+    image_mean_std: MeanStd | None = None,
+    out_dim: int | None = None,
+    **semaim,
+) -> SemAIM:
+    """Builds SemAIM, which predicts pixels, or FeatureSemAIM for any other `predict_feature` than
+    "none"."""
+    if predict_feature == "none":
+        check_no_target_model(target_model)
+        return SemAIM(**semaim)
+    return FeatureSemAIM(
+        predict_feature=predict_feature, target_model=target_model, target_precision=target_precision,
+        image_mean_std=image_mean_std, out_dim=out_dim, **semaim,
+    )  # fmt: skip
+
+
+def check_no_target_model(source: str | None) -> None:
+    """Raises an OptionError if a target model is given that nothing is predicted of."""
+    if source is not None:
+        problem = f"is of no use without predict_feature {' or '.join(TEACHERS)}"
+        raise OptionError("target_model", source, problem, "predict_feature")
+
+
 def order_noise_sizes(kind: str, patches: int) -> tuple[int, ...]:
-    """How many draws an order takes for each image: for its patches, and for the row and column of
-    its center."""
+    """Returns how much noise an order takes for each image: for its patches, and for the row and
+    column of its center."""
     if kind in ORDERS_WITHOUT_NOISE:
         return ()
     return (patches, 2) if kind == "stochastic_center" else (patches,)
@@ -947,8 +1095,8 @@ def blocks_per_query(depth: int, query_depth: int) -> int:
     """How many encoder blocks lie between two query blocks, which must not outnumber them."""
     step = depth // query_depth if query_depth > 0 else 0
     if step == 0 or depth // step > query_depth:
-        raise ValueError(
-            f"--query_depth {query_depth} does not share out {depth} blocks: take a divisor of {depth}"
+        raise OptionError(
+            "query_depth", query_depth, f"does not divide {depth} blocks; use a divisor of {depth}"
         )
     return step
 
@@ -971,6 +1119,10 @@ def stretched(x: Tensor) -> Tensor:
     """Each row of [B, N] moved and scaled to [0, 1)."""
     low, high = x.aminmax(dim=1, keepdim=True)
     return (x - low) / (high - low + 1e-6)
+
+
+def disabled_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
 
 
 def additive_mask(visible: Tensor) -> Tensor:
@@ -1094,6 +1246,14 @@ class VisualTokenPredictor(PretrainMethod):
     "image_second", or without one with the batch, as "target_ids" [B, N].
     """
 
+    flags = (
+        Flag(
+            "discrete_vae_weight_path", metavar="FILE", optional=True,
+            help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or OpenMMLab's "
+            "dalle_encoder.pth",
+        ),
+        TARGET_PRECISION,
+    )  # fmt: skip
     not_exported = ("mask_token", "lm_head.")
     raw_views = ("image_second",)
 
@@ -1109,10 +1269,11 @@ class VisualTokenPredictor(PretrainMethod):
             self.tokenizer.encoder.stride * side for side in self.patch_embed.grid_size
         )
         if self.tokenizer.vocab_size != vocab_size:
-            raise ValueError(
-                f"--discrete_vae_weight_path {path} has {self.tokenizer.vocab_size} words, the model {vocab_size}: "
-                f"give --model_kwargs vocab_size={self.tokenizer.vocab_size}"
-            )
+            count = self.tokenizer.vocab_size
+            raise OptionError(
+                "discrete_vae_weight_path", path,
+                f"has {count} visual tokens, the model {vocab_size}; use vocab_size={count}", "vocab_size",
+            )  # fmt: skip
 
     @property
     def frozen(self) -> nn.Module | None:
@@ -1184,6 +1345,14 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
     """
 
     views = ("image", "mask")
+    flags = (
+        Flag("separate_mask_ratio", "separate_mask", convert=lambda ratio, run: True),
+        Flag("num_cls_tokens", type=int, help="number of class tokens, the bottleneck"),
+        Flag(
+            "use_bottleneck", off="no_bottleneck",
+            help="mask tokens attend to the class tokens only; without, the baseline of SemanticMIM",
+        ),
+    )  # fmt: skip
     not_exported = ("mask_token", "mask_blocks.")
 
     def __init__(
@@ -1281,10 +1450,10 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
     low = int(low)
     high = int(high)
     if low != high:
-        raise ValueError(
-            f"{name} selects {low} patches of one image and {high} of another, but every image needs as many: use "
-            "--mask_type random or random_mps32"
-        )
+        raise OptionError(
+            "mask_type", None, f"{name} selects {low} patches of one image and {high} of another, but "
+            "every image needs the same number; use random or random_mps32",
+        )  # fmt: skip
     return mask, low
 
 
@@ -1292,6 +1461,7 @@ class SemanticBEiT(VisualTokenPredictor, SemanticMIM):
     """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual
     words."""
 
+    flags = (*SemanticMIM.flags, *VisualTokenPredictor.flags)
     not_exported = (*SemanticMIM.not_exported, *VisualTokenPredictor.not_exported)
 
     def __init__(
@@ -1420,8 +1590,10 @@ class SimMIM(PretrainMethod):
         )
         width, stride = map_of(self.backbone)
         if any(side % stride for side in self.input_size):
-            raise ValueError(
-                f"--input_size {self.input_size} is not a multiple of {stride}, the backbone's last stride"
+            raise OptionError(
+                "input_size",
+                self.input_size,
+                f"is not a multiple of {stride}, the backbone's last stride",
             )
         self.inject = MaskToken(
             place_of(self.backbone, mask_layer), kind=mask_token, replace=replace, mask_init=mask_init, detach=detach,
@@ -1440,9 +1612,8 @@ class SimMIM(PretrainMethod):
             return
         place, training = self.inject.place, self.training
         mask = torch.ones(1, *(side // place.stride for side in self.input_size))
-        with refused(
-            f"--model: there is no place for a mask token behind {place.module} of {name}"
-        ):
+        problem = f"there is no place for a mask token after {place.module} of {name}"
+        with refused(OptionError("backbone", None, problem)):
             self.eval().features(torch.zeros(1, 3, *self.input_size), mask)
         self.train(training)
         self.inject.mask = None
@@ -1557,6 +1728,11 @@ _DECODERS = {
     "small": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
 }
 
+
+def _semaim(name: str, **options) -> None:
+    register(f"{name}_patch16_224", build_semaim, classes=(SemAIM, FeatureSemAIM), **options)
+
+
 for _size, _options in VIT_SIZES.items():
     register(
         f"conmim_{_size}_patch16_224",
@@ -1579,19 +1755,16 @@ for _size, _options in MAE_SIZES.items():
         patch_size=_patch_size,
         **_DECODERS.get(_size, {}),
     )
-    # the published query stream has 12 blocks, but those of the huge encoder's 32 must share them
-    # out
-    register(
-        f"semaim_{_size}_patch16_224", SemAIM, **_options, query_depth=16 if _size == "huge" else 12
-    )
 
-for (
-    _size,
-    _options,
-) in VIT_SIZES.items():  # SemAIM's ancestors, and its form with CLIP's features for pixels
-    register(f"saim_{_size}_patch16_224", SemAIM, **_options, permutation_type="stochastic")
-    register(f"igpt_{_size}_patch16_224", SemAIM, **_options, permutation_type="zigzag")
-    register(f"semaim_clip_{_size}_patch16_224", SemAIM, **_options, predict_feature="clip")
+# SemAIM, its ancestors, and its variant with CLIP's features as target
+for _size, _options in MAE_SIZES.items():
+    # the published query stream has 12 blocks; they do not divide the huge encoder's 32
+    _depth = 16 if _size == "huge" else 12
+    _semaim(f"semaim_{_size}", **_options, query_depth=_depth)
+for _size, _options in VIT_SIZES.items():
+    _semaim(f"saim_{_size}", **_options, permutation_type="stochastic")
+    _semaim(f"igpt_{_size}", **_options, permutation_type="zigzag")
+    _semaim(f"semaim_clip_{_size}", **_options, predict_feature="clip")
 
 for _size in (
     "base",

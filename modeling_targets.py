@@ -22,6 +22,7 @@ from unimim.checkpoint.files import load_checkpoint, load_module_state
 from unimim.checkpoint.loading import unwrapped
 from unimim.checkpoint.names import StateDict
 from unimim.checkpoint.resizing import interpolate_pos_embed
+from unimim.errors import OptionError
 
 TEACHERS = ("dino", "clip")
 PREDICTED_FEATURES = ("none", "inference", "ema", *TEACHERS)
@@ -40,8 +41,11 @@ class GaussianBlur(nn.Module):
     def __init__(self, kernel_size: int, sigma: float):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1 or sigma <= 0:
-            raise ValueError(
-                f"--gaussian_kernel_size {kernel_size} must be odd and --gaussian_sigma {sigma} positive"
+            raise OptionError(
+                "gaussian_kernel_size",
+                kernel_size,
+                f"must be odd, and gaussian_sigma {sigma} positive",
+                "gaussian_sigma",
             )
         offsets = torch.arange(kernel_size) - kernel_size // 2
         row = torch.exp(-offsets.square() / (2 * sigma**2))
@@ -60,8 +64,11 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
         ValueError: only one of the two is given, or a value that cannot be.
     """
     if (kernel_size is None) != (sigma is None):
-        raise ValueError(
-            "--gaussian_kernel_size and --gaussian_sigma are given together or not at all"
+        raise OptionError(
+            "gaussian_kernel_size",
+            None,
+            "give it together with gaussian_sigma, or neither",
+            "gaussian_sigma",
         )
     return None if kernel_size is None else GaussianBlur(kernel_size, sigma)
 
@@ -90,12 +97,14 @@ class HOG:
         window: int = 16,
     ):
         if nbins < 1 or pool < 1 or any(side % pool for side in patch):
-            raise ValueError(
-                f"hog_pool={pool} must divide patches of {patch[0]} x {patch[1]} pixels, hog_nbins={nbins} be 1 or more"
+            raise OptionError(
+                "hog_pool",
+                pool,
+                f"must divide patches of {patch[0]} x {patch[1]} pixels, hog_nbins={nbins} be 1 or more",
             )
         if window and any(count * side % window for count, side in zip(grid, patch, strict=True)):
-            raise ValueError(
-                f"hog_window={window} does not divide images of {grid} patches of {patch} pixels"
+            raise OptionError(
+                "hog_window", window, f"does not divide images of {grid} patches of {patch} pixels"
             )
         self.grid, self.cells = grid, (patch[0] // pool, patch[1] // pool)
         self.nbins, self.pool, self.window = nbins, pool, window
@@ -293,8 +302,10 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
         None,
     )
     if prefix is None:
-        raise ValueError(
-            f"--discrete_vae_weight_path {source} holds no encoder of DALL-E: blocks.input.w is missing"
+        raise OptionError(
+            "discrete_vae_weight_path",
+            source,
+            "holds no encoder of DALL-E: blocks.input.w is missing",
         )
     names = {
         name: name.removeprefix(prefix) for name in found if name.startswith(f"{prefix}blocks.")
@@ -315,7 +326,7 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
         encoder.load_state_dict({name: value.float() for name, value in weights.items()})
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--discrete_vae_weight_path {source} is not whole: {reason}") from error
+        raise OptionError("discrete_vae_weight_path", source, f"is not whole: {reason}") from error
     return VisualTokenizer(encoder, precision)
 
 
@@ -380,6 +391,10 @@ class Teacher:
         self.dtype = DTYPES[precision]
         self.tower = tower.to(self.dtype).eval().requires_grad_(False)
         self.mean_std = None if mean_std is None else torch.tensor(mean_std).view(2, 2, 3, 1, 1)
+
+    def __deepcopy__(self, memo: dict) -> "Teacher":
+        """Returns itself: the copies of a method share its frozen teacher."""
+        return self
 
     @property
     def width(self) -> int:
@@ -479,12 +494,15 @@ def load_teacher(
         key: value.float() for key, value in (from_openai(weights) if openai else weights).items()
     }
     if "pos_embed" not in weights or "blocks.0.attn.qkv.weight" not in weights:
-        raise ValueError(
-            f"--target_model {source} holds no vision transformer in names of OpenAI, DINO or timm"
+        raise OptionError(
+            "target_model", source, "holds no vision transformer in names of OpenAI, DINO or timm"
         )
     if ("norm_pre.weight" in weights) != (kind == "clip"):
-        raise ValueError(
-            f"--target_model {source} is not of the kind that --predict_feature {kind} needs"
+        raise OptionError(
+            "target_model",
+            source,
+            f"is not of the kind that predict_feature {kind} needs",
+            "predict_feature",
         )
     mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD[kind])
     return Teacher(
@@ -544,14 +562,14 @@ def read_weights(source: str) -> dict[str, Any]:
             else load_checkpoint(source)
         )
     if not timm.is_model(source.split(".")[0]):
-        raise ValueError(
-            f"--target_model {source} is neither a file nor the name of a model of timm"
+        raise OptionError(
+            "target_model", source, "is neither a file nor the name of a model of timm"
         )
     try:
         return timm.create_model(source, pretrained=True).state_dict()
     except Exception as error:  # whatever the hub, the network or the cache raise
-        raise ValueError(
-            f"--target_model {source}: timm has no weights for it here ({error})"
+        raise OptionError(
+            "target_model", source, f"has no weights at timm that can be read here ({error})"
         ) from error
 
 

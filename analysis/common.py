@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from datasets import ImageDataset, build_dataset, build_loader
 from modeling_backbones import feature_places
-from modeling_finetune import Block, builder_of, create_model
+from modeling_finetune import Block, create_model, entry_of
 from modeling_pretrain import PretrainMethod
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
 from unimim.checkpoint.runs import flags_of, rebuild
@@ -258,11 +258,10 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
 
 def named_model(name: str, options: dict[str, Any], num_classes: int) -> nn.Module:
     """Returns a model of this repository, or else of timm; ValueError if there is none."""
-    builder = builder_of(name)
-    if builder is None:
+    entry = entry_of(name)
+    if entry is None:
         raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
-    is_method = isinstance(builder.func, type) and issubclass(builder.func, PretrainMethod)
-    own = {} if is_method else {"num_classes": num_classes}
+    own = {} if entry.kind == "method" else {"num_classes": num_classes}
     return create_model(name, **own | options)
 
 

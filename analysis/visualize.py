@@ -27,6 +27,7 @@ from modeling_pretrain import PretrainMethod, similarity, stretched
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
 from unimim.checkpoint.runs import rebuild
 from unimim.cli import options
+from unimim.cli.flags import options_as_flags
 from unimim.cli.models import build_method
 from unimim.data.pretraining import build_data
 from unimim.data.sources import build_source
@@ -449,7 +450,8 @@ def main(argv: list[str] | None = None) -> None:
     own, flags = parse(argv)
     setup_logging(rank=0)
     try:
-        figure = KINDS[own.kind](own, flags)
+        with options_as_flags():
+            figure = KINDS[own.kind](own, flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
     own.output.parent.mkdir(parents=True, exist_ok=True)

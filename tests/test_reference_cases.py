@@ -48,6 +48,7 @@ from modeling_pretrain import (
     SemanticMIM,
     SemMAE,
     SimMIM,
+    build_semaim,
     masked_positions,
     put,
     similarity,
@@ -736,14 +737,15 @@ def semaim_options(config: dict) -> dict:
     return options | ({"use_ema_model": True} if config.get("predict_feature") == "ema" else {})
 
 
-def load_semaim(case: Case, attn: str) -> SemAIM:
+def load_semaim(case: Case, attn: str, **changes) -> SemAIM:
     """Published weights by name; SAIM's separate projections are joined unless the blocks are
     shared, which it lists twice."""
     options, weights = semaim_options(case.config), case.inputs("weights/")
     tokens = case.inputs().get("teacher_tokens")
     if tokens is not None:  # whoever made them
         options |= {"predict_feature": "clip", "out_dim": tokens.shape[-1]}
-    model = SemAIM(**options, attn=attn)
+    options |= changes
+    model = build_semaim(**options, attn=attn)
     if options.get("share_weight"):
         weights = {
             name: value for name, value in weights.items() if not name.startswith("query_blocks.")
@@ -764,12 +766,11 @@ def semaim(case: Case) -> dict[str, Tensor]:
     names = {"image": "imgs", "target_tokens": "teacher_tokens"}
     batch = {ours: inputs[theirs] for ours, theirs in names.items() if theirs in inputs}
     noise = tuple(inputs[name] for name in ("noise", "center_noise") if name in inputs)
-    features, attention = model.look_ahead(batch)
-    order = model.order_of(batch, attention, noise)
+    attention, target = model.attention_and_target(batch)
+    order = model.order_values(batch, attention, noise)
     h, g = model.masked_streams(batch["image"], order)
     g_norm = model.norm(g)
     predicted = model.prediction_head(g_norm)
-    target = model.pixel_target(batch["image"]) if features is None else features[:, 1:]
     loss = model(batch, noise)["loss"]
     loss.backward()
     computed = {
@@ -826,22 +827,19 @@ def semaim_masks(case: Case) -> dict[str, Tensor]:
 def semaim_attention(case: Case) -> dict[str, Tensor]:
     """Each map by the pass that computes no more than it needs, the tokens by the one that predicts
     them."""
-    model, batch = load_semaim(case, "auto"), {"image": case.inputs()["imgs"]}
-    model.predict_feature, model.has_features, model.ema = (
-        "none",
-        False,
-        None,
-    )  # the network's own maps
-    model.has_map, model.attention_type = (
-        True,
-        "gap" if case.config["attention_type"] == "gap" else "cls",
-    )
-    _, attention = model.look_ahead(batch)
-    model.attention_type = "self"
-    _, self_attention = model.look_ahead(batch)
-    model.has_features, model.predict_feature = True, "inference"
-    tokens, _ = model.look_ahead(batch)
-    return {"tokens": tokens, "feature_attention": attention, "self_attention": self_attention}
+    images = case.inputs()["imgs"]
+    kind = "gap" if case.config["attention_type"] == "gap" else "cls"
+    own = {"permutation_type": "attention", "predict_feature": "none", "use_ema_model": False}
+    similar = load_semaim(case, "auto", **own, attention_type=kind)
+    attends = load_semaim(case, "auto", **own, attention_type="self")
+    width = 3 * math.prod(similar.patch_embed.patch_size)  # that of the case's head
+    features = own | {"predict_feature": "clip", "out_dim": width}
+    both = load_semaim(case, "auto", **features, attention_type=kind)
+    return {
+        "tokens": both.attention_and_tokens(images)[1],
+        "feature_attention": similar.attention_map(images),
+        "self_attention": attends.attention_map(images),
+    }
 
 
 def semaim_clip_teacher(case: Case) -> dict[str, Tensor]:
@@ -859,7 +857,7 @@ def semaim_clip_teacher(case: Case) -> dict[str, Tensor]:
 def semaim_weight_decay(case: Case) -> dict[str, Tensor]:
     """The published order of the groups: first what is not decayed."""
     config, expected = case.config, case.spec["expected"]
-    model = SemAIM(**semaim_options(config))
+    model = build_semaim(**semaim_options(config))
     model.blocks.requires_grad_(
         True
     )  # also those that no query looks at, which are not trained here
@@ -923,7 +921,8 @@ def semaim_epoch(case: Case, attn: str) -> dict[str, Tensor]:
         batch = {"image": images} | (
             {"noise": torch.cat([noise[step] for noise in draws], 1)} if draws else {}
         )
-        orders.append(model.order_of(batch, model.look_ahead(batch)[1]))
+        attention, _ = model.attention_and_target(batch)
+        orders.append(model.order_values(batch, attention))
         losses.append(model(batch)["loss"])
         (losses[-1] / config["accum_iter"]).backward()
         if (step + 1) % config["accum_iter"] == 0:
@@ -962,7 +961,7 @@ def gaussian_blur(case: Case) -> dict[str, Tensor]:
         "kernel": model.gaussian_blur.weight,
         "blurred": blurred,
         "patches": patchify(blurred, model.patch_embed.patch_size),
-        "normalized_target": model.pixel_target(images),
+        "normalised_target": model.pixel_target(images),
     }
 
 

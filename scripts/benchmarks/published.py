@@ -60,7 +60,7 @@ class StraightforwardMAE(MAE):
     (specs/semmae.md A.4)."""
 
     def forward(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
-        images, noise = batch["image"], self.draws(batch) if noise is None else noise
+        images, noise = batch["image"], self.noise_of(batch) if noise is None else noise
         tokens = self.patch_embed(images) + self.pos_embed[:, 1:]
         shuffle = noise.argsort(1)
         keep = shuffle[:, : num_visible(noise.shape[1], self.mask_ratio)]
@@ -86,7 +86,7 @@ class StraightforwardSemAIM(SemAIM):
     """Made with `attn` "eager", so with dense masks; every map is made, from a last block that is
     attended in twice."""
 
-    def unmasked(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def own_attention(self, images: Tensor) -> Tensor:
         x = self.embed(self.patch_embed(images), self.pos_embed)
         *blocks, last_block = self.blocks
         for block in blocks:
@@ -97,7 +97,7 @@ class StraightforwardSemAIM(SemAIM):
         patches = tokens[:, 1:]
         maps["cls"] = similarity(tokens[:, :1], patches).softmax(-1)
         maps["gap"] = similarity(patches.mean(1, keepdim=True), patches).softmax(-1)
-        return tokens if self.has_features else None, maps[self.attention_type]
+        return maps[self.attention_type]
 
 
 def whole_spectra(

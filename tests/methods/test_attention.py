@@ -187,7 +187,7 @@ def test_looks_that_cannot_be_are_refused(tmp_path):
     _, path = saved(tmp_path, "maskfeat_tiny_patch16_224")
     for flags, said in (
         (("--token_indices", "3", "16"), r"--token_indices \[16\] lie beyond the grid of 4 x 4"),
-        (("--layer", "2"), "--layer 2: there are 2 blocks"),
+        (("--layer", "2"), "layer=2 is none of the 2 blocks"),
         (("--reduce_mean",), "--reduce_mean leaves nothing"),
         (("--input_size", "18"), "--input_size .* is not a multiple of --patch_size"),
     ):
@@ -303,7 +303,7 @@ def test_one_row_for_each_layer_of_a_checkpoint(tmp_path, capsys):
     assert float(rows[0]["random_cls_iou"]) > np.mean(shares), (
         "the threshold is chosen for each map"
     )
-    with pytest.raises(SystemExit, match="error: --layer 9: there are 2 blocks"):
+    with pytest.raises(SystemExit, match="error: --layer 9 is none of the 2 blocks"):
         attention_agreement.main([*flags[:2], "--images", "1", "--layer", "9"])
     with pytest.raises(SystemExit):
         attention_agreement.main([*flags[:2], "--images", "0"])

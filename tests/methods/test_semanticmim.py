@@ -216,7 +216,7 @@ def test_unequal_counts_are_refused(form):
     batch["mask"] = torch.stack((masks(4)[0], masks(8)[0]))
     with pytest.raises(
         ValueError,
-        match=r"mask selects 4 patches of one image and 8 of another.*--mask_type random",
+        match=r"mask selects 4 patches of one image and 8 of another.*use random",
     ):
         model(batch)
     batch = batch_of(target_mask=torch.stack((masks(4)[0], masks(8)[0])))
@@ -450,7 +450,7 @@ def test_what_is_refused(tmp_path, capsys):
             build_data(args, build_method(args))
         return str(error.value)
 
-    assert "has 64 words, the model 8192: give --model_kwargs vocab_size=64" in said(
+    assert "has 64 visual tokens, the model 8192; use --model_kwargs vocab_size=64" in said(
         "beit", "--model_kwargs"
     )
     assert "--second_input_size 112: with one word a patch it is (32, 32)" in said(

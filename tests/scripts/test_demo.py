@@ -255,7 +255,7 @@ def test_orders_of_a_checkpoint_are_those_of_the_network_that_gives_the_map(tmp_
     )[:6]
     normalize = visualize.Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
     x = normalize({"image": torch.from_numpy(image).permute(2, 0, 1)[None]})["image"]
-    expected = method.look_ahead({"image": x})[1]
+    expected = method.attention_map(x)
     np.testing.assert_allclose(
         attention.ravel(), method.teacher.attention_maps(x)[0, :, 0, 1:].mean(0), atol=1e-6
     )
@@ -323,7 +323,7 @@ def test_reconstruction_by_a_method_with_an_average_takes_its_map(tmp_path):
     args = visualize.load_model(saved, "model", flags)[1]
     batch = visualize.default_collate(visualize.training_samples(args, method, 1))
     image = visualize.normalization(args)(batch)["image"]
-    first = method.look_ahead({"image": image})[1].argsort(descending=True)[0, :4]
+    first = method.attention_map(image).argsort(descending=True)[0, :4]
     shown = (
         method.reconstruct({"image": image})
         .masked[0]

@@ -1,12 +1,14 @@
 """The flags in labelled groups; names are the published ones."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from masking_generator import PATCH_ORDERS
-from modeling_finetune import ATTENTION_KERNELS
-from modeling_targets import PREDICTED_FEATURES, TARGET_PRECISIONS
+from modeling_finetune import ATTENTION_KERNELS, registered_flags
 from optim_factory import LR_SCHEDULES
 from unimim.data.crops import INTERPOLATIONS
+from unimim.errors import OptionError
+from unimim.flag import Flag
 
 # Accepted because published commands carry them; they had no effect there either.
 LEFTOVERS = {
@@ -14,6 +16,12 @@ LEFTOVERS = {
     "finetune": ("warmup_lr", "resplit"),
 }  # fmt: skip
 _LEFTOVER_SWITCHES = ("no_loss_masked", "resplit")
+# The flags behind what models report errors of; a method's own flags come from its class.
+_FLAGS_OF_OPTIONS = {
+    "model": "model", "backbone": "model", "input_size": "input_size", "patch_size": "patch_size",
+    "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
+    "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type", "layer": "layer",
+}  # fmt: skip
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
@@ -45,7 +53,17 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     return parser
 
 
-class _Rate(argparse.Action):
+@contextmanager
+def options_as_flags() -> Iterator[None]:
+    """Raises a ValueError in the command line's words in place of a model's OptionError."""
+    try:
+        yield
+    except OptionError as error:
+        flags = {flag.option or flag.name: flag.name for flag in registered_flags()}
+        raise ValueError(error.in_flags(flags | _FLAGS_OF_OPTIONS)) from error
+
+
+class _LearningRate(argparse.Action):
     """--lr and --blr replace each other: the one that comes later counts."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -217,14 +235,14 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--lr",
         type=float,
         default=5e-4,
-        action=_Rate,
+        action=_LearningRate,
         help="peak learning rate, not scaled by the batch size",
     )
     group.add_argument(
         "--blr",
         type=float,
         default=None,
-        action=_Rate,
+        action=_LearningRate,
         help="in place of --lr: the peak for 256 images a step",
     )
     group.add_argument(
@@ -277,23 +295,7 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--separate_mask_ratio", type=float, default=None, metavar="RATIO",
         help="SemanticMIM: predict this share of the patches, drawn by itself; None: the hidden ones",
     )  # fmt: skip
-    _semanticmim_flags(parser)
-    group = parser.add_argument_group("ConMIM; None: the model's own")
-    group.add_argument("--temp", type=float, default=None, help="temperature of the contrast")
-    group.add_argument(
-        "--t_momentum",
-        type=float,
-        default=None,
-        help="teacher momentum at the first step; 1 at the last",
-    )
-    group = parser.add_argument_group("MAE and SemMAE; None: the model's own")
-    _switch(
-        group,
-        "norm_pix_loss",
-        "no_norm_pix_loss",
-        default=None,
-        help="predict each patch normalized by itself",
-    )
+    group = parser.add_argument_group("parts (SemMAE)")
     group.add_argument(
         "--part_maps",
         default=None,
@@ -304,109 +306,38 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--part_source", choices=("maps", "attention_heads", "kmeans", "random"), default="maps",
         help="maps: any that --part_maps holds; attention_heads, kmeans: maps of that kind; random: without meaning",
     )  # fmt: skip
-    group.add_argument(
-        "--num_parts", type=int, default=None, help="number of parts, the background among them"
-    )
-    group.add_argument(
-        "--mask_lambda",
-        type=float,
-        default=None,
-        help="constant: 1 a share of each part, 0 whole parts",
-    )
-    group.add_argument(
-        "--mask_lambda_power",
-        type=float,
-        default=None,
-        help="from shares to whole parts: 1 - t ** POWER",
-    )
-    _semaim_flags(parser)
-
-
-def _semanticmim_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("BEiT, MaskFeat and SemanticMIM; None: the model's own")
-    group.add_argument(
-        "--discrete_vae_weight_path", default=None, metavar="FILE",
-        help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
-    )  # fmt: skip
+    group = parser.add_argument_group("images of the tokenizer (BEiT, SemanticBEiT)")
     group.add_argument(
         "--second_input_size",
         type=int,
         default=None,
-        help="side of its pictures; None: one word for each patch",
+        help="side of the tokenizer's images; None: one visual token for each patch",
     )
     group.add_argument("--second_interpolation", choices=INTERPOLATIONS, default="lanczos")
-    group.add_argument(
-        "--num_cls_tokens",
-        type=int,
-        default=None,
-        help="class tokens, through which all has to pass",
-    )
-    _switch(
-        group, "use_bottleneck", "no_bottleneck", default=None,
-        help="mask tokens see class tokens only; without, SemanticMIM's baseline",
-    )  # fmt: skip
+    _method_flags(parser)
 
 
-def _semaim_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("SemAIM; None: the model's own")
+def _method_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that the classes of the registered methods list, in groups of those that the
+    same classes take."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for flag, classes in registered_flags().items():
+        if f"--{flag.name}" in parser._option_string_actions:  # the data take it too
+            continue
+        title = ", ".join(classes)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title, "None: the model's own value")
+        _add_flag(groups[title], flag)
+
+
+def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    if flag.off:
+        _switch(group, flag.name, flag.off, default=flag.default, help=flag.help)
+        return
     group.add_argument(
-        "--permutation_type", choices=PATCH_ORDERS, default=None,
-        help="order of the patches; zigzag is row-major, raster serpentine; attention_center is SemAIM's",
+        f"--{flag.name}", type=flag.type, choices=flag.choices, default=flag.default, metavar=flag.metavar,
+        help=flag.help,
     )  # fmt: skip
-    group.add_argument(
-        "--attention_type", choices=("cls", "gap", "self"), default=None,
-        help="the map that an attention order follows: similarity to the class token or the mean, or self-attention",
-    )  # fmt: skip
-    group.add_argument(
-        "--order_precision",
-        choices=("fp32", "auto"),
-        default=None,
-        help="of the pass for the map; auto: --precision",
-    )
-    group.add_argument("--query_depth", type=int, default=None, help="blocks of the query stream")
-    _switch(
-        group,
-        "share_weight",
-        "no_share_weight",
-        default=None,
-        help="encoder blocks serve as query blocks",
-    )
-    group.add_argument("--prediction_head_type", choices=("MLP", "LINEAR"), default=None)
-    group.add_argument(
-        "--gaussian_kernel_size",
-        type=int,
-        default=None,
-        help="of the blur of the pixels to predict",
-    )
-    group.add_argument("--gaussian_sigma", type=float, default=None)
-    group.add_argument("--loss_type", choices=("L1", "L2"), default=None, help="of pixels")
-    group.add_argument(
-        "--predict_feature", choices=PREDICTED_FEATURES, default=None,
-        help="in place of pixels: features of the network, of its average, of a DINO or a CLIP model",
-    )  # fmt: skip
-    group.add_argument(
-        "--target_model",
-        default=None,
-        metavar="PATH",
-        help="the DINO or CLIP model: a file, or timm's name of it",
-    )
-    group.add_argument(
-        "--target_precision",
-        choices=TARGET_PRECISIONS,
-        default=None,
-        help="of that model; auto: --precision",
-    )
-    group.add_argument(
-        "--target_mean_std", choices=("images", "own"), default="images",
-        help="what that model's images are normalized by: as all images, which is as published, or by its own values",
-    )  # fmt: skip
-    _switch(
-        group,
-        "use_ema_model",
-        "no_use_ema_model",
-        default=None,
-        help="keep an average, which gives the map",
-    )
 
 
 def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from modeling_finetune import is_of_timm, list_models
+from modeling_finetune import entry_of, list_models
 from optim_factory import takes_betas
 from unimim.cli.flags import LEFTOVERS, build_parser
 from unimim.engine.runner import has_bf16
@@ -106,9 +106,9 @@ def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
 def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) -> None:
     """Defaults that do not fit what was asked for give way; what the user gave stays, and may be
     refused later."""
-    if (
-        "layer_decay" in args and not has_recipe and is_of_timm(args.model)
-    ):  # they are for ViTs, few networks take them
+    entry = entry_of(args.model)
+    # the defaults of these two are for ViTs; few other networks take them
+    if "layer_decay" in args and not has_recipe and entry and entry.kind == "timm":
         args.layer_decay = args.layer_decay if "layer_decay" in given else 1.0
         args.drop_path = args.drop_path if "drop_path" in given else 0.0
     if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:

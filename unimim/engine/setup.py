@@ -25,6 +25,7 @@ from optim_factory import (
     needs_create_graph,
     works_on_shards,
 )
+from unimim.cli.flags import options_as_flags
 from unimim.cli.options import (
     as_config,
     effective_batch,
@@ -260,7 +261,8 @@ def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
     """
     code = 0
     try:
-        main_function(args)
+        with options_as_flags():
+            main_function(args)
     except Stopped as stopped:
         log.info("stopped by %s; run the same command to go on", stopped)
         code = STOPPED
