@@ -86,7 +86,9 @@ PRETRAINED = (
     "maskfeat", "semanticmim_maskfeat", "conmim", "beit", "semanticmim_beit", "semaim", "mae", "saim", "igpt",
     "a2mim_vit", "a2mim_resnet18", "simmim_vit", "simmim_resnet18", "semmae", "semaim_raster",
 )  # fmt: skip
-RANDOM = ("random", "random_beit", "random_mim_vit", "random_resnet18")
+RANDOM = (
+    "random", "random_beit", "random_semanticmim_beit", "random_mim_vit", "random_resnet18",
+)  # fmt: skip
 NOTES = {
     "semmae": "parts: learned on the features of this seed's MAE",
     "semmae_kmeans": "parts: k-means of each image's colors and places",
@@ -104,7 +106,7 @@ PADDING = 4  # of fine-tuning's crops, in pixels
 SEEDS = (0, 1, 2)
 PROCESSES = 15  # at most; as many as methods, so that none waits for another
 EAGER_STEPS = 8  # before a step is recorded: the check of gradients, lazy kernels, plans of cuFFT
-LOSS_TOLERANCE, NORM_TOLERANCE = 0.02, 0.1  # of a replayed step against the same one launched
+LOSS_TOLERANCE, NORM_TOLERANCE = 0.005, 0.03  # of a replayed step against the same one launched
 LONG_MARGIN, SHORTEST_STEP = 1.2, 0.006  # of what a long run is expected to take
 STATISTICS_BATCHES = 50  # from which the features' mean and standard deviation are taken
 RESERVE_SECONDS = 4.0  # for what is written at the end
@@ -317,10 +319,7 @@ class Pretraining:
             if not self.checked:
                 self.check_recorded(batch)
                 self.checked = True
-        if self.recorded is None:
-            loss = self.launched(batch)
-        else:
-            loss = self.recorded(batch)
+        loss = (self.recorded or self.launched)(batch)
         applied = self.runner.step()["applied"]
         method.after_step(
             step / self.steps, float(applied) if applied.device.type == "cpu" else applied
@@ -988,7 +987,9 @@ def run_in_processes(
 
     def ready(job: Job) -> bool:
         """Whether the features are there that parts are learned from."""
-        return METHODS[job.key].parts != "learned" or teacher_file(setting, job).is_file()
+        method = METHODS.get(job.key)
+        learned = method is not None and method.parts == "learned"
+        return not learned or teacher_file(setting, job).is_file()
 
     report.cut_off(pool.run(jobs, deadline, report, fits, ready))
 
