@@ -273,9 +273,7 @@ class Pretraining:
         self.runner.watch(self.method, self.method.teacher)
         self.lr, self.weight_decay = schedules(self.args, steps_per_epoch)
         self.steps, self.done = job.epochs * steps_per_epoch, 0
-        self.graphs = job.graphs and self.device.type == "cuda"
-        self.recorded: RecordedStep | None = None
-        self.checked = False
+        self.take = Steps(self.runner, graphs=can_record(setting, job))
         self.method.train()
 
     def build_loader(self, images: Images, job: Job) -> DeviceLoader:
@@ -310,51 +308,15 @@ class Pretraining:
         if step % self.loader.steps_per_epoch == 0:
             method.before_epoch(step // self.loader.steps_per_epoch, self.args.epochs)
             if type(method).before_epoch is not PretrainMethod.before_epoch:
-                self.recorded = None  # what it sets is a constant of the recorded kernels
+                self.take.forget()  # what it sets is a constant of the recorded kernels
         set_schedule(self.runner.optimizer, self.lr[step], self.weight_decay[step])
-        seed_step(self.args.seed, 0, step)
-        batch = self.loader.batch(step)
-        if self.graphs and self.recorded is None and step >= EAGER_STEPS:
-            self.recorded = RecordedStep(self.runner, self.loader.batch(step + 1))
-            if not self.checked:
-                self.check_recorded(batch)
-                self.checked = True
-        loss = (self.recorded or self.launched)(batch)
+        loss = self.take(self.loader.batch(step), self.args.seed, step)
         applied = self.runner.step()["applied"]
         method.after_step(
             step / self.steps, float(applied) if applied.device.type == "cpu" else applied
         )
         self.done += 1
         return loss
-
-    def launched(self, batch: dict[str, Any]) -> Tensor:
-        """Leaves the gradients of a batch in the parameters and returns its loss."""
-        return self.runner.micro_step(batch, last=True)["loss"].detach()
-
-    def check_recorded(self, batch: dict[str, Any]) -> None:
-        """Compares a replayed step with the same one launched kernel by kernel.
-
-        Raises:
-            RuntimeError: they differ by more than rounding.
-        """
-        found = []
-        for run in (self.launched, self.recorded):
-            seed_step(self.args.seed, 0, self.done)
-            self.runner.statistics.keep()
-            loss = run(batch)
-            gradients = [p.grad for p in self.runner.parameters if p.grad is not None]
-            found.append((float(loss), float(torch.nn.utils.get_total_norm(gradients))))
-            del loss, gradients
-            self.runner.optimizer.zero_grad(set_to_none=True)
-            self.runner.statistics.put_back_unless(torch.zeros((), device=self.device))
-            self.runner.statistics.kept = []
-        (loss, norm), (replayed_loss, replayed_norm) = found
-        same = abs(replayed_loss - loss) <= LOSS_TOLERANCE * abs(loss)
-        if not (same and abs(replayed_norm - norm) <= NORM_TOLERANCE * norm):
-            raise RuntimeError(
-                f"a replayed step has loss {replayed_loss} and gradient norm {replayed_norm}, "
-                f"the launched one {loss} and {norm}"
-            )
 
     def run(self) -> tuple[float, float]:
         """Trains to the end and returns the mean losses of the first and the last epoch."""
@@ -365,27 +327,85 @@ class Pretraining:
         return float(losses[:length].mean()), float(losses[-length:].mean())
 
 
+class Steps:
+    """Forward and backward of a runner's steps, on CUDA replayed as one graph after the first."""
+
+    def __init__(self, runner: TorchRunner, *, graphs: bool):
+        self.runner, self.graphs = runner, graphs
+        self.taken, self.checked = 0, False
+        self.recorded: RecordedStep | None = None
+
+    def forget(self) -> None:
+        """Makes the next step be recorded again."""
+        self.recorded = None
+
+    def __call__(self, batch: dict[str, Any], seed: int, step: int) -> Tensor:
+        """Leaves the gradients of a batch in the parameters and returns its loss."""
+        seed_step(seed, 0, step)
+        if self.graphs and self.recorded is None and self.taken >= EAGER_STEPS:
+            self.recorded = RecordedStep(self.runner, batch)
+            if not self.checked:
+                self.check(batch, seed, step)
+                self.checked = True
+            seed_step(seed, 0, step)
+        self.taken += 1
+        return (self.recorded or self.launched)(batch)
+
+    def launched(self, batch: dict[str, Any]) -> Tensor:
+        """Does so kernel by kernel."""
+        return self.runner.micro_step(batch, last=True)["loss"].detach()
+
+    def check(self, batch: dict[str, Any], seed: int, step: int) -> None:
+        """Compares a replayed step with the same one launched kernel by kernel.
+
+        Raises:
+            RuntimeError: they differ by more than rounding.
+        """
+        found = []
+        for run in (self.launched, self.recorded):
+            seed_step(seed, 0, step)
+            self.runner.statistics.keep()
+            loss = run(batch)
+            gradients = [p.grad for p in self.runner.parameters if p.grad is not None]
+            found.append((float(loss), float(torch.nn.utils.get_total_norm(gradients))))
+            del loss, gradients
+            self.runner.optimizer.zero_grad(set_to_none=True)
+            self.runner.statistics.put_back_unless(torch.zeros((), device=self.runner.device))
+            self.runner.statistics.kept = []
+        (loss, norm), (replayed_loss, replayed_norm) = found
+        same = abs(replayed_loss - loss) <= LOSS_TOLERANCE * abs(loss)
+        if not (same and abs(replayed_norm - norm) <= NORM_TOLERANCE * norm):
+            raise RuntimeError(
+                f"a replayed step has loss {replayed_loss} and gradient norm {replayed_norm}, "
+                f"the launched one {loss} and {norm}"
+            )
+
+
+def can_record(setting: Setting, job: Job) -> bool:
+    """Whether the steps of a job are replayed."""
+    return job.graphs and torch.device(setting.device).type == "cuda"
+
+
 class RecordedStep:
     """Forward and backward of a runner's step, recorded once and replayed with other batches.
 
-    What the host decides in a step is part of the record: record again when that changes. `record`
-    runs a function once and returns one that repeats its kernels on the same tensors.
+    What the host decides in a step is part of the record: record again when that changes.
     """
 
     def __init__(
         self,
         runner: TorchRunner,
         batch: dict[str, Any],
-        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ):
         self.runner = runner
+        # zeros: what a recording reads of its inputs on the host is an error, not a constant
         self.inputs = {
-            name: value.clone() if isinstance(value, Tensor) else value
+            name: torch.zeros_like(value) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
         runner.optimizer.zero_grad(set_to_none=True)
         runner.statistics.keep()  # here, so that it is not recorded
-        self.replay = (record or cuda_graph)(self._run)
+        self.replay = cuda_graph(self._run)
         self.gradients = [(p, p.grad) for p in runner.parameters if p.grad is not None]
         runner.optimizer.zero_grad(set_to_none=True)
         runner.statistics.kept = []
@@ -496,8 +516,8 @@ def evaluate(setting: Setting, images: Images, job: Job, encoder: Path | None) -
     bank, queries = (features_of(args, images, backbone, split) for split in ("train", "val"))
     return {
         "knn_acc1": evaluate_knn(bank, queries, [20], [0.07], images.classes)[0].acc1,
-        "linear_acc1": linear_accuracy(setting, network, bank, queries, images.classes),
-        "finetune_acc1": finetuned_accuracy(setting, network, images),
+        "linear_acc1": linear_accuracy(setting, job, network, bank, queries, images.classes),
+        "finetune_acc1": finetuned_accuracy(setting, job, network, images),
     }
 
 
@@ -518,7 +538,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
 
 
 def linear_accuracy(
-    setting: Setting, network: list[str], bank: Features, queries: Features, classes: int
+    setting: Setting,
+    job: Job,
+    network: list[str],
+    bank: Features,
+    queries: Features,
+    classes: int,
 ) -> float:
     """Of a linear probe, trained as by run_linear_probing.py on features of whole images."""
     flags = [*PROBE.split(), *LINEAR.split(), "--epochs", str(setting.linear_epochs)]
@@ -530,9 +555,8 @@ def linear_accuracy(
     probe = Probe(heads, None)
     groups = head_groups(heads.values(), [args.lr], args.weight_decay)
     steps_per_epoch = len(bank) // args.batch_size
-    train_classifier(
-        args, probe, groups, steps_per_epoch, bank_batches(args, bank, steps_per_epoch)
-    )
+    batch = bank_batches(args, bank, steps_per_epoch)
+    train_classifier(args, probe, groups, steps_per_epoch, batch, graphs=can_record(setting, job))
     probe.eval()
     with torch.no_grad():
         return accuracy(probe.logits({"features": queries.vectors})[0], queries.labels)
@@ -573,6 +597,8 @@ def train_classifier(
     steps_per_epoch: int,
     batch: Callable[[int], dict[str, Tensor]],
     after_step: Callable[[float], None] = lambda progress: None,
+    *,
+    graphs: bool = False,
 ) -> None:
     """As the training loop: schedules, optimizer and runner that the flags say."""
     device = next(task.parameters()).device
@@ -588,16 +614,17 @@ def train_classifier(
     )
     lr, weight_decay = schedules(args, steps_per_epoch)
     task.train()
-    steps = args.epochs * steps_per_epoch
-    for step in range(steps):
-        set_schedule(optimizer, lr[step], weight_decay[step])
-        seed_step(args.seed, 0, step)
-        runner.micro_step(batch(step), last=True)
-        runner.step()
-        after_step(step / steps)
+    steps, take = args.epochs * steps_per_epoch, Steps(runner, graphs=graphs)
+    with own_stream(device):
+        for step in range(steps):
+            set_schedule(optimizer, lr[step], weight_decay[step])
+            seed_step(args.seed, 0, step)  # before the batch, which may be drawn
+            take(batch(step), args.seed, step)
+            runner.step()
+            after_step(step / steps)
 
 
-def finetuned_accuracy(setting: Setting, network: list[str], images: Images) -> float:
+def finetuned_accuracy(setting: Setting, job: Job, network: list[str], images: Images) -> float:
     """After fine-tuning on the first tenth of each class, as by run_class_finetuning.py."""
     flags = [*FINETUNE.split(), *SHAPES.finetune.split(), "--epochs", str(setting.finetune_epochs)]
     args = parse("finetune", [*network, *flags])
@@ -624,9 +651,8 @@ def finetuned_accuracy(setting: Setting, network: list[str], images: Images) -> 
         crops = resample(padded[chosen], boxes, SIZE, flip=flip).to(torch.uint8)
         return normalize({"image": crops, "label": labels[few[chosen]]})
 
-    train_classifier(
-        args, task, param_groups(model, args.weight_decay, args.layer_decay), steps_per_epoch, batch
-    )
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    train_classifier(args, task, groups, steps_per_epoch, batch, graphs=can_record(setting, job))
     model.eval()
     logits = []
     with torch.no_grad(), autocast(images.device, AUTOCAST_DTYPES.get(args.precision)):

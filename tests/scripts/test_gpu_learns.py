@@ -166,9 +166,9 @@ def test_recorded_steps_train_as_launched_ones(key, tmp_path, monkeypatch):
     images, found = Images(setting), {}
     for graphs in (False, True):
         run = Pretraining(setting, images, Job(key, 0, 3))
-        run.graphs = graphs
+        run.take.graphs = graphs
         found[graphs] = run.run(), run.method.encoder_state_dict()
-        assert (run.recorded is not None) == graphs
+        assert (run.take.recorded is not None) == graphs
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
     for name, value in found[False][1].items():
         torch.testing.assert_close(found[True][1][name], value, rtol=1e-4, atol=1e-5)
@@ -183,7 +183,7 @@ def test_a_recording_that_computes_something_else_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(gpu_learns, "EAGER_STEPS", 0)
     setting = prepare(tiny_checks(tmp_path, 60), tmp_path)
     run = Pretraining(setting, Images(setting), Job("mae", 0, 3))
-    run.graphs = True
+    run.take.graphs = True
     with pytest.raises(RuntimeError, match="a replayed step has loss"):
         run.run()
 
