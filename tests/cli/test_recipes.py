@@ -21,6 +21,7 @@ from semantic_segmentation import voc_linear_probe
 from unimim.cli.options import parse, report
 from unimim.data.shapes import write_shapes
 from unimim.evaluation.flags import parse_knn, parse_linear
+from unimim.parts.flags import parse_parts
 from unimim.recipes import (
     STAGES,
     Recipe,
@@ -40,7 +41,7 @@ PARSE = {
     "finetune": lambda words: parse("finetune", words),
     "linear": parse_linear,
     "knn": parse_knn,
-    "parts": run_part_learning.parse,
+    "parts": parse_parts,
     "voc": voc_linear_probe.parse,
 }
 MAIN = {

@@ -20,6 +20,7 @@ from unimim.data.views import MEAN_STD
 from unimim.engine.distributed import StopSignal
 from unimim.engine.state import RunContext
 from unimim.parts import extraction
+from unimim.parts.flags import parse_parts
 from unimim.parts.learning import (
     PartLearner,
     PartLearning,
@@ -440,7 +441,7 @@ def parse(data: Path, folder: Path, *flags: str):
         "0",
     ]
     tiny += ["--data_set", "shapes", "--data_path", str(data), "--batch_size", "4", "--epochs", "2"]
-    return run_part_learning.parse([*tiny, "--output_dir", str(folder), *flags])
+    return parse_parts([*tiny, "--output_dir", str(folder), *flags])
 
 
 def run(data: Path, folder: Path, *flags: str) -> None:
@@ -449,7 +450,7 @@ def run(data: Path, folder: Path, *flags: str) -> None:
 
 def test_the_saved_configuration_can_be_given_again(data, tmp_path):
     run(data, tmp_path, "--dry_run", "--num_parts", "3", "--tau_end", "0.1")
-    again = run_part_learning.parse(["--config", str(tmp_path / "config.yaml")])
+    again = parse_parts(["--config", str(tmp_path / "config.yaml")])
     assert (again.num_parts, again.tau_end, again.teacher, again.epochs) == (3, 0.1, TIMM, 2)
 
 
@@ -590,5 +591,5 @@ def test_an_unreadable_image_has_no_map(data, tmp_path):
 )
 def test_wrong_flags_are_refused_in_one_sentence(flags, message, capsys):
     with pytest.raises(SystemExit):
-        run_part_learning.parse(flags)
+        parse_parts(flags)
     assert message in capsys.readouterr().err
