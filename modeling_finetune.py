@@ -791,14 +791,6 @@ class VisionTransformer(nn.Module):
 
     # -- looking inside
 
-    def get_intermediate_layers(self, x: Tensor) -> list[Tensor]:
-        """The output of every block, each [B, T, C], without the final norm."""
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        x, outputs = self.embed(self.patch_embed(x), self.pos_embed), []
-        for block in self.blocks:
-            outputs.append(x := block(x, bias))
-        return outputs
-
     @torch.no_grad()
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
         """Attention probabilities of one block: [B, h, T, T]. ValueError: no such block."""

@@ -40,6 +40,7 @@ class Regression:
 
     The weight is tanh(alpha * d / 2) or tanh(alpha * d), for `activate` "sigmoid" and "tanh", to
     the power `gamma`; it is part of what is differentiated. `residual` adds the distance itself.
+    The options are those of the published `RegressionLoss`.
     """
 
     mode: str = "l1"
@@ -47,7 +48,6 @@ class Regression:
     alpha: float = 0.2
     gamma: float = 1.0
     residual: bool = False
-    loss_weight: float = 1.0
 
     def __post_init__(self):
         check_choice("pixel_loss", self.mode, ("l1", "focal_l1"))
@@ -56,11 +56,11 @@ class Regression:
     def __call__(self, distance: Tensor) -> Tensor:
         """Distances, none negative, of any shape to losses of that shape."""
         if self.mode == "l1":
-            return self.loss_weight * distance
+            return distance
         # 2 sigmoid(z) - 1 = tanh(z / 2)
         steepness = self.alpha / 2 if self.activate == "sigmoid" else self.alpha
         loss = distance * torch.tanh(steepness * distance) ** self.gamma
-        return self.loss_weight * (loss + distance if self.residual else loss)
+        return loss + distance if self.residual else loss
 
 
 def spatial_loss(
@@ -120,7 +120,6 @@ class FocalFrequencyLoss:
     symmetric, and no gradient goes through them.
     """
 
-    loss_weight: float = 1.0
     alpha: float = 1.0
     ave_spectrum: bool = True
     log_matrix: bool = True
@@ -143,7 +142,7 @@ class FocalFrequencyLoss:
         weights = (
             self.weights(square.detach()) if self.matrix is None else self.given_weights(difference)
         )
-        return self.loss_weight * whole_mean(weights * square, difference.shape[-1])
+        return whole_mean(weights * square, difference.shape[-1])
 
     def given_weights(self, images: Tensor) -> Tensor:
         """The matrix as weights [..., H, V] of the half spectrum of images [B, c, H, W]."""

@@ -1696,6 +1696,10 @@ class A2MIM(SimMIM):
         *,
         replace: bool = False,
         pixel_loss: str = "l1",
+        focal_activate: str = "sigmoid",
+        focal_alpha: float = 0.2,
+        focal_gamma: float = 1.0,
+        focal_residual: bool = False,
         unmask_weight: float = 0.0,
         fft_weight: float = 0.0,
         fft_focal: bool = True,
@@ -1703,22 +1707,30 @@ class A2MIM(SimMIM):
         fft_unmask_replace: str = "mixed",
         fft_reweight: bool = False,
         ave_spectrum: bool = True,
+        spectrum_alpha: float = 1.0,
+        log_matrix: bool = True,
         batch_matrix: bool = True,
+        matrix: Tensor | None = None,
         mean_residual: bool = False,
         **simmim,
     ):
         super().__init__(replace=replace, **simmim)
         self.mean_residual = mean_residual
         self.loss = ReconstructionLoss(
-            regression=Regression(mode=pixel_loss),
+            regression=Regression(
+                pixel_loss, activate=focal_activate, alpha=focal_alpha, gamma=focal_gamma, residual=focal_residual
+            ),
             unmask_weight=unmask_weight,
             fft_weight=fft_weight,
             fft_focal=fft_focal,
             fft_unmask_weight=fft_unmask_weight,
             fft_unmask_replace=fft_unmask_replace,
             fft_reweight=fft_reweight,
-            focal=FocalFrequencyLoss(ave_spectrum=ave_spectrum, batch_matrix=batch_matrix),
-        )
+            focal=FocalFrequencyLoss(
+                alpha=spectrum_alpha, ave_spectrum=ave_spectrum, log_matrix=log_matrix, batch_matrix=batch_matrix,
+                matrix=matrix,
+            ),
+        )  # fmt: skip
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:
         predicted = self.neck(features)
