@@ -1139,7 +1139,7 @@ def semanticmim_maskfeat(case: Case) -> dict[str, Tensor]:
     model = semanticmim_model(case, MaskFeat, hog_window=case.config["hog_gaussian_window"], **own)
     batch = semanticmim_batch(case.inputs())
     computed = semanticmim_outputs(model, batch)
-    predicted = model.cells(batch)[1]
+    predicted = model.patch_positions(batch)[1]
     target = take(model.hog(batch["image"]), predicted)
     return computed | {"pred": model.hog_head(computed["mask_features"]), "target": target}
 
