@@ -29,7 +29,8 @@ VIT_SIZES = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 MAE_SIZES = VIT_SIZES | {"huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16}}
-# SimMIM's and A2MIM's; the published ViT-S is wide and shallow (specs/a2mim.md 2.3)
+# SimMIM's and A2MIM's; the published ViT-S is wide and shallow
+# (docs/methods/simmim_a2mim.md#vits-sizes)
 MIM_VIT_SIZES = {
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3.0},
@@ -234,7 +235,7 @@ class PatchEmbed(nn.Module):
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
     """Row of the bias table for each pair (query, key) of 1 + gh * gw tokens: int64 [T, T]
-    (specs/conmim.md 1.1)."""
+    (docs/methods/conmim.md#attention-and-position-bias)."""
     gh, gw = grid
     y, x = (
         axis.flatten() for axis in torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
@@ -258,7 +259,7 @@ def bias_of(table: Tensor, index: Tensor) -> Tensor:
 
 
 class RelativePositionBias(nn.Module):
-    """One relative position table for all blocks: forward() gives the bias [h, T, T]."""
+    """One relative position table for all blocks; forward() returns the bias [h, T, T]."""
 
     def __init__(self, grid: tuple[int, int], num_heads: int):
         super().__init__()
@@ -274,8 +275,8 @@ class RelativePositionBias(nn.Module):
 class QKVLinear(nn.Linear):
     """The joint projection to queries, keys and values, each [B, T, C].
 
-    It can be lent a `bias`, so that keys go without one, and makes queries of the `last` tokens
-    only if that is given.
+    `bias` overrides the layer's own; BEiT passes one that is zero for the keys. With `last`, queries
+    are made of that many last tokens only.
     """
 
     def forward(
@@ -294,7 +295,7 @@ class QKVLinear(nn.Linear):
 
 class Attention(nn.Module):
     """Multi-head self-attention with BEiT's query and value bias and an additive position bias
-    (specs/conmim.md 1.1).
+    (docs/methods/conmim.md#attention-and-position-bias).
 
     `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "flex" is
     torch's FlexAttention for a position bias on a GPU, where a bias that is trained keeps the
@@ -307,13 +308,13 @@ class Attention(nn.Module):
     ):
         super().__init__()
         check_choice("attn", kernel, ATTENTION_KERNELS)
-        self.num_heads, self.kernel, self.attn_drop = num_heads, kernel, attn_drop
+        self.num_heads = num_heads
+        self.kernel = kernel
+        self.attn_drop = attn_drop
         self.q_bias = self.v_bias = self.relative_position_bias_table = None
         if qkv_bias and not k_bias:
-            self.q_bias, self.v_bias = (
-                nn.Parameter(torch.zeros(dim)),
-                nn.Parameter(torch.zeros(dim)),
-            )
+            self.q_bias = nn.Parameter(torch.zeros(dim))
+            self.v_bias = nn.Parameter(torch.zeros(dim))
         if grid is not None:
             self.relative_position_bias_table = nn.Parameter(
                 torch.zeros(table_rows(grid), num_heads)
@@ -380,7 +381,7 @@ class Attention(nn.Module):
 
     def choose_kernel(self, q: Tensor, bias: Tensor | None, causal: bool = False) -> str:
         """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias
-        (specs/engine.md 4.2).
+        (docs/engine.md#attention-kernels).
 
         FlexAttention has no dropout and, on a CPU, no gradient: "flex" is "auto" there, and
         wherever there is no bias.
@@ -533,7 +534,7 @@ class ActivatedLinear(nn.Linear):
 
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between; dropout comes after the second only
-    (specs/conmim.md 1.1)."""
+    (docs/methods/conmim.md#attention-and-position-bias)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float, out_dim: int | None = None):
         super().__init__()
@@ -613,11 +614,11 @@ def sincos_pos_embed(embed_dim: int, grid: tuple[int, int]) -> Tensor:
     return F.pad(table, (0, 0, 1, 0)).float().unsqueeze(0)
 
 
-def positions_of(table: Tensor, cells: Tensor, num_cls: int = 1) -> Tensor:
-    """Rows of a table [1, n + N, C] for n class tokens and the patches at cells [B, M]: [B, n + M,
-    C]."""
-    first = torch.arange(num_cls, device=cells.device).expand(len(cells), -1)
-    return table[0, torch.cat((first, cells + num_cls), dim=1)]
+def positions_of(table: Tensor, patches: Tensor, num_cls: int = 1) -> Tensor:
+    """Returns the rows [B, n + M, C] of a table [1, n + N, C] for n class tokens and the patches of
+    these numbers [B, M]."""
+    first = torch.arange(num_cls, device=patches.device).expand(len(patches), -1)
+    return table[0, torch.cat((first, patches + num_cls), dim=1)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -675,11 +676,9 @@ class VisionTransformer(nn.Module):
                 num_cls_tokens,
                 "must be 1 or more, and 1 with a relative position bias",
             )
-        self.embed_dim, self.num_prefix_tokens, self.global_pool = (
-            embed_dim,
-            num_cls_tokens,
-            global_pool,
-        )
+        self.embed_dim = embed_dim
+        self.num_prefix_tokens = num_cls_tokens
+        self.global_pool = global_pool
         self.grad_checkpointing = grad_checkpointing
         self.patch_embed = PatchEmbed(input_size, patch_size, in_chans, embed_dim)
         grid = self.patch_embed.grid_size
@@ -714,7 +713,7 @@ class VisionTransformer(nn.Module):
         table = F.pad(table, (0, 0, self.num_prefix_tokens - 1, 0))
         return nn.Parameter(table, requires_grad=kind == "sincos_trainable")
 
-    # -- initialization (specs/conmim.md 1.3)
+    # -- initialization (docs/methods/conmim.md#initialization)
 
     def init_weights(self, init_scale: float) -> None:
         self.apply(self._init_module)
@@ -794,14 +793,6 @@ class VisionTransformer(nn.Module):
 
     # -- looking inside
 
-    def get_intermediate_layers(self, x: Tensor) -> list[Tensor]:
-        """The output of every block, each [B, T, C], without the final norm."""
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        x, outputs = self.embed(self.patch_embed(x), self.pos_embed), []
-        for block in self.blocks:
-            outputs.append(x := block(x, bias))
-        return outputs
-
     @torch.no_grad()
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
         """Attention probabilities of one block: [B, h, T, T]. ValueError: no such block."""
@@ -834,7 +825,7 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 for _size, _options in VIT_SIZES.items():
     for _input_size in (224, 384):
         # BEiT's: a relative position table in each block, layer scale, mean pooling
-        # (specs/conmim.md 1.3)
+        # (docs/methods/conmim.md#fine-tuning)
         _beit = {
             **_options,
             "input_size": _input_size,
@@ -842,14 +833,15 @@ for _size, _options in VIT_SIZES.items():
             "init_values": 0.1,
         }
         register(f"beit_{_size}_patch16_{_input_size}", VisionTransformer, **_beit)
-        # SemanticMIM's in that form: absolute positions (specs/semanticmim.md 1.1)
+        # SemanticMIM's in that form: absolute positions
+        # (docs/methods/beit_maskfeat_semanticmim.md#two-forms)
         _beit |= {"rel_pos_bias": "none", "pos_embed": "learned"}
         register(f"beit_{_size}_patch16_{_input_size}_abs_pos", VisionTransformer, **_beit)
 
 for _size, _options in MAE_SIZES.items():
     for _patch_size in (16, 14, 8):
-        # MAE's: sine-cosine positions that train on, keys with a bias; the head's deviation is 0.02
-        # * `init_scale` (specs/semmae.md A.9)
+        # MAE's: sine-cosine positions that train on, keys with a bias; the head's std is 0.02 *
+        # `init_scale` (docs/methods/mae_semmae.md#fine-tuning)
         _vit = {
             **_options,
             "patch_size": _patch_size,
@@ -859,6 +851,6 @@ for _size, _options in MAE_SIZES.items():
         register(f"vit_{_size}_patch{_patch_size}_224", VisionTransformer, **_vit)
 
 for _size, _options in MIM_VIT_SIZES.items():
-    # BEiT's with learned positions (specs/a2mim.md 4.4)
+    # BEiT's with learned positions (docs/methods/simmim_a2mim.md#classifiers)
     _mim = {"rel_pos_bias": "per_block", "pos_embed": "learned", "init_values": 0.1}
     register(f"mim_{_size}_patch16_224", VisionTransformer, **_options, **_mim)

@@ -1,5 +1,4 @@
-"""Every pre-training method of the repository: mask, encode, (decode,) loss, top-down on one screen
-each.
+"""Every pre-training method of the repository, top-down: mask, encode, (decode,) loss.
 
 A method is a `PretrainMethod`: it names the batch keys it reads (`views`), computes a loss from a
 batch, and may move a teacher after each optimizer step. It knows nothing of flags, data sets,
@@ -17,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from masking_generator import (
     COUNT_FIXES,
@@ -62,6 +60,7 @@ from modeling_losses import (
     FocalFrequencyLoss,
     ReconstructionLoss,
     Regression,
+    VisualTokenLoss,
     enlarged,
     mean_filled,
 )
@@ -81,12 +80,12 @@ from unimim.errors import OptionError, refused
 from unimim.flag import Flag
 from unimim.sizes import to_pair
 
-Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
+Noise = Tensor | tuple[Tensor | None, ...] | None  # replaces the random noise of a mask or order
 
 
 class Reconstruction(NamedTuple):
-    """Pictures [B, 3, H, W] in the units of the normalized images; what a picture does not show is
-    0, the mean color.
+    """Images [B, 3, H, W] in the units of the normalized images; what one does not show is 0, the
+    mean color.
 
     masked: the known patches; predicted: what is predicted of each; pasted: the known patches and
     what is predicted elsewhere.
@@ -102,7 +101,7 @@ class PretrainMethod(Task):
     """A `Task` (unimim/engine/task.py) that pre-trains; its other base is the network that it trains.
 
     `views`: the batch keys that `forward` reads. `flags`: the command-line flags that set options
-    of its constructor. `noise_size`: how many uniform draws the view
+    of its constructor. `noise_size`: how much uniform noise the view
     "noise" [B, noise_size] holds for each image, so that what is random follows from seed, epoch
     and image, not from processes and batches. `not_exported`: beginnings of the names of what is
     no part of the encoder. `predicts_pixels`: whether `reconstruct` can show what is predicted.
@@ -123,8 +122,8 @@ class PretrainMethod(Task):
         self.most_masked = count
 
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Pictures of what is predicted of a batch, by a method that `predicts_pixels`; `noise` as
-        for `forward`."""
+        """Returns images of what is predicted of a batch, by a method that `predicts_pixels`;
+        `noise` as for `forward`."""
         raise NotImplementedError
 
     @property
@@ -138,7 +137,7 @@ class PretrainMethod(Task):
 
     @property
     def cell_size(self) -> tuple[int, int]:
-        """(height, width), in pixels, of what a mask, a part map and draws have one number for."""
+        """(height, width) in pixels of one element of a mask, a part map or noise."""
         return self.patch_embed.patch_size
 
     def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -150,7 +149,7 @@ class PretrainMethod(Task):
 
 
 class MaskedImageModel(PretrainMethod, VisionTransformer):
-    """BEiT's form: a ViT that sees every patch, the masked ones as a learned token."""
+    """The form of BEiT: a ViT that sees every patch, the masked ones as a learned token."""
 
     views = ("image", "mask")
     not_exported = ("mask_token",)
@@ -161,18 +160,18 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
         self._init_token(self.mask_token)
 
     def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Images [B, 3, H, W], with the mask token where mask [B, gh, gw] is True, to normed tokens
-        [B, T, C]."""
+        """Returns normed tokens [B, T, C] of images [B, 3, H, W], with the mask token where mask [B,
+        gh, gw] is True."""
         return self.norm(self.run_blocks(self.embed_masked(images, mask)))
 
     def embed_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """What the first block sees of them: [B, T, C]."""
+        """Returns the tokens [B, T, C] that the first block sees."""
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         return self.embed(x, self.pos_embed)
 
-    # Pre-training cuts the normal distribution at one standard deviation, and the convolution
+    # Pre-training cuts the normal distribution at one standard std, and the convolution
     # follows it too.
 
     def _init_module(self, module: nn.Module) -> None:
@@ -186,8 +185,8 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
 
 
 def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Where mask [B, N] is True: positions int64 [B, M] in row-major order and which of them count,
-    bool [B, M].
+    """Returns the positions int64 [B, M] where mask [B, N] is True, in row-major order, and which of
+    them count, bool [B, M].
 
     M is `count`, the largest number of masked patches in the batch; when it is not given it is read
     from the mask, which on a GPU waits for the device. Images with fewer are filled up with
@@ -203,8 +202,7 @@ def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Te
 
 
 class ConMIM(MaskedImageModel):
-    """Masked image modelling with denoising contrast (ICLR 2023, arXiv 2205.09616; specs/conmim.md
-    2).
+    """Masked image modelling with denoising contrast (ICLR 2023, arXiv 2205.09616).
 
     The student sees a weakly augmented image with masked patches, the teacher a strongly augmented
     one in full; each masked patch must pick its own teacher feature among all patches of the same
@@ -230,7 +228,8 @@ class ConMIM(MaskedImageModel):
         **vit,
     ):
         super().__init__(**vit)
-        self.temperature, self.t_momentum = temperature, t_momentum
+        self.temperature = temperature
+        self.t_momentum = t_momentum
         self.projectors = projector(self.embed_dim, projector_hidden_dim, projector_out_dim)
         self.projectors.apply(self._init_module)
         self.ema = MovingAverage(self)
@@ -246,23 +245,23 @@ class ConMIM(MaskedImageModel):
         return self.contrast(logits, positions, counts)
 
     def project(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Projected patch tokens [B, N, D]. The class token passes through too: it counts in the
-        batch statistics."""
+        """Returns projected patch tokens [B, N, D]. The class token passes through too: it counts in
+        the batch statistics."""
         tokens = self.encode_masked(images, mask)
         return self.projectors(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)[
             :, self.num_prefix_tokens :
         ]
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Cosine similarity over temperature, within each image: [B, M, D], [B, N, D] to [B, M,
-        N]."""
+        """Returns the cosine similarity over temperature [B, M, N] within each image, of [B, M, D]
+        and [B, N, D]."""
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = (F.normalize(x.float(), dim=-1) for x in (queries, keys))
             return queries @ keys.transpose(1, 2) / self.temperature
 
     def contrast(self, logits: Tensor, positions: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Cross entropy over the patches of the image, averaged over all masked patches of the
-        batch."""
+        """Returns the cross entropy over the patches of the image, averaged over all masked patches
+        of the batch."""
         total = counts.sum().clamp(min=1)
         losses = F.cross_entropy(logits.flatten(0, 1), positions.flatten(), reduction="none")
         hits = (logits.detach().argmax(-1) == positions) & counts
@@ -272,14 +271,15 @@ class ConMIM(MaskedImageModel):
         }
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Teacher momentum: cosine from `t_momentum` to 1 over the run (specs/conmim.md 5.4)."""
+        """Updates the teacher by a momentum that goes from `t_momentum` to 1 as a cosine over the
+        run (docs/methods/conmim.md#teacher)."""
         momentum = 1.0 + 0.5 * (self.t_momentum - 1.0) * (1.0 + math.cos(math.pi * progress))
         self.ema.update(momentum, applied)
 
 
 def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """Three bias-free linear layers, each with batch normalization, the last without affine
-    (specs/conmim.md 1.2)."""
+    """Builds three bias-free linear layers, each with batch normalization, the last without affine
+    (docs/methods/conmim.md#projector)."""
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False),
         nn.BatchNorm1d(hidden_dim),
@@ -296,9 +296,9 @@ def without_dropout(module: nn.Module) -> None:
     """Switches dropout and stochastic depth off and leaves the training mode, with its batch
     statistics, on."""
     for part in module.modules():
-        for rate in ("p", "drop_prob", "attn_drop"):
-            if isinstance(getattr(part, rate, None), float):
-                setattr(part, rate, 0.0)
+        for name in ("p", "drop_prob", "attn_drop"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -306,8 +306,8 @@ def without_dropout(module: nn.Module) -> None:
 
 
 class PlainViT(PretrainMethod, VisionTransformer):
-    """MAE's form: fixed sine-cosine positions, keys with a bias, and its start (specs/semmae.md
-    A.7, semaim.md 2.8)."""
+    """The form of MAE: fixed sine-cosine positions, keys with a bias, and its initialization
+    (docs/methods/mae_semmae.md#initialization-and-weight-decay)."""
 
     def __init__(self, **vit):
         form = {
@@ -320,7 +320,7 @@ class PlainViT(PretrainMethod, VisionTransformer):
         super().__init__(**vit, **form, num_cls_tokens=1)
 
     def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
-        """The noise that came with the images, [B, noise_size], drawn here if there is none."""
+        """Returns the noise [B, noise_size] that came with the images, drawn here if there is none."""
         images = batch["image"]
         return (
             batch["noise"]
@@ -329,22 +329,19 @@ class PlainViT(PretrainMethod, VisionTransformer):
         )
 
     def panels(self, images: Tensor, known: Tensor, predicted: Tensor) -> Reconstruction:
-        """The pictures of predicted patches [B, N, P], the patches at cells `known` [B, V] being
+        """Returns the images of predicted patches [B, N, P], those at positions `known` [B, V] being
         known."""
         patches = self.patch_embed.cut(images)
         seen = take(patches, known)
-        pictures = (
-            put(torch.zeros_like(patches), known, seen),
-            predicted,
-            put(predicted, known, seen),
-        )
+        masked = put(torch.zeros_like(patches), known, seen)
+        pasted = put(predicted, known, seen)
         grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
-        return Reconstruction(images, *(unpatchify(picture, grid, patch) for picture in pictures))
+        panels = (unpatchify(panel, grid, patch) for panel in (masked, predicted, pasted))
+        return Reconstruction(images, *panels)
 
     def no_weight_decay(self) -> set[str]:
-        return (
-            set()
-        )  # the class and the mask token are decayed, the positions are not trained (A.8)
+        # the class and the mask token are decayed, the positions are not trained
+        return set()
 
     def init_weights(self, init_scale: float) -> None:
         self.apply(self._init_module)
@@ -367,7 +364,7 @@ NORM_PIX_LOSS = Flag(
 
 
 class MAE(PlainViT):
-    """Masked autoencoder (CVPR 2022, arXiv 2111.06377; specs/semmae.md A).
+    """Masked autoencoder (CVPR 2022, arXiv 2111.06377).
 
     The encoder sees the visible patches only; a narrow decoder predicts the pixels of the others.
     Differences from the published code, all without effect on the numbers: only visible patches are
@@ -395,7 +392,8 @@ class MAE(PlainViT):
         **vit,
     ):
         super().__init__(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, attn=attn, **vit)
-        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
         self.noise_size = self.patch_embed.num_patches
         num_visible(self.patch_embed.num_patches, mask_ratio)  # refuses a ratio that cannot be
         self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
@@ -414,7 +412,7 @@ class MAE(PlainViT):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random draws of `random_masking`."""
+        """`noise` replaces the random noise of `random_masking`."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
         predicted = self.forward_decoder(latent, order, order.shape[1] - visible)
@@ -423,8 +421,8 @@ class MAE(PlainViT):
     def mask_patches(
         self, batch: dict[str, Tensor], noise: Noise = None
     ) -> tuple[Tensor, Tensor, int]:
-        """Patches [B, N, P], cells of the tokens that take part [B, L], visible ones first, and how
-        many those are."""
+        """Returns patches [B, N, P], positions of the tokens that take part [B, L], visible ones
+        first, and how many those are."""
         order = self.random_masking(batch, noise)
         return (
             self.patch_embed.cut(batch["image"]),
@@ -433,57 +431,58 @@ class MAE(PlainViT):
         )
 
     def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """A random order of the grid's cells, int64 [B, N]: ascending in noise [B, N]."""
+        """Returns a random order of the patches, int64 [B, N]: ascending in noise [B, N]."""
         return ascending(self.noise_of(batch) if noise is None else noise)
 
-    def forward_encoder(self, patches: Tensor, cells: Tensor) -> Tensor:
-        """Visible patches [B, V, P] at cells [B, V] to normed tokens [B, 1 + V, C]."""
-        x = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, cells))
+    def forward_encoder(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Returns normed tokens [B, 1 + V, C] of visible patches [B, V, P] at positions [B, V]."""
+        x = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, positions))
         return self.norm(self.run_blocks(x))
 
-    def forward_decoder(self, latent: Tensor, cells: Tensor, count: int) -> Tensor:
-        """Predictions [B, count, P] for the last `count` of the tokens at cells [B, L], the visible
-        ones first."""
+    def forward_decoder(self, latent: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Returns predictions [B, count, P] for the last `count` of the tokens at positions [B, L],
+        the visible ones first."""
         x = self.decoder_embed(latent)
-        masked = self.mask_token.to(x.dtype).expand(len(x), 1 + cells.shape[1] - x.shape[1], -1)
-        x = torch.cat((x, masked), dim=1) + positions_of(self.decoder_pos_embed, cells)
+        hidden = 1 + positions.shape[1] - x.shape[1]
+        masked = self.mask_token.to(x.dtype).expand(len(x), hidden, -1)
+        x = torch.cat((x, masked), dim=1) + positions_of(self.decoder_pos_embed, positions)
         *blocks, last_block = self.decoder_blocks
         for block in blocks:
             x = self._run_block(block, x)
         return self.decoder_pred(self.decoder_norm(self._run_block(last_block, x, last=count)))
 
     def forward_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error over masked patches [B, M, P], in float32; every image has as many of
-        them."""
+        """Returns the mean squared error over masked patches [B, M, P], in float32; every image has
+        as many of them."""
         target = target.float()
         if self.norm_pix_loss:
-            mean, deviation = pixel_statistics(target)
-            target = (target - mean) / deviation
+            mean, std = pixel_statistics(target)
+            target = (target - mean) / std
         return F.mse_loss(predicted.float(), target)
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch. Predictions of normalized pixels get the mean and deviation of the
-        true patch."""
+        """Predicts every patch. Predictions of normalized pixels get the mean and std of the true
+        patch."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
         predicted = self.forward_decoder(latent, order, order.shape[1]).float()
         if self.norm_pix_loss:
-            mean, deviation = pixel_statistics(take(patches, order))
-            predicted = predicted * deviation + mean
+            mean, std = pixel_statistics(take(patches, order))
+            predicted = predicted * std + mean
         predicted = put(torch.zeros_like(patches), order, predicted)
         return self.panels(batch["image"], order[:, :visible], predicted)
 
 
 def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (unbiased variance + 1e-6) of each patch [B, M, P]: two tensors [B, M,
-    1]."""
+    """Returns mean and std (of the unbiased variance + 1e-6) of each patch [B, M, P]: two tensors
+    [B, M, 1]."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
 def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """A copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
+    """Returns a copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
     `take`."""
     return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
 
@@ -493,13 +492,12 @@ def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
 
 
 class SemMAE(MAE):
-    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207; specs/semmae.md
-    B).
+    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207).
 
     "part_ids" of a batch holds the part of each patch, integers [B, gh, gw] below `num_parts`.
-    `mask_lambda` goes from nearly 1, a share of every part, to 0, whole parts, as 1 - (share of
+    `mask_lambda` goes from nearly 1, a ratio of every part, to 0, whole parts, as 1 - (fraction of
     epochs begun) ** `mask_lambda_power`; a number given for it stays. `token_share` below 1 leaves
-    all but that share of the patches out of encoder and loss: chosen for each image at random, or
+    all but that ratio of the patches out of encoder and loss: chosen for each image at random, or
     the best by `token_selection` "score"; a batch may also list them as "cells" [B, L]. Differences
     from the published code: images and part maps in place of packed tokens, so that crops are
     possible; any patch size and grid; the schedule's length is the run's, not 800; the sort that
@@ -535,10 +533,12 @@ class SemMAE(MAE):
         check_choice("token_selection", token_selection, ("random", "score"))
         if mask_lambda is not None and not 0 <= mask_lambda <= 1:
             raise OptionError("mask_lambda", mask_lambda, "does not lie between 0 and 1")
-        self.num_parts, self.count_fix, self.token_selection = num_parts, count_fix, token_selection
+        self.num_parts = num_parts
+        self.count_fix = count_fix
+        self.token_selection = token_selection
         self.num_tokens = int(token_share * self.patch_embed.num_patches)
         num_visible(self.num_tokens, self.mask_ratio)
-        self.choice_size = 0  # draws for the choice of tokens
+        self.choice_size = 0  # noise for the choice of tokens
         if token_selection == "score":
             self.views = (*self.views, "part_scores")
         elif self.num_tokens < self.patch_embed.num_patches:
@@ -557,16 +557,16 @@ class SemMAE(MAE):
             self.mask_lambda = float(self.schedule(epoch, epochs))
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random draws of `random_masking`."""
+        """`noise` replaces the random noise of `random_masking`."""
         out = super().forward(batch, noise)
         return out | {"mask_lambda": torch.full_like(out["loss"].detach(), self.mask_lambda)}
 
     def random_masking(
         self, batch: dict[str, Tensor], noise: tuple[Tensor | None, ...] | None = None
     ) -> Tensor:
-        """Cells of the tokens that take part, int64 [B, L], visible ones first.
+        """Returns positions of the tokens that take part, int64 [B, L], visible ones first.
 
-        `noise`: uniform draws for the order of the tokens [B, L], of the parts [B, K], and, where
+        `noise`: uniform noise for the order of the tokens [B, L], of the parts [B, K], and, where
         tokens are chosen at random, for their choice [B, N]. The view "noise" holds them one after
         another.
         """
@@ -575,17 +575,19 @@ class SemMAE(MAE):
                 (self.num_tokens, self.num_parts, self.choice_size), dim=1
             )
         noise_tokens, noise_parts, noise_choice = (*noise, None)[:3]
-        cells = self.choose_tokens(batch, noise_choice)
+        chosen = self.choose_tokens(batch, noise_choice)
         parts = batch["part_ids"].flatten(1).long()
+        if chosen is not None:
+            parts = parts.gather(1, chosen)
         masks = semantic_mask(
-            parts if cells is None else parts.gather(1, cells), self.mask_ratio, self.mask_lambda, self.num_parts,
-            noise_tokens, noise_parts, count_fix=self.count_fix,
+            parts, self.mask_ratio, self.mask_lambda, self.num_parts, noise_tokens, noise_parts,
+            count_fix=self.count_fix,
         )  # fmt: skip
-        return masks.order if cells is None else cells.gather(1, masks.order)
+        return masks.order if chosen is None else chosen.gather(1, masks.order)
 
     def choose_tokens(self, batch: dict[str, Tensor], noise: Tensor | None) -> Tensor | None:
-        """Cells of the tokens that take part, int64 [B, L]; None: all of them in row-major
-        order."""
+        """Returns positions of the tokens that take part, int64 [B, L]; None: all of them in
+        row-major order."""
         if "cells" in batch:
             return batch["cells"]
         if self.num_tokens == self.patch_embed.num_patches:
@@ -628,7 +630,7 @@ class QueryAttention(Attention):
 
 
 class QueryBlock(Block):
-    """A block whose tokens [B, T, C] look at `context` [B, S, C], by default themselves; both pass
+    """A block whose tokens [B, T, C] attend to `context` [B, S, C], by default themselves; both pass
     the same norm."""
 
     attention = QueryAttention
@@ -1167,80 +1169,24 @@ def is_random(network: nn.Module) -> bool:
 # BEiT
 
 
-class VisualTokenLoss(torch.autograd.Function):
-    """Sum of the cross entropies of linear(x), and how many words are hit, without the logits of
-    all rows at once.
-
-    x [R, C], weight [K, C], bias [K], words int64 [R], counts float32 [R]: 0 leaves a row out. The
-    gradients are made with the logits of a few rows at a time, which costs no more products than
-    keeping the logits.
-    """
-
-    rows = 4096
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, words: Tensor, counts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        total, hits = counts.new_zeros(()), counts.new_zeros(())
-        wanted = any(ctx.needs_input_grad)
-        grads = [
-            torch.empty_like(x),
-            *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias)),
-        ]
-        for start in range(0, len(x), VisualTokenLoss.rows):
-            few = slice(start, start + VisualTokenLoss.rows)
-            logits = F.linear(x[few], weight, bias)
-            dtype, word, count = logits.dtype, words[few, None], counts[few, None]
-            hits += ((logits.argmax(-1, keepdim=True) == word) * count).sum()
-            slope = logits.float().log_softmax(-1)
-            del logits
-            total -= (slope.gather(1, word) * count).sum()
-            if wanted:
-                slope = (
-                    slope.exp_()
-                    .scatter_add_(1, word, torch.full_like(count, -1.0))
-                    .mul_(count)
-                    .to(dtype)
-                )
-                grads[0][few] = slope @ weight.to(dtype)
-                grads[1] += slope.T @ x[few].to(dtype)
-                grads[2] += slope.sum(0)
-        ctx.save_for_backward(*(grads if wanted else ()))
-        ctx.mark_non_differentiable(hits)
-        return total, hits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
-        return (
-            *(
-                g * grad if n else None
-                for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-            ),
-            None,
-            None,
-        )
-
-
 class VisualTokenHead(nn.Linear):
-    """Predicts the visual tokens of tokens, and says how well."""
+    """Predicts visual tokens and returns loss and accuracy."""
 
     def forward(
-        self, tokens: Tensor, words: Tensor, counts: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss and share of hits of tokens [B, M, C] against words int64 [B, M]; those count
-        where bool [B, M]."""
-        counts = torch.ones_like(words, dtype=torch.float32) if counts is None else counts.float()
+        """Returns mean loss and accuracy of tokens [B, M, C] against targets int64 [B, M]; those
+        count where `counts` bool [B, M] is True."""
+        counts = torch.ones_like(targets, dtype=torch.float32) if counts is None else counts.float()
         loss, hits = VisualTokenLoss.apply(
-            tokens.flatten(0, 1), self.weight, self.bias, words.flatten(), counts.flatten()
+            tokens.flatten(0, 1), self.weight, self.bias, targets.flatten(), counts.flatten()
         )
         total = counts.sum().clamp(min=1)
         return loss / total, hits / total
 
 
 class VisualTokenPredictor(PretrainMethod):
-    """A method whose target are the visual tokens of its patches (specs/semanticmim.md 2.1).
+    """A method whose targets are the visual tokens of its patches.
 
     They come from the tokenizer in `discrete_vae_weight_path`, which sees the same crop as
     "image_second", or without one with the batch, as "target_ids" [B, N].
@@ -1280,7 +1226,7 @@ class VisualTokenPredictor(PretrainMethod):
         return None if self.tokenizer is None else self.tokenizer.encoder
 
     def visual_tokens_at(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """Words int64 [B, M] of the patches at these positions."""
+        """Returns the visual tokens int64 [B, M] of the patches at these positions."""
         if "target_ids" in batch:
             return batch["target_ids"].flatten(1).gather(1, positions)
         return self.tokenizer(batch["image_second"], positions)
@@ -1292,14 +1238,13 @@ class VisualTokenPredictor(PretrainMethod):
         positions: Tensor,
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of tokens [B, M, C] of the patches at these positions."""
+        """Returns the loss of tokens [B, M, C] of the patches at these positions."""
         loss, hits = self.lm_head(tokens, self.visual_tokens_at(batch, positions), counts)
         return {"loss": loss, "mlm_acc": hits}
 
 
 class BEiT(VisualTokenPredictor, MaskedImageModel):
-    """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254; specs/semanticmim.md
-    1.7).
+    """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254).
 
     Every patch passes the blocks, the masked ones as a mask token; of these the visual token is
     predicted. Differences from the published code, without effect on the numbers: the MLP of the
@@ -1331,12 +1276,12 @@ class BEiT(VisualTokenPredictor, MaskedImageModel):
 
 
 class SemanticMIM(PretrainMethod, VisionTransformer):
-    """Masked image modelling through a bottleneck (arXiv 2406.10673; specs/semanticmim.md): what
-    its two forms share.
+    """Masked image modelling through a bottleneck (arXiv 2406.10673): what its two forms share
+    (docs/methods/beit_maskfeat_semanticmim.md#two-forms).
 
     The encoder sees class tokens and visible patches. With `use_bottleneck` mask tokens pass blocks
-    of their own, in which they look at the class tokens, of the encoder's block of the same depth,
-    and at each other: what they learn of the image has to pass the class tokens. Without it all
+    of their own, in which they attend to the class tokens, of the encoder's block of the same depth,
+    and to each other: image information reaches them only through the class tokens. Without it all
     tokens pass the same blocks, which is the baseline. Where "mask" [B, gh, gw] is True a patch is
     not visible; predicted are the same patches or, with `separate_mask`, those of "target_mask".
     Every image must have as many of either. Differences from the published code, without effect on
@@ -1392,18 +1337,18 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         self.views = (*self.views, "target_mask") if separate_mask else self.views
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        visible, predicted = self.cells(batch)
+        visible, predicted = self.patch_positions(batch)
         return self.compare(self.encode(batch["image"], visible, predicted), batch, predicted)
 
     def compare(
         self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
     ) -> dict[str, Tensor]:
-        """The loss of tokens [B, M, C] of the patches at positions [B, M], and further figures."""
+        """Returns the loss of tokens [B, M, C] of the patches at positions [B, M], and metrics."""
         raise NotImplementedError
 
-    def cells(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cells of the visible patches, int64 [B, V], and of those that are predicted, [B, M], in
-        row-major order."""
+    def patch_positions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns positions of the visible patches, int64 [B, V], and of those that are predicted,
+        [B, M], in row-major order."""
         hidden, count = common_count(batch, "mask")
         visible, _ = masked_positions(~hidden, hidden.shape[1] - count)
         predicted, _ = masked_positions(
@@ -1412,8 +1357,8 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return visible, predicted
 
     def encode(self, images: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
-        """Normed mask tokens [B, M, C] of the cells `predicted`, from the patches in the cells
-        `visible`."""
+        """Returns normed mask tokens [B, M, C] at the positions `predicted`, from the patches at the
+        positions `visible`."""
         patches = self.patch_embed.proj(take(self.patch_embed.cut(images), visible))
         x = self.embed(patches, positions_of(self.pos_embed, visible, self.num_prefix_tokens))
         masked = self.mask_token + self.pos_embed[0, self.num_prefix_tokens + predicted]
@@ -1422,8 +1367,8 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return self.norm(self.run_bottleneck(x, masked))
 
     def run_bottleneck(self, x: Tensor, masked: Tensor) -> Tensor:
-        """Class and visible tokens [B, n + V, C] and mask tokens [B, M, C] to mask tokens after the
-        last block.
+        """Returns the mask tokens [B, M, C] after the last block, of class and visible tokens [B, n
+        + V, C] and mask tokens [B, M, C].
 
         Inside, the class tokens come last among the visible ones and first among the mask tokens,
         so that in both streams what is wanted of a block is at the end.
@@ -1439,10 +1384,10 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
 
 
 def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
-    """Mask bool [B, N] of this name, and of how many patches it is True in every image.
+    """Returns the mask bool [B, N] of this name, and of how many patches it is True in each image.
 
-    ValueError: not of the same number. The counts come with the batch from the host, where there is
-    an engine.
+    Raises an OptionError if that number is not the same in all images. The counts come with the
+    batch from the host, where there is an engine.
     """
     mask = batch[name].flatten(1)
     known = batch.get(f"{name}_counts")
@@ -1459,7 +1404,7 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
 
 class SemanticBEiT(VisualTokenPredictor, SemanticMIM):
     """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual
-    words."""
+    tokens."""
 
     flags = (*SemanticMIM.flags, *VisualTokenPredictor.flags)
     not_exported = (*SemanticMIM.not_exported, *VisualTokenPredictor.not_exported)
@@ -1489,7 +1434,7 @@ class SemanticBEiT(VisualTokenPredictor, SemanticMIM):
 class MaskFeat(SemanticMIM):
     """Masked feature prediction (CVPR 2022, arXiv 2112.09133), the baseline, and SemanticMIM in its
     form: keys with a bias, no layer scale, histograms of oriented gradients of the normalized image
-    (specs/semanticmim.md 2.2)."""
+    (docs/methods/beit_maskfeat_semanticmim.md#hog)."""
 
     not_exported = (*SemanticMIM.not_exported, "hog_head.")
 
@@ -1515,7 +1460,7 @@ class MaskFeat(SemanticMIM):
         return {"loss": F.mse_loss(self.hog_head(tokens).float(), target)}
 
     def no_weight_decay(self) -> set[str]:
-        return {"mask_token"}  # class tokens and positions are decayed (3.1)
+        return {"mask_token"}  # class tokens and positions are decayed
 
     def _init_module(self, module: nn.Module) -> None:
         super()._init_module(module)
@@ -1523,7 +1468,7 @@ class MaskFeat(SemanticMIM):
             self._init_token(module.weight)
 
     def _rescale(self, blocks: nn.ModuleList) -> None:
-        """Not in this form."""
+        """Leaves the blocks as they are, unlike BEiT."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1532,7 +1477,7 @@ class MaskFeat(SemanticMIM):
 _UNDECAYED = {"weight_decay": 0.0}
 _NORM_NAMES = r"(bn|ln|gn)(\d+)?.(weight|bias)"
 # What the published optimizers exempt, by a search in the names; the token's and gamma's rules
-# follow (a2mim.md 4.1).
+# follow (docs/methods/simmim_a2mim.md#weight-decay).
 _RULES = {
     "vit": (_NORM_NAMES, "norm", "bias", "pos_embed", "cls_token", "gamma"),
     "swin": ("norm", "bias", "absolute_pos_embed", "relative_position_bias_table"),
@@ -1542,8 +1487,8 @@ _RULES = {
 
 
 class SimMIM(PretrainMethod):
-    """Predicts the pixels of masked squares from the other features of any backbone (specs/a2mim.md
-    1 to 3).
+    """Predicts the pixels of masked squares from the other features of any backbone
+    (docs/methods/simmim_a2mim.md).
 
     A token takes the place of masked features in between two stages of the backbone; a neck of one
     convolution makes pixels of its last map. `backbone` is one of `MIM_VIT_SIZES` or a name of
@@ -1606,8 +1551,8 @@ class SimMIM(PretrainMethod):
 
     @torch.no_grad()
     def check_place(self, name: str) -> None:
-        """ValueError: features that are no map where the token goes in, as some of timm's networks
-        have."""
+        """Raises an OptionError if the features where the token goes in are not a map, as in some of
+        timm's networks."""
         if not is_listed_by_timm(self.backbone):
             return
         place, training = self.inject.place, self.training
@@ -1637,7 +1582,7 @@ class SimMIM(PretrainMethod):
         return family_of(self.backbone).feature_map(self.backbone, self.seen(images, mask))
 
     def seen(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """What goes into the backbone."""
+        """Returns the images that the backbone gets."""
         return mean_filled(images, mask) if self.fills_input and mask is not None else images
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:
@@ -1673,7 +1618,7 @@ class SimMIM(PretrainMethod):
 
 
 class A2MIM(SimMIM):
-    """Architecture-agnostic masked image modelling (ICML 2023, arXiv 2205.13943; specs/a2mim.md).
+    """Architecture-agnostic masked image modelling (ICML 2023, arXiv 2205.13943).
 
     Masked pixels are given the image's mean color; deep in the backbone a token is added to their
     features; the loss also compares the spectra of prediction and image. See `ReconstructionLoss`,
@@ -1689,6 +1634,10 @@ class A2MIM(SimMIM):
         *,
         replace: bool = False,
         pixel_loss: str = "l1",
+        focal_activate: str = "sigmoid",
+        focal_alpha: float = 0.2,
+        focal_gamma: float = 1.0,
+        focal_residual: bool = False,
         unmask_weight: float = 0.0,
         fft_weight: float = 0.0,
         fft_focal: bool = True,
@@ -1696,22 +1645,30 @@ class A2MIM(SimMIM):
         fft_unmask_replace: str = "mixed",
         fft_reweight: bool = False,
         ave_spectrum: bool = True,
+        spectrum_alpha: float = 1.0,
+        log_matrix: bool = True,
         batch_matrix: bool = True,
+        matrix: Tensor | None = None,
         mean_residual: bool = False,
         **simmim,
     ):
         super().__init__(replace=replace, **simmim)
         self.mean_residual = mean_residual
         self.loss = ReconstructionLoss(
-            regression=Regression(mode=pixel_loss),
+            regression=Regression(
+                pixel_loss, activate=focal_activate, alpha=focal_alpha, gamma=focal_gamma, residual=focal_residual
+            ),
             unmask_weight=unmask_weight,
             fft_weight=fft_weight,
             fft_focal=fft_focal,
             fft_unmask_weight=fft_unmask_weight,
             fft_unmask_replace=fft_unmask_replace,
             fft_reweight=fft_reweight,
-            focal=FocalFrequencyLoss(ave_spectrum=ave_spectrum, batch_matrix=batch_matrix),
-        )
+            focal=FocalFrequencyLoss(
+                alpha=spectrum_alpha, ave_spectrum=ave_spectrum, log_matrix=log_matrix, batch_matrix=batch_matrix,
+                matrix=matrix,
+            ),
+        )  # fmt: skip
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:
         predicted = self.neck(features)
@@ -1775,10 +1732,10 @@ for _size in (
     )
 
 # SimMIM's and A2MIM's published backbones, A2MIM with the token and losses of its recipes
-# (specs/a2mim.md 2, 3.6)
+# (docs/methods/simmim_a2mim.md#options)
 _DEEP_TOKEN = {"mask_layer": 3, "mask_init": 1e-6, "token_lr": 0.1}  # before the last stage
 _CNN_LOSS = {"pixel_loss": "focal_l1", "fft_unmask_weight": 1e-3}
-_SPECTRA = {  # what the published recipes weigh them by; those of ResNet-18 and 34 are ours, as of ResNet-50
+_SPECTRA = {  # published weights; those of ResNet-18 and 34 are ours, as of ResNet-50
     **{f"resnet{depth}": {"fft_weight": 0.5} for depth in (18, 34, 50)},
     **{f"resnet{depth}": {"fft_weight": 0.1, "fft_focal": False} for depth in (101, 152)},
     "resnet200": {"fft_focal": False},

@@ -36,7 +36,7 @@ OWN_MEAN_STD: dict[str, MeanStd] = {  # of the images that the teachers were tra
 
 
 class GaussianBlur(nn.Module):
-    """Blurs images [B, 3, H, W] with zeros around them (specs/semaim.md 5.1)."""
+    """Blurs images [B, 3, H, W] with zeros around them (docs/methods/semaim.md#blur)."""
 
     def __init__(self, kernel_size: int, sigma: float):
         super().__init__()
@@ -79,7 +79,7 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
 
 class HOG:
     """MaskFeat's target: how much gradient each cell has in each direction, by color
-    (specs/semanticmim.md 2.2).
+    (docs/methods/beit_maskfeat_semanticmim.md#hog).
 
     A cell is `pool` x `pool` pixels; each of its pixels counts by the size of its gradient, under a
     Gaussian `window` (0: none) that is repeated over the image. Directions are unsigned. Given
@@ -201,8 +201,8 @@ class EncoderBlock(nn.Module):
 
 
 class DalleEncoder(nn.Module):
-    """DALL-E's encoder of pictures to visual tokens (specs/semanticmim.md 2.1): groups of blocks,
-    halved in between."""
+    """DALL-E's encoder of images to visual tokens: groups of blocks with pooling in between
+    (docs/methods/beit_maskfeat_semanticmim.md#visual-tokens)."""
 
     def __init__(
         self, n_hid: int = 256, blocks_per_group: int = 2, vocab_size: int = 8192, groups: int = 4
@@ -219,10 +219,10 @@ class DalleEncoder(nn.Module):
             })  # fmt: skip
         self.blocks["output"] = nn.ModuleDict({"conv": nn.Conv2d(widths[-1], vocab_size, 1)})
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures in [0.1, 0.9], [B, 3, H, W], to what the last convolution sees: [B, 8 G, H /
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0.1, 0.9], [B, 3, H, W], to what the last convolution sees: [B, 8 G, H /
         stride, W / stride]."""
-        x = self.blocks["input"](pictures)
+        x = self.blocks["input"](images)
         groups = [group for name, group in self.blocks.items() if name.startswith("group_")]
         for number, group in enumerate(groups):
             x = F.max_pool2d(x, 2) if number else x
@@ -231,7 +231,7 @@ class DalleEncoder(nn.Module):
         return F.relu(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features [..., 8 G] of single places, channels last, to the logits of the tokens [...,
+        """Features [..., 8 G] of single positions, channels last, to the logits of the tokens [...,
         vocab_size]."""
         output = self.blocks["output"]["conv"]
         return F.linear(features, output.weight.flatten(1), output.bias)
@@ -245,7 +245,7 @@ class VisualTokenizer:
     that dtype.
     """
 
-    rows = 4096  # places whose logits are held at once
+    rows = 4096  # positions whose logits are held at once
 
     def __init__(self, encoder: DalleEncoder, precision: str = "auto"):
         check_choice("target_precision", precision, TARGET_PRECISIONS)
@@ -262,31 +262,31 @@ class VisualTokenizer:
         return self.encoder.blocks["output"]["conv"].out_channels
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Ids int64 of uint8 pictures [B, 3, H, W], or of floats that `dalle_pixels` has mapped:
-        [B, M] at the places `positions` int64 [B, M], of all without them."""
-        if self.encoder.blocks["input"].weight.device != pictures.device:
-            self.encoder.to(pictures.device)
-        if not pictures.is_floating_point():
-            pictures = dalle_pixels(pictures)
+    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Ids int64 of uint8 images [B, 3, H, W], or of floats that `dalle_pixels` has mapped:
+        [B, M] at `positions` int64 [B, M], of all without them."""
+        if self.encoder.blocks["input"].weight.device != images.device:
+            self.encoder.to(images.device)
+        if not images.is_floating_point():
+            images = dalle_pixels(images)
         if self.dtype is None:
-            features = self.encoder(pictures)
+            features = self.encoder(images)
             return self.choose(features, positions)
-        with torch.autocast(pictures.device.type, enabled=False):
-            return self.choose(self.encoder(pictures.to(self.dtype)), positions)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.choose(self.encoder(images.to(self.dtype)), positions)
 
     def choose(self, features: Tensor, positions: Tensor | None) -> Tensor:
-        """Of features [B, 8 G, h, w] only the listed places need logits, a few thousand of them at
+        """Of features [B, 8 G, h, w] only the listed positions need logits, a few thousand of them at
         a time."""
-        places = features.flatten(2).transpose(1, 2)
-        places = places if positions is None else take(places, positions)
-        ids = [self.encoder.logits(few).argmax(-1) for few in places.flatten(0, 1).split(self.rows)]
-        return torch.cat(ids).view(places.shape[:2])
+        rows = features.flatten(2).transpose(1, 2)
+        rows = rows if positions is None else take(rows, positions)
+        ids = [self.encoder.logits(few).argmax(-1) for few in rows.flatten(0, 1).split(self.rows)]
+        return torch.cat(ids).view(rows.shape[:2])
 
 
-def dalle_pixels(pictures: Tensor) -> Tensor:
+def dalle_pixels(images: Tensor) -> Tensor:
     """uint8 to the encoder's range: [0.1, 0.9]."""
-    return 0.8 / 255 * pictures.float() + 0.1
+    return 0.8 / 255 * images.float() + 0.1
 
 
 def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
@@ -339,7 +339,7 @@ class VisualTower(VisionTransformer):
     projection.
 
     CLIP's differs in the norms' epsilon, and OpenAI's in an activation that comes near GELU
-    (specs/semaim.md 5.3).
+    (docs/methods/semaim.md#clips-teacher).
     """
 
     def __init__(self, *, is_clip: bool = False, quick_gelu: bool = False, **vit):
@@ -481,7 +481,7 @@ def load_teacher(
     Files: OpenAI's archives and state dicts of CLIP, whole or the visual tower alone; DINO's
     checkpoints; the weights of timm's models of either. Positions are resized to the grid. In
     timm's names the activation does not show: files and models tagged "openai" get OpenAI's. Given
-    the images' mean and deviation, they get the teacher's own.
+    the images' mean and std, they get the teacher's own.
 
     Raises:
         ValueError: no such file and no such name, or weights of another kind.

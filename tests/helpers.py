@@ -19,6 +19,7 @@ from torch import Tensor
 from datasets import build_dataset
 from engine_for_finetuning import Classification
 from engine_for_pretraining import grouped, train_one_step
+from modeling_finetune import VisionTransformer
 from optim_factory import param_groups
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
@@ -383,3 +384,16 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: f
         assert process.poll() is None, f"ended with {process.returncode}:\n{process.stdout.read()}"
         assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
+
+
+def block_outputs(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """What each block of a ViT returns, [B, T, C], without the final norm."""
+    outputs: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+        for block in vit.blocks
+    ]
+    vit.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs

@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import block_outputs
 from safetensors.torch import load_file, save_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from masking_generator import (
 )
 from modeling_backbones import PixelNeck
 from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
-from modeling_losses import FocalFrequencyLoss, ReconstructionLoss, Regression, mean_filled
+from modeling_losses import ReconstructionLoss, mean_filled
 from modeling_pretrain import (
     A2MIM,
     MAE,
@@ -1139,7 +1140,7 @@ def semanticmim_maskfeat(case: Case) -> dict[str, Tensor]:
     model = semanticmim_model(case, MaskFeat, hog_window=case.config["hog_gaussian_window"], **own)
     batch = semanticmim_batch(case.inputs())
     computed = semanticmim_outputs(model, batch)
-    predicted = model.cells(batch)[1]
+    predicted = model.patch_positions(batch)[1]
     target = take(model.hog(batch["image"]), predicted)
     return computed | {"pred": model.hog_head(computed["mask_features"]), "target": target}
 
@@ -1170,7 +1171,7 @@ def semanticmim_attention(case: Case) -> dict[str, Tensor]:
         model.norm = nn.Identity()
     assert "fc_norm.weight" in report.loaded
     num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
-    layers = model.get_intermediate_layers(images)
+    layers = block_outputs(model, images)
     layers[-1] = model.norm(layers[-1])
     featmaps = [tokens[:, num_cls:].mT.unflatten(2, grid) for tokens in layers]
     computed = {
@@ -1221,8 +1222,11 @@ def focal_frequency_loss(case: Case) -> dict[str, Tensor]:
     for name, options in case.config["variants"].items():
         predicted = inputs["pred"].clone().requires_grad_()
         matrix = given_matrix(case, name)
-        criterion = FocalFrequencyLoss(**(options | {"matrix": matrix}))
-        loss = criterion(predicted - inputs["target"])
+        options = options | {"matrix": matrix, "spectrum_alpha": options.get("alpha", 1.0)}
+        weight = options.pop("loss_weight", 1.0)
+        options.pop("alpha", None)
+        criterion = loss_of_a2mim(**options).focal
+        loss = weight * criterion(predicted - inputs["target"])
         loss.backward()
         computed |= {f"{name}/loss": loss, f"{name}/grad/pred": predicted.grad}
         if matrix is not None:
@@ -1232,18 +1236,23 @@ def focal_frequency_loss(case: Case) -> dict[str, Tensor]:
             difference.mean(0, keepdim=True) if criterion.ave_spectrum else difference, norm="ortho"
         )
         given = replace(criterion, matrix=criterion.weights(spectrum.abs() ** 2))
-        torch.testing.assert_close(given(difference), loss.detach())
+        torch.testing.assert_close(weight * given(difference), loss.detach())
     return computed
+
+
+def loss_of_a2mim(**options) -> ReconstructionLoss:
+    """The loss of the method with these options, whose network does not matter."""
+    tiny = {"input_size": 16, "patch_size": 8, "embed_dim": 4, "depth": 2, "num_heads": 1}
+    return A2MIM(backbone="vit_tiny", **tiny, **options).loss
 
 
 def reconstruction_loss(head: dict, matrix: Tensor | None = None) -> ReconstructionLoss:
     """Of a published configuration of a head: SimMIM's has no options but the number of colors."""
-    loss = {
-        key: value
-        for key, value in head.get("loss", {}).items()
-        if key not in ("type", "mode", "reduction")
+    loss = dict(head.get("loss", {"mode": "l1_loss"}))
+    assert loss.get("loss_weight", 1.0) == 1.0
+    focal = {
+        name: loss[name] for name in ("activate", "alpha", "gamma", "residual") if name in loss
     }
-    mode = head.get("loss", {"mode": "l1_loss"})["mode"].removesuffix("_loss")
     names = (
         "unmask_weight",
         "fft_weight",
@@ -1252,10 +1261,9 @@ def reconstruction_loss(head: dict, matrix: Tensor | None = None) -> Reconstruct
         "fft_unmask_replace",
         "fft_reweight",
     )
-    options = {key: head[key] for key in names if key in head}
-    return ReconstructionLoss(
-        Regression(mode, **loss), **options, focal=FocalFrequencyLoss(matrix=matrix)
-    )
+    options = {name: head[name] for name in names if name in head}
+    options |= {f"focal_{name}": value for name, value in focal.items()}
+    return loss_of_a2mim(pixel_loss=loss["mode"].removesuffix("_loss"), matrix=matrix, **options)
 
 
 def a2mim_head(case: Case) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def mask_tokens(model: SemanticMIM, batch: dict[str, Tensor], classes: list[Tens
         return torch.cat((own, rest) if front else (rest, own), 1)
 
     handles = [block.register_forward_hook(swap) for block in model.blocks]
-    tokens = model.encode(batch["image"], *model.cells(batch))
+    tokens = model.encode(batch["image"], *model.patch_positions(batch))
     for handle in handles:
         handle.remove()
     return tokens, seen
@@ -196,7 +196,7 @@ def test_masks_drawn_apart(form):
     target = masks(7, seed=9)
     batch = batch_of(10, target_mask=target)
     assert (target & ~batch["mask"]).any() and (batch["mask"] & ~target).any()
-    visible, predicted = model.cells(batch)
+    visible, predicted = model.patch_positions(batch)
     assert visible.shape == (2, 6) and predicted.shape == (2, 7)
     tokens = model.encode(batch["image"], visible, predicted)
     if form == "maskfeat":

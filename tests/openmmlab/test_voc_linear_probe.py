@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import in_ranks, own_signals, run_command
+from helpers import block_outputs, in_ranks, own_signals, run_command
 from PIL import Image
 
 from datasets import BadImagesError
@@ -180,7 +180,7 @@ def test_features_are_those_of_one_block(root, name, layer, block):
     args = parse(root, "", "--model", name)
     vit, images = build_vit(args), torch.randn(2, 3, 32, 32)
     torch.nn.init.normal_(vit.norm.weight)
-    expected = vit.eval().get_intermediate_layers(images)[block]
+    expected = block_outputs(vit.eval(), images)[block]
     expected = (vit.norm(expected) if block == 2 else expected)[:, 1:]
     features = voc.Backbone(vit, layer)(images)
     assert features.shape == (2, 32, 8, 8) and not features.requires_grad
@@ -245,7 +245,7 @@ def test_class_tokens_are_as_many_as_the_checkpoint_has(root, tmp_path):
         voc.build_backbones(parse(root, "", *flags), torch.device("cpu")),
         torch.randn(2, 3, 32, 32),
     )
-    expected = saved.eval().get_intermediate_layers(images)[1][:, 3:].detach()
+    expected = block_outputs(saved.eval(), images)[1][:, 3:].detach()
     torch.testing.assert_close(backbones["train"](images).flatten(2).transpose(1, 2), expected)
     assert backbones["val"](torch.randn(1, 3, 48, 48)).shape == (1, 32, 12, 12)
 

@@ -134,7 +134,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_set", default=None, choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes"),
-        help="IMNET: map files beside folders or zips; None: found out from --data_path, or digits without one",
+        help="IMNET: map files beside folders or zips; None: inferred from --data_path; digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
@@ -147,11 +147,11 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             nargs=2,
             default=(0.08, 1.0),
             metavar=("MIN", "MAX"),
-            help="share of the area that a crop keeps",
+            help="fraction of the area that a crop keeps",
         )
         group.add_argument(
             "--color_jitter", type=float, default=0.0,
-            help="range of brightness, contrast and saturation of the whole picture, before the crop; BEiT: 0.4",
+            help="range of brightness, contrast and saturation of the whole image, before the crop; BEiT: 0.4",
         )  # fmt: skip
         group.add_argument(
             "--data_pipeline",
@@ -174,7 +174,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--label_fraction",
         type=float,
         default=1.0,
-        help="train on this share of each class, the first ones",
+        help="train on this fraction of each class, the first images",
     )
 
 
@@ -182,7 +182,7 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
     """How images are normalized and read, and what becomes of unreadable ones."""
     _switch(
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
-        help="ImageNet mean and standard deviation instead of 0.5",
+        help="ImageNet mean and std instead of 0.5",
     )  # fmt: skip
     group.add_argument("--num_workers", type=int, default=10)
     _switch(group, "pin_mem", "no_pin_mem", help="pinned host memory for faster copies to a GPU")
@@ -261,7 +261,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--warmup_ratio", type=float, default=0.0,
-        help="of --lr_schedule step, cosine_iters, cosine_epochs: what share of the rate the warm-up begins with",
+        help="of --lr_schedule step, cosine_iters, cosine_epochs: ratio of the lr that the warm-up begins with",
     )  # fmt: skip
     group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
     group.add_argument("--warmup_epochs", type=int, default=5)
@@ -281,7 +281,7 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--mask_patch_size",
         type=int,
         default=None,
-        help="random_mps32: cell side in pixels; None: two patches",
+        help="random_mps32: side of a masked square in pixels; None: two patches",
     )
     group.add_argument(
         "--num_mask_patches",
@@ -293,7 +293,7 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--min_mask_patches_per_block", type=int, default=16)
     group.add_argument(
         "--separate_mask_ratio", type=float, default=None, metavar="RATIO",
-        help="SemanticMIM: predict this share of the patches, drawn by itself; None: the hidden ones",
+        help="SemanticMIM: predict this ratio of the patches, drawn separately; None: masked ones",
     )  # fmt: skip
     group = parser.add_argument_group("parts (SemMAE)")
     group.add_argument(
@@ -392,7 +392,7 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "model_ema",
         "no_model_ema",
         default=False,
-        help="keep and evaluate an average of the weights",
+        help="keep and evaluate an ema of the weights",
     )
     group.add_argument("--model_ema_decay", type=float, default=0.9999)
     group.add_argument(
@@ -431,7 +431,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help="auto: bf16 where the hardware has it",
     )
     group.add_argument(
-        "--dist_on_itp", action="store_true", help="read the process's place from OpenMPI"
+        "--dist_on_itp", action="store_true", help="read the process's rank from OpenMPI"
     )
     group.add_argument("--dist_url", default="env://")
     group.add_argument(

@@ -137,9 +137,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         values = {"lr": None, "blr": None} | values
     known = {action.dest for action in parser._actions}
     if unknown := values.keys() - known:
-        raise ValueError(
-            f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}"
-        )
+        raise ValueError(f"--config {path} contains unknown options: {', '.join(sorted(unknown))}")
     for action in parser._actions:  # argparse checks types of defaults, not choices
         if action.choices and values.get(action.dest, action.default) not in (
             *action.choices,
@@ -180,9 +178,7 @@ def validate(args: argparse.Namespace) -> None:
     if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
         raise ValueError(f"--keep_checkpoints must be at least 1, not {args.keep_checkpoints}")
     if getattr(args, "lr_schedule", "") == "step" and not args.lr_steps:
-        raise ValueError(
-            "--lr_schedule step needs --lr_steps, the epochs after which the rate falls"
-        )
+        raise ValueError("--lr_schedule step needs --lr_steps, the epochs after which the lr falls")
     mixing = (
         getattr(args, "mixup", 0)
         or getattr(args, "cutmix", 0)
