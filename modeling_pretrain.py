@@ -98,7 +98,7 @@ class Reconstruction(NamedTuple):
 
 
 class PretrainMethod(Task):
-    """A `Task` (unimim/engine/task.py) that pre-trains; its other base is the network that it trains.
+    """A task (unimim/engine/task.py) that pre-trains; its other base is the network it trains.
 
     `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view
     "noise" [B, noise_size] holds for each image, so that what is random follows from seed, epoch
