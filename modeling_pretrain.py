@@ -98,7 +98,7 @@ class Reconstruction(NamedTuple):
 
 
 class PretrainMethod(Task):
-    """A `Task` (unimim/engine/task.py) that pre-trains; its other base is the network that it trains.
+    """A task (unimim/engine/task.py) that pre-trains; its other base is the network it trains.
 
     `views`: the batch keys that `forward` reads. `flags`: the command-line flags that set options
     of its constructor. `noise_size`: how much uniform noise the view

@@ -18,6 +18,7 @@ from helpers import (
     average_weights,
     column,
     differing,
+    own_signals,
     run_command,
     start,
     train_steps,
@@ -27,9 +28,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from engine_for_finetuning import evaluate_classifier
-from optim_factory import create_optimizer
+from engine_for_pretraining import train
+from optim_factory import create_optimizer, param_groups
 from run_class_finetuning import ClassificationEvaluator
+from unimim.checkpoint.files import load_checkpoint
+from unimim.cli.models import build_method
 from unimim.cli.options import resolve_precision
+from unimim.data.pretraining import build_data
 from unimim.data.views import MEAN_STD, build_finetune_transform
 from unimim.engine import runner
 from unimim.engine.batch_norm import BatchStatistics
@@ -43,8 +48,9 @@ from unimim.engine.runner import (
     check_precision,
     step_on_device,
 )
-from unimim.engine.setup import flops_per_image
+from unimim.engine.setup import flops_per_image, set_up, start_training
 from unimim.engine.state import Normalize, RunContext
+from unimim.engine.task import Task
 from unimim.evaluation.accuracy import tally
 from unimim.logs import log
 
@@ -583,6 +589,35 @@ def test_tally_waits_for_no_device():
     logits, labels, counts = (torch.empty(s, dtype=d, device="meta") for s, d in (
         ((5, 10), torch.float32), ((5,), torch.int64), ((5,), torch.bool)))  # fmt: skip
     assert tally(logits, labels, counts).shape == (4,)
+
+
+def test_raw_views_are_only_moved():
+    batch = {"image": torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), "count": 3}
+    moved = Normalize(MEAN_STD["inception"], CPU, raw=("image",))(batch)
+    assert torch.equal(moved["image"], batch["image"]) and moved["count"] == 3
+
+
+def test_a_task_needs_nothing_but_a_loss(tmp_path):
+    """Everything else of the contract has a default: what is saved is the task, without an ema."""
+
+    class Mean(Task):
+        def __init__(self):
+            super().__init__()
+            self.level = nn.Parameter(torch.zeros(3))
+
+        def forward(self, batch):
+            return {"loss": (batch["image"].mean((2, 3)) - self.level).square().mean()}
+
+    args = arguments("pretrain", tmp_path, "--epochs", "1")
+    with own_signals():
+        context = set_up(args)
+        loader = build_data(args, build_method(args))
+        task = Mean()
+        run, position = start_training(context, task, loader, param_groups(task, 0.0))
+        train(run, position, after_epoch=lambda position: {})
+    saved = load_checkpoint(tmp_path / "checkpoint-0.pth")
+    assert saved["model"].keys() == {"level"} and saved["model"]["level"].abs().sum() > 0
+    assert saved["average"] is None
 
 
 def test_normalize_is_the_published_one():
