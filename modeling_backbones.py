@@ -133,7 +133,8 @@ def feature_places(network: nn.Module) -> list[Place]:
 
 
 def inner_places(network: nn.Module) -> list[Place]:
-    """All feature layers except the last: a token inserted there could not attend to its neighbors."""
+    """All feature layers except the last: a token inserted there could not attend to its
+    neighbors."""
     return feature_places(network)[:-1]
 
 

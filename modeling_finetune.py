@@ -275,8 +275,8 @@ class RelativePositionBias(nn.Module):
 class QKVLinear(nn.Linear):
     """The joint projection to queries, keys and values, each [B, T, C].
 
-    `bias` overrides the layer's own; BEiT passes one that is zero for the keys. With `last`, queries
-    are made of that many last tokens only.
+    `bias` overrides the layer's own; BEiT passes one that is zero for the keys. With `last`,
+    queries are made of that many last tokens only.
     """
 
     def forward(
@@ -689,9 +689,9 @@ class VisionTransformer(nn.Module):
             RelativePositionBias(grid, num_heads) if rel_pos_bias in ("shared", "both") else None
         )
         block = partial(
-            self.block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, init_values=init_values,
-            qkv_bias=qkv_bias, k_bias=k_bias, attn_drop=attn_drop, kernel=attn,
-            grid=grid if rel_pos_bias in ("per_block", "both") else None,
+            self.block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop,
+            init_values=init_values, qkv_bias=qkv_bias, k_bias=k_bias, attn_drop=attn_drop,
+            kernel=attn, grid=grid if rel_pos_bias in ("per_block", "both") else None,
         )  # fmt: skip
         rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)

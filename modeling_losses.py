@@ -1,7 +1,7 @@
 """Losses of reconstructed pixels, spatial and in the frequency domain, and of visual tokens.
 
-Shapes in comments: B images, c colors, H x W pixels; h x w a mask's elements; V = W // 2 + 1 columns
-of the half spectrum that a real image has, of which the other columns are mirror images.
+Shapes in comments: B images, c colors, H x W pixels; h x w a mask's elements; V = W // 2 + 1
+columns of the half spectrum that a real image has, of which the other columns are mirror images.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ REPLACEMENTS = ("target", "prediction", "mean", "mixed")
 
 
 def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns a mask [B, h, w] of any dtype at `size`, [B, H, W]: repeated, or by the nearest element
-    where the size is not a multiple."""
+    """Returns a mask [B, h, w] of any dtype at `size`, [B, H, W]: repeated, or by the nearest
+    element where the size is not a multiple."""
     (rows, columns), (height, width) = mask.shape[-2:], size
     if height % rows == 0 and width % columns == 0:
         return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(
@@ -28,8 +28,8 @@ def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mean_filled(images: Tensor, mask: Tensor) -> Tensor:
-    """Returns images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image and color
-    by itself (docs/methods/simmim_a2mim.md#filling)."""
+    """Returns images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image
+    and color by itself (docs/methods/simmim_a2mim.md#filling)."""
     hidden = enlarged(mask, images.shape[-2:]).unsqueeze(1).bool()
     return torch.where(hidden, images.mean((2, 3), keepdim=True), images)
 
@@ -90,8 +90,8 @@ def half_spectrum(images: Tensor) -> Tensor:
 
 
 def whole_mean(values: Tensor, width: int) -> Tensor:
-    """Returns the mean over the whole spectrum, W columns wide, of values [..., H, V] that are equal for
-    mirrored frequencies.
+    """Returns the mean over the whole spectrum, W columns wide, of values [..., H, V] that are
+    equal for mirrored frequencies.
 
     Every column stands for two, but for the first and, where the width is even, the last, which
     mirror themselves.
@@ -129,7 +129,7 @@ class FocalFrequencyLoss:
     def __post_init__(self):
         if self.matrix is not None and not ((self.matrix >= 0) & (self.matrix <= 1)).all():
             raise ValueError(
-                "matrix has values outside [0, 1]; use weights within, such as matrix / matrix.max()"
+                "matrix has values outside [0, 1]; use weights within, as matrix / matrix.max()"
             )
 
     def __call__(self, difference: Tensor) -> Tensor:
@@ -236,9 +236,9 @@ class VisualTokenLoss(torch.autograd.Function):
     """Sum of the cross entropies of linear(x), and how many tokens are hit, without the logits of
     all rows at once.
 
-    x [R, C], weight [K, C], bias [K], targets int64 [R], counts float32 [R]: 0 leaves a row out. The
-    gradients are made with the logits of a few rows at a time, which costs no more products than
-    keeping the logits.
+    x [R, C], weight [K, C], bias [K], targets int64 [R], counts float32 [R]: 0 leaves a row out.
+    The gradients are made with the logits of a few rows at a time, which costs no more products
+    than keeping the logits.
     """
 
     rows = 4096

@@ -160,8 +160,8 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
         self._init_token(self.mask_token)
 
     def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns normed tokens [B, T, C] of images [B, 3, H, W], with the mask token where mask [B,
-        gh, gw] is True."""
+        """Returns normed tokens [B, T, C] of images [B, 3, H, W], with the mask token where mask
+        [B, gh, gw] is True."""
         return self.norm(self.run_blocks(self.embed_masked(images, mask)))
 
     def embed_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
@@ -185,8 +185,8 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
 
 
 def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Returns the positions int64 [B, M] where mask [B, N] is True, in row-major order, and which of
-    them count, bool [B, M].
+    """Returns the positions int64 [B, M] where mask [B, N] is True, in row-major order, and which
+    of them count, bool [B, M].
 
     M is `count`, the largest number of masked patches in the batch; when it is not given it is read
     from the mask, which on a GPU waits for the device. Images with fewer are filled up with
@@ -245,8 +245,8 @@ class ConMIM(MaskedImageModel):
         return self.contrast(logits, positions, counts)
 
     def project(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns projected patch tokens [B, N, D]. The class token passes through too: it counts in
-        the batch statistics."""
+        """Returns projected patch tokens [B, N, D]. The class token passes through too: it counts
+        in the batch statistics."""
         tokens = self.encode_masked(images, mask)
         return self.projectors(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)[
             :, self.num_prefix_tokens :
@@ -320,7 +320,8 @@ class PlainViT(PretrainMethod, VisionTransformer):
         super().__init__(**vit, **form, num_cls_tokens=1)
 
     def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns the noise [B, noise_size] that came with the images, drawn here if there is none."""
+        """Returns the noise [B, noise_size] that came with the images, drawn here if there is
+        none."""
         images = batch["image"]
         return (
             batch["noise"]
@@ -329,8 +330,8 @@ class PlainViT(PretrainMethod, VisionTransformer):
         )
 
     def panels(self, images: Tensor, known: Tensor, predicted: Tensor) -> Reconstruction:
-        """Returns the images of predicted patches [B, N, P], those at positions `known` [B, V] being
-        known."""
+        """Returns the images of predicted patches [B, N, P], those at positions `known` [B, V]
+        being known."""
         patches = self.patch_embed.cut(images)
         seen = take(patches, known)
         masked = put(torch.zeros_like(patches), known, seen)
@@ -401,8 +402,8 @@ class MAE(PlainViT):
         positions = sincos_pos_embed(decoder_embed_dim, self.patch_embed.grid_size)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         block = partial(
-            Block, decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, k_bias=True,
-            kernel=attn, drop=0.0, attn_drop=0.0, drop_path=0.0, init_values=None,
+            Block, decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
+            k_bias=True, kernel=attn, drop=0.0, attn_drop=0.0, drop_path=0.0, init_values=None,
         )  # fmt: skip
         self.decoder_blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
@@ -630,8 +631,8 @@ class QueryAttention(Attention):
 
 
 class QueryBlock(Block):
-    """A block whose tokens [B, T, C] attend to `context` [B, S, C], by default themselves; both pass
-    the same norm."""
+    """A block whose tokens [B, T, C] attend to `context` [B, S, C], by default themselves; both
+    pass the same norm."""
 
     attention = QueryAttention
 
@@ -690,8 +691,8 @@ class TwoStreams(PlainViT):
         self.share_weight = share_weight
         self.blocks_per_query = blocks_per_query(depth, query_depth)
         block = partial(
-            QueryBlock, self.embed_dim, self.blocks[0].attn.num_heads, mlp_ratio=mlp_ratio, drop=0.0, attn_drop=0.0,
-            init_values=None, qkv_bias=True, k_bias=True, kernel=attn,
+            QueryBlock, self.embed_dim, self.blocks[0].attn.num_heads, mlp_ratio=mlp_ratio,
+            drop=0.0, attn_drop=0.0, init_values=None, qkv_bias=True, k_bias=True, kernel=attn,
         )  # fmt: skip
         rates = drop_path_rates(drop_path, depth)
         rates = rates if share_weight else rates[:query_depth]
@@ -762,17 +763,22 @@ class SemAIM(TwoStreams):
     flags = (
         Flag(
             "permutation_type", choices=PATCH_ORDERS,
-            help="order of the patches; zigzag is row-major, raster serpentine; attention_center is SemAIM's",
+            help="order of the patches; zigzag is row-major, raster serpentine; attention_center "
+            "is SemAIM's",
         ),
         Flag(
             "attention_type", choices=ATTENTION_MAPS,
-            help="attention map of the order: similarity to the class token or to the mean, or self-attention",
+            help="attention map of the order: similarity to the class token or to the mean, or "
+            "self-attention",
         ),
         Flag(
             "order_precision", choices=ORDER_PRECISIONS,
             help="precision of the pass for the attention map; auto: --precision",
         ),
-        Flag("use_ema_model", off="no_use_ema_model", help="keep an ema of the network, which gives the attention map"),
+        Flag(
+            "use_ema_model", off="no_use_ema_model",
+            help="keep an ema of the network, which gives the attention map",
+        ),
         *TwoStreams.flags,
         Flag("prediction_head_type", choices=PREDICTION_HEADS),
         Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
@@ -903,7 +909,8 @@ class SemAIM(TwoStreams):
             noise = (noise,)
         noise_patches, noise_center = (*noise, None, None)[:2]
         order = patch_order(
-            self.permutation_type, self.patch_embed.grid_size, noise_patches, attention, noise_center, images.device
+            self.permutation_type, self.patch_embed.grid_size, noise_patches, attention,
+            noise_center, images.device,
         )  # fmt: skip
         return order.to(images.device).expand(len(images), -1)
 
@@ -983,14 +990,16 @@ class FeatureSemAIM(SemAIM):
         *SemAIM.flags,
         Flag(
             "predict_feature", choices=PREDICTED_FEATURES,
-            help="predict features in place of pixels: of the network, its ema, a DINO or a CLIP model",
+            help="predict features in place of pixels: of the network, its ema, a DINO or a CLIP "
+            "model",
         ),
-        Flag("target_model", metavar="PATH", help="the DINO or CLIP model: a file, or its name in timm"),
+        Flag("target_model", metavar="PATH", help="DINO or CLIP model: a file or its name in timm"),
         TARGET_PRECISION,
         Flag(
             "target_mean_std", "image_mean_std", choices=("images", "own"), default="images",
             convert=lambda choice, run: run.mean_std if choice == "own" else None,
-            help="normalize that model's images as all images, which is as published, or by its own mean and std",
+            help="normalize that model's images as all images, which is as published, or by its "
+            "own mean and std",
         ),
     )  # fmt: skip
     predicts_pixels = False
@@ -1020,7 +1029,8 @@ class FeatureSemAIM(SemAIM):
         self.predict_feature = predict_feature
         self.out_dim = out_dim
         self.load_target = partial(
-            load_teacher, predict_feature, target_model, precision=target_precision, image_mean_std=image_mean_std
+            load_teacher, predict_feature, target_model, precision=target_precision,
+            image_mean_std=image_mean_std,
         )  # fmt: skip
         super().__init__(use_ema_model=use_ema_model, **semaim)
 
@@ -1073,8 +1083,8 @@ def build_semaim(
         check_no_target_model(target_model)
         return SemAIM(**semaim)
     return FeatureSemAIM(
-        predict_feature=predict_feature, target_model=target_model, target_precision=target_precision,
-        image_mean_std=image_mean_std, out_dim=out_dim, **semaim,
+        predict_feature=predict_feature, target_model=target_model,
+        target_precision=target_precision, image_mean_std=image_mean_std, out_dim=out_dim, **semaim,
     )  # fmt: skip
 
 
@@ -1195,8 +1205,8 @@ class VisualTokenPredictor(PretrainMethod):
     flags = (
         Flag(
             "discrete_vae_weight_path", metavar="FILE", optional=True,
-            help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or OpenMMLab's "
-            "dalle_encoder.pth",
+            help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or "
+            "OpenMMLab's dalle_encoder.pth",
         ),
         TARGET_PRECISION,
     )  # fmt: skip
@@ -1218,7 +1228,8 @@ class VisualTokenPredictor(PretrainMethod):
             count = self.tokenizer.vocab_size
             raise OptionError(
                 "discrete_vae_weight_path", path,
-                f"has {count} visual tokens, the model {vocab_size}; use vocab_size={count}", "vocab_size",
+                f"has {count} visual tokens, the model {vocab_size}; use vocab_size={count}",
+                "vocab_size",
             )  # fmt: skip
 
     @property
@@ -1280,13 +1291,14 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
     (docs/methods/beit_maskfeat_semanticmim.md#two-forms).
 
     The encoder sees class tokens and visible patches. With `use_bottleneck` mask tokens pass blocks
-    of their own, in which they attend to the class tokens, of the encoder's block of the same depth,
-    and to each other: image information reaches them only through the class tokens. Without it all
-    tokens pass the same blocks, which is the baseline. Where "mask" [B, gh, gw] is True a patch is
-    not visible; predicted are the same patches or, with `separate_mask`, those of "target_mask".
-    Every image must have as many of either. Differences from the published code, without effect on
-    the numbers: only visible patches are projected; the encoder's last block computes no more than
-    what is looked at; stochastic depth acts once on the MLP, not twice; any grid.
+    of their own, in which they attend to the class tokens, of the encoder's block of the same
+    depth, and to each other: image information reaches them only through the class tokens. Without
+    it all tokens pass the same blocks, which is the baseline. Where "mask" [B, gh, gw] is True a
+    patch is not visible; predicted are the same patches or, with `separate_mask`, those of
+    "target_mask". Every image must have as many of either. Differences from the published code,
+    without effect on the numbers: only visible patches are projected; the encoder's last block
+    computes no more than what is looked at; stochastic depth acts once on the MLP, not twice; any
+    grid.
     """
 
     views = ("image", "mask")
@@ -1295,7 +1307,8 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         Flag("num_cls_tokens", type=int, help="number of class tokens, the bottleneck"),
         Flag(
             "use_bottleneck", off="no_bottleneck",
-            help="mask tokens attend to the class tokens only; without, the baseline of SemanticMIM",
+            help="mask tokens attend to the class tokens only; without, the baseline of "
+            "SemanticMIM",
         ),
     )  # fmt: skip
     not_exported = ("mask_token", "mask_blocks.")
@@ -1357,8 +1370,8 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return visible, predicted
 
     def encode(self, images: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
-        """Returns normed mask tokens [B, M, C] at the positions `predicted`, from the patches at the
-        positions `visible`."""
+        """Returns normed mask tokens [B, M, C] at the positions `predicted`, from the patches at
+        the positions `visible`."""
         patches = self.patch_embed.proj(take(self.patch_embed.cut(images), visible))
         x = self.embed(patches, positions_of(self.pos_embed, visible, self.num_prefix_tokens))
         masked = self.mask_token + self.pos_embed[0, self.num_prefix_tokens + predicted]
@@ -1396,8 +1409,9 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
     high = int(high)
     if low != high:
         raise OptionError(
-            "mask_type", None, f"{name} selects {low} patches of one image and {high} of another, but "
-            "every image needs the same number; use random or random_mps32",
+            "mask_type", None,
+            f"{name} selects {low} patches of one image and {high} of another, but every image "
+            "needs the same number; use random or random_mps32",
         )  # fmt: skip
     return mask, low
 
@@ -1541,8 +1555,8 @@ class SimMIM(PretrainMethod):
                 f"is not a multiple of {stride}, the backbone's last stride",
             )
         self.inject = MaskToken(
-            place_of(self.backbone, mask_layer), kind=mask_token, replace=replace, mask_init=mask_init, detach=detach,
-            token_std=token_std,
+            place_of(self.backbone, mask_layer), kind=mask_token, replace=replace,
+            mask_init=mask_init, detach=detach, token_std=token_std,
         )  # fmt: skip
         self.inject.attach(self.backbone)
         self.check_place(backbone)
@@ -1551,8 +1565,8 @@ class SimMIM(PretrainMethod):
 
     @torch.no_grad()
     def check_place(self, name: str) -> None:
-        """Raises an OptionError if the features where the token goes in are not a map, as in some of
-        timm's networks."""
+        """Raises an OptionError if the features where the token goes in are not a map, as in some
+        of timm's networks."""
         if not is_listed_by_timm(self.backbone):
             return
         place, training = self.inject.place, self.training
@@ -1656,7 +1670,8 @@ class A2MIM(SimMIM):
         self.mean_residual = mean_residual
         self.loss = ReconstructionLoss(
             regression=Regression(
-                pixel_loss, activate=focal_activate, alpha=focal_alpha, gamma=focal_gamma, residual=focal_residual
+                pixel_loss, activate=focal_activate, alpha=focal_alpha, gamma=focal_gamma,
+                residual=focal_residual,
             ),
             unmask_weight=unmask_weight,
             fft_weight=fft_weight,
@@ -1665,8 +1680,8 @@ class A2MIM(SimMIM):
             fft_unmask_replace=fft_unmask_replace,
             fft_reweight=fft_reweight,
             focal=FocalFrequencyLoss(
-                alpha=spectrum_alpha, ave_spectrum=ave_spectrum, log_matrix=log_matrix, batch_matrix=batch_matrix,
-                matrix=matrix,
+                alpha=spectrum_alpha, ave_spectrum=ave_spectrum, log_matrix=log_matrix,
+                batch_matrix=batch_matrix, matrix=matrix,
             ),
         )  # fmt: skip
 

@@ -100,7 +100,8 @@ class HOG:
             raise OptionError(
                 "hog_pool",
                 pool,
-                f"must divide patches of {patch[0]} x {patch[1]} pixels, hog_nbins={nbins} be 1 or more",
+                f"must divide patches of {patch[0]} x {patch[1]} pixels, and hog_nbins={nbins} must "
+                "be 1 or more",
             )
         if window and any(count * side % window for count, side in zip(grid, patch, strict=True)):
             raise OptionError(
@@ -276,8 +277,8 @@ class VisualTokenizer:
             return self.choose(self.encoder(images.to(self.dtype)), positions)
 
     def choose(self, features: Tensor, positions: Tensor | None) -> Tensor:
-        """Of features [B, 8 G, h, w] only the listed positions need logits, a few thousand of them at
-        a time."""
+        """Of features [B, 8 G, h, w] only the listed positions need logits, a few thousand of them
+        at a time."""
         rows = features.flatten(2).transpose(1, 2)
         rows = rows if positions is None else take(rows, positions)
         ids = [self.encoder.logits(few).argmax(-1) for few in rows.flatten(0, 1).split(self.rows)]

@@ -20,12 +20,13 @@ _LEFTOVER_SWITCHES = ("no_loss_masked", "resplit")
 _FLAGS_OF_OPTIONS = {
     "model": "model", "backbone": "model", "input_size": "input_size", "patch_size": "patch_size",
     "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
-    "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type", "layer": "layer",
+    "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type",
+    "layer": "layer",
 }  # fmt: skip
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
-    """The parser of `stage`: "pretrain" or "finetune"."""
+    """Returns the parser of `stage`: "pretrain" or "finetune"."""
     titles = {
         "pretrain": "Masked-image-modelling pre-training",
         "finetune": "Fine-tuning and evaluation for classification",
@@ -124,17 +125,20 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--recompute_gelu", choices=("auto", "on", "off"), default="auto",
-        help="a fifth less memory by making the GELU again in the backward pass; auto: on a CPU, where it is free",
+        help="a fifth less memory by making the GELU again in the backward pass; auto: on a CPU, "
+        "where it is free",
     )  # fmt: skip
     group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Where the images come from and how they are read."""
+    """Adds where the images come from and how they are read."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data_set", default=None, choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes"),
-        help="IMNET: map files beside folders or zips; None: inferred from --data_path; digits without one",
+        "--data_set", default=None,
+        choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes"),
+        help="IMNET: map files beside folders or zips; None: inferred from --data_path; digits "
+        "without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
@@ -151,7 +155,8 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         )
         group.add_argument(
             "--color_jitter", type=float, default=0.0,
-            help="range of brightness, contrast and saturation of the whole image, before the crop; BEiT: 0.4",
+            help="range of brightness, contrast and saturation of the whole image, before the "
+            "crop; BEiT: 0.4",
         )  # fmt: skip
         group.add_argument(
             "--data_pipeline",
@@ -179,7 +184,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_loader_flags(group: argparse._ArgumentGroup) -> None:
-    """How images are normalized and read, and what becomes of unreadable ones."""
+    """Adds how images are normalized and read, and what becomes of unreadable ones."""
     _switch(
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
         help="ImageNet mean and std instead of 0.5",
@@ -198,7 +203,7 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Batch, optimizer and schedules."""
+    """Adds the flags of batch, optimizer and schedules."""
     pretrain = stage == "pretrain"
     group = parser.add_argument_group("optimizer and schedule")
     group.add_argument(
@@ -247,7 +252,8 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="cosine",
-        help="mae: its warm-up reaches the peak one step later, as in MAE's code; the others are A2MIM's",
+        help="mae: its warm-up reaches the peak one step later, as in MAE's code; the others are "
+        "A2MIM's",
     )  # fmt: skip
     group.add_argument(
         "--lr_steps",
@@ -261,7 +267,8 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--warmup_ratio", type=float, default=0.0,
-        help="of --lr_schedule step, cosine_iters, cosine_epochs: ratio of the lr that the warm-up begins with",
+        help="of --lr_schedule step, cosine_iters, cosine_epochs: ratio of the lr that the warm-up "
+        "begins with",
     )  # fmt: skip
     group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
     group.add_argument("--warmup_epochs", type=int, default=5)
@@ -304,7 +311,8 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--part_source", choices=("maps", "attention_heads", "kmeans", "random"), default="maps",
-        help="maps: any that --part_maps holds; attention_heads, kmeans: maps of that kind; random: without meaning",
+        help="maps: any that --part_maps holds; attention_heads, kmeans: maps of that kind; "
+        "random: without meaning",
     )  # fmt: skip
     group = parser.add_argument_group("images of the tokenizer (BEiT, SemanticBEiT)")
     group.add_argument(
@@ -335,8 +343,8 @@ def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
         _switch(group, flag.name, flag.off, default=flag.default, help=flag.help)
         return
     group.add_argument(
-        f"--{flag.name}", type=flag.type, choices=flag.choices, default=flag.default, metavar=flag.metavar,
-        help=flag.help,
+        f"--{flag.name}", type=flag.type, choices=flag.choices, default=flag.default,
+        metavar=flag.metavar, help=flag.help,
     )  # fmt: skip
 
 
@@ -418,8 +426,8 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Device, precision and the processes: all that a script without training needs of the
-    engine."""
+    """Adds the flags of device, precision and processes, all that a script without training needs
+    of the engine."""
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--device", default="cuda", help="cuda (falls back to cpu where there is none) or cpu"
@@ -447,13 +455,14 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Device, precision, DeepSpeed and the processes."""
+    """Adds the flags of device, precision, DeepSpeed and processes."""
     group = add_process_flags(parser)
     group.add_argument(
         "--matmul_precision",
         choices=("auto", "highest", "high"),
         default="auto",
-        help="of float32 products and convolutions: high takes TF32 on a GPU; auto: high on a GPU, highest on a CPU",
+        help="of float32 products and convolutions: high takes TF32 on a GPU; auto: high on a GPU, "
+        "highest on a CPU",
     )
     _switch(
         group,
@@ -489,12 +498,13 @@ def add_recipe_flag(group: argparse._ArgumentGroup) -> None:
     """Adds --recipe, whose values `parse` and `parse_flags` take as defaults."""
     group.add_argument(
         "--recipe", default=None, metavar="NAME",
-        help="published settings, --model too; scripts/recipe.sh --list shows them. None: those of the model, if any",
+        help="published settings, --model too; scripts/recipe.sh --list shows them. None: those of "
+        "the model, if any",
     )  # fmt: skip
 
 
 def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Output, log, checkpoints and resuming."""
+    """Adds the flags of output, log, checkpoints and resuming."""
     group = parser.add_argument_group("run")
     add_recipe_flag(group)
     group.add_argument(
@@ -512,7 +522,8 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--resume",
         default="",
-        help="checkpoint to go on from; a run that SIGTERM, SIGINT or SIGUSR1 stopped has saved one and exits with 75",
+        help="checkpoint to go on from; a run that SIGTERM, SIGINT or SIGUSR1 stopped has saved "
+        "one and exits with 75",
     )
     if stage == "pretrain":
         group.add_argument(
