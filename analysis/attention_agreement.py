@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.visualize import load_model, normalization
 from unimim.checkpoint.loading import PUBLISHED_KEYS
+from unimim.cli.flags import options_as_flags
 from unimim.data.shapes import VAL_IMAGES, make_scene
 from unimim.engine.state import Normalize
 from unimim.evaluation.attention import (
@@ -159,7 +160,8 @@ def rows_of(own: Namespace, flags: list[str]) -> list[dict[str, object]]:
 def main(argv: list[str] | None = None) -> None:
     own, flags = parse(argv)
     try:
-        rows = rows_of(own, flags)
+        with options_as_flags():
+            rows = rows_of(own, flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
     rows = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
