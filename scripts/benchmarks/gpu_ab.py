@@ -125,11 +125,11 @@ def map_of_order(network: SemAIM, images: Tensor, precision: str) -> Tensor:
     with products("highest" if exact or precision == PRECISION else precision), torch.no_grad():
         if exact:
             network.double().eval()
-            found = network.unmasked(images.double())[1]
+            found = network.own_attention(images.double())
             network.float().train()
             return found
         with torch.autocast(images.device.type, torch.bfloat16):
-            return network.look_ahead({"image": images})[1]
+            return network.attention_map(images)
 
 
 def compare_orders(found: Tensor, reference: Tensor) -> dict[str, float]:
