@@ -961,7 +961,7 @@ def gaussian_blur(case: Case) -> dict[str, Tensor]:
         "kernel": model.gaussian_blur.weight,
         "blurred": blurred,
         "patches": patchify(blurred, model.patch_embed.patch_size),
-        "normalized_target": model.pixel_target(images),
+        "normalised_target": model.pixel_target(images),
     }
 
 
@@ -1320,7 +1320,7 @@ def blockwise_mask(case: Case) -> dict[str, Tensor]:
         )
         if f"c{number}/image" in inputs:
             order, image = inputs[f"c{number}/permutation"], inputs[f"c{number}/image"]
-            mask = torch.from_numpy(generator.first_of(order.numpy()))
+            mask = torch.from_numpy(generator.mask_first(order.numpy()))
             assert torch.equal(mask, inputs[f"c{number}/mask"].bool())
             filled = mean_filled(image[None], mask[None])[0]
             computed[f"c{number}/image_out"] = filled if config["mask_color"] == "mean" else image

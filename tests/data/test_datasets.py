@@ -429,7 +429,7 @@ def test_digits_are_split_by_class():
         ("IMNET", None, "--data_set IMNET needs --data_path"),
         ("image_folder", "missing", "image folder .*missing does not exist"),
         ("image_folder", "", "holds no class folders with images"),
-        ("digits", "", "--data_set digits comes with scikit-learn; leave --data_path"),
+        ("digits", "", "--data_set digits comes with scikit-learn; remove --data_path"),
         ("CIFAR", "", "does not hold torchvision's CIFAR-100 folder"),
         ("CIFAR10", "", "does not hold torchvision's CIFAR-10 folder"),
     ],
