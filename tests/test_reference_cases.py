@@ -1622,7 +1622,7 @@ def multi_order_interaction(case: Case) -> dict[str, Tensor]:
     for kind, of_ratios in found.items():
         computed[f"interaction_{kind}"] = torch.stack(of_ratios)
         strengths = computed[f"interaction_{kind}"].mean(-1).abs().mean((1, 2))
-        computed[f"J_{kind}"] = interaction.shares(strengths)
+        computed[f"J_{kind}"] = interaction.normalized(strengths)
     return computed
 
 
