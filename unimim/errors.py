@@ -1,4 +1,4 @@
-"""Errors that tell a user what to change."""
+"""Turn a network's errors into messages that tell a user what to change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def refused(sentence: str) -> Iterator[None]:
-    """ValueError of that sentence and the network's own words in place of what a network raises
-    that does not fit."""
+    """Raise errors from inside as ValueError: `sentence`, then the original message."""
     try:
         yield
     except (

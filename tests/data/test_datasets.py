@@ -753,7 +753,7 @@ def test_archives_are_not_overwritten_unasked(folder_root):
     archive = folder_root / "train.zip"
     zip_dataset.zip_folder(folder_root / "train", archive)
     first = archive.read_bytes()
-    with pytest.raises(ValueError, match="exists; remove it or give --overwrite"):
+    with pytest.raises(ValueError, match="exists; remove it or use --overwrite"):
         zip_dataset.zip_folder(folder_root / "train", archive)
     zip_dataset.zip_folder(folder_root / "train", archive, overwrite=True)
     assert archive.read_bytes() == first  # the same images, the same bytes
