@@ -312,8 +312,8 @@ class MIMDet(nn.Module):
         else:
             log.warning(
                 "%s has no decoder: MIMDet's starts from random weights, for which the published "
-        """Return the order of the patches, int64 [B, L], and how many of them are sampled.
-                "a longer warm-up",
+                "recipe was not made (users report NaN). Use MAE's whole checkpoint, a lower lr, "
+                "or a longer warm-up",
                 path,
             )
 

@@ -143,7 +143,7 @@ class WindowViT(nn.Module):
         return state
 
     def shares(self, key: str, wanted: bool) -> bool:
-        """Tell whether a table is for global blocks (or windowed ones); shared ones are for both."""
+        """Tell whether a table is for global (or windowed) blocks; a shared one is for both."""
         return not key.startswith("blocks.") or self.is_global(int(key.split(".")[1])) == wanted
 
     def resized(self, table: Tensor, side: int) -> Tensor:

@@ -363,7 +363,9 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
         "--nb_classes",
         "10",
     ]
-    with pytest.raises(ValueError, match="holds vit_tiny_patch16_224, which does not predict pixels"):
+    with pytest.raises(
+        ValueError, match="holds vit_tiny_patch16_224, which does not predict pixels"
+    ):
         visualize.reconstruct(*visualize.parse(line))
 
 
