@@ -37,31 +37,53 @@ class FolderFiles:
             raise BrokenImageError(error.strerror or str(error)) from error
 
 
+def locate_members(archive: Path, names: PathTable) -> dict[str, np.ndarray]:
+    """Return where the members `names` of a zip are and how they are packed, one array each.
+
+    The keys are names of attributes of `ZipFiles`; a name that the archive lacks has offset -1.
+
+    Raises:
+        ValueError: the file is missing, is not a zip archive, or contains none of the names.
+    """
+    members = zip_members(archive)
+    rows = locate(members.names, names)
+    if len(rows) and rows.max() < 0:
+        held = members.names[0] if len(members.names) else "nothing"
+        raise ValueError(
+            f"{archive} holds none of the listed members, such as '{names[0]}'; it holds '{held}'"
+        )
+    return {
+        "offset": np.where(rows < 0, -1, members.offset[rows]),
+        "packed_size": members.packed_size[rows],
+        "size": members.size[rows],
+        "method": members.method[rows].astype(np.int16),
+    }
+
+
 class ZipFiles:
     """The members `names` of a zip archive, stored or deflated, read in place.
 
-    Offsets are looked up once and kept as arrays. Each process opens the memory map when it first
-    reads; the map is never inherited or pickled. A name that the archive lacks is a broken image.
+    Offsets are looked up once, unless `members` has the result of `locate_members`. Each process
+    opens the memory map when it first reads; the map is never inherited or pickled. A name that the
+    archive lacks is a broken image.
 
     Raises:
         ValueError: the file is missing, is not a zip archive, or contains none of the names.
     """
 
-    def __init__(self, archive: Path, names: PathTable | Iterable[str]):
+    def __init__(
+        self,
+        archive: Path,
+        names: PathTable | Iterable[str],
+        members: dict[str, np.ndarray] | None = None,
+    ):
         self.archive = archive
         self.names = names if isinstance(names, PathTable) else PathTable(names)
-        members = zip_members(archive)
-        rows = locate(members.names, self.names)
-        if len(rows) and rows.max() < 0:
-            held = members.names[0] if len(members.names) else "nothing"
-            raise ValueError(
-                f"{archive} holds none of the listed members, such as '{self.names[0]}'; "
-                f"it holds '{held}'"
-            )
-        self.offset = np.where(rows < 0, -1, members.offset[rows])
-        self.packed_size = members.packed_size[rows]
-        self.size = members.size[rows]
-        self.method = members.method[rows].astype(np.int16)
+        members = locate_members(archive, self.names) if members is None else members
+        self.offset = members["offset"]
+        self.packed_size = members["packed_size"]
+        self.size = members["size"]
+        self.method = members["method"]
         self._map = None
         self._pid = None
 
