@@ -406,5 +406,5 @@ def test_the_archive_is_unpacked_and_may_not_write_elsewhere(data, tmp_path):
     with pytest.raises(ValueError, match="not one folder"):
         prepare_ade20k.unpack(tmp_path / "bad.zip", tmp_path / "out")
     (tmp_path / "no.zip").write_text("no")
-    with pytest.raises(ValueError, match="no zip"):
+    with pytest.raises(ValueError, match="is not a zip"):
         prepare_ade20k.unpack(tmp_path / "no.zip", tmp_path / "out")
