@@ -1328,7 +1328,7 @@ def blockwise_mask(case: Case) -> dict[str, Tensor]:
         )
         if f"c{number}/image" in inputs:
             order, image = inputs[f"c{number}/permutation"], inputs[f"c{number}/image"]
-            mask = torch.from_numpy(generator.first_of(order.numpy()))
+            mask = torch.from_numpy(generator.mask_first(order.numpy()))
             assert torch.equal(mask, inputs[f"c{number}/mask"].bool())
             filled = mean_filled(image[None], mask[None])[0]
             computed[f"c{number}/image_out"] = filled if config["mask_color"] == "mean" else image
@@ -1630,7 +1630,7 @@ def multi_order_interaction(case: Case) -> dict[str, Tensor]:
     for kind, of_ratios in found.items():
         computed[f"interaction_{kind}"] = torch.stack(of_ratios)
         strengths = computed[f"interaction_{kind}"].mean(-1).abs().mean((1, 2))
-        computed[f"J_{kind}"] = interaction.shares(strengths)
+        computed[f"J_{kind}"] = interaction.normalized(strengths)
     return computed
 
 

@@ -1,4 +1,4 @@
-"""Errors that tell a user what to change."""
+"""Turn a network's errors into messages that tell a user what to change."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -38,8 +38,8 @@ def _spelled(option: str, flags: Mapping[str, str]) -> str:
 
 @contextmanager
 def refused(what: str | OptionError) -> Iterator[None]:
-    """Raises a ValueError of this sentence, or this OptionError, with the network's own words after
-    it, in place of what a network raises that does not fit."""
+    """Raise errors from inside as `what` (a ValueError's sentence or an OptionError), then the
+    original message."""
     try:
         yield
     except (

@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional as pictures
 import modeling_finetune
 from modeling_finetune import attention_under_bias
 from modeling_pretrain import SemAIM
-from scripts.benchmarks.benchmark import Variant, gemm, make_variant, synchronize
+from scripts.benchmarks.benchmark import gemm, make_variant
 from scripts.benchmarks.gpu_fast import (
     CASES,
     PRECISION,
@@ -49,6 +49,7 @@ from scripts.benchmarks.gpu_fast import (
     step_times,
     wait_for,
 )
+from scripts.benchmarks.timing import Variant, synchronize
 from scripts.gpu_check import Checks
 from unimim.data.sources import map_source
 from unimim.data.views import image_mean_std

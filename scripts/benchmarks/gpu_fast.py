@@ -47,9 +47,10 @@ from modeling_finetune import Block
 from modeling_pretrain import PretrainMethod, VisualTokenPredictor
 from modeling_targets import DalleEncoder, VisualTokenizer
 from optim_factory import param_groups
-from scripts.benchmarks.benchmark import Variant, gemm, make_variant, random_batch, synchronize
+from scripts.benchmarks.benchmark import gemm, make_variant, random_batch
 from scripts.benchmarks.data import write_stand_in
 from scripts.benchmarks.published import make_straightforward
+from scripts.benchmarks.timing import Variant, synchronize
 from scripts.gpu_check import Checks
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse

@@ -194,14 +194,15 @@ def test_opening_part_maps(tmp_path):
     same = part_flags(part_maps=given.part_maps, part_source="kmeans")
     assert open_parts(same, source, method_of(7)).read(1).tolist() == [[1, 1], [1, 1]]
     with pytest.raises(
-        ValueError, match="holds kmeans parts, not attention_heads: run_part_learning"
+        ValueError,
+        match="holds kmeans parts, not attention_heads; make those with run_part_learning",
     ):
         open_parts(
             part_flags(part_maps=given.part_maps, part_source="attention_heads"),
             source,
             method_of(7),
         )
-    with pytest.raises(ValueError, match="has 6 parts: give --num_parts 6"):
+    with pytest.raises(ValueError, match="has 6 parts; use --num_parts 6"):
         open_parts(given, source, method_of(5))
     with pytest.raises(ValueError, match="needs --part_maps"):
         open_parts(part_flags(), source, method_of(7))

@@ -241,7 +241,7 @@ def test_attention_that_knows_the_objects():
     attention[:, 1, 2:] = 0.9 * (own == 0)
     attention[:, 2:, 2:] = (own[:, None] == own).float()
     found: dict[str, list[float]] = {}
-    for name, value in attention_agreement.figures(attention, objects, 2, (4, 4)):
+    for name, value in attention_agreement.metrics(attention, objects, 2, (4, 4)):
         found.setdefault(name, []).append(value)
     assert {
         name: len(values) for name, values in found.items() if "patch" in name

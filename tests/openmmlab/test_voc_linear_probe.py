@@ -128,7 +128,7 @@ def test_palette_indices_are_the_classes(tmp_path):
     with pytest.raises(ValueError, match=r"a\.png has class 20: --nb_classes 20 is too few"):
         voc.read_mask(tmp_path / "a.png", 20)
     picture.convert("RGB").save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png is no palette or gray image, but of mode RGB"):
+    with pytest.raises(ValueError, match=r"b\.png is not a palette or gray image, but of mode RGB"):
         voc.read_mask(tmp_path / "b.png", 21)
 
 

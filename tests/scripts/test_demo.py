@@ -159,7 +159,7 @@ def test_hidden_patches_are_grey_and_the_others_as_they_were():
     mask[0, 1, 2] = mask[1, 0, 0] = True
     hidden = visualize.hide(images, mask)
     expected = images.clone()
-    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = visualize.MASKED_GREY
+    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = visualize.MASKED_GRAY
     assert torch.equal(hidden, expected)
 
 
@@ -343,7 +343,7 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
     saved = tiny_semaim(tmp_path, predict_feature="inference")[1]
     with pytest.raises(
         ValueError,
-        match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which predicts no pixels",
+        match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which does not predict pixels",
     ):
         visualize.reconstruct(
             *visualize.parse(["reconstruct", "--checkpoint", saved, "--output", "x"])
@@ -364,14 +364,16 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
         "--nb_classes",
         "10",
     ]
-    with pytest.raises(ValueError, match="holds vit_tiny_patch16_224, which predicts no pixels"):
+    with pytest.raises(
+        ValueError, match="holds vit_tiny_patch16_224, which does not predict pixels"
+    ):
         visualize.reconstruct(*visualize.parse(line))
 
 
 def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
     flags = ["--model", "mae_tiny_patch16_224", "--input_size", "32", "--patch_size", "8"]
     with pytest.raises(
-        ValueError, match=r"draws its masks itself: analysis/visualize\.py reconstruct"
+        ValueError, match=r"draws its masks itself; use analysis/visualize\.py reconstruct"
     ):
         visualize.masks(*visualize.parse(["masks", "--output", "x", *flags]))
 

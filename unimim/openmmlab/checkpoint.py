@@ -1,4 +1,4 @@
-"""Loads pre-trained weights into a backbone, through the repository's one loader."""
+"""Load pre-trained weights into a backbone, through the repository's one loader."""
 
 import logging
 import pickle
@@ -19,8 +19,7 @@ NETWORK = "backbone.network."  # of a segmentor or detector whose backbone is on
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content; of one that would run code, such as mmengine's own files, the tensors
-    alone."""
+    """Return a checkpoint's content; only its tensors if it would run code (mmengine's files)."""
     try:
         return load_checkpoint(path)
     except ValueError as error:
@@ -30,11 +29,11 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = ()) -> LoadReport:
-    """Copies the weights of any file that `checkpoint.load_pretrained` knows into a backbone, and
-    logs the report.
+    """Load any file that `load_pretrained` knows into a backbone, and log the report.
 
-    Raises ValueError, with the model untouched, where less than 90 % of its parameter tensors are
-    found, without those whose names contain one of `new`.
+    Raises:
+        ValueError: less than 90 % of the parameter tensors are found, not counting those whose
+            names contain one of `new`. The model is unchanged then.
     """
     content = read(path)
     names = unwrapped(content, KEYS)
@@ -49,5 +48,5 @@ def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = 
 
 
 def class_tokens(path: str | Path) -> int:
-    """How many class tokens the weights of a file have; 1 for those that have none."""
+    """Return the number of class tokens in a file, 1 if it has none."""
     return loading.class_tokens(read(path)) or 1
