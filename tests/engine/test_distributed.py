@@ -653,8 +653,12 @@ def stops_and_bad_images(folder: Path) -> dict:
                 answers[when].append(stop.agreed(last=step == 4))
                 if answers[when][-1]:
                     break
-    dataset = build_dataset(arguments("pretrain", folder, "--max_bad_images", "3"), train=True, need_labels=False,
-                            transform=None)  # fmt: skip
+    dataset = build_dataset(
+        arguments("pretrain", folder, "--max_bad_images", "3"),
+        train=True,
+        need_labels=False,
+        transform=None,
+    )
     for index in [4, 5] if rank == 0 else [5, 6]:
         dataset.bad.add(index)
     share_bad_images(dataset)

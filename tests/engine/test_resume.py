@@ -493,7 +493,7 @@ def test_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch):
 
 def published(network: torch.nn.Module, epoch: int, prefix: str = "") -> dict:
     """A file as ConMIM's release writes it: dead weights and index buffers included
-    (specs/conmim.md 1.2, 2.5)."""
+    (docs/methods/conmim.md#projector)."""
     state = {
         prefix + name: value + 0.25 if value.is_floating_point() else value
         for name, value in network.state_dict().items()

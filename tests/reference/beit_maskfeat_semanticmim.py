@@ -117,8 +117,9 @@ def semanticmim_outputs(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[st
 def published_gradients(model: SemanticMIM) -> dict[str, Tensor]:
     """Under OpenMMLab's names."""
     names = {
-        "backbone.norm.": "backbone.ln1.", "mask_blocks.": "extra_layers.", "blocks.": "layers.", ".norm": ".ln",
-        ".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1.", "patch_embed.proj.": "patch_embed.projection.",
+        "backbone.norm.": "backbone.ln1.", "mask_blocks.": "extra_layers.", "blocks.": "layers.",
+        ".norm": ".ln", ".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1.",
+        "patch_embed.proj.": "patch_embed.projection.",
     }  # fmt: skip
     heads = {"grad/lm_head.": "grad/head.cls_head.", "grad/hog_head.": "grad/neck.fc."}
     found = {}

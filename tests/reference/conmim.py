@@ -178,8 +178,9 @@ def model_of_shapes(config: dict, shapes: dict[str, list[int]]) -> nn.Module:
 
 def schedules(case: Case) -> dict[str, Tensor]:
     names = {
-        "base_value": "base", "final_value": "final", "epochs": "epochs", "niter_per_ep": "steps_per_epoch",
-        "warmup_epochs": "warmup_epochs", "warmup_steps": "warmup_steps", "start_warmup_value": "start_warmup",
+        "base_value": "base", "final_value": "final", "epochs": "epochs",
+        "niter_per_ep": "steps_per_epoch", "warmup_epochs": "warmup_epochs",
+        "warmup_steps": "warmup_steps", "start_warmup_value": "start_warmup",
     }  # fmt: skip
     computed = {}
     for k, setting in enumerate(case.config["settings"]):

@@ -22,7 +22,8 @@ from unimim.checkpoint.resizing import interpolate_pos_embed
 
 def mae_options(config: dict) -> dict:
     names = (
-        "mask_ratio", "norm_pix_loss", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "in_chans",
+        "mask_ratio", "norm_pix_loss", "decoder_embed_dim", "decoder_depth", "decoder_num_heads",
+        "in_chans",
     )  # fmt: skip
     options = {
         key: value

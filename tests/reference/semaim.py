@@ -17,8 +17,9 @@ from unimim.checkpoint.names import fuse_qkv
 
 def semaim_options(config: dict) -> dict:
     names = (
-        "in_chans", "permutation_type", "attention_type", "query_depth", "share_weight", "prediction_head_type",
-        "predict_feature", "gaussian_kernel_size", "gaussian_sigma", "loss_type", "norm_pix_loss", "use_ema_model",
+        "in_chans", "permutation_type", "attention_type", "query_depth", "share_weight",
+        "prediction_head_type", "predict_feature", "gaussian_kernel_size", "gaussian_sigma",
+        "loss_type", "norm_pix_loss", "use_ema_model",
     )  # fmt: skip
     options = {
         key: value
@@ -113,8 +114,8 @@ def split_gradients(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def semaim_masks(case: Case) -> dict[str, Tensor]:
     config, inputs = case.config, case.inputs()
     order = patch_order(
-        config["permutation_type"], (config["grid"],) * 2, inputs.get("noise"), inputs.get("attention_map"),
-        inputs.get("center_noise"),
+        config["permutation_type"], (config["grid"],) * 2, inputs.get("noise"),
+        inputs.get("attention_map"), inputs.get("center_noise"),
     )  # fmt: skip
     order = order.expand(config["batch"], -1)
     return {"permutation": order, **visible(order)}

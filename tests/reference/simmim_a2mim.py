@@ -97,8 +97,8 @@ def a2mim_head(case: Case) -> dict[str, Tensor]:
 
 
 NECK_NAMES = (
-    ("decoder_pred.0.", "pred."), ("decoder.0.", "pred."), ("decoder.conv.0.conv.", "decoder.conv."),
-    ("decoder.conv.0.ln.", "decoder.ln."),
+    ("decoder_pred.0.", "pred."), ("decoder.0.", "pred."),
+    ("decoder.conv.0.conv.", "decoder.conv."), ("decoder.conv.0.ln.", "decoder.ln."),
 )  # fmt: skip
 
 
@@ -279,8 +279,9 @@ def a2mim_lr_schedule(case: Case) -> dict[str, Tensor]:
         warmup = config.get("warmup_iters", 0) if config.get("warmup") else 0
         rates = annealing(
             kind, config["base_lrs"][0], config.get("min_lr", 0.0), config["epochs"], steps,
-            warmup * (steps if config.get("warmup_by_epoch") else 1), warmup_ratio=config.get("warmup_ratio", 0.1),
-            milestones=config.get("step", ()), gamma=config.get("gamma", 0.1),
+            warmup * (steps if config.get("warmup_by_epoch") else 1),
+            warmup_ratio=config.get("warmup_ratio", 0.1), milestones=config.get("step", ()),
+            gamma=config.get("gamma", 0.1),
         )  # fmt: skip
         scales = [rate / config["base_lrs"][0] for rate in config["base_lrs"]]
         optimizer = torch.optim.SGD(
@@ -367,10 +368,12 @@ def a2mim_key_map(case: Case) -> dict[str, Tensor]:
         return computed | {"features": features.permute(0, 3, 1, 2)}
     arch = config["arch"]
     own = VisionTransformer(
-        input_size=config["img_size"], patch_size=config["patch_size"], embed_dim=arch["embed_dims"],
-        depth=arch["num_layers"], num_heads=arch["num_heads"], init_values=config["init_values"],
-        mlp_ratio=mlp_ratio(arch["feedforward_channels"], arch["embed_dims"]), **position_options(config),
-        num_classes=network.num_classes, global_pool="token" if config["final_norm"] else "avg",
+        input_size=config["img_size"], patch_size=config["patch_size"],
+        embed_dim=arch["embed_dims"], depth=arch["num_layers"], num_heads=arch["num_heads"],
+        init_values=config["init_values"],
+        mlp_ratio=mlp_ratio(arch["feedforward_channels"], arch["embed_dims"]),
+        **position_options(config), num_classes=network.num_classes,
+        global_pool="token" if config["final_norm"] else "avg",
     ).eval()  # fmt: skip
     load_weights(own, weights)
     torch.testing.assert_close(
@@ -401,10 +404,12 @@ def timm_network(config: dict, size: tuple[int, int], num_classes: int) -> nn.Mo
             img_size=size, window_size=config["window_size"], num_classes=num_classes, **sizes
         )
     return cls(
-        img_size=size, patch_size=config["patch_size"], embed_dim=arch["embed_dims"], depth=arch["num_layers"],
-        num_heads=arch["num_heads"], mlp_ratio=mlp_ratio(arch["feedforward_channels"], arch["embed_dims"]),
-        init_values=config["init_values"], use_abs_pos_emb=config["use_abs_pos_embed"], num_classes=num_classes,
-        use_rel_pos_bias=config["use_rel_pos_bias"], global_pool="token" if config["final_norm"] else "avg",
+        img_size=size, patch_size=config["patch_size"], embed_dim=arch["embed_dims"],
+        depth=arch["num_layers"], num_heads=arch["num_heads"],
+        mlp_ratio=mlp_ratio(arch["feedforward_channels"], arch["embed_dims"]),
+        init_values=config["init_values"], use_abs_pos_emb=config["use_abs_pos_embed"],
+        num_classes=num_classes, use_rel_pos_bias=config["use_rel_pos_bias"],
+        global_pool="token" if config["final_norm"] else "avg",
     )  # fmt: skip
 
 
