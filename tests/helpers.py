@@ -245,6 +245,7 @@ def _rank(
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": ranks,
+        "LOCAL_SIZE": ranks,  # as DeepSpeed's launcher sets it; else each step calls numactl
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
