@@ -60,7 +60,10 @@ def test_there_is_no_circle():
 
 
 def test_the_top_floor_stays_small():
-    entries = [path for path in ROOT.iterdir() if not path.name.startswith((".", "__")) and path.name not in
-               ("out", "output", "wandb")]  # fmt: skip
+    entries = [
+        path
+        for path in ROOT.iterdir()
+        if not path.name.startswith((".", "__")) and path.name not in ("out", "output", "wandb")
+    ]
     assert len(list(ROOT.glob("*.py"))) <= 16
     assert len(entries) <= 31

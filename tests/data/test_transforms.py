@@ -124,7 +124,7 @@ def test_the_first_rows_of_a_jpeg_are_exact_without_those_below(kind):
 
 
 @pytest.mark.parametrize("kind", ENCODED)
-def test_a_picture_that_is_opened_first_is_the_same(kind):
+def test_an_image_that_is_opened_first_is_the_same(kind):
     size, decode_rows = open_picture(ENCODED[kind])
     assert size == (40, 60)
     assert all(
@@ -177,7 +177,7 @@ def test_broken_bytes_are_reported_as_such(raw):
 # --- draws ----------------------------------------------------------------------------------------
 
 
-def test_draws_have_the_published_distribution():
+def test_random_parameters_have_the_published_distribution():
     rng = np.random.default_rng(0)
     found = [draw_view(rng, (400, 400), (0.08, 1.0), "bicubic", strong=True) for _ in range(4000)]
     areas = np.array([draws.box[2] * draws.box[3] / 400**2 for draws in found])
@@ -334,7 +334,7 @@ def test_the_weak_view_does_not_depend_on_the_other_views():
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_the_second_picture_is_the_same_crop_in_another_size(pipeline):
+def test_the_second_image_is_the_same_crop_in_another_size(pipeline):
     """Both sizes are those of Pillow after jitter, flip and crop of the whole picture, in BEiT's
     order."""
     transform = build_pretrain_transform(

@@ -5,6 +5,7 @@ All engines run one after another in the same spawned processes, once on one ran
 """
 
 import copy
+import gc
 import json
 import math
 from functools import partial
@@ -159,12 +160,13 @@ def everything(run) -> dict:
 def pretrain_all(
     folder: Path, engines: tuple[str, ...] = ENGINES, flags: tuple[str, ...] = ()
 ) -> dict[str, dict]:
-    return {
-        engine: train_save_resume(
-            "pretrain", folder / engine, *engine_flags(engine), *ACCUMULATED, *flags
-        )
-        for engine in engines
-    }
+    results = {}
+    for engine in engines:
+        gc.freeze()  # stage 3 collects garbage at each start: not among all that is imported
+        engine_folder = folder / engine
+        given = (*engine_flags(engine), *ACCUMULATED, *flags)
+        results[engine] = train_save_resume("pretrain", engine_folder, *given)
+    return results
 
 
 def finetune_all(folder: Path) -> dict[str, dict]:
@@ -665,8 +667,12 @@ def stops_and_bad_images(folder: Path) -> dict:
                 answers[when].append(stop.agreed(last=step == 4))
                 if answers[when][-1]:
                     break
-    dataset = build_dataset(arguments("pretrain", folder, "--max_bad_images", "3"), train=True, need_labels=False,
-                            transform=None)  # fmt: skip
+    dataset = build_dataset(
+        arguments("pretrain", folder, "--max_bad_images", "3"),
+        train=True,
+        need_labels=False,
+        transform=None,
+    )
     for index in [4, 5] if rank == 0 else [5, 6]:
         dataset.bad.add(index)
     share_bad_images(dataset)

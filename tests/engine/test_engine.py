@@ -242,7 +242,8 @@ def test_tensors_without_gradients_are_named(monkeypatch, cut):
 
 
 def test_statistics_on_the_host_take_a_flag_from_the_device():
-    """--model_ema_force_cpu: weights on a GPU, which pretends to be there, and an average beside them on the host."""
+    """--model_ema_force_cpu: weights on a GPU, which pretends to be there, and their average on the
+    host."""
     with FakeTensorMode():
         statistics = BatchStatistics(nn.BatchNorm1d(3, device="cuda"), nn.BatchNorm1d(3))
         statistics.keep()
@@ -363,7 +364,7 @@ def test_taking_a_step_back_asks_no_device(monkeypatch):
             runner.step_unless_nonfinite(optimizer, applied)
 
 
-def test_average_takes_the_flag_from_the_device():
+def test_ema_takes_the_flag_from_the_device():
     """There `applied` is a tensor that the host has not read: the same up to rounding, and a
     skipped step is none."""
     source = nn.Linear(3, 2)
@@ -458,7 +459,7 @@ class WithBuffers(nn.Module):
         self.register_buffer("index", torch.arange(3))
 
 
-def test_moving_average_against_a_plain_loop():
+def test_ema_equals_a_plain_loop():
     source = WithBuffers()
     average = MovingAverage(source, copy_buffers=True)
     expected = {name: value.double().clone() for name, value in source.state_dict().items()}
@@ -483,7 +484,7 @@ def test_moving_average_against_a_plain_loop():
     assert not any(p.requires_grad for p in average.module.parameters())
 
 
-def test_moving_average_follows_replaced_buffers():
+def test_ema_follows_replaced_buffers():
     """A change of dtype or device puts new buffers in the place of the old ones."""
     source = WithBuffers()
     average = MovingAverage(source, copy_buffers=True)
@@ -497,13 +498,13 @@ def test_moving_average_follows_replaced_buffers():
     )
 
 
-def test_average_stays_in_float32():
+def test_ema_stays_in_float32():
     average = MovingAverage(nn.Linear(3, 2).bfloat16())
     assert {p.dtype for p in average.module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("flags", [(), ("--model_ema_force_cpu",)])
-def test_averaged_classifier_follows_and_is_evaluated(tmp_path, flags):
+def test_ema_of_a_classifier_follows_and_is_evaluated(tmp_path, flags):
     run, position = start("finetune", tmp_path, "--model_ema", "--model_ema_decay", "0.5", *flags)
     expected = {name: p.detach().double().clone() for name, p in run.task.model.named_parameters()}
     for step in range(3):
@@ -526,7 +527,7 @@ def test_averaged_classifier_follows_and_is_evaluated(tmp_path, flags):
     assert differing(average_weights(run), average_weights(resumed)) == []
 
 
-def test_average_that_a_checkpoint_lacks_starts_from_its_weights(tmp_path):
+def test_ema_that_a_checkpoint_lacks_starts_from_its_weights(tmp_path):
     run, position = start("finetune", tmp_path)
     train_steps(run, 0, 2)
     position.step = 2
@@ -750,12 +751,13 @@ def test_half_written_configuration_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-        ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312),
-        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
         ("Tesla V100-PCIE-16GB", 112), ("Tesla T4", 65), ("NVIDIA GeForce RTX 3090", 71),
-        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A1000", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A1000", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
     ],
 )  # fmt: skip
 def test_peak_is_that_of_the_device_and_of_no_namesake(name, tflops):

@@ -49,8 +49,8 @@ VIT_FLAGS = [
     *SIZE,
 ]
 COMMANDS = {
-    "fourier": fourier, "cka": cka, "effective_rank": effective_rank, "attention_distance": attention_distance,
-    "interaction": interaction,
+    "fourier": fourier, "cka": cka, "effective_rank": effective_rank,
+    "attention_distance": attention_distance, "interaction": interaction,
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def test_the_head_by_hand():
 # Views
 
 
-def test_crops_are_drawn_once_and_cut_to_the_picture():
+def test_crops_are_drawn_once_and_cut_to_the_image():
     rng = np.random.default_rng(0)
     boxes = np.array([draw_clipped_crop(rng, (400, 90), (0.08, 1.0)) for _ in range(4000)])
     top, left, height, width = boxes.T

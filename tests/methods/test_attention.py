@@ -49,8 +49,10 @@ def saved(folder: Path, name: str, **more) -> tuple[nn.Module, str]:
     is_classifier = "num_classes" in options
     kept = options.keys() - ({"num_classes", "num_cls_tokens"} if is_classifier else set())
     flags = {
-        "model": name, "data_set": "digits", "input_size": 16, "patch_size": 4, "imagenet_default_mean_and_std": True,
-        "model_kwargs": [f"{key}={options[key]}" for key in kept], "discrete_vae_weight_path": "/gone/encoder.pkl",
+        "model": name, "data_set": "digits", "input_size": 16, "patch_size": 4,
+        "imagenet_default_mean_and_std": True,
+        "model_kwargs": [f"{key}={options[key]}" for key in kept],
+        "discrete_vae_weight_path": "/gone/encoder.pkl",
     }  # fmt: skip
     flags |= (
         {"nb_classes": 10, "finetune": "/gone.pth"} if is_classifier else {"mask_type": "random"}

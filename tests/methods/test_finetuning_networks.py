@@ -1,5 +1,5 @@
-"""Networks other than the repository's ViT behind classifier and probes (specs/a2mim.md 4.4,
-4.5)."""
+"""Networks other than the repository's ViT behind classifier and probes
+(docs/methods/simmim_a2mim.md#classifiers)."""
 
 import copy
 from argparse import Namespace
@@ -107,21 +107,23 @@ def test_tables_of_a_swin_are_resized_to_its_windows():
 
 
 def test_layers_of_each_architecture():
-    """specs/a2mim.md 4.4: Swin-T has 14 layers, ConvNeXt-T 8 and ConvNeXt-S 14, of published
+    """Swin-T has 14 layers, ConvNeXt-T 8 and ConvNeXt-S 14, of published
     sizes."""
     swin = {
-        "patch_embed.proj.weight": 0, "layers.0.blocks.1.norm1.weight": 2, "layers.1.downsample.norm.weight": 2,
-        "layers.2.blocks.5.norm1.weight": 10, "layers.3.downsample.norm.weight": 10, "layers.3.blocks.1.norm1.bias": 12,
+        "patch_embed.proj.weight": 0, "layers.0.blocks.1.norm1.weight": 2,
+        "layers.1.downsample.norm.weight": 2, "layers.2.blocks.5.norm1.weight": 10,
+        "layers.3.downsample.norm.weight": 10, "layers.3.blocks.1.norm1.bias": 12,
         "norm.weight": 13, "head.fc.weight": 13,
     }  # fmt: skip
     tiny = {
-        "stem.0.weight": 0, "stages.0.blocks.2.gamma": 1, "stages.1.downsample.0.bias": 2, "stages.1.blocks.0.gamma": 2,
-        "stages.2.downsample.0.bias": 3, "stages.2.blocks.2.gamma": 3, "stages.2.blocks.8.gamma": 5,
-        "stages.3.downsample.1.bias": 6, "stages.3.blocks.0.gamma": 6, "head.norm.weight": 7, "head.fc.weight": 7,
+        "stem.0.weight": 0, "stages.0.blocks.2.gamma": 1, "stages.1.downsample.0.bias": 2,
+        "stages.1.blocks.0.gamma": 2, "stages.2.downsample.0.bias": 3, "stages.2.blocks.2.gamma": 3,
+        "stages.2.blocks.8.gamma": 5, "stages.3.downsample.1.bias": 6, "stages.3.blocks.0.gamma": 6,
+        "head.norm.weight": 7, "head.fc.weight": 7,
     }  # fmt: skip
     small = tiny | {
-        "stages.2.blocks.26.gamma": 11, "stages.3.downsample.1.bias": 12, "stages.3.blocks.0.gamma": 12,
-        "head.norm.weight": 13, "head.fc.weight": 13,
+        "stages.2.blocks.26.gamma": 11, "stages.3.downsample.1.bias": 12,
+        "stages.3.blocks.0.gamma": 12, "head.norm.weight": 13, "head.fc.weight": 13,
     }  # fmt: skip
     for names, depths, last in (
         (swin, (2, 2, 6, 2), 13),
@@ -212,8 +214,8 @@ def test_binary_cross_entropy_is_summed_over_classes():
     torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits, labels), criterion(logits, smooth))
 
 
-def test_the_average_has_the_networks_batch_statistics():
-    """Its weights are averaged, its statistics are not (specs/a2mim.md 4.4)."""
+def test_the_ema_has_the_networks_batch_statistics():
+    """The ema averages weights, not statistics (docs/methods/simmim_a2mim.md#classifiers)."""
     args = parse("finetune", ["--model_ema", "--model_ema_decay", "0.5"])
     args.nb_classes = 3
     task = Classification(
@@ -228,8 +230,9 @@ def test_the_average_has_the_networks_batch_statistics():
     assert task.model[0].running_mean.min() > 0.1 and average[0].num_batches_tracked == 1
 
 
-def test_the_averages_decay_rises():
-    """m (1 - 0.1 (1 - i / W)) in the first W of the epochs (specs/a2mim.md 4.4)."""
+def test_the_decay_of_the_ema_rises():
+    """m (1 - 0.1 (1 - i / W)) in the first W of the epochs
+    (docs/methods/simmim_a2mim.md#classifiers)."""
     flags = [
         "--model_ema",
         "--model_ema_decay",
@@ -280,9 +283,10 @@ def test_repeated_images():
 def test_a_resnet_is_trained_small_and_evaluated_large(tmp_path):
     """RSB's ingredients in one run."""
     flags = (
-        *FLAGS, "--opt", "lamb", "--opt_eps", "1e-6", "--bce_loss", "--smoothing", "0", "--mixup", "0.1",
-        "--cutmix", "1", "--aug_repeats", "3", "--eval_input_size", "96", "--layer_decay", "1",
-        "--lr_schedule", "cosine_epochs", "--init_scale", "1", "--drop_path", "0.05", "--reprob", "0",
+        *FLAGS, "--opt", "lamb", "--opt_eps", "1e-6", "--bce_loss", "--smoothing", "0", "--mixup",
+        "0.1", "--cutmix", "1", "--aug_repeats", "3", "--eval_input_size", "96", "--layer_decay",
+        "1", "--lr_schedule", "cosine_epochs", "--init_scale", "1", "--drop_path", "0.05",
+        "--reprob", "0",
     )  # fmt: skip
     run, _ = start("finetune", tmp_path, *flags)
     assert (

@@ -437,7 +437,7 @@ def test_wrong_image_size_is_refused():
 
 
 # --------------------------------------------------------------------------------------------------
-# Published sizes (specs/conmim.md 1.2, 1.3)
+# Published sizes (docs/methods/conmim.md#projector, #initialization)
 
 
 @pytest.fixture
@@ -479,7 +479,7 @@ def test_published_classifier_sizes(on_meta, size, total):
 
 
 def reference_loss(model: ConMIM, inputs: dict) -> torch.Tensor:
-    """All N x N similarities, then the masked rows (specs/conmim.md 2.2)."""
+    """All N x N similarities, then the masked rows (docs/methods/conmim.md)."""
     mask = inputs["mask"].flatten(1)
     with torch.no_grad():
         keys = F.normalize(model.teacher.project(inputs["image_strong"], None), dim=-1)
@@ -551,7 +551,7 @@ def test_teacher_starts_equal_and_moves_by_the_schedule():
     torch.testing.assert_close(model.teacher.cls_token, start + 0.05)
 
 
-def test_average_by_a_weight_on_the_device():
+def test_ema_by_a_weight_on_the_device():
     """A GPU's form of the same update, which must leave the average as it is where a step was
     skipped."""
     model = conmim(t_momentum=0.9)

@@ -64,12 +64,12 @@ def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def openai_state(model: nn.Module) -> dict[str, Tensor]:
-    """timm's CLIP under OpenAI's names and shapes (specs/semaim.md 5.3)."""
+    """timm's CLIP under OpenAI's names and shapes (docs/methods/semaim.md#clips-teacher)."""
     names = {
-        "cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj.": "conv1.",
-        "norm_pre.": "ln_pre.", "norm.": "ln_post.", "blocks.": "transformer.resblocks.", ".qkv.": ".in_proj_",
-        "attn.proj.": "attn.out_proj.", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.", ".fc1.": ".c_fc.",
-        ".fc2.": ".c_proj.",
+        "cls_token": "class_embedding", "pos_embed": "positional_embedding",
+        "patch_embed.proj.": "conv1.", "norm_pre.": "ln_pre.", "norm.": "ln_post.",
+        "blocks.": "transformer.resblocks.", ".qkv.": ".in_proj_", "attn.proj.": "attn.out_proj.",
+        ".norm1.": ".ln_1.", ".norm2.": ".ln_2.", ".fc1.": ".c_fc.", ".fc2.": ".c_proj.",
     }  # fmt: skip
     state = {}
     for name, value in model.state_dict().items():

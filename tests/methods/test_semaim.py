@@ -131,7 +131,7 @@ def test_distance_orders(grid):
         assert (np.diff(draw)[same] > -0.003).all()
 
 
-# specs/semaim.md 3.3, the published table
+# The published table (docs/methods/semaim.md#windows-on-the-grid-of-14)
 TABLE = {
     2: (0, 0, 0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 11, 11),
     6: (0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7),
@@ -242,7 +242,7 @@ def equal_in_loss_and_gradients(**options) -> None:
 
 
 @pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
-def test_the_plain_form_of_the_benchmark_computes_the_same(attention_type):
+def test_the_plain_variant_of_the_benchmark_computes_the_same(attention_type):
     swift, plain = (
         small(attention_type=attention_type, **options, **BLUR)
         for options in ({}, {"attn": "eager"})
@@ -379,7 +379,7 @@ def test_the_map_is_made_without_dropout_and_training_goes_on():
     )
 
 
-def test_the_average_gives_the_map_if_there_is_one():
+def test_the_ema_gives_the_map_if_there_is_one():
     model, alone = small(use_ema_model=True), small()
     for parameter in alone.parameters():
         parameter.data.add_(
@@ -417,7 +417,7 @@ def test_features_that_are_predicted():
 @pytest.mark.parametrize(
     "options", [BLUR, {"norm_pix_loss": False}, {"permutation_type": "raster", "loss_type": "L1"}]
 )
-def test_the_error_of_a_picture_is_the_loss(options):
+def test_the_error_of_a_reconstruction_is_the_loss(options):
     model = small(**options)
     batch = batch_for(model)
     original, known, predicted, pasted = model.reconstruct(batch)
@@ -440,21 +440,21 @@ def test_the_error_of_a_picture_is_the_loss(options):
 
 
 @pytest.mark.parametrize("kind", PATCH_ORDERS)
-def test_both_forms_make_the_same_pictures(kind):
+def test_both_variants_make_the_same_images(kind):
     pictures_of = [small(permutation_type=kind, attn=attn, **BLUR) for attn in ("auto", "eager")]
     batch = batch_for(pictures_of[0])
     for ours, theirs in zip(*(model.reconstruct(batch) for model in pictures_of), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_who_can_be_pictured():
+def test_which_methods_can_be_visualized():
     assert [small(**VARIANTS[name]).predicts_pixels for name in VARIANTS] == [True] * 3 + [
         False
     ] * 3
 
 
 @pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
-def test_pictured_orders_are_those_of_the_method(attention_type):
+def test_visualized_orders_are_those_of_the_method(attention_type):
     model = small(attention_type=attention_type).eval()
     maps = visualize.order_maps(model, pictures())
     expected = model.attention_map(pictures())
@@ -472,7 +472,7 @@ def test_pictured_orders_are_those_of_the_method(attention_type):
 # Draws, average, sizes, start
 
 
-def test_draws_come_with_the_sample():
+def test_noise_comes_with_the_sample():
     for kind in PATCH_ORDERS:
         model = small(permutation_type=kind)
         size = 0 if kind in ORDERS_WITHOUT_NOISE else 24 + 2 * (kind == "stochastic_center")
@@ -484,7 +484,7 @@ def test_draws_come_with_the_sample():
     assert not torch.equal(loss, model(batch)["loss"])
 
 
-def test_the_average_follows_by_the_published_ramp():
+def test_the_ema_follows_by_the_published_ramp():
     model = small(use_ema_model=True)
     decays = []
     for epoch in (0, 1, 50, 99, 100, 799):
@@ -527,8 +527,8 @@ def test_every_published_name_is_there():
 
 
 def test_starting_values():
-    """specs/semaim.md 2.8: Xavier, the joint projection as one matrix and the separate ones as
-    three."""
+    """Xavier, the joint projection as one matrix and the separate ones as three
+    (docs/methods/semaim.md#initialization)."""
     torch.manual_seed(0)
     model = SemAIM(input_size=32, patch_size=8, embed_dim=128, depth=1, num_heads=2, query_depth=1)
     for module, fan in (

@@ -43,7 +43,8 @@ def build(form: str, **options) -> SemanticMIM:
 
 @each_form
 def test_no_projection_has_a_bias_without_qkv_bias(form):
-    """Nor those of the mask tokens' blocks (specs/semanticmim.md 1.4)."""
+    """Nor do those of the mask tokens' blocks
+    (docs/methods/beit_maskfeat_semanticmim.md#two-forms)."""
 
     def biased(**options) -> set[str]:
         names = [name for name, _ in build(form, **options).named_parameters()]
@@ -336,7 +337,7 @@ def test_a_step_takes_at_most_nine_tenths_of_the_plain_form(name, hidden):
 
 @each_form
 @pytest.mark.parametrize("use_bottleneck", [True, False])
-def test_the_plain_form_computes_the_same(form, use_bottleneck):
+def test_the_plain_variant_computes_the_same(form, use_bottleneck):
     model, batch = build(form, use_bottleneck=use_bottleneck), batch_of(10)
     out = model(batch)
     out["loss"].backward()
@@ -355,7 +356,7 @@ def test_the_plain_form_computes_the_same(form, use_bottleneck):
 
 
 def test_start_of_beits_form():
-    """specs/semanticmim.md 1.6, measured standard deviations."""
+    """The standard deviations that the published initialization has."""
     torch.manual_seed(0)
     model = create_model("semanticmim_beit_small_patch16_224", depth=2, num_cls_tokens=8)
     for name in (
@@ -400,7 +401,7 @@ def test_start_of_maskfeats_form():
     assert model.num_prefix_tokens == 8 and model.hog.width == 108
 
 
-def test_the_original_start_is_cut_at_one_deviation():
+def test_the_original_initialization_is_cut_at_one_std():
     torch.manual_seed(0)
     model = create_model("beit_small_patch16_224_8k_vocab", depth=1)
     assert model.lm_head.weight.abs().max() <= 0.02 and model.lm_head.out_features == 8192
@@ -422,8 +423,12 @@ def test_weight_decay_of_either_form():
 
 
 def test_registered_models():
-    names = ("beit_{}_patch16_224_8k_vocab", "maskfeat_{}_patch16_224", "semanticmim_beit_{}_patch16_224",
-             "semanticmim_maskfeat_{}_patch16_224")  # fmt: skip
+    names = (
+        "beit_{}_patch16_224_8k_vocab",
+        "maskfeat_{}_patch16_224",
+        "semanticmim_beit_{}_patch16_224",
+        "semanticmim_maskfeat_{}_patch16_224",
+    )
     assert {
         name.format(size) for name in names for size in ("tiny", "small", "base", "large")
     } <= set(list_models())

@@ -96,7 +96,8 @@ def test_configurations_agree_with_themselves(path):
     [
         ("beit/beit_upernet_base_512_160k_ade20k_pt", 7e-4, 0.65),
         ("beit/beit_upernet_base_640_160k_ade20k", 3e-5, 0.9),
-        ("beit/beit_upernet_large_640_160k_ade20k", 2e-5, 0.95), ("mae/mae_upernet_base_512_160k_ade20k", 1e-4, 0.65),
+        ("beit/beit_upernet_large_640_160k_ade20k", 2e-5, 0.95),
+        ("mae/mae_upernet_base_512_160k_ade20k", 1e-4, 0.65),
         ("a2mim/a2mim_upernet_base_512_160k_ade20k", 4e-4, 0.65),
         ("semanticmim/semanticmim_beit_upernet_base_640_160k_ade20k", 3e-5, 0.9),
     ],
@@ -134,7 +135,8 @@ def test_fcn_runs_on_the_plain_resnet():
 def tiny_model(cls: type, **test_cfg):
     cfg = Config.fromfile(BEIT)
     cfg.merge_from_dict({
-        "model.backbone": {"embed_dim": 48, "depth": 2, "num_heads": 4, "out_indices": [0, 0, 1, 1], "input_size": 32,
+        "model.backbone": {"embed_dim": 48, "depth": 2, "num_heads": 4, "out_indices": [0, 0, 1, 1],
+                           "input_size": 32,
                            "patch_size": 8}, "model.neck": {"width": 48, "patch_size": 8},
         "model.decode_head": {"in_channels": [48] * 4, "channels": 16},
         "model.auxiliary_head": {"in_channels": 48, "channels": 16},

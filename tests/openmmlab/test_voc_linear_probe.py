@@ -156,7 +156,7 @@ def test_mask_and_image_are_cut_alike():
     assert voc.crop_labels(mask, draws, (2, 2)).tolist() == [[9, 8], [14, 13]]
 
 
-def test_crops_keep_most_of_the_picture():
+def test_crops_keep_most_of_the_image():
     mask = np.arange(200 * 100, dtype=np.int32).reshape(200, 100) // 100 % 256
     rows = [
         voc.TrainView((64, 64))(

@@ -273,7 +273,7 @@ def test_loss_falls():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_standardise_gives_mean_zero_and_deviation_one():
+def test_standardize_gives_mean_zero_and_std_one():
     features = random_features(count=8)
     scaled = TeacherFeatures(features.cls * 3 + 5, features.patches * 0.2 - 1, features.attention)
     learner = PartLearner(16, (4, 4), widths=(8,))
@@ -286,7 +286,7 @@ def test_standardise_gives_mean_zero_and_deviation_one():
     torch.testing.assert_close(learner.cls_mean, scaled.cls.mean(0))
 
 
-def test_blur_keeps_the_sum_and_spreads_one_cell():
+def test_blur_keeps_the_sum_and_spreads_one_patch():
     spot = torch.zeros(1, 2, 5, 5)
     spot[0, 1, 2, 2] = 16
     assert torch.equal(
@@ -319,7 +319,7 @@ def test_the_smallest_id_wins_a_tie():
     assert hard_maps(torch.ones(1, 4, 3, 3)).unique().tolist() == [0]
 
 
-def test_single_cells_take_their_neighbours_id():
+def test_single_patches_take_their_neighbors_id():
     parts = torch.tensor([[1, 1, 2, 2], [1, 3, 2, 2], [1, 1, 0, 4]])[None]
     # 3: five neighbors of part 1, two of 2. 0: two of 2, one of 1, and two that stand alone. 4:
     # two of 2.

@@ -172,7 +172,8 @@ def test_attention_of_a_checkpoint_is_that_of_its_teacher(tmp_path):
     method = create_model("conmim_tiny_patch16_224", **size, projector_hidden_dim=8)
     torch.nn.init.normal_(method.teacher.blocks[-1].attn.qkv.weight, std=0.3)
     flags = {
-        "model": "conmim_tiny_patch16_224", "input_size": 16, "patch_size": 4, "mask_type": "random",
+        "model": "conmim_tiny_patch16_224", "input_size": 16, "patch_size": 4,
+        "mask_type": "random",
         "model_kwargs": ["embed_dim=32", "depth=2", "num_heads=2", "projector_hidden_dim=8"],
     }  # fmt: skip
     state = {"model": method.state_dict(), "teacher": method.teacher.state_dict(), "args": flags}
@@ -202,7 +203,7 @@ def test_attention_of_a_checkpoint_is_that_of_its_teacher(tmp_path):
     assert np.abs(shown["model"][2] - heads[0]).max() > 1e-4
 
 
-def test_pictured_images_come_from_all_over_the_data_set():
+def test_shown_images_come_from_all_over_the_data_set():
     assert visualize.spread(100, 4) == [0, 33, 66, 99]
     assert visualize.spread(3, 6) == [0, 1, 2]
 
@@ -217,8 +218,8 @@ def test_reconstruction_keeps_the_visible_patches_and_predicts_the_others(tmp_pa
         method.decoder_pred.weight.zero_()
         method.decoder_pred.bias.view(-1, 3).copy_(torch.tensor([-1.0, 1.0, -1.0]))
     flags = {
-        "model": "mae_tiny_patch16_224", "data_set": "digits", "input_size": 32, "patch_size": 8, "mask_type": "random",
-        "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
+        "model": "mae_tiny_patch16_224", "data_set": "digits", "input_size": 32, "patch_size": 8,
+        "mask_type": "random", "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
     }  # fmt: skip
     save_checkpoint(tmp_path / "checkpoint-0.pth", {"model": method.state_dict(), "args": flags})
     line = f"reconstruct --checkpoint {tmp_path}/checkpoint-0.pth --images 1 --output x"
@@ -249,7 +250,8 @@ def tiny_semaim(folder: Path, **options) -> tuple[torch.nn.Module, str]:
 
 def test_orders_of_a_checkpoint_are_those_of_the_network_that_gives_the_map(tmp_path):
     method, saved = tiny_semaim(tmp_path, use_ema_model=True)
-    line = f"orders --checkpoint {saved} --images 2 --output x --orders zigzag attention attention_center --seed 3"
+    line = f"orders --checkpoint {saved} --images 2 --output x --seed 3 "
+    line += "--orders zigzag attention attention_center"
     image, attention, close, rows, similar, central = pictures(
         visualize.orders(*visualize.parse(line.split()))
     )[:6]
@@ -312,7 +314,7 @@ def test_orders_of_a_classifier(tmp_path):
     np.testing.assert_allclose(shown[2], maps["cls"].view(4, 4), atol=1e-5)
 
 
-def test_reconstruction_by_a_method_with_an_average_takes_its_map(tmp_path):
+def test_reconstruction_by_a_method_with_an_ema_takes_its_map(tmp_path):
     method, saved = tiny_semaim(
         tmp_path, use_ema_model=True, permutation_type="attention", norm_pix_loss=False
     )
@@ -382,6 +384,6 @@ def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
 # Numbers in words
 
 
-def test_spread_is_mean_and_sample_deviation():
+def test_spread_is_mean_and_sample_std():
     assert report.spread([1.0, 2.0, 6.0]) == "3.0 ± 2.6"
     assert report.spread([41.96]) == "42.0"
