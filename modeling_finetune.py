@@ -34,6 +34,9 @@ MIM_VIT_SIZES = {
     "deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
 }
 ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flex")
+# one stage of the pipeline: with more, the gradient of the bias does not fit into an H100's shared
+# memory
+FLEX_OPTIONS = {"num_stages": 1}
 AUTO_TAKES_FLEX = False  # for a trained bias on a GPU; to be switched on by a measurement there
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 _FAMILIES: dict[str, Callable[..., nn.Module]] = {}
@@ -399,9 +402,7 @@ def attention_under_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tenso
     def add_bias(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[head, query, key]
 
-    # one stage of the pipeline: with more, the gradient of the bias does not fit into an H100's
-    # shared memory
-    return flex_attention(q, k, v, score_mod=add_bias, kernel_options={"num_stages": 1})
+    return flex_attention(q, k, v, score_mod=add_bias, kernel_options=FLEX_OPTIONS)
 
 
 class DropPath(nn.Module):

@@ -19,20 +19,19 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+LOG = logging.getLogger("unimim")
+PRISTINE = LOG.handlers[:], LOG.level, LOG.propagate, LOG.disabled
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Before any fixture, those of modules too: what a test draws must not depend on the tests
-    before it."""
+    """Before any fixture, those of modules too: what a test draws, and what it finds in the log,
+    must not depend on the tests before it.
+
+    A script that runs in this process sets the log up for itself.
+    """
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def own_log():
-    """A script run in this process sets the log up for itself; the next test must not inherit
-    that."""
-    log = logging.getLogger("unimim")
-    before = log.handlers[:], log.level, log.propagate
-    yield
-    log.handlers[:], log.level, log.propagate = before
+    LOG.handlers[:], level, LOG.propagate, LOG.disabled = PRISTINE
+    LOG.setLevel(level)  # which also forgets which levels were enabled; an assignment does not

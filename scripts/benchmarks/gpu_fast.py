@@ -6,16 +6,20 @@ utilisation by the FLOPs that torch counts, the share of a large matrix product 
 it, and the peak of the memory. A row is recorded as soon as it is there; OUTPUT/fast.md holds them
 as tables.
 
-    python -m scripts.benchmarks.gpu_fast "ConMIM B" --device cuda
+    python -m scripts.benchmarks.gpu_fast compile "ConMIM B" --batch_size 256 512
+    python -m scripts.benchmarks.gpu_fast run enlarge_batches --models "ConMIM L" --output out/gpu
 
-compiles the blocks of one row's model and leaves the kernels in torch's cache on disk. The section
-runs several of these beside each other before anything is timed: compiled one after another they
-would take most of its time.
+The first compiles the blocks of one row's model and leaves the kernels in torch's cache on disk.
+The section runs several of these beside each other before anything is timed: compiled one after
+another they would take most of its time. The second runs some of the section's phases by
+themselves.
 """
 
 import argparse
+import faulthandler
 import gc
 import itertools
+import json
 import os
 import signal
 import statistics
@@ -25,7 +29,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,7 @@ from unimim.data.sources import PartSource, map_source
 from unimim.data.views import build_pretrain_transform
 from unimim.engine.compiling import compile_blocks
 from unimim.engine.monitor import count_flops, memory_gib, peak_flops
+from unimim.engine.runner import GradientCheck
 from unimim.engine.setup import image_mean_std
 from unimim.engine.state import Normalize
 from unimim.files import write_text
@@ -130,17 +135,17 @@ CASES = {
         Case("MaskFeat L", "maskfeat_large_patch16_224", 128),
     )
 }
-LAUNCHES = _mae(
-    "MAE Ti, 32 px", "mae_tiny_patch16_224", 256
-)  # always of 32 pixels: many small kernels
+# whole, but of 32 pixels everywhere: many small kernels
+LAUNCHES = Case("MAE Ti, 32 px", "mae_tiny_patch16_224", 256, ())
 COMPILED = (
     "ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, HOG", "ConMIM L", "MAE L", "BEiT B",
-    "Fine-tuning MAE's ViT-B", "MaskFeat B", "Fine-tuning BEiT's ViT-B",
+    "Fine-tuning MAE's ViT-B", "MaskFeat B", "Fine-tuning BEiT's ViT-B", "SimMIM ViT-B", "A2MIM ViT-B",
 )  # fmt: skip
 LATER = ("SemMAE L", "SemanticMIM L, words", "SemanticMIM L, HOG", "BEiT L", "MaskFeat L")
 PLAIN = ("ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, words", "A2MIM ResNet-50")
 PROFILED = ("ConMIM B", "MAE B", "SemAIM B")
 ENLARGED = ("ConMIM B", "MAE B", "SemAIM B", "ConMIM L", "MAE L")
+SLOW = ("ConMIM L", "MAE L", "SemAIM L", *LATER)  # one step a round is enough
 KINDS = {  # of kernels, by what is found in their names; the first that fits
     "compiled": ("triton_",),
     "optimizer and norms of gradients": ("multi_tensor", "foreach", "fused_adam", "FusedAdam"),
@@ -291,14 +296,16 @@ def make_step(
     variant: str = "eager",
     shorten: bool = False,
 ) -> Variant:
-    """A training step of a case with a batch of `size`; variants are eager, compiled, graphs and
-    plain."""
+    """A training step of a case with a batch of `size`; variants are eager, compiled, graphs,
+    captured and plain."""
     args = case.args(tiny=tiny, shorten=shorten)
     plain = variant == "plain"
     task = build(case, device, args, plain)
     groups = None
     if case.stage == "finetune":
         groups = param_groups(task.model, args.weight_decay, args.layer_decay)
+    if variant == "captured":
+        groups = [group | {"capturable": True} for group in param_groups(task, args.weight_decay)]
     if variant == "compiled":
         compile_blocks(task, task.average and task.average.module, getattr(task, "frozen", None))
     if variant == "graphs":
@@ -315,6 +322,8 @@ def make_step(
     )
     if variant == "graphs":
         made.step = partial(step_of_graphs, made.step)
+    if variant == "captured":
+        made.step = captured(made.step)
     return made
 
 
@@ -322,6 +331,20 @@ def step_of_graphs(step: Callable[[], object]) -> object:
     """A step whose graphs may write over what those of the step before gave."""
     torch.compiler.cudagraph_mark_step_begin()
     return step()
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """The whole step as one CUDA graph, whose replay takes a single launch."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(GradientCheck.steps + 2):  # which waits for the device once
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def release(device: torch.device) -> None:
@@ -429,7 +452,8 @@ def measure_row(bench: Bench, case: Case, variant: str, seconds: float) -> None:
     """Records a row of the main table."""
 
     def one() -> dict[str, Any]:
-        row = fitting(bench, case, variant, batch_of(bench, case))
+        steps = 1 if case.name in SLOW else 2
+        row = fitting(bench, case, variant, batch_of(bench, case), steps=steps)
         bench.rows.append(row)
         return row
 
@@ -494,6 +518,7 @@ def compile_ahead(bench: Bench, name: str, processes: int) -> subprocess.Popen:
         sys.executable,
         "-m",
         "scripts.benchmarks.gpu_fast",
+        "compile",
         name,
         "--device",
         str(bench.device),
@@ -534,6 +559,22 @@ def count(bench: Bench, case: Case, plain: bool, tiny: bool | None = None) -> No
     bench.flops[case.name, plain] = count_flops(made.step) / COUNTED
 
 
+def count_flops_of_rows(bench: Bench) -> None:
+    """Counts the rows' FLOPs and keeps them in OUTPUT/flops.json for other processes."""
+    path = bench.checks.output / "flops.json"
+    for case in bench.of(tuple(CASES)):
+        bench.checks.attempt(f"{case.name}, FLOPs", partial(count, bench, case, False), seconds=3)
+        kept = {name: flops for (name, plain), flops in bench.flops.items() if not plain}
+        write_text(path, json.dumps(kept))
+
+
+def counted_flops(output: Path) -> dict[tuple[str, bool], float]:
+    """What `count_flops_of_rows` has kept."""
+    path = output / "flops.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return {(name, False): flops for name, flops in kept.items()}
+
+
 def measure_eager(bench: Bench) -> None:
     for case in early_cases(bench):
         measure_row(bench, case, "eager", seconds=5)
@@ -542,10 +583,10 @@ def measure_eager(bench: Bench) -> None:
 def measure_later(bench: Bench) -> None:
     """The cases that the first minutes left out."""
     for case in bench.of(() if bench.tiny else LATER):
-        if bench.checks.attempt(
-            f"{case.name}, FLOPs", partial(count, bench, case, False), seconds=8
-        ):
-            measure_row(bench, case, "eager", seconds=5)
+        if (case.name, False) not in bench.flops:
+            check = f"{case.name}, FLOPs"
+            bench.checks.attempt(check, partial(count, bench, case, False), seconds=8)
+        measure_row(bench, case, "eager", seconds=6)
 
 
 def measure_compiled(bench: Bench) -> None:
@@ -633,64 +674,75 @@ def kind_of(kernel: str) -> str:
 
 
 def enlarge_batches(bench: Bench) -> None:
-    """Doubles batches as long as the next one should fit the memory."""
+    """Doubles batches as long as that gains something and the next one should fit the memory."""
+    variants = ("eager",) if bench.tiny else ("eager", "compiled")
+    for case in bench.of(ENLARGED[:1] if bench.tiny else ENLARGED):
+        for variant in variants:
+            enlarge(bench, case, variant)
+
+
+def enlarge(bench: Bench, case: Case, variant: str) -> None:
+    """Records rows of one variant with twice the batch of the one before, from that of the main
+    table on."""
     memory = float("inf")
     if bench.device.type == "cuda":
         memory = torch.cuda.get_device_properties(bench.device).total_memory / 2**30
-    for case in bench.of(ENLARGED[:1] if bench.tiny else ENLARGED):
-        found = [
-            row for row in bench.rows if (row["model"], row["variant"]) == (case.name, "eager")
-        ]
-        doublings = 1 if bench.tiny else 3
-        while found and len(found) <= doublings and 1.95 * found[-1]["peak_gib"] < memory:
-            before = len(found)
-            bench.checks.attempt(
-                f"{case.name}, twice the batch", partial(double, bench, case, found), seconds=8
-            )
-            if len(found) == before:
-                break
+    if not rows_of(bench, case, variant):
+        measure_row(bench, case, variant, seconds=8)
+    found = rows_of(bench, case, variant)
+    doublings = 1 if bench.tiny else 3
+    while found and len(found) <= doublings and 1.95 * found[-1]["peak_gib"] < memory:
+        before = len(found)
+        check = f"{case.name}, {variant}, twice the batch"
+        bench.checks.attempt(check, partial(double, bench, case, variant, found), seconds=10)
+        if len(found) == before or found[-1]["images_per_s"] < 1.01 * found[-2]["images_per_s"]:
+            break
 
 
-def double(bench: Bench, case: Case, found: list[dict[str, Any]]) -> dict[str, Any]:
+def rows_of(bench: Bench, case: Case, variant: str) -> list[dict[str, Any]]:
+    """What the main table has of one variant of a case."""
+    return [row for row in bench.rows if (row["model"], row["variant"]) == (case.name, variant)]
+
+
+def double(bench: Bench, case: Case, variant: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     """A row with twice the batch of the last one of `found`, appended to it; none if that does not
     fit the memory."""
     size = 2 * found[-1]["batch"]
     try:
-        row = measure_step(bench, case, "eager", size)
+        row = measure_step(bench, case, variant, size, steps=1)
     except torch.OutOfMemoryError:
-        return {"model": case.name, "batch": size, "fits": False}
+        return {"model": case.name, "variant": variant, "batch": size, "fits": False}
     found.append(row)
     bench.notes.setdefault("Larger batches", []).append(row)
     return row
 
 
 def measure_matmul_precision(bench: Bench) -> None:
-    """What float32 products without TF32 cost SemAIM, whose map is made in float32."""
+    """What float32 products with and without TF32, and an autocast map of the order, cost
+    SemAIM."""
     case = CASES["SemAIM B"]
+    rows = bench.notes.setdefault("Precision of float32 products", [])
 
-    def one() -> dict[str, Any]:
-        torch.set_float32_matmul_precision("highest")
+    def one(products: str, order: str) -> dict[str, Any]:
+        made = replace(case, flags=("--order_precision", order))
+        torch.set_float32_matmul_precision(products)
         try:
-            row = fitting(bench, case, "eager", batch_of(bench, case)) | {
-                "float32_matmul": "highest"
-            }
+            row = fitting(bench, made, "eager", batch_of(bench, case))
         finally:
             torch.set_float32_matmul_precision("high")
-        found = [
-            row for row in bench.rows if (row["model"], row["variant"]) == (case.name, "eager")
-        ]
-        before = [row | {"float32_matmul": "high"} for row in found]
-        bench.notes["Precision of float32 products"] = [*before, row]
-        return row
+        rows.append(row | {"float32_matmul": products, "order_precision": order})
+        return rows[-1]
 
-    bench.checks.attempt(f"{case.name}, float32 products whole", one, seconds=6)
+    for products, order in (("high", "fp32"), ("highest", "fp32"), ("high", "auto")):
+        check = f"{case.name}, float32 products {products}, order {order}"
+        bench.checks.attempt(check, partial(one, products, order), seconds=6)
 
 
 def measure_launches(bench: Bench) -> None:
-    """A model so small that launching kernels takes longer than they do: eager, compiled, as CUDA
-    graphs."""
+    """A model so small that launching kernels takes longer than they do: eager, compiled, each
+    block as a CUDA graph, the whole step as one."""
     rows = bench.notes.setdefault("Small kernels", [])
-    variants = ("eager",) if bench.tiny else ("eager", "compiled", "graphs")
+    variants = ("eager",) if bench.tiny else ("eager", "captured", "compiled", "graphs")
     bench.checks.attempt(
         f"{LAUNCHES.name}, FLOPs", partial(count, bench, LAUNCHES, False, tiny=True), seconds=2
     )
@@ -701,7 +753,7 @@ def measure_launches(bench: Bench) -> None:
         return rows[-1]
 
     for variant in variants:
-        wanted = 5 if variant == "eager" else 20
+        wanted = 5 if variant in ("eager", "captured") else 12
         bench.checks.attempt(f"{LAUNCHES.name}, {variant}", partial(one, variant), seconds=wanted)
 
 
@@ -716,8 +768,8 @@ def measure_loading(bench: Bench) -> None:
 
 
 def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
-    """Images/s from JPEGs of 500 x 375 pixels to normalized batches on the device; with `train`,
-    through a step too."""
+    """Images/s from JPEGs, made ones of 500 x 375 pixels unless `run` was given others, to
+    normalized batches on the device; with `train`, through a step too."""
     case, device = CASES["MAE B"], bench.device
     release(device)
     workers = 2 if bench.tiny else len(os.sched_getaffinity(0))
@@ -851,24 +903,85 @@ def cell(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def main(argv: list[str] | None = None) -> None:
+STEPS = (
+    count_flops_of_rows, measure_eager, measure_compiled, measure_plain, measure_loading,
+    measure_matmul_precision, enlarge_batches, measure_later, measure_launches,
+)  # fmt: skip
+PHASES = {phase.__name__: phase for phase in STEPS}
+
+
+def compile_case(args: argparse.Namespace) -> None:
     """Compiles one case: two steps of a model as short as it can be, whose blocks are those of the
     whole one."""
+    device = torch.device(args.device)
+    case = (CASES | {LAUNCHES.name: LAUNCHES})[args.case]
+    tiny = args.tiny or case is LAUNCHES
+    for size in args.batch_size:
+        release(device)
+        torch._dynamo.utils.counters.clear()
+        begin = time.monotonic()
+        made = make_step(
+            case, size, device, tiny=tiny, variant=args.variant, shorten=case is not LAUNCHES
+        )
+        step_times(made.step, device, 2, 1)
+        print(f"{case.name}, {size}: {compilation()}, {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def run_phases(args: argparse.Namespace) -> None:
+    """Runs phases by themselves, with the FLOPs that an earlier process counted."""
+    device = torch.device(args.device)
+    checks = Checks(
+        device, args.output, deadline=0.0, tiny=device.type == "cpu", section="fast",
+        models=tuple(args.models),
+    )  # fmt: skip
+    wait_for(args.gate)
+    checks.deadline = time.monotonic() + args.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        product = gemm(device, PRECISION, 256 if checks.tiny else None)
+        images = args.data_path or Path(folder)
+        bench = Bench(checks, product, images, peak_flops(device, PRECISION))
+        bench.flops |= counted_flops(args.output)
+        for name in args.phases:
+            checks.attempt(name, partial(PHASES[name], bench))
+
+
+def wait_for(gate: Path | None) -> None:
+    """Returns when the file `gate` exists: what is imported by then does not disturb what another
+    process measures."""
+    while gate is not None and not gate.exists():
+        time.sleep(0.05)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a process that measures by itself."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True, help="folder of results.jsonl")
+    parser.add_argument("--seconds", type=float, default=120.0, help="what it may take")
+    parser.add_argument("--data_path", type=Path, help="a folder with train_map.txt: its images")
+    parser.add_argument("--gate", type=Path, help="begins when this file exists")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("case", choices=CASES)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    commands = parser.add_subparsers(required=True)
+    ahead = commands.add_parser("compile", help="compiles one row's model")
+    ahead.add_argument("case", choices=[*CASES, LAUNCHES.name])
+    ahead.add_argument("--device", default="cuda")
+    ahead.add_argument("--batch_size", type=int, nargs="+", default=[256])
+    ahead.add_argument("--variant", choices=("compiled", "graphs"), default="compiled")
+    ahead.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    ahead.set_defaults(run=compile_case)
+    phases = commands.add_parser("run", help="runs phases by themselves")
+    phases.add_argument("phases", nargs="+", choices=PHASES)
+    phases.add_argument("--models", nargs="+", default=[], help="rows; without: all")
+    add_run_arguments(phases)
+    phases.set_defaults(run=run_phases)
     args = parser.parse_args(argv)
+    faulthandler.enable()
     torch.set_float32_matmul_precision("high")
-    device, begin = torch.device(args.device), time.monotonic()
-    made = make_step(
-        CASES[args.case], args.batch_size, device, tiny=args.tiny, variant="compiled", shorten=True
-    )
-    step_times(made.step, device, 2, 1)
-    print(f"{args.case}: {compilation()}, {time.monotonic() - begin:.1f} s")
+    args.run(args)
 
 
 if __name__ == "__main__":

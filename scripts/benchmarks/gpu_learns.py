@@ -1,13 +1,17 @@
 """The section `learns` of gpu_check.py: pre-trains every method on small images that lie on the
 device.
 
-The models, flags and evaluations are those of compare_methods.py, with which the figures compare;
+    python scripts/benchmarks/gpu_learns.py --data_path DATA --output out/learns --seconds 330
+
+The models, flags and evaluations are those of compare_methods.py, with whose rows these compare;
 the batches come from unimim/data/device_loader.py. Several processes share the device, each with
-one method at a time, because steps this short are bound by what launches their kernels. All methods
-get as many epochs as the time allows, measured first, and with what is left over the next seeds.
-Every finished method is a line of results.jsonl and a row of OUTPUT/learns.csv at once.
+one method at a time; forward and backward of a step are replayed as one CUDA graph, because steps
+this short are bound by what launches their kernels. Every method gets the same epochs, seed after
+seed, and with the time that is left over a longer budget. Every finished run is a line of
+results.jsonl and a row of OUTPUT/learns.csv at once; what has not ended at the deadline is named.
 """
 
+import argparse
 import contextlib
 import math
 import os
@@ -18,21 +22,27 @@ import tempfile
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+BEGIN = time.monotonic()  # imports take seconds too
 
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
 import run_knn
 import run_linear_probing
+import run_part_learning
 from engine_for_finetuning import Classification
 from modeling_pretrain import PretrainMethod
 from optim_factory import create_optimizer, param_groups, set_schedule
@@ -71,14 +81,18 @@ from unimim.evaluation.knn import evaluate_knn
 from unimim.evaluation.linear_probe import Probe, head_groups, side_by_side
 from unimim.files import write_rows, write_text
 from unimim.logs import setup_logging
+from unimim.parts.learning import PartLearning, hard_maps, load_teacher
 
-# the least proven first; SemMAE's first stage is left out, whose parts would need a teacher
+# the least proven first, but for MAE, on whose features SemMAE's parts are learned
 PRETRAINED = (
-    "maskfeat", "semanticmim_maskfeat", "conmim", "semaim", "beit", "semanticmim_beit", "a2mim_vit", "a2mim_resnet18",
-    "simmim_vit", "simmim_resnet18", "semmae_kmeans", "mae", "saim", "igpt", "semmae_random",
+    "maskfeat", "semanticmim_maskfeat", "conmim", "beit", "semanticmim_beit", "semaim", "mae", "saim", "igpt",
+    "a2mim_vit", "a2mim_resnet18", "simmim_vit", "simmim_resnet18", "semmae", "semaim_raster",
 )  # fmt: skip
-RANDOM = ("random", "random_beit", "random_mim_vit", "random_resnet18")
+RANDOM = (
+    "random", "random_beit", "random_semanticmim_beit", "random_mim_vit", "random_resnet18",
+)  # fmt: skip
 NOTES = {
+    "semmae": "parts: learned on the features of this seed's MAE",
     "semmae_kmeans": "parts: k-means of each image's colors and places",
     "semmae_random": "parts: drawn at random",
     "beit": "visual tokens: k-means of patches",
@@ -88,12 +102,15 @@ SIZE = (32, 32)
 PART_GRID = (16, 16)
 PARTS, WORDS = 7, 512
 SHAPES = DATA["cifar10"]  # the lengths and sizes of 32-pixel images
+EPOCHS, LONG_EPOCHS = 7, 30
 WARMUP_SHARE = 0.1
 PADDING = 4  # of fine-tuning's crops, in pixels
 SEEDS = (0, 1, 2)
 PROCESSES = 15  # at most; as many as methods, so that none waits for another
-MEASURED_SECONDS, WARM_STEPS = 2.5, 8
-SHARE_OF_TIME = 0.8  # of what is left, for the first seed
+EAGER_STEPS = 8  # before a step is recorded: the check of gradients, lazy kernels, plans of cuFFT
+LOSS_TOLERANCE, NORM_TOLERANCE = 0.005, 0.03  # of a replayed step against the same one launched
+LONG_MARGIN, SHORTEST_STEP = 1.2, 0.006  # of what a long run is expected to take
+STATISTICS_BATCHES = 50  # from which the features' mean and standard deviation are taken
 RESERVE_SECONDS = 4.0  # for what is written at the end
 
 
@@ -109,15 +126,20 @@ class Setting:
     pretrain_images: int | None = None  # None: all
     linear_epochs: int = 30
     finetune_epochs: int = 5
+    part_epochs: int = 3
 
 
 @dataclass(frozen=True)
 class Job:
-    """A method that is pre-trained for `epochs` with a seed, and evaluated."""
+    """A method that is pre-trained for `epochs` with a seed, and evaluated.
+
+    graphs: replay steps as a CUDA graph, where the device has them.
+    """
 
     key: str
     seed: int
     epochs: int
+    graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,7 @@ class Row(Result):
     lr: float
     first_loss: float
     step_ms: float
+    evaluation_s: float
     seconds: float
     note: str
 
@@ -163,17 +186,19 @@ def prepare(checks: Checks, folder: Path) -> Setting:
         }
         torch.save(tensors, file)
         return Setting(
-            str(device), precision, source_flags, file, 8, 8, linear_epochs=2, finetune_epochs=2
-        )
+            str(device), precision, source_flags, file, 8, 8,
+            linear_epochs=2, finetune_epochs=2, part_epochs=1,
+        )  # fmt: skip
     torch.save(tensors, file)
     return Setting(str(device), precision, source_flags, file)
 
 
 class Images:
     """The images of both splits on the device, and what is made of them once: part maps and visual
-    words."""
+    tokens."""
 
     def __init__(self, setting: Setting):
+        self.setting = setting
         self.device = torch.device(setting.device)
         self.tensors = {
             name: value.to(self.device) for name, value in torch.load(setting.images_file).items()
@@ -187,8 +212,12 @@ class Images:
             self.made[key] = make()
         return self.made[key]
 
-    def part_maps(self, kind: str, seed: int, num_parts: int, grid: tuple[int, int]) -> Tensor:
-        """uint8 [N, rows, columns]."""
+    def part_maps(self, kind: str, job: Job, num_parts: int, grid: tuple[int, int]) -> Tensor:
+        """Returns the part of each place of the images to pre-train on, uint8 [N, rows,
+        columns]."""
+        seed = job.seed
+        if kind == "learned":
+            return self.once((kind, seed, job.epochs), lambda: learned_parts(self, job))
         if kind == "kmeans":
             return self.once(kind, lambda: color_place_parts(self.pretrain, PART_GRID, num_parts))
         generator = torch.Generator().manual_seed(seed)
@@ -236,7 +265,7 @@ class Pretraining:
         self.method = build_method(self.args).to(self.device)
         if self.method.teacher is not None:
             self.method.teacher.to(self.device)
-        self.loader = self.build_loader(images, METHODS[job.key].parts)
+        self.loader = self.build_loader(images, job)
         groups = param_groups(self.method, self.args.weight_decay)
         optimizer = create_optimizer(self.args, groups, self.device)
         self.runner = TorchRunner(
@@ -246,10 +275,11 @@ class Pretraining:
         self.runner.watch(self.method, self.method.teacher)
         self.lr, self.weight_decay = schedules(self.args, steps_per_epoch)
         self.steps, self.done = job.epochs * steps_per_epoch, 0
+        self.take = Steps(self.runner, graphs=can_record(setting, job))
         self.method.train()
 
-    def build_loader(self, images: Images, parts: str) -> DeviceLoader:
-        method, args = self.method, self.args
+    def build_loader(self, images: Images, job: Job) -> DeviceLoader:
+        method, args, parts = self.method, self.args, METHODS[job.key].parts
         mean_std = image_mean_std(args)
         grid = tuple(
             side // cell for side, cell in zip(method.image_size, method.cell_size, strict=True)
@@ -268,20 +298,21 @@ class Pretraining:
             color_jitter=args.color_jitter,
             noise_size=method.noise_size,
             masks={view: make for view, make in masks.items() if make is not None},
-            part_maps=images.part_maps(parts, args.seed, method.num_parts, grid) if parts else None,
+            part_maps=images.part_maps(parts, job, method.num_parts, grid) if parts else None,
             words=images.words(method.cell_size, mean_std)
             if "target_ids" in method.views
             else None,
         )
 
     def step(self) -> Tensor:
-        """The loss, on the device."""
+        """Takes one optimizer step and returns its loss, on the device."""
         step, method = self.done, self.method
         if step % self.loader.steps_per_epoch == 0:
             method.before_epoch(step // self.loader.steps_per_epoch, self.args.epochs)
+            if type(method).before_epoch is not PretrainMethod.before_epoch:
+                self.take.forget()  # what it sets is a constant of the recorded kernels
         set_schedule(self.runner.optimizer, self.lr[step], self.weight_decay[step])
-        seed_step(self.args.seed, 0, step)
-        loss = self.runner.micro_step(self.loader.batch(step), last=True)["loss"].detach()
+        loss = self.take(self.loader.batch(step), self.args.seed, step)
         applied = self.runner.step()["applied"]
         method.after_step(
             step / self.steps, float(applied) if applied.device.type == "cpu" else applied
@@ -290,30 +321,181 @@ class Pretraining:
         return loss
 
     def run(self) -> tuple[float, float]:
-        """Trains to the end: mean losses of the first and the last epoch."""
-        losses = torch.stack([self.step() for _ in range(self.steps)])
+        """Trains to the end and returns the mean losses of the first and the last epoch."""
+        with own_stream(self.device):
+            losses = torch.stack([self.step() for _ in range(self.steps)])
         length = self.loader.steps_per_epoch
+        synchronize(self.device)
         return float(losses[:length].mean()), float(losses[-length:].mean())
 
 
-def measure(setting: Setting, images: Images, key: str) -> float:
-    """Seconds of one step of a method, beside whatever else runs on the device."""
-    run = Pretraining(setting, images, Job(key, seed=0, epochs=10_000))
-    for _ in range(WARM_STEPS):
-        run.step()
-    synchronize(images.device)
-    begin, steps = time.perf_counter(), 0
-    while time.perf_counter() - begin < MEASURED_SECONDS:
-        for _ in range(4):
-            run.step()
-        synchronize(images.device)
-        steps += 4
-    return (time.perf_counter() - begin) / steps
+class Steps:
+    """Forward and backward of a runner's steps, on CUDA replayed as one graph after the first."""
+
+    def __init__(self, runner: TorchRunner, *, graphs: bool):
+        self.runner, self.graphs = runner, graphs
+        self.taken, self.checked = 0, False
+        self.recorded: RecordedStep | None = None
+
+    def forget(self) -> None:
+        """Makes the next step be recorded again."""
+        self.recorded = None
+
+    def __call__(self, batch: dict[str, Any], seed: int, step: int) -> Tensor:
+        """Leaves the gradients of a batch in the parameters and returns its loss."""
+        seed_step(seed, 0, step)
+        if self.graphs and self.recorded is None and self.taken >= EAGER_STEPS:
+            self.recorded = RecordedStep(self.runner, batch)
+            if not self.checked:
+                self.check(batch, seed, step)
+                self.checked = True
+            seed_step(seed, 0, step)
+        self.taken += 1
+        return (self.recorded or self.launched)(batch)
+
+    def launched(self, batch: dict[str, Any]) -> Tensor:
+        """Does so kernel by kernel."""
+        return self.runner.micro_step(batch, last=True)["loss"].detach()
+
+    def check(self, batch: dict[str, Any], seed: int, step: int) -> None:
+        """Compares a replayed step with the same one launched kernel by kernel.
+
+        Raises:
+            RuntimeError: they differ by more than rounding.
+        """
+        found = []
+        for run in (self.launched, self.recorded):
+            seed_step(seed, 0, step)
+            self.runner.statistics.keep()
+            loss = run(batch)
+            gradients = [p.grad for p in self.runner.parameters if p.grad is not None]
+            found.append((float(loss), float(torch.nn.utils.get_total_norm(gradients))))
+            del loss, gradients
+            self.runner.optimizer.zero_grad(set_to_none=True)
+            self.runner.statistics.put_back_unless(torch.zeros((), device=self.runner.device))
+            self.runner.statistics.kept = []
+        (loss, norm), (replayed_loss, replayed_norm) = found
+        same = abs(replayed_loss - loss) <= LOSS_TOLERANCE * abs(loss)
+        if not (same and abs(replayed_norm - norm) <= NORM_TOLERANCE * norm):
+            raise RuntimeError(
+                f"a replayed step has loss {replayed_loss} and gradient norm {replayed_norm}, "
+                f"the launched one {loss} and {norm}"
+            )
+
+
+def can_record(setting: Setting, job: Job) -> bool:
+    """Whether the steps of a job are replayed."""
+    return job.graphs and torch.device(setting.device).type == "cuda"
+
+
+class RecordedStep:
+    """Forward and backward of a runner's step, recorded once and replayed with other batches.
+
+    What the host decides in a step is part of the record: record again when that changes.
+    """
+
+    def __init__(
+        self,
+        runner: TorchRunner,
+        batch: dict[str, Any],
+    ):
+        self.runner = runner
+        # zeros: what a recording reads of its inputs on the host is an error, not a constant
+        self.inputs = {
+            name: torch.zeros_like(value) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        runner.optimizer.zero_grad(set_to_none=True)
+        runner.statistics.keep()  # here, so that it is not recorded
+        self.replay = cuda_graph(self._run)
+        self.gradients = [(p, p.grad) for p in runner.parameters if p.grad is not None]
+        runner.optimizer.zero_grad(set_to_none=True)
+        runner.statistics.kept = []
+
+    def _run(self) -> None:
+        self.loss = self.runner.micro_step(self.inputs, last=True)["loss"].detach()
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """Leaves the gradients of a batch in the parameters and returns its loss."""
+        for name, value in self.inputs.items():
+            if isinstance(value, Tensor):
+                value.copy_(batch[name])
+            else:
+                assert batch[name] == value, f"{name} is recorded as {value}, not {batch[name]}"
+        self.runner.statistics.keep()
+        self.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return self.loss.clone()
+
+
+def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
+    """Records the kernels that a function launches on the current stream; returns their replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        run()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """A stream that can be recorded, which the default one cannot."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# SemMAE's first stage
+
+
+def teacher_file(setting: Setting, job: Job) -> Path:
+    """Where the MAE of this seed and length leaves its encoder, whose features parts come from."""
+    return setting.images_file.parent / f"mae-seed{job.seed}-{job.epochs}.safetensors"
+
+
+def learned_parts(images: Images, job: Job) -> Tensor:
+    """Learns parts as run_part_learning.py does; returns them, uint8 [N, rows, columns]."""
+    setting, device = images.setting, images.device
+    flags = f"{setting.source_flags} {SHAPES.parts} --precision {setting.precision} --seed {job.seed} --teacher"
+    args = run_part_learning.parse([*shlex.split(flags), str(teacher_file(setting, job))])
+    args.epochs = setting.part_epochs
+    args.batch_size = min(args.batch_size, len(images.pretrain))
+    torch.manual_seed(args.seed)
+    teacher = load_teacher(args.teacher, image_size=args.input_size).to(device)
+    learner = run_part_learning.build_learner(args, teacher)
+    mean_std = image_mean_std(args)
+    task = PartLearning(learner, teacher, mean_std, (args.tau_start, args.tau_end)).to(device)
+    loader = DeviceLoader(
+        images.pretrain, ("image",), batch_size=args.batch_size, size=SIZE, grid=teacher.grid,
+        seed=args.seed, mean_std=mean_std, interpolation=args.train_interpolation,
+        crop_scale=tuple(args.crop_scale),
+    )  # fmt: skip
+    first = range(min(STATISTICS_BATCHES, loader.steps_per_epoch))
+    learner.standardize(teacher(loader.batch(step)["image"]) for step in first)
+    args.warmup_epochs = 0
+    args.warmup_steps = max(1, round(0.05 * args.epochs * loader.steps_per_epoch))
+    groups = param_groups(learner, args.weight_decay)
+    train_classifier(args, task, groups, loader.steps_per_epoch, loader.batch, task.after_step)
+    task.after_step(1.0)
+    normalize, parts = Normalize(mean_std, device), []
+    grid = teacher.grid if args.part_grid is None else (args.part_grid, args.part_grid)
+    with torch.no_grad():
+        for some in images.pretrain.split(1000):
+            with autocast(device, AUTOCAST_DTYPES.get(args.precision)):
+                features = teacher(normalize({"image": some})["image"])
+            parts.append(hard_maps(learner.maps(features), grid, clean=args.clean))
+    return torch.cat(parts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,8 +518,8 @@ def evaluate(setting: Setting, images: Images, job: Job, encoder: Path | None) -
     bank, queries = (features_of(args, images, backbone, split) for split in ("train", "val"))
     return {
         "knn_acc1": evaluate_knn(bank, queries, [20], [0.07], images.classes)[0].acc1,
-        "linear_acc1": linear_accuracy(setting, network, bank, queries, images.classes),
-        "finetune_acc1": finetuned_accuracy(setting, network, images),
+        "linear_acc1": linear_accuracy(setting, job, network, bank, queries, images.classes),
+        "finetune_acc1": finetuned_accuracy(setting, job, network, images),
     }
 
 
@@ -358,7 +540,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
 
 
 def linear_accuracy(
-    setting: Setting, network: list[str], bank: Features, queries: Features, classes: int
+    setting: Setting,
+    job: Job,
+    network: list[str],
+    bank: Features,
+    queries: Features,
+    classes: int,
 ) -> float:
     """Of a linear probe, trained as by run_linear_probing.py on features of whole images."""
     flags = [*PROBE.split(), *LINEAR.split(), "--epochs", str(setting.linear_epochs)]
@@ -370,9 +557,8 @@ def linear_accuracy(
     probe = Probe(heads, None)
     groups = head_groups(heads.values(), [args.lr], args.weight_decay)
     steps_per_epoch = len(bank) // args.batch_size
-    train_classifier(
-        args, probe, groups, steps_per_epoch, bank_batches(args, bank, steps_per_epoch)
-    )
+    batch = bank_batches(args, bank, steps_per_epoch)
+    train_classifier(args, probe, groups, steps_per_epoch, batch, graphs=can_record(setting, job))
     probe.eval()
     with torch.no_grad():
         return accuracy(probe.logits({"features": queries.vectors})[0], queries.labels)
@@ -412,6 +598,9 @@ def train_classifier(
     groups: list[dict],
     steps_per_epoch: int,
     batch: Callable[[int], dict[str, Tensor]],
+    after_step: Callable[[float], None] = lambda progress: None,
+    *,
+    graphs: bool = False,
 ) -> None:
     """As the training loop: schedules, optimizer and runner that the flags say."""
     device = next(task.parameters()).device
@@ -427,14 +616,17 @@ def train_classifier(
     )
     lr, weight_decay = schedules(args, steps_per_epoch)
     task.train()
-    for step in range(args.epochs * steps_per_epoch):
-        set_schedule(optimizer, lr[step], weight_decay[step])
-        seed_step(args.seed, 0, step)
-        runner.micro_step(batch(step), last=True)
-        runner.step()
+    steps, take = args.epochs * steps_per_epoch, Steps(runner, graphs=graphs)
+    with own_stream(device):
+        for step in range(steps):
+            set_schedule(optimizer, lr[step], weight_decay[step])
+            seed_step(args.seed, 0, step)  # before the batch, which may be drawn
+            take(batch(step), args.seed, step)
+            runner.step()
+            after_step(step / steps)
 
 
-def finetuned_accuracy(setting: Setting, network: list[str], images: Images) -> float:
+def finetuned_accuracy(setting: Setting, job: Job, network: list[str], images: Images) -> float:
     """After fine-tuning on the first tenth of each class, as by run_class_finetuning.py."""
     flags = [*FINETUNE.split(), *SHAPES.finetune.split(), "--epochs", str(setting.finetune_epochs)]
     args = parse("finetune", [*network, *flags])
@@ -461,9 +653,8 @@ def finetuned_accuracy(setting: Setting, network: list[str], images: Images) -> 
         crops = resample(padded[chosen], boxes, SIZE, flip=flip).to(torch.uint8)
         return normalize({"image": crops, "label": labels[few[chosen]]})
 
-    train_classifier(
-        args, task, param_groups(model, args.weight_decay, args.layer_decay), steps_per_epoch, batch
-    )
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    train_classifier(args, task, groups, steps_per_epoch, batch, graphs=can_record(setting, job))
     model.eval()
     logits = []
     with torch.no_grad(), autocast(images.device, AUTOCAST_DTYPES.get(args.precision)):
@@ -506,8 +697,12 @@ def run_job(
             }
             trained(figures)
             encoder = save_encoder(run.method, Path(folder))
+            if job.key == "mae":
+                files.save_encoder(teacher_file(setting, job), run.method.encoder_state_dict(), {})
             del run
+        start = time.perf_counter()
         found = evaluate(setting, images, job, encoder)
+        evaluation = time.perf_counter() - start
     return Row(
         data="cifar10" if "IMNET" in setting.source_flags else "digits",
         method=job.key,
@@ -519,6 +714,7 @@ def run_job(
         lr=figures["lr"],
         first_loss=figures["first_loss"],
         step_ms=figures["step_ms"],
+        evaluation_s=evaluation,
         seconds=time.perf_counter() - begin,
         note=NOTES.get(job.key, ""),
     )
@@ -535,90 +731,128 @@ def save_encoder(method: PretrainMethod, folder: Path) -> Path:
 # Processes
 
 
-def work(connection: Connection, setting: Setting) -> None:
-    """A process of its own: does what comes through the connection until that is closed.
+def work(connection: Connection, device: str) -> None:
+    """Does what comes through the connection until that is closed, in a process of its own.
 
-    Answers are (kind, subject, value): of ("load", number) ("loaded", number, None) when the images
-    are on the device, of ("measure", key) ("measured", key, seconds), of ("job", job) ("trained",
-    job, figures) and ("row", job, row); of what raises ("error", subject, traceback).
+    The first thing is a `Setting`, every other a `Job`. Answers are (kind, job, value): ("trained",
+    job, metrics), ("row", job, row), ("error", job, traceback). After an error on a GPU the process
+    ends, because what a broken recording leaves behind is not known.
     """
     torch.set_num_threads(1)
     setup_logging(rank=1)  # warnings only
+    torch.zeros(1, device=device)  # while the images are still being decoded
     images = None
-    while True:
-        try:
-            kind, subject = connection.recv()
-        except EOFError:
-            return
-        try:
-            images = images or Images(setting)
-            if kind == "load":
-                connection.send(("loaded", subject, None))
-            elif kind == "measure":
-                connection.send(("measured", subject, measure(setting, images, subject)))
-            else:
-                tell = partial(report_trained, connection, subject)
-                connection.send(("row", subject, run_job(setting, images, subject, tell)))
-        except Exception:
-            connection.send(("error", subject, traceback.format_exc()))
+    with contextlib.suppress(EOFError):
+        setting = connection.recv()
+        while True:
+            job = connection.recv()
+            try:
+                images = images or Images(setting)
+                tell = partial(report_trained, connection, job)
+                connection.send(("row", job, run_job(setting, images, job, tell)))
+            except Exception:
+                connection.send(("error", job, traceback.format_exc()))
+                if setting.device != "cpu":
+                    return
+            if setting.device != "cpu":
+                torch.cuda.empty_cache()
 
 
-def report_trained(connection: Connection, job: Job, figures: dict[str, float]) -> None:
-    connection.send(("trained", job, figures))
+def report_trained(connection: Connection, job: Job, metrics: dict[str, float]) -> None:
+    connection.send(("trained", job, metrics))
 
 
 class Pool:
-    """Processes with a queue each of one; a process that dies costs its task only."""
+    """Processes with a queue each of one; a process that dies costs its job only and is replaced.
 
-    def __init__(self, setting: Setting, size: int):
-        context = mp.get_context("spawn")
+    They are begun at once, and begin with jobs when `start` has told them the setting.
+    """
+
+    def __init__(self, device: str, size: int):
+        self.device, self.size = device, size
+        self.context = mp.get_context("spawn")
         os.environ["OMP_NUM_THREADS"] = "1"
-        self.workers = {}
+        self.workers: dict[Connection, mp.Process] = {}
+        self.busy: dict[Connection, Job] = {}
+        self.setting: Setting | None = None
+        self.spares = 2 * size
         for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, setting), daemon=True)
-            process.start()
-            theirs.close()
-            self.workers[ours] = process
-        self.busy: dict[Connection, Any] = {}
+            self.add_worker()
+
+    def add_worker(self) -> None:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=work, args=(theirs, self.device), daemon=True)
+        process.start()
+        theirs.close()
+        self.workers[ours] = process
+        if self.setting is not None:
+            ours.send(self.setting)
+
+    def start(self, setting: Setting) -> None:
+        """Tells all processes what they need to know."""
+        self.setting = setting
+        for worker in self.workers:
+            worker.send(setting)
 
     def run(
         self,
-        tasks: list[tuple[str, Any]],
+        jobs: Sequence[Job],
         deadline: float,
-        answered: Callable[[str, Any, Any], None],
-        fits: Callable[[Any], bool] = lambda subject: True,
-    ) -> list[Any]:
-        """Hands out the tasks in their order, those that `fits` says can still end in time, until
-        all are done or the deadline; tells what is answered. Returns the subjects that had no time
-        to end."""
-        waiting, left_out = list(tasks), []
+        answered: Callable[[str, Job, Any], None],
+        fits: Callable[[Job], bool] = lambda job: True,
+        ready: Callable[[Job], bool] = lambda job: True,
+    ) -> list[Job]:
+        """Hands out the jobs in their order until all are done or the deadline; tells what is
+        answered and returns the jobs that had no time to end.
+
+        A job that is not `ready` waits for others; one that does not `fit` any more is left out.
+        One that failed with CUDA graphs is run again without, and so are later ones of its method.
+        """
+        waiting, left_out, without_graphs = list(jobs), [], set()
+
+        def told(kind: str, job: Job, value: Any) -> None:
+            answered(kind, job, value)
+            if kind == "error" and job.graphs and self.device != "cpu":
+                without_graphs.add(job.key)
+                waiting.insert(0, job)
+
         while time.monotonic() < deadline:
             for worker in [worker for worker in self.workers if worker not in self.busy]:
-                while waiting and not fits(waiting[0][1]):
-                    left_out.append(waiting.pop(0)[1])
-                if waiting:
-                    self.busy[worker] = waiting.pop(0)
-                    with contextlib.suppress(OSError):  # it has died, which `receive` will find out
-                        worker.send(self.busy[worker])
+                while (job := next(filter(ready, waiting), None)) is not None:
+                    waiting.remove(job)
+                    if fits(job):
+                        break
+                    left_out.append(job)
+                if job is None:
+                    break
+                if job.key in without_graphs:
+                    job = replace(job, graphs=False)
+                self.busy[worker] = job
+                with contextlib.suppress(OSError):  # it has died, which `receive` will find out
+                    worker.send(job)
             if not self.busy:
                 break
             for worker in wait(list(self.busy), timeout=max(0.0, deadline - time.monotonic())):
-                self.receive(worker, answered)
-        return [subject for _, subject in (*self.busy.values(), *waiting)] + left_out
+                self.receive(worker, told)
+        return [*self.busy.values(), *waiting, *left_out]
 
-    def receive(self, worker: Connection, answered: Callable[[str, Any, Any], None]) -> None:
+    def receive(self, worker: Connection, answered: Callable[[str, Job, Any], None]) -> None:
+        """Takes one answer of a process, or notices that it has died."""
         try:
-            kind, subject, value = worker.recv()
+            kind, job, value = worker.recv()
         except (EOFError, OSError):  # it has died
-            kind, subject = "error", self.busy.pop(worker)[1]
-            process = self.workers.pop(worker)
+            job = self.busy[worker]
+            process = self.workers[worker]
             process.join(1)
-            answered(kind, subject, f"the process ended with exit code {process.exitcode}")
-            return
+            kind, value = "error", f"the process ended with exit code {process.exitcode}"
+        if kind == "error" and (self.device != "cpu" or value.startswith("the process ended")):
+            del self.workers[worker]
+            self.spares -= 1
+            if self.spares >= 0:
+                self.add_worker()
         if kind != "trained":
             del self.busy[worker]
-        answered(kind, subject, value)
+        answered(kind, job, value)
 
     def close(self) -> None:
         for process in self.workers.values():
@@ -627,23 +861,28 @@ class Pool:
             process.join(5)
 
 
-def epochs_that_fit(
-    step_seconds: dict[str, float], steps_per_epoch: int, workers: int, seconds: float
-) -> int:
-    """The most epochs with which all methods, one after another on the first free worker, end
-    within `seconds`."""
+class LongRuns:
+    """Admits long runs for as long as all that are admitted are expected to end in time.
 
-    def makespan(epochs: int) -> float:
-        ends = [0.0] * workers
-        for each in step_seconds.values():
-            first = ends.index(min(ends))
-            ends[first] += epochs * steps_per_epoch * each
-        return max(ends)
+    The device is shared evenly: a step of a method, measured beside `size` others, takes one part
+    in `size` of the device for itself.
+    """
 
-    epochs = 1
-    while makespan(epochs + 1) <= seconds:
-        epochs += 1
-    return epochs
+    def __init__(self, steps: int, size: int, deadline: float):
+        self.steps, self.size, self.deadline = steps, size, deadline
+        self.begin, self.admitted = 0.0, 0.0
+
+    def fits(self, step_seconds: float, evaluation: float) -> bool:
+        """Whether another run still fits, which is admitted then."""
+        now = time.monotonic()
+        if not self.admitted:
+            self.begin = now
+        own = self.steps * step_seconds / self.size
+        left = max(self.admitted + own - (now - self.begin), self.steps * SHORTEST_STEP)
+        if now + LONG_MARGIN * left + evaluation > self.deadline:
+            return False
+        self.admitted += own
+        return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -664,9 +903,10 @@ class Report:
             self.trained.pop(subject, None)
             self.add(value)
         elif kind == "error":
-            name = name_of(subject) if isinstance(subject, Job) else f"process for {subject}"
             error = value.rstrip().rpartition("\n")[2][:500]
-            self.checks.record(name, ok=False, error=error, details=value)
+            self.checks.record(
+                name_of(subject), ok=False, error=error, graphs=subject.graphs, details=value
+            )
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -681,38 +921,57 @@ class Report:
             if name not in ("method", "seed", "data")
         }
         known = {name: value for name, value in values.items() if value != "" and value == value}
-        self.checks.record(f"{row.method} seed {row.seed}", ok=ok, **known)
+        self.checks.record(name_of(Job(row.method, row.seed, row.epochs)), ok=ok, **known)
 
     def cut_off(self, jobs: Sequence[Job]) -> None:
         """Names the jobs that the deadline ended, with what pre-training had come to."""
         for job in jobs:
             figures = self.trained.get(job, {})
-            self.checks.record(name_of(job), skipped="no time left", epochs=job.epochs, **figures)
+            self.checks.record(name_of(job), skipped="no time left", **figures)
 
     def finish(self) -> None:
-        """Writes the table."""
-        if self.rows:
-            text = table(self.rows, self.rows[0].data)
-            write_text(self.checks.output / "learns.md", text + "\n")
-            print(text, flush=True)
+        """Writes a table for each length of pre-training, with random weights in all of them."""
+        texts = []
+        for epochs in sorted({row.epochs for row in self.rows if row.steps}) or [0]:
+            rows = [row for row in self.rows if row.epochs in (0, epochs)]
+            if rows:
+                title = f"{epochs} epochs, {max(row.steps for row in rows)} steps"
+                texts.append(f"{title}\n\n{table(rows, rows[0].data)}")
+        if texts:
+            write_text(self.checks.output / "learns.md", "\n\n".join(texts) + "\n")
+            print("\n\n".join(texts), flush=True)
 
 
 def name_of(job: Job) -> str:
-    return f"{job.key} seed {job.seed}"
+    length = f" epochs {job.epochs}" if job.epochs else ""
+    return f"{job.key} seed {job.seed}{length}"
 
 
 def run(checks: Checks) -> None:
     """Runs the section."""
+    run_all(checks, in_processes=not checks.tiny)
+
+
+def run_all(checks: Checks, *, in_processes: bool, size: int | None = None, **options: Any) -> None:
+    """Prepares the data while processes begin, runs the jobs, and writes the tables."""
     folder = Path(tempfile.mkdtemp(prefix="learns"))
-    report = Report(checks)
+    report, pool = Report(checks), None
+    deadline = time.monotonic() + checks.time_left() - RESERVE_SECONDS
+    cores = len(os.sched_getaffinity(0))
     try:
+        if in_processes:
+            size = max(1, min(PROCESSES, cores - 1)) if size is None else size
+            pool = Pool(str(checks.device), size)
+        begin = time.monotonic()
         setting = prepare(checks, folder)
-        if checks.tiny:
+        checks.record("images decoded", seconds=round(time.monotonic() - begin, 2))
+        if pool is None:
             run_here(checks, setting, report)
         else:
-            torch.cuda.empty_cache()
-            run_in_processes(checks, setting, report)
+            run_in_processes(pool, setting, report, deadline, **options)
     finally:
+        if pool is not None:
+            pool.close()
         report.finish()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -721,85 +980,74 @@ def run_here(checks: Checks, setting: Setting, report: Report) -> None:
     """Every method for one epoch in this process."""
     images = Images(setting)
     for key in (*PRETRAINED, *RANDOM):
-        job = Job(key, seed=0, epochs=1)
+        job = Job(key, seed=0, epochs=0 if key in RANDOM else 1)
         checks.attempt(name_of(job), lambda job=job: report.add(run_job(setting, images, job)))
 
 
 def run_in_processes(
-    checks: Checks, setting: Setting, report: Report, *, size: int | None = None, keys: Sequence[str] = PRETRAINED,
-    random_keys: Sequence[str] = RANDOM, seeds: Sequence[int] = SEEDS,
+    pool: Pool, setting: Setting, report: Report, deadline: float, *, keys: Sequence[str] = PRETRAINED,
+    random_keys: Sequence[str] = RANDOM, seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS,
+    long_epochs: int = LONG_EPOCHS,
 ) -> None:  # fmt: skip
-    """Measures, settles the epochs, and runs the jobs seed after seed, until the deadline."""
-    cores = len(os.sched_getaffinity(0))
-    size = max(1, min(PROCESSES, cores - 1)) if size is None else size
-    deadline = time.monotonic() + checks.time_left() - RESERVE_SECONDS
-    pool = Pool(setting, size)
-    try:
-        steps_per_epoch = (
-            len(torch.load(setting.images_file)["train"][: setting.pretrain_images])
-            // setting.batch_size
-        )
-        step_seconds = measured(checks, pool, keys, random_keys, deadline, report)
-        evaluation = max(
-            (row.seconds for row in report.rows), default=10.0
-        )  # random weights' are nothing else
-        left = SHARE_OF_TIME * (deadline - time.monotonic())
-        left -= evaluation * math.ceil(len(step_seconds) / size)
-        epochs = epochs_that_fit(step_seconds, steps_per_epoch, size, left)
-        checks.record(
-            "epochs",
-            epochs=epochs,
-            steps=epochs * steps_per_epoch,
-            processes=size,
-            evaluation_s=evaluation,
-        )
+    """Runs the jobs seed after seed, then long ones, until the deadline."""
+    pool.start(setting)
+    images = torch.load(setting.images_file, mmap=True)["train"][: setting.pretrain_images]
+    steps_per_epoch = len(images) // setting.batch_size
+    long_runs = LongRuns(long_epochs * steps_per_epoch, pool.size, deadline)
+    jobs = []
+    for seed in seeds:
+        jobs += [Job(key, seed, epochs) for key in keys] + [
+            Job(key, seed, 0) for key in random_keys
+        ]
+    if long_epochs:
+        jobs += [Job(key, seed, long_epochs) for seed in seeds for key in keys]
 
-        def fits(job: Job) -> bool:
-            """Of the later seeds only what will end in time is begun."""
-            needed = epochs * steps_per_epoch * step_seconds.get(job.key, 0.0) + evaluation
-            return job.seed == seeds[0] or time.monotonic() + needed < deadline
+    def fits(job: Job) -> bool:
+        """Whether a job is expected to end in time, by the rows of its method so far."""
+        rows = [row for row in report.rows if row.method == job.key and row.epochs <= epochs]
+        if job.epochs == epochs or not job.epochs:
+            needed = max((row.seconds for row in rows), default=0.0)
+            return time.monotonic() + needed < deadline
+        if not rows:
+            return False
+        slowest = max(row.step_ms for row in rows) / 1e3
+        return long_runs.fits(slowest, max(row.seconds - row.steps * slowest for row in rows))
 
-        jobs = [Job(key, seeds[0], epochs) for key in step_seconds]
-        for seed in seeds[1:]:
-            jobs += [
-                Job(key, seed, epochs if key in step_seconds else 0)
-                for key in (*step_seconds, *random_keys)
-            ]
-        report.cut_off(pool.run([("job", job) for job in jobs], deadline, report, fits))
-    finally:
-        pool.close()
+    def ready(job: Job) -> bool:
+        """Whether the features are there that parts are learned from."""
+        method = METHODS.get(job.key)
+        learned = method is not None and method.parts == "learned"
+        return not learned or teacher_file(setting, job).is_file()
+
+    report.cut_off(pool.run(jobs, deadline, report, fits, ready))
 
 
-def measured(
-    checks: Checks,
-    pool: Pool,
-    keys: Sequence[str],
-    random_keys: Sequence[str],
-    deadline: float,
-    report: Report,
-) -> dict[str, float]:
-    """Seconds of a step of each method, beside those of the others; without those that cannot be
-    run.
-
-    Random weights are evaluated at the same time.
-    """
-    found = {}
-
-    def answered(kind: str, subject: Any, value: Any) -> None:
-        if kind == "measured":
-            found[subject] = value
-        else:
-            report(kind, subject, value)
-
-    pool.run(
-        [("load", number) for number in range(len(pool.workers))], deadline, report
-    )  # to begin side by side
-    evaluations = [("job", Job(key, SEEDS[0], 0)) for key in random_keys]
-    pool.run([("measure", key) for key in keys] + evaluations, deadline, answered)
-    step_ms = {key: round(1e3 * value, 2) for key, value in found.items()}
-    checks.record("ms a step, processes side by side", **step_ms)
-    return {key: found[key] for key in keys if key in found}
+def main(argv: Sequence[str] | None = None, begin: float = BEGIN) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_path", type=Path, default=None, help="zips; without: digits")
+    parser.add_argument("--output", type=Path, default=ROOT / "out" / "learns", help="its folder")
+    parser.add_argument("--seconds", type=float, default=330.0, help="after which it ends")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--methods", nargs="+", choices=PRETRAINED, default=PRETRAINED)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of every method and seed")
+    parser.add_argument(
+        "--long_epochs", type=int, default=LONG_EPOCHS, help="with the time left over; 0: none"
+    )
+    parser.add_argument("--processes", type=int, default=None, help="that share the device")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "results.jsonl").unlink(missing_ok=True)
+    device = torch.device(args.device)
+    deadline = begin + args.seconds
+    tiny = device.type == "cpu"
+    checks = Checks(device, args.output, deadline, tiny, args.data_path, section="learns")
+    options = {"keys": args.methods, "epochs": args.epochs, "long_epochs": args.long_epochs}
+    run_all(checks, in_processes=True, size=args.processes, **options)
 
 
 if __name__ == "__main__":
-    sys.exit("this is a section: python scripts/gpu_check.py --only learns")
+    from scripts.benchmarks import gpu_learns  # whose classes processes can name
+
+    gpu_learns.main(begin=BEGIN)

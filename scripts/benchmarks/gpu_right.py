@@ -37,16 +37,20 @@ sys.path.insert(0, str(ROOT))
 
 from helpers import METHODS as OTHERS
 from helpers import PRETRAIN, SIZE, TINY, differing, own_signals
+from helpers import arguments as tiny_arguments
 
 import run_knn
 import run_linear_probing
+from datasets import build_dataset
+from engine_for_finetuning import Classification
 from engine_for_pretraining import train_one_step
 from modeling_pretrain import PretrainMethod
 from optim_factory import param_groups
 from scripts.gpu_check import Checks
-from unimim.cli.models import build_method
+from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
-from unimim.data.pretraining import build_data
+from unimim.data.pretraining import build_data, train_loader
+from unimim.data.views import build_finetune_transform
 from unimim.engine import setup
 from unimim.engine.batch_norm import synchronized_batch_norm
 from unimim.engine.compiling import compile_blocks
@@ -376,10 +380,10 @@ def skips(name: str, device: torch.device, *, precision: str = "fp32") -> dict[s
     }
 
 
-def waits(name: str, device: torch.device, *, precision: str = "bf16") -> dict[str, Any]:
+def waits(name: str, device: torch.device, *flags: str, precision: str = "bf16") -> dict[str, Any]:
     """Three training steps under which every wait for the device is an error; then the places of
     all of them."""
-    run, _ = start(name, device, "", "--precision", precision)
+    run, _ = start(name, device, "", "--precision", precision, *flags)
     train_steps(
         run, 0, 2
     )  # the first ones may wait: torch's fused optimizers cannot skip the very first
@@ -513,33 +517,152 @@ def engine_checks(checks: Checks) -> None:
                 name,
                 partial(zero, name, device, folder, stage),
             )
-    if device.type == "cuda":
-        for precision, stages in (("fp16", (1, 2, 3)), ("bf16", (0, 2, 3))):
-            for name in FEW:
-                for stage in stages:
-                    run = partial(zero, name, device, folder, stage, precision=precision)
-                    attempt(
-                        checks, f"DeepSpeed {precision}, ZeRO {stage}, against plain", name, run
-                    )
-    else:
-        run = partial(zero, "mae", device, folder, 2, precision="bf16")
-        attempt(checks, "DeepSpeed bf16, ZeRO 2, against plain", "mae", run)
     checks.attempt("SyncBN in a group of one", partial(sync_bn_of_one, device, folder))
     leave_process_group()
 
 
 def zero(
-    name: str, device: torch.device, folder: Path, stage: int, *, precision: str = "fp32"
+    name: str,
+    device: torch.device,
+    folder: Path,
+    stage: int,
+    *,
+    precision: str = "fp32",
+    more: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Four steps by DeepSpeed against four by plain torch; in fp16, whose first steps may be
-    skipped, against fp32."""
-    reference = "fp32" if precision == "fp16" else precision
-    flags = ("--enable_deepspeed", "--zero_stage", str(stage), "--precision", precision)
+    """Four steps by DeepSpeed against four by plain torch in the same precision, with flags `more`
+    for DeepSpeed."""
+    flags = ("--enable_deepspeed", "--zero_stage", str(stage), *more)
     tolerance = {"fp32": (1e-4, MOVED), "bf16": (5e-2, 0.3), "fp16": (2e-2, 0.1)}[precision]
+    common = (*STEADY, "--precision", precision)
     with exact_products():
-        theirs, _ = start(name, device, folder / "plain", *STEADY, "--precision", reference)
-        ours, _ = start(name, device, folder / f"zero{stage}", *STEADY, *flags)
+        theirs, _ = start(name, device, folder / "plain", *common)
+        take_scale(theirs)
+        ours, _ = start(name, device, folder / f"zero{stage}", *common, *flags)
         return trained_alike(ours, theirs, 4, tolerance)
+
+
+def take_scale(run: Training, scale: float = 2.0**7) -> None:
+    """Gives a plain run in fp16 the loss scale that DeepSpeed begins with, at which no step is
+    skipped."""
+    if run.runner.scaler.is_enabled():
+        run.runner.scaler = torch.amp.GradScaler(run.normalize.device.type, init_scale=scale)
+
+
+def refused_fp16(name: str, device: torch.device, folder: Path) -> dict[str, Any]:
+    """DeepSpeed in fp16 without sharding is refused in one sentence."""
+    flags = ("--enable_deepspeed", "--zero_stage", "0", "--precision", "fp16")
+    try:
+        start(name, device, folder / "refused", *flags)
+    except ValueError as error:
+        return {"error": str(error), "ok": "--zero_stage 1" in str(error)}
+    return {"ok": False}
+
+
+def precision_checks(checks: Checks) -> None:
+    """DeepSpeed in lower precision against plain torch in the same, and the optimizer on the
+    host."""
+    device = checks.device
+    folder = checks.output
+    on_gpu = device.type == "cuda"
+    lower = (("bf16", (0, 2, 3)), ("fp16", (1, 2, 3))) if on_gpu else (("bf16", (2,)),)
+    for name in FEW:
+        for precision, stages in lower:
+            for stage in stages:
+                check = f"DeepSpeed {precision}, ZeRO {stage}, against plain"
+                run = partial(zero, name, device, folder, stage, precision=precision)
+                attempt(checks, check, name, run)
+        more = ("--offload", "optimizer")
+        for precision, stage in (("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 2))[
+            : 4 if on_gpu else 1
+        ]:
+            check = f"optimizer on the host, {precision}, ZeRO {stage}, against plain"
+            run = partial(zero, name, device, folder, stage, precision=precision, more=more)
+            attempt(checks, check, name, run)
+    if on_gpu:
+        check = "DeepSpeed fp16, ZeRO 0, is refused"
+        attempt(checks, check, "mae", partial(refused_fp16, "mae", device, folder))
+    leave_process_group()
+
+
+def optimizer_checks(checks: Checks) -> None:
+    """Optimizers without AdamW's fused form, a skipped first step, and averages on the host."""
+    device = checks.device
+    for optimizer in ("lamb", "lars", "sgd") if device.type == "cuda" else ():
+        for name in FEW:
+            run = partial(waits, name, device, "--opt", optimizer)
+            attempt(checks, f"no wait in a step, {optimizer}", name, run)
+    for optimizer in ("sgd", "adamw", "lamb"):
+        precision = "fp16" if device.type == "cuda" else "bf16"
+        for name in FEW:
+            run = partial(first_step_skipped, name, device, optimizer, precision)
+            attempt(checks, f"first step skipped, {optimizer}, {precision}", name, run)
+    checks.attempt("average on the host", partial(average_on_host, device), seconds=MARGIN)
+
+
+def first_step_skipped(
+    name: str, device: torch.device, optimizer: str, precision: str
+) -> dict[str, Any]:
+    """A run whose first step is skipped against one that begins with the second."""
+    flags = (*STEADY, "--precision", precision, "--opt", optimizer)
+    with exact_products():
+        ours, _ = start(name, device, "", *flags)
+        theirs, _ = start(name, device, "", *flags)
+        for run in (ours, theirs):
+            take_scale(run)
+        initial = weights(ours)
+        ours.loader.batch_sampler.set_position(0, 0)
+        first = next(iter(ours.loader))
+        for key in {"image", "image_strong"} & first.keys():
+            first[key] = torch.full(first[key].shape, math.nan)
+        train_one_step(ours, 0, [first])
+        ours.monitor.read()
+        untouched = differing(initial, weights(ours)) == []
+        skipped = ours.monitor.streak == 1
+        losses = [train_steps(run, 1, 4) for run in (ours, theirs)]
+        row = alike(*losses, weights(ours), weights(theirs), initial, (1e-2, 0.05))
+    finite = all(map(math.isfinite, losses[0]))
+    row |= {"untouched": untouched, "skipped": skipped, "finite": finite}
+    return row | {"ok": row["ok"] and untouched and skipped and finite}
+
+
+def average_on_host(device: torch.device) -> dict[str, Any]:
+    """Fine-tuning with --model_ema_force_cpu against an average on the device."""
+    averages = []
+    for flags in ((), ("--model_ema_force_cpu",)):
+        args = tiny_arguments(
+            "finetune", "", "--device", device.type, "--precision", "fp32", "--model_ema",
+            "--model_ema_decay", "0.9", "--drop_path", "0", "--matmul_precision", "highest", *flags,
+        )  # fmt: skip
+        run = start_finetuning(args)
+        places = {p.device.type for p in run.task.average.module.parameters()}
+        initial = on_host(run.task.average.module)
+        losses = train_steps(run, 0, 3)
+        averages.append((losses, on_host(run.task.average.module), places))
+    (theirs_losses, theirs, _), (losses, ours, places) = averages
+    row = alike(losses, theirs_losses, ours, theirs, initial, (1e-5, 1e-4))
+    return row | {"places": sorted(places), "ok": row["ok"] and places == {"cpu"}}
+
+
+def on_host(network: nn.Module) -> dict[str, Tensor]:
+    """Copies of a network's weights and buffers on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+
+def start_finetuning(args: Namespace) -> Training:
+    """What run_class_finetuning.py's main() does up to the first step."""
+    args.nb_classes = 10
+    normalize = set_up(args)
+    model = build_classifier(args).to(normalize.device)
+    transform = build_finetune_transform(args, train=not args.no_aug)
+    dataset = build_dataset(args, train=True, transform=transform, need_labels=True)
+    loader = train_loader(args, dataset)
+    task = Classification(model, args, normalize.device)
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    with own_signals():
+        run, _ = start_training(args, task, model, loader, groups, normalize, "model_ema")
+    run.task.train()
+    return run
 
 
 def sync_bn_of_one(device: torch.device, folder: Path) -> dict[str, Any]:
@@ -632,10 +755,11 @@ def differences_after_resume(
 
 def compile_checks(checks: Checks) -> None:
     """--compile against eager; the same block's code is compiled anew for each method."""
-    for name in TRANSFORMERS:
+    asked = checks.models or TRANSFORMERS
+    for name in (name for name in asked if name in TRANSFORMERS):
         run = partial(compiled, name, checks.device)
         attempt(checks, "--compile against eager, fp32", name, run, seconds=5.0)
-    for name in FEW:
+    for name in (name for name in FEW if not checks.models or f"{name}-bf16" in checks.models):
         run = partial(compiled, name, checks.device, precision="bf16")
         attempt(checks, "--compile against eager, bf16", name, run, seconds=5.0)
 
@@ -850,6 +974,9 @@ def comparisons(checks: Checks, methods: Sequence[str]) -> None:
         attempt(checks, "device against CPU, fp32", name, partial(against_cpu, name, device))
     for name in methods if on_gpu else ():
         attempt(checks, "no wait in a step, bf16", name, partial(waits, name, device))
+    for name in methods[:1] if on_gpu else ():  # an optimizer without a fused form
+        check = partial(waits, name, device, "--opt", "lamb")
+        attempt(checks, "no wait in a step, bf16", f"{name}, lamb", check)
     for precision in ("bf16", "fp16") if on_gpu else ("bf16",):
         for name in methods:
             run = partial(lower_precision, name, device, precision=precision)
@@ -884,6 +1011,8 @@ def cnn_checks(checks: Checks) -> None:
 
 GROUPS: dict[str, Callable[[Checks], None]] = {
     "engines": engine_checks,
+    "precisions": precision_checks,
+    "optimizers": optimizer_checks,
     "resume": resume_checks,
     "ranks": rank_checks,
     "compile": compile_checks,
@@ -894,7 +1023,9 @@ GROUPS: dict[str, Callable[[Checks], None]] = {
 
 def run(checks: Checks) -> None:
     """Runs the section."""
-    names = [name for name in GROUPS if not checks.tiny or name in ("engines", "resume", "cnn")]
+    names = [
+        name for name in GROUPS if not checks.tiny or name not in ("ranks", "compile", "cases")
+    ]
     groups: list[Group] = []
     try:
         for name in names:
@@ -915,12 +1046,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of results.jsonl")
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="what it may take")
+    parser.add_argument(
+        "--models", nargs="+", default=[], help="methods of `compile`, mae-bf16 for bf16; or all"
+    )
     args = parser.parse_args(argv)
     faulthandler.enable()
     deadline = time.monotonic() + args.seconds
     checks = Checks(
-        args.device, args.output, deadline, tiny=args.device.type == "cpu", section="right"
-    )
+        args.device, args.output, deadline, tiny=args.device.type == "cpu", section="right",
+        models=tuple(args.models),
+    )  # fmt: skip
     GROUPS[args.group](checks)
 
 

@@ -1,11 +1,13 @@
 """Pre-training methods against each other and against random weights, on the same small data sets.
 
-    python scripts/experiments/compare_methods.py [--data cifar10 shapes] [--methods mae semmae] [--seeds 0 1 2]
+    python scripts/experiments/compare_methods.py --data_path DATA [--data cifar10 shapes] [--methods mae semmae]
+    python scripts/experiments/compare_methods.py --data_path DATA --quick
 
-Every method of the same length is pre-trained for the same epochs, with an encoder of the same size; its averaged
-tokens are classified by k-NN and a linear probe, and it is fine-tuned by the same recipe. Runs that are finished below
---output are kept; interrupted ones go on. Writes results.csv there and prints a Markdown table for each data set.
-Another method is one more line of METHODS.
+DATA holds the images of "cifar10": zips and map files as scripts/tools/make_cifar10_subset.py writes them, or any
+others of 32 x 32 pixels. All methods are pre-trained for the same steps, on `shapes` for as long as their steps allow,
+with an encoder of the same size; its averaged tokens are classified by k-NN and a linear probe, and it is fine-tuned
+by the same recipe. Runs that are finished below --output are kept; interrupted ones go on. Writes results.csv there and
+prints a Markdown table for each data set; plot_comparison.py draws it. Another method is one more line of METHODS.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 from unimim import report
 from unimim.files import write_rows
 
-SHARED = ROOT.parent / "shared" / "data"
 ENCODER = "embed_dim=192 depth=6 num_heads=3"
 DECODER = "decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3"
 
@@ -35,9 +36,9 @@ class Method:
     part maps.
 
     `classifier` are the flags of the network that is evaluated. "{patch}" and "{cell}" in flags are
-    the data set's. `length` is the name of a schedule below: methods whose step takes much longer
-    get fewer epochs. `words`: it needs visual tokens, which only the data on the device of
-    scripts/benchmarks/gpu_learns.py come with.
+    the data set's. `length` is the name of a schedule below: on `shapes` methods whose step takes
+    much longer get fewer epochs. `words`: it needs visual tokens, which only the data on the device
+    of scripts/benchmarks/gpu_learns.py come with.
     """
 
     label: str
@@ -115,6 +116,9 @@ METHODS = {
         words=True,
     ),
     "random_beit": Method("random weights, BEiT's ViT", classifier=CONMIM_CLASSIFIER),
+    "random_semanticmim_beit": Method(
+        "random weights, BEiT's ViT with absolute positions", classifier=ABS_POS_CLASSIFIER
+    ),
     "maskfeat": Method(
         "MaskFeat", f"--model {MASKFEAT} --mask_ratio 0.4 --num_cls_tokens 1", length="medium"
     ),
@@ -147,31 +151,40 @@ COMMON = "--imagenet_default_mean_and_std --num_workers 0"
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The length of a pre-training."""
+
+    epochs: int
+    warmup_steps: int
+
+    def flags(self, epochs: int | None = None) -> str:
+        """Returns the flags of this length, or of another one with the same part of warm-up."""
+        epochs = self.epochs if epochs is None else epochs
+        warmup_steps = max(1, round(self.warmup_steps * epochs / self.epochs))
+        return f"--epochs {epochs} --warmup_steps {warmup_steps}"
+
+
+@dataclass(frozen=True)
 class Data:
-    """Flags of a data set, and the length of each stage on it."""
+    """Flags of a data set, and the length of each stage on it. "{data_path}" is the command's."""
 
     source: str
     patch: int
     cell: int
     pretrain: str
-    schedules: dict[str, str]
+    schedules: dict[str, Schedule]
     finetune: str
     parts: str
 
 
+LENGTHS = ("long", "short", "medium", "mim", "small_batches")
 DATA = {
     "cifar10": Data(
-        source=f"--data_set IMNET --data_path {shlex.quote(str(SHARED / 'cifar10'))} --input_size 32 {COMMON}",
+        source=f"--data_set IMNET --data_path {{data_path}} --input_size 32 {COMMON}",
         patch=4,
         cell=8,
         pretrain="--min_lr 0 --batch_size 256 --crop_scale 0.2 1",
-        schedules={
-            "long": "--epochs 7 --warmup_steps 54",
-            "short": "--epochs 1 --warmup_steps 8",
-            "medium": "--epochs 1 --warmup_steps 8",
-            "mim": "--epochs 7 --warmup_steps 54",
-            "small_batches": "--batch_size 64 --epochs 2 --warmup_steps 60",
-        },
+        schedules=dict.fromkeys(LENGTHS, Schedule(7, 54)),
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
         parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
     ),
@@ -181,11 +194,11 @@ DATA = {
         cell=16,
         pretrain="--min_lr 0 --batch_size 64 --crop_scale 0.2 1",
         schedules={
-            "long": "--epochs 12 --warmup_steps 37",
-            "short": "--epochs 2 --warmup_steps 6",
-            "medium": "--epochs 8 --warmup_steps 25",
-            "mim": "--epochs 2 --warmup_steps 6",
-            "small_batches": "--epochs 8 --warmup_steps 25",
+            "long": Schedule(12, 37),
+            "short": Schedule(2, 6),
+            "medium": Schedule(8, 25),
+            "mim": Schedule(2, 6),
+            "small_batches": Schedule(8, 25),
         },
         finetune="--batch_size 64 --epochs 6 --warmup_epochs 1 --label_fraction 1",
         parts="--batch_size 64 --epochs 3 --decoder_widths 64 48 32 24 --part_grid 16",
@@ -193,6 +206,7 @@ DATA = {
 }
 PROBE = "--global_pool --batch_size 256"
 LINEAR = "--no_aug --epochs 30 --warmup_epochs 0 --lr 0.1"
+QUICK_LINEAR, QUICK_STAGE = "--epochs 5", "--epochs 1 --warmup_epochs 0"  # of --quick
 FINETUNE = (
     "--label_fraction 0.1 --lr 5e-4 --layer_decay 1 --drop_path 0 --init_scale 1e-3 --aa= --color_jitter 0 --reprob 0 "
     "--smoothing 0 --weight_decay 0.05 --min_lr 1e-6"
@@ -220,8 +234,27 @@ class Result:
 class Comparison:
     """The runs of one data set and seed, each in a folder of its own below `folder`."""
 
-    def __init__(self, name: str, seed: int, output: Path, precision: str, threads: int):
-        self.name, self.data, self.seed = name, DATA[name], seed
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        output: Path,
+        precision: str,
+        threads: int,
+        *,
+        data_path: Path | None = None,
+        epochs: int | None = None,
+        quick: bool = False,
+    ):
+        data = DATA[name]
+        path = shlex.quote(str(data_path))
+        self.data = replace(data, source=data.source.format(data_path=path))
+        self.name, self.seed, self.epochs, self.linear = name, seed, epochs, LINEAR
+        if quick:
+            self.linear = f"{LINEAR} {QUICK_LINEAR}"
+            finetune = f"{data.finetune} {QUICK_STAGE}"
+            parts = f"{data.parts} {QUICK_STAGE}"
+            self.data = replace(self.data, finetune=finetune, parts=parts)
         self.folder, self.threads = output / name / f"seed{seed}", threads
         self.precision = precision
         self.common = f"--save_ckpt_freq 1000 --precision {precision} --seed {seed}"
@@ -247,7 +280,8 @@ class Comparison:
 
     def pretrain(self, key: str) -> Path:
         method = METHODS[key]
-        schedule = f"{self.data.pretrain} {self.data.schedules[method.length]}"
+        length = self.data.schedules[method.length].flags(self.epochs)
+        schedule = f"{self.data.pretrain} {length}"
         own = self.fitted(method.pretrain)
         command = f"run_pretraining.py {self.data.source} {schedule} {self.common} {own}"
         if method.parts == "random":
@@ -291,7 +325,7 @@ class Comparison:
         knn = f"run_knn.py {features} --knn_k 20 --seed {self.seed} --precision {self.precision}"
         rows = list(csv.DictReader((self.run(knn, self.folder / key / "knn") / "knn.csv").open()))
         return float(rows[0]["acc1"]), self.accuracy(
-            f"run_linear_probing.py {features} {LINEAR}", key, "linear"
+            f"run_linear_probing.py {features} {self.linear}", key, "linear"
         )
 
     def accuracy(self, command: str, key: str, stage: str) -> float:
@@ -344,27 +378,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--data", nargs="+", choices=DATA, default=["cifar10"])
+    parser.add_argument("--data_path", type=Path, help="folder of the images of cifar10")
     without_visual_tokens = [key for key, method in METHODS.items() if not method.words]
     parser.add_argument(
         "--methods", nargs="+", choices=without_visual_tokens, default=without_visual_tokens
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: 0 1 2")
+    parser.add_argument("--epochs", type=int, help="of every pre-training, in place of the table's")
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "output" / "compare", help="folder of all runs"
+        "--quick", action="store_true", help="one epoch of everything, one seed: does it run?"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=None, help="folder of all runs (default: output/compare)"
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of all runs")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="seeds at a time"
     )
     args = parser.parse_args(argv)
-    if "cifar10" in args.data and not (SHARED / "cifar10").is_dir():
-        parser.error(f"{SHARED / 'cifar10'} is absent: take --data shapes")
+    if "cifar10" in args.data and (args.data_path is None or not args.data_path.is_dir()):
+        found = "missing" if args.data_path is None else f"{args.data_path}, which is no folder"
+        parser.error(
+            f"--data_path is {found}; scripts/tools/make_cifar10_subset.py writes one, or use "
+            "--data shapes"
+        )
+    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    default_folder = "compare_quick" if args.quick else "compare"
+    output = (args.output or ROOT / "output" / default_folder).resolve()
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    length = {"epochs": args.epochs or (1 if args.quick else None), "quick": args.quick}
+    length["data_path"] = args.data_path and args.data_path.resolve()
     chains = [
-        Comparison(name, seed, args.output.resolve(), args.precision, threads)
+        Comparison(name, seed, output, args.precision, threads, **length)
         for name in args.data
-        for seed in args.seeds
+        for seed in seeds
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = [
@@ -372,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for rows in pool.map(lambda chain: chain.results(args.methods), chains)
             for row in rows
         ]
-    write_rows(args.output / "results.csv", results)
+    write_rows(output / "results.csv", results)
     print("\n\n".join(table(results, name) for name in args.data))
 
 

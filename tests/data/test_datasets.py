@@ -8,13 +8,18 @@ import pickle
 import random
 import re
 import struct
+import tempfile
 import warnings
 import zipfile
 from argparse import Namespace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import in_ranks
 from PIL import Image
 
 from datasets import (
@@ -27,7 +32,7 @@ from datasets import (
 )
 from masking_generator import build_mask_generator
 from scripts.tools import make_map_file, zip_dataset
-from unimim.data import file_index
+from unimim.data import file_index, files, shared_index, sources
 from unimim.data.file_index import PathTable, locate, read_map_file, split_archive, zip_members
 from unimim.data.random import sample_rng
 from unimim.data.shapes import background
@@ -271,6 +276,73 @@ def test_zip_directories_are_read_as_zipfile_reads_them(tmp_path, monkeypatch, f
     assert locate(found.names, PathTable(wanted)).tolist() == [
         expected.get(name, -1) for name in wanted
     ]
+
+
+def read_in_turns(folder: Path) -> list[dict]:
+    """What this of two ranks reads of a growing map file, from a folder and a zip, with how often
+    it parsed and looked up names itself."""
+    dist.init_process_group("gloo")
+    shared_index.SHARED_BYTES = 1
+    tempfile.tempdir = str(folder / "temporary")
+    found = []
+    for turn in ("fresh", "again", "map changed", "file of another key", "file cut", "no folder"):
+        if dist.get_rank() == 0:
+            prepare_turn(folder, turn)
+        if turn == "no folder":
+            tempfile.tempdir = str(folder / "nowhere")
+        dist.barrier()
+        with (
+            mock.patch.object(sources, "read_map_file", wraps=read_map_file) as parse,
+            mock.patch.object(files, "zip_members", wraps=zip_members) as look_up,
+            mock.patch.object(shared_index.log, "warning") as warn,
+        ):
+            both = [map_source(folder / kind, "train") for kind in ("folder", "zip")]
+        arrays = [array for source in both for array in (source.labels, source.files.names.text)]
+        arrays += [both[1].files.offset, both[1].files.size]
+        found.append(
+            {
+                "turn": turn,
+                "images": [[source.read(i) for i in range(len(source))] for source in both],
+                "labels": [source.labels.tolist() for source in both],
+                "calls": (parse.call_count, look_up.call_count, warn.call_count),
+                "mapped": {isinstance(array.base, np.memmap) for array in arrays},
+            }
+        )
+        dist.barrier()
+    return found
+
+
+def prepare_turn(folder: Path, turn: str) -> None:
+    if turn == "fresh":
+        (folder / "temporary").mkdir()
+        write_images(folder / "folder" / "train")
+        (folder / "zip").mkdir()
+        write_zip(folder / "zip" / "train.zip")
+    if turn in ("fresh", "map changed"):
+        for kind in ("folder", "zip"):
+            write_map(folder / kind, [f"{name} 1" for name in NAMES[: 3 if turn == "fresh" else 5]])
+    for path in (folder / "temporary").glob("*/*.arrays"):
+        content = path.read_bytes()
+        if turn == "file of another key":
+            path.write_bytes(content.replace(b'"key": ["', b'"key": ["_', 1)[: len(content)])
+        if turn == "file cut":
+            path.write_bytes(content[:-1])
+
+
+@pytest.mark.slow
+def test_ranks_of_a_machine_share_one_index(tmp_path):
+    """One of them parses, the other maps what it wrote; what was made from something else is made
+    anew, and without a folder each parses."""
+    first, second = in_ranks(2, read_in_turns, tmp_path)
+    for number, (ours, theirs) in enumerate(zip(first, second, strict=True)):
+        count = 3 if number < 2 else 5
+        images = [jpeg(seed) for seed in range(count)]
+        for rank in (ours, theirs):
+            assert rank["images"] == [images, images] and rank["labels"] == [[1] * count] * 2
+            assert rank["mapped"] == {ours["turn"] != "no folder"}
+        calls = [a + b for a, b in zip(ours["calls"], theirs["calls"], strict=True)]
+        once = {"again": [0, 0, 0], "no folder": [4, 2, 6]}
+        assert calls == once.get(ours["turn"], [2, 1, 0]), ours["turn"]
 
 
 def test_zip_names_of_code_page_437(tmp_path):

@@ -7,6 +7,7 @@ import math
 import platform
 import sys
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from helpers import (
     train_steps,
 )
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from engine_for_finetuning import evaluate
+from optim_factory import create_optimizer
 from run_class_finetuning import Evaluator
 from unimim.cli.options import resolve_precision
 from unimim.data.views import MEAN_STD, build_finetune_transform
@@ -34,7 +36,13 @@ from unimim.engine.batch_norm import BatchStatistics
 from unimim.engine.deepspeed import deepspeed_config
 from unimim.engine.ema import MovingAverage
 from unimim.engine.monitor import NonFiniteError, StepMonitor, peak_tflops
-from unimim.engine.runner import GradientCheck, TorchRunner, check_precision, step_on_device
+from unimim.engine.runner import (
+    GradientCheck,
+    RevocableStep,
+    TorchRunner,
+    check_precision,
+    step_on_device,
+)
 from unimim.engine.setup import flops_per_image
 from unimim.engine.state import Normalize
 from unimim.evaluation.accuracy import tally
@@ -248,25 +256,105 @@ def test_precision_auto_takes_no_emulation(monkeypatch):
         check_precision("bf16", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+@pytest.mark.parametrize("opt", OPTIMIZERS)
 def test_skipping_on_the_device_equals_skipping_on_the_host(tmp_path, monkeypatch, opt):
-    """On a GPU fused optimizers are told to skip; the same kernels exist on the CPU."""
-    spoilt = {2, 3}
+    """On a GPU fused optimizers are told to skip, and the steps of others are taken back; the same
+    happens to tensors on the CPU."""
+
+    def on_device(optimizer, applied, revocable):
+        if opt in ("adamw", "sgd"):
+            step_on_device(optimizer, applied)
+        else:
+            assert revocable.is_possible()
+            revocable.take(applied)
+
+    spoilt = {2, 3, 6}  # the last one too: the checkpoint holds what is settled
     ways = {}
     for way in ("host", "device"):
         run, _ = start("pretrain", tmp_path / way, "--opt", opt)
-        assert run.runner.optimizer._step_supports_amp_scaling
         train_steps(run, 0, 2)
         if way == "device":
-            monkeypatch.setattr(runner, "step_unless_nonfinite", step_on_device)
+            monkeypatch.setattr(runner, "step_unless_nonfinite", on_device)
         train_steps(
             run,
             2,
-            6,
+            7,
             lambda update, batches: nan_images(update, batches) if update in spoilt else None,
         )
-        ways[way] = snapshot(run)
+        ways[way] = (copy.deepcopy(run.runner.state_dict()), *snapshot(run))
     assert differing(ways["host"], ways["device"]) == []
+
+
+def small_optimizer(name: str, device: str = "cpu") -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6, device=device), nn.Linear(6, 3, device=device))
+    parameters = list(network.parameters())
+    groups = [
+        {"params": parameters[::2], "weight_decay": 0.05},
+        {"params": parameters[1::2], "weight_decay": 0.0},
+    ]
+    args = Namespace(opt=name, lr=0.01, momentum=0.9, opt_eps=None, opt_betas=None)
+    return network, create_optimizer(args, groups, device)
+
+
+def small_steps(name: str, *, take_back: bool) -> tuple[dict, dict, int]:
+    """Weights and optimizer state after 14 steps, four of them not finite, and how many of them
+    could be taken back."""
+    network, optimizer = small_optimizer(name)
+    revocable, possible = RevocableStep(optimizer), 0
+    for step in range(14):
+        loss = network(torch.linspace(-1, 1, 32).view(8, 4) + step).square().mean()
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        spoil = {3: math.nan, 5: math.inf, 6: math.nan, 11: math.nan}.get(step, 1.0)
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameter.grad = gradient * spoil
+        applied = torch.tensor(float(spoil == 1.0))
+        possible += revocable.is_possible()
+        if take_back and revocable.is_possible():
+            revocable.take(applied)
+        elif applied:
+            optimizer.step()
+    revocable.settle()
+    return copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict()), possible
+
+
+@pytest.mark.parametrize(
+    "name", ["adan", "lion", "madgrad", "nadamw", "radamlegacy", "rmsproptf", "lookahead_lamb"]
+)
+def test_counters_and_slow_weights_are_taken_back(name):
+    """All state, on the host too, is that of a host that skips; only first steps are looked at."""
+    *skipped, possible = small_steps(name, take_back=False)
+    *undone, _ = small_steps(name, take_back=True)
+    assert differing(skipped, undone) == []
+    assert possible == 13
+
+
+def test_state_that_cannot_be_put_back_is_left_to_the_host():
+    """A list cannot be chosen on the device."""
+    network, optimizer = small_optimizer("lamb")
+    network(torch.ones(2, 4)).sum().backward()
+    revocable = RevocableStep(optimizer)
+    assert not revocable.is_possible(), "there is no state yet"
+    optimizer.step()
+    assert revocable.is_possible()
+    optimizer.state[network[0].weight]["kept"] = []
+    assert not revocable.is_possible()
+
+
+def test_taking_a_step_back_asks_no_device(monkeypatch):
+    """Tensors on a GPU that pretends to be there refuse to be read."""
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    with FakeTensorMode():
+        network, optimizer = small_optimizer("lars", "cuda")
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()  # the first one, for which the host has to look
+        revocable = RevocableStep(optimizer)
+        applied = torch.ones((), device="cuda")
+        runner.step_unless_nonfinite(optimizer, applied, revocable)
+        assert revocable.flag.device == CPU and revocable.arrived is not None
+        with pytest.raises(DataDependentOutputException):
+            runner.step_unless_nonfinite(optimizer, applied)
 
 
 def test_average_takes_the_flag_from_the_device():

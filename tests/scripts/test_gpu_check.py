@@ -16,12 +16,15 @@ COMPARISONS = {
     "sdpa against eager, fp32": TRANSFORMERS,
     "resume, deterministic kernels": {"conmim", "mae", "a2mim_resnet"},
     **{f"ZeRO {stage} against plain": {"conmim", "mae"} for stage in range(4)},
-    "DeepSpeed bf16, ZeRO 2, against plain": {"mae"},
+    "DeepSpeed bf16, ZeRO 2, against plain": {"conmim", "mae"},
+    "optimizer on the host, fp32, ZeRO 1, against plain": {"conmim", "mae"},
+    **{f"first step skipped, {name}, bf16": {"conmim", "mae"} for name in ("sgd", "adamw", "lamb")},
 }
 ALONE = (
     "k-NN on the device against CPU",
     "linear probing on the device against CPU",
     "SyncBN in a group of one",
+    "average on the host",
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT
 
 from modeling_finetune import Block
-from scripts.benchmarks import gpu_fast
+from scripts.benchmarks import gpu_ab, gpu_fast
 from scripts.benchmarks.benchmark import random_batch
 from unimim.cli.models import build_classifier, build_method
 from unimim.engine.monitor import count_flops
@@ -92,3 +92,27 @@ def test_what_is_compiled_ahead_has_every_kind_of_block(name):
 
     short, whole = blocks(shorten=True), blocks(shorten=False)
     assert 2 * len(short) == len(whole) and kinds(short) == kinds(whole)
+
+
+@pytest.mark.slow
+def test_questions_of_the_engine_are_answered_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "scripts.benchmarks.gpu_ab", "layout", "upload", "flex"]
+    command += ["--device", "cpu", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert all(row["ok"] is not False for row in rows), rows
+    named = {row["check"]: row for row in rows}
+    assert named["A2MIM ResNet-50, gradients by layout"]["ok"] is True
+    assert named["MAE B, upload"]["speedup"] > 0 and named["ConMIM B, upload"]["mib"] > 0
+
+
+def test_orders_are_compared_place_by_place():
+    reference = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    same = gpu_ab.compare_orders(reference + 1, reference)
+    assert same["equal_places"] == 1 and same["equal_pairs"] == 1 and same["tied"] == 0
+    swapped = gpu_ab.compare_orders(torch.tensor([[0.2, 0.1, 0.3, 0.4]]), reference)
+    assert swapped["equal_places"] == 0.5
+    assert swapped["equal_pairs"] == pytest.approx(5 / 6)
+    tied = gpu_ab.compare_orders(reference, torch.tensor([[0.2, 0.2, 0.3, 0.4]]))
+    assert tied["tied"] == 0.5 and tied["equal_places_without_ties"] == 1

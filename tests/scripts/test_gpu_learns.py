@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from scripts.benchmarks.gpu_learns import (
     RANDOM,
     Images,
     Job,
-    epochs_that_fit,
+    LongRuns,
+    Pool,
+    Pretraining,
     prepare,
     run_in_processes,
 )
@@ -56,9 +59,11 @@ def test_every_method_is_trained_and_evaluated_on_a_cpu(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     found = {line["check"]: line for line in lines if line["section"] == "learns"}
-    assert found.keys() == {f"{key} seed 0" for key in (*PRETRAINED, *RANDOM)}
-    for key in (*PRETRAINED, *RANDOM):
-        line = found[f"{key} seed 0"]
+    names = {key: f"{key} seed 0 epochs 1" for key in PRETRAINED}
+    names |= {key: f"{key} seed 0" for key in RANDOM}
+    assert found.keys() - {"images decoded"} == set(names.values())
+    for key, name in names.items():
+        line = found[name]
         assert line["ok"] is True
         assert all(0 <= line[name] <= 100 for name in ("knn_acc1", "linear_acc1", "finetune_acc1"))
         if key in PRETRAINED:
@@ -68,65 +73,119 @@ def test_every_method_is_trained_and_evaluated_on_a_cpu(tmp_path):
     rows = list(csv.DictReader((tmp_path / "learns.csv").open()))
     assert [row["method"] for row in rows] == [*PRETRAINED, *RANDOM]
     assert all(math.isfinite(float(row["knn_acc1"])) for row in rows)
-    assert len((tmp_path / "learns.md").read_text().splitlines()) == 2 + len(rows)
+    assert len((tmp_path / "learns.md").read_text().splitlines()) == 4 + len(rows)
 
 
 @pytest.mark.slow
-def test_processes_share_the_methods_and_what_fails_costs_itself_only(tmp_path, monkeypatch):
+def test_processes_share_the_methods_and_what_fails_costs_itself_only(tmp_path):
     checks = tiny_checks(tmp_path, 500)
     setting = prepare(checks, tmp_path)
-    monkeypatch.setattr(
-        gpu_learns, "SHARE_OF_TIME", 1e-4
-    )  # one epoch, so that the next seed begins
-    report = gpu_learns.Report(checks)
-    options = {"size": 2, "keys": ("mae", "no_method"), "random_keys": ("random",), "seeds": (0, 1)}
-    run_in_processes(checks, setting, report, **options)
+    report, pool = gpu_learns.Report(checks), Pool("cpu", 2)
+    try:
+        # SemMAE comes first and waits for the MAE whose features its parts are learned on
+        run_in_processes(
+            pool, setting, report, checks.deadline, keys=("semmae", "no_method", "mae"),
+            random_keys=("random",), seeds=(0, 1), epochs=1, long_epochs=2,
+        )  # fmt: skip
+    finally:
+        pool.close()
     report.finish()
     lines = {line["check"]: line for line in checks.results}
-    assert (
-        lines["process for no_method"]["ok"] is False
-        and "KeyError" in lines["process for no_method"]["error"]
-    )
-    assert lines["ms a step, processes side by side"]["mae"] > 0 and lines["epochs"]["epochs"] == 1
-    assert {(row.method, row.seed, row.epochs) for row in report.rows} == {
-        ("random", 0, 0), ("random", 1, 0), ("mae", 0, 1), ("mae", 1, 1)
-    }  # fmt: skip
+    failed = lines["no_method seed 0 epochs 1"]
+    assert failed["ok"] is False and "KeyError" in failed["error"]
+    expected = {("random", 0, 0), ("random", 1, 0)}
+    expected |= {(key, seed, n) for key in ("mae", "semmae") for seed in (0, 1) for n in (1, 2)}
+    assert {(row.method, row.seed, row.epochs) for row in report.rows} == expected
     # a process computes what this one does
     here = gpu_learns.run_job(setting, Images(setting), Job("mae", 0, 1))
-    there = next(row for row in report.rows if (row.method, row.seed) == ("mae", 0))
+    there = next(row for row in report.rows if (row.method, row.seed, row.epochs) == ("mae", 0, 1))
     assert (here.pretrain_loss, here.knn_acc1, here.finetune_acc1) == pytest.approx(
         (there.pretrain_loss, there.knn_acc1, there.finetune_acc1), rel=1e-5
     )
 
 
 @pytest.mark.slow
-def test_the_deadline_ends_jobs_and_a_dead_process_is_named(tmp_path):
+def test_the_deadline_ends_jobs_and_a_dead_process_is_replaced(tmp_path):
     checks = tiny_checks(tmp_path, 60)
-    pool = gpu_learns.Pool(prepare(checks, tmp_path), 2)
+    pool = Pool("cpu", 2)
     answers = []
+
+    def answered(*answer):
+        answers.append(answer)
+
     try:
+        pool.start(prepare(checks, tmp_path))
         # the first answer comes when the process is up, then its queue is cut off in the middle
-        pool.run(
-            [("job", Job("random", 0, 0))],
-            time.monotonic() + 300,
-            lambda *answer: answers.append(answer),
-        )
-        endless, dies = Job("mae", 0, 10_000), Job("mae", 1, 10_000)
+        pool.run([Job("random", 0, 0)], time.monotonic() + 300, answered)
+        endless, dies, after = Job("mae", 0, 10_000), Job("mae", 1, 10_000), Job("random", 1, 0)
         begin = time.monotonic()
-        assert pool.run([("job", endless)], begin + 2, lambda *answer: answers.append(answer)) == [
-            endless
-        ]
+        assert pool.run([endless], begin + 2, answered) == [endless]
         assert time.monotonic() - begin < 30
         (other,) = [worker for worker in pool.workers if worker not in pool.busy]
         pool.workers[other].kill()
-        left = pool.run(
-            [("job", dies)], time.monotonic() + 3, lambda *answer: answers.append(answer)
-        )
+        left = pool.run([dies], time.monotonic() + 3, answered)
+        assert left == [endless] and len(pool.workers) == 2
+        begin = time.monotonic()
+        while len(answers) < 3 and time.monotonic() < begin + 100:
+            pool.run([after], time.monotonic() + 20, answered)
     finally:
         pool.close()
-    assert [answer[:2] for answer in answers] == [("row", Job("random", 0, 0)), ("error", dies)]
-    assert "exit code -9" in answers[-1][2] and left == [endless]
+    assert [answer[:2] for answer in answers[:3]] == [
+        ("row", Job("random", 0, 0)), ("error", dies), ("row", after)
+    ]  # fmt: skip
+    assert "exit code -9" in answers[1][2]
     assert not any(process.is_alive() for process in pool.workers.values())
+
+
+def repeated(run):
+    """What a CUDA graph does, on a CPU: the same tensors get what the function computes."""
+    step = run.__self__
+    runner = step.runner
+    run()
+    runner.statistics.put_back_unless(torch.zeros(()))  # recording computes nothing
+    loss, gradients = step.loss, [p.grad for p in runner.parameters]
+
+    def replay() -> None:
+        runner.optimizer.zero_grad(set_to_none=True)
+        run()
+        for mine, parameter in zip(gradients, runner.parameters, strict=True):
+            if mine is not None:
+                mine.copy_(parameter.grad)
+        loss.copy_(step.loss)
+        step.loss = loss
+
+    return replay
+
+
+@pytest.mark.parametrize("key", ["conmim", "semmae_random", "a2mim_resnet18"])
+def test_recorded_steps_train_as_launched_ones(key, tmp_path, monkeypatch):
+    """With running statistics, an average, and a number that changes with the epoch."""
+    monkeypatch.setattr(gpu_learns, "cuda_graph", repeated)
+    monkeypatch.setattr(gpu_learns, "EAGER_STEPS", 1)
+    setting = replace(prepare(tiny_checks(tmp_path, 60), tmp_path), pretrain_images=16)
+    images, found = Images(setting), {}
+    for graphs in (False, True):
+        run = Pretraining(setting, images, Job(key, 0, 3))
+        run.take.graphs = graphs
+        found[graphs] = run.run(), run.method.encoder_state_dict()
+        assert (run.take.recorded is not None) == graphs
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
+    for name, value in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_recording_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    def wrong(run):
+        run()
+        return lambda: run.__self__.loss.mul_(1.1)
+
+    monkeypatch.setattr(gpu_learns, "cuda_graph", wrong)
+    monkeypatch.setattr(gpu_learns, "EAGER_STEPS", 0)
+    setting = prepare(tiny_checks(tmp_path, 60), tmp_path)
+    run = Pretraining(setting, Images(setting), Job("mae", 0, 3))
+    run.take.graphs = True
+    with pytest.raises(RuntimeError, match="a replayed step has loss"):
+        run.run()
 
 
 def test_features_and_neighbours_are_those_of_run_knn(tmp_path):
@@ -158,10 +217,8 @@ def test_features_and_neighbours_are_those_of_run_knn(tmp_path):
     assert np.isfinite(found)
 
 
-def test_as_many_epochs_as_fit():
-    # two processes, 10 steps an epoch: 1 s and 0.5 s an epoch side by side, then the third on the
-    # second process
-    seconds = {"a": 0.1, "b": 0.05, "c": 0.05}
-    assert epochs_that_fit(seconds, 10, workers=2, seconds=5.5) == 5
-    assert epochs_that_fit(seconds, 10, workers=1, seconds=5.5) == 2
-    assert epochs_that_fit(seconds, 10, workers=2, seconds=0.1) == 1
+def test_long_runs_are_admitted_while_they_end_in_time():
+    # each takes 100 steps of 0.2 s / 2, that is 10 s of a device shared by two, and a margin
+    runs = LongRuns(100, 2, time.monotonic() + 40)
+    assert [runs.fits(0.2, 1.0) for _ in range(5)] == [True, True, True, False, False]
+    assert runs.fits(0.02, 1.0) and not runs.fits(0.2, 1.0)

@@ -39,32 +39,50 @@ class FolderFiles:
             raise BrokenImageError(error.strerror or str(error)) from error
 
 
+def locate_members(archive: Path, names: PathTable) -> dict[str, np.ndarray]:
+    """Where the members `names` of a zip are and how they are packed, as arrays [names] under the
+    names of attributes of `ZipFiles`; a name that is not in the archive has the offset -1.
+
+    Raises:
+        ValueError: the file is missing, is no zip archive, or holds none of the names.
+    """
+    members = zip_members(archive)
+    found = locate(members.names, names)
+    if len(found) and found.max() < 0:
+        held = members.names[0] if len(members.names) else "nothing"
+        raise ValueError(
+            f"{archive} holds none of the listed members, such as '{names[0]}'; it holds '{held}'"
+        )
+    return {
+        "offset": np.where(found < 0, -1, members.offset[found]),
+        "packed_size": members.packed_size[found],
+        "size": members.size[found],
+        "method": members.method[found].astype(np.int16),
+    }
+
+
 class ZipFiles:
     """The members `names` of a zip, read in place: stored ones as they are, deflated ones inflated.
 
-    The positions are looked up once and kept as arrays; the memory map is opened by the process
-    that reads first, never inherited or pickled. A name that is not in the archive is a broken
-    image.
+    The positions are looked up once, unless `members` brings what `locate_members` returns. The
+    memory map is opened by the process that reads first, never inherited or pickled. A name that is
+    not in the archive is a broken image.
 
     Raises:
         ValueError: the file is missing, is no zip archive, or holds none of the names.
     """
 
-    def __init__(self, archive: Path, names: PathTable | Iterable[str]):
-        self.archive, self.names = (
-            archive,
-            names if isinstance(names, PathTable) else PathTable(names),
-        )
-        members = zip_members(archive)
-        found = locate(members.names, self.names)
-        if len(found) and found.max() < 0:
-            held = members.names[0] if len(members.names) else "nothing"
-            raise ValueError(
-                f"{archive} holds none of the listed members, such as '{self.names[0]}'; it holds '{held}'"
-            )
-        self.offset = np.where(found < 0, -1, members.offset[found])
-        self.packed_size, self.size = members.packed_size[found], members.size[found]
-        self.method = members.method[found].astype(np.int16)
+    def __init__(
+        self,
+        archive: Path,
+        names: PathTable | Iterable[str],
+        members: dict[str, np.ndarray] | None = None,
+    ):
+        self.archive = archive
+        self.names = names if isinstance(names, PathTable) else PathTable(names)
+        members = locate_members(archive, self.names) if members is None else members
+        self.offset, self.method = members["offset"], members["method"]
+        self.packed_size, self.size = members["packed_size"], members["size"]
         self._map, self._pid = None, None
 
     def __len__(self) -> int:

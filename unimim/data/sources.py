@@ -4,15 +4,17 @@ digits."""
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from unimim.data.file_index import IMAGE_EXTENSIONS, read_map_file, split_archive
-from unimim.data.files import FolderFiles, ZipFiles
+from unimim.data.file_index import IMAGE_EXTENSIONS, PathTable, read_map_file, split_archive
+from unimim.data.files import FolderFiles, ZipFiles, locate_members
 from unimim.data.jpeg import RawImage
+from unimim.data.shared_index import shared_arrays
 
 logger = logging.getLogger("unimim")
 
@@ -113,8 +115,10 @@ def map_source(root: Path, split: str) -> FileSource:
     """The images that `root/<split>_map.txt` lists: in the folder `root/<split>`, in
     `root/<split>.zip`, or in a zip that the map itself names (`train.zip@/path`, Swin's form)."""
     map_file = root / f"{split}_map.txt"
-    names, labels = read_map_file(map_file)
-    archive, names = split_archive(map_file, names)
+    listed = shared_arrays("map file", [map_file], partial(_listed, map_file))
+    names, labels = PathTable.of_arrays(listed["text"], listed["ends"]), listed["labels"]
+    archive = os.fsdecode(listed["archive"].tobytes())
+    archive = map_file.parent / archive if archive else None
     if archive is None and (root / split).is_dir():
         files = FolderFiles(root / split, names)
     else:
@@ -123,8 +127,22 @@ def map_source(root: Path, split: str) -> FileSource:
             raise ValueError(
                 f"{map_file} lists images, but neither {root / split} nor {archive} exists"
             )
-        files = ZipFiles(archive, names)
+        members = partial(locate_members, archive, names)
+        files = ZipFiles(archive, names, shared_arrays("members", [map_file, archive], members))
     return FileSource(files, labels, [str(label) for label in range(int(labels.max()) + 1)])
+
+
+def _listed(map_file: Path) -> dict[str, np.ndarray]:
+    """What a map file says, in arrays: names, labels and the bytes of an archive's name."""
+    names, labels = read_map_file(map_file)
+    archive, names = split_archive(map_file, names)
+    named = b"" if archive is None else os.fsencode(os.path.relpath(archive, map_file.parent))
+    return {
+        "text": names.text,
+        "ends": names.ends,
+        "labels": labels,
+        "archive": np.frombuffer(named, dtype=np.uint8),
+    }
 
 
 def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = None) -> FileSource:

@@ -137,16 +137,21 @@ def spoil_if_nonfinite(loss: Tensor) -> Tensor:
     return loss * (1.0 + 0.0 * loss.detach())
 
 
-def step_unless_nonfinite(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """Steps where `applied` is 1. Fused optimizers skip on the device; for others the host has to
-    look.
+def step_unless_nonfinite(
+    optimizer: torch.optim.Optimizer, applied: Tensor, revocable: "RevocableStep | None" = None
+) -> None:
+    """Steps where `applied` is 1, if possible without a wait for the device.
 
-    It looks before a first step too: a fused SGD that skips that one leaves its momentum
-    uninitialized.
+    There fused optimizers skip the step by themselves, and `revocable` takes back that of others.
+    The host looks before a first step: it would leave state behind, and a fused SGD that skips it
+    leaves its momentum uninitialized.
     """
+    on_device = applied.device.type != "cpu"
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if fused and optimizer.state and applied.device.type != "cpu":
+    if on_device and fused and optimizer.state:
         step_on_device(optimizer, applied)
+    elif on_device and not fused and revocable is not None and revocable.is_possible():
+        revocable.take(applied)
     elif applied:
         optimizer.step()
 
@@ -159,12 +164,96 @@ def step_on_device(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
     del optimizer.grad_scale, optimizer.found_inf
 
 
+class RevocableStep:
+    """Takes the steps of an optimizer without a fused form, and takes back those that are not
+    applied, without a wait for the device.
+
+    What lies on the device is copied before the step and chosen from afterwards: weights and state
+    are held twice for that long. What lies on the host, such as a counter, is put back by `settle`
+    before the next step or a save, when the flag has long arrived there.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.holder = getattr(optimizer, "_base_optimizer", optimizer)  # Lookahead's state is there
+        self.undo: list[tuple[dict, Any, Any]] = []  # a dict, its key and what was there before
+        self.flag: Tensor | None = None  # of the last step, on the host
+        self.arrived: torch.cuda.Event | None = None
+
+    def is_possible(self) -> bool:
+        """Whether all parameters with a gradient have state, and no more than can be put back."""
+        if getattr(self.optimizer, "is_second_order", False):  # it draws random numbers of its own
+            return False
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = [self.holder.state.get(p) for p in weights if p.grad is not None]
+        plain = Tensor | int | float | bool | str | None
+        return all(states) and all(
+            isinstance(value, plain) for state in states for value in state.values()
+        )
+
+    @torch.no_grad()
+    def take(self, applied: Tensor) -> None:
+        """One step, undone where the flag `applied` [] on the device is 0."""
+        self.settle()
+        groups = self.optimizer.param_groups
+        weights = [p for group in groups for p in group["params"]]
+        states = [self.holder.state[p] for p in weights if p in self.holder.state]
+        places = [(state, key) for state in states for key in state]
+        places = [(state, key) for state, key in places if _lies_on(applied.device, state[key])]
+        held = [*weights, *(state[key] for state, key in places)]
+        copies = [torch.empty_like(value) for value in held]
+        torch._foreach_copy_(copies, held)
+        before = [{key: _host_copy(value) for key, value in d.items()} for d in (*states, *groups)]
+
+        self.optimizer.step()
+
+        # where(): what a step made of a gradient that is not finite must not enter a sum
+        for value, copy in zip([*weights, *(d[key] for d, key in places)], copies, strict=True):
+            torch.where(applied > 0, value, copy, out=value)
+        chosen = {(id(state), key) for state, key in places}
+        self.undo = [
+            (now, key, then.get(key, _MISSING))
+            for now, then in zip((*states, *groups), before, strict=True)
+            for key in now.keys() | then.keys()
+            if (id(now), key) not in chosen
+            and now.get(key, _MISSING) is not then.get(key, _MISSING)
+        ]
+        self.flag = applied.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.current_stream().record_event() if applied.is_cuda else None
+
+    def settle(self) -> None:
+        """Puts back what the last step did on the host, if it was not applied."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if self.flag is not None and not self.flag:
+            for each, key, value in self.undo:
+                if value is _MISSING:
+                    each.pop(key, None)
+                else:
+                    each[key] = value
+        self.undo = []
+        self.flag = self.arrived = None
+
+
+_MISSING = object()
+
+
+def _lies_on(device: torch.device, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device == device
+
+
+def _host_copy(value: Any) -> Any:
+    """A copy of a tensor on the host, anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
 class TorchRunner(Runner):
     """One process, or DDP where there are several."""
 
     def __init__(self, network, optimizer, *, device, precision, update_freq, clip_grad):
         super().__init__(network, update_freq=update_freq, clip_grad=clip_grad)
         self.optimizer, self.device = optimizer, device
+        self.revocable = RevocableStep(optimizer)
         self.dtype = AUTOCAST_DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -192,17 +281,18 @@ class TorchRunner(Runner):
         applied = norm.isfinite().float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        step_unless_nonfinite(
-            self.optimizer, applied
-        )  # not the scaler's step, which would not guard a first one
+        # not the scaler's step, which would not guard a first one
+        step_unless_nonfinite(self.optimizer, applied, self.revocable)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "applied": applied}
 
     def state_dict(self) -> dict[str, Any]:
+        self.revocable.settle()
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.revocable.settle()
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])

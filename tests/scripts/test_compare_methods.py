@@ -1,0 +1,66 @@
+"""The comparison of methods: what its flags make of the runs, and the picture of its table."""
+
+import csv
+
+import pytest
+
+from scripts.experiments import compare_methods, plot_comparison
+from scripts.experiments.compare_methods import METHODS, Comparison, Schedule
+
+
+def test_one_budget_on_cifar10_and_a_short_one_for_trying(tmp_path, monkeypatch):
+    data = tmp_path / "my images"
+    full = Comparison("cifar10", 0, tmp_path, "bf16", 1, data_path=data)
+    quick = Comparison("cifar10", 0, tmp_path, "bf16", 1, data_path=data, epochs=1, quick=True)
+    commands = []
+    monkeypatch.setattr(Comparison, "run", lambda self, command, folder: commands.append(command))
+    full.pretrain("semaim")
+    quick.pretrain("semaim")
+    command, quick_command = commands
+    assert f"--data_path '{data}'" in command and "--epochs 7 --warmup_steps 54" in command
+    assert "--epochs 1 --warmup_steps 8" in quick_command
+    assert quick.linear.endswith("--epochs 5") and quick.data.finetune.endswith("--warmup_epochs 0")
+    assert set(full.data.schedules.values()) == {Schedule(7, 54)}
+
+
+def test_the_images_have_to_be_given(capsys):
+    with pytest.raises(SystemExit):
+        compare_methods.main([])
+    assert "--data_path is missing; scripts/tools/make_cifar10_subset.py" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare_methods.main(["--data_path", "/no/such/folder"])
+    assert "/no/such/folder, which is no folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = [("random", seed, 0, 30.0 + seed) for seed in (0, 1)]
+    rows += [("mae", seed, epochs, epochs + 40.0 + seed) for epochs in (7, 30) for seed in (0, 1)]
+    rows += [("a2mim_resnet18", 0, 7, 50.0)]
+    names = ("knn_acc1", "linear_acc1", "finetune_acc1")
+    with (tmp_path / "learns.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("data", "method", "seed", "epochs", *names))
+        for method, seed, epochs, accuracy in rows:
+            writer.writerow(("cifar10", method, seed, epochs, *[accuracy] * 3))
+    return tmp_path / "learns.csv"
+
+
+def test_the_picture_shows_one_length_beside_random_weights_of_the_network(table, tmp_path, capsys):
+    rows = plot_comparison.read_rows(table, None, 7)
+    assert [(row["method"], row["epochs"]) for row in rows] == [
+        ("random", "0"), ("random", "0"), ("mae", "7"), ("mae", "7"), ("a2mim_resnet18", "7")
+    ]  # fmt: skip
+    assert plot_comparison.groups_of(rows) == [("random", ["mae"]), (None, ["a2mim_resnet18"])]
+    assert plot_comparison.mean_and_error([47.0, 48.0]) == pytest.approx((47.5, 0.5))
+    picture = tmp_path / "picture.png"
+    plot_comparison.main([str(table), str(picture), "--epochs", "7"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        plot_comparison.main([str(table), str(picture)])
+    assert "has rows of 7, 30; name one with --epochs" in capsys.readouterr().err
+
+
+def test_every_network_has_random_weights_to_compare_with():
+    random = {method.classifier for method in METHODS.values() if not method.pretrain}
+    assert {method.classifier for method in METHODS.values()} == random
