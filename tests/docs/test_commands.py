@@ -21,7 +21,8 @@ from unimim.cli import options
 from unimim.cli.models import build_classifier, build_method
 from unimim.recipes import by_name
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLE = ROOT / "docs/adding_a_method.md"  # whose commands have a test of their own
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {EXAMPLE})]
 BLOCK = re.compile(r"^```(bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = {"printf", "source", "exit", "if", "#!/bin/bash", "#SBATCH"}  # lines of a job's script
 LAUNCHERS = {"python", "torchrun", "deepspeed", "srun", "python3", "for"}
