@@ -6,10 +6,11 @@ import importlib
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers import ROOT, TOKENIZER, imagenet_stand_in, in_ranks
@@ -147,6 +148,13 @@ def save_weights(args: argparse.Namespace, trained: dict[str, argparse.Namespace
         save_checkpoint(file, state)
 
 
+def parser_of(script: ModuleType, stage: str) -> Callable[[list[str]], argparse.Namespace]:
+    """What a script parses its command line with."""
+    if stage in PARSED_BY_OPTIONS:
+        return partial(options.parse, stage)
+    return getattr(script, f"parse_{stage}", None) or script.parse
+
+
 def dry_run_all(folder: Path) -> list[str]:
     """Dry-runs the run scripts of all pages in this process: what the failing ones said."""
     os.chdir(folder)
@@ -158,8 +166,7 @@ def dry_run_all(folder: Path) -> list[str]:
             script = importlib.import_module(command.program.removesuffix(".py"))
             stage = STAGES[command.program]
             words = small(command, folder / Path(command.page).stem)
-            parse = partial(options.parse, stage) if stage in PARSED_BY_OPTIONS else script.parse
-            args = parse(words)
+            args = parser_of(script, stage)(words)
             for path in filter(None, (args.data_path, getattr(args, "eval_data_path", None))):
                 imagenet_stand_in(Path(path))
             if stage not in ("pretrain", "parts"):
