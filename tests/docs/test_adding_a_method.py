@@ -42,7 +42,7 @@ def put_into(file: Path, block: str) -> None:
         file.write_text(f"{file.read_text()}\n\n{block}")
     else:
         text = file.read_text()
-        for line in block.splitlines():
+        for line in filter(None, block.splitlines()):
             begin = re.match(r"from \S+ import |\w+:", line)[0]
             text, count = re.subn(f"^{re.escape(begin)}.*$", line, text, count=1, flags=re.M)
             assert count == 1, f"{file} has no line {begin!r}"

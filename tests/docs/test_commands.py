@@ -111,6 +111,7 @@ def small(command: Command, folder: Path) -> list[str]:
     if not re.search(r"resnet|regnet|swin|convnext", model) and "run_part" not in command.program:
         shallow = ["depth=1"]
         shallow += ["decoder_depth=1"] if re.match(r"(sem)?mae_", model) else []
+        shallow += ["query_depth=1"] if re.match(r"(sem|s)aim_|igpt_", model) else []
         shallow += ["vocab_size=64"] if re.match(r"beit_.*vocab|semanticmim_beit", model) else []
         at = words.index("--model_kwargs") + 1 if "--model_kwargs" in words else len(words)
         words[at:at] = shallow if "--model_kwargs" in words else ["--model_kwargs", *shallow]

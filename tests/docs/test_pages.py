@@ -66,6 +66,11 @@ def test_citations_in_the_code_lead_somewhere():
             assert not anchor or anchor in anchors(ROOT / path), f"{file}: {citation}"
 
 
+def test_no_page_refers_to_folders_that_users_do_not_have():
+    for page in PAGES:
+        assert not re.search(r"\.\./shared|\bspecs/", page.read_text()), page
+
+
 def test_every_page_is_reached_from_the_readme_and_the_index():
     for start in ("README.md", "docs/index.md"):
         page = ROOT / start
