@@ -25,7 +25,10 @@ from unimim.recipes import by_name
 EXAMPLE = ROOT / "docs/adding_a_method.md"  # whose commands have a test of their own
 PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {EXAMPLE})]
 BLOCK = re.compile(r"^```(bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SHELL = {"printf", "source", "exit", "if", "#!/bin/bash", "#SBATCH"}  # lines of a job's script
+SHELL = {
+    "printf", "source", "exit", "if", "#!/bin/bash", "#SBATCH", "export", "df", "docker", "podman", "mount", "ulimit",
+    "uname", "echo",
+}  # lines that start nothing of ours  # fmt: skip
 LAUNCHERS = {"python", "torchrun", "deepspeed", "srun", "python3", "for"}
 STAGES = {
     "run_pretraining.py": "pretrain",

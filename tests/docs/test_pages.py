@@ -22,7 +22,7 @@ EFFECT = re.compile(r"crash|wrong number|speed|taste|missing part")
 # flags of programs that are not ours
 FOREIGN = {
     "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr",
-    "--master_port", "--signals-to-handle", "--standalone", "--shm-size", "--ipc", "--help",
+    "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size", "--ipc", "--help",
 }  # fmt: skip
 
 
