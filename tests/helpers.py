@@ -298,6 +298,16 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
 # Spawned ranks
 
 
+def imagenet_stand_in(folder: Path) -> None:
+    """Writes thirty images in ImageNet's layout: map files beside train/ and val/."""
+    source = digits_source(train=True)
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for i in range(30):
+            Image.fromarray(source.read(i)).save(folder / split / f"{i}.png")
+        (folder / f"{split}_map.txt").write_text("".join(f"{i}.png {i % 10}\n" for i in range(30)))
+
+
 def in_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments) -> list[Any]:
     """function(folder, *arguments) in `ranks` fresh processes under a launcher's variables: what
     each returned."""
@@ -386,13 +396,3 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: f
         assert process.poll() is None, f"ended with {process.returncode}:\n{process.stdout.read()}"
         assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
-
-
-def imagenet_stand_in(folder: Path) -> None:
-    """Writes thirty images in ImageNet's layout: map files beside train/ and val/."""
-    source = digits_source(train=True)
-    for split in ("train", "val"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for i in range(30):
-            Image.fromarray(source.read(i)).save(folder / split / f"{i}.png")
-        (folder / f"{split}_map.txt").write_text("".join(f"{i}.png {i % 10}\n" for i in range(30)))
