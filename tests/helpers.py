@@ -20,6 +20,7 @@ from torch import Tensor
 from datasets import build_dataset
 from engine_for_finetuning import Classification
 from engine_for_pretraining import grouped, train_one_step
+from modeling_finetune import VisionTransformer
 from optim_factory import param_groups
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
@@ -188,22 +189,21 @@ def start(stage: str, folder: Path | str, *flags: str) -> tuple[Training, Positi
 
 
 def _start_pretraining(args: Namespace) -> tuple[Training, Position]:
-    normalize = set_up(args)
+    context = set_up(args)
     method = build_method(args)
     loader = build_data(args, method)
-    groups = param_groups(method, args.weight_decay)
-    return start_training(args, method, method, loader, groups, normalize, "teacher")
+    return start_training(context, method, loader, param_groups(method, args.weight_decay))
 
 
 def _start_finetuning(args: Namespace) -> tuple[Training, Position]:
-    normalize = set_up(args)
+    context = set_up(args)
     model = build_classifier(args)
     transform = build_finetune_transform(args, train=not args.no_aug)
     dataset = build_dataset(args, train=True, transform=transform, need_labels=True)
     loader = train_loader(args, dataset)
-    task = Classification(model, args, normalize.device)
+    task = Classification(model, args, context.device)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    return start_training(args, task, model, loader, groups, normalize, "model_ema")
+    return start_training(context, task, loader, groups)
 
 
 def train_steps(
@@ -241,7 +241,7 @@ def whole_weights(run: Training) -> dict[str, Tensor]:
 
 def average_weights(run: Training) -> dict[str, Tensor]:
     """Of the teacher or of the averaged model; empty without one."""
-    average = run.task.average
+    average = run.task.ema
     return (
         {}
         if average is None
@@ -396,3 +396,16 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: f
         assert process.poll() is None, f"ended with {process.returncode}:\n{process.stdout.read()}"
         assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
+
+
+def block_outputs(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """What each block of a ViT returns, [B, T, C], without the final norm."""
+    outputs: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+        for block in vit.blocks
+    ]
+    vit.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs

@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import block_outputs
 from safetensors.torch import load_file, save_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ from masking_generator import (
     visible_patches,
 )
 from modeling_backbones import PixelNeck
-from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, to_pair, unpatchify
-from modeling_losses import FocalFrequencyLoss, ReconstructionLoss, Regression, mean_filled
+from modeling_finetune import VisionTransformer, patchify, sincos_pos_embed, unpatchify
+from modeling_losses import ReconstructionLoss, mean_filled
 from modeling_pretrain import (
     A2MIM,
     MAE,
@@ -48,6 +49,7 @@ from modeling_pretrain import (
     SemanticMIM,
     SemMAE,
     SimMIM,
+    build_semaim,
     masked_positions,
     put,
     similarity,
@@ -91,6 +93,7 @@ from unimim.evaluation.attention import class_maps, patch_maps
 from unimim.evaluation.features import Features
 from unimim.evaluation.knn import evaluate_knn
 from unimim.evaluation.linear_probe import LinearHead, head_groups
+from unimim.sizes import to_pair
 
 OWN_CASES = Path(__file__).parent / "reference_cases"
 CASES = Path(os.environ.get("REFERENCE_CASES", OWN_CASES))
@@ -245,7 +248,7 @@ def conmim_steps(model: ConMIM, case: Case) -> dict[str, Tensor]:
             nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"] or float("inf"))
         )
         optimizer.step()
-        model.average.update(config["momentum_per_step"][step])
+        model.ema.update(config["momentum_per_step"][step])
         losses.append(loss)
     return {"mean_loss": torch.stack(losses).mean(), "mean_grad_norm": torch.stack(norms).mean()}
 
@@ -735,14 +738,15 @@ def semaim_options(config: dict) -> dict:
     return options | ({"use_ema_model": True} if config.get("predict_feature") == "ema" else {})
 
 
-def load_semaim(case: Case, attn: str) -> SemAIM:
+def load_semaim(case: Case, attn: str, **changes) -> SemAIM:
     """Published weights by name; SAIM's separate projections are joined unless the blocks are
     shared, which it lists twice."""
     options, weights = semaim_options(case.config), case.inputs("weights/")
     tokens = case.inputs().get("teacher_tokens")
     if tokens is not None:  # whoever made them
         options |= {"predict_feature": "clip", "out_dim": tokens.shape[-1]}
-    model = SemAIM(**options, attn=attn)
+    options |= changes
+    model = build_semaim(**options, attn=attn)
     if options.get("share_weight"):
         weights = {
             name: value for name, value in weights.items() if not name.startswith("query_blocks.")
@@ -763,12 +767,11 @@ def semaim(case: Case) -> dict[str, Tensor]:
     names = {"image": "imgs", "target_tokens": "teacher_tokens"}
     batch = {ours: inputs[theirs] for ours, theirs in names.items() if theirs in inputs}
     noise = tuple(inputs[name] for name in ("noise", "center_noise") if name in inputs)
-    features, attention = model.look_ahead(batch)
-    order = model.order_of(batch, attention, noise)
+    attention, target = model.attention_and_target(batch)
+    order = model.order_values(batch, attention, noise)
     h, g = model.masked_streams(batch["image"], order)
     g_norm = model.norm(g)
     predicted = model.prediction_head(g_norm)
-    target = model.pixel_target(batch["image"]) if features is None else features[:, 1:]
     loss = model(batch, noise)["loss"]
     loss.backward()
     computed = {
@@ -825,22 +828,19 @@ def semaim_masks(case: Case) -> dict[str, Tensor]:
 def semaim_attention(case: Case) -> dict[str, Tensor]:
     """Each map by the pass that computes no more than it needs, the tokens by the one that predicts
     them."""
-    model, batch = load_semaim(case, "auto"), {"image": case.inputs()["imgs"]}
-    model.predict_feature, model.has_features, model.average = (
-        "none",
-        False,
-        None,
-    )  # the network's own maps
-    model.has_map, model.attention_type = (
-        True,
-        "gap" if case.config["attention_type"] == "gap" else "cls",
-    )
-    _, attention = model.look_ahead(batch)
-    model.attention_type = "self"
-    _, self_attention = model.look_ahead(batch)
-    model.has_features, model.predict_feature = True, "inference"
-    tokens, _ = model.look_ahead(batch)
-    return {"tokens": tokens, "feature_attention": attention, "self_attention": self_attention}
+    images = case.inputs()["imgs"]
+    kind = "gap" if case.config["attention_type"] == "gap" else "cls"
+    own = {"permutation_type": "attention", "predict_feature": "none", "use_ema_model": False}
+    similar = load_semaim(case, "auto", **own, attention_type=kind)
+    attends = load_semaim(case, "auto", **own, attention_type="self")
+    width = 3 * math.prod(similar.patch_embed.patch_size)  # that of the case's head
+    features = own | {"predict_feature": "clip", "out_dim": width}
+    both = load_semaim(case, "auto", **features, attention_type=kind)
+    return {
+        "tokens": both.attention_and_tokens(images)[1],
+        "feature_attention": similar.attention_map(images),
+        "self_attention": attends.attention_map(images),
+    }
 
 
 def semaim_clip_teacher(case: Case) -> dict[str, Tensor]:
@@ -858,7 +858,7 @@ def semaim_clip_teacher(case: Case) -> dict[str, Tensor]:
 def semaim_weight_decay(case: Case) -> dict[str, Tensor]:
     """The published order of the groups: first what is not decayed."""
     config, expected = case.config, case.spec["expected"]
-    model = SemAIM(**semaim_options(config))
+    model = build_semaim(**semaim_options(config))
     model.blocks.requires_grad_(
         True
     )  # also those that no query looks at, which are not trained here
@@ -922,7 +922,8 @@ def semaim_epoch(case: Case, attn: str) -> dict[str, Tensor]:
         batch = {"image": images} | (
             {"noise": torch.cat([noise[step] for noise in draws], 1)} if draws else {}
         )
-        orders.append(model.order_of(batch, model.look_ahead(batch)[1]))
+        attention, _ = model.attention_and_target(batch)
+        orders.append(model.order_values(batch, attention))
         losses.append(model(batch)["loss"])
         (losses[-1] / config["accum_iter"]).backward()
         if (step + 1) % config["accum_iter"] == 0:
@@ -961,7 +962,7 @@ def gaussian_blur(case: Case) -> dict[str, Tensor]:
         "kernel": model.gaussian_blur.weight,
         "blurred": blurred,
         "patches": patchify(blurred, model.patch_embed.patch_size),
-        "normalized_target": model.pixel_target(images),
+        "normalised_target": model.pixel_target(images),
     }
 
 
@@ -1139,7 +1140,7 @@ def semanticmim_maskfeat(case: Case) -> dict[str, Tensor]:
     model = semanticmim_model(case, MaskFeat, hog_window=case.config["hog_gaussian_window"], **own)
     batch = semanticmim_batch(case.inputs())
     computed = semanticmim_outputs(model, batch)
-    predicted = model.cells(batch)[1]
+    predicted = model.patch_positions(batch)[1]
     target = take(model.hog(batch["image"]), predicted)
     return computed | {"pred": model.hog_head(computed["mask_features"]), "target": target}
 
@@ -1170,7 +1171,7 @@ def semanticmim_attention(case: Case) -> dict[str, Tensor]:
         model.norm = nn.Identity()
     assert "fc_norm.weight" in report.loaded
     num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
-    layers = model.get_intermediate_layers(images)
+    layers = block_outputs(model, images)
     layers[-1] = model.norm(layers[-1])
     featmaps = [tokens[:, num_cls:].mT.unflatten(2, grid) for tokens in layers]
     computed = {
@@ -1221,8 +1222,11 @@ def focal_frequency_loss(case: Case) -> dict[str, Tensor]:
     for name, options in case.config["variants"].items():
         predicted = inputs["pred"].clone().requires_grad_()
         matrix = given_matrix(case, name)
-        criterion = FocalFrequencyLoss(**(options | {"matrix": matrix}))
-        loss = criterion(predicted - inputs["target"])
+        options = options | {"matrix": matrix, "spectrum_alpha": options.get("alpha", 1.0)}
+        weight = options.pop("loss_weight", 1.0)
+        options.pop("alpha", None)
+        criterion = loss_of_a2mim(**options).focal
+        loss = weight * criterion(predicted - inputs["target"])
         loss.backward()
         computed |= {f"{name}/loss": loss, f"{name}/grad/pred": predicted.grad}
         if matrix is not None:
@@ -1232,18 +1236,23 @@ def focal_frequency_loss(case: Case) -> dict[str, Tensor]:
             difference.mean(0, keepdim=True) if criterion.ave_spectrum else difference, norm="ortho"
         )
         given = replace(criterion, matrix=criterion.weights(spectrum.abs() ** 2))
-        torch.testing.assert_close(given(difference), loss.detach())
+        torch.testing.assert_close(weight * given(difference), loss.detach())
     return computed
+
+
+def loss_of_a2mim(**options) -> ReconstructionLoss:
+    """The loss of the method with these options, whose network does not matter."""
+    tiny = {"input_size": 16, "patch_size": 8, "embed_dim": 4, "depth": 2, "num_heads": 1}
+    return A2MIM(backbone="vit_tiny", **tiny, **options).loss
 
 
 def reconstruction_loss(head: dict, matrix: Tensor | None = None) -> ReconstructionLoss:
     """Of a published configuration of a head: SimMIM's has no options but the number of colors."""
-    loss = {
-        key: value
-        for key, value in head.get("loss", {}).items()
-        if key not in ("type", "mode", "reduction")
+    loss = dict(head.get("loss", {"mode": "l1_loss"}))
+    assert loss.get("loss_weight", 1.0) == 1.0
+    focal = {
+        name: loss[name] for name in ("activate", "alpha", "gamma", "residual") if name in loss
     }
-    mode = head.get("loss", {"mode": "l1_loss"})["mode"].removesuffix("_loss")
     names = (
         "unmask_weight",
         "fft_weight",
@@ -1252,10 +1261,9 @@ def reconstruction_loss(head: dict, matrix: Tensor | None = None) -> Reconstruct
         "fft_unmask_replace",
         "fft_reweight",
     )
-    options = {key: head[key] for key in names if key in head}
-    return ReconstructionLoss(
-        Regression(mode, **loss), **options, focal=FocalFrequencyLoss(matrix=matrix)
-    )
+    options = {name: head[name] for name in names if name in head}
+    options |= {f"focal_{name}": value for name, value in focal.items()}
+    return loss_of_a2mim(pixel_loss=loss["mode"].removesuffix("_loss"), matrix=matrix, **options)
 
 
 def a2mim_head(case: Case) -> dict[str, Tensor]:
@@ -1320,7 +1328,7 @@ def blockwise_mask(case: Case) -> dict[str, Tensor]:
         )
         if f"c{number}/image" in inputs:
             order, image = inputs[f"c{number}/permutation"], inputs[f"c{number}/image"]
-            mask = torch.from_numpy(generator.first_of(order.numpy()))
+            mask = torch.from_numpy(generator.mask_first(order.numpy()))
             assert torch.equal(mask, inputs[f"c{number}/mask"].bool())
             filled = mean_filled(image[None], mask[None])[0]
             computed[f"c{number}/image_out"] = filled if config["mask_color"] == "mean" else image
@@ -1622,7 +1630,7 @@ def multi_order_interaction(case: Case) -> dict[str, Tensor]:
     for kind, of_ratios in found.items():
         computed[f"interaction_{kind}"] = torch.stack(of_ratios)
         strengths = computed[f"interaction_{kind}"].mean(-1).abs().mean((1, 2))
-        computed[f"J_{kind}"] = interaction.shares(strengths)
+        computed[f"J_{kind}"] = interaction.normalized(strengths)
     return computed
 
 

@@ -40,7 +40,7 @@ from unimim.checkpoint.files import (
     save_encoder,
     sync_deepspeed_folder,
 )
-from unimim.checkpoint.loading import _fold_blocks, load_pretrained
+from unimim.checkpoint.loading import _fold_blocks, load_pretrained, unwrapped
 from unimim.checkpoint.names import to_timm
 from unimim.checkpoint.resizing import (
     geometric_ratio,
@@ -817,3 +817,11 @@ def test_export_takes_only_strings_as_metadata_and_leaves_converted_dicts_alone(
     ):
         once = to_timm(model.state_dict())
         torch.testing.assert_close(to_timm(once), once, rtol=0, atol=0)
+
+
+def test_unwrapping_takes_off_keys_and_prefixes():
+    one, two = torch.ones(1), torch.zeros(1)
+    wrapped = {"module.backbone.x": one, "module.head.y": two, "module.epoch": 3}
+    found = unwrapped({"state_dict": wrapped}, ("model", "state_dict"), ("module.", "backbone."))
+    assert found.keys() == {"x"} and found["x"] is one  # beside a backbone nothing else stays
+    assert unwrapped(wrapped, ("model",)).keys() == {"module.backbone.x", "module.head.y"}

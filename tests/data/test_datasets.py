@@ -501,7 +501,7 @@ def test_digits_are_split_by_class():
         ("IMNET", None, "--data_set IMNET needs --data_path"),
         ("image_folder", "missing", "image folder .*missing does not exist"),
         ("image_folder", "", "holds no class folders with images"),
-        ("digits", "", "--data_set digits comes with scikit-learn; leave --data_path"),
+        ("digits", "", "--data_set digits comes with scikit-learn; remove --data_path"),
         ("CIFAR", "", "does not hold torchvision's CIFAR-100 folder"),
         ("CIFAR10", "", "does not hold torchvision's CIFAR-10 folder"),
     ],
@@ -825,7 +825,7 @@ def test_archives_are_not_overwritten_unasked(folder_root):
     archive = folder_root / "train.zip"
     zip_dataset.zip_folder(folder_root / "train", archive)
     first = archive.read_bytes()
-    with pytest.raises(ValueError, match="exists; remove it or give --overwrite"):
+    with pytest.raises(ValueError, match="exists; remove it or use --overwrite"):
         zip_dataset.zip_folder(folder_root / "train", archive)
     zip_dataset.zip_folder(folder_root / "train", archive, overwrite=True)
     assert archive.read_bytes() == first  # the same images, the same bytes

@@ -122,8 +122,9 @@ def test_the_image_is_the_same_with_and_without_its_map():
 def test_a_replacement_brings_its_own_map():
     images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
     transform = build_pretrain_transform(("image", "part_ids"), input_size=8, grid=(2, 2))
-    dataset = ImageDataset(ArraySource("zeros", images, [0] * 4, ["0"]), transform, seed=0)
-    dataset.maps = {"part_ids": lambda index: np.full((3, 3), index, dtype=np.uint8)}
+    maps = {"part_ids": lambda index: np.full((3, 3), index, dtype=np.uint8)}
+    source = ArraySource("zeros", images, [0] * 4, ["0"])
+    dataset = ImageDataset(source, transform, seed=0, maps=maps)
     assert dataset[0, 2]["part_ids"].unique().tolist() == [2]
     dataset.bad.add(2)
     sample = dataset[0, 2]
@@ -193,14 +194,15 @@ def test_opening_part_maps(tmp_path):
     same = part_flags(part_maps=given.part_maps, part_source="kmeans")
     assert open_parts(same, source, method_of(7)).read(1).tolist() == [[1, 1], [1, 1]]
     with pytest.raises(
-        ValueError, match="holds kmeans parts, not attention_heads: run_part_learning"
+        ValueError,
+        match="holds kmeans parts, not attention_heads; make those with run_part_learning",
     ):
         open_parts(
             part_flags(part_maps=given.part_maps, part_source="attention_heads"),
             source,
             method_of(7),
         )
-    with pytest.raises(ValueError, match="has 6 parts: give --num_parts 6"):
+    with pytest.raises(ValueError, match="has 6 parts; use --num_parts 6"):
         open_parts(given, source, method_of(5))
     with pytest.raises(ValueError, match="needs --part_maps"):
         open_parts(part_flags(), source, method_of(7))

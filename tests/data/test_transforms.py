@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms import InterpolationMode as Mode
 
-from masking_generator import as_pair, build_mask_generator
+from masking_generator import build_mask_generator
 from unimim.data.color import (
     JITTER_RANGES,
     REFERENCE_JITTER,
@@ -38,6 +38,7 @@ from unimim.data.views import (
     build_pretrain_transform,
     draw_view,
 )
+from unimim.sizes import to_pair
 
 NO_COLOR = ColorDraws(jitter=(), gray=False, blur_radius=None, solarize=False)
 
@@ -243,7 +244,7 @@ def test_weak_views_agree_within_two_levels(interpolation, size):
             pipeline(raw, np.random.default_rng(seed))["image"] for pipeline in pipelines
         )
         assert (
-            fast.dtype == torch.uint8 and fast.shape == (3, *as_pair(size)) and fast.is_contiguous()
+            fast.dtype == torch.uint8 and fast.shape == (3, *to_pair(size)) and fast.is_contiguous()
         )
         difference = levels_apart(fast, reference)
         assert difference.max() <= 2
@@ -465,7 +466,7 @@ def test_training_augmentation_follows_from_its_generator_alone(changes):
     assert (np.random.get_state()[1] == states[1]).all() and torch.equal(
         torch.get_rng_state(), states[2]
     )
-    assert views[0].dtype == torch.uint8 and views[0].shape == (3, *as_pair(args.input_size))
+    assert views[0].dtype == torch.uint8 and views[0].shape == (3, *to_pair(args.input_size))
     assert torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2]) and not torch.equal(views[2], views[3])
 

@@ -365,7 +365,7 @@ def test_one_beta_too_few_and_an_unknown_name_are_refused():
 )  # fmt: skip
 def test_without_apex_its_optimizers_are_refused_with_a_substitute(name, substitute, monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", None)
-    with pytest.raises(ValueError, match=rf"--opt {name} needs NVIDIA apex, .*--opt {substitute} "):
+    with pytest.raises(ValueError, match=rf"--opt {name} needs NVIDIA apex, .*--opt {substitute},"):
         create_optimizer(flags(name), [{"params": [nn.Parameter(torch.zeros(1))]}], "cpu")
 
 

@@ -448,7 +448,7 @@ def test_resume_flag_wins_over_the_folder(saved, tmp_path):
 
 def test_weights_only_file_is_no_place_to_resume_from(tmp_path):
     run, position = start("finetune", tmp_path)
-    run.session.save_best(position, of_average=False)
+    run.session.save_best(position, of_ema=False)
     with pytest.raises(
         ValueError, match=r"checkpoint-best\.pth holds weights only: give it to --finetune"
     ):

@@ -151,7 +151,7 @@ def test_other_tokens(kind):
 
 def test_mistakes_are_named():
     for options, said in (
-        ({"mask_layer": 4}, "mask_layer=4 is none of this backbone's, which are 0 to 3"),
+        ({"mask_layer": 4}, "mask_layer=4 is none of this backbone's; use 0 to 3"),
         ({"mask_token": "learnt"}, "mask_token=learnt is unknown"),
         ({"input_size": 72}, "not a multiple of 32"),
         ({"patch_size": 16}, "does not take one of the options"),
@@ -159,19 +159,23 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=said):
             create_model("a2mim_resnet18", **options)
-    with pytest.raises(ValueError, match="--model a2mim_resnet is unknown"):
+    with pytest.raises(ValueError, match="model=a2mim_resnet is unknown"):
         create_model("a2mim_resnet")
     with pytest.raises(ValueError, match="ends in no map"):
         create_model("a2mim_mixer_s16_224")
     for name, options, said in (
-        ("hrnet_w18_small", {}, "no place for a mask token behind stage3 of hrnet_w18_small"),
+        ("hrnet_w18_small", {}, "no place for a mask token after stage3 of hrnet_w18_small"),
         (
             "inception_v3",
             {},
-            r"inception_v3 does not take images of \(64, 64\) \(--input_size\): .*Kernel size",
+            r"input_size=\(64, 64\) does not suit timm's inception_v3: .*Kernel size",
         ),
-        ("vgg11", {"grad_checkpointing": True}, "--grad_checkpointing: timm's vgg11 has none"),
-        ("vgg11", {"drop_path": 0.1}, "--drop_path 0.1: vgg11 has no stochastic depth"),
+        ("vgg11", {"grad_checkpointing": True}, "grad_checkpointing: timm's vgg11 has none"),
+        (
+            "vgg11",
+            {"drop_path": 0.1},
+            "drop_path=0.1 is not possible: vgg11 has no stochastic depth",
+        ),
         ("swin_tiny", {"input_size": 16}, "Swin needs 32 pixels"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -12,7 +12,6 @@ from helpers import start, train_steps
 from torch import Tensor, nn
 
 import run_class_finetuning
-import run_linear_probing
 from datasets import TrainBatchSampler
 from engine_for_finetuning import BinaryCrossEntropy, Classification
 from modeling_finetune import create_model, input_size_of
@@ -24,6 +23,7 @@ from unimim.cli.options import parse
 from unimim.data.classes import check_eval_size, settle_size
 from unimim.data.views import build_finetune_transform
 from unimim.evaluation.features import build_backbone
+from unimim.evaluation.flags import parse_linear
 from unimim.evaluation.linear_probe import Probe, side_by_side
 
 TINY = {
@@ -219,7 +219,7 @@ def test_the_average_has_the_networks_batch_statistics():
     task = Classification(
         nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), args, torch.device("cpu")
     )
-    before, average = task.average.module[1].weight.clone(), task.average.module
+    before, average = task.ema.module[1].weight.clone(), task.ema.module
     task.model[1].weight.data += 1
     task.model(torch.randn(16, 4) + 3)
     task.after_step(1.0)
@@ -243,11 +243,11 @@ def test_the_averages_decay_rises():
     args.nb_classes = 3
     task = Classification(nn.Linear(4, 3), args, torch.device("cpu"))
     for progress, decay in ((0.0, 0.72), (0.25, 0.76), (0.5, 0.8), (0.9, 0.8)):
-        before = copy.deepcopy(task.average.module.weight)
+        before = copy.deepcopy(task.ema.module.weight)
         task.model.weight.data += 1
         task.after_step(progress)
         torch.testing.assert_close(
-            task.average.module.weight.data, decay * before + (1 - decay) * task.model.weight
+            task.ema.module.weight.data, decay * before + (1 - decay) * task.model.weight
         )
 
 
@@ -310,7 +310,7 @@ def test_a_resnet_is_trained_small_and_evaluated_large(tmp_path):
 
 
 def probe_args(path, **changes) -> Namespace:
-    args = run_linear_probing.parse([*FLAGS, "--finetune", str(path)])
+    args = parse_linear([*FLAGS, "--finetune", str(path)])
     return Namespace(**vars(args) | changes)
 
 

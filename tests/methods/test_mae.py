@@ -267,7 +267,7 @@ def test_the_published_setting_of_small_patches():
         (MAE, {"mask_ratio": 1.0}, "--mask_ratio is 1.0"),
         (MAE, {"mask_ratio": 0.97}, "leaves 0 of 24"),
         (SemMAE, {"token_share": 0.1}, "leaves 0 of 2"),
-        (SemMAE, {"mask_lambda": 1.5}, "--mask_lambda is 1.5"),
+        (SemMAE, {"mask_lambda": 1.5}, "mask_lambda=1.5 does not lie between 0 and 1"),
         (SemMAE, {"count_fix": "none"}, "count_fix=none is unknown"),
         (SemMAE, {"token_selection": "best"}, "token_selection=best is unknown"),
         (SemMAE, {"lambda_schedule": "linear"}, "mask_lambda_schedule=linear is unknown"),

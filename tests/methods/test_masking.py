@@ -111,8 +111,8 @@ def test_simmim_counts_and_cells(size, patch, cell, ratio, grid, count):
 
 def test_simmim_rounds_up():
     assert (
-        draws(SimMIMMask((4, 4), 0.3, cell=2), 1).sum() == 8
-    )  # ceil(4 * 0.3) = 2 cells of 4 patches
+        draws(SimMIMMask((4, 4), 0.3, unit=2), 1).sum() == 8
+    )  # ceil(4 * 0.3) = 2 units of 4 patches
 
 
 def test_a_mask_follows_from_its_generator_alone():

@@ -25,7 +25,7 @@ from unimim.cli.models import build_method
 from unimim.data.pretraining import build_data
 from unimim.data.views import MEAN_STD
 from unimim.engine.monitor import count_flops
-from unimim.engine.state import Normalize
+from unimim.engine.state import Normalize, with_mask_counts
 
 SIZE = {"input_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 FORMS = {"beit": (SemanticBEiT, {"vocab_size": 24, "init_values": 0.1}), "maskfeat": (MaskFeat, {})}
@@ -93,7 +93,7 @@ def mask_tokens(model: SemanticMIM, batch: dict[str, Tensor], classes: list[Tens
         return torch.cat((own, rest) if front else (rest, own), 1)
 
     handles = [block.register_forward_hook(swap) for block in model.blocks]
-    tokens = model.encode(batch["image"], *model.cells(batch))
+    tokens = model.encode(batch["image"], *model.patch_positions(batch))
     for handle in handles:
         handle.remove()
     return tokens, seen
@@ -196,7 +196,7 @@ def test_masks_drawn_apart(form):
     target = masks(7, seed=9)
     batch = batch_of(10, target_mask=target)
     assert (target & ~batch["mask"]).any() and (batch["mask"] & ~target).any()
-    visible, predicted = model.cells(batch)
+    visible, predicted = model.patch_positions(batch)
     assert visible.shape == (2, 6) and predicted.shape == (2, 7)
     tokens = model.encode(batch["image"], visible, predicted)
     if form == "maskfeat":
@@ -216,7 +216,7 @@ def test_unequal_counts_are_refused(form):
     batch["mask"] = torch.stack((masks(4)[0], masks(8)[0]))
     with pytest.raises(
         ValueError,
-        match=r"mask selects 4 patches of one image and 8 of another.*--mask_type random",
+        match=r"mask selects 4 patches of one image and 8 of another.*use random",
     ):
         model(batch)
     batch = batch_of(target_mask=torch.stack((masks(4)[0], masks(8)[0])))
@@ -225,14 +225,14 @@ def test_unequal_counts_are_refused(form):
 
 
 def test_counts_come_from_the_host():
-    normalize = Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
     raw = {
         "image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
         "mask": masks(10),
         "target_mask": masks(7),
     }
     raw["image_second"] = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
-    batch = normalize(raw)
+    normalize = Normalize(MEAN_STD["imagenet"], torch.device("cpu"), raw=("image_second",))
+    batch = normalize(with_mask_counts(raw))
     assert (batch["mask_counts"], batch["target_mask_counts"], batch["max_masked"]) == (
         (10, 10),
         (7, 7),
@@ -450,11 +450,12 @@ def test_what_is_refused(tmp_path, capsys):
             build_data(args, build_method(args))
         return str(error.value)
 
-    assert "has 64 words, the model 8192: give --model_kwargs vocab_size=64" in said(
+    assert "has 64 visual tokens, the model 8192; use --model_kwargs vocab_size=64" in said(
         "beit", "--model_kwargs"
     )
-    assert "--second_input_size 112: with one word a patch it is (32, 32)" in said(
-        "beit", "--second_input_size", "112"
+    assert (
+        "--second_input_size 112: does not give one visual token per patch; use (32, 32)"
+        in said("beit", "--second_input_size", "112")
     )
     assert "--color_jitter is 1.5" in said("beit", "--color_jitter", "1.5")
     for flags in (

@@ -722,7 +722,7 @@ def test_the_check_names_everything_that_is_wrong(tmp_path, capsys):
     ):  # fmt: skip
         assert f"val2017: {problem}" in out, problem
     file.write_text("{")
-    assert check_coco.main([str(root)]) == 1 and "damaged or no JSON" in capsys.readouterr().out
+    assert check_coco.main([str(root)]) == 1 and "is not JSON or damaged" in capsys.readouterr().out
     assert check_coco.main([str(tmp_path)]) == 1 and "does not exist" in capsys.readouterr().out
 
 

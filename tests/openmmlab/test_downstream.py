@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torchvision
+from helpers import block_outputs
 from torch import nn
 
 from unimim.checkpoint.files import save_encoder
@@ -126,7 +127,7 @@ def test_maps_are_the_blocks_patch_tokens(form):
     vit = VisionTransformer(**{k: v for k, v in form.items() if k != "out_indices"}, num_classes=0)
     vit.load_state_dict(backbone.state_dict(), strict=False)
     images = torch.randn(2, 3, 32, 32)
-    maps, tokens = backbone(images), vit.eval().get_intermediate_layers(images)
+    maps, tokens = backbone(images), block_outputs(vit.eval(), images)
     for found, expected in zip(maps, tokens, strict=True):
         assert found.shape == (2, 32, 4, 4) and found.is_contiguous()
         assert torch.equal(found.flatten(2).transpose(1, 2), expected[:, vit.num_prefix_tokens :])

@@ -21,6 +21,7 @@ from unimim import report
 from unimim.checkpoint.files import save_checkpoint
 from unimim.data.jpeg import decode
 from unimim.data.sources import digits_source, map_source
+from unimim.data.views import MEAN_STD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,7 +159,7 @@ def test_hidden_patches_are_grey_and_the_others_as_they_were():
     mask[0, 1, 2] = mask[1, 0, 0] = True
     hidden = visualize.hide(images, mask)
     expected = images.clone()
-    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = visualize.MASKED_GREY
+    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = visualize.MASKED_GRAY
     assert torch.equal(hidden, expected)
 
 
@@ -252,9 +253,9 @@ def test_orders_of_a_checkpoint_are_those_of_the_network_that_gives_the_map(tmp_
     image, attention, close, rows, similar, central = pictures(
         visualize.orders(*visualize.parse(line.split()))
     )[:6]
-    normalize = visualize.Normalize(visualize.MEAN_STD["imagenet"], torch.device("cpu"))
+    normalize = visualize.Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
     x = normalize({"image": torch.from_numpy(image).permute(2, 0, 1)[None]})["image"]
-    expected = method.look_ahead({"image": x})[1]
+    expected = method.attention_map(x)
     np.testing.assert_allclose(
         attention.ravel(), method.teacher.attention_maps(x)[0, :, 0, 1:].mean(0), atol=1e-6
     )
@@ -322,7 +323,7 @@ def test_reconstruction_by_a_method_with_an_average_takes_its_map(tmp_path):
     args = visualize.load_model(saved, "model", flags)[1]
     batch = visualize.default_collate(visualize.training_samples(args, method, 1))
     image = visualize.normalization(args)(batch)["image"]
-    first = method.look_ahead({"image": image})[1].argsort(descending=True)[0, :4]
+    first = method.attention_map(image).argsort(descending=True)[0, :4]
     shown = (
         method.reconstruct({"image": image})
         .masked[0]
@@ -342,7 +343,7 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
     saved = tiny_semaim(tmp_path, predict_feature="inference")[1]
     with pytest.raises(
         ValueError,
-        match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which predicts no pixels",
+        match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which does not predict pixels",
     ):
         visualize.reconstruct(
             *visualize.parse(["reconstruct", "--checkpoint", saved, "--output", "x"])
@@ -363,14 +364,16 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
         "--nb_classes",
         "10",
     ]
-    with pytest.raises(ValueError, match="holds vit_tiny_patch16_224, which predicts no pixels"):
+    with pytest.raises(
+        ValueError, match="holds vit_tiny_patch16_224, which does not predict pixels"
+    ):
         visualize.reconstruct(*visualize.parse(line))
 
 
 def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
     flags = ["--model", "mae_tiny_patch16_224", "--input_size", "32", "--patch_size", "8"]
     with pytest.raises(
-        ValueError, match=r"draws its masks itself: analysis/visualize\.py reconstruct"
+        ValueError, match=r"draws its masks itself; use analysis/visualize\.py reconstruct"
     ):
         visualize.masks(*visualize.parse(["masks", "--output", "x", *flags]))
 
