@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import Tensor
 
 from datasets import build_dataset
@@ -23,6 +24,7 @@ from optim_factory import param_groups
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
 from unimim.data.pretraining import build_data, train_loader
+from unimim.data.sources import digits_source
 from unimim.data.views import build_finetune_transform
 from unimim.engine.distributed import StopSignal, free_port, leave_process_group
 from unimim.engine.session import Position
@@ -226,6 +228,16 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
 
 # --------------------------------------------------------------------------------------------------
 # Spawned ranks
+
+
+def imagenet_stand_in(folder: Path) -> None:
+    """Writes thirty images in ImageNet's layout: map files beside train/ and val/."""
+    source = digits_source(train=True)
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for i in range(30):
+            Image.fromarray(source.read(i)).save(folder / split / f"{i}.png")
+        (folder / f"{split}_map.txt").write_text("".join(f"{i}.png {i % 10}\n" for i in range(30)))
 
 
 def in_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments) -> list[Any]:

@@ -1,11 +1,8 @@
-"""Flags: which there are, which value wins, what a mistake says; launchers; the README's
-commands."""
+"""Flags: which there are, which value wins, what a mistake says; launchers."""
 
-import argparse
 import contextlib
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -14,9 +11,8 @@ import yaml
 from helpers import (
     FINETUNE,
     PRETRAIN,
-    ROOT,
     arguments,
-    in_ranks,
+    imagenet_stand_in,
     own_signals,
     run_command,
     script,
@@ -25,12 +21,9 @@ from helpers import (
 
 import run_class_finetuning
 import run_pretraining
-from modeling_finetune import create_model
-from unimim.checkpoint.files import load_checkpoint, save_checkpoint
+from unimim.checkpoint.files import load_checkpoint
 from unimim.cli.flags import build_parser
-from unimim.cli.models import build_classifier
-from unimim.cli.options import as_config, model_kwargs, parse
-from unimim.data.sources import digits_source
+from unimim.cli.options import as_config, parse
 from unimim.engine.distributed import Place, find_place, first_host, free_port, leave_process_group
 from unimim.engine.setup import launch, set_up
 from unimim.logs import log, setup_logging
@@ -521,83 +514,3 @@ def test_launcher_starts_the_script(tmp_path, name):
     state = load_checkpoint(tmp_path / "checkpoint-0.pth")
     assert state["engine"]["world_size"] == ranks and state["rng"]["updates"] == 2
     assert (tmp_path / "deepspeed_config.json").exists() == ("--enable_deepspeed" in flags)
-
-
-# --------------------------------------------------------------------------------------------------
-# The README
-
-
-def readme_commands() -> list[str]:
-    """The commands of the README's bash blocks that run one of the two scripts, line continuations
-    joined."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        line.strip()
-        for line in lines
-        if re.search(r"\brun_(pretraining|class_finetuning)\.py\b", line)
-    ]
-
-
-def imagenet_stand_in(folder: Path) -> None:
-    """Thirty images in ImageNet's layout: map files beside train/ and val/."""
-    from PIL import Image
-
-    source = digits_source(train=True)
-    for split in ("train", "val"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for i in range(30):
-            Image.fromarray(source.read(i)).save(folder / split / f"{i}.png")
-        (folder / f"{split}_map.txt").write_text("".join(f"{i}.png {i % 10}\n" for i in range(30)))
-
-
-def make_inputs(args) -> None:
-    """What a command reads and an earlier one would have written: data and checkpoints."""
-    for path in filter(None, (args.data_path, getattr(args, "eval_data_path", None))):
-        imagenet_stand_in(Path(path))
-    if getattr(args, "finetune", ""):
-        form, size = args.model.split("_")[:2]
-        name = f"{'conmim' if form == 'beit' else 'mae'}_{size}_patch16_224"
-        method = create_model(name, **model_kwargs(args))
-        teacher = {} if method.teacher is None else {"teacher": method.teacher.state_dict()}
-        save_checkpoint(args.finetune, {"model": method.state_dict(), **teacher})
-    if args.resume and getattr(args, "eval", False):
-        args.nb_classes = args.nb_classes or 10
-        model = build_classifier(argparse.Namespace(**{**vars(args), "resume": ""}))
-        save_checkpoint(args.resume, {"model": model.state_dict(), "engine": {}})
-
-
-def dry_run_all(folder: Path, commands: list[str]) -> list[str]:
-    """Each command's script in this process: what the failing ones said."""
-    os.chdir(folder)
-    failures = []
-    for command in commands:
-        words = shlex.split(command.split("#")[0])
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        stage = "pretrain" if words[at].endswith("run_pretraining.py") else "finetune"
-        data = {"--data_path": "/", "--eval_data_path": "/"}
-        argv = [
-            str(folder / word.lstrip("/$")) if before in data else word
-            for before, word in zip(words[at:], words[at + 1 :], strict=False)
-        ]
-        try:
-            args = parse(
-                stage,
-                [*argv, "--device", "cpu", "--batch_size", "2", "--update_freq", "1", "--dry_run"],
-            )
-            make_inputs(args)
-            MAINS[stage](args)
-        except (Exception, SystemExit) as error:
-            failures.append(f"{command}: {error!r}")
-    return failures
-
-
-@pytest.mark.slow
-def test_every_readme_command_dry_runs(tmp_path):
-    commands = readme_commands()
-    assert len(commands) >= 4
-    assert {"run_pretraining.py", "run_class_finetuning.py"} == {
-        word for command in commands for word in command.split() if word.endswith(".py")
-    }
-    assert in_ranks(1, dry_run_all, tmp_path, commands) == [[]]
