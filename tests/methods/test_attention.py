@@ -271,6 +271,8 @@ def test_scenes_and_masks_belong_together():
     image, objects = attention_agreement.scene_at(3, (48, 64))
     assert image.shape == (3, 48, 64) and image.dtype == torch.uint8 and objects.shape == (48, 64)
     scene = attention_agreement.make_scene("val", 3)
+    _, other = attention_agreement.scene_at(3, (48, 64), attention_agreement.CLUTTERED)
+    assert not torch.equal(other, objects)
     share = (scene.instances > 0).mean()
     assert 0.02 < share == pytest.approx((objects > 0).float().mean().item(), abs=0.01)
 

@@ -7,7 +7,7 @@ _base_ = [
     "../_base_/runtime.py",
 ]
 data_root = "data/shapes"
-epochs = 6
+epochs = 2
 classes = (
     "disc", "ring", "square", "triangle", "star", "cross", "hexagon", "crescent", "half_disc",
     "arrow",
@@ -47,12 +47,11 @@ model = {
     "roi_head": {
         "bbox_roi_extractor": roi_extractor,
         "bbox_head": {
+            "type": "Shared2FCBBoxHead",
             "num_classes": len(classes),
-            "num_shared_convs": 1,
             "in_channels": channels,
-            "conv_out_channels": channels,
             "fc_out_channels": 128,
-            "norm_cfg": norm_cfg,
+            "norm_cfg": None,
         },
         "mask_roi_extractor": roi_extractor,
         "mask_head": {
@@ -104,12 +103,12 @@ train_cfg = {"max_epochs": epochs, "val_interval": epochs}
 param_scheduler = [
     {"type": "LinearLR", "start_factor": 0.01, "by_epoch": False, "begin": 0, "end": 50},
     {
-        "type": "MultiStepLR",
+        "type": "CosineAnnealingLR",
         "begin": 0,
         "end": epochs,
+        "T_max": epochs,
         "by_epoch": True,
-        "milestones": [epochs - 2, epochs - 1],
-        "gamma": 0.1,
+        "convert_to_iter_based": True,
     },
 ]
 optim_wrapper = {"optimizer": {"lr": 1e-3}}
