@@ -338,7 +338,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(GradientCheck.steps + 2):  # which waits for the device once
+        for _ in range(GradientCheck.steps + 2):  # whose hooks are gone by then
             step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

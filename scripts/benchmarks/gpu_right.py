@@ -381,8 +381,8 @@ def skips(name: str, device: torch.device, *, precision: str = "fp32") -> dict[s
 
 
 def waits(name: str, device: torch.device, *flags: str, precision: str = "bf16") -> dict[str, Any]:
-    """Three training steps under which every wait for the device is an error; then the places of
-    all of them."""
+    """Four training steps under which every wait for the device is an error, up to the one that
+    judges the gradients of the first five; then the places of all waits."""
     run, _ = start(name, device, "", "--precision", precision, *flags)
     train_steps(
         run, 0, 2
@@ -392,7 +392,7 @@ def waits(name: str, device: torch.device, *flags: str, precision: str = "bf16")
     torch.cuda.synchronize(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
+        for _ in range(4):
             next(batches)
     except RuntimeError as error:
         torch.cuda.set_sync_debug_mode("default")

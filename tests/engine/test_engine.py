@@ -235,6 +235,31 @@ def test_tensors_without_gradients_are_named(monkeypatch, cut):
     assert said == ([named] if cut else [])
 
 
+def test_tensors_without_gradients_are_found_without_a_wait(monkeypatch):
+    """Tensors on a GPU that pretends to be there refuse to be read: the counts are sent to the
+    host, and judged a step later."""
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    said = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
+    with FakeTensorMode():
+        check = GradientCheck(nn.Linear(2, 3, device="cuda"))
+        applied = torch.ones((), device="cuda")
+        for _ in range(check.steps):
+            assert check.counts is None
+            check.after_step(applied)
+        assert check.counts.device == CPU and check.counts.shape == (3,)
+        assert check.arrived is not None and check.hooks
+        check.counts = None
+        check.after_step(applied)  # sends them again, as after steps that were skipped
+        assert check.counts.device == CPU
+    arrived = check.arrived
+    check.counts = torch.tensor([check.steps, 4.0, 0.0])
+    check.after_step(applied)
+    arrived.synchronize.assert_called_once()
+    assert said == ["1 of 2 trainable tensors had no gradient in 5 steps: bias"]
+    assert not check.hooks
+
+
 def test_statistics_on_the_host_take_a_flag_from_the_device():
     """--model_ema_force_cpu: weights on a GPU, which pretends to be there, and an average beside them on the host."""
     with FakeTensorMode():
