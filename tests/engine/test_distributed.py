@@ -29,6 +29,7 @@ from helpers import (
     train_steps,
     whole_weights,
 )
+from torch.profiler import ProfilerActivity, profile
 
 from datasets import BadImagesError, EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import evaluate
@@ -42,6 +43,7 @@ from unimim.data.views import build_finetune_transform
 from unimim.engine.batch_norm import BatchStatistics
 from unimim.engine.distributed import StopSignal, barrier, leave_process_group
 from unimim.engine.setup import set_up
+from unimim.files import write_text
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 6, 3
@@ -204,7 +206,6 @@ def one_rank(folder: Path) -> dict:
         engine: refusal_by(folder, folder / "zero1", engine) for engine in ("zero2", "torch")
     }
     results["half"] = half_precision(folder)
-    results["user"] = {stage: users_config(folder / f"user{stage}", stage) for stage in (1, 3)}
     results["rounded"] = evaluate_rounded(folder / "rounded")
     results["frozen"] = keep_frozen(folder / "frozen")
     results["offloaded"] = {
@@ -264,10 +265,8 @@ def half_precision(folder: Path) -> dict[str, list[float]]:
 
 
 def bf16_config(folder: Path, stage: int) -> list[str]:
-    folder.mkdir()
-    (folder / "ds.json").write_text(
-        json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}})
-    )
+    config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    write_text(folder / "ds.json", json.dumps(config))  # every rank the same
     return ["--enable_deepspeed", "--deepspeed_config", str(folder / "ds.json")]
 
 
@@ -285,6 +284,9 @@ def users_config(folder: Path, stage: int) -> dict:
         for name, value in expected.items():
             value.lerp_(weights[name], 1 - momentum)
     parameters = {name: weights[name] for name in expected}
+    average = run.task.average
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        average.update(1.0)  # which changes nothing
     position.step = 16
     run.session.save(position, finished=False)
     resumed, _ = start("pretrain", folder, *flags)
@@ -296,6 +298,8 @@ def users_config(folder: Path, stage: int) -> dict:
         "teacher": largest_difference(expected, dict(run.task.teacher.named_parameters())),
         "dtypes": {p.dtype for p in run.task.teacher.parameters()},
         "live": {p.dtype for p in run.task.parameters()},
+        "collectives": sum(event.name.startswith("c10d::") for event in seen.events()),
+        "blocks": [len(ours) for ours, _ in average._blocks],
         "resumed": differing(train_steps(run, 16, 18), train_steps(resumed, 16, 18)),
     }
 
@@ -337,6 +341,7 @@ def two_ranks(folder: Path) -> dict:
             name: pretrain_all(folder / name, SHARDED, flags) for name, flags in METHODS.items()
         },
         "finetune": finetune_all(folder / "finetune"),
+        "user": {stage: users_config(folder / f"user{stage}", stage) for stage in (1, 2, 3)},
         "evaluated": {
             engine: evaluate_apart(folder / "apart" / engine, engine)
             for engine in ("torch", "zero3")
@@ -546,14 +551,16 @@ def test_bf16_equals_torch_autocast(alone):
         assert losses[engine] == pytest.approx(losses["torch"], abs=1e-6), engine
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_users_bf16_section(alone, stage):
-    found = alone["user"][stage]
-    assert sum(found["losses"][-4:]) < sum(found["losses"][:4])
-    assert found["live"] == {torch.bfloat16} and found["dtypes"] == {torch.float32}
-    assert found["rounded"] > 1e-5, "the weights read are not the float32 masters"
-    assert found["teacher"] < 1e-6
-    assert found["resumed"] == []
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_users_bf16_section(pair, stage):
+    """The average follows the float32 masters, which are gathered block by block."""
+    for found in (rank["user"][stage] for rank in pair):
+        assert sum(found["losses"][-4:]) < sum(found["losses"][:4])
+        assert found["live"] == {torch.bfloat16} and found["dtypes"] == {torch.float32}
+        assert found["rounded"] > 1e-5, "the weights read are not the float32 masters"
+        assert found["teacher"] < 1e-6
+        assert found["resumed"] == []
+        assert found["collectives"] == len(found["blocks"]) < sum(found["blocks"]) / 3
 
 
 def test_rounded_weights_are_evaluated(alone):

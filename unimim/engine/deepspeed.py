@@ -240,14 +240,18 @@ class DeepSpeedRunner(Runner):
 
     @contextmanager
     def whole(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-        with self.gathered_parameters(parameters, enabled=self.stage == 3):
-            yield [self._master(p) if self.rounded and p.requires_grad else p for p in parameters]
+        """Yields whole float32 values of the parameters, gathered in one exchange."""
+        rounded = [self.rounded and p.requires_grad for p in parameters]
+        masters = iter(self._masters([p for p, r in zip(parameters, rounded, strict=True) if r]))
+        others = [p for p, r in zip(parameters, rounded, strict=True) if not r]
+        with self.gathered_parameters(others, enabled=self.stage == 3 and bool(others)):
+            yield [next(masters) if r else p for p, r in zip(parameters, rounded, strict=True)]
 
-    def _master(self, parameter: Tensor) -> Tensor:
-        """Returns the whole float32 value of which the engine trains a rounded copy."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter)
+    def _masters(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Returns whole float32 values of parameters of which the engine trains rounded copies."""
+        if not parameters:
+            return []
+        return _joined_partitions(parameters) if self.stage == 3 else _joined_fragments(parameters)
 
     def save(self, folder: str, tag: str) -> None:
         """Writes the sharded state for an exact resume; every rank must call."""
@@ -255,6 +259,36 @@ class DeepSpeedRunner(Runner):
 
     def load(self, folder: str, tag: str) -> None:
         self.model.load_checkpoint(folder, tag=tag)
+
+
+def _joined_fragments(parameters: list[Tensor]) -> list[Tensor]:
+    """Returns the masters of stages 1 and 2, of which each rank holds a span or nothing."""
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    for whole, p in zip(flat.split(sizes), parameters, strict=True):
+        if p._hp_mapping is not None:
+            span = p._hp_mapping.lp_fragment_address
+            whole.narrow(0, span.start, span.numel).copy_(p._hp_mapping.get_hp_fragment().detach())
+    dist.all_reduce(flat, group=parameters[0]._dp_group)
+    return [w.view_as(p) for w, p in zip(flat.split(sizes), parameters, strict=True)]
+
+
+def _joined_partitions(parameters: list[Tensor]) -> list[Tensor]:
+    """Returns the masters of stage 3, of which each rank holds an equal part, padded at the end."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    # copies, because a state that is swapped to disk lends its memory for a moment only
+    mine = [safe_get_local_fp32_param(p).detach().clone() for p in parameters]
+    group = getattr(parameters[0], "ds_process_group", None)
+    ranks = dist.get_world_size(group)
+    flat = torch.cat(mine)
+    gathered = flat.new_empty(ranks * flat.numel())
+    dist.all_gather_into_tensor(gathered, flat, group=group)
+    columns = gathered.view(ranks, -1).split([part.numel() for part in mine], dim=1)
+    return [
+        column.reshape(-1)[: p.ds_numel].view(p.ds_shape)
+        for column, p in zip(columns, parameters, strict=True)
+    ]
 
 
 def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

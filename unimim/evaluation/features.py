@@ -40,6 +40,7 @@ from unimim.engine.state import Normalize
 from unimim.logs import log
 
 POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
+CHUNK_ROWS = 2**14  # of features that are worked on at a time
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -297,10 +298,8 @@ def extract(
     )
     loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
     device, dtype = normalize.device, AUTOCAST_DTYPES.get(args.precision)
-    sums, times = (
-        torch.zeros(len(dataset), backbone.dim, device=device),
-        torch.zeros(len(dataset), device=device),
-    )
+    sums = torch.zeros(len(dataset), backbone.dim, device=device)  # the only memory of this size
+    times = torch.zeros(len(dataset), device=device)
     progress = Progress(f"{name} features", len(sampler), 0, every=50, rank=args.rank)
     for number, batch in enumerate(loader, 1):
         counts = batch["index"] >= 0
@@ -314,12 +313,29 @@ def extract(
             progress.show(number, {})
     progress.close()
     reduce_sum(sums)
-    seen = reduce_sum(times) > 0
-    vectors = sums[seen] / times[seen, None]
-    if not vectors.isfinite().all():
+    reduce_sum(times)
+    vectors = means_in_place(sums, times)
+    if vectors is None:
         raise ValueError(f"--finetune {args.finetune} gives features that are not finite")
     labels = torch.as_tensor(dataset.source.labels, dtype=torch.int64).to(device)
-    return Features(vectors, labels[seen])
+    return Features(vectors, labels[times > 0])
+
+
+def means_in_place(sums: Tensor, times: Tensor) -> Tensor | None:
+    """The means of the rows of `sums` [N, C] that were added to, `times` [N] often, in the memory
+    of `sums`; None if one is not finite.
+
+    Features of millions of images fill a good part of a device: nothing of their size is allocated.
+    """
+    end = 0
+    for first in range(0, len(sums), CHUNK_ROWS):
+        count = times[first : first + CHUNK_ROWS]
+        rows = (sums[first : first + CHUNK_ROWS] / count[:, None])[count > 0]
+        if not rows.isfinite().all():
+            return None
+        sums[end : end + len(rows)] = rows
+        end += len(rows)
+    return sums[:end]
 
 
 def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> dict[str, str]:
