@@ -5,6 +5,7 @@ All engines run one after another in the same spawned processes, once on one ran
 """
 
 import copy
+import gc
 import json
 import math
 from functools import partial
@@ -32,10 +33,10 @@ from helpers import (
 from torch.profiler import ProfilerActivity, profile
 
 from datasets import BadImagesError, EvalBatchSampler, build_dataset, build_loader
-from engine_for_finetuning import evaluate
+from engine_for_finetuning import evaluate_classifier
 from engine_for_pretraining import share_bad_images
 from modeling_finetune import create_model, sincos_pos_embed
-from run_class_finetuning import Evaluator
+from run_class_finetuning import ClassificationEvaluator
 from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import load_pretrained
 from unimim.cli.models import build_classifier
@@ -159,12 +160,13 @@ def everything(run) -> dict:
 def pretrain_all(
     folder: Path, engines: tuple[str, ...] = ENGINES, flags: tuple[str, ...] = ()
 ) -> dict[str, dict]:
-    return {
-        engine: train_save_resume(
-            "pretrain", folder / engine, *engine_flags(engine), *ACCUMULATED, *flags
-        )
-        for engine in engines
-    }
+    results = {}
+    for engine in engines:
+        gc.freeze()  # stage 3 collects garbage at each start: not among all that is imported
+        engine_folder = folder / engine
+        given = (*engine_flags(engine), *ACCUMULATED, *flags)
+        results[engine] = train_save_resume("pretrain", engine_folder, *given)
+    return results
 
 
 def finetune_all(folder: Path) -> dict[str, dict]:
@@ -188,7 +190,9 @@ def evaluations(run) -> dict:
     for name, place in (("whole", (0, 1)), ("shared", (args.rank, args.world_size))):
         sampler = EvalBatchSampler(EVALUATED, 12, rank=place[0], world_size=place[1])
         loader = build_loader(dataset, sampler, num_workers=0, pin_mem=False)
-        found[name] = evaluate(run.task.model, loader, run.normalize, shared=name == "shared")
+        found[name] = evaluate_classifier(
+            run.task.model, loader, run.context, shared=name == "shared"
+        )
         found[f"{name}_indices"] = [i for batch in loader for i in batch["index"].tolist()]
     return found
 
@@ -284,7 +288,7 @@ def users_config(folder: Path, stage: int) -> dict:
         for name, value in expected.items():
             value.lerp_(weights[name], 1 - momentum)
     parameters = {name: weights[name] for name in expected}
-    average = run.task.average
+    average = run.task.ema
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         average.update(1.0)  # which changes nothing
     position.step = 16
@@ -312,10 +316,13 @@ def evaluate_rounded(folder: Path) -> dict[str, float]:
     transform = build_finetune_transform(run.args, train=False)
     dataset = build_dataset(run.args, train=False, transform=transform, need_labels=True)
     loader = build_loader(dataset, EvalBatchSampler(EVALUATED, 12), num_workers=0, pin_mem=False)
-    found = Evaluator(run, loader).after_epoch(position, run.session)
+    found = ClassificationEvaluator(run, loader).after_epoch(position, run.session)
     whole = build_classifier(run.args)
     whole.load_state_dict(load_checkpoint(folder / "checkpoint-best.pth")["model"])
-    return {"rounded": found["test_loss"], "whole": evaluate(whole, loader, run.normalize)["loss"]}
+    return {
+        "rounded": found["test_loss"],
+        "whole": evaluate_classifier(whole, loader, run.context)["loss"],
+    }
 
 
 def keep_frozen(folder: Path) -> bool:
@@ -381,7 +388,7 @@ def evaluate_apart(folder: Path, engine: str) -> dict:
     batches = list(loader)
     own = [batch | {"label": (batch["label"] + run.args.rank) % 10} for batch in batches]
     apart = BatchStatistics(run.task.model).buffers[0].clone()
-    figures = Evaluator(run, own).after_epoch(position, run.session)
+    figures = ClassificationEvaluator(run, own).after_epoch(position, run.session)
     saved = build_classifier(run.args)
     barrier()
     saved.load_state_dict(load_checkpoint(folder / "checkpoint-best.pth")["model"])
@@ -391,9 +398,9 @@ def evaluate_apart(folder: Path, engine: str) -> dict:
         "apart": apart,
         "statistics": [
             buffer.clone()
-            for buffer in BatchStatistics(run.task.model, run.task.average.module).buffers
+            for buffer in BatchStatistics(run.task.model, run.task.ema.module).buffers
         ],
-        "saved": evaluate(saved, batches, run.normalize),
+        "saved": evaluate_classifier(saved, batches, run.context),
         "kept": len(run.runner.full_state_dict()),
     }
 
@@ -648,7 +655,7 @@ def test_leaving_the_group_ends_its_threads(tmp_path):
 def stops_and_bad_images(folder: Path) -> dict:
     """A request on rank 1 only, in its third step and in an epoch's last one; broken images that
     both ranks met."""
-    normalize = set_up(arguments("pretrain", folder))
+    context = set_up(arguments("pretrain", folder))
     rank = dist.get_rank()
     answers = {}
     with own_signals():
@@ -660,8 +667,12 @@ def stops_and_bad_images(folder: Path) -> dict:
                 answers[when].append(stop.agreed(last=step == 4))
                 if answers[when][-1]:
                     break
-    dataset = build_dataset(arguments("pretrain", folder, "--max_bad_images", "3"), train=True, need_labels=False,
-                            transform=None)  # fmt: skip
+    dataset = build_dataset(
+        arguments("pretrain", folder, "--max_bad_images", "3"),
+        train=True,
+        need_labels=False,
+        transform=None,
+    )
     for index in [4, 5] if rank == 0 else [5, 6]:
         dataset.bad.add(index)
     share_bad_images(dataset)
@@ -673,7 +684,7 @@ def stops_and_bad_images(folder: Path) -> dict:
         said = ""
     except BadImagesError as error:
         said = str(error)
-    return {"device": normalize.device.type, "answers": answers, "shared": shared, "said": said}
+    return {"device": context.device.type, "answers": answers, "shared": shared, "said": said}
 
 
 def test_ranks_agree_to_stop_and_on_bad_images(tmp_path):

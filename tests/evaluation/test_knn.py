@@ -21,13 +21,14 @@ from unimim.engine.setup import launch, set_up
 from unimim.evaluation import features as feature_rows
 from unimim.evaluation import knn
 from unimim.evaluation.features import Features, build_backbone, evaluation_images, extract
-from unimim.evaluation.knn import Accuracy, evaluate_knn
+from unimim.evaluation.flags import parse_knn
+from unimim.evaluation.knn import Accuracy, KnnRow, evaluate_knn
 
 BASE = ["--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE]
 
 
 def parse(*flags: str):
-    return run_knn.parse([*BASE, *flags])
+    return parse_knn([*BASE, *flags])
 
 
 def tied_features(count: int, classes: int, seed: int) -> Features:
@@ -222,14 +223,14 @@ def test_broken_images_have_no_features(tmp_path):
             Image.fromarray(np.full((20, 20, 3), 40 * number, dtype=np.uint8)).save(path)
     (tmp_path / "val/class1/3.png").write_bytes(b"no image")
     args = parse("--data_set", "image_folder", "--data_path", str(tmp_path), "--batch_size", "4")
-    normalize, backbone = set_up(args), build_backbone(args)
+    context, backbone = set_up(args), build_backbone(args)
     dataset = evaluation_images(args, backbone, train=False)
-    features = extract(args, dataset, backbone, normalize, "val")
+    features = extract(context, dataset, backbone, "val")
     assert features.labels.tolist() == [0, 0, 0, 1, 1]
     pictures = [
         torch.from_numpy(np.full((3, 16, 16), 40 * n, dtype=np.uint8)) for n in (0, 2, 4, 1, 5)
     ]
-    expected = backbone(normalize({"image": torch.stack(pictures)})["image"])
+    expected = backbone(context.normalize({"image": torch.stack(pictures)})["image"])
     torch.testing.assert_close(features.vectors, expected)
     # in the memory of the sums, where the broken image has a row
     assert features.vectors.untyped_storage().nbytes() == 4 * len(dataset) * backbone.dim
@@ -274,7 +275,7 @@ def test_means_need_no_second_copy_of_the_features(monkeypatch):
 # Runs
 
 
-def run_here(folder: Path, *flags: str) -> list[run_knn.Result]:
+def run_here(folder: Path, *flags: str) -> list[KnnRow]:
     return run_knn.main(parse("--knn_k", "5", "20", "--output_dir", str(folder), *flags))
 
 
