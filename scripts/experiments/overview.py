@@ -155,7 +155,7 @@ def heat(values: Tensor, photograph: np.ndarray, name: str, *, soft: bool) -> np
 def masked(photograph: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The photograph with its masked patches in gray."""
     hidden = blocks(mask.astype(np.uint8))[..., None].astype(bool)
-    return np.where(hidden, np.uint8(visualize.MASKED_GREY), photograph)
+    return np.where(hidden, np.uint8(visualize.MASKED_GRAY), photograph)
 
 
 def mask_columns(photographs: list[np.ndarray], parts: Tensor) -> dict[str, list[np.ndarray]]:
