@@ -182,7 +182,7 @@ def reconstructions(checkpoint: Path, batch: dict[str, Tensor]) -> list[np.ndarr
     normalize = visualize.normalization(args)
     pasted = method.eval().reconstruct(normalize(dict(batch))).pasted
     pixels = (pasted * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte()
-    return [smooth(visualize.as_picture(image)) for image in pixels]
+    return [smooth(visualize.to_hwc(image)) for image in pixels]
 
 
 def orders(checkpoint: Path, images: Tensor, photographs: list[np.ndarray]) -> list[np.ndarray]:
