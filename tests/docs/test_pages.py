@@ -145,7 +145,8 @@ def test_the_front_page_is_short_and_its_picture_small():
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    command += ["--config-file", "scripts/tools/mkdocs.yml", "--site-dir", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0, result.stdout + result.stderr
     for page in PAGES[1:]:
