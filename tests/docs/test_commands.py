@@ -156,7 +156,7 @@ def parser_of(script: ModuleType, stage: str) -> Callable[[list[str]], argparse.
     """What a script parses its command line with."""
     if stage in PARSED_BY_OPTIONS:
         return partial(options.parse, stage)
-    return getattr(script, f"parse_{stage}", None) or script.parse
+    return getattr(script, f"parse_{stage}")
 
 
 def dry_run_all(folder: Path) -> list[str]:
