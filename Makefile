@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test lint docs clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: $(STAMP) ## run all tests, the slow ones too
 lint: $(STAMP) ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+docs: $(STAMP) ## build a site of docs/ in output/site
+	$(RUN) -m mkdocs build --strict
 
 clean: ## remove caches and the demo's output; training runs and the virtual environment stay
 	rm -rf output/demo .pytest_cache .ruff_cache

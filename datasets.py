@@ -1,9 +1,8 @@
-"""Where images come from: folders, map files, zips and small embedded sets; and in which order they
-are loaded.
+"""Load images: the data set, the order of the samples, and the data loader.
 
-A source knows paths, labels and how to read one image; `ImageDataset` decodes and augments behind a
-guard that replaces broken images; the batch samplers yield lists of (epoch, index), so that a
-sample depends on (seed, epoch, index) only.
+A source (unimim/data/sources.py) knows paths, labels and how to read one image. `ImageDataset`
+decodes and augments, and replaces broken images. The batch samplers yield lists of (epoch, index),
+so a sample is a function of (seed, epoch, index), whatever the number of workers and ranks.
 """
 
 import argparse
@@ -33,26 +32,27 @@ from unimim.data.sources import (
     logger,
 )
 
-Transform = Callable[
-    ..., dict[str, torch.Tensor]
-]  # (raw, rng), and the image's maps where there are some
+# called with (raw, rng), and with the image's maps if the data set has any
+Transform = Callable[..., dict[str, torch.Tensor]]
+# by the name of a view: reads an image's map
+Maps = dict[str, Callable[[int], np.ndarray]]
 
 
 # --- the data set ---------------------------------------------------------------------------------
 
 
 class BadImagesError(RuntimeError):
-    """Too many broken images, or one under `--strict_data`; the message lists them."""
+    """Signals too many broken images, or a single one under `--strict_data`, and lists them."""
 
 
 class ImageDataset(Dataset):
-    """Samples of `source` through `transform`, by keys (epoch, index).
+    """Samples of `source` after `transform`, addressed by keys (epoch, index).
 
-    A sample is the transform's dict plus "label" and "index", the number of the image that was
-    really used. A broken image is logged once and replaced by another, which depends on (seed,
-    index) only; all workers share the set of broken images. More than `max_bad_images` of them, or
-    the first if `strict`, raise BadImagesError. `maps` reads what else belongs to an image, by the
-    name of the view that the transform makes of it.
+    A sample is the transform's dict plus "label" and "index", the index of the image actually
+    used. A broken image is logged once and replaced by another, chosen by (seed, index) alone; all
+    workers share the set of broken images. More than `max_bad_images` of them, or the first if
+    `strict`, raise BadImagesError. `maps` holds, by the name of a view, a function that reads an
+    image's map (part ids, part scores), which the transform crops like the image.
     """
 
     def __init__(
@@ -63,9 +63,12 @@ class ImageDataset(Dataset):
         seed: int,
         max_bad_images: int = 100,
         strict: bool = False,
+        maps: Maps | None = None,
     ):
-        self.source, self.transform, self.seed = source, transform, seed
-        self.maps: dict[str, Callable[[int], np.ndarray]] = {}
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.maps = maps or {}
         self.max_bad_images = 0 if strict else max_bad_images
         self.bad = SharedNumbers(min(len(source), self.max_bad_images + 1))
 
@@ -74,10 +77,11 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: Key) -> dict:
         epoch, index = key
-        wanted = -1 - index if index < 0 else index
+        wanted = -1 - index if index < 0 else index  # padding is loaded like any other image
         for used in self._candidates(wanted):
             try:
-                raw, rng = self.source.read(used), sample_rng(self.seed, epoch, wanted)
+                raw = self.source.read(used)
+                rng = sample_rng(self.seed, epoch, wanted)
                 maps = {view: read(used) for view, read in self.maps.items()}
                 sample = self.transform(raw, rng, maps) if maps else self.transform(raw, rng)
             except BrokenImageError as error:
@@ -91,8 +95,9 @@ class ImageDataset(Dataset):
         raise AssertionError("candidates never end")
 
     def _candidates(self, wanted: int) -> Iterator[int]:
-        """`wanted`, then its replacements, without those that are known to be broken."""
-        rng, candidate = None, wanted
+        """Yield `wanted`, then its replacements, without images known to be broken."""
+        rng = None
+        candidate = wanted
         while True:
             if candidate not in self.bad:
                 yield candidate
@@ -102,7 +107,7 @@ class ImageDataset(Dataset):
             candidate = int(rng.integers(len(self)))
 
     def _report(self, index: int, error: BrokenImageError) -> None:
-        if index in self.bad:  # another worker was faster
+        if index in self.bad:  # another worker has reported it
             return
         self.bad.add(index)
         logger.warning("broken image %s is replaced by another: %s", self.source.path(index), error)
@@ -113,16 +118,16 @@ class ImageDataset(Dataset):
         broken = self.bad.sorted()
         listed = ", ".join(self.source.path(index) for index in broken[:10])
         allowed = f"{self.max_bad_images} allowed by --max_bad_images or --strict_data"
-        return f"{len(broken)} of {len(self)} images are broken ({allowed}): {listed}{' ...' * (len(broken) > 10)}"
+        more = " ..." if len(broken) > 10 else ""
+        return f"{len(broken)} of {len(self)} images are broken ({allowed}): {listed}{more}"
 
 
 class SharedNumbers:
-    """A set of at least `capacity` numbers from 0 on in memory that forked and spawned workers
-    share, without a lock.
+    """A lock-free set of at least `capacity` non-negative integers in shared memory.
 
-    Each number has its place, or one of those behind it if that is taken. Of two processes that
-    take one place at the same moment the later wins: the other's number is missing then, and is
-    added again when it is met again. What does not fit any more is left out.
+    Forked and spawned workers see the same set, a hash table with linear probing. If two processes
+    write one slot at the same moment, the later one wins; the other's number is missing until it is
+    added again. Numbers that no longer fit are dropped.
     """
 
     def __init__(self, capacity: int):
@@ -136,8 +141,8 @@ class SharedNumbers:
 
     def add(self, number: int) -> None:
         slots = self.slots.numpy()
-        behind = (number + np.arange(len(slots))) % len(slots)
-        free = behind[slots[behind] < 0]
+        probes = (number + np.arange(len(slots))) % len(slots)
+        free = probes[slots[probes] < 0]
         if number not in self and len(free):
             slots[free[0]] = number
 
@@ -147,14 +152,20 @@ class SharedNumbers:
 
 
 def build_dataset(
-    args: argparse.Namespace, *, train: bool, transform: Transform, need_labels: bool
+    args: argparse.Namespace,
+    *,
+    train: bool,
+    transform: Transform,
+    need_labels: bool,
+    maps: Callable[[Source], Maps] | None = None,
 ) -> ImageDataset:
-    """The data set of the flags `data_set`, `data_path`, `eval_data_path`, `seed`,
-    `max_bad_images`, `strict_data`.
+    """Build the data set that the flags describe.
 
-    For training `label_fraction`, where there is such a flag, keeps the first images of each class.
-    For evaluation `eval_data_path` replaces `data_path` where it is given; an image_folder needs it
-    unless it is divided into `train` and `val`.
+    Reads `data_set`, `data_path`, `eval_data_path`, `seed`, `max_bad_images` and `strict_data`. For
+    training, `label_fraction` (if the script has that flag) keeps the first images of each class.
+    For evaluation, `eval_data_path` overrides `data_path`; an image_folder needs it unless it is
+    divided into `train` and `val`.
+    `maps` opens what else belongs to the images of a source.
     """
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
@@ -180,12 +191,15 @@ def build_dataset(
         seed=args.seed,
         max_bad_images=args.max_bad_images,
         strict=args.strict_data,
+        maps=None if maps is None else maps(source),
     )
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Sixteen hexadecimal digits of which images there are and in which order, by their names below
-    their root."""
+    """Return a hash (16 hexadecimal digits) of the images' names and their order.
+
+    Names are relative to the root, so that a data set may move.
+    """
     digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=8)
     source = getattr(dataset, "source", None)
     while isinstance(source, PartSource):
@@ -204,18 +218,18 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 class TrainBatchSampler:
-    """Batches of (epoch, index) of one rank: chunks of `batch_size` of a permutation by (seed,
-    epoch).
+    """Yield one rank's batches of (epoch, index): chunks of a permutation set by (seed, epoch).
 
-    Micro-batch j of rank r is chunk j * world_size + r, so one process that accumulates world_size
-    times as often sees, in order, what the ranks see side by side. Partial chunks are dropped.
+    Micro-batch j of rank r is chunk j * world_size + r, so that one process with world_size times
+    the accumulation sees the same images in the same order as world_size ranks. Partial chunks are
+    dropped.
 
-    With `repeats` each image comes that many times in a step of `step_batches` chunks, in as many
-    of them as there are, each time with draws of its own; an epoch has the same number of batches
-    (specs/a2mim.md 4.4).
+    `repeats` is timm's repeated augmentation: every image comes that many times in a step of
+    `step_batches` chunks, spread over the chunks, each time augmented anew. The number of batches
+    in an epoch stays the same, so an epoch sees fewer images.
 
     Raises:
-        ValueError: fewer images than one batch on every rank.
+        ValueError: there are fewer images than one batch on every rank needs.
     """
 
     def __init__(
@@ -234,23 +248,24 @@ class TrainBatchSampler:
         whole = n // batch_size // world_size
         if whole == 0:
             raise ValueError(
-                f"{n} images do not fill one batch of --batch_size {batch_size} on {world_size} process(es); "
-                f"lower --batch_size to at most {n // world_size}, or use fewer processes or more images"
+                f"{n} images do not fill one batch of --batch_size {batch_size} on {world_size} "
+                f"process(es); lower --batch_size to at most {n // world_size}, "
+                "or use fewer processes or more images"
             )
-        self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
+        self.n = n
+        self.batch_size = batch_size
         self.batches = whole if batches_per_epoch is None else min(whole, batches_per_epoch)
-        self.seed, self.shuffle, self.repeats, self.step_batches = (
-            seed,
-            shuffle,
-            repeats,
-            step_batches,
-        )
+        self.rank, self.world_size = rank, world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.repeats = repeats
+        self.step_batches = step_batches
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration runs through, from micro-batch `start_batch`
-        on."""
-        self.epoch, self.start_batch = epoch, start_batch
+        """Make the next iteration run through `epoch`, starting at micro-batch `start_batch`."""
+        self.epoch = epoch
+        self.start_batch = start_batch
 
     def __len__(self) -> int:
         return self.batches
@@ -258,24 +273,21 @@ class TrainBatchSampler:
     def __iter__(self) -> Iterator[list[Key]]:
         order = self._order(self.epoch)
         for batch in range(self.start_batch, self.batches):
-            places = self._places(batch * self.world_size + self.rank)
-            copies, indices = (
-                self.epoch * self.repeats + places % self.repeats,
-                order[places // self.repeats],
-            )
-            yield list(zip(copies.tolist(), indices.tolist(), strict=True))
+            positions = self._positions(batch * self.world_size + self.rank)
+            # Repeats of an image differ in the epoch of their key, hence in their augmentation.
+            epochs = self.epoch * self.repeats + positions % self.repeats
+            indices = order[positions // self.repeats]
+            yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
 
-    def _places(self, chunk: int) -> np.ndarray:
-        """Those of a chunk's images in the epoch's order: the chunks of a step take turns where
-        images repeat."""
+    def _positions(self, chunk: int) -> np.ndarray:
+        """Return the positions of a chunk's samples in the epoch, where every image stands
+        `repeats` times in a row."""
         if self.repeats == 1:
             return np.arange(chunk * self.batch_size, (chunk + 1) * self.batch_size)
+        # The chunks of a step are dealt out like cards, which separates the repeats of an image.
         step, turn = divmod(chunk, self.step_batches)
-        return (
-            step * self.step_batches * self.batch_size
-            + turn
-            + self.step_batches * np.arange(self.batch_size)
-        )
+        first = step * self.step_batches * self.batch_size
+        return first + turn + self.step_batches * np.arange(self.batch_size)
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
@@ -284,14 +296,16 @@ class TrainBatchSampler:
 
 
 class EvalBatchSampler:
-    """Rank r's images r, r + world_size, ... in batches of (0, index).
+    """Yield rank r's images r, r + world_size, ... in batches of (0, index).
 
-    Every rank yields the same number of batches of the same sizes; what is missing at the end is padded with entries
-    -1-index, which a metric must leave out, so that every image counts once.
+    All ranks yield the same number of batches of the same sizes. The end is padded with entries
+    -1 - index, which metrics must leave out, so that every image counts once.
     """
 
     def __init__(self, n: int, batch_size: int, *, rank: int = 0, world_size: int = 1):
-        self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
+        self.n = n
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return -(-self._per_rank() // self.batch_size)
@@ -314,8 +328,10 @@ def build_loader(
     pin_mem: bool,
     multiprocessing_context: str | None = None,
 ) -> DataLoader:
-    """A loader whose batches depend on the sampler's keys only; workers stay alive between
-    epochs."""
+    """Return a loader whose batches depend on the sampler's keys only.
+
+    Workers stay alive between epochs and leave signals to the parent.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -324,13 +340,13 @@ def build_loader(
         persistent_workers=num_workers > 0,
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
         worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),  # else every iteration would draw its base seed from the global generator
+        # without it every iteration would draw a base seed from the global generator
+        generator=torch.Generator(),
     )
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A launcher or a terminal signals the whole group; the parent still needs batches to finish
-    its step."""
+    """Ignore signals to the process group: the parent still needs batches to finish its step."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -338,7 +354,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def _end_when_the_parent_says_so() -> None:
-    """Waits for a SIGTERM from the parent, which Python sends to leftover workers when it ends."""
+    """Exit on a SIGTERM from the parent, which Python sends to leftover workers when it ends."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Classification: the task that the training loop of engine_for_pretraining.py trains, and its
+"""Classification: the task that the loop of engine_for_pretraining.py trains, and its
 evaluation."""
 
 from argparse import Namespace
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from unimim.engine.distributed import reduce_sum
 from unimim.engine.ema import MovingAverage
-from unimim.engine.state import Normalize
+from unimim.engine.state import RunContext
+from unimim.engine.task import Task
 from unimim.evaluation.accuracy import averages, tally
 
 
-class Classification(nn.Module):
-    """A classifier with its criterion, mixup, random erasing and moving average (specs/conmim.md
-    6.4, 6.5)."""
+class Classification(Task):
+    """A classifier with its criterion, mixup, random erasing and moving average."""
+
+    ema_key = "model_ema"
 
     def __init__(self, model: nn.Module, args: Namespace, device: torch.device):
         super().__init__()
@@ -33,13 +35,16 @@ class Classification(nn.Module):
                 args.reprob, mode=args.remode, max_count=args.recount, device=str(device)
             )
         self.criterion = make_criterion(args, mixing)
-        self.average = MovingAverage(model, copy_buffers=True) if args.model_ema else None
-        self.average_decay, self.average_warmup = (
-            args.model_ema_decay,
-            args.model_ema_warmup_epochs / args.epochs,
-        )
-        if self.average is not None and args.model_ema_force_cpu:
-            self.average.module.to("cpu")
+        self.ema_decay = args.model_ema_decay
+        self.ema_warmup = args.model_ema_warmup_epochs / args.epochs
+        if args.model_ema:
+            self.ema = MovingAverage(model, copy_buffers=True)
+            if args.model_ema_force_cpu:
+                self.ema.module.to("cpu")
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, targets = batch["image"], batch["label"]
@@ -53,19 +58,15 @@ class Classification(nn.Module):
             out["class_acc"] = (logits.detach().argmax(-1) == targets).float().mean()
         return out
 
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Nothing changes with the epochs."""
-
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """The average's decay rises from nine tenths of what it is after the warm-up
-        (specs/a2mim.md 4.4)."""
-        if self.average is not None:
-            risen = min(progress / self.average_warmup, 1.0) if self.average_warmup else 1.0
-            self.average.update(self.average_decay * (0.9 + 0.1 * risen), applied)
+        """Updates the ema; its decay rises from nine tenths to the whole during the warm-up."""
+        if self.ema is not None:
+            risen = min(progress / self.ema_warmup, 1.0) if self.ema_warmup else 1.0
+            self.ema.update(self.ema_decay * (0.9 + 0.1 * risen), applied)
 
 
 class BinaryCrossEntropy(nn.Module):
-    """Of each class by itself, summed over the classes: targets are labels [B] or shares [B,
+    """Computes binary cross entropy, summed over classes: targets are labels [B] or fractions [B,
     classes]."""
 
     def __init__(self, smoothing: float = 0.0):
@@ -74,13 +75,14 @@ class BinaryCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         if targets.ndim == 1:
-            shares = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)
-            targets = shares * (1 - self.smoothing) + self.smoothing / logits.shape[-1]
+            hot = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)
+            targets = hot * (1 - self.smoothing) + self.smoothing / logits.shape[-1]
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
 
 
 def make_criterion(args: Namespace, mixing: bool) -> nn.Module:
-    """Of logits [B, classes] and labels [B] or, where images are mixed, shares [B, classes]."""
+    """Returns the criterion of logits [B, classes] and labels [B] or, where images are mixed,
+    fractions [B, classes]."""
     if args.bce_loss:
         return BinaryCrossEntropy(args.smoothing)
     if mixing:
@@ -102,25 +104,26 @@ def make_mixup(args: Namespace) -> Mixup:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_classifier(
     model: nn.Module,
     loader: Iterable[dict[str, Tensor]],
-    normalize: Normalize,
+    context: RunContext,
     *,
     dtype: torch.dtype | None = None,
     shared: bool = False,
 ) -> dict[str, float]:
-    """{"loss", "acc1", "acc5"} (percent) over a loader; padding (negative index) does not count.
+    """Returns {"loss", "acc1", "acc5"} (percent) over a loader; padding (a negative index) does not
+    count.
 
     `shared`: each process saw a part of the images, and the sums are added up over processes.
     """
     was_training = model.training
     model.eval()
-    device = normalize.device
+    device = context.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in loader:
         counts = (batch["index"] >= 0).to(device)
-        moved = normalize(batch)
+        moved = context.normalize(batch)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             logits = model(moved["image"]).float()
         sums += tally(logits, moved["label"], counts)

@@ -1,9 +1,7 @@
-"""The training loop, for every method and for fine-tuning alike: one optimizer step after another,
-whatever is trained.
+"""The training loop, for every method and for fine-tuning alike.
 
-A task is a module with `forward(batch) -> {"loss": ...}`, `before_epoch(epoch, epochs)` and
-`after_step(progress, applied)`: a pre-training method, or a classifier with its criterion
-(engine_for_finetuning.py).
+What is trained is a `Task` (unimim/engine/task.py): a pre-training method, or a classifier with its
+criterion (engine_for_finetuning.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,12 +21,12 @@ from unimim.logs import log
 
 
 def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
-    """Trains from `position` to the end of its epoch and returns the epoch's means. `position`
-    moves along.
+    """Trains from `position` to the end of its epoch and returns the epoch's means.
 
     Raises Stopped after a signal, NonFiniteError after too many skipped steps.
     """
-    args, epoch = run.args, position.epoch
+    args = run.args
+    epoch = position.epoch
     run.task.train()
     run.task.before_epoch(epoch, args.epochs)
     run.loader.batch_sampler.set_position(epoch, position.step * args.update_freq)
@@ -52,12 +50,11 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
 
 
 def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Tensor]]) -> None:
-    """Update number `update` of the run: schedules, forward and backward of each micro-batch,
-    optimizer, average."""
+    """Makes update number `update` of the run: schedules, micro-batches, optimizer, ema."""
     set_schedule(run.runner.optimizer, run.lr[update], run.weight_decay[update])
     seed_step(run.args.seed, run.args.rank, update)
     outs = [
-        run.runner.micro_step(run.normalize(batch), last=k == len(micro_batches))
+        run.runner.micro_step(run.prepare(batch), last=k == len(micro_batches))
         for k, batch in enumerate(micro_batches, 1)
     ]
     result = run.runner.step()
@@ -65,17 +62,17 @@ def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Ten
     run.task.after_step(
         update / run.total_steps, float(result["applied"]) if on_host else result["applied"]
     )
-    figures = {
+    metrics = {
         name: torch.stack([out[name].detach().float() for out in outs]).mean() for name in outs[0]
     }
-    run.monitor.push(update, [batch["index"] for batch in micro_batches], figures | result)
+    run.monitor.push(update, [batch["index"] for batch in micro_batches], metrics | result)
     run.throughput.steps += 1
     if on_host:  # reading costs no wait there
         run.monitor.read()
 
 
 def grouped(batches: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` batches; the loader's length is a multiple of it."""
+    """Yields lists of `size` batches; the loader's length is a multiple of it."""
     batches = iter(batches)
     while group := list(islice(batches, size)):
         assert len(group) == size, "the sampler must yield whole optimizer steps"
@@ -83,16 +80,17 @@ def grouped(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def show(run: Training, progress: Progress, position: Position) -> None:
-    """One line of figures, and the same to tensorboard and W&B."""
-    recent, speed = run.monitor.read(), run.throughput.figures()
+    """Shows one line of metrics, and sends them to tensorboard and W&B."""
+    recent = run.monitor.read()
+    speed = run.throughput.metrics()
     if not recent:
         return
-    rates = [group["lr"] for group in run.runner.optimizer.param_groups]
+    lrs = [group["lr"] for group in run.runner.optimizer.param_groups]
     update = position.epoch * run.steps_per_epoch + position.step
-    memory = memory_gib(run.normalize.device)
+    memory = memory_gib(run.context.device)
     text = {
         "loss": f"{recent['loss']:.4f}",
-        "lr": f"{max(rates):.2e}",
+        "lr": f"{max(lrs):.2e}",
         "grad": f"{recent['grad_norm']:.2f}",
         "img/s": f"{speed['images_per_s']:.1f}",
         "data": f"{speed['data_wait']:.0f}%",
@@ -104,13 +102,13 @@ def show(run: Training, progress: Progress, position: Position) -> None:
     progress.show(position.step, text)
     decays = [g["weight_decay"] for g in run.runner.optimizer.param_groups if g["weight_decay"] > 0]
     optimizer = {
-        "opt/lr": max(rates),
-        "opt/min_lr": min(rates),
+        "opt/lr": max(lrs),
+        "opt/min_lr": min(lrs),
         "opt/weight_decay": decays[-1] if decays else 0.0,
     }
-    figures = {f"train/{name}": value for name, value in recent.items() if name != "applied"}
+    metrics = {f"train/{name}": value for name, value in recent.items() if name != "applied"}
     run.run_log.step(
-        figures | optimizer | {f"perf/{k}": v for k, v in speed.items()} | {"perf/memory": memory},
+        metrics | optimizer | {f"perf/{k}": v for k, v in speed.items()} | {"perf/memory": memory},
         update,
     )
 
@@ -130,14 +128,14 @@ def share_bad_images(dataset: Dataset) -> None:
     if len(broken) > dataset.max_bad_images:
         listed = ", ".join(dataset.source.path(index) for index in broken[:10])
         raise BadImagesError(
-            f"{len(broken)} of {len(dataset)} images are broken, of all ranks ({dataset.max_bad_images} allowed "
-            f"by --max_bad_images or --strict_data): {listed}{' ...' * (len(broken) > 10)}"
+            f"{len(broken)} of {len(dataset)} images are broken, of all ranks "
+            f"({dataset.max_bad_images} allowed by --max_bad_images or --strict_data): "
+            f"{listed}{' ...' * (len(broken) > 10)}"
         )
 
 
 def save_if_due(run: Training, position: Position) -> None:
-    """Checkpoints within an epoch, and the agreed stop of all ranks after a signal on any of
-    them."""
+    """Saves within an epoch, and stops all ranks together after a signal on any of them."""
     args = run.args
     stop = run.stop.agreed(last=position.step == run.steps_per_epoch)
     due = args.save_ckpt_steps and position.step % args.save_ckpt_steps == 0
@@ -146,20 +144,23 @@ def save_if_due(run: Training, position: Position) -> None:
         run.session.save(position, finished=False)
     if stop:
         raise Stopped(
-            f"{run.stop.received or 'a signal on another rank'} after step {position.step} of epoch {position.epoch}"
+            f"{run.stop.received or 'a signal on another rank'} after step {position.step} of "
+            f"epoch {position.epoch}"
         )
 
 
 def save_at_epoch_end(run: Training, position: Position) -> None:
-    """Every --save_ckpt_freq epochs and at the end of the run."""
+    """Saves every --save_ckpt_freq epochs and at the end of the run."""
     done = position.epoch + 1
     if done % run.args.save_ckpt_freq == 0 or done == run.args.epochs:
         run.session.save(position, finished=True)
 
 
 def train(run: Training, position: Position, after_epoch) -> None:
-    """Epoch after epoch. `after_epoch(position) -> dict` evaluates, and its figures go into
-    log.txt."""
+    """Trains epoch after epoch.
+
+    `after_epoch(position)` evaluates, and the metrics that it returns go into log.txt.
+    """
     run.run_log.forget_from(position.epoch)
     try:
         while position.epoch < run.args.epochs:
@@ -170,17 +171,17 @@ def train(run: Training, position: Position, after_epoch) -> None:
 
 
 def train_and_report(run: Training, position: Position, after_epoch) -> None:
-    """The rest of one epoch, its evaluation, its line in log.txt and its checkpoint."""
+    """Finishes one epoch: evaluation, the line in log.txt, checkpoint."""
     means = train_one_epoch(run, position)
     lr = max(group["lr"] for group in run.runner.optimizer.param_groups)
-    figures = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | after_epoch(position)
-    figures |= {"epoch": position.epoch, "n_parameters": run.n_parameters}
+    metrics = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | after_epoch(position)
+    metrics |= {"epoch": position.epoch, "n_parameters": run.n_parameters}
     # before the checkpoint: a run killed in between does the epoch again, and its line with it
-    run.run_log.epoch(figures, (position.epoch + 1) * run.steps_per_epoch)
+    run.run_log.epoch(metrics, (position.epoch + 1) * run.steps_per_epoch)
     save_at_epoch_end(run, position)
     log.info(
         "epoch %d: %s",
         position.epoch,
-        "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if k != "epoch"),
+        "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "epoch"),
     )
     run.monitor.reset()

@@ -1,9 +1,13 @@
-"""Which patches a masked method hides: pure functions of random draws and a grid.
+"""Choose which patches to hide, or in which order to predict them: pure functions of noise and a
+grid.
 
-Masks that come with the data (specs/conmim.md, section 3): a generator is called with a
-`np.random.Generator` and returns a bool array [grid_h, grid_w], True = masked. Masks that a method
-draws on its device (specs/semmae.md, A.3 and B.1): orders of the tokens [B, L], the visible ones
-first. Orders in which patches are predicted (specs/semaim.md, 3).
+Three kinds, in this order:
+
+1. Mask generators, which run in the data loader: called with a `np.random.Generator`, they return
+   a bool array [grid_h, grid_w], True = masked (docs/methods/conmim.md#masks).
+2. Token orders [B, L] with the visible tokens first, which MAE and SemMAE draw on the device
+   (docs/methods/mae_semmae.md#masks-from-parts).
+3. Prediction orders of autoregressive methods (docs/methods/semaim.md#orders).
 """
 
 import math
@@ -16,36 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimim.sizes import Pair, to_pair
+
 MASK_TYPES = ("block", "random", "random_mps32")
 BLOCK_MASK_FRACTION = 75 / 14**2  # BEiT hides 75 patches of a 14 x 14 grid
-LOG_BLOCK_ASPECT = math.log(1 / 0.3)  # aspects are log-uniform from 0.3 to 1 / 0.3
+LOG_BLOCK_ASPECT = math.log(1 / 0.3)  # aspect ratios are log-uniform in [0.3, 1 / 0.3]
 BLOCK_ATTEMPTS = 10
 
-Pair = tuple[int, int]
 MaskGenerator = Callable[[np.random.Generator], np.ndarray]
 
 
-def as_pair(size: int | tuple[int, int] | list[int]) -> Pair:
-    """(height, width) of a size that is given as one number or as two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)
-
-
 class BlockwiseMask:
-    """BEiT's rectangles of random area and aspect, added until `num_mask_patches` are hidden or
-    none fits any more.
+    """Draw BEiT's blockwise masks: rectangles of random area and aspect ratio.
 
-    The count never exceeds the target and may stay a little below it; a rectangle is strictly
-    smaller than the grid in both directions. Where no rectangle fitted at all (tiny grids; the
-    published code returns an empty mask, whose loss is undefined) the target count of single
-    patches is hidden instead.
+    Rectangles are added until `num_mask_patches` are hidden or none fits any more, so a mask never
+    exceeds the target and may fall a little short of it. A rectangle is strictly smaller than the
+    grid in both directions. If none fits at all (tiny grids), single patches are hidden instead,
+    where the published code returns an empty mask, whose loss is undefined.
 
     Args:
-        grid: patches (height, width).
-        num_mask_patches: the target count.
-        min_block, max_block: bounds of a rectangle's area in patches; `max_block` None means the target.
+        grid: size in patches (height, width).
+        num_mask_patches: target number of masked patches.
+        min_block, max_block: bounds of a rectangle's area in patches; `max_block` None means the
+            target.
     """
 
     def __init__(
@@ -57,12 +54,14 @@ class BlockwiseMask:
                 raise ValueError(
                     f"--{name}_mask_patches_per_block is {size}; a block has at least 1 patch"
                 )
-        self.grid, self.target = grid, num_mask_patches
-        self.min_block, self.max_block = min_block, max_block or num_mask_patches
+        self.grid = grid
+        self.target = num_mask_patches
+        self.min_block = min_block
+        self.max_block = max_block or num_mask_patches
 
     @property
     def most(self) -> int:
-        """How many patches a mask hides at most."""
+        """The largest number of patches that a mask hides."""
         return self.target
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
@@ -76,17 +75,19 @@ class BlockwiseMask:
         return mask if count else _choose(self.grid, self.target, rng)
 
     def _add_block(self, mask: np.ndarray, limit: int, rng: np.random.Generator) -> int:
-        """Place one rectangle that hides 1 to `limit` new patches; the number it hides, 0 if every
-        attempt failed."""
+        """Add a rectangle that hides 1 to `limit` new patches; return how many, 0 if none fits."""
         rows, columns = mask.shape
-        for area_draw, aspect_draw, top_draw, left_draw in rng.random((BLOCK_ATTEMPTS, 4)).tolist():
-            # the published bounds are used as given, also when the minimum exceeds the limit
-            area = self.min_block + (limit - self.min_block) * area_draw
-            aspect = math.exp(LOG_BLOCK_ASPECT * (2 * aspect_draw - 1))
-            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        for u_area, u_aspect, u_top, u_left in rng.random((BLOCK_ATTEMPTS, 4)).tolist():
+            # As published, the bounds are not checked: the minimum may exceed the limit.
+            area = self.min_block + (limit - self.min_block) * u_area
+            aspect = math.exp(LOG_BLOCK_ASPECT * (2 * u_aspect - 1))
+            height = round(math.sqrt(area * aspect))
+            width = round(math.sqrt(area / aspect))
             if height >= rows or width >= columns:
                 continue
-            top, left = int(top_draw * (rows - height + 1)), int(left_draw * (columns - width + 1))
+
+            top = int(u_top * (rows - height + 1))
+            left = int(u_left * (columns - width + 1))
             block = mask[top : top + height, left : left + width]
             new = block.size - int(np.count_nonzero(block))
             if 0 < new <= limit:
@@ -96,7 +97,7 @@ class BlockwiseMask:
 
 
 class RandomMask:
-    """Exactly floor(mask_ratio * patches) patches, chosen uniformly."""
+    """Hide exactly floor(mask_ratio * patches) patches, chosen uniformly."""
 
     def __init__(self, grid: Pair, mask_ratio: float):
         _check_ratio(mask_ratio)
@@ -106,6 +107,7 @@ class RandomMask:
 
     @property
     def most(self) -> int:
+        """The number of patches that every mask hides."""
         return self.count
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
@@ -113,27 +115,29 @@ class RandomMask:
 
 
 class SimMIMMask:
-    """ceil(mask_ratio * cells) square cells of `cell` x `cell` patches, chosen uniformly and
-    aligned to a cell grid."""
+    """Hide ceil(mask_ratio * units) square mask units of `unit` x `unit` patches, chosen uniformly.
 
-    def __init__(self, grid: Pair, mask_ratio: float, cell: int = 2):
-        self.cells, self.cell = (grid[0] // cell, grid[1] // cell), cell
-        self.count = math.ceil(self.cells[0] * self.cells[1] * mask_ratio)
+    The units tile the image, so a mask is coarse: SimMIM's `mask_patch_size` of 32 pixels makes
+    units of 2 x 2 patches of 16 pixels.
+    """
+
+    def __init__(self, grid: Pair, mask_ratio: float, unit: int = 2):
+        self.unit = unit
+        self.unit_grid = (grid[0] // unit, grid[1] // unit)
+        self.count = math.ceil(math.prod(self.unit_grid) * mask_ratio)
 
     @property
     def most(self) -> int:
-        return self.count * self.cell**2
+        """The number of patches that every mask hides."""
+        return self.count * self.unit**2
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        return self.first_of(rng.permutation(math.prod(self.cells)))
+        return self.mask_first(rng.permutation(math.prod(self.unit_grid)))
 
-    def first_of(self, order: np.ndarray) -> np.ndarray:
-        """The mask whose cells come first in `order`, a permutation of all cells."""
-        return (
-            _first(self.cells, self.count, order)
-            .repeat(self.cell, axis=0)
-            .repeat(self.cell, axis=1)
-        )
+    def mask_first(self, order: np.ndarray) -> np.ndarray:
+        """Return the mask that hides the first units of `order`, a permutation of all units."""
+        units = _first(self.unit_grid, self.count, order)
+        return units.repeat(self.unit, axis=0).repeat(self.unit, axis=1)
 
 
 def build_mask_generator(
@@ -147,63 +151,65 @@ def build_mask_generator(
     max_mask_patches_per_block: int | None = None,
     mask_patch_size: int | None = None,
 ) -> MaskGenerator:
-    """The generator of `--mask_type` for images of `input_size` pixels (an int or (height, width)).
+    """Return the generator of `--mask_type` for images of `input_size` pixels.
 
-    `num_mask_patches` None scales BEiT's 75 of 196 to the grid; `mask_patch_size` None is two
-    patches (SimMIM's 32 pixels for 16-pixel patches). A block's minimum is lowered to the target
-    where it exceeds it (small grids).
+    `num_mask_patches` None scales BEiT's 75 of 196 patches to the grid; `mask_patch_size` None is
+    the side of two patches (SimMIM's 32 pixels for 16-pixel patches). On small grids a block's
+    minimum area is lowered to the target.
 
     Raises:
-        ValueError: unknown type, sizes that do not divide, or a mask that would hide nothing or everything.
+        ValueError: the type is unknown, a size does not divide the image, or a mask would hide
+            nothing or everything.
     """
     grid = _grid(input_size, patch_size, "--patch_size")
     if mask_type == "random":
         return RandomMask(grid, mask_ratio)
     if mask_type == "random_mps32":
         _check_ratio(mask_ratio)
-        generator = SimMIMMask(grid, mask_ratio, _cell(input_size, patch_size, mask_patch_size))
-        _check_count(generator.count, generator.cells, "--mask_ratio")
+        unit = _unit_side(input_size, patch_size, mask_patch_size)
+        generator = SimMIMMask(grid, mask_ratio, unit)
+        _check_count(generator.count, generator.unit_grid, "--mask_ratio")
         return generator
     if mask_type == "block":
-        target = (
-            int(grid[0] * grid[1] * BLOCK_MASK_FRACTION)
-            if num_mask_patches is None
-            else num_mask_patches
-        )
-        return BlockwiseMask(
-            grid, target, min(min_mask_patches_per_block, target), max_mask_patches_per_block
-        )
+        target = num_mask_patches
+        if target is None:
+            target = int(grid[0] * grid[1] * BLOCK_MASK_FRACTION)
+        smallest = min(min_mask_patches_per_block, target)
+        return BlockwiseMask(grid, target, smallest, max_mask_patches_per_block)
     raise ValueError(f"--mask_type is '{mask_type}'; it must be one of {', '.join(MASK_TYPES)}")
 
 
-def _grid(input_size: int | Pair, cell_size: int | Pair, flag: str) -> Pair:
-    """Cells of `cell_size` pixels in an image of `input_size` pixels, which they must fill
-    exactly."""
-    (height, width), (cell_h, cell_w) = as_pair(input_size), as_pair(cell_size)
-    if cell_h < 1 or cell_w < 1 or height % cell_h or width % cell_w:
+def _grid(input_size: int | Pair, patch_size: int | Pair, flag: str) -> Pair:
+    """Return the rows and columns of patches of `patch_size` that fill `input_size` pixels."""
+    height, width = to_pair(input_size)
+    patch_h, patch_w = to_pair(patch_size)
+    if patch_h < 1 or patch_w < 1 or height % patch_h or width % patch_w:
         raise ValueError(
-            f"--input_size {height}x{width} is not a multiple of {flag} {cell_h}x{cell_w}"
+            f"--input_size {height}x{width} is not a multiple of {flag} {patch_h}x{patch_w}"
         )
-    return height // cell_h, width // cell_w
+    return height // patch_h, width // patch_w
 
 
-def _cell(input_size: int | Pair, patch_size: int | Pair, mask_patch_size: int | None) -> int:
-    """Patches along the side of one SimMIM cell."""
-    patch_h, patch_w = as_pair(patch_size)
+def _unit_side(input_size: int | Pair, patch_size: int | Pair, mask_patch_size: int | None) -> int:
+    """Return the side of one of SimMIM's mask units in patches."""
+    patch_h, patch_w = to_pair(patch_size)
     side = 2 * patch_h if mask_patch_size is None else mask_patch_size
     if patch_h != patch_w or side % patch_h:
         raise ValueError(
-            f"--mask_patch_size {side} is not a multiple of a square --patch_size ({patch_h}x{patch_w})"
+            f"--mask_patch_size {side} is not a multiple of a square --patch_size "
+            f"({patch_h}x{patch_w})"
         )
     _grid(input_size, side, "--mask_patch_size")
     return side // patch_h
 
 
 def _choose(grid: Pair, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask of `count` patches, chosen uniformly without replacement."""
     return _first(grid, count, rng.permutation(math.prod(grid)))
 
 
 def _first(grid: Pair, count: int, order: np.ndarray) -> np.ndarray:
+    """Return a mask of the first `count` positions of `order`."""
     mask = np.zeros(grid, dtype=bool)
     mask.reshape(-1)[order[:count]] = True
     return mask
@@ -217,15 +223,16 @@ def _check_ratio(mask_ratio: float) -> None:
 
 
 def _check_count(count: int, grid: Pair, flag: str) -> None:
-    cells = grid[0] * grid[1]
-    if not 0 < count < cells:
+    total = grid[0] * grid[1]
+    if not 0 < count < total:
         raise ValueError(
-            f"{flag} hides {count} of {cells} cells ({grid[0]}x{grid[1]}); hide at least 1, leave 1 visible"
+            f"{flag} hides {count} of {total} positions ({grid[0]}x{grid[1]}); "
+            "hide at least 1 and leave at least 1 visible"
         )
 
 
 # --------------------------------------------------------------------------------------------------
-# Orders of tokens
+# Token orders: visible tokens first
 
 
 COUNT_FIXES = ("parity", "apportion")
@@ -233,17 +240,19 @@ LAMBDA_SCHEDULES = ("power", "increasing", "cosine")
 
 
 def num_visible(tokens: int, mask_ratio: float) -> int:
-    """How many of `tokens` stay visible: truncated in double precision, as published (19 of 100 at
-    a ratio of 0.8).
+    """Return how many of `tokens` stay visible.
+
+    As published, the product is truncated in double precision: 19 of 100 at a ratio of 0.8.
 
     Raises:
-        ValueError: none or all of them.
+        ValueError: no token, or every token, would stay visible.
     """
     _check_ratio(mask_ratio)
     visible = int(tokens * (1 - mask_ratio))
     if not 0 < visible < tokens:
         raise ValueError(
-            f"--mask_ratio {mask_ratio} leaves {visible} of {tokens} patches visible; leave at least 1"
+            f"--mask_ratio {mask_ratio} leaves {visible} of {tokens} patches visible; "
+            "leave at least 1"
         )
     return visible
 
@@ -251,40 +260,44 @@ def num_visible(tokens: int, mask_ratio: float) -> int:
 def mask_lambda_schedule(
     epoch: np.ndarray | float, epochs: int, power: float = 2.0, kind: str = "power"
 ) -> np.ndarray | float:
-    """SemMAE's weight of intra-part against inter-part masking in `epoch`, from 0, of `epochs`
-    (specs/semmae.md B.2).
+    """Return SemMAE's weight of intra-part against inter-part masking in `epoch` (from 0).
 
-    kind: "power" falls as 1 - t ** power to 0 in the last epoch, "cosine" falls too, "increasing"
-    is t; t is the share of epochs begun. Clipped to [0, 1], which the published code, made for 800
-    epochs, leaves when it trains longer.
+    With t = (epoch + 1) / epochs, `kind` "power" is 1 - t ** power, "cosine" is half a cosine from
+    1 to 0, "increasing" is t. The value is clipped to [0, 1]; the published code, written for 800
+    epochs, leaves that range in longer runs (docs/methods/mae_semmae.md#masks-from-parts).
 
     Raises:
-        ValueError: an unknown kind, or a power that is not positive.
+        ValueError: `kind` is unknown, or `power` is not positive.
     """
     if kind not in LAMBDA_SCHEDULES:
         raise ValueError(
-            f"mask_lambda_schedule={kind} is unknown; take one of {', '.join(LAMBDA_SCHEDULES)}"
+            f"mask_lambda_schedule={kind} is unknown; use one of {', '.join(LAMBDA_SCHEDULES)}"
         )
     if power <= 0:
         raise ValueError(f"--mask_lambda_power is {power}; it must be positive")
-    share = (epoch + 1) / epochs
+    progress = (epoch + 1) / epochs
     value = {
-        "power": 1 - share**power,
-        "increasing": share,
-        "cosine": (1 + np.cos(np.pi * share)) / 2,
+        "power": 1 - progress**power,
+        "increasing": progress,
+        "cosine": (1 + np.cos(np.pi * progress)) / 2,
     }[kind]
     return np.clip(value, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class SemanticMask:
-    """What `semantic_mask` found, for B images of L tokens in K parts.
+    """Masks made by `semantic_mask` for B images of L tokens in K parts.
 
-    order: int64 [B, L], the tokens, visible ones first, in the order in which the encoder takes
-    them. visible: how many of them are. shuffle: int64 [B, L], the random order of the tokens;
-    part_order: int64 [B, K], that of the parts. intra, inter, count: float32 [B, K], tokens to mask
-    of each part: its share, whole parts, and what lies between. selected: bool [B, L], the choice
-    by `count`, in shuffled order; the masked tokens if `count` adds up exactly.
+    Attributes:
+        order: int64 [B, L], token indices with the visible ones first, as the encoder takes them.
+        visible: number of visible tokens.
+        shuffle: int64 [B, L], the random order of the tokens.
+        part_order: int64 [B, K], the random order of the parts.
+        intra, inter: float32 [B, K], tokens to mask per part if every part loses the same fraction,
+            and if whole parts are masked.
+        count: float32 [B, K], tokens to mask per part, between `intra` and `inter`.
+        selected: bool [B, L] in shuffled order, the tokens chosen by `count`; these are the masked
+            tokens if `count` sums to the exact budget.
     """
 
     order: Tensor
@@ -298,7 +311,7 @@ class SemanticMask:
 
     @property
     def mask(self) -> Tensor:
-        """float32 [B, L] in the order of the tokens, 1 = masked."""
+        """The mask in token order, float32 [B, L], 1 = masked."""
         return torch.ones_like(self.order, dtype=torch.float32).scatter_(
             1, self.order[:, : self.visible], 0.0
         )
@@ -314,34 +327,42 @@ def semantic_mask(
     *,
     count_fix: str = "parity",
 ) -> SemanticMask:
-    """SemMAE's masks from the parts of an image's tokens (specs/semmae.md B.1).
+    """Return SemMAE's masks, given the part of each token.
 
-    With `mask_lambda` 1 a share `mask_ratio` of every part is hidden, with 0 whole parts one after
-    another until the budget is spent, in between the rounded mean of the two counts. A part hides
-    its first tokens in a random order. Rounding leaves the sum of the counts a few tokens off.
-    count_fix "parity": as published, a surplus comes back from the front of the random order and a
-    lack is filled from its end; "apportion": the exact sum is divided among the parts by largest
-    remainders, so that there is nothing to mend.
+    With `mask_lambda` 1 every part loses the fraction `mask_ratio`; with 0 whole parts are masked
+    one after another until the budget is spent; in between, a part loses the rounded mean of the
+    two counts. A part loses its first tokens in a random order. Rounding leaves the sum of the
+    counts a few tokens off the budget, and `count_fix` says how that is repaired:
+
+    - "parity", as published: surplus tokens become visible again from the front of the random
+      order, missing ones are taken from its end;
+    - "apportion": the exact budget is divided among the parts by largest remainders, so that
+      nothing needs repair.
+
+    See docs/methods/mae_semmae.md#masks-from-parts.
 
     Args:
         part_ids: integers [B, L], each below `num_parts`; parts may be empty.
-        mask_ratio, mask_lambda: shares; `mask_lambda` is clipped to [0, 1].
-        noise_tokens, noise_parts: [B, L] and [B, K], drawn uniformly in this order where not given; their ascending
-            orders are the random orders.
+        mask_ratio: fraction of tokens to mask.
+        mask_lambda: weight of intra-part masking, clipped to [0, 1].
+        noise_tokens, noise_parts: uniform noise [B, L] and [B, K] whose ascending orders are the
+            random orders; drawn in this order if None.
 
     Raises:
-        ValueError: an unknown `count_fix`, or a ratio that hides nothing or everything.
+        ValueError: `count_fix` is unknown, or the ratio hides nothing or everything.
     """
     if count_fix not in COUNT_FIXES:
-        raise ValueError(f"count_fix={count_fix} is unknown; take one of {', '.join(COUNT_FIXES)}")
+        raise ValueError(f"count_fix={count_fix} is unknown; use one of {', '.join(COUNT_FIXES)}")
     images, tokens = part_ids.shape
-    visible, mask_lambda = num_visible(tokens, mask_ratio), min(max(float(mask_lambda), 0.0), 1.0)
+    visible = num_visible(tokens, mask_ratio)
+    mask_lambda = min(max(float(mask_lambda), 0.0), 1.0)
     if noise_tokens is None:
         noise_tokens = torch.rand(images, tokens, device=part_ids.device)
     if noise_parts is None:
         noise_parts = torch.rand(images, num_parts, device=part_ids.device)
     shuffle, part_order = ascending(noise_tokens), ascending(noise_parts)
 
+    # How many tokens each part loses.
     shuffled = part_ids.long().gather(1, shuffle)
     rank, sizes = rank_in_part(shuffled, num_parts)
     intra = (sizes * mask_ratio).round()  # half to even, in float32, as published
@@ -351,16 +372,18 @@ def semantic_mask(
     else:
         wanted = mask_lambda * mask_ratio * sizes.double() + (1 - mask_lambda) * inter
         count = apportion(wanted, sizes, tokens - visible, part_order)
+
+    # Visible tokens first, then the masked ones, each in the shuffled order.
     selected = rank < count.gather(1, shuffled)
     order = shuffle.gather(1, others_first(selected))
     return SemanticMask(order, visible, shuffle, part_order, intra, inter, count, selected)
 
 
 def ascending(noise: Tensor) -> Tensor:
-    """Positions int64 [B, L] in ascending order of noise [B, L], of equal ones the first one first.
+    """Return the indices int64 [B, L] that sort noise [B, L] in ascending order, stably.
 
-    numpy's sort takes a sixth of torch's time, and a fifth of its own stable form's, which only
-    ties need.
+    On a CPU, numpy's default sort takes a sixth of the time of torch's and a fifth of numpy's
+    stable sort, which is needed only if there are ties.
     """
     if noise.device.type != "cpu":
         return noise.argsort(dim=1, stable=True)
@@ -373,18 +396,19 @@ def ascending(noise: Tensor) -> Tensor:
 
 
 def rank_in_part(parts: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
-    """Of parts int64 [B, L]: how many tokens of the same part come before each [B, L], and the
-    sizes [B, K] float32."""
-    members = (
-        parts.unsqueeze(1) == torch.arange(num_parts, device=parts.device)[:, None]
-    )  # [B, K, L]
-    before = members.cumsum(2, dtype=torch.int32)
-    return before.gather(1, parts.unsqueeze(1)).squeeze(1) - 1, before[..., -1].float()
+    """Return each token's rank within its part [B, L] and the parts' sizes float32 [B, K].
+
+    `parts` is int64 [B, L]; a token's rank is the number of earlier tokens of the same part.
+    """
+    part_numbers = torch.arange(num_parts, device=parts.device)
+    members = parts.unsqueeze(1) == part_numbers[:, None]  # [B, K, L]
+    seen = members.cumsum(2, dtype=torch.int32)
+    rank = seen.gather(1, parts.unsqueeze(1)).squeeze(1) - 1
+    return rank, seen[..., -1].float()
 
 
 def whole_parts_first(sizes: Tensor, budget: float, part_order: Tensor) -> Tensor:
-    """Tokens [B, K] that a budget takes from parts of these sizes, which are emptied in
-    `part_order`."""
+    """Return how many tokens [B, K] each part loses if parts are emptied in `part_order`."""
     ordered = sizes.gather(1, part_order)
     before = ordered.cumsum(1) - ordered
     taken = (budget - before).trunc().clamp(min=0).minimum(ordered)
@@ -392,54 +416,60 @@ def whole_parts_first(sizes: Tensor, budget: float, part_order: Tensor) -> Tenso
 
 
 def apportion(wanted: Tensor, sizes: Tensor, total: int, part_order: Tensor) -> Tensor:
-    """Whole numbers [B, K] near `wanted`, none above its size, that add up to `total`: by largest
-    remainders.
+    """Round `wanted` [B, K] to whole numbers that sum to `total`, by largest remainders.
 
-    Equal remainders are served in `part_order`. `wanted` adds up to less than two short of `total`,
-    so that no part needs more than two tokens beyond its whole ones.
+    No count exceeds its part's size, and equal remainders are served in `part_order`. `wanted` sums
+    to less than two short of `total`, so no part needs more than two tokens beyond its whole ones.
     """
     wanted, sizes = wanted.gather(1, part_order), sizes.gather(1, part_order)
     whole = wanted.floor()
-    offers = torch.stack(
-        [wanted - whole, wanted - whole - 1], 1
-    )  # [B, 2, K]: the first token more, and the second
-    room = whole.unsqueeze(1) + torch.arange(1, 3, device=sizes.device)[:, None] <= sizes.unsqueeze(
-        1
-    )
-    ranked = (
-        offers.masked_fill(~room, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
-    )
-    lacking = total - whole.sum(1, keepdim=True)
-    served = torch.arange(ranked.shape[1], device=sizes.device) < lacking
-    extra = torch.zeros_like(ranked).scatter_(1, ranked, served.long()).view_as(offers).sum(1)
+
+    # Every part bids for a first and a second extra token, unless it has no room for it.
+    bids = torch.stack([wanted - whole, wanted - whole - 1], 1)  # [B, 2, K]
+    extras = torch.arange(1, 3, device=sizes.device)[:, None]
+    room = whole.unsqueeze(1) + extras <= sizes.unsqueeze(1)
+    bids = bids.masked_fill(~room, -math.inf)
+
+    # The highest bids win, as many as tokens are missing.
+    ranked = bids.flatten(1).argsort(dim=1, descending=True, stable=True)
+    missing = total - whole.sum(1, keepdim=True)
+    wins = torch.arange(ranked.shape[1], device=sizes.device) < missing
+    extra = torch.zeros_like(ranked).scatter_(1, ranked, wins.long()).view_as(bids).sum(1)
     return torch.empty_like(sizes).scatter_(1, part_order, (whole + extra).to(sizes.dtype))
 
 
 def others_first(selected: Tensor) -> Tensor:
-    """Positions int64 [B, L] of what is not selected, then of what is, each in order: a stable
-    sort, in linear time."""
-    behind = selected.cumsum(1)
-    ahead = torch.arange(1, selected.shape[1] + 1, device=selected.device) - behind
-    place = torch.where(selected, ahead[:, -1:] + behind, ahead) - 1
-    return torch.empty_like(place).scatter_(
-        1, place, torch.arange(place.shape[1], device=place.device).expand_as(place)
-    )
+    """Return indices int64 [B, L] of what is not selected, then of what is, each in order.
+
+    Equals a stable sort of `selected`, in linear time.
+    """
+    selected_rank = selected.cumsum(1)  # counted from 1, like other_rank
+    other_rank = torch.arange(1, selected.shape[1] + 1, device=selected.device) - selected_rank
+    rank = torch.where(selected, other_rank[:, -1:] + selected_rank, other_rank) - 1
+    indices = torch.arange(rank.shape[1], device=rank.device).expand_as(rank)
+    return torch.empty_like(rank).scatter_(1, rank, indices)
 
 
 # --------------------------------------------------------------------------------------------------
-# Orders in which patches are predicted
+# Prediction orders
 
 
 PATCH_ORDERS = (
-    "zigzag", "raster", "stochastic", "stochastic_center", "center2out", "attention", "attention_guided",
+    "zigzag",
+    "raster",
+    "stochastic",
+    "stochastic_center",
+    "center2out",
+    "attention",
+    "attention_guided",
     "attention_center",
-)  # fmt: skip
-ORDERS_WITHOUT_NOISE = ("zigzag", "raster", "attention")
-ORDERS_WITH_TIES = ("attention",)  # of 1 - softmax over many patches float32 tells few values apart
-WINDOW_SIDES = (2, 6, 10)
-TABLE_SIDE = (
-    14  # the published table of windows is for this grid, and takes it for one patch smaller
 )
+ORDERS_WITHOUT_NOISE = ("zigzag", "raster", "attention")
+# 1 - softmax over many patches has few distinct values in float32
+ORDERS_WITH_TIES = ("attention",)
+WINDOW_SIDES = (2, 6, 10)
+# the published table of windows is for a 14 x 14 grid, which it takes for one patch smaller
+TABLE_SIDE = 14
 
 
 def patch_order(
@@ -450,27 +480,27 @@ def patch_order(
     center_noise: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """SemAIM's order values float32 [B, N] of a grid's patches: smaller is earlier (specs/semaim.md
-    3.2).
+    """Return SemAIM's order values float32 [B, N] of a grid's patches: smaller is earlier.
 
-    "zigzag" is row-major and "raster" serpentine, as published; both are [1, N]. Equal values are
-    ties: such patches are neither before nor behind each other.
+    "zigzag" is row-major and "raster" serpentine, as published; both are [1, N]. Patches with equal
+    values are tied: neither precedes the other (docs/methods/semaim.md#orders).
 
     Args:
-        noise: uniform draws [B, N], for all but `ORDERS_WITHOUT_NOISE`.
-        attention: a map [B, N], for the orders that are called so; its first maximum is the center.
-        center_noise: uniform draws [B, 2] for the row and column of stochastic_center's center.
-        device: of the orders that follow from the grid alone.
+        noise: uniform noise [B, N], for all kinds but `ORDERS_WITHOUT_NOISE`.
+        attention: attention map [B, N], for the kinds named after it; its first maximum is the
+            center.
+        center_noise: uniform noise [B, 2] for the row and column of stochastic_center's center.
+        device: where the orders are made that depend on the grid alone.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: `kind` is unknown.
     """
     if kind not in PATCH_ORDERS:
         raise ValueError(
-            f"--permutation_type {kind} is unknown; take one of {', '.join(PATCH_ORDERS)}"
+            f"--permutation_type {kind} is unknown; use one of {', '.join(PATCH_ORDERS)}"
         )
     if kind in ("zigzag", "raster"):
-        return rows_one_by_one(grid, kind == "raster", device or torch.device("cpu"))
+        return row_order(grid, kind == "raster", device or torch.device("cpu"))
     if kind == "stochastic":
         return noise
     if kind == "attention":
@@ -478,53 +508,59 @@ def patch_order(
     if kind == "center2out":
         return noise - windows_around_middle(grid, noise.device)
     if kind == "stochastic_center":
-        center = torch.stack(
-            [center_noise[:, k] * (side - 1) for k, side in enumerate(grid)], 1
-        )  # never the last
+        # as published, never the last row or column
+        center = torch.stack([center_noise[:, k] * (side - 1) for k, side in enumerate(grid)], 1)
         return noise - windows_around(center.long(), grid)
-    center = cells_to_places(attention.argmax(1), grid)
+
+    center = to_coordinates(attention.argmax(1), grid)
     if kind == "attention_guided":
         return noise - windows_around(center, grid)
     return distances_to(center, grid) + 0.001 * noise
 
 
 @lru_cache(maxsize=32)
-def rows_one_by_one(grid: Pair, serpentine: bool, device: torch.device) -> Tensor:
-    """Row after row, [1, N]; if `serpentine`, every second one backwards. Made once: it is copied
-    to the device."""
+def row_order(grid: Pair, serpentine: bool, device: torch.device) -> Tensor:
+    """Return the order row by row, [1, N]; `serpentine` reverses every second row.
+
+    Cached, because it is copied to the device.
+    """
     order = torch.arange(math.prod(grid), dtype=torch.float32).view(grid)
     if serpentine:
         order[1::2] = order[1::2].flip(1)
     return order.view(1, -1).to(device)
 
 
-def cells_to_places(cells: Tensor, grid: Pair) -> Tensor:
-    """Row and column, int64 [..., 2], of cells [...]."""
-    return torch.stack((cells // grid[1], cells % grid[1]), dim=-1)
+def to_coordinates(indices: Tensor, grid: Pair) -> Tensor:
+    """Return row and column, int64 [..., 2], of patch indices [...]."""
+    return torch.stack((indices // grid[1], indices % grid[1]), dim=-1)
+
+
+def grid_coordinates(grid: Pair, device: torch.device) -> Tensor:
+    """Return row and column, int64 [N, 2], of every patch of the grid."""
+    return to_coordinates(torch.arange(math.prod(grid), device=device), grid)
 
 
 def distances_to(center: Tensor, grid: Pair) -> Tensor:
-    """Euclidean distances [B, N], in patches, to places [B, 2]."""
-    places = cells_to_places(torch.arange(math.prod(grid), device=center.device), grid)
-    return (places - center.unsqueeze(1)).float().square().sum(-1).sqrt()
+    """Return Euclidean distances [B, N], in patches, from a center (row, column) [B, 2]."""
+    coordinates = grid_coordinates(grid, center.device)
+    return (coordinates - center.unsqueeze(1)).float().square().sum(-1).sqrt()
 
 
 @lru_cache(maxsize=32)
 def windows_around_middle(grid: Pair, device: torch.device) -> Tensor:
-    """How many of three windows around the middle of the grid hold each patch, [1, N]; made
-    once."""
-    starts = [[side // 2 - width // 2 for side in grid] for width in WINDOW_SIDES]
-    return sum(
-        in_window(torch.tensor([start], device=device), width, grid)
-        for start, width in zip(starts, WINDOW_SIDES, strict=True)
-    )
+    """Return how many of three windows around the grid's middle contain each patch, [1, N]."""
+    count = 0
+    for width in WINDOW_SIDES:
+        start = [side // 2 - width // 2 for side in grid]
+        count = count + in_window(torch.tensor([start], device=device), width, grid)
+    return count
 
 
 def windows_around(center: Tensor, grid: Pair) -> Tensor:
-    """How many of three windows hold each patch, [B, N]; they lie around places [B, 2], moved into
-    the grid.
+    """Return how many of three windows around `center` [B, 2] contain each patch, [B, N].
 
-    A window as large as the grid would be the same for every patch and is left out.
+    Windows are shifted into the grid. One as large as the grid would not distinguish any patches
+    and is left out.
     """
     count = torch.zeros(len(center), math.prod(grid), device=center.device)
     for width in WINDOW_SIDES:
@@ -537,33 +573,37 @@ def windows_around(center: Tensor, grid: Pair) -> Tensor:
 
 
 def window_start(center: Tensor, width: int, side: int) -> Tensor:
-    """First row (or column) of a window of `width` around `center`, both int64 [B], in a grid of
-    `side` of them."""
+    """Return the first row (or column) [B] of a window of `width` around `center` [B].
+
+    `side` is the number of rows (or columns) of the grid. On the published grid of 14 the start is
+    that of the published table (docs/methods/semaim.md#windows-on-the-grid-of-14).
+    """
     if side != TABLE_SIDE:
         return (center - width // 2).clamp(0, max(side - width, 0))
     last = side - 1 - width
     start = (center - width // 2).clamp(0, last)
-    if width == WINDOW_SIDES[0]:  # next to the border, the table takes the window at the border
+    if width == WINDOW_SIDES[0]:  # one patch off the border, the table takes the border's window
         start = start.where(start != 1, 0).where(start != last - 1, last)
     return start
 
 
 def in_window(start: Tensor, width: int, grid: Pair) -> Tensor:
-    """1 for each patch inside the square window of `width` whose first row and column are start [B,
-    2]: [B, N]."""
-    places = cells_to_places(torch.arange(math.prod(grid), device=start.device), grid)
-    inside = (places >= start.unsqueeze(1)) & (places < start.unsqueeze(1) + width)
+    """Return float32 [B, N]: 1 inside the square window that starts at (row, column) [B, 2]."""
+    coordinates = grid_coordinates(grid, start.device)
+    first = start.unsqueeze(1)
+    inside = (coordinates >= first) & (coordinates < first + width)
     return inside.all(-1).float()
 
 
 def visible_patches(order: Tensor, *, itself: bool) -> Tensor:
-    """Which tokens (last axis) each token may attend to under order values [B, N]: bool [B, T, T].
+    """Return which tokens (last axis) each token may attend to, bool [B, T, T].
 
-    The class token sees itself only and is seen by all. A patch sees those before it in the order;
-    with `itself` also itself and those level with it.
+    `order` holds order values [B, N]. The class token attends to itself only and every token
+    attends to it. A patch attends to the patches before it; with `itself` also to itself and to
+    patches tied with it.
     """
-    mine, theirs = order.unsqueeze(2), order.unsqueeze(1)
-    earlier = theirs <= mine if itself else theirs < mine
+    query, key = order.unsqueeze(2), order.unsqueeze(1)
+    earlier = key <= query if itself else key < query
     visible = F.pad(earlier, (1, 0, 1, 0))
     visible[:, :, 0] = True
     return visible

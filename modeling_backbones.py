@@ -27,10 +27,10 @@ from modeling_finetune import (
     check_choice,
     register,
     register_family,
-    to_pair,
 )
 from modeling_losses import enlarged
-from unimim.errors import refused
+from unimim.errors import OptionError, refused
+from unimim.sizes import to_pair
 
 # timm's networks that have recipes, under the names that these give them
 TIMM_BACKBONES = {
@@ -44,8 +44,8 @@ MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")
 
 
 class MapViT(VisionTransformer):
-    """BEiT's blocks under learned positions, which end in a map [B, C, h, w] (specs/a2mim.md
-    2.3)."""
+    """BEiT's blocks under learned positions, which end in a map [B, C, h, w]
+    (docs/methods/simmim_a2mim.md#vits-sizes)."""
 
     def __init__(
         self, *, rel_pos_bias: str = "per_block", pos_embed: str = "learned", init_values=0.1, **vit
@@ -70,7 +70,7 @@ class MapViT(VisionTransformer):
 
 
 class Place(NamedTuple):
-    """Where a mask token goes in: before or behind the module of that name, among `width` channels.
+    """Where a mask token goes in: before or after the module of that name, among `width` channels.
 
     stride: pixels along the side of one place there. axis: of the channels; -1 means [B, ..., C].
     grid: of the patches where the features are tokens [B, T, C].
@@ -85,7 +85,7 @@ class Place(NamedTuple):
 
 
 def vit_places(vit: VisionTransformer) -> list[Place]:
-    """Behind the patch embedding, then before each block but the last: layer 1 is before the
+    """After the patch embedding, then before each block but the last: layer 1 is before the
     first."""
     names = [("patch_embed", False)] + [(f"blocks.{k}", True) for k in range(len(vit.blocks) - 1)]
     embed = vit.patch_embed
@@ -103,7 +103,7 @@ def resnet_places(resnet: ResNet) -> list[Place]:
 
 
 def swin_places(swin: SwinTransformer) -> list[Place]:
-    """Behind the patch embedding, then before the blocks of each stage."""
+    """After the patch embedding, then before the blocks of each stage."""
     stages = [
         Place(f"layers.{k}.downsample", False, info["num_chs"], info["reduction"], -1)
         for k, info in enumerate(swin.feature_info)
@@ -120,7 +120,7 @@ def convnext_places(convnext: ConvNeXt) -> list[Place]:
 
 
 def feature_places(network: nn.Module) -> list[Place]:
-    """Behind each module that timm lists as a feature of the network."""
+    """After each module that timm lists as a feature of the network."""
     return [
         Place(
             info["module"],
@@ -133,7 +133,8 @@ def feature_places(network: nn.Module) -> list[Place]:
 
 
 def inner_places(network: nn.Module) -> list[Place]:
-    """Without the last, behind which nothing would look around a token."""
+    """All feature layers except the last: a token inserted there could not attend to its
+    neighbors."""
     return feature_places(network)[:-1]
 
 
@@ -155,7 +156,7 @@ class Family(NamedTuple):
     channels_last: tuple[str, ...] = ()
 
 
-# timm's ConvNeXt has the last norm in its head, behind the pooling; pre-training norms every place
+# timm's ConvNeXt has the last norm in its head, after the pooling; pre-training norms every place
 # of the map
 _FAMILIES: dict[type[nn.Module], Family] = {
     VisionTransformer: Family(vit_places, lambda vit, images: vit(images), "vit"),
@@ -193,8 +194,8 @@ def place_of(backbone: nn.Module, mask_layer: int) -> Place:
     place."""
     places = family_of(backbone).places(backbone)
     if not -1 <= mask_layer < len(places):
-        raise ValueError(
-            f"mask_layer={mask_layer} is none of this backbone's, which are 0 to {len(places) - 1}"
+        raise OptionError(
+            "mask_layer", mask_layer, f"is none of this backbone's; use 0 to {len(places) - 1}"
         )
     return places[mask_layer]
 
@@ -230,8 +231,10 @@ def build_backbone(
         **options,
     )
     if len(getattr(backbone, "feature_info", None) or ()) < 2:
-        raise ValueError(
-            f"--model: timm lists too few features of {name}: there is no place for a mask token"
+        raise OptionError(
+            "backbone",
+            None,
+            f"timm lists too few features of {name}; it has no place for a mask token",
         )
     if is_listed_by_timm(backbone):
         freeze_unused(backbone, name, input_size)
@@ -243,7 +246,8 @@ def timm_network(
 ) -> nn.Module:
     """timm's network of that name with random weights; `options` are its own.
 
-    Swin is told the images' size, the published ones a window that their last map fills besides (specs/a2mim.md 2.4).
+    Swin is told the images' size, and the published ones a window as large as their last map
+    (docs/methods/simmim_a2mim.md#places-of-the-token).
     Raises:
         ValueError: what the network does not have.
     """
@@ -257,12 +261,12 @@ def timm_network(
         network = timm.create_model(name, **options)
     except TypeError as error:
         if "drop_path_rate" in str(error):
-            raise ValueError(
-                f"--drop_path {drop_path}: {name} has no stochastic depth, give 0"
+            raise OptionError(
+                "drop_path", drop_path, f"is not possible: {name} has no stochastic depth; use 0"
             ) from error
         raise
     if grad_checkpointing:
-        with refused(f"--grad_checkpointing: timm's {name} has none"):
+        with refused(OptionError("grad_checkpointing", None, f"timm's {name} has none")):
             network.set_grad_checkpointing()
     put_in_order(network, family_of(network).channels_last)
     return network
@@ -270,7 +274,7 @@ def timm_network(
 
 def window_of(input_size: tuple[int, int]) -> int:
     if min(input_size) < 32:
-        raise ValueError(f"--input_size {input_size}: Swin needs 32 pixels a side or more")
+        raise OptionError("input_size", input_size, "is too small: Swin needs 32 pixels a side")
     return min(input_size) // 32
 
 
@@ -294,15 +298,15 @@ def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -
     """Engines wait for a gradient of every parameter: what the map does not come from is not
     trained."""
     training = backbone.training
-    with refused(f"--model: timm's {name} does not take images of {input_size} (--input_size)"):
+    with refused(OptionError("input_size", input_size, f"does not suit timm's {name}")):
         features = family_of(backbone).feature_map(backbone.eval(), torch.zeros(1, 3, *input_size))
     if (
         not isinstance(features, Tensor)
         or features.ndim != 4
         or features.shape[1] != backbone.num_features
     ):
-        raise ValueError(
-            f"--model: timm's {name} ends in no map of {backbone.num_features} channels"
+        raise OptionError(
+            "backbone", None, f"timm's {name} ends in no map of {backbone.num_features} channels"
         )
     features.sum().backward()
     for parameter in backbone.parameters():
@@ -323,7 +327,8 @@ def map_of(backbone: nn.Module) -> tuple[int, int]:
 
 
 class MaskToken(nn.Module):
-    """Puts a token in at one place of a backbone, where `mask` says so (specs/a2mim.md 2.1).
+    """Puts a token in at one place of a backbone, where `mask` says so
+    (docs/methods/simmim_a2mim.md#token).
 
     kind: "learnable"; "randn" and "zero" are never trained; "mean" is that of the features of the
     batch, without their gradient, "instance_mean" that of each image; "none" leaves the features as
@@ -409,7 +414,7 @@ class MaskToken(nn.Module):
 
 class PixelNeck(nn.Module):
     """A map [B, C, h, w] to pixels [B, 3, h * stride, w * stride] by one convolution
-    (specs/a2mim.md 3.1).
+    (docs/methods/simmim_a2mim.md#options).
 
     decoder_kernel: of a depth-wise convolution with norm and GELU in front of it; None is without.
     """
@@ -463,9 +468,10 @@ def classifier(
     `attn` and `global_pool` choose among what only the repository's ViT has: any value does.
     """
     rates = {"drop_rate": drop, "attn_drop_rate": attn_drop}
+    options |= {name: rate for name, rate in rates.items() if rate}
     network = timm_network(
         backbone, to_pair(input_size), num_classes=num_classes, drop_path=drop_path,
-        grad_checkpointing=grad_checkpointing, **{name: rate for name, rate in rates.items() if rate}, **options,
+        grad_checkpointing=grad_checkpointing, **options,
     )  # fmt: skip
     for parameter in network.get_classifier().parameters():
         parameter.data.mul_(init_scale)

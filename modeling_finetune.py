@@ -6,9 +6,9 @@ positions, class token or mean pooling). Shapes in comments: B images, N patches
 (class token first), C channels, h heads, d = C / h. There may be n class tokens; T is n + N then.
 """
 
-import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import timm
@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from unimim.errors import OptionError
+from unimim.flag import Flag
+from unimim.sizes import to_pair
+
 VIT_SIZES = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -25,7 +29,8 @@ VIT_SIZES = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 MAE_SIZES = VIT_SIZES | {"huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16}}
-# SimMIM's and A2MIM's; the published ViT-S is wide and shallow (specs/a2mim.md 2.3)
+# SimMIM's and A2MIM's; the published ViT-S is wide and shallow
+# (docs/methods/simmim_a2mim.md#vits-sizes)
 MIM_VIT_SIZES = {
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3.0},
@@ -38,94 +43,127 @@ ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flex")
 # memory
 FLEX_OPTIONS = {"num_stages": 1}
 AUTO_TAKES_FLEX = False  # for a trained bias on a GPU; to be switched on by a measurement there
-_MODELS: dict[str, Callable[..., nn.Module]] = {}
-_FAMILIES: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register(name: str, build: Callable[..., nn.Module], **defaults) -> None:
+# --------------------------------------------------------------------------------------------------
+# Models by name
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """What is known of a registered model before it is built.
+
+    build: takes options by name and returns the model.
+    classes: of which one is built; none for a classifier of timm.
+    kind: "method" (pre-training), "classifier" or "timm" (a classifier with timm's options).
+    input_size: the side of the images that it is for, unless it is told another.
+    flags: command-line flags of its classes.
+    """
+
+    build: Callable[..., nn.Module]
+    classes: tuple[type, ...]
+    kind: str
+    input_size: int
+    flags: tuple[Flag, ...]
+
+
+_MODELS: dict[str, ModelEntry] = {}
+_FAMILIES: dict[str, ModelEntry] = {}
+
+
+def register(
+    name: str, build: Callable[..., nn.Module], *, classes: tuple[type, ...] = (), **defaults
+) -> None:
     """Makes `build(**defaults)` the model called `name` here, and in timm too where timm has no
-    model of that name."""
-    _MODELS[name] = partial(build, **defaults)
+    model of that name.
+
+    `classes`: what a `build` that is a function returns one of.
+    """
+    _MODELS[name] = _entry(build, classes, defaults)
     if not timm.is_model(name):
-        named = partial(_MODELS[name])
-        named.__name__, named.__module__ = name, __name__
+        named = partial(_MODELS[name].build)
+        named.__name__ = name
+        named.__module__ = __name__
         timm.models.register_model(named)
 
 
 def register_family(prefix: str, build: Callable[..., nn.Module], **defaults) -> None:
     """Makes `build(backbone=rest, **defaults)` the model called `prefix` + rest, for each model of
     timm called rest."""
-    _FAMILIES[prefix] = partial(build, **defaults)
+    _FAMILIES[prefix] = _entry(build, (), defaults)
 
 
-def builder_of(name: str) -> Callable[..., nn.Module] | None:
-    """What builds the model of that name; None if there is no such model."""
+def _entry(build: Callable, classes: tuple[type, ...], defaults: dict) -> ModelEntry:
+    classes = classes or ((build,) if isinstance(build, type) else ())
+    flags = dict.fromkeys(flag for cls in classes for flag in getattr(cls, "flags", ()))
+    kind = "timm"
+    if classes:
+        kind = "method" if hasattr(classes[0], "views") else "classifier"
+    size = defaults.get("input_size", 224)
+    return ModelEntry(partial(build, **defaults), classes, kind, size, tuple(flags))
+
+
+def entry_of(name: str) -> ModelEntry | None:
+    """Returns the entry of the model of that name; None if there is no such model."""
     if name in _MODELS:
         return _MODELS[name]
-    families = (
-        (prefix, name.removeprefix(prefix)) for prefix in _FAMILIES if name.startswith(prefix)
-    )
-    return next(
-        (partial(_FAMILIES[p], backbone=rest) for p, rest in families if timm.is_model(rest)), None
-    )
+    for prefix, entry in _FAMILIES.items():
+        backbone = name.removeprefix(prefix)
+        if name.startswith(prefix) and timm.is_model(backbone):
+            return replace(entry, build=partial(entry.build, backbone=backbone))
+    return None
 
 
 def list_models(prefix: str = "") -> list[str]:
     return sorted(name for name in _MODELS if name.startswith(prefix))
 
 
+def registered_flags() -> dict[Flag, list[str]]:
+    """Returns the flags of all registered models, each with the names of the classes that list
+    it."""
+    users: dict[Flag, list[str]] = {}
+    for entry in (*_MODELS.values(), *_FAMILIES.values()):
+        for cls in entry.classes:
+            for flag in getattr(cls, "flags", ()):
+                names = users.setdefault(flag, [])
+                if cls.__name__ not in names:
+                    names.append(cls.__name__)
+    return users
+
+
 def create_model(name: str, **kwargs) -> nn.Module:
-    """Builds a registered model of this repository. ValueError: an unknown name, or an option that
-    it does not take."""
-    builder = builder_of(name)
-    if builder is None:
-        raise ValueError(
-            f"--model {name} is unknown here; the models are: {', '.join(list_models())}"
+    """Builds a registered model of this repository.
+
+    Raises:
+        ValueError: an unknown name, or an option that the model does not take.
+    """
+    entry = entry_of(name)
+    if entry is None:
+        raise OptionError(
+            "model", name, f"is unknown here; the models are: {', '.join(list_models())}"
         )
     try:
-        return builder(**kwargs)
+        return entry.build(**kwargs)
     except TypeError as error:
-        raise ValueError(
-            f"--model {name} does not take one of the options {sorted(kwargs)}: {error}"
+        raise OptionError(
+            "model", name, f"does not take one of the options {sorted(kwargs)}: {error}"
         ) from error
 
 
-def is_of_timm(name: str) -> bool:
-    """Whether that model is a classifier of timm's, with timm's options in place of the
-    repository's."""
-    builder = builder_of(name)
-    return builder is not None and not isinstance(builder.func, type)
-
-
 def input_size_of(name: str) -> int:
-    """The side of the images that a registered model is for, unless it is told another."""
-    builder = builder_of(name)
-    return inspect.signature(builder).parameters["input_size"].default if builder else 0
-
-
-def options_of(name: str) -> set[str]:
-    """Names of the options that the constructor of a registered model takes; none for an unknown
-    model."""
-    found: set[str] = set()
-    builder = builder_of(name)
-    for cls in getattr(builder.func, "__mro__", ()) if builder else ():
-        parameters = (
-            inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
-        )
-        found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        if parameters and not any(
-            p.kind is p.VAR_KEYWORD for p in parameters
-        ):  # hands nothing on to its base
-            break
-    return found
+    """Returns the side of the images that a model is for, unless it is told another; 0 for an
+    unknown model."""
+    entry = entry_of(name)
+    return entry.input_size if entry else 0
 
 
 # --------------------------------------------------------------------------------------------------
 # Pieces
 
 
-def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Returns the rate of stochastic depth of each block, rising evenly from 0 to `last`."""
+    return torch.linspace(0, last, depth, device="cpu").tolist()
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -165,8 +203,11 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size, self.patch_size = to_pair(img_size), to_pair(patch_size)
         if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
-            raise ValueError(
-                f"--input_size {self.img_size} is not a multiple of --patch_size {self.patch_size}"
+            raise OptionError(
+                "input_size",
+                self.img_size,
+                f"is not a multiple of patch_size {self.patch_size}",
+                "patch_size",
             )
         self.grid_size = tuple(
             side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True)
@@ -185,14 +226,16 @@ class PatchEmbed(nn.Module):
 
     def check(self, x: Tensor) -> None:
         if x.shape[-2:] != self.img_size:
-            raise ValueError(
-                f"images are {tuple(x.shape[-2:])}, the model was built for --input_size {self.img_size}"
+            raise OptionError(
+                "input_size",
+                self.img_size,
+                f"is what the model was built for; the images are {tuple(x.shape[-2:])}",
             )
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
     """Row of the bias table for each pair (query, key) of 1 + gh * gw tokens: int64 [T, T]
-    (specs/conmim.md 1.1)."""
+    (docs/methods/conmim.md#attention-and-position-bias)."""
     gh, gw = grid
     y, x = (
         axis.flatten() for axis in torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
@@ -216,7 +259,7 @@ def bias_of(table: Tensor, index: Tensor) -> Tensor:
 
 
 class RelativePositionBias(nn.Module):
-    """One relative position table for all blocks: forward() gives the bias [h, T, T]."""
+    """One relative position table for all blocks; forward() returns the bias [h, T, T]."""
 
     def __init__(self, grid: tuple[int, int], num_heads: int):
         super().__init__()
@@ -232,8 +275,8 @@ class RelativePositionBias(nn.Module):
 class QKVLinear(nn.Linear):
     """The joint projection to queries, keys and values, each [B, T, C].
 
-    It can be lent a `bias`, so that keys go without one, and makes queries of the `last` tokens
-    only if that is given.
+    `bias` overrides the layer's own; BEiT passes one that is zero for the keys. With `last`,
+    queries are made of that many last tokens only.
     """
 
     def forward(
@@ -252,7 +295,7 @@ class QKVLinear(nn.Linear):
 
 class Attention(nn.Module):
     """Multi-head self-attention with BEiT's query and value bias and an additive position bias
-    (specs/conmim.md 1.1).
+    (docs/methods/conmim.md#attention-and-position-bias).
 
     `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "flex" is
     torch's FlexAttention for a position bias on a GPU, where a bias that is trained keeps the
@@ -264,17 +307,14 @@ class Attention(nn.Module):
         self, dim, num_heads, *, qkv_bias, k_bias, attn_drop, proj_drop, grid=None, kernel="auto"
     ):
         super().__init__()
-        if kernel not in ATTENTION_KERNELS:
-            raise ValueError(
-                f"--attn {kernel} is unknown; take one of {', '.join(ATTENTION_KERNELS)}"
-            )
-        self.num_heads, self.kernel, self.attn_drop = num_heads, kernel, attn_drop
+        check_choice("attn", kernel, ATTENTION_KERNELS)
+        self.num_heads = num_heads
+        self.kernel = kernel
+        self.attn_drop = attn_drop
         self.q_bias = self.v_bias = self.relative_position_bias_table = None
         if qkv_bias and not k_bias:
-            self.q_bias, self.v_bias = (
-                nn.Parameter(torch.zeros(dim)),
-                nn.Parameter(torch.zeros(dim)),
-            )
+            self.q_bias = nn.Parameter(torch.zeros(dim))
+            self.v_bias = nn.Parameter(torch.zeros(dim))
         if grid is not None:
             self.relative_position_bias_table = nn.Parameter(
                 torch.zeros(table_rows(grid), num_heads)
@@ -341,7 +381,7 @@ class Attention(nn.Module):
 
     def choose_kernel(self, q: Tensor, bias: Tensor | None, causal: bool = False) -> str:
         """On a CPU the fused kernel pays only in fp32 and without a gradient of the bias
-        (specs/engine.md 4.2).
+        (docs/engine.md#attention-kernels).
 
         FlexAttention has no dropout and, on a CPU, no gradient: "flex" is "auto" there, and
         wherever there is no bias.
@@ -494,7 +534,7 @@ class ActivatedLinear(nn.Linear):
 
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between; dropout comes after the second only
-    (specs/conmim.md 1.1)."""
+    (docs/methods/conmim.md#attention-and-position-bias)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float, out_dim: int | None = None):
         super().__init__()
@@ -574,11 +614,11 @@ def sincos_pos_embed(embed_dim: int, grid: tuple[int, int]) -> Tensor:
     return F.pad(table, (0, 0, 1, 0)).float().unsqueeze(0)
 
 
-def positions_of(table: Tensor, cells: Tensor, num_cls: int = 1) -> Tensor:
-    """Rows of a table [1, n + N, C] for n class tokens and the patches at cells [B, M]: [B, n + M,
-    C]."""
-    first = torch.arange(num_cls, device=cells.device).expand(len(cells), -1)
-    return table[0, torch.cat((first, cells + num_cls), dim=1)]
+def positions_of(table: Tensor, patches: Tensor, num_cls: int = 1) -> Tensor:
+    """Returns the rows [B, n + M, C] of a table [1, n + N, C] for n class tokens and the patches of
+    these numbers [B, M]."""
+    first = torch.arange(num_cls, device=patches.device).expand(len(patches), -1)
+    return table[0, torch.cat((first, patches + num_cls), dim=1)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -629,16 +669,16 @@ class VisionTransformer(nn.Module):
         check_choice("rel_pos_bias", rel_pos_bias, ("none", "shared", "per_block", "both"))
         check_choice("global_pool", global_pool, ("avg", "token"))
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+            raise OptionError("embed_dim", embed_dim, f"is not a multiple of num_heads={num_heads}")
         if num_cls_tokens < 1 or (num_cls_tokens > 1 and rel_pos_bias != "none"):
-            raise ValueError(
-                f"num_cls_tokens={num_cls_tokens} must be 1 or more, and 1 with a relative position bias"
+            raise OptionError(
+                "num_cls_tokens",
+                num_cls_tokens,
+                "must be 1 or more, and 1 with a relative position bias",
             )
-        self.embed_dim, self.num_prefix_tokens, self.global_pool = (
-            embed_dim,
-            num_cls_tokens,
-            global_pool,
-        )
+        self.embed_dim = embed_dim
+        self.num_prefix_tokens = num_cls_tokens
+        self.global_pool = global_pool
         self.grad_checkpointing = grad_checkpointing
         self.patch_embed = PatchEmbed(input_size, patch_size, in_chans, embed_dim)
         grid = self.patch_embed.grid_size
@@ -649,11 +689,11 @@ class VisionTransformer(nn.Module):
             RelativePositionBias(grid, num_heads) if rel_pos_bias in ("shared", "both") else None
         )
         block = partial(
-            self.block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, init_values=init_values,
-            qkv_bias=qkv_bias, k_bias=k_bias, attn_drop=attn_drop, kernel=attn,
-            grid=grid if rel_pos_bias in ("per_block", "both") else None,
+            self.block, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=drop,
+            init_values=init_values, qkv_bias=qkv_bias, k_bias=k_bias, attn_drop=attn_drop,
+            kernel=attn, grid=grid if rel_pos_bias in ("per_block", "both") else None,
         )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if global_pool == "token" else nn.Identity()
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if global_pool == "avg" else nn.Identity()
@@ -673,7 +713,7 @@ class VisionTransformer(nn.Module):
         table = F.pad(table, (0, 0, self.num_prefix_tokens - 1, 0))
         return nn.Parameter(table, requires_grad=kind == "sincos_trainable")
 
-    # -- initialization (specs/conmim.md 1.3)
+    # -- initialization (docs/methods/conmim.md#initialization)
 
     def init_weights(self, init_scale: float) -> None:
         self.apply(self._init_module)
@@ -753,20 +793,14 @@ class VisionTransformer(nn.Module):
 
     # -- looking inside
 
-    def get_intermediate_layers(self, x: Tensor) -> list[Tensor]:
-        """The output of every block, each [B, T, C], without the final norm."""
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        x, outputs = self.embed(self.patch_embed(x), self.pos_embed), []
-        for block in self.blocks:
-            outputs.append(x := block(x, bias))
-        return outputs
-
     @torch.no_grad()
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
         """Attention probabilities of one block: [B, h, T, T]. ValueError: no such block."""
         if not -len(self.blocks) <= layer < len(self.blocks):
-            raise ValueError(
-                f"--layer {layer}: there are {len(self.blocks)} blocks, counted from 0 or from the end"
+            raise OptionError(
+                "layer",
+                layer,
+                f"is none of the {len(self.blocks)} blocks; count from 0 or, with -1, from the end",
             )
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         layer %= len(self.blocks)
@@ -779,8 +813,9 @@ class VisionTransformer(nn.Module):
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises an OptionError if the value of a constructor option is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{option}={value} is unknown; take one of {', '.join(choices)}")
+        raise OptionError(option, value, f"is unknown; take one of {', '.join(choices)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -790,7 +825,7 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 for _size, _options in VIT_SIZES.items():
     for _input_size in (224, 384):
         # BEiT's: a relative position table in each block, layer scale, mean pooling
-        # (specs/conmim.md 1.3)
+        # (docs/methods/conmim.md#fine-tuning)
         _beit = {
             **_options,
             "input_size": _input_size,
@@ -798,14 +833,15 @@ for _size, _options in VIT_SIZES.items():
             "init_values": 0.1,
         }
         register(f"beit_{_size}_patch16_{_input_size}", VisionTransformer, **_beit)
-        # SemanticMIM's in that form: absolute positions (specs/semanticmim.md 1.1)
+        # SemanticMIM's in that form: absolute positions
+        # (docs/methods/beit_maskfeat_semanticmim.md#two-forms)
         _beit |= {"rel_pos_bias": "none", "pos_embed": "learned"}
         register(f"beit_{_size}_patch16_{_input_size}_abs_pos", VisionTransformer, **_beit)
 
 for _size, _options in MAE_SIZES.items():
     for _patch_size in (16, 14, 8):
-        # MAE's: sine-cosine positions that train on, keys with a bias; the head's deviation is 0.02
-        # * `init_scale` (specs/semmae.md A.9)
+        # MAE's: sine-cosine positions that train on, keys with a bias; the head's std is 0.02 *
+        # `init_scale` (docs/methods/mae_semmae.md#fine-tuning)
         _vit = {
             **_options,
             "patch_size": _patch_size,
@@ -815,6 +851,6 @@ for _size, _options in MAE_SIZES.items():
         register(f"vit_{_size}_patch{_patch_size}_224", VisionTransformer, **_vit)
 
 for _size, _options in MIM_VIT_SIZES.items():
-    # BEiT's with learned positions (specs/a2mim.md 4.4)
+    # BEiT's with learned positions (docs/methods/simmim_a2mim.md#classifiers)
     _mim = {"rel_pos_bias": "per_block", "pos_embed": "learned", "init_values": 0.1}
     register(f"mim_{_size}_patch16_224", VisionTransformer, **_options, **_mim)

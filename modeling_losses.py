@@ -1,7 +1,7 @@
-"""Losses of reconstructed pixels: spatial and in the frequency domain (specs/a2mim.md 3.2 to 3.5).
+"""Losses of reconstructed pixels, spatial and in the frequency domain, and of visual tokens.
 
-Shapes in comments: B images, c colors, H x W pixels; h x w a mask's cells; V = W // 2 + 1 columns
-of the half spectrum that a real image has, of which the other columns are mirror images.
+Shapes in comments: B images, c colors, H x W pixels; h x w a mask's elements; V = W // 2 + 1
+columns of the half spectrum that a real image has, of which the other columns are mirror images.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modeling_finetune import check_choice
 
@@ -16,8 +17,8 @@ REPLACEMENTS = ("target", "prediction", "mean", "mixed")
 
 
 def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask [B, h, w] of any dtype at `size`: whole cells are repeated, others go by the nearest
-    one: [B, H, W]."""
+    """Returns a mask [B, h, w] of any dtype at `size`, [B, H, W]: repeated, or by the nearest
+    element where the size is not a multiple."""
     (rows, columns), (height, width) = mask.shape[-2:], size
     if height % rows == 0 and width % columns == 0:
         return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(
@@ -27,8 +28,8 @@ def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mean_filled(images: Tensor, mask: Tensor) -> Tensor:
-    """Images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image and color
-    by itself (1.2)."""
+    """Returns images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image
+    and color by itself (docs/methods/simmim_a2mim.md#filling)."""
     hidden = enlarged(mask, images.shape[-2:]).unsqueeze(1).bool()
     return torch.where(hidden, images.mean((2, 3), keepdim=True), images)
 
@@ -40,6 +41,7 @@ class Regression:
 
     The weight is tanh(alpha * d / 2) or tanh(alpha * d), for `activate` "sigmoid" and "tanh", to
     the power `gamma`; it is part of what is differentiated. `residual` adds the distance itself.
+    The options are those of the published `RegressionLoss`.
     """
 
     mode: str = "l1"
@@ -47,7 +49,6 @@ class Regression:
     alpha: float = 0.2
     gamma: float = 1.0
     residual: bool = False
-    loss_weight: float = 1.0
 
     def __post_init__(self):
         check_choice("pixel_loss", self.mode, ("l1", "focal_l1"))
@@ -56,11 +57,11 @@ class Regression:
     def __call__(self, distance: Tensor) -> Tensor:
         """Distances, none negative, of any shape to losses of that shape."""
         if self.mode == "l1":
-            return self.loss_weight * distance
+            return distance
         # 2 sigmoid(z) - 1 = tanh(z / 2)
         steepness = self.alpha / 2 if self.activate == "sigmoid" else self.alpha
         loss = distance * torch.tanh(steepness * distance) ** self.gamma
-        return self.loss_weight * (loss + distance if self.residual else loss)
+        return loss + distance if self.residual else loss
 
 
 def spatial_loss(
@@ -70,8 +71,7 @@ def spatial_loss(
     regression: Regression,
     unmask_weight: float = 0.0,
 ) -> Tensor:
-    """Loss of masked pixels, and by `unmask_weight` of the others; one mean over the whole batch
-    (3.3).
+    """Loss of masked pixels, and by `unmask_weight` of the others; one mean over the whole batch.
 
     predicted, target [B, c, H, W]; mask [B, H, W], 1 = masked.
     """
@@ -85,13 +85,13 @@ def spatial_loss(
 
 
 def half_spectrum(images: Tensor) -> Tensor:
-    """Orthonormal spectrum of real images [..., H, W]: complex [..., H, V]."""
+    """Returns the orthonormal spectrum of real images [..., H, W]: complex [..., H, V]."""
     return torch.fft.rfft2(images, norm="ortho")
 
 
 def whole_mean(values: Tensor, width: int) -> Tensor:
-    """Mean over the whole spectrum, W columns wide, of values [..., H, V] that are equal for
-    mirrored frequencies.
+    """Returns the mean over the whole spectrum, W columns wide, of values [..., H, V] that are
+    equal for mirrored frequencies.
 
     Every column stands for two, but for the first and, where the width is even, the last, which
     mirror themselves.
@@ -110,7 +110,7 @@ def half_of_weights(weights: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class FocalFrequencyLoss:
     """Squared distance of two spectra, frequencies weighted by how far apart they are
-    (specs/a2mim.md 3.5).
+    (docs/methods/simmim_a2mim.md#spectra).
 
     ave_spectrum: of the mean images of the batch on this device. The gradient is then nearly the
     same for every image, and its size depends on the images a device and micro-step. log_matrix:
@@ -120,7 +120,6 @@ class FocalFrequencyLoss:
     symmetric, and no gradient goes through them.
     """
 
-    loss_weight: float = 1.0
     alpha: float = 1.0
     ave_spectrum: bool = True
     log_matrix: bool = True
@@ -130,7 +129,7 @@ class FocalFrequencyLoss:
     def __post_init__(self):
         if self.matrix is not None and not ((self.matrix >= 0) & (self.matrix <= 1)).all():
             raise ValueError(
-                "matrix has values outside [0, 1]; use weights within, such as matrix / matrix.max()"
+                "matrix has values outside [0, 1]; use weights within, as matrix / matrix.max()"
             )
 
     def __call__(self, difference: Tensor) -> Tensor:
@@ -143,7 +142,7 @@ class FocalFrequencyLoss:
         weights = (
             self.weights(square.detach()) if self.matrix is None else self.given_weights(difference)
         )
-        return self.loss_weight * whole_mean(weights * square, difference.shape[-1])
+        return whole_mean(weights * square, difference.shape[-1])
 
     def given_weights(self, images: Tensor) -> Tensor:
         """The matrix as weights [..., H, V] of the half spectrum of images [B, c, H, W]."""
@@ -155,7 +154,7 @@ class FocalFrequencyLoss:
         return half_of_weights(self.matrix.detach().to(images))
 
     def weights(self, square: Tensor) -> Tensor:
-        """Of squared distances [B, c, H, V]."""
+        """Returns the weights of squared spectral distances [B, c, H, V]."""
         weights = square ** (self.alpha / 2)
         if self.log_matrix:
             weights = weights.log1p()
@@ -165,7 +164,7 @@ class FocalFrequencyLoss:
 
 @dataclass(frozen=True)
 class ReconstructionLoss:
-    """A2MIM's loss; with `fft_weight` 0 and "l1" it is SimMIM's (specs/a2mim.md 3.3, 3.4).
+    """A2MIM's loss; with `fft_weight` 0 and "l1" it is SimMIM's.
 
     fft_unmask_weight: what a visible pixel of the prediction counts for among the frequencies; the
     rest of it is replaced by fft_unmask_replace: the target, the prediction itself without its
@@ -207,8 +206,8 @@ class ReconstructionLoss:
         W]."""
         if self.fft_unmask_weight >= 1:
             return predicted
-        share = mask + (1 - mask) * self.fft_unmask_weight
-        return predicted * share + self.replacement(predicted.detach(), target) * (1 - share)
+        ratio = mask + (1 - mask) * self.fft_unmask_weight
+        return predicted * ratio + self.replacement(predicted.detach(), target) * (1 - ratio)
 
     def replacement(self, predicted: Tensor, target: Tensor) -> Tensor:
         match self.fft_unmask_replace:
@@ -222,8 +221,70 @@ class ReconstructionLoss:
                 return target
 
     def frequency_loss(self, difference: Tensor) -> Tensor:
-        """Of the difference [B, c, H, W] of two images, before `fft_weight`."""
+        """Returns the loss of the difference [B, c, H, W] of two images, before `fft_weight`."""
         if self.fft_focal:
             return self.focal(difference)
         loss = self.regression(half_spectrum(difference).abs())
         return whole_mean(loss.detach() * loss if self.fft_reweight else loss, difference.shape[-1])
+
+
+# --------------------------------------------------------------------------------------------------
+# Visual tokens
+
+
+class VisualTokenLoss(torch.autograd.Function):
+    """Sum of the cross entropies of linear(x), and how many tokens are hit, without the logits of
+    all rows at once.
+
+    x [R, C], weight [K, C], bias [K], targets int64 [R], counts float32 [R]: 0 leaves a row out.
+    The gradients are made with the logits of a few rows at a time, which costs no more products
+    than keeping the logits.
+    """
+
+    rows = 4096
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total, hits = counts.new_zeros(()), counts.new_zeros(())
+        wanted = any(ctx.needs_input_grad)
+        grads = [
+            torch.empty_like(x),
+            *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias)),
+        ]
+        for start in range(0, len(x), VisualTokenLoss.rows):
+            few = slice(start, start + VisualTokenLoss.rows)
+            logits = F.linear(x[few], weight, bias)
+            dtype = logits.dtype
+            target = targets[few, None]
+            count = counts[few, None]
+            hits += ((logits.argmax(-1, keepdim=True) == target) * count).sum()
+            slope = logits.float().log_softmax(-1)
+            del logits
+            total -= (slope.gather(1, target) * count).sum()
+            if wanted:
+                slope = (
+                    slope.exp_()
+                    .scatter_add_(1, target, torch.full_like(count, -1.0))
+                    .mul_(count)
+                    .to(dtype)
+                )
+                grads[0][few] = slope @ weight.to(dtype)
+                grads[1] += slope.T @ x[few].to(dtype)
+                grads[2] += slope.sum(0)
+        ctx.save_for_backward(*(grads if wanted else ()))
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        return (
+            *(
+                g * grad if n else None
+                for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            ),
+            None,
+            None,
+        )

@@ -1,5 +1,4 @@
-"""Every pre-training method of the repository: mask, encode, (decode,) loss, top-down on one screen
-each.
+"""Every pre-training method of the repository, top-down: mask, encode, (decode,) loss.
 
 A method is a `PretrainMethod`: it names the batch keys it reads (`views`), computes a loss from a
 batch, and may move a teacher after each optimizer step. It knows nothing of flags, data sets,
@@ -17,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from masking_generator import (
     COUNT_FIXES,
@@ -50,40 +48,44 @@ from modeling_finetune import (
     Mlp,
     VisionTransformer,
     check_choice,
+    drop_path_rates,
     positions_of,
     register,
     register_family,
     sincos_pos_embed,
     take,
-    to_pair,
     unpatchify,
 )
 from modeling_losses import (
     FocalFrequencyLoss,
     ReconstructionLoss,
     Regression,
+    VisualTokenLoss,
     enlarged,
     mean_filled,
 )
 from modeling_targets import (
     HOG,
     PREDICTED_FEATURES,
+    TARGET_PRECISIONS,
     TEACHERS,
     MeanStd,
-    Teacher,
     build_blur,
     load_teacher,
     load_tokenizer,
 )
 from unimim.engine.ema import MovingAverage
-from unimim.errors import refused
+from unimim.engine.task import Task
+from unimim.errors import OptionError, refused
+from unimim.flag import Flag
+from unimim.sizes import to_pair
 
-Noise = Tensor | tuple[Tensor | None, ...] | None  # given in place of the random draws of a masking
+Noise = Tensor | tuple[Tensor | None, ...] | None  # replaces the random noise of a mask or order
 
 
 class Reconstruction(NamedTuple):
-    """Pictures [B, 3, H, W] in the units of the normalized images; what a picture does not show is
-    0, the mean color.
+    """Images [B, 3, H, W] in the units of the normalized images; what one does not show is 0, the
+    mean color.
 
     masked: the known patches; predicted: what is predicted of each; pasted: the known patches and
     what is predicted elsewhere.
@@ -95,46 +97,38 @@ class Reconstruction(NamedTuple):
     pasted: Tensor
 
 
-class PretrainMethod(nn.Module):
-    """What the engine asks of every method; its other base is the network that it trains.
+class PretrainMethod(Task):
+    """A task (unimim/engine/task.py) that pre-trains; its other base is the network it trains.
 
-    `views`: the batch keys that `forward` reads. `noise_size`: how many uniform draws the view
+    `views`: the batch keys that `forward` reads. `flags`: the command-line flags that set options
+    of its constructor. `noise_size`: how much uniform noise the view
     "noise" [B, noise_size] holds for each image, so that what is random follows from seed, epoch
-    and image, not from processes and batches. `teacher`: an average of the network that is no
-    submodule, so that neither DDP nor DeepSpeed wraps, casts or optimizes it; None without one.
-    `not_exported`: beginnings of the names of what is no part of the encoder. `frozen`: a network
-    beside it that makes targets and can be compiled. `predicts_pixels`: whether `reconstruct` can
-    show what is predicted. `most_masked`: what lists of masked patches are filled up to, so that
-    compiled blocks see one length; None: the batch's largest number.
+    and image, not from processes and batches. `not_exported`: beginnings of the names of what is
+    no part of the encoder. `predicts_pixels`: whether `reconstruct` can show what is predicted.
+    `most_masked`: what lists of masked patches are filled up to, so that compiled blocks see one
+    length; None: the batch's largest number. Its ema is the teacher.
     """
 
     views: tuple[str, ...] = ("image",)
+    flags: tuple[Flag, ...] = ()
     noise_size: int = 0
     not_exported: tuple[str, ...] = ()
-    average: MovingAverage | None = None
-    frozen: nn.Module | None = None
     predicts_pixels: bool = False
     most_masked: int | None = None
+    ema_key = "teacher"
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns {"loss": scalar, ...}; further entries are detached figures for the log."""
-        raise NotImplementedError
+    def pad_masks_to(self, count: int) -> None:
+        """Fills lists of masked patches up to `count`, so that compiled blocks see one length."""
+        self.most_masked = count
 
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Pictures of what is predicted of a batch, by a method that `predicts_pixels`; `noise` as
-        for `forward`."""
+        """Returns images of what is predicted of a batch, by a method that `predicts_pixels`;
+        `noise` as for `forward`."""
         raise NotImplementedError
-
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Called when epoch number `epoch`, from 0, of a run of `epochs` begins or is resumed."""
-
-    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Called after each optimizer step with the share of the run that lay before it, in [0,
-        1)."""
 
     @property
     def teacher(self) -> nn.Module | None:
-        return None if self.average is None else self.average.module
+        return None if self.ema is None else self.ema.module
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -143,7 +137,7 @@ class PretrainMethod(nn.Module):
 
     @property
     def cell_size(self) -> tuple[int, int]:
-        """(height, width), in pixels, of what a mask, a part map and draws have one number for."""
+        """(height, width) in pixels of one element of a mask, a part map or noise."""
         return self.patch_embed.patch_size
 
     def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -155,7 +149,7 @@ class PretrainMethod(nn.Module):
 
 
 class MaskedImageModel(PretrainMethod, VisionTransformer):
-    """BEiT's form: a ViT that sees every patch, the masked ones as a learned token."""
+    """The form of BEiT: a ViT that sees every patch, the masked ones as a learned token."""
 
     views = ("image", "mask")
     not_exported = ("mask_token",)
@@ -166,18 +160,18 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
         self._init_token(self.mask_token)
 
     def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Images [B, 3, H, W], with the mask token where mask [B, gh, gw] is True, to normed tokens
-        [B, T, C]."""
+        """Returns normed tokens [B, T, C] of images [B, 3, H, W], with the mask token where mask
+        [B, gh, gw] is True."""
         return self.norm(self.run_blocks(self.embed_masked(images, mask)))
 
     def embed_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """What the first block sees of them: [B, T, C]."""
+        """Returns the tokens [B, T, C] that the first block sees."""
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         return self.embed(x, self.pos_embed)
 
-    # Pre-training cuts the normal distribution at one standard deviation, and the convolution
+    # Pre-training cuts the normal distribution at one standard std, and the convolution
     # follows it too.
 
     def _init_module(self, module: nn.Module) -> None:
@@ -191,8 +185,8 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
 
 
 def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Where mask [B, N] is True: positions int64 [B, M] in row-major order and which of them count,
-    bool [B, M].
+    """Returns the positions int64 [B, M] where mask [B, N] is True, in row-major order, and which
+    of them count, bool [B, M].
 
     M is `count`, the largest number of masked patches in the batch; when it is not given it is read
     from the mask, which on a GPU waits for the device. Images with fewer are filled up with
@@ -208,8 +202,7 @@ def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Te
 
 
 class ConMIM(MaskedImageModel):
-    """Masked image modelling with denoising contrast (ICLR 2023, arXiv 2205.09616; specs/conmim.md
-    2).
+    """Masked image modelling with denoising contrast (ICLR 2023, arXiv 2205.09616).
 
     The student sees a weakly augmented image with masked patches, the teacher a strongly augmented
     one in full; each masked patch must pick its own teacher feature among all patches of the same
@@ -219,6 +212,10 @@ class ConMIM(MaskedImageModel):
     """
 
     views = ("image", "image_strong", "mask")
+    flags = (
+        Flag("temp", "temperature", type=float, help="temperature of the contrast"),
+        Flag("t_momentum", type=float, help="teacher momentum at the first step; 1 at the last"),
+    )
     not_exported = ("mask_token", "projectors.")
 
     def __init__(
@@ -231,10 +228,11 @@ class ConMIM(MaskedImageModel):
         **vit,
     ):
         super().__init__(**vit)
-        self.temperature, self.t_momentum = temperature, t_momentum
+        self.temperature = temperature
+        self.t_momentum = t_momentum
         self.projectors = projector(self.embed_dim, projector_hidden_dim, projector_out_dim)
         self.projectors.apply(self._init_module)
-        self.average = MovingAverage(self)
+        self.ema = MovingAverage(self)
         without_dropout(self.teacher)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,23 +245,23 @@ class ConMIM(MaskedImageModel):
         return self.contrast(logits, positions, counts)
 
     def project(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Projected patch tokens [B, N, D]. The class token passes through too: it counts in the
-        batch statistics."""
+        """Returns projected patch tokens [B, N, D]. The class token passes through too: it counts
+        in the batch statistics."""
         tokens = self.encode_masked(images, mask)
         return self.projectors(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)[
             :, self.num_prefix_tokens :
         ]
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Cosine similarity over temperature, within each image: [B, M, D], [B, N, D] to [B, M,
-        N]."""
+        """Returns the cosine similarity over temperature [B, M, N] within each image, of [B, M, D]
+        and [B, N, D]."""
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = (F.normalize(x.float(), dim=-1) for x in (queries, keys))
             return queries @ keys.transpose(1, 2) / self.temperature
 
     def contrast(self, logits: Tensor, positions: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Cross entropy over the patches of the image, averaged over all masked patches of the
-        batch."""
+        """Returns the cross entropy over the patches of the image, averaged over all masked patches
+        of the batch."""
         total = counts.sum().clamp(min=1)
         losses = F.cross_entropy(logits.flatten(0, 1), positions.flatten(), reduction="none")
         hits = (logits.detach().argmax(-1) == positions) & counts
@@ -273,14 +271,15 @@ class ConMIM(MaskedImageModel):
         }
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Teacher momentum: cosine from `t_momentum` to 1 over the run (specs/conmim.md 5.4)."""
+        """Updates the teacher by a momentum that goes from `t_momentum` to 1 as a cosine over the
+        run (docs/methods/conmim.md#teacher)."""
         momentum = 1.0 + 0.5 * (self.t_momentum - 1.0) * (1.0 + math.cos(math.pi * progress))
-        self.average.update(momentum, applied)
+        self.ema.update(momentum, applied)
 
 
 def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """Three bias-free linear layers, each with batch normalization, the last without affine
-    (specs/conmim.md 1.2)."""
+    """Builds three bias-free linear layers, each with batch normalization, the last without affine
+    (docs/methods/conmim.md#projector)."""
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False),
         nn.BatchNorm1d(hidden_dim),
@@ -297,9 +296,9 @@ def without_dropout(module: nn.Module) -> None:
     """Switches dropout and stochastic depth off and leaves the training mode, with its batch
     statistics, on."""
     for part in module.modules():
-        for rate in ("p", "drop_prob", "attn_drop"):
-            if isinstance(getattr(part, rate, None), float):
-                setattr(part, rate, 0.0)
+        for name in ("p", "drop_prob", "attn_drop"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,8 +306,8 @@ def without_dropout(module: nn.Module) -> None:
 
 
 class PlainViT(PretrainMethod, VisionTransformer):
-    """MAE's form: fixed sine-cosine positions, keys with a bias, and its start (specs/semmae.md
-    A.7, semaim.md 2.8)."""
+    """The form of MAE: fixed sine-cosine positions, keys with a bias, and its initialization
+    (docs/methods/mae_semmae.md#initialization-and-weight-decay)."""
 
     def __init__(self, **vit):
         form = {
@@ -320,8 +319,9 @@ class PlainViT(PretrainMethod, VisionTransformer):
         }
         super().__init__(**vit, **form, num_cls_tokens=1)
 
-    def draws(self, batch: dict[str, Tensor]) -> Tensor:
-        """The noise that came with the images, [B, noise_size], drawn here if there is none."""
+    def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the noise [B, noise_size] that came with the images, drawn here if there is
+        none."""
         images = batch["image"]
         return (
             batch["noise"]
@@ -330,22 +330,19 @@ class PlainViT(PretrainMethod, VisionTransformer):
         )
 
     def panels(self, images: Tensor, known: Tensor, predicted: Tensor) -> Reconstruction:
-        """The pictures of predicted patches [B, N, P], the patches at cells `known` [B, V] being
-        known."""
+        """Returns the images of predicted patches [B, N, P], those at positions `known` [B, V]
+        being known."""
         patches = self.patch_embed.cut(images)
         seen = take(patches, known)
-        pictures = (
-            put(torch.zeros_like(patches), known, seen),
-            predicted,
-            put(predicted, known, seen),
-        )
+        masked = put(torch.zeros_like(patches), known, seen)
+        pasted = put(predicted, known, seen)
         grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
-        return Reconstruction(images, *(unpatchify(picture, grid, patch) for picture in pictures))
+        panels = (unpatchify(panel, grid, patch) for panel in (masked, predicted, pasted))
+        return Reconstruction(images, *panels)
 
     def no_weight_decay(self) -> set[str]:
-        return (
-            set()
-        )  # the class and the mask token are decayed, the positions are not trained (A.8)
+        # the class and the mask token are decayed, the positions are not trained
+        return set()
 
     def init_weights(self, init_scale: float) -> None:
         self.apply(self._init_module)
@@ -360,8 +357,15 @@ class PlainViT(PretrainMethod, VisionTransformer):
             nn.init.zeros_(module.bias)
 
 
+NORM_PIX_LOSS = Flag(
+    "norm_pix_loss",
+    off="no_norm_pix_loss",
+    help="predict each patch normalized by its own mean and std",
+)
+
+
 class MAE(PlainViT):
-    """Masked autoencoder (CVPR 2022, arXiv 2111.06377; specs/semmae.md A).
+    """Masked autoencoder (CVPR 2022, arXiv 2111.06377).
 
     The encoder sees the visible patches only; a narrow decoder predicts the pixels of the others.
     Differences from the published code, all without effect on the numbers: only visible patches are
@@ -371,6 +375,7 @@ class MAE(PlainViT):
     """
 
     views = ("image", "noise")
+    flags = (Flag("mask_ratio", optional=True), NORM_PIX_LOSS)
     not_exported = ("mask_token", "decoder_")
     predicts_pixels = True
 
@@ -388,7 +393,8 @@ class MAE(PlainViT):
         **vit,
     ):
         super().__init__(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, attn=attn, **vit)
-        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
         self.noise_size = self.patch_embed.num_patches
         num_visible(self.patch_embed.num_patches, mask_ratio)  # refuses a ratio that cannot be
         self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
@@ -396,8 +402,8 @@ class MAE(PlainViT):
         positions = sincos_pos_embed(decoder_embed_dim, self.patch_embed.grid_size)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         block = partial(
-            Block, decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, k_bias=True,
-            kernel=attn, drop=0.0, attn_drop=0.0, drop_path=0.0, init_values=None,
+            Block, decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
+            k_bias=True, kernel=attn, drop=0.0, attn_drop=0.0, drop_path=0.0, init_values=None,
         )  # fmt: skip
         self.decoder_blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
@@ -407,7 +413,7 @@ class MAE(PlainViT):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random draws of `random_masking`."""
+        """`noise` replaces the random noise of `random_masking`."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
         predicted = self.forward_decoder(latent, order, order.shape[1] - visible)
@@ -416,8 +422,8 @@ class MAE(PlainViT):
     def mask_patches(
         self, batch: dict[str, Tensor], noise: Noise = None
     ) -> tuple[Tensor, Tensor, int]:
-        """Patches [B, N, P], cells of the tokens that take part [B, L], visible ones first, and how
-        many those are."""
+        """Returns patches [B, N, P], positions of the tokens that take part [B, L], visible ones
+        first, and how many those are."""
         order = self.random_masking(batch, noise)
         return (
             self.patch_embed.cut(batch["image"]),
@@ -426,57 +432,58 @@ class MAE(PlainViT):
         )
 
     def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """A random order of the grid's cells, int64 [B, N]: ascending in noise [B, N]."""
-        return ascending(self.draws(batch) if noise is None else noise)
+        """Returns a random order of the patches, int64 [B, N]: ascending in noise [B, N]."""
+        return ascending(self.noise_of(batch) if noise is None else noise)
 
-    def forward_encoder(self, patches: Tensor, cells: Tensor) -> Tensor:
-        """Visible patches [B, V, P] at cells [B, V] to normed tokens [B, 1 + V, C]."""
-        x = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, cells))
+    def forward_encoder(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Returns normed tokens [B, 1 + V, C] of visible patches [B, V, P] at positions [B, V]."""
+        x = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, positions))
         return self.norm(self.run_blocks(x))
 
-    def forward_decoder(self, latent: Tensor, cells: Tensor, count: int) -> Tensor:
-        """Predictions [B, count, P] for the last `count` of the tokens at cells [B, L], the visible
-        ones first."""
+    def forward_decoder(self, latent: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Returns predictions [B, count, P] for the last `count` of the tokens at positions [B, L],
+        the visible ones first."""
         x = self.decoder_embed(latent)
-        masked = self.mask_token.to(x.dtype).expand(len(x), 1 + cells.shape[1] - x.shape[1], -1)
-        x = torch.cat((x, masked), dim=1) + positions_of(self.decoder_pos_embed, cells)
+        hidden = 1 + positions.shape[1] - x.shape[1]
+        masked = self.mask_token.to(x.dtype).expand(len(x), hidden, -1)
+        x = torch.cat((x, masked), dim=1) + positions_of(self.decoder_pos_embed, positions)
         *blocks, last_block = self.decoder_blocks
         for block in blocks:
             x = self._run_block(block, x)
         return self.decoder_pred(self.decoder_norm(self._run_block(last_block, x, last=count)))
 
     def forward_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error over masked patches [B, M, P], in float32; every image has as many of
-        them."""
+        """Returns the mean squared error over masked patches [B, M, P], in float32; every image has
+        as many of them."""
         target = target.float()
         if self.norm_pix_loss:
-            mean, deviation = pixel_statistics(target)
-            target = (target - mean) / deviation
+            mean, std = pixel_statistics(target)
+            target = (target - mean) / std
         return F.mse_loss(predicted.float(), target)
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch. Predictions of normalized pixels get the mean and deviation of the
-        true patch."""
+        """Predicts every patch. Predictions of normalized pixels get the mean and std of the true
+        patch."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
         predicted = self.forward_decoder(latent, order, order.shape[1]).float()
         if self.norm_pix_loss:
-            mean, deviation = pixel_statistics(take(patches, order))
-            predicted = predicted * deviation + mean
+            mean, std = pixel_statistics(take(patches, order))
+            predicted = predicted * std + mean
         predicted = put(torch.zeros_like(patches), order, predicted)
         return self.panels(batch["image"], order[:, :visible], predicted)
 
 
 def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (unbiased variance + 1e-6) of each patch [B, M, P]: two tensors [B, M,
-    1]."""
+    """Returns mean and std (of the unbiased variance + 1e-6) of each patch [B, M, P]: two tensors
+    [B, M, 1]."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
 def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """A copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
+    """Returns a copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
     `take`."""
     return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
 
@@ -486,13 +493,12 @@ def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
 
 
 class SemMAE(MAE):
-    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207; specs/semmae.md
-    B).
+    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207).
 
     "part_ids" of a batch holds the part of each patch, integers [B, gh, gw] below `num_parts`.
-    `mask_lambda` goes from nearly 1, a share of every part, to 0, whole parts, as 1 - (share of
+    `mask_lambda` goes from nearly 1, a ratio of every part, to 0, whole parts, as 1 - (fraction of
     epochs begun) ** `mask_lambda_power`; a number given for it stays. `token_share` below 1 leaves
-    all but that share of the patches out of encoder and loss: chosen for each image at random, or
+    all but that ratio of the patches out of encoder and loss: chosen for each image at random, or
     the best by `token_selection` "score"; a batch may also list them as "cells" [B, L]. Differences
     from the published code: images and part maps in place of packed tokens, so that crops are
     possible; any patch size and grid; the schedule's length is the run's, not 800; the sort that
@@ -500,6 +506,16 @@ class SemMAE(MAE):
     """
 
     views = ("image", "part_ids", "noise")
+    flags = (
+        *MAE.flags,
+        Flag("num_parts", type=int, help="number of parts, the background among them"),
+        Flag(
+            "mask_lambda",
+            type=float,
+            help="keep it constant: 1 masks a ratio of each part, 0 whole parts",
+        ),
+        Flag("mask_lambda_power", type=float, help="let it fall from 1 to 0 as 1 - t ** POWER"),
+    )
 
     def __init__(
         self,
@@ -517,11 +533,13 @@ class SemMAE(MAE):
         check_choice("count_fix", count_fix, COUNT_FIXES)
         check_choice("token_selection", token_selection, ("random", "score"))
         if mask_lambda is not None and not 0 <= mask_lambda <= 1:
-            raise ValueError(f"--mask_lambda is {mask_lambda}; it must lie between 0 and 1")
-        self.num_parts, self.count_fix, self.token_selection = num_parts, count_fix, token_selection
+            raise OptionError("mask_lambda", mask_lambda, "does not lie between 0 and 1")
+        self.num_parts = num_parts
+        self.count_fix = count_fix
+        self.token_selection = token_selection
         self.num_tokens = int(token_share * self.patch_embed.num_patches)
         num_visible(self.num_tokens, self.mask_ratio)
-        self.choice_size = 0  # draws for the choice of tokens
+        self.choice_size = 0  # noise for the choice of tokens
         if token_selection == "score":
             self.views = (*self.views, "part_scores")
         elif self.num_tokens < self.patch_embed.num_patches:
@@ -540,35 +558,37 @@ class SemMAE(MAE):
             self.mask_lambda = float(self.schedule(epoch, epochs))
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random draws of `random_masking`."""
+        """`noise` replaces the random noise of `random_masking`."""
         out = super().forward(batch, noise)
         return out | {"mask_lambda": torch.full_like(out["loss"].detach(), self.mask_lambda)}
 
     def random_masking(
         self, batch: dict[str, Tensor], noise: tuple[Tensor | None, ...] | None = None
     ) -> Tensor:
-        """Cells of the tokens that take part, int64 [B, L], visible ones first.
+        """Returns positions of the tokens that take part, int64 [B, L], visible ones first.
 
-        `noise`: uniform draws for the order of the tokens [B, L], of the parts [B, K], and, where
+        `noise`: uniform noise for the order of the tokens [B, L], of the parts [B, K], and, where
         tokens are chosen at random, for their choice [B, N]. The view "noise" holds them one after
         another.
         """
         if noise is None:
-            noise = self.draws(batch).split(
+            noise = self.noise_of(batch).split(
                 (self.num_tokens, self.num_parts, self.choice_size), dim=1
             )
         noise_tokens, noise_parts, noise_choice = (*noise, None)[:3]
-        cells = self.choose_tokens(batch, noise_choice)
+        chosen = self.choose_tokens(batch, noise_choice)
         parts = batch["part_ids"].flatten(1).long()
+        if chosen is not None:
+            parts = parts.gather(1, chosen)
         masks = semantic_mask(
-            parts if cells is None else parts.gather(1, cells), self.mask_ratio, self.mask_lambda, self.num_parts,
-            noise_tokens, noise_parts, count_fix=self.count_fix,
+            parts, self.mask_ratio, self.mask_lambda, self.num_parts, noise_tokens, noise_parts,
+            count_fix=self.count_fix,
         )  # fmt: skip
-        return masks.order if cells is None else cells.gather(1, masks.order)
+        return masks.order if chosen is None else chosen.gather(1, masks.order)
 
     def choose_tokens(self, batch: dict[str, Tensor], noise: Tensor | None) -> Tensor | None:
-        """Cells of the tokens that take part, int64 [B, L]; None: all of them in row-major
-        order."""
+        """Returns positions of the tokens that take part, int64 [B, L]; None: all of them in
+        row-major order."""
         if "cells" in batch:
             return batch["cells"]
         if self.num_tokens == self.patch_embed.num_patches:
@@ -582,6 +602,11 @@ class SemMAE(MAE):
 
 # --------------------------------------------------------------------------------------------------
 # SemAIM, SAIM, ViT-iGPT
+
+ATTENTION_MAPS = ("cls", "gap", "self")
+ORDER_PRECISIONS = ("fp32", "auto")
+PREDICTION_HEADS = ("MLP", "LINEAR")
+PIXEL_LOSSES = ("L1", "L2")
 
 
 class QueryAttention(Attention):
@@ -606,8 +631,8 @@ class QueryAttention(Attention):
 
 
 class QueryBlock(Block):
-    """A block whose tokens [B, T, C] look at `context` [B, S, C], by default themselves; both pass
-    the same norm."""
+    """A block whose tokens [B, T, C] attend to `context` [B, S, C], by default themselves; both
+    pass the same norm."""
 
     attention = QueryAttention
 
@@ -626,29 +651,144 @@ class QueryBlock(Block):
         return self.add(x, self.attn(queries, keys, mask, causal=causal))
 
 
-class SemAIM(PlainViT):
-    """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457; specs/semaim.md)
-    and its ancestors: SAIM is the order "stochastic", ViT-iGPT the order "zigzag".
+TARGET_PRECISION = Flag(
+    "target_precision",
+    choices=TARGET_PRECISIONS,
+    help="precision of the frozen target model; auto: --precision",
+)
 
-    Every image has an order of its patches. The content stream h sees of each patch what is not
-    later; the query stream g knows positions and looks at what of h is earlier, and predicts each
-    patch from that. An order with "attention" follows a map of the network itself, of its average
-    (`use_ema_model`) or of the features' teacher. `predict_feature`: "none" are pixels; "inference"
-    and "ema" the unmasked tokens of the network or its average; "clip" and "dino" those of
-    `target_model`, or what a batch brings as "target_tokens" [B, T, out_dim]; as published that
-    model sees images normalized for ours, or with `image_mean_std`, which names that normalization,
-    by its own. Differences from the published code: tokens are sorted by the order, which makes
-    both streams causal attention without masks; of order values that rounding made equal, the patch
-    with the lower number is first. With the order "attention", in which ties are the rule, and with
-    `attn` "eager" nothing is sorted, masks are explicit, and ties see each other as published. The
-    map passes the last block once, and only what is asked of it; `order_precision` "auto" lets it
-    be autocast. `share_weight` and "ema" with an attention order work; the head has the teacher's
-    width; targets are float32; blocks behind the last one that a query block looks at are frozen;
-    any grid.
+
+class TwoStreams(PlainViT):
+    """A ViT with two streams over an order of the patches (two-stream attention, arXiv 1906.08237).
+
+    A patch of the content stream h attends to itself and to what is earlier; one of the query
+    stream g begins as its position alone and attends to what of h is earlier. All see the class
+    token, which sees itself only.
+
+    query_depth: number of query blocks; one follows every k-th encoder block, and encoder blocks
+        after the last of these are frozen.
+    share_weight: the encoder blocks serve as query blocks.
     """
 
-    not_exported = ("query_blocks.", "prediction_head.", "gaussian_blur.")
-    known_share = 0.25  # of the patches in `reconstruct`, as many as MAE's encoder sees
+    flags = (
+        Flag("query_depth", type=int, help="number of query blocks"),
+        Flag("share_weight", off="no_share_weight", help="use the encoder blocks as query blocks"),
+    )
+    not_exported = ("query_blocks.",)
+
+    def __init__(
+        self,
+        *,
+        query_depth: int = 12,
+        share_weight: bool = False,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        attn: str = "auto",
+        **vit,
+    ):
+        super().__init__(mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, **vit)
+        depth = len(self.blocks)
+        self.share_weight = share_weight
+        self.blocks_per_query = blocks_per_query(depth, query_depth)
+        block = partial(
+            QueryBlock, self.embed_dim, self.blocks[0].attn.num_heads, mlp_ratio=mlp_ratio,
+            drop=0.0, attn_drop=0.0, init_values=None, qkv_bias=True, k_bias=True, kernel=attn,
+        )  # fmt: skip
+        rates = drop_path_rates(drop_path, depth)
+        rates = rates if share_weight else rates[:query_depth]
+        blocks = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
+        if share_weight:
+            self.blocks = blocks
+        else:
+            self.query_blocks = blocks
+        self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
+
+    def causal_streams(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns h [B, N, C] of the class token and all patches but the last, and g [B, N, C], of
+        patches sorted by the order: `positions` [B, N].
+
+        Row r of h is the r-th patch, 0 the class token, and row r of g the (r + 1)-th: both see
+        rows 0 ... r of h. The last patch is seen by none.
+        """
+        seen = positions[:, :-1]
+        patches = take(self.patch_embed.cut(images), seen)
+        h = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, seen))
+        return self.run_streams(h, self.pos_embed[0, 1 + positions])
+
+    def masked_streams(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns h and g, each [B, T, C], in row-major order, by explicit masks made of order
+        values [B, N]; patches of equal values see each other in h only."""
+        h = self.embed(self.patch_embed(images), self.pos_embed)
+        mask_h = additive_mask(visible_patches(order, itself=True))
+        mask_g = additive_mask(visible_patches(order, itself=False))
+        return self.run_streams(h, self.pos_embed.expand_as(h), mask_h, mask_g)
+
+    def run_streams(
+        self, h: Tensor, g: Tensor, mask_h: Tensor | None = None, mask_g: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns both streams after the last block, without norm; masks [B, 1, T, T], None for
+        causal attention."""
+        query_blocks = self.blocks if self.share_weight else self.query_blocks
+        for depth, block in enumerate(self.blocks, 1):
+            h = self._run_block(block, h, mask_h, causal=mask_h is None)
+            query, rest = divmod(depth, self.blocks_per_query)
+            if rest == 0:
+                query_block = query_blocks[query - 1]
+                g = self._run_block(query_block, g, mask_g, context=h, causal=mask_g is None)
+        return h, g
+
+
+class SemAIM(TwoStreams):
+    """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457).
+
+    Each image has an order of its patches, and each patch is predicted from its position and all
+    earlier patches, all of them at once by two streams. The order follows the network's attention,
+    so that patches of one object come together; SAIM is the order "stochastic", ViT-iGPT "zigzag".
+
+    permutation_type: the order; those with "attention" follow the attention map.
+    attention_type: the map: similarity of the patches to the class token ("cls") or to their mean
+        ("gap"), or the last block's self-attention from the class token ("self").
+    order_precision: "fp32", or "auto", which lets the pass for the map be autocast.
+    use_ema_model: keep an ema of the network; it gives the map.
+    prediction_head_type: "MLP" or "LINEAR".
+    gaussian_kernel_size, gaussian_sigma: blur of the target pixels; None is without.
+    norm_pix_loss: normalize each target patch by its own mean and std.
+    loss_type: "L1" or "L2".
+    attn: with "eager", and with orders in which ties are the rule, the streams run under explicit
+        masks; otherwise tokens are sorted by the order, which makes the attention causal.
+
+    Differences from the published code: docs/methods/semaim.md#differences-from-the-published-code.
+    """
+
+    flags = (
+        Flag(
+            "permutation_type", choices=PATCH_ORDERS,
+            help="order of the patches; zigzag is row-major, raster serpentine; attention_center "
+            "is SemAIM's",
+        ),
+        Flag(
+            "attention_type", choices=ATTENTION_MAPS,
+            help="attention map of the order: similarity to the class token or to the mean, or "
+            "self-attention",
+        ),
+        Flag(
+            "order_precision", choices=ORDER_PRECISIONS,
+            help="precision of the pass for the attention map; auto: --precision",
+        ),
+        Flag(
+            "use_ema_model", off="no_use_ema_model",
+            help="keep an ema of the network, which gives the attention map",
+        ),
+        *TwoStreams.flags,
+        Flag("prediction_head_type", choices=PREDICTION_HEADS),
+        Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
+        Flag("gaussian_sigma", type=float, help="std of the blur of the target pixels"),
+        Flag("loss_type", choices=PIXEL_LOSSES, help="loss of the pixels"),
+        NORM_PIX_LOSS,
+    )  # fmt: skip
+    not_exported = (*TwoStreams.not_exported, "prediction_head.", "gaussian_blur.")
+    predicts_pixels = True
+    known_ratio = 0.25  # of the patches in `reconstruct`, as many as MAE's encoder sees
 
     def __init__(
         self,
@@ -656,298 +796,308 @@ class SemAIM(PlainViT):
         permutation_type: str = "attention_center",
         attention_type: str = "cls",
         order_precision: str = "fp32",
-        query_depth: int = 12,
-        share_weight: bool = False,
+        use_ema_model: bool = False,
         prediction_head_type: str = "MLP",
-        predict_feature: str = "none",
         gaussian_kernel_size: int | None = None,
         gaussian_sigma: float | None = None,
         norm_pix_loss: bool = True,
         loss_type: str = "L2",
-        target_model: str | None = None,
-        target_precision: str = "auto",
-        image_mean_std: MeanStd | None = None,
-        out_dim: int | None = None,
-        use_ema_model: bool = False,
         mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
         attn: str = "auto",
-        **vit,
+        **streams,
     ):
-        super().__init__(mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, **vit)
+        super().__init__(mlp_ratio=mlp_ratio, attn=attn, **streams)
         check_choice("permutation_type", permutation_type, PATCH_ORDERS)
-        check_choice("attention_type", attention_type, ("cls", "gap", "self"))
-        check_choice("order_precision", order_precision, ("fp32", "auto"))
-        check_choice("prediction_head_type", prediction_head_type, ("MLP", "LINEAR"))
-        check_choice("predict_feature", predict_feature, PREDICTED_FEATURES)
-        check_choice("loss_type", loss_type, ("L1", "L2"))
-        if predict_feature == "ema" and not use_ema_model:
-            raise ValueError("--predict_feature ema needs the average that --use_ema_model keeps")
-        self.permutation_type, self.attention_type = permutation_type, attention_type
-        self.order_precision, self.predict_feature = order_precision, predict_feature
-        self.norm_pix_loss, self.loss_type = norm_pix_loss, loss_type
-        self.dense = attn == "eager" or permutation_type in ORDERS_WITH_TIES
-        self.has_map, self.has_features = (
-            permutation_type.startswith("attention"),
-            predict_feature != "none",
-        )
-        self.predicts_pixels = not self.has_features
+        check_choice("attention_type", attention_type, ATTENTION_MAPS)
+        check_choice("order_precision", order_precision, ORDER_PRECISIONS)
+        check_choice("prediction_head_type", prediction_head_type, PREDICTION_HEADS)
+        check_choice("loss_type", loss_type, PIXEL_LOSSES)
+        self.permutation_type = permutation_type
+        self.attention_type = attention_type
+        self.order_precision = order_precision
+        self.norm_pix_loss = norm_pix_loss
+        self.loss_type = loss_type
+        self.explicit_masks = attn == "eager" or permutation_type in ORDERS_WITH_TIES
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
         self.noise_size = sum(self.noise_sizes)
         self.views = ("image", "noise") if self.noise_size else ("image",)
-        self.share_weight = share_weight
-        self.build_query_blocks(query_depth, drop_path, mlp_ratio=mlp_ratio, kernel=attn)
-        self.gaussian_blur = (
-            None if self.has_features else build_blur(gaussian_kernel_size, gaussian_sigma)
-        )
-        target = self.load_target(target_model, target_precision, image_mean_std)
-        self.build_head(prediction_head_type, mlp_ratio, self.target_width(target, out_dim))
-        self.average = MovingAverage(self) if use_ema_model else None
-        self.target = target  # after the copy for the average, which needs none
+        width = self.build_target(gaussian_kernel_size, gaussian_sigma)
+        if prediction_head_type == "MLP":
+            head = Mlp(self.embed_dim, int(self.embed_dim * mlp_ratio), 0.0, width)
+        else:
+            head = nn.Linear(self.embed_dim, width)
+        self.prediction_head = head.apply(self._init_module)
+        self.ema = MovingAverage(self) if use_ema_model else None
         self.before_epoch(0, 1)
 
-    def build_query_blocks(self, query_depth: int, drop_path: float, **options) -> None:
-        """The blocks of the query stream; shared ones take the place of the encoder's."""
-        depth, heads = len(self.blocks), self.blocks[0].attn.num_heads
-        self.blocks_per_query = blocks_per_query(depth, query_depth)
-        block = partial(
-            QueryBlock, self.embed_dim, heads, drop=0.0, attn_drop=0.0, init_values=None, qkv_bias=True, k_bias=True,
-            **options,
-        )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()[
-            : depth if self.share_weight else query_depth
-        ]
-        made = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(self._init_module)
-        setattr(self, "blocks" if self.share_weight else "query_blocks", made)
-        self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
-
-    def build_head(self, kind: str, mlp_ratio: float, width: int) -> None:
-        hidden = int(self.embed_dim * mlp_ratio)
-        head = (
-            Mlp(self.embed_dim, hidden, 0.0, width)
-            if kind == "MLP"
-            else nn.Linear(self.embed_dim, width)
-        )
-        self.prediction_head = head.apply(self._init_module)
-
-    def target_width(self, target: Teacher | None, out_dim: int | None) -> int:
-        """Numbers that are predicted of each patch."""
-        if self.predict_feature not in TEACHERS:
-            return (
-                self.embed_dim if self.has_features else 3 * math.prod(self.patch_embed.patch_size)
-            )
-        if target is None and out_dim is None:
-            raise ValueError(
-                f"--predict_feature {self.predict_feature} needs --target_model: a file or timm's name"
-            )
-        return out_dim if target is None else target.width
-
-    def load_target(
-        self, source: str | None, precision: str, image_mean_std: MeanStd | None
-    ) -> Teacher | None:
-        """The model whose features are predicted, if that is neither the network nor its
-        average."""
-        if source is None:
-            return None
-        if self.predict_feature not in TEACHERS:
-            raise ValueError(
-                f"--target_model is of no use without --predict_feature {' or '.join(TEACHERS)}"
-            )
-        return load_teacher(
-            self.predict_feature, source, self.patch_embed.grid_size, precision, image_mean_std
-        )
+    def build_target(self, kernel_size: int | None, sigma: float | None) -> int:
+        """Builds what makes the target and returns how many numbers of each patch are predicted;
+        called by the constructor."""
+        self.gaussian_blur = build_blur(kernel_size, sigma)
+        return 3 * math.prod(self.patch_embed.patch_size)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random draws of `order_of`."""
-        images = batch["image"]
-        features, attention = self.look_ahead(batch)
-        order = self.order_of(batch, attention, noise)  # [B, N], smaller is earlier
-        target = self.pixel_target(images) if features is None else features[:, 1:]  # [B, N, P]
-        predicted, cells = self.predict(images, order)
-        return {
-            "loss": self.loss_map(
-                predicted, target if cells is None else take(target, cells)
-            ).mean()
-        }
+        """`noise` replaces the random noise of `order_values`."""
+        attention, target = self.attention_and_target(batch)
+        order = self.order_values(batch, attention, noise)  # [B, N], smaller is earlier
+        predicted, positions = self.predict(batch["image"], order)
+        if positions is not None:
+            target = take(target, positions)
+        return {"loss": self.loss_map(predicted, target).mean()}
 
     def predict(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Predictions [B, N, P] and the cells [B, N] that they are of, None being row-major
-        order."""
-        if self.dense:
-            cells, (_, g) = None, self.masked_streams(images, order)
-            g = g[:, 1:]
+        """Returns predictions [B, N, P] and the positions [B, N] that they are of, None for
+        row-major order."""
+        if self.explicit_masks:
+            positions = None
+            g = self.masked_streams(images, order)[1][:, 1:]
         else:
-            cells = order.argsort(dim=1, stable=True)
-            _, g = self.sorted_streams(images, cells)
-        return self.prediction_head(self.norm(g)), cells
+            positions = order.argsort(dim=1, stable=True)
+            g = self.causal_streams(images, positions)[1]
+        return self.prediction_head(self.norm(g)), positions
+
+    # -- the order
+
+    @torch.no_grad()
+    def attention_and_target(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        """Returns the attention map [B, N], None for orders without one, and the target [B, N, P],
+        both of the unmasked image."""
+        return self.attention_map(batch["image"]), self.pixel_target(batch["image"])
+
+    @torch.no_grad()
+    def attention_map(self, images: Tensor) -> Tensor | None:
+        """Returns the map [B, N] that the order follows, None for orders without one."""
+        if not self.permutation_type.startswith("attention"):
+            return None
+        network = self if self.teacher is None else self.teacher
+        # weights that an engine has rounded stay as they are
+        weight = network.patch_embed.proj.weight
+        exact = self.order_precision == "fp32" and weight.dtype == torch.float32
+        with evaluating(network), disabled_autocast(weight.device) if exact else nullcontext():
+            return network.own_attention(images)
+
+    def own_attention(self, images: Tensor) -> Tensor:
+        """Returns the network's own map [B, N], computing of the last block what it takes."""
+        x = self.before_last_block(images)
+        if self.attention_type == "self":
+            return class_attention(self.blocks[-1], x)
+        patches_only = self.patch_embed.num_patches if self.attention_type == "gap" else None
+        return self.similarity_map(self.norm(self.blocks[-1](x, last=patches_only)))
+
+    def before_last_block(self, images: Tensor) -> Tensor:
+        """Returns the tokens [B, T, C] of unmasked images that the last block sees."""
+        x = self.embed(self.patch_embed(images), self.pos_embed)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
+
+    def similarity_map(self, tokens: Tensor) -> Tensor:
+        """Returns the similarity [B, N] of normed patch tokens to the class token or their mean."""
+        patches = tokens[:, -self.patch_embed.num_patches :]
+        query = patches.mean(1, keepdim=True) if self.attention_type != "cls" else tokens[:, :1]
+        return similarity(query, patches).softmax(-1)
+
+    def order_values(
+        self, batch: dict[str, Tensor], attention: Tensor | None, noise: Noise = None
+    ) -> Tensor:
+        """Returns order values [B, N]. `noise`: uniform noise [B, N], for "stochastic_center" a
+        pair with noise [B, 2] of the center."""
+        images = batch["image"]
+        if noise is None and self.noise_size:
+            noise = self.noise_of(batch).split(self.noise_sizes, dim=1)
+        if not isinstance(noise, tuple):
+            noise = (noise,)
+        noise_patches, noise_center = (*noise, None, None)[:2]
+        order = patch_order(
+            self.permutation_type, self.patch_embed.grid_size, noise_patches, attention,
+            noise_center, images.device,
+        )  # fmt: skip
+        return order.to(images.device).expand(len(images), -1)
+
+    # -- target and loss
+
+    def pixel_target(self, images: Tensor) -> Tensor:
+        """Returns the patches [B, N, P] of the blurred images, float32, each normalized by itself
+        with `norm_pix_loss`."""
+        patches = self.blurred_patches(images)
+        if not self.norm_pix_loss:
+            return patches
+        mean, std = pixel_statistics(patches)
+        return (patches - mean) / std
+
+    def blurred_patches(self, images: Tensor) -> Tensor:
+        """Returns the patches [B, N, P] of the blurred images in float32."""
+        images = images.float()
+        if self.gaussian_blur is not None:
+            with disabled_autocast(images.device):
+                images = self.gaussian_blur(images)
+        return self.patch_embed.cut(images)
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of each patch [B, N], in float32, of two tensors [B, N, P]."""
+        error = predicted.float() - target.float()
+        return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch, each from all earlier ones; the first `known_share` of the order
+        """Predicts every patch, each from all earlier ones; the first `known_ratio` of the order
         counts as known.
 
         The predictions are of the blurred image, and of normalized pixels they get the blurred
         patch's own statistics.
         """
-        assert self.predicts_pixels, self.predict_feature
+        assert self.predicts_pixels, type(self).__name__
         images = batch["image"]
-        order = self.order_of(batch, self.look_ahead(batch)[1], noise)
-        predicted, cells = self.predict(images, order)
-        predicted = (
-            predicted.float()
-            if cells is None
-            else put(torch.zeros_like(predicted), cells, predicted).float()
-        )
+        order = self.order_values(batch, self.attention_map(images), noise)
+        predicted, positions = self.predict(images, order)
+        if positions is not None:
+            predicted = put(torch.zeros_like(predicted), positions, predicted)
+        predicted = predicted.float()
         if self.norm_pix_loss:
-            mean, deviation = pixel_statistics(self.blurred_patches(images))
-            predicted = predicted * deviation + mean
-        known = order.argsort(dim=1, stable=True)[:, : round(self.known_share * order.shape[1])]
+            mean, std = pixel_statistics(self.blurred_patches(images))
+            predicted = predicted * std + mean
+        known = order.argsort(dim=1, stable=True)[:, : round(self.known_ratio * order.shape[1])]
         return self.panels(images, known, predicted)
 
-    # -- the order
-
-    def order_of(
-        self, batch: dict[str, Tensor], attention: Tensor | None, noise: Noise = None
-    ) -> Tensor:
-        """Order values [B, N]. `noise`: uniform draws [B, N], for "stochastic_center" a pair with
-        others [B, 2]."""
-        if noise is None and self.noise_size:
-            noise = self.draws(batch).split(self.noise_sizes, dim=1)
-        draws = noise if isinstance(noise, tuple) else (noise,)
-        noise, center_noise = (*draws, None, None)[:2]
-        images, grid = batch["image"], self.patch_embed.grid_size
-        order = patch_order(
-            self.permutation_type, grid, noise, attention, center_noise, images.device
-        )
-        return order.to(images.device).expand(len(images), -1)
-
-    @torch.no_grad()
-    def look_ahead(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Features to predict [B, T, D] and the map of the order [B, N], from whole images; each
-        None if not needed."""
-        if self.predict_feature in TEACHERS:
-            features = (
-                batch["target_tokens"] if self.target is None else self.target(batch["image"])
-            )
-            return features, stretched(similarity(features[:, :1], features[:, 1:]))
-        if not (self.has_map or self.has_features):
-            return None, None
-        network = (
-            self if self.teacher is None or self.predict_feature == "inference" else self.teacher
-        )
-        # the published pass for the map alone is in float32; weights that an engine has rounded
-        # stay as they are
-        weight = network.patch_embed.proj.weight
-        whole = (
-            not self.has_features
-            and self.order_precision == "fp32"
-            and weight.dtype == torch.float32
-        )
-        with (
-            evaluating(network),
-            torch.autocast(weight.device.type, enabled=False) if whole else nullcontext(),
-        ):
-            return network.unmasked(batch["image"])
-
-    def unmasked(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Normed tokens [B, T, C] if features are predicted, and the map [B, N]; of the last block
-        what that takes."""
-        x = self.embed(self.patch_embed(images), self.pos_embed)
-        *blocks, last_block = self.blocks
-        for block in blocks:
-            x = block(x)
-        attention = (
-            class_attention(last_block, x)
-            if self.has_map and self.attention_type == "self"
-            else None
-        )
-        if attention is not None and not self.has_features:
-            return None, attention
-        count = self.patch_embed.num_patches
-        without_class = self.attention_type == "gap" and not self.has_features
-        tokens = self.norm(last_block(x, last=count if without_class else None))
-        patches = tokens[:, -count:]
-        if attention is None:
-            query = tokens[:, :1] if self.attention_type == "cls" else patches.mean(1, keepdim=True)
-            attention = similarity(query, patches).softmax(-1)
-        return tokens if self.has_features else None, attention
-
-    # -- the two streams
-
-    def sorted_streams(self, images: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """h [B, N, C] of the class token and all patches but the last, g [B, N, C]; cells [B, N] in
-        ascending order.
-
-        Row r of h is the r-th patch, 0 the class token, and row r of g the (r + 1)-th: both see
-        rows 0 ... r of h. The last patch is seen by none.
-        """
-        patches = take(self.patch_embed.cut(images), cells[:, :-1])
-        h = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, cells[:, :-1]))
-        return self.run_streams(h, self.pos_embed[0, 1 + cells])
-
-    def masked_streams(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """h and g, [B, T, C] each, in row-major order; under explicit masks made of order values
-        [B, N]."""
-        h = self.embed(self.patch_embed(images), self.pos_embed)
-        masks = (additive_mask(visible_patches(order, itself=itself)) for itself in (True, False))
-        return self.run_streams(h, self.pos_embed.expand_as(h), *masks)
-
-    def run_streams(
-        self, h: Tensor, g: Tensor, mask_h: Tensor | None = None, mask_g: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams after the last block, without norm; masks [B, 1, T, T], none for causal
-        attention."""
-        query_blocks = self.blocks if self.share_weight else self.query_blocks
-        for depth, block in enumerate(self.blocks, 1):
-            h = self._run_block(block, h, mask_h, causal=mask_h is None)
-            query, rest = divmod(depth, self.blocks_per_query)
-            if rest == 0:
-                g = self._run_block(
-                    query_blocks[query - 1], g, mask_g, context=h, causal=mask_g is None
-                )
-        return h, g
-
-    # -- target and loss
-
-    def pixel_target(self, images: Tensor) -> Tensor:
-        """Patches [B, N, P] of the blurred images, each normalized by itself if so asked, in
-        float32."""
-        patches = self.blurred_patches(images)
-        if not self.norm_pix_loss:
-            return patches
-        mean, deviation = pixel_statistics(patches)
-        return (patches - mean) / deviation
-
-    def blurred_patches(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, enabled=False):
-            images = (
-                images.float() if self.gaussian_blur is None else self.gaussian_blur(images.float())
-            )
-        return self.patch_embed.cut(images)
-
-    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Loss of each patch [B, N], in float32, from two tensors [B, N, P]: every patch counts."""
-        predicted, target = predicted.float(), target.float()
-        if self.has_features:
-            return (F.normalize(predicted, dim=-1) - F.normalize(target, dim=-1)).square().sum(-1)
-        error = predicted - target
-        return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
-
-    # -- the average
+    # -- the ema
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
-        """The average's decay rises for a hundred epochs, however long the run (specs/semaim.md
-        6)."""
+        """Raises the decay of the ema for a hundred epochs, however long the run
+        (docs/methods/semaim.md#moving-average)."""
         self.ema_decay = 0.999 + 0.0009 * min(epoch / 100, 1.0)
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        if self.average is not None:
-            self.average.update(self.ema_decay, applied)
+        if self.ema is not None:
+            self.ema.update(self.ema_decay, applied)
+
+
+class FeatureSemAIM(SemAIM):
+    """SemAIM that predicts the features of an unmasked image in place of its pixels.
+
+    The options of pixels have no effect. With "dino" and "clip" the order follows the similarity of
+    that model's patch tokens to its class token, and `attention_type` has no effect.
+
+    predict_feature: "inference" and "ema" are the normed tokens of the network or of its ema,
+        "dino" and "clip" those of `target_model`.
+    target_model: a file, or timm's name of the model; without it a batch brings "target_tokens" [B,
+        T, out_dim].
+    target_precision: the dtype of that model; "auto" leaves it to autocast.
+    image_mean_std: what images are normalized by; with it that model gets them normalized by its
+        own mean and std, without it as they are, which is as published.
+    """
+
+    flags = (
+        *SemAIM.flags,
+        Flag(
+            "predict_feature", choices=PREDICTED_FEATURES,
+            help="predict features in place of pixels: of the network, its ema, a DINO or a CLIP "
+            "model",
+        ),
+        Flag("target_model", metavar="PATH", help="DINO or CLIP model: a file or its name in timm"),
+        TARGET_PRECISION,
+        Flag(
+            "target_mean_std", "image_mean_std", choices=("images", "own"), default="images",
+            convert=lambda choice, run: run.mean_std if choice == "own" else None,
+            help="normalize that model's images as all images, which is as published, or by its "
+            "own mean and std",
+        ),
+    )  # fmt: skip
+    predicts_pixels = False
+
+    def __init__(
+        self,
+        *,
+        predict_feature: str,
+        target_model: str | None = None,
+        target_precision: str = "auto",
+        image_mean_std: MeanStd | None = None,
+        out_dim: int | None = None,
+        use_ema_model: bool = False,
+        **semaim,
+    ):
+        check_choice("predict_feature", predict_feature, PREDICTED_FEATURES)
+        if predict_feature == "ema" and not use_ema_model:
+            raise OptionError(
+                "predict_feature", "ema", "needs the ema that use_ema_model keeps", "use_ema_model"
+            )
+        if predict_feature not in TEACHERS:
+            check_no_target_model(target_model)
+        elif target_model is None and out_dim is None:
+            problem = "needs target_model: a file or timm's name"
+            raise OptionError("predict_feature", predict_feature, problem, "target_model")
+        # the constructor of SemAIM calls `build_target`, which needs these
+        self.predict_feature = predict_feature
+        self.out_dim = out_dim
+        self.load_target = partial(
+            load_teacher, predict_feature, target_model, precision=target_precision,
+            image_mean_std=image_mean_std,
+        )  # fmt: skip
+        super().__init__(use_ema_model=use_ema_model, **semaim)
+
+    def build_target(self, kernel_size: int | None, sigma: float | None) -> int:
+        self.gaussian_blur = None
+        self.target = None
+        if self.predict_feature not in TEACHERS:
+            return self.embed_dim
+        if self.load_target.args[1] is None:
+            return self.out_dim
+        self.target = self.load_target(grid=self.patch_embed.grid_size)
+        return self.target.width
+
+    @torch.no_grad()
+    def attention_and_target(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        if self.predict_feature in TEACHERS:
+            given = self.target is None
+            tokens = batch["target_tokens"] if given else self.target(batch["image"])
+            return stretched(similarity(tokens[:, :1], tokens[:, 1:])), tokens[:, 1:]
+        network = self.teacher if self.predict_feature == "ema" else self
+        with evaluating(network):
+            attention, tokens = network.attention_and_tokens(batch["image"])
+        return attention, tokens[:, 1:]
+
+    def attention_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the network's own map [B, N] and normed tokens [B, T, C] from one pass."""
+        x = self.before_last_block(images)
+        tokens = self.norm(self.blocks[-1](x))
+        if self.attention_type == "self":
+            return class_attention(self.blocks[-1], x), tokens
+        return self.similarity_map(tokens), tokens
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        predicted = F.normalize(predicted.float(), dim=-1)
+        return (predicted - F.normalize(target.float(), dim=-1)).square().sum(-1)
+
+
+def build_semaim(
+    *,
+    predict_feature: str = "none",
+    target_model: str | None = None,
+    target_precision: str = "auto",
+    image_mean_std: MeanStd | None = None,
+    out_dim: int | None = None,
+    **semaim,
+) -> SemAIM:
+    """Builds SemAIM, which predicts pixels, or FeatureSemAIM for any other `predict_feature` than
+    "none"."""
+    if predict_feature == "none":
+        check_no_target_model(target_model)
+        return SemAIM(**semaim)
+    return FeatureSemAIM(
+        predict_feature=predict_feature, target_model=target_model,
+        target_precision=target_precision, image_mean_std=image_mean_std, out_dim=out_dim, **semaim,
+    )  # fmt: skip
+
+
+def check_no_target_model(source: str | None) -> None:
+    """Raises an OptionError if a target model is given that nothing is predicted of."""
+    if source is not None:
+        problem = f"is of no use without predict_feature {' or '.join(TEACHERS)}"
+        raise OptionError("target_model", source, problem, "predict_feature")
 
 
 def order_noise_sizes(kind: str, patches: int) -> tuple[int, ...]:
-    """How many draws an order takes for each image: for its patches, and for the row and column of
-    its center."""
+    """Returns how much noise an order takes for each image: for its patches, and for the row and
+    column of its center."""
     if kind in ORDERS_WITHOUT_NOISE:
         return ()
     return (patches, 2) if kind == "stochastic_center" else (patches,)
@@ -957,8 +1107,8 @@ def blocks_per_query(depth: int, query_depth: int) -> int:
     """How many encoder blocks lie between two query blocks, which must not outnumber them."""
     step = depth // query_depth if query_depth > 0 else 0
     if step == 0 or depth // step > query_depth:
-        raise ValueError(
-            f"--query_depth {query_depth} does not share out {depth} blocks: take a divisor of {depth}"
+        raise OptionError(
+            "query_depth", query_depth, f"does not divide {depth} blocks; use a divisor of {depth}"
         )
     return step
 
@@ -981,6 +1131,10 @@ def stretched(x: Tensor) -> Tensor:
     """Each row of [B, N] moved and scaled to [0, 1)."""
     low, high = x.aminmax(dim=1, keepdim=True)
     return (x - low) / (high - low + 1e-6)
+
+
+def disabled_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
 
 
 def additive_mask(visible: Tensor) -> Tensor:
@@ -1025,86 +1179,39 @@ def is_random(network: nn.Module) -> bool:
 # BEiT
 
 
-class VisualTokenLoss(torch.autograd.Function):
-    """Sum of the cross entropies of linear(x), and how many words are hit, without the logits of
-    all rows at once.
-
-    x [R, C], weight [K, C], bias [K], words int64 [R], counts float32 [R]: 0 leaves a row out. The
-    gradients are made with the logits of a few rows at a time, which costs no more products than
-    keeping the logits.
-    """
-
-    rows = 4096
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, words: Tensor, counts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        total, hits = counts.new_zeros(()), counts.new_zeros(())
-        wanted = any(ctx.needs_input_grad)
-        grads = [
-            torch.empty_like(x),
-            *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias)),
-        ]
-        for start in range(0, len(x), VisualTokenLoss.rows):
-            few = slice(start, start + VisualTokenLoss.rows)
-            logits = F.linear(x[few], weight, bias)
-            dtype, word, count = logits.dtype, words[few, None], counts[few, None]
-            hits += ((logits.argmax(-1, keepdim=True) == word) * count).sum()
-            slope = logits.float().log_softmax(-1)
-            del logits
-            total -= (slope.gather(1, word) * count).sum()
-            if wanted:
-                slope = (
-                    slope.exp_()
-                    .scatter_add_(1, word, torch.full_like(count, -1.0))
-                    .mul_(count)
-                    .to(dtype)
-                )
-                grads[0][few] = slope @ weight.to(dtype)
-                grads[1] += slope.T @ x[few].to(dtype)
-                grads[2] += slope.sum(0)
-        ctx.save_for_backward(*(grads if wanted else ()))
-        ctx.mark_non_differentiable(hits)
-        return total, hits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
-        return (
-            *(
-                g * grad if n else None
-                for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-            ),
-            None,
-            None,
-        )
-
-
 class VisualTokenHead(nn.Linear):
-    """Predicts the visual tokens of tokens, and says how well."""
+    """Predicts visual tokens and returns loss and accuracy."""
 
     def forward(
-        self, tokens: Tensor, words: Tensor, counts: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss and share of hits of tokens [B, M, C] against words int64 [B, M]; those count
-        where bool [B, M]."""
-        counts = torch.ones_like(words, dtype=torch.float32) if counts is None else counts.float()
+        """Returns mean loss and accuracy of tokens [B, M, C] against targets int64 [B, M]; those
+        count where `counts` bool [B, M] is True."""
+        counts = torch.ones_like(targets, dtype=torch.float32) if counts is None else counts.float()
         loss, hits = VisualTokenLoss.apply(
-            tokens.flatten(0, 1), self.weight, self.bias, words.flatten(), counts.flatten()
+            tokens.flatten(0, 1), self.weight, self.bias, targets.flatten(), counts.flatten()
         )
         total = counts.sum().clamp(min=1)
         return loss / total, hits / total
 
 
 class VisualTokenPredictor(PretrainMethod):
-    """A method whose target are the visual tokens of its patches (specs/semanticmim.md 2.1).
+    """A method whose targets are the visual tokens of its patches.
 
     They come from the tokenizer in `discrete_vae_weight_path`, which sees the same crop as
     "image_second", or without one with the batch, as "target_ids" [B, N].
     """
 
+    flags = (
+        Flag(
+            "discrete_vae_weight_path", metavar="FILE", optional=True,
+            help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or "
+            "OpenMMLab's dalle_encoder.pth",
+        ),
+        TARGET_PRECISION,
+    )  # fmt: skip
     not_exported = ("mask_token", "lm_head.")
+    raw_views = ("image_second",)
 
     def build_visual_tokens(self, vocab_size: int, path: str | None, precision: str) -> None:
         """Call at the end of the constructor."""
@@ -1118,17 +1225,19 @@ class VisualTokenPredictor(PretrainMethod):
             self.tokenizer.encoder.stride * side for side in self.patch_embed.grid_size
         )
         if self.tokenizer.vocab_size != vocab_size:
-            raise ValueError(
-                f"--discrete_vae_weight_path {path} has {self.tokenizer.vocab_size} words, the model {vocab_size}: "
-                f"give --model_kwargs vocab_size={self.tokenizer.vocab_size}"
-            )
+            count = self.tokenizer.vocab_size
+            raise OptionError(
+                "discrete_vae_weight_path", path,
+                f"has {count} visual tokens, the model {vocab_size}; use vocab_size={count}",
+                "vocab_size",
+            )  # fmt: skip
 
     @property
     def frozen(self) -> nn.Module | None:
         return None if self.tokenizer is None else self.tokenizer.encoder
 
     def visual_tokens_at(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """Words int64 [B, M] of the patches at these positions."""
+        """Returns the visual tokens int64 [B, M] of the patches at these positions."""
         if "target_ids" in batch:
             return batch["target_ids"].flatten(1).gather(1, positions)
         return self.tokenizer(batch["image_second"], positions)
@@ -1140,14 +1249,13 @@ class VisualTokenPredictor(PretrainMethod):
         positions: Tensor,
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of tokens [B, M, C] of the patches at these positions."""
+        """Returns the loss of tokens [B, M, C] of the patches at these positions."""
         loss, hits = self.lm_head(tokens, self.visual_tokens_at(batch, positions), counts)
         return {"loss": loss, "mlm_acc": hits}
 
 
 class BEiT(VisualTokenPredictor, MaskedImageModel):
-    """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254; specs/semanticmim.md
-    1.7).
+    """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254).
 
     Every patch passes the blocks, the masked ones as a mask token; of these the visual token is
     predicted. Differences from the published code, without effect on the numbers: the MLP of the
@@ -1179,20 +1287,30 @@ class BEiT(VisualTokenPredictor, MaskedImageModel):
 
 
 class SemanticMIM(PretrainMethod, VisionTransformer):
-    """Masked image modelling through a bottleneck (arXiv 2406.10673; specs/semanticmim.md): what
-    its two forms share.
+    """Masked image modelling through a bottleneck (arXiv 2406.10673): what its two forms share
+    (docs/methods/beit_maskfeat_semanticmim.md#two-forms).
 
     The encoder sees class tokens and visible patches. With `use_bottleneck` mask tokens pass blocks
-    of their own, in which they look at the class tokens, of the encoder's block of the same depth,
-    and at each other: what they learn of the image has to pass the class tokens. Without it all
-    tokens pass the same blocks, which is the baseline. Where "mask" [B, gh, gw] is True a patch is
-    not visible; predicted are the same patches or, with `separate_mask`, those of "target_mask".
-    Every image must have as many of either. Differences from the published code, without effect on
-    the numbers: only visible patches are projected; the encoder's last block computes no more than
-    what is looked at; stochastic depth acts once on the MLP, not twice; any grid.
+    of their own, in which they attend to the class tokens, of the encoder's block of the same
+    depth, and to each other: image information reaches them only through the class tokens. Without
+    it all tokens pass the same blocks, which is the baseline. Where "mask" [B, gh, gw] is True a
+    patch is not visible; predicted are the same patches or, with `separate_mask`, those of
+    "target_mask". Every image must have as many of either. Differences from the published code,
+    without effect on the numbers: only visible patches are projected; the encoder's last block
+    computes no more than what is looked at; stochastic depth acts once on the MLP, not twice; any
+    grid.
     """
 
     views = ("image", "mask")
+    flags = (
+        Flag("separate_mask_ratio", "separate_mask", convert=lambda ratio, run: True),
+        Flag("num_cls_tokens", type=int, help="number of class tokens, the bottleneck"),
+        Flag(
+            "use_bottleneck", off="no_bottleneck",
+            help="mask tokens attend to the class tokens only; without, the baseline of "
+            "SemanticMIM",
+        ),
+    )  # fmt: skip
     not_exported = ("mask_token", "mask_blocks.")
 
     def __init__(
@@ -1224,7 +1342,7 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
                 Block, self.embed_dim, own.num_heads, drop=0.0, attn_drop=0.0, kernel=attn,
                 k_bias=own.q_bias is None, **shared,
             )  # fmt: skip
-            rates = torch.linspace(0, drop_path, len(self.blocks), device="cpu").tolist()
+            rates = drop_path_rates(drop_path, len(self.blocks))
             self.mask_blocks = nn.ModuleList(block(drop_path=rate) for rate in rates).apply(
                 self._init_module
             )
@@ -1232,18 +1350,18 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         self.views = (*self.views, "target_mask") if separate_mask else self.views
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        visible, predicted = self.cells(batch)
+        visible, predicted = self.patch_positions(batch)
         return self.compare(self.encode(batch["image"], visible, predicted), batch, predicted)
 
     def compare(
         self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
     ) -> dict[str, Tensor]:
-        """The loss of tokens [B, M, C] of the patches at positions [B, M], and further figures."""
+        """Returns the loss of tokens [B, M, C] of the patches at positions [B, M], and metrics."""
         raise NotImplementedError
 
-    def cells(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cells of the visible patches, int64 [B, V], and of those that are predicted, [B, M], in
-        row-major order."""
+    def patch_positions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns positions of the visible patches, int64 [B, V], and of those that are predicted,
+        [B, M], in row-major order."""
         hidden, count = common_count(batch, "mask")
         visible, _ = masked_positions(~hidden, hidden.shape[1] - count)
         predicted, _ = masked_positions(
@@ -1252,8 +1370,8 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return visible, predicted
 
     def encode(self, images: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
-        """Normed mask tokens [B, M, C] of the cells `predicted`, from the patches in the cells
-        `visible`."""
+        """Returns normed mask tokens [B, M, C] at the positions `predicted`, from the patches at
+        the positions `visible`."""
         patches = self.patch_embed.proj(take(self.patch_embed.cut(images), visible))
         x = self.embed(patches, positions_of(self.pos_embed, visible, self.num_prefix_tokens))
         masked = self.mask_token + self.pos_embed[0, self.num_prefix_tokens + predicted]
@@ -1262,8 +1380,8 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return self.norm(self.run_bottleneck(x, masked))
 
     def run_bottleneck(self, x: Tensor, masked: Tensor) -> Tensor:
-        """Class and visible tokens [B, n + V, C] and mask tokens [B, M, C] to mask tokens after the
-        last block.
+        """Returns the mask tokens [B, M, C] after the last block, of class and visible tokens [B, n
+        + V, C] and mask tokens [B, M, C].
 
         Inside, the class tokens come last among the visible ones and first among the mask tokens,
         so that in both streams what is wanted of a block is at the end.
@@ -1279,10 +1397,10 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
 
 
 def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
-    """Mask bool [B, N] of this name, and of how many patches it is True in every image.
+    """Returns the mask bool [B, N] of this name, and of how many patches it is True in each image.
 
-    ValueError: not of the same number. The counts come with the batch from the host, where there is
-    an engine.
+    Raises an OptionError if that number is not the same in all images. The counts come with the
+    batch from the host, where there is an engine.
     """
     mask = batch[name].flatten(1)
     known = batch.get(f"{name}_counts")
@@ -1290,17 +1408,19 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
     low = int(low)
     high = int(high)
     if low != high:
-        raise ValueError(
-            f"{name} selects {low} patches of one image and {high} of another, but every image needs as many: use "
-            "--mask_type random or random_mps32"
-        )
+        raise OptionError(
+            "mask_type", None,
+            f"{name} selects {low} patches of one image and {high} of another, but every image "
+            "needs the same number; use random or random_mps32",
+        )  # fmt: skip
     return mask, low
 
 
 class SemanticBEiT(VisualTokenPredictor, SemanticMIM):
     """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual
-    words."""
+    tokens."""
 
+    flags = (*SemanticMIM.flags, *VisualTokenPredictor.flags)
     not_exported = (*SemanticMIM.not_exported, *VisualTokenPredictor.not_exported)
 
     def __init__(
@@ -1328,7 +1448,7 @@ class SemanticBEiT(VisualTokenPredictor, SemanticMIM):
 class MaskFeat(SemanticMIM):
     """Masked feature prediction (CVPR 2022, arXiv 2112.09133), the baseline, and SemanticMIM in its
     form: keys with a bias, no layer scale, histograms of oriented gradients of the normalized image
-    (specs/semanticmim.md 2.2)."""
+    (docs/methods/beit_maskfeat_semanticmim.md#hog)."""
 
     not_exported = (*SemanticMIM.not_exported, "hog_head.")
 
@@ -1354,7 +1474,7 @@ class MaskFeat(SemanticMIM):
         return {"loss": F.mse_loss(self.hog_head(tokens).float(), target)}
 
     def no_weight_decay(self) -> set[str]:
-        return {"mask_token"}  # class tokens and positions are decayed (3.1)
+        return {"mask_token"}  # class tokens and positions are decayed
 
     def _init_module(self, module: nn.Module) -> None:
         super()._init_module(module)
@@ -1362,7 +1482,7 @@ class MaskFeat(SemanticMIM):
             self._init_token(module.weight)
 
     def _rescale(self, blocks: nn.ModuleList) -> None:
-        """Not in this form."""
+        """Leaves the blocks as they are, unlike BEiT."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1371,7 +1491,7 @@ class MaskFeat(SemanticMIM):
 _UNDECAYED = {"weight_decay": 0.0}
 _NORM_NAMES = r"(bn|ln|gn)(\d+)?.(weight|bias)"
 # What the published optimizers exempt, by a search in the names; the token's and gamma's rules
-# follow (a2mim.md 4.1).
+# follow (docs/methods/simmim_a2mim.md#weight-decay).
 _RULES = {
     "vit": (_NORM_NAMES, "norm", "bias", "pos_embed", "cls_token", "gamma"),
     "swin": ("norm", "bias", "absolute_pos_embed", "relative_position_bias_table"),
@@ -1381,8 +1501,8 @@ _RULES = {
 
 
 class SimMIM(PretrainMethod):
-    """Predicts the pixels of masked squares from the other features of any backbone (specs/a2mim.md
-    1 to 3).
+    """Predicts the pixels of masked squares from the other features of any backbone
+    (docs/methods/simmim_a2mim.md).
 
     A token takes the place of masked features in between two stages of the backbone; a neck of one
     convolution makes pixels of its last map. `backbone` is one of `MIM_VIT_SIZES` or a name of
@@ -1429,12 +1549,14 @@ class SimMIM(PretrainMethod):
         )
         width, stride = map_of(self.backbone)
         if any(side % stride for side in self.input_size):
-            raise ValueError(
-                f"--input_size {self.input_size} is not a multiple of {stride}, the backbone's last stride"
+            raise OptionError(
+                "input_size",
+                self.input_size,
+                f"is not a multiple of {stride}, the backbone's last stride",
             )
         self.inject = MaskToken(
-            place_of(self.backbone, mask_layer), kind=mask_token, replace=replace, mask_init=mask_init, detach=detach,
-            token_std=token_std,
+            place_of(self.backbone, mask_layer), kind=mask_token, replace=replace,
+            mask_init=mask_init, detach=detach, token_std=token_std,
         )  # fmt: skip
         self.inject.attach(self.backbone)
         self.check_place(backbone)
@@ -1443,15 +1565,14 @@ class SimMIM(PretrainMethod):
 
     @torch.no_grad()
     def check_place(self, name: str) -> None:
-        """ValueError: features that are no map where the token goes in, as some of timm's networks
-        have."""
+        """Raises an OptionError if the features where the token goes in are not a map, as in some
+        of timm's networks."""
         if not is_listed_by_timm(self.backbone):
             return
         place, training = self.inject.place, self.training
         mask = torch.ones(1, *(side // place.stride for side in self.input_size))
-        with refused(
-            f"--model: there is no place for a mask token behind {place.module} of {name}"
-        ):
+        problem = f"there is no place for a mask token after {place.module} of {name}"
+        with refused(OptionError("backbone", None, problem)):
             self.eval().features(torch.zeros(1, 3, *self.input_size), mask)
         self.train(training)
         self.inject.mask = None
@@ -1475,7 +1596,7 @@ class SimMIM(PretrainMethod):
         return family_of(self.backbone).feature_map(self.backbone, self.seen(images, mask))
 
     def seen(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """What goes into the backbone."""
+        """Returns the images that the backbone gets."""
         return mean_filled(images, mask) if self.fills_input and mask is not None else images
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:
@@ -1511,7 +1632,7 @@ class SimMIM(PretrainMethod):
 
 
 class A2MIM(SimMIM):
-    """Architecture-agnostic masked image modelling (ICML 2023, arXiv 2205.13943; specs/a2mim.md).
+    """Architecture-agnostic masked image modelling (ICML 2023, arXiv 2205.13943).
 
     Masked pixels are given the image's mean color; deep in the backbone a token is added to their
     features; the loss also compares the spectra of prediction and image. See `ReconstructionLoss`,
@@ -1527,6 +1648,10 @@ class A2MIM(SimMIM):
         *,
         replace: bool = False,
         pixel_loss: str = "l1",
+        focal_activate: str = "sigmoid",
+        focal_alpha: float = 0.2,
+        focal_gamma: float = 1.0,
+        focal_residual: bool = False,
         unmask_weight: float = 0.0,
         fft_weight: float = 0.0,
         fft_focal: bool = True,
@@ -1534,22 +1659,31 @@ class A2MIM(SimMIM):
         fft_unmask_replace: str = "mixed",
         fft_reweight: bool = False,
         ave_spectrum: bool = True,
+        spectrum_alpha: float = 1.0,
+        log_matrix: bool = True,
         batch_matrix: bool = True,
+        matrix: Tensor | None = None,
         mean_residual: bool = False,
         **simmim,
     ):
         super().__init__(replace=replace, **simmim)
         self.mean_residual = mean_residual
         self.loss = ReconstructionLoss(
-            regression=Regression(mode=pixel_loss),
+            regression=Regression(
+                pixel_loss, activate=focal_activate, alpha=focal_alpha, gamma=focal_gamma,
+                residual=focal_residual,
+            ),
             unmask_weight=unmask_weight,
             fft_weight=fft_weight,
             fft_focal=fft_focal,
             fft_unmask_weight=fft_unmask_weight,
             fft_unmask_replace=fft_unmask_replace,
             fft_reweight=fft_reweight,
-            focal=FocalFrequencyLoss(ave_spectrum=ave_spectrum, batch_matrix=batch_matrix),
-        )
+            focal=FocalFrequencyLoss(
+                alpha=spectrum_alpha, ave_spectrum=ave_spectrum, log_matrix=log_matrix,
+                batch_matrix=batch_matrix, matrix=matrix,
+            ),
+        )  # fmt: skip
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:
         predicted = self.neck(features)
@@ -1565,6 +1699,11 @@ _DECODERS = {
     "tiny": {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3},
     "small": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
 }
+
+
+def _semaim(name: str, **options) -> None:
+    register(f"{name}_patch16_224", build_semaim, classes=(SemAIM, FeatureSemAIM), **options)
+
 
 for _size, _options in VIT_SIZES.items():
     register(
@@ -1588,19 +1727,16 @@ for _size, _options in MAE_SIZES.items():
         patch_size=_patch_size,
         **_DECODERS.get(_size, {}),
     )
-    # the published query stream has 12 blocks, but those of the huge encoder's 32 must share them
-    # out
-    register(
-        f"semaim_{_size}_patch16_224", SemAIM, **_options, query_depth=16 if _size == "huge" else 12
-    )
 
-for (
-    _size,
-    _options,
-) in VIT_SIZES.items():  # SemAIM's ancestors, and its form with CLIP's features for pixels
-    register(f"saim_{_size}_patch16_224", SemAIM, **_options, permutation_type="stochastic")
-    register(f"igpt_{_size}_patch16_224", SemAIM, **_options, permutation_type="zigzag")
-    register(f"semaim_clip_{_size}_patch16_224", SemAIM, **_options, predict_feature="clip")
+# SemAIM, its ancestors, and its variant with CLIP's features as target
+for _size, _options in MAE_SIZES.items():
+    # the published query stream has 12 blocks; they do not divide the huge encoder's 32
+    _depth = 16 if _size == "huge" else 12
+    _semaim(f"semaim_{_size}", **_options, query_depth=_depth)
+for _size, _options in VIT_SIZES.items():
+    _semaim(f"saim_{_size}", **_options, permutation_type="stochastic")
+    _semaim(f"igpt_{_size}", **_options, permutation_type="zigzag")
+    _semaim(f"semaim_clip_{_size}", **_options, predict_feature="clip")
 
 for _size in (
     "base",
@@ -1611,10 +1747,10 @@ for _size in (
     )
 
 # SimMIM's and A2MIM's published backbones, A2MIM with the token and losses of its recipes
-# (specs/a2mim.md 2, 3.6)
+# (docs/methods/simmim_a2mim.md#options)
 _DEEP_TOKEN = {"mask_layer": 3, "mask_init": 1e-6, "token_lr": 0.1}  # before the last stage
 _CNN_LOSS = {"pixel_loss": "focal_l1", "fft_unmask_weight": 1e-3}
-_SPECTRA = {  # what the published recipes weigh them by; those of ResNet-18 and 34 are ours, as of ResNet-50
+_SPECTRA = {  # published weights; those of ResNet-18 and 34 are ours, as of ResNet-50
     **{f"resnet{depth}": {"fft_weight": 0.5} for depth in (18, 34, 50)},
     **{f"resnet{depth}": {"fft_weight": 0.1, "fft_focal": False} for depth in (101, 152)},
     "resnet200": {"fft_focal": False},

@@ -10,7 +10,7 @@ import re
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from modeling_finetune import VisionTransformer, check_choice, take
 from unimim.checkpoint.files import load_checkpoint, load_module_state
+from unimim.checkpoint.loading import unwrapped
 from unimim.checkpoint.names import StateDict
 from unimim.checkpoint.resizing import interpolate_pos_embed
+from unimim.errors import OptionError
 
 TEACHERS = ("dino", "clip")
 PREDICTED_FEATURES = ("none", "inference", "ema", *TEACHERS)
@@ -34,13 +36,16 @@ OWN_MEAN_STD: dict[str, MeanStd] = {  # of the images that the teachers were tra
 
 
 class GaussianBlur(nn.Module):
-    """Blurs images [B, 3, H, W] with zeros around them (specs/semaim.md 5.1)."""
+    """Blurs images [B, 3, H, W] with zeros around them (docs/methods/semaim.md#blur)."""
 
     def __init__(self, kernel_size: int, sigma: float):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1 or sigma <= 0:
-            raise ValueError(
-                f"--gaussian_kernel_size {kernel_size} must be odd and --gaussian_sigma {sigma} positive"
+            raise OptionError(
+                "gaussian_kernel_size",
+                kernel_size,
+                f"must be odd, and gaussian_sigma {sigma} positive",
+                "gaussian_sigma",
             )
         offsets = torch.arange(kernel_size) - kernel_size // 2
         row = torch.exp(-offsets.square() / (2 * sigma**2))
@@ -59,8 +64,11 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
         ValueError: only one of the two is given, or a value that cannot be.
     """
     if (kernel_size is None) != (sigma is None):
-        raise ValueError(
-            "--gaussian_kernel_size and --gaussian_sigma are given together or not at all"
+        raise OptionError(
+            "gaussian_kernel_size",
+            None,
+            "give it together with gaussian_sigma, or neither",
+            "gaussian_sigma",
         )
     return None if kernel_size is None else GaussianBlur(kernel_size, sigma)
 
@@ -71,7 +79,7 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
 
 class HOG:
     """MaskFeat's target: how much gradient each cell has in each direction, by color
-    (specs/semanticmim.md 2.2).
+    (docs/methods/beit_maskfeat_semanticmim.md#hog).
 
     A cell is `pool` x `pool` pixels; each of its pixels counts by the size of its gradient, under a
     Gaussian `window` (0: none) that is repeated over the image. Directions are unsigned. Given
@@ -89,12 +97,15 @@ class HOG:
         window: int = 16,
     ):
         if nbins < 1 or pool < 1 or any(side % pool for side in patch):
-            raise ValueError(
-                f"hog_pool={pool} must divide patches of {patch[0]} x {patch[1]} pixels, hog_nbins={nbins} be 1 or more"
+            raise OptionError(
+                "hog_pool",
+                pool,
+                f"must divide patches of {patch[0]} x {patch[1]} pixels, and hog_nbins={nbins} must "
+                "be 1 or more",
             )
         if window and any(count * side % window for count, side in zip(grid, patch, strict=True)):
-            raise ValueError(
-                f"hog_window={window} does not divide images of {grid} patches of {patch} pixels"
+            raise OptionError(
+                "hog_window", window, f"does not divide images of {grid} patches of {patch} pixels"
             )
         self.grid, self.cells = grid, (patch[0] // pool, patch[1] // pool)
         self.nbins, self.pool, self.window = nbins, pool, window
@@ -191,8 +202,8 @@ class EncoderBlock(nn.Module):
 
 
 class DalleEncoder(nn.Module):
-    """DALL-E's encoder of pictures to visual tokens (specs/semanticmim.md 2.1): groups of blocks,
-    halved in between."""
+    """DALL-E's encoder of images to visual tokens: groups of blocks with pooling in between
+    (docs/methods/beit_maskfeat_semanticmim.md#visual-tokens)."""
 
     def __init__(
         self, n_hid: int = 256, blocks_per_group: int = 2, vocab_size: int = 8192, groups: int = 4
@@ -209,10 +220,10 @@ class DalleEncoder(nn.Module):
             })  # fmt: skip
         self.blocks["output"] = nn.ModuleDict({"conv": nn.Conv2d(widths[-1], vocab_size, 1)})
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures in [0.1, 0.9], [B, 3, H, W], to what the last convolution sees: [B, 8 G, H /
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0.1, 0.9], [B, 3, H, W], to what the last convolution sees: [B, 8 G, H /
         stride, W / stride]."""
-        x = self.blocks["input"](pictures)
+        x = self.blocks["input"](images)
         groups = [group for name, group in self.blocks.items() if name.startswith("group_")]
         for number, group in enumerate(groups):
             x = F.max_pool2d(x, 2) if number else x
@@ -221,7 +232,7 @@ class DalleEncoder(nn.Module):
         return F.relu(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features [..., 8 G] of single places, channels last, to the logits of the tokens [...,
+        """Features [..., 8 G] of single positions, channels last, to the logits of the tokens [...,
         vocab_size]."""
         output = self.blocks["output"]["conv"]
         return F.linear(features, output.weight.flatten(1), output.bias)
@@ -235,7 +246,7 @@ class VisualTokenizer:
     that dtype.
     """
 
-    rows = 4096  # places whose logits are held at once
+    rows = 4096  # positions whose logits are held at once
 
     def __init__(self, encoder: DalleEncoder, precision: str = "auto"):
         check_choice("target_precision", precision, TARGET_PRECISIONS)
@@ -252,31 +263,31 @@ class VisualTokenizer:
         return self.encoder.blocks["output"]["conv"].out_channels
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Ids int64 of uint8 pictures [B, 3, H, W], or of floats that `dalle_pixels` has mapped:
-        [B, M] at the places `positions` int64 [B, M], of all without them."""
-        if self.encoder.blocks["input"].weight.device != pictures.device:
-            self.encoder.to(pictures.device)
-        if not pictures.is_floating_point():
-            pictures = dalle_pixels(pictures)
+    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Ids int64 of uint8 images [B, 3, H, W], or of floats that `dalle_pixels` has mapped:
+        [B, M] at `positions` int64 [B, M], of all without them."""
+        if self.encoder.blocks["input"].weight.device != images.device:
+            self.encoder.to(images.device)
+        if not images.is_floating_point():
+            images = dalle_pixels(images)
         if self.dtype is None:
-            features = self.encoder(pictures)
+            features = self.encoder(images)
             return self.choose(features, positions)
-        with torch.autocast(pictures.device.type, enabled=False):
-            return self.choose(self.encoder(pictures.to(self.dtype)), positions)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.choose(self.encoder(images.to(self.dtype)), positions)
 
     def choose(self, features: Tensor, positions: Tensor | None) -> Tensor:
-        """Of features [B, 8 G, h, w] only the listed places need logits, a few thousand of them at
-        a time."""
-        places = features.flatten(2).transpose(1, 2)
-        places = places if positions is None else take(places, positions)
-        ids = [self.encoder.logits(few).argmax(-1) for few in places.flatten(0, 1).split(self.rows)]
-        return torch.cat(ids).view(places.shape[:2])
+        """Of features [B, 8 G, h, w] only the listed positions need logits, a few thousand of them
+        at a time."""
+        rows = features.flatten(2).transpose(1, 2)
+        rows = rows if positions is None else take(rows, positions)
+        ids = [self.encoder.logits(few).argmax(-1) for few in rows.flatten(0, 1).split(self.rows)]
+        return torch.cat(ids).view(rows.shape[:2])
 
 
-def dalle_pixels(pictures: Tensor) -> Tensor:
+def dalle_pixels(images: Tensor) -> Tensor:
     """uint8 to the encoder's range: [0.1, 0.9]."""
-    return 0.8 / 255 * pictures.float() + 0.1
+    return 0.8 / 255 * images.float() + 0.1
 
 
 def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
@@ -292,8 +303,10 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
         None,
     )
     if prefix is None:
-        raise ValueError(
-            f"--discrete_vae_weight_path {source} holds no encoder of DALL-E: blocks.input.w is missing"
+        raise OptionError(
+            "discrete_vae_weight_path",
+            source,
+            "holds no encoder of DALL-E: blocks.input.w is missing",
         )
     names = {
         name: name.removeprefix(prefix) for name in found if name.startswith(f"{prefix}blocks.")
@@ -314,7 +327,7 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
         encoder.load_state_dict({name: value.float() for name, value in weights.items()})
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--discrete_vae_weight_path {source} is not whole: {reason}") from error
+        raise OptionError("discrete_vae_weight_path", source, f"is not whole: {reason}") from error
     return VisualTokenizer(encoder, precision)
 
 
@@ -327,7 +340,7 @@ class VisualTower(VisionTransformer):
     projection.
 
     CLIP's differs in the norms' epsilon, and OpenAI's in an activation that comes near GELU
-    (specs/semaim.md 5.3).
+    (docs/methods/semaim.md#clips-teacher).
     """
 
     def __init__(self, *, is_clip: bool = False, quick_gelu: bool = False, **vit):
@@ -349,9 +362,20 @@ def near_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+class TeacherFeatures(NamedTuple):
+    """What a teacher sees: tokens after the final norm, and the last block's class attention.
+
+    cls [B, C], patches [B, N, C], and how much the class token attends to each patch, [B, h, N].
+    """
+
+    cls: Tensor
+    patches: Tensor
+    attention: Tensor
+
+
 class Teacher:
-    """A frozen tower. It is no submodule of what it teaches, so that no engine wraps, saves or
-    trains it.
+    """A frozen vision transformer, this repository's or timm's. It is no submodule of what it
+    teaches, so that no engine wraps, saves or trains it.
 
     precision "auto" leaves float32 weights to the autocast around a call; else the tower runs in
     that dtype. mean_std: what the images that it is given are normalized by, and what it wants;
@@ -360,7 +384,7 @@ class Teacher:
 
     def __init__(
         self,
-        tower: VisualTower,
+        tower: nn.Module,
         precision: str = "auto",
         mean_std: tuple[MeanStd, MeanStd] | None = None,
     ):
@@ -369,30 +393,80 @@ class Teacher:
         self.tower = tower.to(self.dtype).eval().requires_grad_(False)
         self.mean_std = None if mean_std is None else torch.tensor(mean_std).view(2, 2, 3, 1, 1)
 
+    def __deepcopy__(self, memo: dict) -> "Teacher":
+        """Returns itself: the copies of a method share its frozen teacher."""
+        return self
+
     @property
     def width(self) -> int:
         """D, numbers of a token."""
         head = self.tower.head
         return head.out_features if isinstance(head, nn.Linear) else self.tower.embed_dim
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return tuple(self.tower.patch_embed.grid_size)
+
+    @property
+    def num_heads(self) -> int:
+        return self.tower.blocks[-1].attn.num_heads
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Tokens float32 [B, T, D] of images [B, 3, H, W], which are brought to the size that gives
         T."""
-        if self.tower.cls_token.device != images.device:
+        if next(self.tower.parameters()).device != images.device:
             self.tower.to(images.device)
         if self.mean_std is not None:
             if self.mean_std.device != images.device:
                 self.mean_std = self.mean_std.to(images.device)
             (mean, std), (own_mean, own_std) = self.mean_std
             images = (images * std + mean - own_mean) / own_std
-        size = self.tower.patch_embed.img_size
+        size = tuple(self.tower.patch_embed.img_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
         if self.dtype is None:
-            return self.tower(images).float()
+            return self._tokens(images).float()
         with torch.autocast(images.device.type, enabled=False):
-            return self.tower(images.to(self.dtype)).float()
+            return self._tokens(images.to(self.dtype)).float()
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        if isinstance(self.tower, VisualTower):
+            return self.tower(images)
+        tokens = self.tower.forward_features(images)
+        # timm's has applied the norm
+        return self.tower.norm(tokens) if isinstance(self.tower, VisionTransformer) else tokens
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> TeacherFeatures:
+        """Returns the tokens of images [B, 3, H, W] and the class token's attention.
+
+        Fused kernels show no probabilities, so they are computed again from the last block's input.
+        """
+        kept: list[Tensor] = []
+        attention = self.tower.blocks[-1].attn
+        hook = attention.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        try:
+            tokens = self(images)
+        finally:
+            hook.remove()
+        prefix = self.tower.num_prefix_tokens
+        seen = self._class_attention(kept[0])[..., prefix:]
+        return TeacherFeatures(tokens[:, 0], tokens[:, prefix:], seen)
+
+    def _class_attention(self, x: Tensor) -> Tensor:
+        """Returns softmax(q k / sqrt(d) + bias) of the last block for the class token: [B, h, T]."""
+        attn = self.tower.blocks[-1].attn
+        if isinstance(self.tower, VisionTransformer):
+            q, k, _ = attn.project(x)
+            bias = attn.position_bias(None)
+            bias = None if bias is None else bias[:, :1]
+            return attn.probabilities(q[:, :, :1], k, bias)[:, :, 0].float()
+        # [B, T, 3 * C] to [3, B, h, T, d]
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(qkv[0, :, :, :1]), attn.k_norm(qkv[1])
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].float()
 
 
 def load_teacher(
@@ -408,7 +482,7 @@ def load_teacher(
     Files: OpenAI's archives and state dicts of CLIP, whole or the visual tower alone; DINO's
     checkpoints; the weights of timm's models of either. Positions are resized to the grid. In
     timm's names the activation does not show: files and models tagged "openai" get OpenAI's. Given
-    the images' mean and deviation, they get the teacher's own.
+    the images' mean and std, they get the teacher's own.
 
     Raises:
         ValueError: no such file and no such name, or weights of another kind.
@@ -421,17 +495,36 @@ def load_teacher(
         key: value.float() for key, value in (from_openai(weights) if openai else weights).items()
     }
     if "pos_embed" not in weights or "blocks.0.attn.qkv.weight" not in weights:
-        raise ValueError(
-            f"--target_model {source} holds no vision transformer in names of OpenAI, DINO or timm"
+        raise OptionError(
+            "target_model", source, "holds no vision transformer in names of OpenAI, DINO or timm"
         )
     if ("norm_pre.weight" in weights) != (kind == "clip"):
-        raise ValueError(
-            f"--target_model {source} is not of the kind that --predict_feature {kind} needs"
+        raise OptionError(
+            "target_model",
+            source,
+            f"is not of the kind that predict_feature {kind} needs",
+            "predict_feature",
         )
     mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD[kind])
     return Teacher(
         build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision, mean_std
     )
+
+
+def vit_options(weights: StateDict) -> dict[str, Any]:
+    """Returns the options of the vision transformer whose tensors these are, in native names.
+
+    Heads have 64 channels, 80 in the huge sizes, unless a bias table tells their number.
+    """
+    width, _, *patch = weights["patch_embed.proj.weight"].shape
+    tables = [value for name, value in weights.items() if name.endswith("position_bias_table")]
+    return {
+        "patch_size": tuple(patch),
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "num_heads": tables[0].shape[-1] if tables else width // (80 if width == 1280 else 64),
+        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+    }
 
 
 def build_tower(
@@ -440,15 +533,12 @@ def build_tower(
     """The tower that these weights, in native names, are of. Heads have 64 channels unless their
     number is given."""
     is_clip = "norm_pre.weight" in weights
-    width, _, *patch = weights["patch_embed.proj.weight"].shape
+    shape = vit_options(weights)
+    patch = shape["patch_size"]
     projection = weights.get("head.weight") if is_clip else None
     tower = VisualTower(
         input_size=(grid[0] * patch[0], grid[1] * patch[1]),
-        patch_size=tuple(patch),
-        embed_dim=width,
-        depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        num_heads=num_heads or width // 64,
-        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        **shape | ({} if num_heads is None else {"num_heads": num_heads}),
         num_classes=0 if projection is None else len(projection),
         is_clip=is_clip,
         quick_gelu=quick_gelu,
@@ -473,14 +563,14 @@ def read_weights(source: str) -> dict[str, Any]:
             else load_checkpoint(source)
         )
     if not timm.is_model(source.split(".")[0]):
-        raise ValueError(
-            f"--target_model {source} is neither a file nor the name of a model of timm"
+        raise OptionError(
+            "target_model", source, "is neither a file nor the name of a model of timm"
         )
     try:
         return timm.create_model(source, pretrained=True).state_dict()
     except Exception as error:  # whatever the hub, the network or the cache raise
-        raise ValueError(
-            f"--target_model {source}: timm has no weights for it here ({error})"
+        raise OptionError(
+            "target_model", source, f"has no weights at timm that can be read here ({error})"
         ) from error
 
 
@@ -494,16 +584,8 @@ def is_archive(path: str) -> bool:
 
 def visual_weights(found: dict[str, Any]) -> StateDict:
     """The tensors of the visual tower, without the names around them."""
-    for key in ("state_dict", "teacher", "model"):
-        found = found[key] if isinstance(found.get(key), dict) else found
-    for prefix in ("module.", "visual.", "trunk.", "backbone."):
-        inside = {
-            name.removeprefix(prefix): value
-            for name, value in found.items()
-            if name.startswith(prefix)
-        }
-        found = inside or found
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    prefixes = ("module.", "visual.", "trunk.", "backbone.")
+    return unwrapped(found, ("state_dict", "teacher", "model"), prefixes)
 
 
 _OPENAI_NAMES = (

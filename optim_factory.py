@@ -1,5 +1,4 @@
-"""Parameter groups with layer-wise learning-rate decay or by rules, optimizers by name, and
-per-step schedules."""
+"""Build parameter groups (layer-wise lr decay, rules), optimizers by name, per-step schedules."""
 
 import difflib
 import importlib
@@ -15,9 +14,8 @@ import torch
 from torch import nn
 
 Groups = list[dict[str, Any]]
-Rules = Mapping[
-    str, Mapping[str, float]
-]  # what is searched for in names -> {"weight_decay": ..., "lr_mult": ...}
+# pattern searched for in parameter names -> {"weight_decay": ..., "lr_mult": ...}
+Rules = Mapping[str, Mapping[str, float]]
 ANNEALINGS = ("stepfix_cosine", "cosine_iters", "cosine_epochs", "step")
 LR_SCHEDULES = ("cosine", "mae", *ANNEALINGS)
 
@@ -26,11 +24,10 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def layer_id(name: str, num_layers: int) -> int:
-    """Depth of parameter `name` in a transformer of `num_layers` blocks (spec ConMIM 5.2; MAE's
-    rule is the same).
+    """Return the depth of parameter `name` in a ViT of `num_layers` blocks, as BEiT and MAE do.
 
     0 = patch embedding, class and mask tokens, positions; i + 1 = block i with its own bias table;
-    num_layers + 1 = everything else: a shared bias table, the last norms, the head.
+    num_layers + 1 = everything else: a shared bias table, the final norms, the head.
     """
     if name in _EMBEDDING_NAMES or name.startswith("patch_embed."):
         return 0
@@ -39,14 +36,14 @@ def layer_id(name: str, num_layers: int) -> int:
 
 
 def layers_of(names: Collection[str], depths: Sequence[int] = ()) -> tuple[dict[str, int], int]:
-    """The layer of each parameter of a ViT, or of timm's Swin or ConvNeXt, by its name, and the
-    last layer's number.
+    """Return the layer of each parameter of a ViT, Swin or ConvNeXt by name, and the last layer.
 
-    0 is nearest to the image, the last layer is the head's (spec ConMIM 5.2, A2MIM 4.4). `depths`:
-    blocks in each stage, by default those that the names tell of; a ViT is a single stage.
+    Layer 0 is nearest to the image, the last layer is the head's. `depths` is the number of blocks
+    in each stage, by default counted in the names; a ViT is a single stage. Names are timm's
+    (docs/methods/simmim_a2mim.md#classifiers).
 
     Raises:
-        ValueError: another network.
+        ValueError: the network is of another kind.
     """
     depths = depths or depths_of(names)
     in_stages = any(name.startswith("stages.") for name in names)
@@ -63,41 +60,45 @@ def layers_of(names: Collection[str], depths: Sequence[int] = ()) -> tuple[dict[
 
 
 def depths_of(names: Collection[str]) -> tuple[int, ...]:
-    """Blocks in each stage."""
+    """Count the blocks in each stage from the parameters' names."""
     depths: dict[int, int] = {}
     for name in names:
-        if found := re.match(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.", name):
-            stage = int(found[1] or 0)
-            depths[stage] = max(depths.get(stage, 0), int(found[2]) + 1)
+        if match := re.match(r"(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.", name):
+            stage = int(match[1] or 0)
+            depths[stage] = max(depths.get(stage, 0), int(match[2]) + 1)
     return tuple(depths[stage] for stage in sorted(depths))
 
 
 def _swin_layer(name: str, depths: Sequence[int], last: int) -> int:
-    """Every block is a layer; patch merging belongs to the block before it."""
+    """Return the layer of a Swin parameter: one per block; patch merging joins the block before."""
     if name.startswith("patch_embed."):
         return 0
-    found = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
-    if found is None:
+    match = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
+    if match is None:
         return last
-    before = sum(depths[: int(found[1])])
-    return before if found[2] is None else before + int(found[2]) + 1
+    stage, block = match.groups()
+    before = sum(depths[: int(stage)])
+    return before if block is None else before + int(block) + 1
 
 
 def _convnext_layer(name: str, depths: Sequence[int], last: int) -> int:
-    """Three blocks of the third stage are a layer, every other stage is one."""
+    """Return the layer of a ConvNeXt parameter: one per stage, but three blocks in the third."""
     if name.startswith("stem."):
         return 0
-    found = re.match(r"stages\.(\d)\.(?:blocks\.(\d+)|downsample)\.", name)
-    if found is None:
+    match = re.match(r"stages\.(\d)\.(?:blocks\.(\d+)|downsample)\.", name)
+    if match is None:
         return last
-    if found[1] == "2" and found[2] is not None:
-        return 3 + int(found[2]) // 3
-    return (1, 2, 3, last - 1)[int(found[1])]
+    stage, block = match.groups()
+    if stage == "2" and block is not None:
+        return 3 + int(block) // 3
+    return (1, 2, 3, last - 1)[int(stage)]
 
 
 def layer_scales(layer_decay: float, num_layers: int) -> np.ndarray:
-    """Learning-rate factor of layers 0 ... num_layers + 1, float64: layer_decay ** (num_layers + 1
-    - layer), last 1."""
+    """Return the lr factor of layers 0 ... num_layers + 1, float64.
+
+    The factor is layer_decay ** (num_layers + 1 - layer), hence 1 for the last layer.
+    """
     return layer_decay ** np.arange(num_layers + 1, -1, -1, dtype=np.float64)
 
 
@@ -107,17 +108,19 @@ def param_groups(
     layer_decay: float | None = None,
     no_decay_names: Collection[str] = (),
 ) -> Groups:
-    """Optimizer groups of the trainable parameters of `model`, in order of first appearance (spec
-    ConMIM 5.1, 5.2).
+    """Return optimizer groups of the model's trainable parameters, in order of first appearance.
 
-    One-dimensional parameters, names that end in `.bias`, and those in `model.no_weight_decay()` or `no_decay_names`
-    are not decayed. So a model whose `no_weight_decay()` is empty follows MAE's rule for pre-training, where class and
-    mask tokens decay; with the class token and the positions in it, BEiT's rule and MAE's for fine-tuning.
-    With `layer_decay` < 1 a parameter's lr_scale is that of its layer among `layer_scales`, see `layers_of`, otherwise
-    1. A model with `param_rules()` is grouped by these in place of all that, see `by_rules`.
+    Not decayed are one-dimensional parameters, names that end in `.bias`, and names in
+    `model.no_weight_decay()` or `no_decay_names`. A model whose `no_weight_decay()` is empty thus
+    follows MAE's rule for pre-training, where class and mask tokens decay; one that lists the class
+    token and the positions follows BEiT's rule, which is MAE's for fine-tuning, too.
 
-    A group holds `params`, `weight_decay`, `lr_scale`, `group_name`, and `decay`, which tells the
-    decayed groups from the others also where the weight decay is 0 at present.
+    With `layer_decay` < 1, `lr_scale` is the `layer_scales` factor of the parameter's layer (see
+    `layers_of`), otherwise 1. A model with `param_rules()` is grouped by those instead, see
+    `by_rules`.
+
+    A group holds `params`, `weight_decay`, `lr_scale`, `group_name` and `decay`; the last tells
+    decayed groups from the others while the scheduled weight decay is 0.
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"--layer_decay is a factor in (0, 1], got {layer_decay}")
@@ -140,22 +143,23 @@ def param_groups(
 
 
 def by_rules(name: str, rules: Rules, lr: float, weight_decay: float) -> tuple[float, float]:
-    """Learning rate and weight decay of parameter `name` (spec A2MIM 4.1).
+    """Return the lr and weight decay of parameter `name` under OpenMixup's `paramwise_options`.
 
-    Every rule whose pattern is found in the name applies, later ones over earlier ones;
-    `<value>_mult` multiplies what is given here.
+    Every rule whose pattern occurs in the name applies, later rules over earlier ones; a key
+    `<value>_mult` multiplies the base value (docs/methods/simmim_a2mim.md#weight-decay).
     """
     base = {"lr": lr, "weight_decay": weight_decay}
-    found = dict(base)
+    result = dict(base)
     for pattern, values in rules.items():
         if re.search(pattern, name):
             for key, value in values.items():
-                of = key.removesuffix("_mult")
-                found[of] = value if key == of else base[of] * value
-    return found["lr"], found["weight_decay"]
+                target = key.removesuffix("_mult")
+                result[target] = value if key == target else base[target] * value
+    return result["lr"], result["weight_decay"]
 
 
 def _groups_by_rules(model: nn.Module, weight_decay: float, rules: Rules) -> Groups:
+    """Return groups of equal lr and decay factors, in order of first appearance."""
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -182,16 +186,14 @@ def _empty_group(weight_decay: float, decay: bool) -> dict[str, Any]:
 def set_schedule(
     optimizer: torch.optim.Optimizer, lr: float | np.ndarray, weight_decay: float
 ) -> None:
-    """Write this step's values into every group: lr * lr_scale, and the weight decay where the
-    group is decayed.
+    """Set every group's lr to lr * lr_scale, and the weight decay of the decayed groups.
 
-    Of a pair (lr, floor) only what is above the floor is scaled: every group ends at the same rate.
+    If `lr` is a pair (lr, floor), only the part above the floor is scaled, so that all groups end
+    at the same lr.
     """
-    # numpy's numbers would end up in checkpoints
-    (lr, floor), weight_decay = (
-        map(float, lr) if np.ndim(lr) else (float(lr), 0.0),
-        float(weight_decay),
-    )
+    # float(): numpy scalars would end up in checkpoints
+    lr, floor = map(float, lr) if np.ndim(lr) else (float(lr), 0.0)
+    weight_decay = float(weight_decay)
     for group in optimizer.param_groups:
         group["lr"] = (lr - floor) * group.get("lr_scale", 1.0) + floor
         if group.get("decay", group["weight_decay"] > 0):
@@ -207,12 +209,14 @@ def cosine_schedule(
     start_warmup: float = 0.0,
     warmup_steps: int = -1,
 ) -> np.ndarray:
-    """One float64 value for each of the epochs * steps_per_epoch steps (spec ConMIM 5.4).
+    """Return BEiT's cosine schedule, one float64 value per step.
 
-    A linear ramp from `start_warmup` to `base`, both included, over `warmup_steps` steps if
-    positive, else over `warmup_epochs`; then half a cosine from `base` towards `final`, which is
-    approached but not reached. A ramp as long as the run leaves no cosine; a longer one is a
-    ValueError.
+    A linear ramp from `start_warmup` to `base`, both included, takes `warmup_steps` steps if that
+    is positive, else `warmup_epochs`. Half a cosine from `base` follows, which approaches `final`
+    but does not reach it. A ramp as long as the run leaves no cosine.
+
+    Raises:
+        ValueError: the ramp is longer than the run.
     """
     steps = epochs * steps_per_epoch
     ramp_steps = warmup_steps if warmup_steps > 0 else warmup_epochs * steps_per_epoch
@@ -229,10 +233,10 @@ def cosine_schedule(
 def cosine_at(
     epoch: np.ndarray, base: float, final: float, epochs: float, warmup_epochs: float = 0.0
 ) -> np.ndarray:
-    """MAE's learning rate at fractional epochs, float64 (spec SemMAE A.8).
+    """Return MAE's lr at fractional epochs, float64.
 
-    From 0 straight up to `base`, which is reached after `warmup_epochs`, then half a cosine to
-    `final`, reached after `epochs`. `cosine_schedule` ends its warm-up one step earlier.
+    It rises linearly from 0 to `base` at `warmup_epochs`, then falls along half a cosine to `final`
+    at `epochs`. `cosine_schedule` ends its warm-up one step earlier.
     """
     if warmup_epochs >= epochs:
         raise ValueError(
@@ -256,16 +260,16 @@ def annealing(
     milestones: Sequence[int] = (),
     gamma: float = 0.1,
 ) -> np.ndarray:
-    """A2MIM's learning rates and their floors for `set_schedule`, float64 [steps, 2] (spec A2MIM
-    4.2).
+    """Return OpenMixup's lr and its floor for `set_schedule`, float64 [steps, 2].
 
-    "stepfix_cosine": half a cosine after the warm-up, in which the same cosine runs backwards, from
-    0. The others let the warm-up scale what the whole run's schedule says, from `warmup_ratio` on:
-    "cosine_iters" and "cosine_epochs" are half a cosine by steps or by epochs, "step" is `base`,
-    times `gamma` at each milestone (in epochs), without floor.
+    "stepfix_cosine" is half a cosine that starts after the warm-up; the warm-up, from 0, scales the
+    same cosine continued backwards. The other kinds let the warm-up scale a schedule that spans the
+    whole run, starting from the factor `warmup_ratio`: "cosine_iters" and "cosine_epochs" are half
+    a cosine by steps or by epochs; "step" is `base`, multiplied by `gamma` at each milestone (in
+    epochs), and has no floor. See docs/methods/simmim_a2mim.md#schedules.
 
     Raises:
-        ValueError: a warm-up longer than the run.
+        ValueError: the warm-up is as long as the run or longer.
     """
     steps = epochs * steps_per_epoch
     if warmup_steps >= steps:
@@ -273,35 +277,37 @@ def annealing(
             f"the warm-up ({warmup_steps} steps) leaves nothing of the run ({steps} steps)"
         )
     step = np.arange(steps, dtype=np.float64)
+    epoch = step // steps_per_epoch
+
+    # The factor between `base` (1) and `final` (0), without the warm-up.
     if kind == "step":
-        share, final = (
-            gamma ** np.searchsorted(sorted(milestones), step // steps_per_epoch, side="right"),
-            0.0,
-        )
+        decay = gamma ** np.searchsorted(sorted(milestones), epoch, side="right")
+        final = 0.0
     else:
         progress = {
             "stepfix_cosine": (step - warmup_steps) / (steps - warmup_steps),
             "cosine_iters": step / steps,
-            "cosine_epochs": step // steps_per_epoch / epochs,
+            "cosine_epochs": epoch / epochs,
         }[kind]
-        share = 0.5 * (1 + np.cos(math.pi * progress))
+        decay = 0.5 * (1 + np.cos(math.pi * progress))
+
+    # The warm-up's factor, from `start` to 1.
     start = 0.0 if kind == "stepfix_cosine" else warmup_ratio
-    warm = (
-        np.minimum(1 - (1 - step / max(warmup_steps, 1)) * (1 - start), 1.0)
-        if warmup_steps
-        else np.ones(steps)
-    )
-    floor = warm * final * (1 - share)
-    return np.stack((warm * base * share + floor, floor), axis=1)
+    warmup = np.ones(steps)
+    if warmup_steps:
+        warmup = np.minimum(1 - (1 - step / warmup_steps) * (1 - start), 1.0)
+
+    floor = warmup * final * (1 - decay)
+    return np.stack((warmup * base * decay + floor, floor), axis=1)
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose gradients are rescaled, per matrix, to the size of the weights (spec
-    SemMAE A.10).
+    """SGD with momentum whose gradients are rescaled per matrix to the norm of the weights.
 
-    For parameters of more than one dimension: g <- g + wd * w, then g <- g * trust_coefficient *
-    |w| / |g|, unscaled where either norm is 0. One-dimensional parameters are neither decayed nor
-    rescaled. timm's `lars` differs: it adds the decay after taking the gradient's norm.
+    This is MAE's variant for linear probing. For parameters of more than one dimension:
+    g <- g + wd * w, then g <- g * trust_coefficient * |w| / |g|, unscaled where either norm is 0.
+    One-dimensional parameters are neither decayed nor rescaled. timm's `lars` differs: it adds the
+    weight decay after taking the gradient's norm (docs/methods/mae_semmae.md#linear-probe).
     """
 
     def __init__(
@@ -322,8 +328,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; `closure`, if given, re-evaluates the loss with gradients and its value is
-        returned."""
+        """Update the parameters; return the value of `closure`, which re-evaluates the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -340,7 +345,7 @@ class LARS(torch.optim.Optimizer):
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
             weight_norm, gradient_norm = parameter.norm(), gradient.norm()
             trust = group["trust_coefficient"] * weight_norm / gradient_norm
-            # where(), not if: no host synchronization
+            # where() instead of if: no host synchronization
             gradient = gradient * torch.where((weight_norm > 0) & (gradient_norm > 0), trust, 1.0)
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -349,8 +354,7 @@ class LARS(torch.optim.Optimizer):
         parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
 
 
-# name -> (class of apex.optimizers, its fixed options, the optimizer to use where apex is not
-# installed)
+# name -> (class of apex.optimizers, its fixed options, the equivalent without apex)
 _APEX = {
     "fusedsgd": ("FusedSGD", {"nesterov": True}, "sgd"),
     "fusedmomentum": ("FusedSGD", {"nesterov": False}, "momentum"),
@@ -359,12 +363,11 @@ _APEX = {
     "fusedlamb": ("FusedLAMB", {}, "lamb"),
     "fusednovograd": ("FusedNovoGrad", {"betas": (0.95, 0.98)}, "novograd"),
 }
-_ALIASES = {
-    "nvnovograd": "novograd",
-    "fusedmomentum": "fusedsgd",
-}  # names that timm has under another one
+# our name -> timm's name
+_ALIASES = {"nvnovograd": "novograd", "fusedmomentum": "fusedsgd"}
 _SGD = ("sgd", "nesterov", "momentum")
 _LOOKAHEAD = "lookahead_"
+# optimizers whose update of one number does not depend on the others
 _ELEMENTWISE = {
     "adam",
     "adamw",
@@ -382,16 +385,16 @@ _ELEMENTWISE = {
 def create_optimizer(
     args: Namespace, groups: Groups, device: torch.device | str
 ) -> torch.optim.Optimizer:
-    """The optimizer named by `args.opt` (any case) over `groups`, whose keys survive; decay is the
-    groups' affair.
+    """Return the optimizer `args.opt` (in any case) over `groups`, which set the weight decay.
 
-    adamw, adam, sgd / nesterov (Nesterov momentum) and momentum are torch's, in their fused form
-    where `device` has one; lars is the class above; fused* are apex's; every other name is timm's.
-    `lookahead_` before a name wraps it. Reads args.lr, momentum, opt_eps and opt_betas: eps is
-    passed where the optimizer has one, None means its default.
+    adamw, adam, sgd / nesterov (Nesterov momentum) and momentum are torch's, fused where `device`
+    supports it; lars is the class above; fused* are apex's; every other name is timm's. The prefix
+    `lookahead_` wraps an optimizer. Reads `lr`, `momentum`, `opt_eps` and `opt_betas`; None means
+    the optimizer's default.
 
-    Raises ValueError for an unknown name, for betas that the optimizer does not take, and where
-    apex is missing.
+    Raises:
+        ValueError: the name is unknown, the optimizer does not take these betas, or apex is
+            missing.
     """
     name = args.opt.lower()
     if name.startswith(_LOOKAHEAD):
@@ -400,8 +403,7 @@ def create_optimizer(
 
 
 def takes_betas(name: str, count: int) -> bool:
-    """Whether the optimizer has betas, `count` of them; an unknown name has (and is refused when it
-    is built)."""
+    """Tell whether optimizer `name` takes `count` betas; True for unknown names, refused later."""
     name = name.lower().removeprefix(_LOOKAHEAD)
     if _ALIASES.get(name, name) not in timm.optim.list_optimizers():
         return True
@@ -410,14 +412,12 @@ def takes_betas(name: str, count: int) -> bool:
 
 
 def works_on_shards(name: str) -> bool:
-    """Whether the optimizer treats every number alike: ZeRO stages 1 to 3 hand it flat shards, not
-    whole matrices."""
+    """Tell whether the optimizer is elementwise: ZeRO stages 1 to 3 pass it flat shards."""
     return name.lower() in _ELEMENTWISE
 
 
 def needs_create_graph(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether backward() must keep the graph (`create_graph=True`): second-order optimizers such as
-    adahessian."""
+    """Tell whether backward() needs `create_graph=True`: second-order ones such as adahessian."""
     return getattr(optimizer, "is_second_order", False)
 
 
@@ -431,21 +431,21 @@ def _create(
             groups, fused=fused, **options
         )
     if name in _SGD:
-        # torch refuses Nesterov without momentum, where both forms are the same plain SGD
+        # torch refuses Nesterov without momentum, where both are plain SGD
         nesterov = name != "momentum" and args.momentum > 0
         return torch.optim.SGD(groups, nesterov=nesterov, fused=fused, **options)
     if name == "lars":
-        options.pop("eps", None)  # timm's form has one, this one needs none
+        options.pop("eps", None)  # timm's variant has one
         return LARS(groups, **options)
     if name in _APEX:
         return _apex_class(name)(groups, **_APEX[name][1] | options)
     if name == "adafactor" and not args.lr:
-        options["lr"] = None  # it then finds its own step size
+        options["lr"] = None  # it then sets its own step size
     return timm.optim.create_optimizer_v2(groups, opt=_ALIASES.get(name, name), **options)
 
 
 def _options(name: str, args: Namespace) -> dict[str, Any]:
-    """The constructor arguments that the flags give to optimizer `name`."""
+    """Return the constructor arguments of optimizer `name` that the flags set."""
     known = {*timm.optim.list_optimizers(), *_APEX, *_ALIASES}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=5) or ["adamw", "sgd", "lamb", "lars"]
@@ -474,5 +474,6 @@ def _apex_class(name: str) -> type[torch.optim.Optimizer]:
         return getattr(importlib.import_module("apex.optimizers"), class_name)
     except ImportError as error:
         raise ValueError(
-            f"--opt {name} needs NVIDIA apex, which is not installed: --opt {substitute} is the same without it"
+            f"--opt {name} needs NVIDIA apex, which is not installed; use --opt {substitute}, "
+            "which is equivalent"
         ) from error

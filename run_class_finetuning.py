@@ -4,10 +4,11 @@ from argparse import Namespace
 from pathlib import Path
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import EvalBatchSampler, build_dataset, build_loader
-from engine_for_finetuning import Classification, evaluate
+from engine_for_finetuning import Classification, evaluate_classifier
 from engine_for_pretraining import train
 from optim_factory import param_groups
 from unimim.checkpoint.files import load_checkpoint
@@ -15,19 +16,20 @@ from unimim.checkpoint.loading import load_pretrained
 from unimim.cli.models import build_classifier
 from unimim.cli.options import derived, parse, report
 from unimim.data.classes import check_eval_size, settle_classes, settle_size
-from unimim.data.pretraining import train_loader
+from unimim.data.pretraining import steps_per_epoch, train_loader
 from unimim.data.views import build_finetune_transform
 from unimim.engine.batch_norm import average_batch_statistics
 from unimim.engine.distributed import from_first_rank
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
-from unimim.engine.state import Normalize, Training
+from unimim.engine.state import RunContext, Training
 from unimim.logs import log
 
 
 def build_eval_loader(args: Namespace, transform):
-    """Every image once: shared among the processes, or on each of them with --no_dist_eval."""
+    """Returns a loader of every image once, shared among the ranks unless --no_dist_eval is
+    given."""
     dataset = build_dataset(args, train=False, transform=transform, need_labels=True)
     rank, world_size = (args.rank, args.world_size) if args.dist_eval else (0, 1)
     sampler = EvalBatchSampler(
@@ -37,7 +39,7 @@ def build_eval_loader(args: Namespace, transform):
 
 
 def undecayed(args: Namespace, model: nn.Module) -> set[str]:
-    """Names of the tables that --disable_weight_decay_on_rel_pos_bias exempts."""
+    """Returns the names of the tables that --disable_weight_decay_on_rel_pos_bias exempts."""
     if not args.disable_weight_decay_on_rel_pos_bias:
         return set()
     return {
@@ -47,50 +49,52 @@ def undecayed(args: Namespace, model: nn.Module) -> set[str]:
     }
 
 
-class Evaluator:
-    """Evaluates the model and its average after each epoch, and keeps the best of either."""
+class ClassificationEvaluator:
+    """Evaluates the model and its ema after each epoch, and keeps the best of either."""
 
-    def __init__(self, run: Training, loader):
-        self.args, self.task, self.normalize, self.loader = (
-            run.args,
-            run.task,
-            run.normalize,
-            loader,
-        )
+    def __init__(self, run: Training, loader: DataLoader):
+        self.args = run.args
+        self.task = run.task
+        self.context = run.context
+        self.loader = loader
         self.dtype = run.runner.dtype
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
-        model.to(self.normalize.device)
-        result = evaluate(
-            model, self.loader, self.normalize, dtype=self.dtype, shared=self.args.dist_eval
+        model.to(self.context.device)
+        result = evaluate_classifier(
+            model, self.loader, self.context, dtype=self.dtype, shared=self.args.dist_eval
         )
         model.to(device)
         return result
 
     def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
-        """Rank 0's figures decide for all: ranks that evaluate by themselves may round otherwise,
-        and a checkpoint takes every one of them."""
-        average = self.task.average and self.task.average.module
-        for network in (self.task.model, average):
+        """Evaluates; the metrics of rank 0 decide for all ranks.
+
+        Ranks that evaluate by themselves may round differently, and all of them have to save
+        together.
+        """
+        ema = self.task.ema and self.task.ema.module
+        for network in (self.task.model, ema):
             if network is not None:  # what rank 0 saves is then what every rank evaluates
-                average_batch_statistics(network, self.normalize.device)
+                average_batch_statistics(network, self.context.device)
         if self.args.disable_eval_during_finetuning:
             return {}
-        figures = {f"test_{k}": v for k, v in from_first_rank(self(self.task.model)).items()}
-        if figures["test_acc1"] > position.best:
-            position.best = figures["test_acc1"]
-            session.save_best(position, of_average=False)
-        if average is not None:
-            figures |= {f"test_ema_{k}": v for k, v in from_first_rank(self(average)).items()}
-            if figures["test_ema_acc1"] > position.best_average:
-                position.best_average = figures["test_ema_acc1"]
-                session.save_best(position, of_average=True)
-        return figures | {"best_acc1": position.best}
+        metrics = {f"test_{k}": v for k, v in from_first_rank(self(self.task.model)).items()}
+        if metrics["test_acc1"] > position.best:
+            position.best = metrics["test_acc1"]
+            session.save_best(position, of_ema=False)
+        if ema is not None:
+            metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema)).items()}
+            if metrics["test_ema_acc1"] > position.best_average:
+                position.best_average = metrics["test_ema_acc1"]
+                session.save_best(position, of_ema=True)
+        return metrics | {"best_acc1": position.best}
 
 
-def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loader) -> None:
-    """--eval: the accuracy of --resume (or of --finetune) in one line."""
+def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> None:
+    """Logs the accuracy of --resume (or of --finetune) in one line, for --eval."""
+    args = context.args
     if args.resume:
         Origin(Path(args.resume), load_checkpoint(args.resume)).load_weights(
             model, None, "model_ema"
@@ -99,9 +103,9 @@ def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loade
         raise ValueError("--eval needs a checkpoint: --resume FILE")
     if args.dry_run:
         return
-    model.to(normalize.device)
+    model.to(context.device)
     dtype = AUTOCAST_DTYPES.get(args.precision)
-    result = evaluate(model, loader, normalize, dtype=dtype, shared=args.dist_eval)
+    result = evaluate_classifier(model, loader, context, dtype=dtype, shared=args.dist_eval)
     log.info(
         "%s: acc1 %.3f  acc5 %.3f  loss %.4f",
         args.resume or args.finetune,
@@ -110,7 +114,7 @@ def evaluate_only(args: Namespace, model: nn.Module, normalize: Normalize, loade
 
 
 def main(args: Namespace) -> None:
-    normalize = set_up(args)
+    context = set_up(args)
     settle_size(args)
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
     settle_classes(args, eval_loader.dataset)
@@ -122,7 +126,7 @@ def main(args: Namespace) -> None:
         log.info("%s", found)
     check_eval_size(args, model)
     if args.eval:
-        return evaluate_only(args, model, normalize, eval_loader)
+        return evaluate_only(context, model, eval_loader)
 
     dataset = build_dataset(
         args,
@@ -131,14 +135,18 @@ def main(args: Namespace) -> None:
         need_labels=True,
     )
     loader = train_loader(args, dataset)
-    images = f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, {args.nb_classes} classes"
-    report(args, derived(args, loader.steps_per_epoch) | {"images": images})
+    images = (
+        f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, "
+        f"{args.nb_classes} classes"
+    )
+    steps = steps_per_epoch(args, loader)
+    report(args, derived(args, steps) | {"images": images})
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
     if args.dry_run:
-        return dry_run(args, groups, loader.steps_per_epoch, normalize.device)
-    task = Classification(model.to(normalize.device), args, normalize.device)
-    run, position = start_training(args, task, model, loader, groups, normalize, "model_ema")
-    evaluator = Evaluator(run, eval_loader)
+        return dry_run(args, groups, steps, context.device)
+    task = Classification(model.to(context.device), args, context.device)
+    run, position = start_training(context, task, loader, groups)
+    evaluator = ClassificationEvaluator(run, eval_loader)
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best acc1 %.3f", position.best)
     return None

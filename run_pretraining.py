@@ -4,29 +4,28 @@ from argparse import Namespace
 
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from engine_for_pretraining import train
-from optim_factory import (
-    param_groups,
-)
+from optim_factory import param_groups
 from unimim.cli.models import build_method
 from unimim.cli.options import derived, parse, report
-from unimim.data.pretraining import build_data, mask_generator
+from unimim.data.pretraining import build_data, mask_generator, steps_per_epoch
 from unimim.engine.setup import dry_run, launch, set_up, start_training
 
 
 def main(args: Namespace) -> None:
-    normalize = set_up(args)
+    context = set_up(args)
     method = build_method(args)
     loader = build_data(args, method)
-    report(args, derived(args, loader.steps_per_epoch) | {"images": len(loader.dataset)})
+    steps = steps_per_epoch(args, loader)
+    report(args, derived(args, steps) | {"images": len(loader.dataset)})
     groups = param_groups(method, args.weight_decay)
     if args.dry_run:
-        return dry_run(args, groups, loader.steps_per_epoch, normalize.device)
+        return dry_run(args, groups, steps, context.device)
     if args.compile and (masks := mask_generator(args, method, "mask")) is not None:
-        method.most_masked = masks.most
-    method.to(normalize.device)
+        method.pad_masks_to(masks.most)
+    method.to(context.device)
     if method.teacher is not None:
-        method.teacher.to(normalize.device)
-    run, position = start_training(args, method, method, loader, groups, normalize, "teacher")
+        method.teacher.to(context.device)
+    run, position = start_training(context, method, loader, groups)
     train(run, position, after_epoch=lambda position: {})
 
 

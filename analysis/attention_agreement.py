@@ -1,20 +1,21 @@
-"""How well attention finds the objects of `shapes`, whose masks are known: one CSV row for a layer
-of a checkpoint.
+"""Measure how well attention finds the objects of `shapes`: one CSV row per layer of a checkpoint.
 
-    python analysis/attention_agreement.py --checkpoint out/semanticmim/checkpoint-29.pth [--layer -1] [--csv FILE]
+    python analysis/attention_agreement.py --checkpoint out/semanticmim/checkpoint-29.pth \\
+        [--layer -1] [--csv FILE]
 
-Further flags describe the model of a file that has none of its own (`encoder-*.safetensors`) and
-win over those of the others. Values are means over the validation images, or as many as --images
-says; every map is the mean over heads.
+Further flags describe the model of a file without flags (`encoder-*.safetensors`) and override
+those of other files. Values are means over the first --images validation images; every map is the
+mean over heads.
 
-cls_*       what the class tokens see, on average, against all objects together
-one_cls_*   each class token by itself, against all objects together: mean over class tokens
-best_cls_*  the best class token of each image; more tokens have more chances, and so does random_best_cls_*
-patch_*     what a patch that lies in an object sees, against that object; the patch itself does not count
-*_auc       how often a pixel of the object has a larger value than one beside it
+cls_*       the mean map of the class tokens against the union of all objects
+one_cls_*   each class token's map against the union of all objects: mean over class tokens
+best_cls_*  the best class token of each image; more tokens have more chances, which
+            random_best_cls_* accounts for
+patch_*     the map of a patch inside an object against that object, without the patch itself
+*_auc       probability that a pixel of the object has a larger value than one outside
 *_iou       intersection over union at the best threshold of each map
-*_pointing  share of the object in the patch that is looked at most
-random_*    the same of maps without meaning: the floor
+*_pointing  fraction of the object in the patch with the largest value
+random_*    the same for random maps: the baseline
 """
 
 import argparse
@@ -35,13 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.visualize import load_model, normalization
 from unimim.checkpoint.loading import PUBLISHED_KEYS
+from unimim.cli.flags import options_as_flags
 from unimim.data.shapes import VAL_IMAGES, make_scene
 from unimim.engine.state import Normalize
 from unimim.evaluation.attention import (
     best_iou,
     class_maps,
+    patch_fractions,
     patch_maps,
-    patch_shares,
     pixel_auc,
     pointing,
 )
@@ -53,70 +55,72 @@ SEED = 0  # of the random maps
 
 
 def scene_at(index: int, size: Pair) -> tuple[Tensor, Tensor]:
-    """A validation scene at `size` (height, width), uint8 [3, H, W], and the object of each pixel,
-    uint8 [H, W]."""
+    """Return a validation scene of `size`, uint8 [3, H, W], and each pixel's object, [H, W]."""
     scene = make_scene("val", index)
     image = Image.fromarray(scene.image).resize(size[::-1], Image.Resampling.BICUBIC)
     objects = Image.fromarray(scene.instances).resize(size[::-1], Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(objects))
 
 
-def figures(
+def metrics(
     attention: Tensor, objects: Tensor, num_cls: int, grid: Pair
 ) -> Iterator[tuple[str, float]]:
-    """All values of one image, from attention [h, T, T] and the objects' numbers [H, W]; 0 is the
-    background."""
-    shares = patch_shares(objects > 0, grid)
+    """Yield all metrics of one image by name.
+
+    `attention` is [h, T, T]; `objects` holds object numbers [H, W], 0 for the background.
+    """
+    coverage = patch_fractions(objects > 0, grid)
     maps = class_maps(attention, num_cls, grid).flatten(1)  # [n, N]
     for name, measure in MEASURES.items():
-        each = measure(maps, shares.expand_as(maps))
-        yield f"cls_{name}", float(measure(maps.mean(0), shares))
+        each = measure(maps, coverage.expand_as(maps))
+        yield f"cls_{name}", float(measure(maps.mean(0), coverage))
         yield f"one_cls_{name}", float(each.mean())
         yield f"best_cls_{name}", float(each.max())
-    for seen, wanted in patch_queries(attention, objects, num_cls, grid):
+    for patch_map, object_coverage in patch_queries(attention, objects, num_cls, grid):
         for name, measure in MEASURES.items():
-            yield f"patch_{name}", float(measure(seen, wanted))
+            yield f"patch_{name}", float(measure(patch_map, object_coverage))
 
 
 def patch_queries(
     attention: Tensor, objects: Tensor, num_cls: int, grid: Pair
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each patch of which an object has more than half: what it sees of the other patches, and
-    that object."""
+    """Yield the map and the object's coverage over the other patches, for each patch of an object.
+
+    A patch belongs to an object that covers more than half of it.
+    """
     for number in objects[objects > 0].unique().tolist():
-        shares = patch_shares(objects == number, grid)
-        for cell in (shares > 0.5).nonzero().flatten().tolist():
-            others = torch.arange(len(shares)) != cell
-            if shares[others].any():
-                yield (
-                    patch_maps(attention, num_cls, grid, [cell])[0].flatten()[others],
-                    shares[others],
-                )
+        coverage = patch_fractions(objects == number, grid)
+        for index in (coverage > 0.5).nonzero().flatten().tolist():
+            others = torch.arange(len(coverage)) != index
+            if coverage[others].any():
+                patch_map = patch_maps(attention, num_cls, grid, [index])[0].flatten()
+                yield patch_map[others], coverage[others]
 
 
 @torch.no_grad()
 def measure(model: nn.Module, normalize: Normalize, layer: int, images: int) -> dict[str, float]:
-    """Means over the first `images` validation scenes; those of patches are taken image by image
-    first."""
-    num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
-    draws, found = torch.Generator().manual_seed(SEED), defaultdict(list)
+    """Return the metrics, averaged over patches in each image and then over the first `images`."""
+    num_cls = model.num_prefix_tokens
+    grid = model.patch_embed.grid_size
+    generator = torch.Generator().manual_seed(SEED)
+    per_image = defaultdict(list)
     model.eval()
     for index in range(images):
         image, objects = scene_at(index, model.patch_embed.img_size)
-        attention = model.attention_maps(normalize({"image": image[None]})["image"], layer)[
-            0
-        ].float()
-        random = torch.rand(attention.shape, generator=draws)
+        x = normalize({"image": image[None]})["image"]
+        attention = model.attention_maps(x, layer)[0].float()
+        random = torch.rand(attention.shape, generator=generator)
         for prefix, values in (("", attention), ("random_", random)):
-            own = defaultdict(list)
-            for name, value in figures(values, objects, num_cls, grid):
-                own[prefix + name].append(value)
-            for name, several in own.items():
-                found[name].append(np.nanmean(several))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+            per_query = defaultdict(list)
+            for name, value in metrics(values, objects, num_cls, grid):
+                per_query[prefix + name].append(value)
+            for name, several in per_query.items():
+                per_image[name].append(np.nanmean(several))
+    return {name: float(np.mean(values)) for name, values in per_image.items()}
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
+    """Return this script's flags, and the remaining ones, which describe the model."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -124,7 +128,9 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--checkpoint", required=True, help="any checkpoint of a ViT")
     parser.add_argument(
-        "--model_key", default=PUBLISHED_KEYS, help="'model' for the student instead"
+        "--model_key",
+        default=PUBLISHED_KEYS,
+        help="entry of the checkpoint to load; 'model' is the student",
     )
     parser.add_argument(
         "--layer", type=int, nargs="+", default=[-1], help="blocks, counted from 0 or from the end"
@@ -133,7 +139,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         "--images", type=int, default=VAL_IMAGES, help="number of validation images"
     )
     parser.add_argument(
-        "--csv", type=Path, default=None, metavar="FILE", help="the rows go there too"
+        "--csv", type=Path, default=None, metavar="FILE", help="also write the rows to this file"
     )
     own, flags = parser.parse_known_args(argv)
     if not 1 <= own.images <= VAL_IMAGES:
@@ -142,7 +148,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 
 
 def rows_of(own: Namespace, flags: list[str]) -> list[dict[str, object]]:
-    """A row for each layer."""
+    """Return one row per layer."""
     model, args = load_model(own.checkpoint, own.model_key, flags)
     about = {
         "checkpoint": own.checkpoint,
@@ -150,23 +156,25 @@ def rows_of(own: Namespace, flags: list[str]) -> list[dict[str, object]]:
         "class_tokens": model.num_prefix_tokens,
     }
     normalize = normalization(args)
-    return [
-        about | {"layer": layer} | measure(model, normalize, layer, own.images)
-        for layer in own.layer
-    ]
+    rows = []
+    for layer in own.layer:
+        rows.append(about | {"layer": layer} | measure(model, normalize, layer, own.images))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Print the rows as CSV and write them to --csv."""
     own, flags = parse(argv)
     try:
-        rows = rows_of(own, flags)
+        with options_as_flags():
+            rows = rows_of(own, flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    rows = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    for row in rows:
+        table.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
     print(text.getvalue(), end="")
     if own.csv:
         write_text(own.csv, text.getvalue())

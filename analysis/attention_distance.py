@@ -1,11 +1,12 @@
-"""How far the heads of each layer look: mean attention distance.
+"""Measure how far the heads of each layer attend: mean attention distance.
 
-    python analysis/attention_distance.py --checkpoint a/checkpoint-99.pth b/encoder-99.safetensors --data_path DATA
+    python analysis/attention_distance.py --data_path DATA \\
+        --checkpoint a/checkpoint-99.pth b/encoder-99.safetensors
 
-The distance in pixels between a patch and those it attends to, weighted by the attention and
-averaged over patches and images (Dosovitskiy et al., 2010.11929). Tokens that are no patches are
-left out and the others' shares rescaled; Swin looks no further than its windows. Writes
-attention_distance.csv, a row for each head, and attention_distance.png.
+This is the distance in pixels between a patch and those it attends to, weighted by the attention
+and averaged over patches and images (Dosovitskiy et al., arXiv 2010.11929). Class tokens are left
+out and the attention to patches is rescaled to sum to 1; Swin attends within its windows only.
+Writes attention_distance.csv, one row per head, and attention_distance.png.
 """
 
 import sys
@@ -22,15 +23,18 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from analysis import common
-from modeling_finetune import Attention, to_pair
+from modeling_finetune import Attention
 from unimim.engine.setup import launch
 from unimim.errors import refused
+from unimim.sizes import to_pair
 
 
 @dataclass(frozen=True)
 class Distance:
-    """One row of attention_distance.csv, in pixels. relative: over the distance of uniform
-    attention there."""
+    """One row of attention_distance.csv.
+
+    `distance` is in pixels, `relative` is its ratio to the distance of uniform attention.
+    """
 
     label: str
     layer: str
@@ -45,22 +49,22 @@ class Distance:
 
 
 def patch_distances(grid: tuple[int, int], stride: tuple[float, float]) -> Tensor:
-    """Between the centers of patches of a grid that are `stride` pixels apart: float64 [N, N]."""
-    axes = [
-        torch.arange(count, dtype=torch.float64) * pixels
-        for count, pixels in zip(grid, stride, strict=True)
-    ]
-    centers = torch.cartesian_prod(*axes).view(-1, 2)
+    """Return the distances between patch centers `stride` pixels apart, float64 [N, N]."""
+    rows = torch.arange(grid[0], dtype=torch.float64) * stride[0]
+    columns = torch.arange(grid[1], dtype=torch.float64) * stride[1]
+    centers = torch.cartesian_prod(rows, columns).view(-1, 2)
     return torch.cdist(centers, centers, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
-    """Mean distance [B, h] that is looked, from attention [B, h, T, T] whose last N tokens are
-    those of [N, N]."""
+    """Return the mean attention distance [B, h].
+
+    `attention` is [B, h, T, T]; its last N tokens are the patches of `distances` [N, N].
+    """
     patches = len(distances)
     among = attention[..., -patches:, -patches:].double()
-    shares = among / among.sum(-1, keepdim=True).clamp(min=torch.finfo(among.dtype).tiny)
-    return (shares * distances.to(shares.device)).sum(-1).mean(-1)
+    weights = among / among.sum(-1, keepdim=True).clamp(min=torch.finfo(among.dtype).tiny)
+    return (weights * distances.to(weights.device)).sum(-1).mean(-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,8 +72,8 @@ def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Attending:
-    """An attention module of a network: the grid of its patches and the pixels between them."""
+class AttentionSite:
+    """An attention module of a network, the grid of its patches and their stride in pixels."""
 
     name: str
     module: nn.Module
@@ -77,46 +81,41 @@ class Attending:
     stride: tuple[float, float]
 
 
-def attentions_of(network: nn.Module) -> list[Attending]:
-    """Of every block. ValueError: there is no attention that is known here."""
+def attentions_of(network: nn.Module) -> list[AttentionSite]:
+    """Return the attention of every block; raise ValueError if the network has none."""
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)
-    found = []
+    sites = []
     for name, module in network.named_modules():
         if not isinstance(module, common.TRANSFORMER_BLOCKS):
             continue
         whole = getattr(module, "input_resolution", None) or network.patch_embed.grid_size
         grid = to_pair(getattr(module, "window_size", whole))
-        stride = tuple(pixels / places for pixels, places in zip(size, whole, strict=True))
-        found.append(Attending(name, module.attn, grid, stride))
-    if not found:
-        raise ValueError(
-            f"{type(network).__name__} has no attention that is known here: leave it out"
-        )
-    return found
+        stride = (size[0] / whole[0], size[1] / whole[1])
+        sites.append(AttentionSite(name, module.attn, grid, stride))
+    if not sites:
+        raise ValueError(f"{type(network).__name__} has no known attention module; leave it out")
+    return sites
 
 
 @torch.no_grad()
-def look(
+def observe(
     network: nn.Module,
     images: Tensor,
-    attentions: Sequence[Attending],
-    see: Callable[[Attending, Tensor], None],
+    sites: Sequence[AttentionSite],
+    record: Callable[[AttentionSite, Tensor], None],
 ) -> None:
-    """Calls see(attending, its probabilities [B, h, T, T]) for each that images [B, 3, H, W] go
-    through."""
+    """Call record(site, probabilities [B, h, T, T]) for each site in a forward pass of `images`."""
     handles = []
-    for attending in attentions:
-        module, watch = attending.module, partial(see, attending)
+    for site in sites:
+        module = site.module
+        record_here = partial(record, site)
         if isinstance(module, Attention):
-            hook = partial(_own_probabilities, watch)
+            hook = partial(_record_probabilities, record_here)
             handles.append(module.register_forward_pre_hook(hook))
-        else:  # timm's, which drops out of them where they are computed at all
+        else:  # timm's unfused attention applies dropout to the probabilities
             module.fused_attn = False
-            handles.append(
-                module.attn_drop.register_forward_pre_hook(
-                    lambda _, inputs, watch=watch: watch(inputs[0])
-                )
-            )
+            hook = partial(_record_input, record_here)
+            handles.append(module.attn_drop.register_forward_pre_hook(hook))
     try:
         network.forward_features(images)
     finally:
@@ -124,48 +123,50 @@ def look(
             handle.remove()
 
 
-def _own_probabilities(see: Callable[[Tensor], None], module: Attention, inputs: tuple) -> None:
+def _record_probabilities(
+    record: Callable[[Tensor], None], module: Attention, inputs: tuple
+) -> None:
+    """Compute the probabilities of our attention, whose fused kernel does not return them."""
     x, bias, *_ = *inputs, None
     q, k, _ = module.project(x)
-    see(module.probabilities(q, k, module.position_bias(bias)))
+    record(module.probabilities(q, k, module.position_bias(bias)))
+
+
+def _record_input(record: Callable[[Tensor], None], module: nn.Module, inputs: tuple) -> None:
+    """Record a module's first input."""
+    record(inputs[0])
 
 
 def distances_of(
     args: Namespace, network: common.Network, device: torch.device
-) -> list[tuple[Attending, Tensor]]:
-    """Every attention in the order of the forward pass, with its heads' mean distances [h] over all
-    images."""
+) -> list[tuple[AttentionSite, Tensor]]:
+    """Return every attention in forward order with its heads' mean distances [h] over images."""
     features = network.features.to(device)
     with refused(network.label):
-        attentions = attentions_of(features)
-    between = {
-        attending: patch_distances(attending.grid, attending.stride).to(device)
-        for attending in attentions
-    }
-    sums: dict[Attending, Tensor] = {}
+        sites = attentions_of(features)
+    distances = {site: patch_distances(site.grid, site.stride).to(device) for site in sites}
+    sums: dict[AttentionSite, Tensor] = {}
     count = 0
 
-    def see(attending: Attending, attention: Tensor) -> None:
-        heads = attention_distance(attention, between[attending])  # [B, h], or [B * windows, h]
-        sums[attending] = sums.get(attending, 0) + heads.mean(0) * len(images)
+    def record(site: AttentionSite, attention: Tensor) -> None:
+        heads = attention_distance(attention, distances[site])  # [B, h], or [B * windows, h]
+        sums[site] = sums.get(site, 0) + heads.mean(0) * len(images)
 
     for images in common.batches(args, network, device):
         with common.autocast(args, device):
-            look(features, images, attentions, see)
+            observe(features, images, sites, record)
         count += len(images)
-    return [(attending, (total / count).cpu()) for attending, total in sums.items()]
+    return [(site, (total / count).cpu()) for site, total in sums.items()]
 
 
-def tabulate(label: str, found: Sequence[tuple[Attending, Tensor]]) -> list[Distance]:
+def tabulate(label: str, layers: Sequence[tuple[AttentionSite, Tensor]]) -> list[Distance]:
+    """Return one row per head of every layer."""
     rows = []
-    for depth, (attending, heads) in zip(common.depths(len(found)), found, strict=True):
-        uniform = float(patch_distances(attending.grid, attending.stride).mean())
-        rows += [
-            Distance(
-                label, attending.name, depth, head, distance, distance / uniform if uniform else 0.0
-            )
-            for head, distance in enumerate(heads.tolist())
-        ]
+    for depth, (site, heads) in zip(common.depths(len(layers)), layers, strict=True):
+        uniform = float(patch_distances(site.grid, site.stride).mean())
+        for head, distance in enumerate(heads.tolist()):
+            relative = distance / uniform if uniform else 0.0
+            rows.append(Distance(label, site.name, depth, head, distance, relative))
     return rows
 
 
@@ -174,24 +175,20 @@ def tabulate(label: str, found: Sequence[tuple[Attending, Tensor]]) -> list[Dist
 
 
 def draw(rows: Sequence[Distance]) -> Figure:
-    """Heads as points, their means as lines; beside it the same over what uniform attention would
-    give."""
+    """Plot heads as points and their means as lines: distances, and relative distances."""
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for own, style in common.by_network(rows):
-        depths = list(dict.fromkeys(row.depth for row in own))
-        for axis, value in ((left, "distance"), (right, "relative")):
-            axis.scatter(
-                [r.depth for r in own],
-                [getattr(r, value) for r in own],
-                s=8,
-                alpha=0.5,
-                color=style["color"],
-            )
-            means = [mean(getattr(r, value) for r in own if r.depth == depth) for depth in depths]
-            axis.plot(depths, means, **style)
+    for network_rows, style in common.by_network(rows):
+        for axis, name in ((left, "distance"), (right, "relative")):
+            by_depth: dict[float, list[float]] = {}
+            for row in network_rows:
+                by_depth.setdefault(row.depth, []).append(getattr(row, name))
+            for depth, values in by_depth.items():
+                points = [depth] * len(values)
+                axis.scatter(points, values, s=8, alpha=0.5, color=style["color"])
+            axis.plot(list(by_depth), [mean(values) for values in by_depth.values()], **style)
     left.set(xlabel="depth", ylabel="mean attention distance (pixels)", ylim=(0, None))
-    right.set(xlabel="depth", ylabel="over that of uniform attention", ylim=(0, None))
+    right.set(xlabel="depth", ylabel="relative to uniform attention", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     return figure
 
@@ -201,18 +198,17 @@ def draw(rows: Sequence[Distance]) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    return common.parse(
-        common.build_parser(__doc__.splitlines()[0], "attention_distance", images=256), argv
-    )
+    """Parse the command line."""
+    parser = common.build_parser(__doc__.splitlines()[0], "attention_distance", images=256)
+    return common.parse(parser, argv)
 
 
 def main(args: Namespace) -> list[Distance]:
+    """Measure all networks, write table and figure, and return the rows."""
     device = common.set_up(args)
-    rows = [
-        row
-        for network in common.load_networks(args)
-        for row in tabulate(network.label, distances_of(args, network, device))
-    ]
+    rows = []
+    for network in common.load_networks(args):
+        rows += tabulate(network.label, distances_of(args, network, device))
     common.save(args, "attention_distance", rows, draw(rows))
     return rows
 

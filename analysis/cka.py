@@ -1,12 +1,13 @@
-"""How alike the layers of networks are: linear CKA on minibatches.
+"""Compare the layers of networks: linear CKA on minibatches.
 
-    python analysis/cka.py --checkpoint a/checkpoint-99.pth b/checkpoint-99.pth --data_path DATA --images 1024
+    python analysis/cka.py --checkpoint a/checkpoint-99.pth b/checkpoint-99.pth \\
+        --data_path DATA --images 1024
 
-Linear centerd kernel alignment (Kornblith et al., 1905.00414) of every pair of layers, each image's
-whole map being one vector (--features map) or its mean over places (mean). The three HSIC terms are
-unbiased and averaged over minibatches before the division (Nguyen et al., 2010.15327), so that
---batch_size hardly matters; with few images a value may lie slightly outside [0, 1]. Writes
-cka.csv, a row for each pair of layers, and cka.png.
+This is linear centered kernel alignment (Kornblith et al., arXiv 1905.00414) of every pair of
+layers. An image's vector is its whole feature map (--features map) or the mean over positions
+(mean). The three HSIC terms are unbiased and averaged over minibatches before the division (Nguyen
+et al., arXiv 2010.15327), so --batch_size hardly matters; with few images a value may lie slightly
+outside [0, 1]. Writes cka.csv, one row per pair of layers, and cka.png.
 """
 
 import sys
@@ -25,12 +26,12 @@ from analysis import common
 from unimim.engine.setup import launch
 
 FEATURES = ("map", "mean")
-LEAST_BATCH = 4  # the unbiased HSIC divides by n - 3
+LEAST_BATCH = 4  # images; the unbiased HSIC divides by n - 3
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """One row of cka.csv: two layers and how alike they are."""
+    """One row of cka.csv: the similarity of two layers."""
 
     label: str
     layer: str
@@ -44,38 +45,37 @@ class Similarity:
 
 
 def gram(features: Tensor) -> Tensor:
-    """Inner products, float64 [n, n], of n images' vectors [n, D]."""
+    """Return the inner products, float64 [n, n], of n images' vectors [n, D]."""
     features = features.double()
     return features @ features.T
 
 
 def unbiased_hsic(grams: Tensor) -> Tensor:
-    """The unbiased HSIC of every pair of L Gram matrices [L, n, n] of the same n >= 4 images: [L,
-    L].
+    """Return the unbiased HSIC [L, L] of every pair of L Gram matrices [L, n, n] of n images.
 
-    With zeros on the diagonals: (tr(KL) + sum(K) sum(L) / ((n - 1)(n - 2)) - 2 sum(KL) / (n - 2)) /
-    (n (n - 3)).
+    With zeros on the diagonals, HSIC(K, L) is (tr(KL) + sum(K) sum(L) / ((n - 1)(n - 2)) -
+    2 sum(KL) / (n - 2)) / (n (n - 3)).
     """
     n = grams.shape[-1]
-    assert n >= LEAST_BATCH, "no unbiased HSIC of so few images"
+    assert n >= LEAST_BATCH, "too few images for an unbiased HSIC"
     grams = grams - torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
-    rows, flat = grams.sum(2), grams.flatten(1)  # [L, n], [L, n * n]
+    rows = grams.sum(2)  # [L, n]
+    flat = grams.flatten(1)  # [L, n * n]
     totals = rows.sum(1)
     traces = flat @ flat.T
-    products = rows @ rows.T  # sum(KL), the matrices being symmetric
-    return (traces + torch.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 * products / (n - 2)) / (
-        n * (n - 3)
-    )
+    products = rows @ rows.T  # sum(KL), since the matrices are symmetric
+    terms = traces + torch.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 * products / (n - 2)
+    return terms / (n * (n - 3))
 
 
 def cka(hsic: Tensor) -> Tensor:
-    """CKA [L, L] from the mean HSIC [L, L] over minibatches."""
-    own = hsic.diagonal().clamp(min=0).sqrt()
-    return hsic / torch.outer(own, own)
+    """Return CKA [L, L] from the mean HSIC [L, L] over minibatches."""
+    norms = hsic.diagonal().clamp(min=0).sqrt()
+    return hsic / torch.outer(norms, norms)
 
 
 def grams_of(args: Namespace, network: common.Network, images: Tensor) -> dict[str, Tensor]:
-    """Of every layer, for images [B, 3, H, W], by name."""
+    """Return the Gram matrix of every layer by name, for images [B, 3, H, W]."""
 
     def reduce(maps: Tensor) -> Tensor:
         return gram(maps.flatten(1) if args.features == "map" else maps.mean((2, 3)))
@@ -87,38 +87,36 @@ def grams_of(args: Namespace, network: common.Network, images: Tensor) -> dict[s
 def compare(
     args: Namespace, networks: Sequence[common.Network], device: torch.device
 ) -> tuple[list[tuple[str, str]], Tensor]:
-    """(label, layer) of all L layers of all networks, and their CKA [L, L]. All networks see the
-    same images."""
+    """Return (label, layer) of all L layers of all networks, and their CKA [L, L].
+
+    All networks see the same images.
+    """
     for network in networks:
         network.features.to(device)
-    total, count = torch.zeros(()), 0
+    total = torch.zeros(())
+    count = 0
     names: list[tuple[str, str]] = []
-    for views in zip(*(common.batches(args, network, device) for network in networks), strict=True):
-        if len(views[0]) < args.batch_size and count:  # another size would have to weigh less
+    loaders = [common.batches(args, network, device) for network in networks]
+    for views in zip(*loaders, strict=True):
+        if len(views[0]) < args.batch_size and count:  # a smaller batch would need less weight
             break
-        found = [
-            grams_of(args, network, images) for network, images in zip(networks, views, strict=True)
-        ]
-        names = [
-            (network.label, name)
-            for network, grams in zip(networks, found, strict=True)
-            for name in grams
-        ]
-        total = (
-            total + unbiased_hsic(torch.stack([g for grams in found for g in grams.values()])).cpu()
-        )
+        names, grams = [], []
+        for network, images in zip(networks, views, strict=True):
+            for name, matrix in grams_of(args, network, images).items():
+                names.append((network.label, name))
+                grams.append(matrix)
+        total = total + unbiased_hsic(torch.stack(grams)).cpu()
         count += 1
     return names, cka(total / count)
 
 
 def tabulate(names: list[tuple[str, str]], values: Tensor) -> list[Similarity]:
-    """A row for each unordered pair of layers."""
-    return [
-        Similarity(*first, *second, float(values[a, b]))
-        for a, first in enumerate(names)
-        for b, second in enumerate(names)
-        if a <= b
-    ]
+    """Return one row per unordered pair of layers."""
+    rows = []
+    for a, first in enumerate(names):
+        for b, second in enumerate(names[a:], start=a):
+            rows.append(Similarity(*first, *second, float(values[a, b])))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,12 +124,11 @@ def tabulate(names: list[tuple[str, str]], values: Tensor) -> list[Similarity]:
 
 
 def draw(names: list[tuple[str, str]], values: Tensor) -> Figure:
-    """A panel for each network with itself and with each other one; layers run to the right and
-    up."""
-    networks = list(dict.fromkeys(label for label, _ in names))
-    places = {
-        label: [k for k, (other, _) in enumerate(names) if other == label] for label in networks
-    }
+    """Draw a panel for every pair of networks; layers run to the right and upwards."""
+    indices: dict[str, list[int]] = {}
+    for index, (label, _) in enumerate(names):
+        indices.setdefault(label, []).append(index)
+    networks = list(indices)
     side = len(networks)
     figure = Figure(figsize=(2.8 * side + 0.9, 2.8 * side), layout="constrained")
     axes = figure.subplots(side, side, squeeze=False)
@@ -141,7 +138,7 @@ def draw(names: list[tuple[str, str]], values: Tensor) -> Figure:
             if column > row:
                 axis.set_axis_off()
                 continue
-            block = values[np.ix_(places[first], places[second])].numpy()
+            block = values[np.ix_(indices[first], indices[second])].numpy()
             image = axis.imshow(block, vmin=0, vmax=1, origin="lower", cmap="magma", aspect="auto")
             axis.set_xlabel(second if row == side - 1 else "", fontsize=9)
             axis.set_ylabel(first if column == 0 else "", fontsize=9)
@@ -154,18 +151,20 @@ def draw(names: list[tuple[str, str]], values: Tensor) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
     parser = common.build_parser(__doc__.splitlines()[0], "cka", images=512, batch_size=64)
     group = parser.add_argument_group("CKA")
     group.add_argument(
         "--features",
         choices=FEATURES,
         default="map",
-        help="an image's vector: the map, or its mean",
+        help="an image's vector: its feature map, or the mean over positions",
     )
     return common.parse(parser, argv, check_flags)
 
 
 def check_flags(args: Namespace) -> None:
+    """Raise ValueError if there are too few images for an unbiased HSIC."""
     if min(args.batch_size, args.images) < LEAST_BATCH:
         raise ValueError(
             f"--batch_size and --images must be at least {LEAST_BATCH} for an unbiased HSIC"
@@ -173,6 +172,7 @@ def check_flags(args: Namespace) -> None:
 
 
 def main(args: Namespace) -> list[Similarity]:
+    """Compare all networks, write table and figure, and return the rows."""
     device = common.set_up(args)
     names, values = compare(args, common.load_networks(args), device)
     rows = tabulate(names, values)

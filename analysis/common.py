@@ -1,5 +1,4 @@
-"""What the analyses share: their flags, networks of any checkpoint, images, features of every
-layer, tables, figures.
+"""What the analyses share: flags, networks of any checkpoint, images, features, tables, plots.
 
 Shapes in comments: B images, C channels of a map of h x w places.
 """
@@ -26,14 +25,12 @@ from torch import Tensor, nn
 
 from datasets import ImageDataset, build_dataset, build_loader
 from modeling_backbones import feature_places
-from modeling_finetune import Block, builder_of, create_model
+from modeling_finetune import Block, create_model, entry_of
 from modeling_pretrain import PretrainMethod
-from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
-from unimim.cli import flags
+from unimim.checkpoint.runs import flags_of, rebuild
 from unimim.cli.flags import add_data_flags, add_process_flags
-from unimim.cli.models import build_classifier, build_method
-from unimim.cli.options import model_kwargs, parse_flags
+from unimim.cli.options import given, model_kwargs, parse_flags
 from unimim.data.views import MEAN_STD, EvalTransform
 from unimim.engine import setup
 from unimim.engine.runner import AUTOCAST_DTYPES
@@ -56,7 +53,7 @@ _HEADS = ("head.", "fc.")
 def build_parser(
     description: str, name: str, *, images: int, batch_size: int = 32
 ) -> argparse.ArgumentParser:
-    """The flags of every analysis; `name` is that of the files it writes."""
+    """Returns a parser with the flags of every analysis; `name` is that of the files it writes."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -69,8 +66,8 @@ def build_parser(
     )  # fmt: skip
     group.add_argument(
         "--model", nargs="+", default=[], metavar="NAME",
-        help="a model of this repository or of timm, for all checkpoints or one for each; not needed, or '', for a "
-        "checkpoint that carries the flags of its run",
+        help="a model of this repository or of timm, for all checkpoints or one for each; not "
+        "needed, or '', for a checkpoint that carries the flags of its run",
     )  # fmt: skip
     group.add_argument(
         "--labels",
@@ -119,7 +116,7 @@ def build_parser(
     group.add_argument(
         "--output_dir", default="output/analysis", help=f"folder of {name}.csv and {name}.png"
     )
-    group.add_argument("--seed", type=int, default=0, help="of random weights and draws")
+    group.add_argument("--seed", type=int, default=0, help="of random weights and noise")
     # None: as in the checkpoint's run, or ImageNet's
     parser.set_defaults(
         precision="fp32", imagenet_default_mean_and_std=None, enable_deepspeed=False
@@ -130,7 +127,7 @@ def build_parser(
 def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None, *checks: Callable[[Namespace], None]
 ) -> argparse.Namespace:
-    """Defaults < --config < command line. Exits with argparse's message on bad flags."""
+    """Returns the flags: defaults < --config < command line."""
     return parse_flags(parser, argv, check_flags, *checks)
 
 
@@ -140,7 +137,8 @@ def check_flags(args: Namespace) -> None:
     count = len(args.checkpoint)
     if len(args.model) not in (0, 1, count):
         raise ValueError(
-            f"--model takes one name or one for each of the {count} checkpoints, not {len(args.model)}"
+            f"--model takes one name or one for each of the {count} checkpoints, not "
+            f"{len(args.model)}"
         )
     if any(
         path == RANDOM and not name
@@ -161,7 +159,7 @@ def check_positive(args: Namespace, name: str) -> None:
 
 
 def labels(args: Namespace) -> list[str]:
-    """Given ones, or the checkpoints' shortest names that differ, or the models' names."""
+    """Returns --labels, or the checkpoints' shortest names that differ, or the models' names."""
     if args.labels:
         return args.labels
     for parts in range(2, 9):
@@ -177,7 +175,7 @@ def labels(args: Namespace) -> list[str]:
 
 
 def models(args: Namespace) -> list[str]:
-    """A name for each checkpoint; empty: that which its file carries."""
+    """Returns a name for each checkpoint; empty: the name that its file carries."""
     return (
         args.model
         if len(args.model) == len(args.checkpoint)
@@ -191,8 +189,9 @@ def models(args: Namespace) -> list[str]:
 
 @dataclass
 class Network:
-    """A frozen network in eval mode. `features.forward_features` takes images; `model` gives logits
-    if it `classifies`.
+    """A frozen network in eval mode.
+
+    `features.forward_features` takes images; `model` gives logits if it `classifies`.
 
     size: (height, width) of its images. mean_std: the key in `MEAN_STD` of what they are normalized
     by.
@@ -209,28 +208,29 @@ class Network:
 
     @property
     def features(self) -> nn.Module:
-        """SimMIM's and A2MIM's is their backbone."""
+        """Returns the network that computes features; SimMIM's and A2MIM's is their backbone."""
         return getattr(self.model, "backbone", self.model)
 
 
 def load_networks(args: Namespace, num_classes: int = 0) -> list[Network]:
-    """All networks that the flags name; models that are named get that many classes."""
+    """Returns all networks that the flags name; named models get `num_classes` classes."""
     rows = zip(labels(args), args.checkpoint, models(args), strict=True)
     return [load_network(args, *row, num_classes) for row in rows]
 
 
 def load_network(args: Namespace, label: str, path: str, name: str, num_classes: int) -> Network:
-    """One of them: built as it was in the checkpoint's own run, unless it is named.
+    """Returns a network, built as in the checkpoint's own run unless it is named.
 
     Raises:
-        ValueError: the file carries no flags and no name is given; or its weights are of another network.
+        ValueError: the file carries no flags and no name is given; or its weights are of another
+            network.
     """
-    run = {} if path == RANDOM else load_checkpoint(path).get("args") or {}
+    run = {} if path == RANDOM else flags_of(path)
     torch.manual_seed(args.seed)
     if name:
         model = named_model(name, model_kwargs(args), num_classes)
     elif run:
-        model = model_of_run(run, args)
+        model = model_of_run(path, run, args)
     else:
         raise ValueError(f"{path} does not say which model it holds: name it with --model")
     is_method, missing = isinstance(model, PretrainMethod), []
@@ -256,28 +256,21 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     return network
 
 
-def named_model(name: str, given: dict[str, Any], num_classes: int) -> nn.Module:
-    """A model of this repository, or else of timm. ValueError: neither has it, or not with these
-    options."""
-    builder = builder_of(name)
-    if builder is None:
+def named_model(name: str, options: dict[str, Any], num_classes: int) -> nn.Module:
+    """Returns a model of this repository, or else of timm; ValueError if there is none."""
+    entry = entry_of(name)
+    if entry is None:
         raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
-    is_method = isinstance(builder.func, type) and issubclass(builder.func, PretrainMethod)
-    own = {} if is_method else {"num_classes": num_classes}
-    return create_model(name, **own | given)
+    own = {} if entry.kind == "method" else {"num_classes": num_classes}
+    return create_model(name, **own | options)
 
 
-def model_of_run(run: dict[str, Any], args: Namespace) -> nn.Module:
-    """The method or classifier of a run's flags, over which those of the command line win."""
-    stage = "pretrain" if "mask_type" in run else "finetune"
-    of_run = flags.build_parser(stage).parse_args([])
-    vars(of_run).update(run)
-    vars(of_run).update(
-        {name: getattr(args, name) for name in ("input_size", "patch_size") if getattr(args, name)}
-    )
-    of_run.model_kwargs = [*of_run.model_kwargs, *args.model_kwargs]
-    build = build_method if stage == "pretrain" else build_classifier
-    return build(of_run)
+def model_of_run(path: str, run: dict[str, Any], args: Namespace) -> nn.Module:
+    """Returns the method or classifier of a checkpoint; flags of the command line win over those of
+    its run."""
+    changes = given({"input_size": args.input_size, "patch_size": args.patch_size})
+    changes["model_kwargs"] = [*run.get("model_kwargs", []), *args.model_kwargs]
+    return rebuild(path, model_key=args.model_key, **changes)[0]
 
 
 def image_size(model: nn.Module, args: Namespace, run: dict[str, Any]) -> tuple[int, int]:
@@ -300,8 +293,7 @@ def mean_std(args: Namespace, run: dict[str, Any]) -> str:
 
 
 def set_up(args: Namespace) -> torch.device:
-    """Starts the log and settles device and precision; analyses that do not share their work are of
-    one process."""
+    """Starts the log and returns the device; an analysis runs in one process."""
     device = setup.set_up(args).device
     if args.world_size > 1:
         raise ValueError("this analysis runs in one process")
@@ -309,14 +301,13 @@ def set_up(args: Namespace) -> torch.device:
 
 
 def image_set(args: Namespace, network: Network, *, need_labels: bool = False) -> ImageDataset:
-    """The validation images as the network sees them."""
+    """Returns the validation images as the network sees them."""
     transform = EvalTransform(network.size, args.crop_pct)
     return build_dataset(args, train=False, transform=transform, need_labels=need_labels)
 
 
 def batches(args: Namespace, network: Network, device: torch.device) -> Iterator[Tensor]:
-    """Normalized images [B, 3, H, W] from all over the data set: they may be in the order of their
-    classes."""
+    """Yields normalized images [B, 3, H, W], evenly spaced over the data set."""
     dataset = image_set(args, network)
     chosen = (
         np.linspace(0, len(dataset) - 1, min(args.images, len(dataset)))
@@ -324,10 +315,9 @@ def batches(args: Namespace, network: Network, device: torch.device) -> Iterator
         .astype(int)
         .tolist()
     )
-    keys = [
-        [(0, index) for index in chosen[first : first + args.batch_size]]
-        for first in range(0, len(chosen), args.batch_size)
-    ]
+    keys = []
+    for first in range(0, len(chosen), args.batch_size):
+        keys.append([(0, index) for index in chosen[first : first + args.batch_size]])
     normalize = Normalize(MEAN_STD[network.mean_std], device)
     for batch in build_loader(dataset, keys, num_workers=args.num_workers, pin_mem=args.pin_mem):
         yield normalize(batch)["image"]
@@ -343,7 +333,7 @@ def autocast(args: Namespace, device: torch.device):
 
 
 class Layer(NamedTuple):
-    """A place whose features are looked at: what goes into or comes out of the module of that name.
+    """A point of a network whose features are looked at: the input or the output of a module.
 
     axis: of the channels of a map; -1 means [B, h, w, C]. grid: of the patches where the features
     are tokens [B, T, C].
@@ -356,7 +346,7 @@ class Layer(NamedTuple):
     grid: tuple[int, int] | None = None
 
     def as_map(self, features: Tensor) -> Tensor:
-        """[B, C, h, w] in float32, without tokens in front of the patches."""
+        """Returns [B, C, h, w] in float32, without the tokens before the patches."""
         if features.ndim == 3:
             features = features[:, -math.prod(self.grid) :].unflatten(1, self.grid)
             return features.movedim(-1, 1).float()
@@ -368,8 +358,7 @@ _CONVOLUTION_BLOCKS = (BasicBlock, Bottleneck, ConvNeXtBlock)
 
 
 def layers_of(network: nn.Module) -> list[Layer]:
-    """The embedding or stem, then every block; a transformer's after its attention and after its
-    MLP (a2mim.md 7.2).
+    """Returns the embedding or stem, then every block; transformers' after attention and MLP.
 
     Of an unknown network what timm lists as its features. ValueError: nothing is listed either.
     """
@@ -396,8 +385,7 @@ def layers_of(network: nn.Module) -> list[Layer]:
 
 @contextmanager
 def hooked(hooks: Sequence[tuple[nn.Module, bool, Callable[[Tensor], None]]]) -> Iterator[None]:
-    """Each (module, before, see): `see` is called with what goes into the module, or what comes out
-    of it."""
+    """Calls `see` with the input or the output of each module of (module, before, see)."""
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, see=see: see(inputs[0]))
         if before
@@ -415,8 +403,7 @@ def hooked(hooks: Sequence[tuple[nn.Module, bool, Callable[[Tensor], None]]]) ->
 def look(
     network: nn.Module, images: Tensor, layers: Sequence[Layer], reduce: Callable[[Tensor], Any]
 ) -> dict[str, Any]:
-    """`reduce` of the map [B, C, h, w] of every layer that images [B, 3, H, W] go through, in that
-    order, by name."""
+    """Returns `reduce` of the map [B, C, h, w] of every layer, by name."""
     found: dict[str, Any] = {}
 
     def see(layer: Layer, features: Tensor) -> None:
@@ -433,7 +420,7 @@ def look(
 
 
 def depths(count: int) -> list[float]:
-    """Of so many layers, from 0 to 1."""
+    """Returns the relative depths of so many layers, from 0 to 1."""
     return np.linspace(0, 1, count).tolist()
 
 
@@ -442,7 +429,7 @@ def depths(count: int) -> list[float]:
 
 
 def by_network(rows: Sequence[Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The rows of each network, and how its lines look."""
+    """Yields the rows of each network, and the style of its lines."""
     for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
         line = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
         style = {"label": name, "color": COLORS[number % len(COLORS)], "linestyle": line}
@@ -450,7 +437,7 @@ def by_network(rows: Sequence[Any]) -> Iterator[tuple[list[Any], dict[str, Any]]
 
 
 def draw_lines(axis: Axes, rows: Sequence[Any], x: str, y: str) -> None:
-    """Field `y` of the rows over field `x`, a line for each network."""
+    """Draws field `y` of the rows over field `x`, a line for each network."""
     for own, style in by_network(rows):
         axis.plot(
             [getattr(row, x) for row in own], [getattr(row, y) for row in own], marker=".", **style

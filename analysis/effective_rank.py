@@ -1,11 +1,12 @@
-"""How many directions the features of each layer use: effective rank.
+"""Measure how many directions the features of each layer use: effective rank.
 
-    python analysis/effective_rank.py --checkpoint a/checkpoint-99.pth b/checkpoint-99.pth --data_path DATA
+    python analysis/effective_rank.py --checkpoint a/checkpoint-99.pth b/checkpoint-99.pth \\
+        --data_path DATA
 
-exp(H) of the singular values of the centerd feature matrix, as shares of their sum (Roy and
-Vetterli, 2007). A row of that matrix is an image's mean over places (--features mean), of which
-there should be more images than channels, or a place (place). Writes effective_rank.csv, a row for
-each layer, and effective_rank.png.
+This is exp(H) for the entropy H of the singular values of the centered feature matrix, normalized
+to sum to 1 (Roy and Vetterli, 2007). A row of that matrix is an image's mean over positions
+(--features mean; use more images than channels) or the feature at one position (place). Writes
+effective_rank.csv, one row per layer, and effective_rank.png.
 """
 
 import sys
@@ -28,7 +29,7 @@ FEATURES = ("mean", "place")
 
 @dataclass(frozen=True)
 class Rank:
-    """One row of effective_rank.csv. share: of the channels."""
+    """One row of effective_rank.csv; `share` is the ratio of the rank to the channels."""
 
     label: str
     layer: str
@@ -43,43 +44,46 @@ class Rank:
 
 
 class Moments:
-    """Sums over vectors of D numbers, in float64, as they come in."""
+    """Running first and second moments of vectors of D numbers, in float64."""
 
     def __init__(self):
-        self.count, self.sum, self.products = 0, 0.0, 0.0
+        self.count = 0
+        self.sum = 0.0
+        self.products = 0.0
 
     def add(self, vectors: Tensor) -> None:
-        """Vectors [n, D]."""
+        """Add vectors [n, D]."""
         vectors = vectors.double()
         self.count += len(vectors)
         self.sum = self.sum + vectors.sum(0)
         self.products = self.products + vectors.T @ vectors
 
     def spectrum(self) -> Tensor:
-        """Squared singular values [D] of the centerd matrix of all vectors."""
-        centerd = self.products - torch.outer(self.sum, self.sum) / self.count
-        return torch.linalg.eigvalsh(centerd).clamp(min=0)
+        """Return the squared singular values [D] of the centered matrix of all vectors."""
+        centered = self.products - torch.outer(self.sum, self.sum) / self.count
+        return torch.linalg.eigvalsh(centered).clamp(min=0)
 
 
 def effective_rank(squares: Tensor) -> float:
-    """exp of the entropy of singular values, whose squares [D] are given, as shares of their sum; 0
-    of zeros.
+    """Return exp of the entropy of the normalized singular values, given their squares [D].
 
-    What is below the rounding error of the largest square counts as 0: its root would not be small.
+    Squares below the rounding error of the largest count as 0, since their roots would not be
+    small. The rank of zeros is 0.
     """
     floor = squares.max() * len(squares) * torch.finfo(squares.dtype).eps
     values = torch.where(squares > floor, squares, 0).sqrt()
     if not values.any():
         return 0.0
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    fractions = values / values.sum()
+    return float(torch.special.entr(fractions).sum().exp())
 
 
 def moments_of(
     args: Namespace, network: common.Network, device: torch.device
 ) -> dict[str, Moments]:
-    """Of the features of every layer over all images, by name."""
-    features, layers = network.features.to(device), common.layers_of(network.features)
+    """Return the moments of every layer's features over all images, by name."""
+    features = network.features.to(device)
+    layers = common.layers_of(network.features)
     moments: dict[str, Moments] = {}
 
     def vectors(maps: Tensor) -> Tensor:
@@ -87,25 +91,28 @@ def moments_of(
 
     for images in common.batches(args, network, device):
         with common.autocast(args, device):
-            found = common.look(features, images, layers, vectors)
-        for name, rows in found.items():
+            by_layer = common.look(features, images, layers, vectors)
+        for name, rows in by_layer.items():
             moments.setdefault(name, Moments()).add(rows)
     return moments
 
 
 def tabulate(label: str, moments: dict[str, Moments]) -> list[Rank]:
+    """Return one row per layer; warn if there are too few images."""
     rows = []
-    for depth, (layer, of_layer) in zip(common.depths(len(moments)), moments.items(), strict=True):
-        spectrum = of_layer.spectrum()
-        if of_layer.count <= len(spectrum):
+    depths = common.depths(len(moments))
+    for depth, (layer, layer_moments) in zip(depths, moments.items(), strict=True):
+        spectrum = layer_moments.spectrum()
+        channels = len(spectrum)
+        if layer_moments.count <= channels:
             log.warning(
-                "%s: %d vectors of %d channels bound the rank: more --images",
+                "%s: %d vectors of %d channels limit the rank; use more --images",
                 layer,
-                of_layer.count,
-                len(spectrum),
+                layer_moments.count,
+                channels,
             )
         rank = effective_rank(spectrum)
-        rows.append(Rank(label, layer, depth, len(spectrum), rank, rank / len(spectrum)))
+        rows.append(Rank(label, layer, depth, channels, rank, rank / channels))
     return rows
 
 
@@ -114,13 +121,13 @@ def tabulate(label: str, moments: dict[str, Moments]) -> list[Rank]:
 
 
 def draw(rows: Sequence[Rank]) -> Figure:
-    """The rank of every layer by depth, and its share of the channels."""
+    """Plot the rank of every layer by depth, absolute and relative to the channels."""
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, value in ((left, "effective_rank"), (right, "share")):
         common.draw_lines(axis, rows, "depth", value)
     left.set(xlabel="depth", ylabel="effective rank", ylim=(0, None))
-    right.set(xlabel="depth", ylabel="share of the channels", ylim=(0, None))
+    right.set(xlabel="depth", ylabel="effective rank / channels", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     return figure
 
@@ -130,6 +137,7 @@ def draw(rows: Sequence[Rank]) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
     parser = common.build_parser(
         __doc__.splitlines()[0], "effective_rank", images=2048, batch_size=64
     )
@@ -138,18 +146,17 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--features",
         choices=FEATURES,
         default="mean",
-        help="a vector: an image's mean, or each place",
+        help="a vector: an image's mean over positions, or the feature at each position",
     )
     return common.parse(parser, argv)
 
 
 def main(args: Namespace) -> list[Rank]:
+    """Measure all networks, write table and figure, and return the rows."""
     device = common.set_up(args)
-    rows = [
-        row
-        for network in common.load_networks(args)
-        for row in tabulate(network.label, moments_of(args, network, device))
-    ]
+    rows = []
+    for network in common.load_networks(args):
+        rows += tabulate(network.label, moments_of(args, network, device))
     common.save(args, "effective_rank", rows, draw(rows))
     return rows
 

@@ -1,10 +1,10 @@
-"""Which spatial frequencies the features of each layer hold: relative log amplitudes
-(specs/a2mim.md 7.2).
+"""Measure the spatial frequencies in the features of each layer: relative log amplitudes.
 
-    python analysis/fourier.py --checkpoint a/checkpoint-99.pth random --model vit_base_patch16_224 --data_path DATA
+    python analysis/fourier.py --checkpoint a/checkpoint-99.pth random \\
+        --model vit_base_patch16_224 --data_path DATA
 
-Writes fourier.csv, a row for each layer and frequency, fourier_layers.csv, a row for each layer,
-and fourier.png.
+This is A2MIM's analysis (docs/methods/simmim_a2mim.md#analysis). Writes fourier.csv, one row per
+layer and frequency, fourier_layers.csv, one row per layer, and fourier.png.
 """
 
 import sys
@@ -22,13 +22,16 @@ from analysis import common
 from unimim.engine.setup import launch
 from unimim.files import write_rows
 
-EPSILON = 1e-6  # of the amplitudes, before their logarithm
+EPSILON = 1e-6  # added to the amplitudes before the logarithm
 
 
 @dataclass(frozen=True)
 class Amplitude:
-    """One row of fourier.csv. depth: from 0, the first layer, to 1; frequency: along the diagonal,
-    in units of pi."""
+    """One row of fourier.csv.
+
+    `depth` is 0 for the first layer and 1 for the last; `frequency` is along the diagonal, in units
+    of pi.
+    """
 
     label: str
     layer: str
@@ -39,8 +42,11 @@ class Amplitude:
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """One row of fourier_layers.csv. high_frequency: relative log amplitude of the highest;
-    variance: over places."""
+    """One row of fourier_layers.csv.
+
+    `high_frequency` is the relative log amplitude of the highest frequency, `variance` that over
+    positions.
+    """
 
     label: str
     layer: str
@@ -54,11 +60,11 @@ class LayerSpectrum:
 
 
 def log_amplitudes(maps: Tensor) -> Tensor:
-    """Maps [B, C, h, w] to the mean over images and channels of log(|F| + EPSILON) on the half
-    diagonal [h - h // 2].
+    """Return the mean of log(|F| + EPSILON) on half the diagonal of the spectrum, [h - h // 2].
 
-    F(k, k) for k = 0, 1, ... below half the side; a map with other sides than a square has its
-    diagonal from corner to corner. Half of a real map's spectrum says all.
+    `maps` is [B, C, h, w]; the mean is over images and channels. The frequencies are F(k, k) for
+    k = 0, 1, ... below half the side, which suffices for real maps; if a map is not square, the
+    diagonal runs from corner to corner.
     """
     height, width = maps.shape[-2:]
     rows = torch.arange(height - height // 2, device=maps.device)
@@ -68,55 +74,62 @@ def log_amplitudes(maps: Tensor) -> Tensor:
 
 
 def spatial_variance(maps: Tensor) -> Tensor:
-    """The unbiased variance over the places of maps [B, C, h, w], averaged over images and
-    channels; 0 of one place."""
-    places = maps.flatten(2)
-    return (places.var(2) if places.shape[2] > 1 else torch.zeros_like(places[:, :, 0])).mean()
+    """Return the unbiased variance over the positions of maps [B, C, h, w], 0 for one position.
+
+    It is averaged over images and channels.
+    """
+    positions = maps.flatten(2)
+    if positions.shape[2] == 1:
+        return torch.zeros_like(positions).mean()
+    return positions.var(2).mean()
 
 
 def relative(amplitudes: Tensor) -> Tensor:
-    """Log amplitudes [K] less that of the mean, which is the first."""
+    """Subtract the log amplitude of frequency 0 from log amplitudes [K]."""
     return amplitudes - amplitudes[0]
 
 
 def spectra(
     args: Namespace, network: common.Network, device: torch.device
 ) -> list[tuple[str, int, Tensor, float]]:
-    """Of each layer: its name, rows of its map, relative log amplitudes [K] and variance, averaged
-    over the images."""
-    features, layers = network.features.to(device), common.layers_of(network.features)
+    """Return name, rows of the map, relative log amplitudes [K] and variance of each layer.
+
+    Amplitudes and variance are averaged over the images.
+    """
+    features = network.features.to(device)
+    layers = common.layers_of(network.features)
     sums: dict[str, Tensor] = {}
     sides: dict[str, int] = {}
     count = 0
     for images in common.batches(args, network, device):
         with common.autocast(args, device):
-            found = common.look(features, images, layers, describe)
-        for name, (side, numbers) in found.items():
+            by_layer = common.look(features, images, layers, describe)
+        for name, (side, numbers) in by_layer.items():
             sums[name] = sums.get(name, 0) + numbers * len(images)
             sides[name] = side
         count += len(images)
-    means = {name: (total / count).cpu() for name, total in sums.items()}
-    return [
-        (name, sides[name], relative(mean[:-1]), float(mean[-1])) for name, mean in means.items()
-    ]
+    results = []
+    for name, total in sums.items():
+        mean = (total / count).cpu()
+        results.append((name, sides[name], relative(mean[:-1]), float(mean[-1])))
+    return results
 
 
 def describe(maps: Tensor) -> tuple[int, Tensor]:
-    """Rows of the map, and log amplitudes with the variance behind them [K + 1]."""
-    return maps.shape[2], torch.cat((log_amplitudes(maps), spatial_variance(maps)[None])).double()
+    """Return the rows of the map, and its log amplitudes followed by its variance [K + 1]."""
+    numbers = torch.cat((log_amplitudes(maps), spatial_variance(maps)[None]))
+    return maps.shape[2], numbers.double()
 
 
 def tabulate(
-    label: str, found: list[tuple[str, int, Tensor, float]]
+    label: str, layers: list[tuple[str, int, Tensor, float]]
 ) -> tuple[list[Amplitude], list[LayerSpectrum]]:
+    """Return the rows of fourier.csv and of fourier_layers.csv."""
     curves, summary = [], []
-    for depth, (layer, side, amplitudes, variance) in zip(
-        common.depths(len(found)), found, strict=True
-    ):
-        curves += [
-            Amplitude(label, layer, depth, 2 * k / side, a)
-            for k, a in enumerate(amplitudes.tolist())
-        ]
+    depths = common.depths(len(layers))
+    for depth, (layer, side, amplitudes, variance) in zip(depths, layers, strict=True):
+        for k, amplitude in enumerate(amplitudes.tolist()):
+            curves.append(Amplitude(label, layer, depth, 2 * k / side, amplitude))
         summary.append(LayerSpectrum(label, layer, depth, float(amplitudes[-1]), variance))
     return curves, summary
 
@@ -126,8 +139,7 @@ def tabulate(
 
 
 def draw(curves: list[Amplitude], summary: list[LayerSpectrum]) -> Figure:
-    """Every layer's curve, a panel for each network; then the highest frequency and the variance by
-    depth."""
+    """Plot each network's curves in a panel, then highest frequency and variance by depth."""
     names = list(dict.fromkeys(row.label for row in summary))
     figure = Figure(figsize=(3.2 * (len(names) + 2), 3.0), layout="constrained")
     axes = figure.subplots(1, len(names) + 2)
@@ -135,11 +147,9 @@ def draw(curves: list[Amplitude], summary: list[LayerSpectrum]) -> Figure:
     for name, axis in zip(names, axes, strict=False):
         for layer in (row for row in summary if row.label == name):
             points = [row for row in curves if (row.label, row.layer) == (name, layer.layer)]
-            axis.plot(
-                [p.frequency for p in points],
-                [p.relative_log_amplitude for p in points],
-                color=colors(layer.depth),
-            )
+            frequencies = [point.frequency for point in points]
+            amplitudes = [point.relative_log_amplitude for point in points]
+            axis.plot(frequencies, amplitudes, color=colors(layer.depth))
         axis.set_title(name, fontsize=9)
         axis.set(xlabel="frequency (π)", ylabel="relative log amplitude", ylim=limits(curves))
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), colors)
@@ -147,14 +157,14 @@ def draw(curves: list[Amplitude], summary: list[LayerSpectrum]) -> Figure:
     for axis, value in ((axes[-2], "high_frequency"), (axes[-1], "variance")):
         common.draw_lines(axis, summary, "depth", value)
         axis.set_xlabel("depth")
-    axes[-2].set_ylabel("highest frequency's log amplitude")
-    axes[-1].set(ylabel="variance over places", yscale="log")
+    axes[-2].set_ylabel("log amplitude of the highest frequency")
+    axes[-1].set(ylabel="variance over positions", yscale="log")
     axes[-2].legend(frameon=False, fontsize=7)
     return figure
 
 
 def limits(curves: list[Amplitude]) -> tuple[float, float]:
-    """The same for all networks."""
+    """Return limits of the vertical axis that hold for all networks."""
     values = [row.relative_log_amplitude for row in curves]
     margin = 0.05 * (max(values) - min(values) or 1)
     return min(values) - margin, max(values) + margin
@@ -165,17 +175,18 @@ def limits(curves: list[Amplitude]) -> tuple[float, float]:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
     return common.parse(common.build_parser(__doc__.splitlines()[0], "fourier", images=512), argv)
 
 
 def main(args: Namespace) -> tuple[list[Amplitude], list[LayerSpectrum]]:
+    """Measure all networks, write tables and figure, and return the rows of both tables."""
     device = common.set_up(args)
     curves, summary = [], []
     for network in common.load_networks(args):
-        for rows, found in zip(
-            (curves, summary), tabulate(network.label, spectra(args, network, device)), strict=True
-        ):
-            rows += found
+        layer_curves, layer_summary = tabulate(network.label, spectra(args, network, device))
+        curves += layer_curves
+        summary += layer_summary
     write_rows(Path(args.output_dir) / "fourier_layers.csv", summary)
     common.save(args, "fourier", curves, draw(curves, summary))
     return curves, summary

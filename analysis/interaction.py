@@ -1,13 +1,16 @@
-"""Of how many patches' company two patches need to act on a classifier together: multi-order
-interaction strength.
+"""Measure multi-order interactions: how two patches act together on a classifier, by context size.
 
-    python analysis/interaction.py --checkpoint out/finetuned/checkpoint-best.pth --data_path DATA --precision auto
+    python analysis/interaction.py --checkpoint out/finetuned/checkpoint-best.pth \\
+        --data_path DATA --precision auto
 
-The image is a grid of players; those left out have the mean color. I(i, j) of order m is the mean of v(S+i+j) - v(S+i)
-- v(S+j) + v(S) over contexts S of m others, where v rewards the true class (specs/a2mim.md 7.1, arXiv 2205.13943). The
-published setting needs a million forward passes for each image of 224 px: finished orders are kept in --output_dir and
-read again, ranks of torchrun share the images, and --precision bf16 is faster, but its rounding adds to weak
-interactions. Writes interaction.csv, a row for each ratio, and interaction.png.
+The image is a grid of players; absent players have the mean color. The interaction I(i, j) of order
+m is the mean of v(S+i+j) - v(S+i) - v(S+j) + v(S) over contexts S of m other players, where v
+rewards the true class (A2MIM, arXiv 2205.13943; docs/methods/simmim_a2mim.md#analysis).
+
+The published setting takes a million forward passes per image of 224 px. Finished orders are kept
+in --output_dir and read again, ranks of torchrun divide the images, and --precision bf16 is faster,
+but its rounding adds to weak interactions. Writes interaction.csv, one row per ratio, and
+interaction.png.
 """
 
 import hashlib
@@ -15,6 +18,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,17 +41,28 @@ from unimim.logs import log
 
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 REWARDS = ("modified", "normal", "yi")
-# what stored results depend on, beside weights and image
+# flags that stored results depend on, besides weights and image
 _SETTINGS = (
-    "grid", "pairs", "contexts", "reach", "reward", "seed", "precision", "crop_pct", "data_set", "data_path",
+    "grid",
+    "pairs",
+    "contexts",
+    "reach",
+    "reward",
+    "seed",
+    "precision",
+    "crop_pct",
+    "data_set",
+    "data_path",
     "eval_data_path",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class Strength:
-    """One row of interaction.csv. strength: the mean of |I|; share: strength over its mean over all
-    ratios."""
+    """One row of interaction.csv.
+
+    `strength` is the mean of |I|, `share` its ratio to the mean strength of all ratios.
+    """
 
     label: str
     ratio: float
@@ -60,34 +75,37 @@ class Strength:
 
 
 # --------------------------------------------------------------------------------------------------
-# Draws
+# Random pairs and contexts
 
 
 def order_of(ratio: float, players: int) -> int:
-    """How many of the players that are not i or j a context of that ratio has."""
+    """Return the size of a context that is the fraction `ratio` of the players except i and j."""
     return int((players - 2) * ratio)
 
 
 def draw_pairs(grid: int, count: int, reach: int, rng: np.random.Generator) -> Tensor:
-    """Different unordered pairs of neighbors among grid * grid cells: int64 [count, 2].
+    """Draw distinct unordered pairs of nearby players of a grid x grid: int64 [count, 2].
 
-    i is uniform, j at a uniform offset of at most `reach` rows and columns, clamped to the grid.
+    i is uniform; j is at a uniform offset of at most `reach` rows and columns, clamped to the grid.
+
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer pairs than `count`.
     """
     rows, columns = np.divmod(np.arange(grid * grid), grid)
     near = np.maximum(abs(rows[:, None] - rows), abs(columns[:, None] - columns)) <= reach
-    if count > (available := (int(near.sum()) - grid * grid) // 2):
+    available = (int(near.sum()) - grid * grid) // 2
+    if count > available:
         raise ValueError(
-            f"--pairs {count} is more than the {available} pairs that --grid {grid} has in --reach {reach}"
+            f"--pairs {count} is more than the {available} pairs that --grid {grid} has "
+            f"in --reach {reach}"
         )
     pairs: dict[frozenset[int], tuple[int, int]] = {}
     while len(pairs) < count:
         i = int(rng.integers(grid * grid))
-        row, column = np.clip(
-            np.array(divmod(i, grid)) + rng.integers(-reach, reach + 1, 2), 0, grid - 1
-        ).tolist()
-        if (j := row * grid + column) != i:
+        neighbor = np.array(divmod(i, grid)) + rng.integers(-reach, reach + 1, 2)
+        row, column = np.clip(neighbor, 0, grid - 1).tolist()
+        j = row * grid + column
+        if j != i:
             pairs.setdefault(frozenset((i, j)), (i, j))
     return torch.tensor(list(pairs.values()))
 
@@ -95,29 +113,30 @@ def draw_pairs(grid: int, count: int, reach: int, rng: np.random.Generator) -> T
 def draw_contexts(
     pairs: Tensor, players: int, order: int, samples: int, rng: np.random.Generator
 ) -> Tensor:
-    """For each of pairs [P, 2] sets of `order` of the other players: int64 [P, S, order].
+    """Draw contexts of `order` other players for each of pairs [P, 2]: int64 [P, S, order].
 
-    S is `samples`, or 1 where there is only one such set.
+    S is `samples`, or 1 if there is only one such context.
     """
     if order in (0, players - 2):
         samples = 1
-    drawn = np.stack([rng.random((samples, players - 2)).argsort(1)[:, :order] for _ in pairs])
-    others = torch.from_numpy(drawn)
+    contexts = np.stack([rng.random((samples, players - 2)).argsort(1)[:, :order] for _ in pairs])
+    others = torch.from_numpy(contexts)
+    # numbers among the players except i and j: skip the lower of the two, then the higher
     low, high = pairs.sort(1).values[:, :, None, None].unbind(1)
-    others = others + (others >= low)  # counted past the lower of i and j, then past the higher
+    others = others + (others >= low)
     return others + (others >= high)
 
 
 def coalitions(pairs: Tensor, contexts: Tensor, players: int) -> Tensor:
-    """Who takes part in S+i+j, S+i, S+j and S, for pairs [P, 2] and contexts [P, S, m]: bool [P, S,
-    4, players]."""
-    present = torch.zeros(*contexts.shape[:2], players, dtype=torch.bool).scatter_(
-        2, contexts, True
-    )
-    present = present.unsqueeze(2).repeat(1, 1, 4, 1)
-    i, j = (
-        player.view(-1, 1, 1, 1).expand(-1, present.shape[1], 2, -1) for player in pairs.unbind(1)
-    )
+    """Return who is present in S+i+j, S+i, S+j and S: bool [P, S, 4, players].
+
+    `pairs` is [P, 2], `contexts` is [P, S, m].
+    """
+    present = torch.zeros(*contexts.shape[:2], players, dtype=torch.bool)
+    present = present.scatter_(2, contexts, True).unsqueeze(2).repeat(1, 1, 4, 1)
+    shape = (-1, present.shape[1], 2, -1)
+    i = pairs[:, 0].view(-1, 1, 1, 1).expand(shape)
+    j = pairs[:, 1].view(-1, 1, 1, 1).expand(shape)
     present[:, :, (0, 1)] = present[:, :, (0, 1)].scatter(3, i, True)
     present[:, :, (0, 2)] = present[:, :, (0, 2)].scatter(3, j, True)
     return present
@@ -129,21 +148,23 @@ def coalitions(pairs: Tensor, contexts: Tensor, players: int) -> Tensor:
 
 @torch.no_grad()
 def masked_logits(model: nn.Module, image: Tensor, present: Tensor, batch_size: int) -> Tensor:
-    """Logits, float32 [K, classes], of an image [C, H, W] of which only those players are there:
-    bool [K, g * g]."""
+    """Return logits, float32 [K, classes], of an image [C, H, W] with only some players present.
+
+    `present` is bool [K, g * g].
+    """
     grid = round(present.shape[1] ** 0.5)
     logits = []
-    for some in present.to(image.device).split(batch_size):
-        pixels = enlarged(some.unflatten(1, (grid, grid)), image.shape[-2:]).unsqueeze(1)
+    for batch in present.to(image.device).split(batch_size):
+        pixels = enlarged(batch.unflatten(1, (grid, grid)), image.shape[-2:]).unsqueeze(1)
         logits.append(model(image * pixels).float())
     return torch.cat(logits)
 
 
 def reward(logits: Tensor, label: int, kind: str) -> Tensor:
-    """Of the true class, float64 [...], from logits [..., classes].
+    """Return the reward of the true class, float64 [...], from logits [..., classes].
 
-    "modified": its logit less the logarithm of the sum of the others' exponentials; "normal": its
-    log probability; "yi": its logit.
+    "modified" is its logit minus the logsumexp of the others, "normal" its log probability, "yi"
+    its logit.
     """
     logits = logits.double()
     if kind == "normal":
@@ -155,7 +176,7 @@ def reward(logits: Tensor, label: int, kind: str) -> Tensor:
 
 
 def second_difference(values: Tensor) -> Tensor:
-    """v(S+i+j) - v(S+i) - v(S+j) + v(S) of values [..., 4] in that order."""
+    """Return v(S+i+j) - v(S+i) - v(S+j) + v(S) of values [..., 4] in that order."""
     both, only_i, only_j, neither = values.unbind(-1)
     return both - only_i - only_j + neither
 
@@ -170,14 +191,14 @@ def interactions(
     kind: str,
     batch_size: int,
 ) -> Tensor:
-    """Second differences of the reward, float64 [P, S], of pairs [P, 2] in contexts [P, S, m]."""
+    """Return the interactions, float64 [P, S], of pairs [P, 2] in contexts [P, S, m]."""
     present = coalitions(pairs, contexts, players)
     logits = masked_logits(model, image, present.flatten(0, 2), batch_size)
     return second_difference(reward(logits, label, kind).view(present.shape[:3])).cpu()
 
 
-def shares(strengths: Tensor) -> Tensor:
-    """The published curve J from the strengths of all ratios [R]: each over their mean."""
+def normalized(strengths: Tensor) -> Tensor:
+    """Return the published curve J: the strengths of all ratios [R] divided by their mean."""
     return strengths / strengths.mean()
 
 
@@ -188,14 +209,15 @@ def shares(strengths: Tensor) -> Tensor:
 def chosen_images(
     args: Namespace, network: common.Network, dataset: ImageDataset, normalize: Normalize
 ):
-    """(number, image [C, H, W], label) of --images random ones, with --correct_only of those that
-    are classified right.
+    """Yield (index, image [C, H, W], label) of --images random images.
+
+    With --correct_only they are drawn among the correctly classified ones.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no image is classified correctly.
     """
-    order, count = np.random.default_rng(args.seed).permutation(len(dataset)).tolist(), 0
-    for number in order:
+    count = 0
+    for number in np.random.default_rng(args.seed).permutation(len(dataset)).tolist():
         if count == args.images:
             return
         sample = dataset[0, number]
@@ -206,12 +228,13 @@ def chosen_images(
         yield number, image[0], sample["label"]
     if count == 0:
         raise ValueError(
-            f"--correct_only leaves none of the images: {network.label} classifies none of them right"
+            f"--correct_only leaves no images: {network.label} classifies none of them correctly"
         )
 
 
 @torch.no_grad()
 def predicted(model: nn.Module, image: Tensor) -> int:
+    """Return the predicted class of one image [1, C, H, W]."""
     return int(model(image).argmax())
 
 
@@ -224,26 +247,25 @@ def image_strengths(
     done: dict[int, Tensor],
     keep,
 ) -> None:
-    """Fills `done` with |I| [P] of every order that it lacks, and calls `keep` after each."""
-    players, device = args.grid**2, image.device
-    pairs = draw_pairs(
-        args.grid, args.pairs, args.reach, np.random.default_rng((args.seed, number))
-    )
+    """Add |I| [P] of every missing order to `done`, and call `keep` after each."""
+    players = args.grid**2
+    rng = np.random.default_rng((args.seed, number))
+    pairs = draw_pairs(args.grid, args.pairs, args.reach, rng)
     for order in orders(args):
         if order in done:
             continue
         rng = np.random.default_rng((args.seed, number, order + 1))
         contexts = draw_contexts(pairs, players, order, args.contexts, rng)
-        with common.autocast(args, device):
-            found = interactions(
+        with common.autocast(args, image.device):
+            values = interactions(
                 network.model, image, label, pairs, contexts, players, args.reward, args.batch_size
             )
-        done[order] = found.mean(1).abs()
+        done[order] = values.mean(1).abs()
         keep()
 
 
 def orders(args: Namespace) -> list[int]:
-    """Those of --ratios, each once: on a small grid several ratios are of the same order."""
+    """Return the orders of --ratios, each once: on a small grid several ratios share an order."""
     return sorted({order_of(ratio, args.grid**2) for ratio in args.ratios})
 
 
@@ -252,7 +274,7 @@ def orders(args: Namespace) -> list[int]:
 
 
 def description(args: Namespace, network: common.Network) -> dict[str, str]:
-    """What stored results depend on, the image apart."""
+    """Return all that stored results depend on, except the image."""
     weights = hashlib.sha256()
     for value in network.model.state_dict().values():
         weights.update(value.cpu().contiguous().numpy().data)
@@ -265,70 +287,73 @@ def description(args: Namespace, network: common.Network) -> dict[str, str]:
 
 
 def read_done(path: Path, about: dict[str, str]) -> dict[int, Tensor]:
-    """Finished orders of an image, none without the file. ValueError: it is of something else."""
+    """Return the finished orders of an image; raise ValueError if they are of another run."""
     if not path.is_file():
         return {}
-    held = load_checkpoint(path)
+    stored = load_checkpoint(path)
     for name, value in about.items():
-        if (there := held["about"].get(name)) != value:
+        there = stored["about"].get(name)
+        if there != value:
             raise ValueError(
-                f"--output_dir: {path} holds interactions of another run: {name} {there} there, {value} now; name "
-                "another folder"
+                f"--output_dir: {path} holds interactions of another run: {name} {there} there, "
+                f"{value} now; use another folder"
             )
-    return held["orders"]
+    return stored["orders"]
 
 
 def strengths_of(
     args: Namespace, network: common.Network, device: torch.device
 ) -> dict[int, Tensor]:
-    """|I| of every order [images, P], of all images on every rank; each rank computes its share of them."""
+    """Return |I| of every order, [images, P].
+
+    The ranks divide the images among them, and every rank returns the results of all images.
+    """
     dataset = common.image_set(args, network, need_labels=True)
     network.model.to(device)
-    about, folder = (
-        description(args, network),
-        Path(args.output_dir) / "interaction" / network.label.replace("/", "_"),
-    )
+    about = description(args, network)
+    folder = Path(args.output_dir) / "interaction" / network.label.replace("/", "_")
     normalize = Normalize(MEAN_STD[network.mean_std], device)
     progress = Progress(network.label, args.images, 0, every=1, rank=args.rank)
     files = []
     for turn, (number, image, label) in enumerate(chosen_images(args, network, dataset, normalize)):
-        files.append(
-            path := folder / f"image-{number}" / "orders.pth"
-        )  # one rank writes in a folder
+        path = (
+            folder / f"image-{number}" / "orders.pth"
+        )  # a folder of its own: one writer per folder
+        files.append(path)
         if turn % args.world_size == args.rank:
             done = read_done(path, about)
-            image_strengths(
-                args, network, image, label, number, done,
-                lambda path=path, done=done: save_checkpoint(path, {"about": about, "orders": done}),
-            )  # fmt: skip
+            keep = partial(save_checkpoint, path, {"about": about, "orders": done})
+            image_strengths(args, network, image, label, number, done, keep)
         progress.advance()
         progress.show(turn + 1, {})
     progress.close()
     barrier()
-    found = [read_done(path, about) for path in files]
-    return {order: torch.stack([done[order] for done in found]) for order in orders(args)}
+    per_image = [read_done(path, about) for path in files]
+    strengths = {}
+    for order in orders(args):
+        strengths[order] = torch.stack([done[order] for done in per_image])
+    return strengths
 
 
-def tabulate(args: Namespace, label: str, found: dict[int, Tensor]) -> list[Strength]:
-    """A row for each ratio, from |I| of every order [images, P]."""
-    each = [order_of(ratio, args.grid**2) for ratio in args.ratios]
-    strengths = torch.stack([found[order].mean() for order in each])
-    images, pairs = next(iter(found.values())).shape
-    return [
-        Strength(label, ratio, order, strength, share, images, pairs, args.contexts)
-        for ratio, order, strength, share in zip(
-            args.ratios, each, strengths.tolist(), shares(strengths).tolist(), strict=True
-        )
-    ]
+def tabulate(args: Namespace, label: str, by_order: dict[int, Tensor]) -> list[Strength]:
+    """Return one row per ratio, given |I| of every order, [images, P]."""
+    ratio_orders = [order_of(ratio, args.grid**2) for ratio in args.ratios]
+    strengths = torch.stack([by_order[order].mean() for order in ratio_orders])
+    images, pairs = next(iter(by_order.values())).shape
+    values = zip(strengths.tolist(), normalized(strengths).tolist(), strict=True)
+    rows = []
+    for ratio, order, (strength, share) in zip(args.ratios, ratio_orders, values, strict=True):
+        rows.append(Strength(label, ratio, order, strength, share, images, pairs, args.contexts))
+    return rows
 
 
 def draw(rows: Sequence[Strength]) -> Figure:
-    """The published curve of each network, and beside it the strengths themselves."""
+    """Plot the published curve J of each network, and the strengths."""
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, value in ((left, "share"), (right, "strength")):
         common.draw_lines(axis, rows, "ratio", value)
-    left.set(xlabel="order (n)", ylabel="share of the strength J", ylim=(0, None))
+    left.set(xlabel="order (n)", ylabel="relative strength J", ylim=(0, None))
     right.set(xlabel="order (n)", ylabel="strength, mean |I|", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     return figure
@@ -339,37 +364,53 @@ def draw(rows: Sequence[Strength]) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
     parser = common.build_parser(__doc__.splitlines()[0], "interaction", images=50, batch_size=256)
     group = parser.add_argument_group("interactions")
     group.add_argument(
-        "--grid", type=int, default=14, help="players along a side; for 32 px 16 is published"
+        "--grid", type=int, default=14, help="players along a side; published for 32 px: 16"
     )
     group.add_argument(
-        "--pairs", type=int, default=200, help="of each image; for 32 px 50 is published"
+        "--pairs", type=int, default=200, help="pairs per image; published for 32 px: 50"
     )
     group.add_argument(
         "--contexts",
         type=int,
         default=100,
-        help="of each pair and order; for 32 px 50 is published",
+        help="contexts per pair and order; published for 32 px: 50",
     )
     group.add_argument(
-        "--ratios", type=float, nargs="+", default=RATIOS, help="orders, as shares of all players"
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=RATIOS,
+        help="orders, as fractions of the other players",
     )
     group.add_argument(
-        "--reach", type=int, default=2, help="rows and columns between the two players at most"
+        "--reach",
+        type=int,
+        default=2,
+        help="largest distance between the two players, in rows and columns",
     )
-    group.add_argument("--reward", choices=REWARDS, default="modified")
     group.add_argument(
-        "--nb_classes", type=int, default=None, help="of --model; None is the data set's"
+        "--reward", choices=REWARDS, default="modified", help="what v(S) is of the logits"
     )
     group.add_argument(
-        "--correct_only", action="store_true", help="images that are classified right, as for 32 px"
+        "--nb_classes",
+        type=int,
+        default=None,
+        help="number of classes of --model (default: the data set's)",
+    )
+    group.add_argument(
+        "--correct_only",
+        action="store_true",
+        help="use correctly classified images only, as published for 32 px",
     )
     return common.parse(parser, argv, check_flags)
 
 
 def check_flags(args: Namespace) -> None:
+    """Raise ValueError if a flag is out of range."""
     for name in ("grid", "pairs", "contexts", "reach"):
         common.check_positive(args, name)
     if not all(0 <= ratio <= 1 for ratio in args.ratios):
@@ -377,17 +418,20 @@ def check_flags(args: Namespace) -> None:
 
 
 def check_network(args: Namespace, network: common.Network) -> None:
+    """Raise ValueError unless the network classifies and its images divide into the grid."""
     if not network.classifies:
         raise ValueError(
-            f"{network.label} has no trained classifier: give a fine-tuned --checkpoint"
+            f"{network.label} has no trained classifier; use a fine-tuned --checkpoint"
         )
     if any(side % args.grid for side in network.size):
         raise ValueError(
-            f"--grid {args.grid} does not divide the images of {network.label}, {network.size} pixels"
+            f"--grid {args.grid} does not divide the images of {network.label}, "
+            f"{network.size} pixels"
         )
 
 
 def main(args: Namespace) -> list[Strength]:
+    """Measure all networks, write table and figure, and return the rows."""
     device = set_up(args).device
     source = build_source(
         args.data_set, args.eval_data_path or args.data_path, train=False, need_labels=True
@@ -396,14 +440,11 @@ def main(args: Namespace) -> list[Strength]:
     for network in networks:
         check_network(args, network)
     sets = sum(1 if order in (0, args.grid**2 - 2) else args.contexts for order in orders(args))
-    log.info(
-        "%d orders, %d forward passes for each image", len(orders(args)), 4 * args.pairs * sets
-    )
-    rows = [
-        row
-        for network in networks
-        for row in tabulate(args, network.label, strengths_of(args, network, device))
-    ]
+    passes = 4 * args.pairs * sets
+    log.info("%d orders, %d forward passes per image", len(orders(args)), passes)
+    rows = []
+    for network in networks:
+        rows += tabulate(args, network.label, strengths_of(args, network, device))
     if args.rank == 0:
         common.save(args, "interaction", rows, draw(rows))
     return rows

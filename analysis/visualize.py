@@ -1,7 +1,7 @@
-"""Pictures of what a model sees, predicts and looks at: `python analysis/visualize.py KIND --help`,
-with KIND one of attention, orders, masks, reconstruct.
+"""Draw what a model sees, attends to and predicts: `python analysis/visualize.py KIND --help`.
 
-Every picture is a grid: a row for an image, a column for one way of looking at it.
+KIND is attention, orders, masks or reconstruct. A figure has one row per image and one column per
+kind of map.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from datasets import ImageDataset
 from masking_generator import PATCH_ORDERS, patch_order
 from modeling_finetune import VisionTransformer
 from modeling_pretrain import PretrainMethod, similarity, stretched
-from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
+from unimim.checkpoint.runs import rebuild
 from unimim.cli import options
-from unimim.cli.flags import build_parser
-from unimim.cli.models import build_classifier, build_method
+from unimim.cli.flags import options_as_flags
+from unimim.cli.models import build_method
 from unimim.data.pretraining import build_data
 from unimim.data.sources import build_source
-from unimim.data.views import MEAN_STD, build_finetune_transform
+from unimim.data.views import build_finetune_transform, image_mean_std
 from unimim.engine.state import Normalize
 from unimim.evaluation.attention import Pair, check_cells, class_maps, query_maps
 from unimim.logs import log, setup_logging
@@ -40,7 +40,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-MASKED_GREY = 128
+MASKED_GRAY = 128
 
 
 def draw_grid(
@@ -51,38 +51,35 @@ def draw_grid(
     grid: Pair = (1, 1),
     marks: Sequence[Sequence[int]] = (),
 ) -> Figure:
-    """A figure with one picture per row and title: [H, W, 3] uint8 is shown as it is, [h, w] floats
-    as a map.
+    """Return a figure with a row of panels per entry of `rows` and a column per title.
 
-    Each map's colors run from 0, or from its smallest value below, to its own largest value.
-    `cell` is a picture's side in inches. `marks` lists for each column the cells of `grid` (rows,
-    columns) that get a frame.
+    A panel is an image [H, W, 3] uint8 or a map [h, w] of floats. A map's colors range from 0, or
+    its minimum if that is negative, to its maximum. `cell` is a panel's side in inches. `marks`
+    lists, for each column, the indices of the patches of `grid` (rows, columns) to be framed.
     """
     rows = list(rows)
     figure = Figure(figsize=(cell * len(titles), cell * (len(rows) + 0.25)), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for row, line in zip(rows, axes, strict=True):
-        for picture, axis in zip(row, line, strict=True):
-            axis.imshow(
-                picture, cmap="viridis", vmin=min(0, picture.min()), interpolation="nearest"
-            )
+        for panel, axis in zip(row, line, strict=True):
+            lowest = min(0, panel.min())
+            axis.imshow(panel, cmap="viridis", vmin=lowest, interpolation="nearest")
             axis.set_axis_off()
-        for axis, cells in zip(line, marks, strict=False):
-            for number in cells:
-                axis.add_patch(frame(number, grid, axis.images[0].get_array().shape[:2]))
+        for axis, indices in zip(line, marks, strict=False):
+            for index in indices:
+                axis.add_patch(frame(index, grid, axis.images[0].get_array().shape[:2]))
     for title, axis in zip(titles, axes[0], strict=True):
         axis.set_title(title, fontsize=8)
     return figure
 
 
-def frame(number: int, grid: Pair, shape: Pair) -> Rectangle:
-    """Around cell `number` of `grid` in a picture of `shape` (height, width) pixels, which
-    matplotlib puts at 0."""
-    height, width = shape[0] / grid[0], shape[1] / grid[1]
-    row, column = divmod(number, grid[1])
-    return Rectangle(
-        (column * width - 0.5, row * height - 0.5), width, height, fill=False, edgecolor="red"
-    )
+def frame(index: int, grid: Pair, shape: Pair) -> Rectangle:
+    """Return the frame around patch `index` of `grid` in a panel of `shape` (height, width)."""
+    height = shape[0] / grid[0]
+    width = shape[1] / grid[1]
+    row, column = divmod(index, grid[1])
+    corner = (column * width - 0.5, row * height - 0.5)  # matplotlib's first pixel is around 0
+    return Rectangle(corner, width, height, fill=False, edgecolor="red")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -92,7 +89,7 @@ HEADS = ("mean", "each", "all")
 
 
 class Column(NamedTuple):
-    """Maps [B, gh, gw] with a title, and the patches that are marked in them."""
+    """Maps [B, gh, gw] with a title, and the patches to mark in them."""
 
     title: str
     maps: Tensor
@@ -108,100 +105,91 @@ def attention_grid(
     heads: str | None = None,
     reduce_mean: bool = False,
 ) -> Figure:
-    """Where class tokens, or the patches `cells`, of images uint8 [B, 3, H, W] look in some blocks.
+    """Draw the attention of the class tokens, or of the patches `cells`, in some blocks.
 
-    Heads: their mean, each, or all of that, which is the default for a single query; of several it
-    is the mean. `reduce_mean` takes away what the class tokens see on average, which is shown too.
+    `images` is uint8 [B, 3, H, W]. `heads` shows their mean, each head, or all of these; the
+    default is "all" for a single query and "mean" for several. `reduce_mean` subtracts the mean map
+    of the class tokens, which is shown, too.
     """
-    num_cls, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    num_cls = model.num_prefix_tokens
+    grid = model.patch_embed.grid_size
     check_cells(cells, grid)
     if reduce_mean and not cells and num_cls == 1:
         raise ValueError(
-            "--reduce_mean leaves nothing of a single class token: give --token_indices"
+            "--reduce_mean leaves nothing of a single class token; use --token_indices"
         )
     model.eval()
     heads = heads or ("all" if (len(cells) or num_cls) == 1 else "mean")
-    x, columns = normalize({"image": images})["image"], []
+    x = normalize({"image": images})["image"]
+    columns = []
     for layer in layers:
         attention = model.attention_maps(x, layer).float().cpu()
-        found = attention_columns(attention, num_cls, grid, cells, reduce_mean)
         prefix = f"layer {layer}: " if len(layers) > 1 else ""
-        columns += [
-            column for name, *own in found for column in split(f"{prefix}{name}", *own, heads)
-        ]
-    rows = zip(
-        [as_picture(image) for image in images],
-        *(column.maps.numpy() for column in columns),
-        strict=True,
-    )
+        queries = attention_columns(attention, num_cls, grid, cells, reduce_mean)
+        for name, maps, marks in queries:
+            columns += split(f"{prefix}{name}", maps, marks, heads)
+
+    heat = [column.maps.numpy() for column in columns]
+    rows = zip([to_hwc(image) for image in images], *heat, strict=True)
+    titles = ["image", *(column.title for column in columns)]
     marks = [tuple(cells), *(column.marks for column in columns)]
-    return draw_grid(rows, ["image", *(column.title for column in columns)], grid=grid, marks=marks)
+    return draw_grid(rows, titles, grid=grid, marks=marks)
 
 
 def attention_columns(
     attention: Tensor, num_cls: int, grid: Pair, cells: Sequence[int], reduce_mean: bool
 ) -> list[tuple[str, Tensor, tuple[int, ...]]]:
-    """Of attention [B, h, T, T], for each class token or each of the patches `cells`: its name, its
-    maps [B, h, gh, gw] and the cells to mark."""
-    maps = query_maps(
-        attention, num_cls, grid, [num_cls + cell for cell in cells] or range(num_cls)
-    )
-    names = [f"patch {cell}" for cell in cells] or [f"class {number}" for number in range(num_cls)]
-    names = [""] if names == ["class 0"] else names
-    marks = [(cell,) for cell in cells] or [()] * num_cls
+    """Return name, maps [B, h, gh, gw] and patches to mark, for each query.
+
+    Queries are the patches `cells`, or the class tokens if there are none; `attention` is
+    [B, h, T, T].
+    """
+    if cells:
+        queries = [num_cls + cell for cell in cells]
+        names = [f"patch {cell}" for cell in cells]
+        marks = [(cell,) for cell in cells]
+    else:
+        queries = range(num_cls)
+        names = [f"class {number}" for number in queries] if num_cls > 1 else [""]
+        marks = [()] * num_cls
+    maps = query_maps(attention, num_cls, grid, queries)
     if not reduce_mean:
         return list(zip(names, maps.unbind(1), marks, strict=True))
     mean = class_maps(attention, num_cls, grid).mean(1)[:, None]  # [B, 1, gh, gw]
-    return [
-        ("class mean", mean, ()),
-        *zip(names, (maps - mean[:, None]).unbind(1), marks, strict=True),
-    ]
+    reduced = (maps - mean[:, None]).unbind(1)
+    return [("class mean", mean, ()), *zip(names, reduced, marks, strict=True)]
 
 
 def split(name: str, maps: Tensor, marks: tuple[int, ...], heads: str) -> list[Column]:
-    """The columns of one query, from its maps [B, h or 1, gh, gw]."""
-    mean = Column(
-        f"{name} mean of heads".strip() if heads == "all" else name or "mean of heads",
-        maps.mean(1),
-        marks,
-    )
+    """Return the columns of one query, given its maps [B, h or 1, gh, gw]."""
+    title = f"{name} mean of heads".strip() if heads == "all" else name or "mean of heads"
+    mean = Column(title, maps.mean(1), marks)
     if heads == "mean" or maps.shape[1] == 1:
         return [mean]
-    each = [
-        Column(f"{name} head {head}".strip(), own, marks) for head, own in enumerate(maps.unbind(1))
-    ]
+    each = []
+    for head, head_maps in enumerate(maps.unbind(1)):
+        each.append(Column(f"{name} head {head}".strip(), head_maps, marks))
     return each if heads == "each" else [mean, *each]
 
 
-def as_picture(image: Tensor) -> np.ndarray:
-    """uint8 [3, H, W] to [H, W, 3]."""
+def to_hwc(image: Tensor) -> np.ndarray:
+    """Convert [3, H, W] to an array [H, W, 3]."""
     return image.permute(1, 2, 0).numpy()
 
 
 def load_model(path: str, model_key: str, flags: list[str]) -> tuple[nn.Module, Namespace]:
-    """The model of a checkpoint with its weights, and the flags of its run, over which the given
-    `flags` win.
+    """Return a checkpoint's model with its weights, and the flags of its run.
 
-    A file without flags of its own (an encoder export) is taken for a classifier that `flags`
-    describe.
+    `flags` override those of the run. A file without flags (an encoder export) is loaded into the
+    classifier that `flags` describe.
     """
-    saved = load_checkpoint(path).get("args") or {}
-    stage = "pretrain" if "mask_type" in saved else "finetune"
-    parser = build_parser(stage)
-    parser.set_defaults(**saved)
-    args = parser.parse_args(flags)
-    if stage == "pretrain":
-        args.discrete_vae_weight_path = None  # nothing is predicted here
-        model = build_method(args)
-    else:  # with as many class tokens as there are in this file, not in what its run began with
-        args.resume, args.finetune, args.model_key = "", path, model_key
-        model = build_classifier(args)
+    model, args = rebuild(path, flags, model_key=model_key)
     log.info("%s", load_pretrained(model, path, model_key=model_key))
     return model, args
 
 
 def validation_images(args: Namespace, size: tuple[int, int], count: int) -> Tensor:
-    """Images from all over the flags' data set, as evaluation sees them: uint8 [count, 3, H, W]."""
+    """Return evenly spaced validation images as evaluation sees them, uint8 [count, 3, H, W]."""
     path = getattr(args, "eval_data_path", None) or args.data_path
     source = build_source(args.data_set, path, train=False, need_labels=False)
     transform = build_finetune_transform(Namespace(input_size=size, crop_pct=None), train=False)
@@ -210,29 +198,26 @@ def validation_images(args: Namespace, size: tuple[int, int], count: int) -> Ten
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` of `total` indices at equal distances: data sets are often in the order of their
-    classes."""
+    """Return `count` evenly spaced indices below `total`: data sets are often sorted by class."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
 def normalization(args: Namespace) -> Normalize:
-    return Normalize(
-        MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"],
-        torch.device("cpu"),
-    )
+    """Return the normalization of the run, on the CPU."""
+    return Normalize(image_mean_std(args), torch.device("cpu"))
 
 
 def load_vit(path: str, model_key: str, flags: list[str]) -> tuple[VisionTransformer, Namespace]:
-    """The ViT of a checkpoint, which may be a method's backbone, and the flags as of
-    `load_model`."""
+    """Return a checkpoint's ViT, which may be a method's backbone, and the flags of its run."""
     model, args = load_model(path, model_key, flags)
     vit = getattr(model, "backbone", model)
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"--checkpoint {path} holds {args.model}, which is no ViT")
+        raise ValueError(f"--checkpoint {path} holds {args.model}, which is not a ViT")
     return vit, args
 
 
 def attention(own: Namespace, flags: list[str]) -> Figure:
+    """Return the figure of `visualize.py attention`."""
     model, args = load_vit(own.checkpoint, own.model_key, flags)
     images = validation_images(args, model.patch_embed.img_size, own.images)
     return attention_grid(
@@ -244,43 +229,38 @@ def attention(own: Namespace, flags: list[str]) -> Figure:
 # Orders
 
 ORDERS = ("raster", "stochastic", "attention", "attention_center")
-MAPS = {
-    "self": "self-attention",
-    "cls": "similarity to class",
-    "gap": "similarity to mean",
-}  # by --attention_type
+# --attention_type -> title
+MAPS = {"self": "self-attention", "cls": "similarity to class", "gap": "similarity to mean"}
 
 
 @torch.no_grad()
 def order_maps(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
-    """The three maps that SemAIM's orders can follow, each [B, N], of normalized images
-    (specs/semaim.md 4).
+    """Return the three maps [B, N] that SemAIM's orders can follow, for normalized images.
 
-    A run with a target model follows the similarity to that model's class token, which is then the
-    one shown.
+    A run with a target model follows the similarity to that model's class token, so that one is
+    returned (docs/methods/semaim.md#map-of-the-order).
     """
     model.eval()
-    prefix, target = model.num_prefix_tokens, getattr(model, "target", None)
+    prefix = model.num_prefix_tokens
+    target = getattr(model, "target", None)
     attention = model.attention_maps(images)[:, :, 0, prefix:].mean(1)
     tokens = model.norm(model.forward_features(images)) if target is None else target(images)
     patches = tokens[:, prefix:]
-    queries = {"cls": tokens[:, :1], "gap": patches.mean(1, keepdim=True)}
-    return {"self": attention} | {
-        kind: stretched(similarity(query, patches)) for kind, query in queries.items()
+    return {
+        "self": attention,
+        "cls": stretched(similarity(tokens[:, :1], patches)),
+        "gap": stretched(similarity(patches.mean(1, keepdim=True), patches)),
     }
 
 
 def ranks(kind: str, grid: tuple[int, int], attention: Tensor, seed: int) -> Tensor:
-    """Place of each patch [B, N] in the order `kind`, the first one's being N and the last one's
-    1."""
-    count, cells = attention.shape
+    """Return each patch's rank [B, N] in the order `kind`: N for the first, 1 for the last."""
+    images, patches = attention.shape
     generator = torch.Generator().manual_seed(seed)
-    noise, center_noise = (
-        torch.rand(count, cells, generator=generator),
-        torch.rand(count, 2, generator=generator),
-    )
-    order = patch_order(kind, grid, noise, attention, center_noise).expand(count, -1)
-    return cells - order.argsort(dim=1, stable=True).argsort(dim=1)
+    noise = torch.rand(images, patches, generator=generator)
+    center_noise = torch.rand(images, 2, generator=generator)
+    order = patch_order(kind, grid, noise, attention, center_noise).expand(images, -1)
+    return patches - order.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def order_grid(
@@ -291,21 +271,21 @@ def order_grid(
     followed: str,
     seed: int,
 ) -> Figure:
-    """Self-attention and similarity of images uint8 [B, 3, H, W] and the orders `kinds`, the
-    earlier the brighter.
+    """Draw attention maps of images uint8 [B, 3, H, W] and the orders `kinds`; earlier is brighter.
 
-    Orders that follow a map follow that of `followed`, a key of `MAPS`.
+    Orders that follow a map follow `followed`, a key of `MAPS`.
     """
     grid = model.patch_embed.grid_size
     maps = order_maps(model, normalize({"image": images})["image"])
     columns = {MAPS[kind]: maps[kind] for kind in ("self", "cls", followed)}
     columns |= {kind: ranks(kind, grid, maps[followed], seed) for kind in kinds}
     heat = [column.unflatten(1, grid).float().numpy() for column in columns.values()]
-    rows = zip([as_picture(image) for image in images], *heat, strict=True)
+    rows = zip([to_hwc(image) for image in images], *heat, strict=True)
     return draw_grid(rows, ["image", *columns])
 
 
 def orders(own: Namespace, flags: list[str]) -> Figure:
+    """Return the figure of `visualize.py orders`."""
     model, args = load_vit(own.checkpoint, own.model_key, flags)
     images = validation_images(args, model.patch_embed.img_size, own.images)
     has_target = getattr(model, "target", None) is not None
@@ -318,40 +298,45 @@ def orders(own: Namespace, flags: list[str]) -> Figure:
 
 
 def mask_grid(samples: Iterable[dict[str, Tensor]]) -> Figure:
-    """What pre-training reads of each sample: the image, the same with its masked patches gray, the
-    teacher's view."""
+    """Draw each training sample: the image, its visible patches, and the teacher's view if any."""
     batch = default_collate(list(samples))
     columns = {"image": batch["image"], "student sees": hide(batch["image"], batch["mask"])}
     if "image_strong" in batch:
         columns["teacher sees"] = batch["image_strong"]
-    return draw_grid(
-        zip(*([as_picture(i) for i in images] for images in columns.values()), strict=True),
-        [*columns],
-    )
+    return draw_grid(image_rows(columns.values()), [*columns])
+
+
+def image_rows(columns: Iterable[Tensor]) -> Iterable[tuple[np.ndarray, ...]]:
+    """Return rows of images [H, W, 3], given columns of uint8 [B, 3, H, W]."""
+    arrays = [column.permute(0, 2, 3, 1).numpy() for column in columns]
+    return zip(*arrays, strict=True)
 
 
 def hide(images: Tensor, mask: Tensor) -> Tensor:
-    """Images [B, 3, H, W] with the patches where mask [B, gh, gw] is True in gray."""
-    height, width = (
-        side // cells for side, cells in zip(images.shape[-2:], mask.shape[-2:], strict=True)
-    )
+    """Return images [B, 3, H, W] whose patches are gray where mask [B, gh, gw] is True."""
+    height = images.shape[-2] // mask.shape[-2]
+    width = images.shape[-1] // mask.shape[-1]
     pixels = mask.repeat_interleave(height, 1).repeat_interleave(width, 2)
-    return images.masked_fill(pixels.unsqueeze(1), MASKED_GREY)
+    return images.masked_fill(pixels.unsqueeze(1), MASKED_GRAY)
 
 
 def training_samples(args: Namespace, method: PretrainMethod, count: int) -> list[dict]:
-    """What pre-training reads of images from all over its data, in epoch 0."""
-    args.rank, args.world_size, args.batch_size, args.update_freq, args.num_workers = 0, 1, 1, 1, 0
+    """Return evenly spaced samples of epoch 0 as pre-training reads them."""
+    args.rank, args.world_size = 0, 1
+    args.batch_size = 1
+    args.update_freq = 1
+    args.num_workers = 0
     dataset = build_data(args, method).dataset
     return [dataset[0, index] for index in spread(len(dataset), count)]
 
 
 def masks(own: Namespace, flags: list[str]) -> Figure:
+    """Return the figure of `visualize.py masks`."""
     args = options.parse("pretrain", flags)
     method = build_method(args)
     if "mask" not in method.views:
         raise ValueError(
-            f"{args.model} draws its masks itself: analysis/visualize.py reconstruct shows them"
+            f"--model {args.model} draws its masks itself; use analysis/visualize.py reconstruct"
         )
     return mask_grid(training_samples(args, method, own.images))
 
@@ -364,22 +349,22 @@ def masks(own: Namespace, flags: list[str]) -> Figure:
 def reconstruction_grid(
     method: PretrainMethod, batch: dict[str, Tensor], normalize: Normalize
 ) -> Figure:
-    """What is known of each image, what the method predicts, and both put together."""
+    """Draw each image, its visible patches, the method's prediction, and both combined."""
     method.eval()
-    panels = method.reconstruct(normalize(batch))
-    pixels = [
-        (panel.float() * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte()
-        for panel in panels
-    ]
-    rows = zip(*([as_picture(image) for image in panel] for panel in pixels), strict=True)
-    return draw_grid(rows, ["image", "known patches", "predicted", "put together"])
+    pixels = []
+    for panel in method.reconstruct(normalize(batch)):
+        unit = (panel.float() * normalize.std + normalize.mean).clamp(0, 1)
+        pixels.append(unit.mul(255).round().byte())
+    titles = ["image", "visible patches", "prediction", "combined"]
+    return draw_grid(image_rows(pixels), titles)
 
 
 def reconstruct(own: Namespace, flags: list[str]) -> Figure:
+    """Return the figure of `visualize.py reconstruct`."""
     method, args = load_model(own.checkpoint, "model", flags)
-    if not getattr(method, "predicts_pixels", False):  # a classifier says nothing of it
+    if not getattr(method, "predicts_pixels", False):  # classifiers have no such attribute
         raise ValueError(
-            f"--checkpoint {own.checkpoint} holds {args.model}, which predicts no pixels"
+            f"--checkpoint {own.checkpoint} holds {args.model}, which does not predict pixels"
         )
     if method.teacher is not None:
         log.info("%s", load_pretrained(method.teacher, own.checkpoint))
@@ -392,13 +377,13 @@ def reconstruct(own: Namespace, flags: list[str]) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
-    """This script's own flags, and what is left over for the flags of the run scripts."""
+    """Return this script's flags, and the remaining ones, which are flags of the run scripts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     shared.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="PNG, PDF or SVG to write"
+        "--output", type=Path, required=True, metavar="FILE", help="PNG, PDF or SVG file to write"
     )
     shared.add_argument("--images", type=int, default=6, help="number of images")
     kinds = parser.add_subparsers(
@@ -406,55 +391,71 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         required=True,
         parser_class=partial(argparse.ArgumentParser, allow_abbrev=False),
     )
-    of_vit = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    of_vit.add_argument("--checkpoint", required=True, help="any checkpoint of a ViT")
-    of_vit.add_argument(
-        "--model_key", default=PUBLISHED_KEYS, help="'model' for the student instead"
+    vit = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    vit.add_argument("--checkpoint", required=True, help="any checkpoint of a ViT")
+    vit.add_argument(
+        "--model_key",
+        default=PUBLISHED_KEYS,
+        help="entry of the checkpoint to load; 'model' is the student",
     )
-    looks = kinds.add_parser(
+
+    attention_flags = kinds.add_parser(
         "attention",
-        parents=[shared, of_vit],
-        help="where class tokens or single patches look; further flags win over those of the run: with another "
-        "--input_size positions are interpolated",
+        parents=[shared, vit],
+        help="attention maps of class tokens or single patches; further flags override those of "
+        "the run: another --input_size interpolates the positions",
     )
-    looks.add_argument(
+    attention_flags.add_argument(
         "--layer", type=int, nargs="+", default=[-1], help="blocks, counted from 0 or from the end"
     )
-    looks.add_argument(
-        "--token_indices", type=int, nargs="+", default=[], metavar="PATCH",
-        help="patches that look, counted row by row from 0, in place of the class tokens",
-    )  # fmt: skip
-    looks.add_argument(
+    attention_flags.add_argument(
+        "--token_indices",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="PATCH",
+        help="indices of the patches (row by row from 0) to use as queries instead of the class "
+        "tokens",
+    )
+    attention_flags.add_argument(
         "--heads",
         choices=HEADS,
         default=None,
-        help="their mean, each, or all of that; None: all of a single query",
+        help="show the mean of the heads, each head, or all of these (default: all for a single "
+        "query, otherwise the mean)",
     )
-    looks.add_argument(
+    attention_flags.add_argument(
         "--reduce_mean",
         action="store_true",
-        help="less what the class tokens see on average, which is shown too",
+        help="subtract the mean map of the class tokens, which is shown, too",
     )
-    follows = kinds.add_parser(
+
+    order_flags = kinds.add_parser(
         "orders",
-        parents=[shared, of_vit],
-        help="orders of the patches and the maps that they follow; further flags win over those of the run",
+        parents=[shared, vit],
+        help="prediction orders and the maps that they follow; further flags override those of "
+        "the run",
     )
-    follows.add_argument(
-        "--orders", nargs="+", choices=PATCH_ORDERS, default=ORDERS, metavar="ORDER",
+    order_flags.add_argument(
+        "--orders",
+        nargs="+",
+        choices=PATCH_ORDERS,
+        default=ORDERS,
+        metavar="ORDER",
         help=f"as for --permutation_type: {', '.join(PATCH_ORDERS)}",
-    )  # fmt: skip
+    )
+
     kinds.add_parser(
         "masks",
         parents=[shared],
-        help="what student and teacher see; further flags as for run_pretraining.py",
+        help="the inputs of student and teacher; further flags as for run_pretraining.py",
     )
-    predicts = kinds.add_parser(
+    reconstruct_flags = kinds.add_parser(
         "reconstruct",
         parents=[shared],
-        help="what a method predicts of the pixels; further flags win over those of the run",
+        help="the pixels that a method predicts; further flags override those of the run",
     )
-    predicts.add_argument(
+    reconstruct_flags.add_argument(
         "--checkpoint", required=True, help="a checkpoint-<epoch>.pth of pre-training"
     )
     return parser.parse_known_args(argv)
@@ -464,10 +465,12 @@ KINDS = {"attention": attention, "orders": orders, "masks": masks, "reconstruct"
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draw the figure and write it to --output."""
     own, flags = parse(argv)
     setup_logging(rank=0)
     try:
-        figure = KINDS[own.kind](own, flags)
+        with options_as_flags():
+            figure = KINDS[own.kind](own, flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
     own.output.parent.mkdir(parents=True, exist_ok=True)

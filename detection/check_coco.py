@@ -1,9 +1,8 @@
-"""Checks that a folder is COCO 2017 as the configurations want it, before a training that would
-stop halfway.
+"""Check that a folder is COCO 2017 as the configurations expect it.
 
-python detection/check_coco.py data/coco
+    python detection/check_coco.py data/coco
 
-Wanted are annotations/instances_{train,val}2017.json and the images they list in train2017/ and
+Expected are annotations/instances_{train,val}2017.json and the images they list in train2017/ and
 val2017/.
 """
 
@@ -17,31 +16,31 @@ from PIL import Image, UnidentifiedImageError
 
 SPLITS = ("train2017", "val2017")
 _UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-CATEGORY_IDS = tuple(
-    number for number in range(1, 91) if number not in _UNUSED_IDS
-)  # of 80 classes
+# of the 80 classes
+CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _UNUSED_IDS)
 MOST_EXAMPLES = 5
 
 
 def check_split(root: Path, split: str, every: int = 100) -> tuple[str, list[str]]:
-    """One line on a split, and a sentence on each thing that is wrong. Every `every`-th image is
-    opened."""
-    file, folder = root / "annotations" / f"instances_{split}.json", root / split
+    """Return a line on a split and a sentence per problem; open every `every`-th image."""
+    file = root / "annotations" / f"instances_{split}.json"
+    folder = root / split
     if not file.is_file():
         return f"{split}: missing", [f"{file} does not exist."]
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
-        return f"{split}: unreadable", [f"{file} is damaged or no JSON ({error})."]
-    if lacking := [
-        key
-        for key in ("images", "annotations", "categories")
-        if not isinstance(content.get(key), list)
-    ]:
+        return f"{split}: unreadable", [f"{file} is not JSON or damaged ({error})."]
+    keys = ("images", "annotations", "categories")
+    lacking = [key for key in keys if not isinstance(content.get(key), list)]
+    if lacking:
         return f"{split}: incomplete", [f"{file} has no list {' and '.join(lacking)}."]
     images, annotations = content["images"], content["annotations"]
     with_objects = len({annotation["image_id"] for annotation in annotations})
-    line = f"{split}: {len(images)} images, {with_objects} of them with objects, {len(annotations)} objects"
+    line = (
+        f"{split}: {len(images)} images, {with_objects} of them with objects, "
+        f"{len(annotations)} objects"
+    )
     problems = (
         check_categories(content["categories"])
         + check_annotations(content)
@@ -51,16 +50,18 @@ def check_split(root: Path, split: str, every: int = 100) -> tuple[str, list[str
 
 
 def check_categories(categories: list[dict[str, Any]]) -> list[str]:
-    found = sorted(category["id"] for category in categories)
-    if found == list(CATEGORY_IDS):
+    """Return a problem unless the categories are COCO's."""
+    ids = sorted(category["id"] for category in categories)
+    if ids == list(CATEGORY_IDS):
         return []
     return [
-        f"it has {len(found)} categories, not COCO's 80 with the numbers 1 to 90: set num_classes and metainfo."
+        f"it has {len(ids)} categories, not COCO's 80 with the numbers 1 to 90: "
+        "set num_classes and metainfo."
     ]
 
 
 def check_annotations(content: dict[str, Any]) -> list[str]:
-    """Doubled numbers, objects of no image or class, and boxes or outlines that are empty."""
+    """Return problems: duplicate ids, unknown images or categories, empty boxes or outlines."""
     images = Counter(image["id"] for image in content["images"])
     categories = {category["id"] for category in content["categories"]}
     objects = content["annotations"]
@@ -82,14 +83,12 @@ def check_annotations(content: dict[str, Any]) -> list[str]:
 
 
 def valid_box(box: Any) -> bool:
-    """COCO itself has boxes without width or height, which training leaves out: only wrong forms
-    count."""
+    """Tell whether a box is valid; COCO has empty ones, which training leaves out."""
     return isinstance(box, list) and len(box) == 4 and min(box[2:]) >= 0
 
 
 def check_images(folder: Path, images: list[dict[str, Any]], every: int) -> list[str]:
-    """Files that are missing, and of a sample those that are damaged or of another size than
-    listed."""
+    """Return problems: missing files, and in a sample damaged ones or unlisted sizes."""
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     missing = [image["file_name"] for image in images if image["file_name"] not in present]
     problems = (
@@ -100,8 +99,8 @@ def check_images(folder: Path, images: list[dict[str, Any]], every: int) -> list
     there = [image for image in images if image["file_name"] in present]
     for image in there[::every]:
         try:
-            with Image.open(folder / image["file_name"]) as picture:
-                size = picture.size
+            with Image.open(folder / image["file_name"]) as opened:
+                size = opened.size
         except (UnidentifiedImageError, OSError) as error:
             problems.append(f"{image['file_name']} cannot be opened ({error}).")
             continue
@@ -112,13 +111,14 @@ def check_images(folder: Path, images: list[dict[str, Any]], every: int) -> list
     return problems
 
 
-def examples(found: list[Any]) -> str:
-    return ", ".join(map(str, found[:MOST_EXAMPLES])) + (
-        ", ..." if len(found) > MOST_EXAMPLES else ""
-    )
+def examples(values: list[Any]) -> str:
+    """Return the first values as text."""
+    more = ", ..." if len(values) > MOST_EXAMPLES else ""
+    return ", ".join(map(str, values[:MOST_EXAMPLES])) + more
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the reports of all splits; return 1 if there is a problem."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

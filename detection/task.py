@@ -1,4 +1,4 @@
-"""What the shared runner has to know of detection."""
+"""Tell the shared runner about detection."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from unimim.openmmlab.runner import Task
 
 
 def save_predictions(cfg: Any, path: str) -> None:
-    """--out PREFIX writes PREFIX.bbox.json and PREFIX.segm.json in COCO's format of results."""
+    """Make --out PREFIX write PREFIX.bbox.json and PREFIX.segm.json in COCO's results format."""
     cfg.test_evaluator.outfile_prefix = str(Path(path).absolute())
 
 

@@ -1,8 +1,8 @@
-"""Unpacks ADEChallengeData2016.zip and checks it: `prepare_ade20k.py ADEChallengeData2016.zip
-[--out data/ade]`.
+"""Unpack ADEChallengeData2016.zip and check it, or only check a folder.
 
-Given a folder instead, only checks it. The archive is MIT's "SceneParsing" set (images,
-annotations), not the full one.
+    prepare_ade20k.py ADEChallengeData2016.zip [--out data/ade]
+
+The archive is MIT's "SceneParsing" set (images, annotations), not the full one.
 """
 
 import argparse
@@ -21,30 +21,26 @@ CLASSES = 150
 
 
 def unpack(archive: Path, out: Path) -> Path:
-    """The archive's folder below `out`. ValueError: not a zip, or one that writes outside of its
-    folder."""
+    """Unpack the archive and return its folder; raise ValueError if it is invalid or unsafe."""
     try:
         with zipfile.ZipFile(archive) as file:
-            tops = {Path(name).parts[0] for name in file.namelist()}
-            if len(tops) != 1 or any(
-                Path(name).is_absolute() or ".." in Path(name).parts for name in file.namelist()
-            ):
+            paths = [Path(name) for name in file.namelist()]
+            tops = {path.parts[0] for path in paths}
+            unsafe = any(path.is_absolute() or ".." in path.parts for path in paths)
+            if len(tops) != 1 or unsafe:
                 raise ValueError(f"{archive} is not one folder with images and annotations")
             file.extractall(out)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is damaged or no zip: {error}") from error
+        raise ValueError(f"{archive} is not a zip or damaged: {error}") from error
     return out / tops.pop()
 
 
 def check(root: Path, counts: dict[str, int] | None = None) -> list[str]:
-    """What is wrong with a folder in ADE20K's layout: counts, pairs, sizes, numbers of classes;
-    empty if nothing is."""
+    """Return the problems of a folder in ADE20K's layout: counts, pairs, sizes, class numbers."""
     problems = []
     for split, count in (counts or COUNTS).items():
-        images, labels = (
-            {path.stem: path for path in (root / kind / split).glob(f"*.{suffix}")}
-            for kind, suffix in (("images", "jpg"), ("annotations", "png"))
-        )
+        images = {path.stem: path for path in (root / "images" / split).glob("*.jpg")}
+        labels = {path.stem: path for path in (root / "annotations" / split).glob("*.png")}
         if len(images) != count:
             problems.append(f"{root / 'images' / split} holds {len(images)} images, not {count}")
         if single := sorted(images.keys() ^ labels.keys()):
@@ -53,17 +49,17 @@ def check(root: Path, counts: dict[str, int] | None = None) -> list[str]:
             )
         pairs = [(images[name], labels[name]) for name in sorted(images.keys() & labels.keys())]
         with ThreadPoolExecutor() as pool:
-            found = tqdm(pool.map(check_pair, pairs), split, len(pairs), disable=None)
-            problems += [problem for problem in found if problem]
+            checked = tqdm(pool.map(check_pair, pairs), split, len(pairs), disable=None)
+            problems += [problem for problem in checked if problem]
     return problems
 
 
 def check_pair(pair: tuple[Path, Path]) -> str:
-    """What is wrong with an image and its labels, in one line, or nothing."""
+    """Return the problem of an image and its labels in one line, or an empty string."""
     try:
         with Image.open(pair[0]) as image, Image.open(pair[1]) as labels:
             if labels.mode not in ("L", "P"):
-                return f"{pair[1]}: mode {labels.mode}, not one number a pixel"
+                return f"{pair[1]}: mode {labels.mode}, not one number per pixel"
             if image.size != labels.size:
                 return f"{pair[1]}: {labels.size} pixels, its image has {image.size}"
             image.load()
@@ -74,6 +70,7 @@ def check_pair(pair: tuple[Path, Path]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Unpack and check; return 1 if there are problems."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,11 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     problems = check(root)
-    print(
-        "\n".join(problems[:20]) + f"\n{len(problems)} problems"
-        if problems
-        else f"{root} is complete"
-    )
+    if problems:
+        print("\n".join([*problems[:20], f"{len(problems)} problems"]))
+    else:
+        print(f"{root} is complete")
     return bool(problems)
 
 

@@ -1,4 +1,4 @@
-"""What train.py, test.py and demo.py are to `downstream.runner`."""
+"""Tell the shared runner about segmentation."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from unimim.openmmlab.runner import Task
 
 
 def save_predictions(cfg, path: str) -> None:
-    """Testing writes a PNG of ADE20K's numbers (1 + class) for each image to the folder `path`."""
+    """Make testing write one PNG per image (ADE20K's numbers, 1 + class) to the folder `path`."""
     cfg.test_evaluator.output_dir = path
 
 

@@ -1,7 +1,7 @@
-"""Linear segmentation of Pascal VOC on the frozen patch tokens of a ViT; `--help` lists flags.
+"""Segment Pascal VOC with a linear head on the frozen patch tokens of a ViT.
 
-python semantic_segmentation/voc_linear_probe.py --data_path /data/VOC2012 --finetune FILE
---output_dir out
+    python semantic_segmentation/voc_linear_probe.py --data_path /data/VOC2012 \\
+        --finetune FILE --output_dir out
 """
 
 import argparse
@@ -32,32 +32,34 @@ from unimim.cli.options import derived, parse_flags, report
 from unimim.data.crops import ViewDraws, fast_crop
 from unimim.data.files import FolderFiles
 from unimim.data.jpeg import PILLOW_ERRORS, BrokenImageError, RawImage, decode
-from unimim.data.pretraining import train_loader
+from unimim.data.pretraining import steps_per_epoch, train_loader
 from unimim.data.sources import FileSource
 from unimim.data.views import Sample, draw_view
 from unimim.engine.distributed import reduce_sum
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
-from unimim.engine.state import Normalize
-from unimim.evaluation.features import add_network_flags, build_vit
+from unimim.engine.state import RunContext
+from unimim.engine.task import Task
+from unimim.evaluation.features import build_vit
+from unimim.evaluation.flags import add_network_flags
 from unimim.files import write_rows
 from unimim.logs import log
 from unimim.recipes import by_name
 
-RECIPE = "semanticmim_maskfeat_base_voc"  # gives the defaults
+RECIPE = "semanticmim_maskfeat_base_voc"  # sets the defaults
 CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus",
+    "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
+    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 IGNORED = 255
 CROP_SCALE = (0.8, 1.0)
 
 
 @dataclass(frozen=True)
-class Result:
-    """The row of voc.csv: the mean IoU over all classes, in percent, after an epoch (numbered from
-    0), and the best."""
+class VocRow:
+    """The row of voc.csv: the mean IoU in percent after an epoch (from 0), and the best so far."""
 
     miou: float
     best_miou: float
@@ -74,10 +76,9 @@ class Result:
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """Pixels by label (rows) and prediction (columns), int64 [K, K], of two integer tensors of one
-    shape.
+    """Count pixels by label (rows) and prediction (columns), int64 [K, K].
 
-    Pixels with a label outside 0 ... K - 1 do not count.
+    Both are integer tensors of one shape; labels outside 0 ... K - 1 are ignored.
     """
     counts = (labels >= 0) & (labels < num_classes)
     pairs = num_classes * labels[counts].long() + predictions[counts].long()
@@ -85,8 +86,10 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> T
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class, float64 [K]; a class that never occurs has 0, and
-    counts in the mean."""
+    """Return the IoU of each class, float64 [K].
+
+    As published, a class that never occurs has 0, and counts in the mean.
+    """
     confusion = confusion.double()
     hits = confusion.diagonal()
     return hits / (confusion.sum(0) + confusion.sum(1) - hits + 1e-6)
@@ -99,14 +102,13 @@ def class_iou(confusion: Tensor) -> Tensor:
 def voc_images(
     root: Path, split: str, mask_folders: tuple[str, ...], num_classes: int, args: Namespace
 ):
-    """The images that ImageSets/Segmentation/`split`.txt lists, with their masks, as a data set
-    without transform.
+    """Return the images and masks listed in ImageSets/Segmentation/`split`.txt, untransformed.
 
-    An image is JPEGImages/NAME.jpg (or .png), its mask NAME.png in the first of `mask_folders` that
-    has it.
+    An image is JPEGImages/NAME.jpg (or .png), its mask is NAME.png in the first of `mask_folders`
+    that has it.
 
-    Raises ValueError for a missing list, an empty one, and a listed image or mask that is not
-    there.
+    Raises:
+        ValueError: the list is missing or empty, or a listed image or mask is missing.
     """
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.is_file():
@@ -116,41 +118,42 @@ def voc_images(
     names = [Path(line.split()[0]).stem for line in listed.read_text().splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{listed} lists no image")
-    files = FolderFiles(
-        root / "JPEGImages",
-        [existing(root, ("JPEGImages",), n, (".jpg", ".png")).name for n in names],
-    )
+    images = [existing(root, ("JPEGImages",), name, (".jpg", ".png")).name for name in names]
     masks = [existing(root, mask_folders, name, (".png",)) for name in names]
+    files = FolderFiles(root / "JPEGImages", images)
     dataset = ImageDataset(
-        FileSource(files, np.full(len(names), -1), []), None, seed=args.seed, max_bad_images=args.max_bad_images,
+        FileSource(files, np.full(len(names), -1), []),
+        None,
+        seed=args.seed,
+        max_bad_images=args.max_bad_images,
         strict=args.strict_data,
-    )  # fmt: skip
+    )
     dataset.maps = {"labels": lambda index: read_mask(masks[index], num_classes)}
     return dataset
 
 
 def existing(root: Path, folders: tuple[str, ...], name: str, suffixes: tuple[str, ...]) -> Path:
-    """The first of the files folder/name.suffix below `root` that exists."""
+    """Return the first of the files folder/name.suffix below `root` that exists."""
     candidates = [root / folder / f"{name}{suffix}" for folder in folders for suffix in suffixes]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise ValueError(
-            f"--data_path: none of {', '.join(map(str, candidates))} exists, but {name} is listed"
-        )
-    return found
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"--data_path: none of {', '.join(map(str, candidates))} exists, but {name} is listed"
+    )
 
 
 def read_mask(path: Path, num_classes: int) -> np.ndarray:
-    """Class numbers uint8 [H, W], 255 where none counts: the indices of a palette image or a gray
-    one's values."""
+    """Return class numbers uint8 [H, W], 255 = ignored, from a palette or grayscale image."""
     try:
-        picture = Image.open(path)
-        mask = np.array(picture)
+        image = Image.open(path)
+        mask = np.array(image)
     except PILLOW_ERRORS as error:
         raise BrokenImageError(f"mask {path}: {error}") from error
-    if picture.mode not in ("P", "L"):
-        raise ValueError(f"mask {path} is no palette or gray image, but of mode {picture.mode}")
-    if (unknown := mask[(mask >= num_classes) & (mask != IGNORED)]).size:
+    if image.mode not in ("P", "L"):
+        raise ValueError(f"mask {path} is not a palette or gray image, but of mode {image.mode}")
+    unknown = mask[(mask >= num_classes) & (mask != IGNORED)]
+    if unknown.size:
         raise ValueError(
             f"mask {path} has class {unknown[0]}: --nb_classes {num_classes} is too few"
         )
@@ -158,8 +161,7 @@ def read_mask(path: Path, num_classes: int) -> np.ndarray:
 
 
 class TrainView:
-    """A crop of most of the picture and a flip, the same for image and mask: {"image" [3, H, W],
-    "labels" [H, W]}."""
+    """Crop most of the image and flip it, with its mask: {"image" [3, H, W], "labels" [H, W]}."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
@@ -167,15 +169,17 @@ class TrainView:
     def __call__(
         self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray]
     ) -> Sample:
-        picture, mask = decode(raw), maps["labels"]
-        check_size(picture, mask)
-        draws = draw_view(rng, mask.shape, CROP_SCALE, "bilinear", strong=False)
-        image, labels = fast_crop(picture, draws, self.size), crop_labels(mask, draws, self.size)
+        pixels = decode(raw)
+        mask = maps["labels"]
+        check_size(pixels, mask)
+        params = draw_view(rng, mask.shape, CROP_SCALE, "bilinear", strong=False)
+        image = fast_crop(pixels, params, self.size)
+        labels = crop_labels(mask, params, self.size)
         return {"image": torch.from_numpy(image), "labels": torch.from_numpy(labels)}
 
 
 class EvalView:
-    """The whole picture at `size`, its aspect not kept: {"image" [3, H, W], "labels" [H, W]}."""
+    """Resize the whole image to `size`: {"image" [3, H, W], "labels" [H, W]}."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
@@ -183,9 +187,10 @@ class EvalView:
     def __call__(
         self, raw: RawImage, rng: np.random.Generator, maps: Mapping[str, np.ndarray]
     ) -> Sample:
-        picture, mask = decode(raw), maps["labels"]
-        check_size(picture, mask)
-        image = Image.fromarray(picture).resize(self.size[::-1], Image.Resampling.BILINEAR)
+        pixels = decode(raw)
+        mask = maps["labels"]
+        check_size(pixels, mask)
+        image = Image.fromarray(pixels).resize(self.size[::-1], Image.Resampling.BILINEAR)
         planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         return {
             "image": torch.from_numpy(planes),
@@ -193,22 +198,23 @@ class EvalView:
         }
 
 
-def check_size(picture: np.ndarray, mask: np.ndarray) -> None:
-    if picture.shape[:2] != mask.shape:
-        raise BrokenImageError(f"the image has {picture.shape[:2]} pixels, its mask {mask.shape}")
+def check_size(image: np.ndarray, mask: np.ndarray) -> None:
+    """Raise BrokenImageError unless image and mask have the same size."""
+    if image.shape[:2] != mask.shape:
+        raise BrokenImageError(f"the image has {image.shape[:2]} pixels, its mask {mask.shape}")
 
 
-def crop_labels(mask: np.ndarray, draws: ViewDraws, size: tuple[int, int]) -> np.ndarray:
-    """What `fast_crop` does to the picture, done to its mask [H, W]: [*size]."""
-    top, left, height, width = draws.box
-    mask = mask[:, ::-1] if draws.flip else mask  # the box is one of the mirrored picture
+def crop_labels(mask: np.ndarray, params: ViewDraws, size: tuple[int, int]) -> np.ndarray:
+    """Crop a mask [H, W] as `fast_crop` crops its image: [*size]."""
+    top, left, height, width = params.box
+    mask = mask[:, ::-1] if params.flip else mask  # the box is relative to the mirrored image
     return nearest(mask[top : top + height, left : left + width], size)
 
 
 def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.array(
-        Image.fromarray(np.ascontiguousarray(mask)).resize(size[::-1], Image.Resampling.NEAREST)
-    )
+    """Resize a mask by nearest neighbors."""
+    image = Image.fromarray(np.ascontiguousarray(mask))
+    return np.array(image.resize(size[::-1], Image.Resampling.NEAREST))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,11 +222,9 @@ def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 class Backbone(nn.Module):
-    """A frozen ViT up to block number `layer`, in eval mode: images [B, 3, H, W] to a map float32
-    [B, C, gh, gw].
+    """A frozen ViT up to block `layer`: images [B, 3, H, W] to a map float32 [B, C, gh, gw].
 
-    The last block's tokens pass the norm that the checkpoint was trained with, if it has one; all
-    others pass none.
+    Tokens of the last block pass the final norm if the checkpoint has one, others pass none.
     """
 
     def __init__(self, vit: VisionTransformer, layer: int):
@@ -237,26 +241,27 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.vit.forward_features(images)
-        tokens = (self.vit.norm(tokens) if self.is_last else tokens)[
-            :, self.vit.num_prefix_tokens :
-        ]
+        if self.is_last:
+            tokens = self.vit.norm(tokens)
+        tokens = tokens[:, self.vit.num_prefix_tokens :]
         return tokens.float().transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)
 
 
 def build_backbones(args: Namespace, device: torch.device) -> dict[str, Backbone]:
-    """{"train", "val"}: the same network, built for --input_size and --eval_size."""
+    """Return the network for "train" and "val", built for --input_size and --eval_size."""
     vit = build_vit(args)
     backbones = {"train": Backbone(vit, args.layer_indices).to(device)}
     backbones["val"] = backbones["train"]
     if args.eval_size != args.input_size:
         other = build_vit(Namespace(**vars(args) | {"input_size": args.eval_size}))
-        if not args.finetune:  # other sizes draw other random weights
+        if not args.finetune:  # random weights depend on the size
             load_pretrained(other, vit.state_dict(), min_matched=0.0)
         backbones["val"] = Backbone(other, args.layer_indices).to(device)
     return backbones
 
 
 def build_head(dim: int, num_classes: int, seed: int) -> nn.Conv2d:
+    """Return the linear head, a 1 x 1 convolution."""
     torch.manual_seed(seed)
     head = nn.Conv2d(dim, num_classes, 1)
     nn.init.normal_(head.weight, std=0.01)
@@ -264,57 +269,49 @@ def build_head(dim: int, num_classes: int, seed: int) -> nn.Conv2d:
     return head
 
 
-class Segmentation(nn.Module):
-    """What the engine trains: batches of images and labels to a loss.
+class Segmentation(Task):
+    """The task that the engine trains: batches of images and labels to a loss.
 
-    The published code enlarges the features and then applies the head. Both are linear, and what
-    enlarging mixes adds up to 1, so the head comes first here: the same logits from a fraction of
-    the memory. The backbone is no submodule, so that it is neither wrapped nor optimized nor saved.
+    The published code enlarges the features and then applies the head. Both are linear and the
+    interpolation weights sum to 1, so the head comes first here: the same logits with a fraction of
+    the memory. The backbone is not a submodule, so it is neither wrapped nor optimized nor saved.
     """
-
-    average = None
 
     def __init__(self, head: nn.Conv2d, backbones: dict[str, Backbone], mask_size: int):
         super().__init__()
-        self.head, self._backbones, self.mask_size = head, (backbones,), mask_size
+        self.head = head
+        self._backbones = (backbones,)  # in a tuple, which hides them from nn.Module
+        self.mask_size = mask_size
+
+    @property
+    def network(self) -> nn.Module:
+        return self.head
 
     def logits(self, images: Tensor, size: tuple[int, int], split: str) -> Tensor:
-        """Images [B, 3, H, W] to float32 [B, classes, *size]."""
+        """Return the logits of images [B, 3, H, W], float32 [B, classes, *size]."""
         features = self._backbones[0][split](images)
         with torch.autocast(images.device.type, enabled=False):
             return F.interpolate(self.head(features), size, mode="bilinear", align_corners=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         size = (self.mask_size, self.mask_size)
-        labels = (
-            F.interpolate(batch["labels"].unsqueeze(1).float(), size, mode="nearest")
-            .squeeze(1)
-            .long()
-        )
-        return {
-            "loss": F.cross_entropy(
-                self.logits(batch["image"], size, "train"), labels, ignore_index=IGNORED
-            )
-        }
-
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Nothing changes with the epochs."""
-
-    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Nothing follows the weights."""
+        labels = F.interpolate(batch["labels"].unsqueeze(1).float(), size, mode="nearest")
+        labels = labels.squeeze(1).long()
+        logits = self.logits(batch["image"], size, "train")
+        return {"loss": F.cross_entropy(logits, labels, ignore_index=IGNORED)}
 
 
 @torch.no_grad()
-def evaluate(
-    task: Segmentation, loader: DataLoader, normalize: Normalize, dtype: torch.dtype | None
+def evaluate_segmentation(
+    task: Segmentation, loader: DataLoader, context: RunContext, dtype: torch.dtype | None
 ) -> Tensor:
-    """The confusion matrix, int64 [K, K], over a loader that is shared among the ranks; every image
-    counts once."""
-    classes, device = task.head.out_channels, normalize.device
+    """Return the confusion matrix, int64 [K, K], over all ranks; every image counts once."""
+    classes = task.head.out_channels
+    device = context.device
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     for batch in loader:
         counts = batch["index"] >= 0
-        moved = normalize({name: batch[name][counts] for name in ("image", "labels")})
+        moved = context.normalize({name: batch[name][counts] for name in ("image", "labels")})
         labels = moved["labels"]
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             predictions = task.logits(moved["image"], labels.shape[1:], "val").argmax(1)
@@ -337,7 +334,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--data_path", default=None, help="VOC2012: JPEGImages, SegmentationClass(Aug), ImageSets"
     )
-    group.add_argument("--nb_classes", type=int, default=len(CLASSES), help="with the background")
+    group.add_argument(
+        "--nb_classes", type=int, default=len(CLASSES), help="classes, including the background"
+    )
     add_loader_flags(group)
     group = parser.add_argument_group("segmentation probe")
     group.add_argument(
@@ -356,18 +355,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--val_batch_size", type=int, default=5, help="images per process in evaluation"
     )
     group.add_argument(
-        "--val_freq", type=int, default=1, help="epochs between evaluations; the last one always is"
+        "--val_freq", type=int, default=1, help="epochs between evaluations, besides the last epoch"
     )
     group.add_argument("--eval", action="store_true", help="evaluate --resume and exit")
-    for add, stage in ((add_optimizer_flags, "pretrain"), (add_engine_flags, "finetune"),
-                       (add_run_flags, "finetune")):  # fmt: skip
-        add(parser, stage)
+    add_optimizer_flags(parser, "pretrain")
+    add_engine_flags(parser, "finetune")
+    add_run_flags(parser, "finetune")
     parser.set_defaults(**by_name(RECIPE).flags, opt_betas=None, recipe=RECIPE)
     return parser
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    """Defaults < --recipe < --config < command line. Exits with argparse's message on bad flags."""
+    """Parse the flags: defaults < --recipe < --config < command line."""
     return parse_flags(build_parser(), argv, options.validate, validate, stage="voc")
 
 
@@ -385,27 +384,25 @@ def validate(args: Namespace) -> None:
 # Runs
 
 
-class Evaluator:
-    """Evaluates the head, writes voc.csv, and keeps the best epoch's checkpoint."""
+class SegmentationEvaluator:
+    """Evaluate the head, write voc.csv, and keep the best epoch's checkpoint."""
 
-    def __init__(
-        self, args: Namespace, task: Segmentation, loader: DataLoader, normalize: Normalize
-    ):
-        self.args, self.task, self.loader, self.normalize = args, task, loader, normalize
-        self.result: Result | None = None  # the latest
+    def __init__(self, context: RunContext, task: Segmentation, loader: DataLoader):
+        self.args = context.args
+        self.context = context
+        self.task = task
+        self.loader = loader
+        self.result: VocRow | None = None  # the latest
 
-    def __call__(self, epoch: int, best: float = 0.0) -> Result:
-        """The result after `epoch`, where that of the best epoch before was `best`."""
+    def __call__(self, epoch: int, best: float = 0.0) -> VocRow:
+        """Return the result after `epoch`, given the best mIoU so far."""
         args = self.args
-        iou = class_iou(
-            evaluate(self.task, self.loader, self.normalize, AUTOCAST_DTYPES.get(args.precision))
-        ).cpu()
-        about = {
-            name: getattr(args, name)
-            for name in ("lr", "layer_indices", "model", "finetune", "seed")
-        }
+        dtype = AUTOCAST_DTYPES.get(args.precision)
+        iou = class_iou(evaluate_segmentation(self.task, self.loader, self.context, dtype)).cpu()
+        names = ("lr", "layer_indices", "model", "finetune", "seed")
+        about = {name: getattr(args, name) for name in names}
         miou = 100 * iou.mean().item()
-        self.result = Result(miou=miou, best_miou=max(miou, best), epoch=epoch, **about)
+        self.result = VocRow(miou=miou, best_miou=max(miou, best), epoch=epoch, **about)
         if args.output_dir and args.rank == 0:
             write_rows(Path(args.output_dir) / "voc.csv", [self.result])
         log.info("mIoU %.3f; by class: %s", miou, " ".join(f"{100 * x:.1f}" for x in iou.tolist()))
@@ -418,12 +415,12 @@ class Evaluator:
         miou = self(position.epoch, position.best).miou
         if miou > position.best:
             position.best = miou
-            session.save_best(position, of_average=False)
+            session.save_best(position, of_ema=False)
         return {"test_miou": miou, "best_miou": position.best}
 
 
 def build_data(args: Namespace, backbones: dict[str, Backbone]) -> dict[str, ImageDataset]:
-    """{"train", "val"}: trainaug with its own masks where it has some, and val."""
+    """Return the data sets "train" (trainaug, with its augmented masks first) and "val"."""
     load = partial(voc_images, Path(args.data_path), num_classes=args.nb_classes, args=args)
     data = {
         "train": load("trainaug", ("SegmentationClassAug", "SegmentationClass")),
@@ -434,13 +431,12 @@ def build_data(args: Namespace, backbones: dict[str, Backbone]) -> dict[str, Ima
     return data
 
 
-def main(args: Namespace) -> Result | None:
-    normalize = set_up(args)
-    backbones = build_backbones(args, normalize.device)
+def main(args: Namespace) -> VocRow | None:
+    context = set_up(args)
+    backbones = build_backbones(args, context.device)
     data = build_data(args, backbones)
-    head = build_head(backbones["train"].vit.embed_dim, args.nb_classes, args.seed).to(
-        normalize.device
-    )
+    head = build_head(backbones["train"].vit.embed_dim, args.nb_classes, args.seed)
+    head.to(context.device)
     task = Segmentation(head, backbones, args.train_mask_size)
     sampler = EvalBatchSampler(
         len(data["val"]), args.val_batch_size, rank=args.rank, world_size=args.world_size
@@ -448,7 +444,7 @@ def main(args: Namespace) -> Result | None:
     val_loader = build_loader(
         data["val"], sampler, num_workers=args.num_workers, pin_mem=args.pin_mem
     )
-    evaluator = Evaluator(args, task, val_loader, normalize)
+    evaluator = SegmentationEvaluator(context, task, val_loader)
     if args.eval and not args.dry_run:
         origin = Origin.find(args)
         if origin is None:
@@ -456,20 +452,22 @@ def main(args: Namespace) -> Result | None:
         origin.load_weights(head, None, "average")
         return evaluator(origin.state["epoch"])
     loader = train_loader(args, data["train"])
-    sizes = f"{len(data['train'])} for training, {len(data['val'])} for validation, {args.nb_classes} classes"
-    report(args, derived(args, loader.steps_per_epoch) | {"images": sizes})
-    groups = [
-        {"params": list(head.parameters()), "weight_decay": args.weight_decay, "decay": True}
-    ]  # bias too
+    sizes = (
+        f"{len(data['train'])} for training, {len(data['val'])} for validation, "
+        f"{args.nb_classes} classes"
+    )
+    steps = steps_per_epoch(args, loader)
+    report(args, derived(args, steps) | {"images": sizes})
+    # the bias is decayed as well
+    groups = [{"params": list(head.parameters()), "weight_decay": args.weight_decay, "decay": True}]
     if args.dry_run:
-        dry_run(args, groups, loader.steps_per_epoch, normalize.device)
+        dry_run(args, groups, steps, context.device)
         return None
-    run, position = start_training(args, task, head, loader, groups, normalize, "average")
+    run, position = start_training(context, task, loader, groups)
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best mIoU %.3f", position.best)
-    return evaluator.result or evaluator(
-        args.epochs - 1, position.best
-    )  # a finished run has trained nothing
+    # a finished run that is resumed trains nothing, so it has no result yet
+    return evaluator.result or evaluator(args.epochs - 1, position.best)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("helpers", "reference")  # a failed assertion shows its values
 
 
 LOG = logging.getLogger("unimim")

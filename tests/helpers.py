@@ -1,5 +1,4 @@
-"""What the engine's tests share: tiny runs of the scripts, in this process, in spawned ranks or as
-subprocesses."""
+"""Tiny runs for tests: in this process, in spawned ranks, or as subprocesses."""
 
 import os
 import signal
@@ -14,15 +13,18 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import Tensor
 
 from datasets import build_dataset
 from engine_for_finetuning import Classification
 from engine_for_pretraining import grouped, train_one_step
+from modeling_finetune import VisionTransformer
 from optim_factory import param_groups
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
 from unimim.data.pretraining import build_data, train_loader
+from unimim.data.sources import digits_source
 from unimim.data.views import build_finetune_transform
 from unimim.engine.distributed import StopSignal, free_port, leave_process_group
 from unimim.engine.session import Position
@@ -30,145 +32,77 @@ from unimim.engine.setup import set_up, start_training
 from unimim.engine.state import Training
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "tests/reference_cases/dalle_encoder/tiny_hid8/tensors.safetensors"
+
 TINY = [
-    "--input_size",
-    "16",
-    "--patch_size",
-    "4",
-    "--data_set",
-    "digits",
-    "--num_workers",
-    "0",
-    "--device",
-    "cpu",
-]
+    "--input_size", "16", "--patch_size", "4", "--data_set", "digits", "--num_workers", "0",
+    "--device", "cpu",
+]  # fmt: skip
 SIZE = ["embed_dim=32", "depth=2", "num_heads=2"]
 DECODER = ["decoder_embed_dim=24", "decoder_depth=2", "decoder_num_heads=2"]
 PRETRAIN = [
     *("--model", "conmim_tiny_patch16_224", *TINY, "--mask_type", "random", "--mask_ratio", "0.5"),
     *("--model_kwargs", *SIZE, "projector_hidden_dim=32", "projector_out_dim=16"),
-    *(
-        "--batch_size",
-        "8",
-        "--epochs",
-        "2",
-        "--warmup_epochs",
-        "0",
-        "--lr",
-        "1e-3",
-        "--clip_grad",
-        "3.0",
-    ),
-]
-METHODS = {  # flags over those of PRETRAIN
-    "mae": ("--model", "mae_tiny_patch16_224", "--model_kwargs", *SIZE, *DECODER),
-    "semmae": (
-        *("--model", "semmae_tiny_patch16_224", "--part_source", "random", "--num_parts", "3"),
-        *("--model_kwargs", *SIZE, *DECODER),
-    ),
-    "semaim": (
-        "--model",
-        "semaim_tiny_patch16_224",
-        "--use_ema_model",
-        "--model_kwargs",
-        *SIZE,
-        "query_depth=2",
-    ),
-    "saim": (
-        *(
-            "--model",
-            "semaim_tiny_patch16_224",
-            "--permutation_type",
-            "stochastic",
-            "--share_weight",
-        ),
-        *("--model_kwargs", *SIZE, "query_depth=2"),
-    ),
-    "a2mim_vit": (
-        "--model",
-        "a2mim_vit_tiny_patch16_224",
-        "--model_kwargs",
-        *SIZE,
-        "mask_layer=1",
-        "mask_init=1e-6",
-    ),
-    "a2mim_resnet": (
-        *(
-            "--model",
-            "a2mim_resnet18",
-            "--input_size",
-            "64",
-            "--sync_bn",
-            "--lr_schedule",
-            "stepfix_cosine",
-        ),
-        *(
-            "--mask_type",
-            "random_mps32",
-            "--mask_patch_size",
-            "32",
-            "--model_kwargs",
-            "patch_size=null",
-            "channels=[8,8,16,16]",
-        ),
-        "fft_focal=False",  # whose mean is that of its images
-    ),
-}
-TOKENIZER = ROOT / "tests/reference_cases/dalle_encoder/tiny_hid8/tensors.safetensors"
-WORDS = ("--discrete_vae_weight_path", str(TOKENIZER), "--color_jitter", "0.4")
-METHODS |= {
-    "beit": (
-        *("--model", "beit_tiny_patch16_224_8k_vocab", "--mask_type", "block", *WORDS),
-        *("--model_kwargs", *SIZE, "vocab_size=64"),
-    ),
-    "maskfeat": ("--model", "maskfeat_tiny_patch16_224", "--model_kwargs", *SIZE),
-    "semanticmim_beit": (
-        *(
-            "--model",
-            "semanticmim_beit_tiny_patch16_224",
-            "--num_cls_tokens",
-            "3",
-            "--separate_mask_ratio",
-            "0.6",
-        ),
-        *(*WORDS, "--model_kwargs", *SIZE, "vocab_size=64"),
-    ),
-    "semanticmim_maskfeat": (
-        "--model",
-        "semanticmim_maskfeat_tiny_patch16_224",
-        "--model_kwargs",
-        *SIZE,
-    ),
-}
+    "--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3",
+    "--clip_grad", "3.0",
+]  # fmt: skip
 FINETUNE = [
     *("--model", "beit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE, "init_scale=1.0"),
-    *(
-        "--batch_size",
-        "8",
-        "--epochs",
-        "2",
-        "--warmup_epochs",
-        "0",
-        "--lr",
-        "1e-3",
-        "--layer_decay",
-        "0.75",
+    "--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3",
+    "--layer_decay", "0.75",
+]  # fmt: skip
+
+
+def _flags(text: str, *model_kwargs: str) -> tuple[str, ...]:
+    return (*text.split(), "--model_kwargs", *model_kwargs)
+
+
+WITH_TOKENIZER = f"--discrete_vae_weight_path {TOKENIZER} --color_jitter 0.4"
+METHODS = {  # flags over those of PRETRAIN
+    "mae": _flags("--model mae_tiny_patch16_224", *SIZE, *DECODER),
+    "semmae": _flags(
+        "--model semmae_tiny_patch16_224 --part_source random --num_parts 3", *SIZE, *DECODER
     ),
-]
+    "semaim": _flags("--model semaim_tiny_patch16_224 --use_ema_model", *SIZE, "query_depth=2"),
+    "saim": _flags(
+        "--model semaim_tiny_patch16_224 --permutation_type stochastic --share_weight",
+        *(*SIZE, "query_depth=2"),
+    ),
+    "a2mim_vit": _flags(
+        "--model a2mim_vit_tiny_patch16_224", *SIZE, "mask_layer=1", "mask_init=1e-6"
+    ),
+    "a2mim_resnet": _flags(
+        "--model a2mim_resnet18 --input_size 64 --sync_bn --lr_schedule stepfix_cosine "
+        "--mask_type random_mps32 --mask_patch_size 32",
+        *("patch_size=null", "channels=[8,8,16,16]"),
+        "fft_focal=False",  # its mean spectrum depends on the batch, so on the number of ranks
+    ),
+    "beit": _flags(
+        f"--model beit_tiny_patch16_224_8k_vocab --mask_type block {WITH_TOKENIZER}",
+        *(*SIZE, "vocab_size=64"),
+    ),
+    "maskfeat": _flags("--model maskfeat_tiny_patch16_224", *SIZE),
+    "semanticmim_beit": _flags(
+        "--model semanticmim_beit_tiny_patch16_224 --num_cls_tokens 3 --separate_mask_ratio 0.6 "
+        + WITH_TOKENIZER,
+        *(*SIZE, "vocab_size=64"),
+    ),
+    "semanticmim_maskfeat": _flags("--model semanticmim_maskfeat_tiny_patch16_224", *SIZE),
+}
 
 # --------------------------------------------------------------------------------------------------
 # Runs in this process
 
 
 def arguments(stage: str, folder: Path | str, *flags: str) -> Namespace:
-    """The flags of a tiny run of `stage` ("pretrain" or "finetune") that writes to `folder`."""
+    """Returns the options of a tiny "pretrain" or "finetune" run that writes to `folder`."""
     base = {"pretrain": PRETRAIN, "finetune": FINETUNE}[stage]
     return parse(stage, [*base, "--output_dir", str(folder), *flags])
 
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """A run listens to signals; afterwards they mean again what they mean to pytest."""
+    """Gives pytest its signal handlers back after a run has set its own."""
     before = {number: signal.getsignal(number) for number in (*StopSignal.signals, signal.SIGCHLD)}
     try:
         yield
@@ -178,7 +112,7 @@ def own_signals() -> Iterator[None]:
 
 
 def start(stage: str, folder: Path | str, *flags: str) -> tuple[Training, Position]:
-    """What the script's main() does up to the first step."""
+    """Returns a run as the script's main() has it before the first step, and its position."""
     args = arguments(stage, folder, *flags)
     args.nb_classes = 10
     with own_signals():
@@ -186,49 +120,49 @@ def start(stage: str, folder: Path | str, *flags: str) -> tuple[Training, Positi
 
 
 def _start_pretraining(args: Namespace) -> tuple[Training, Position]:
-    normalize = set_up(args)
+    context = set_up(args)
     method = build_method(args)
     loader = build_data(args, method)
-    groups = param_groups(method, args.weight_decay)
-    return start_training(args, method, method, loader, groups, normalize, "teacher")
+    return start_training(context, method, loader, param_groups(method, args.weight_decay))
 
 
 def _start_finetuning(args: Namespace) -> tuple[Training, Position]:
-    normalize = set_up(args)
+    context = set_up(args)
     model = build_classifier(args)
     transform = build_finetune_transform(args, train=not args.no_aug)
     dataset = build_dataset(args, train=True, transform=transform, need_labels=True)
     loader = train_loader(args, dataset)
-    task = Classification(model, args, normalize.device)
+    task = Classification(model, args, context.device)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    return start_training(args, task, model, loader, groups, normalize, "model_ema")
+    return start_training(context, task, loader, groups)
 
 
 def train_steps(
     run: Training, first: int, last: int, spoil: Callable[[int, list], None] | None = None
 ) -> list[dict]:
-    """Updates first ... last - 1 of epoch 0: the figures of each. `spoil(update, micro_batches)`
-    may damage a batch."""
+    """Takes updates first ... last - 1 of epoch 0 and returns the metrics of each.
+
+    `spoil(update, micro_batches)` may damage a batch.
+    """
     run.task.train()
     run.loader.batch_sampler.set_position(0, first * run.args.update_freq)
-    figures = []
+    metrics = []
     for update, micro_batches in zip(
         range(first, last), grouped(run.loader, run.args.update_freq), strict=False
     ):
         if spoil is not None:
             spoil(update, micro_batches)
         train_one_step(run, update, micro_batches)
-        figures.append(dict(run.monitor.recent))
-    return figures
+        metrics.append(dict(run.monitor.recent))
+    return metrics
 
 
-def column(figures: list[dict], name: str) -> list[float]:
-    return [row[name] for row in figures]
+def column(metrics: list[dict], name: str) -> list[float]:
+    return [row[name] for row in metrics]
 
 
 def whole_weights(run: Training) -> dict[str, Tensor]:
-    """The trained network's whole float32 weights and buffers, on every rank; every rank must
-    call."""
+    """Gathers the network's float32 weights and buffers on every rank; every rank must call it."""
     network = run.runner.network
     weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
     for name, parameter in network.named_parameters():
@@ -238,8 +172,8 @@ def whole_weights(run: Training) -> dict[str, Tensor]:
 
 
 def average_weights(run: Training) -> dict[str, Tensor]:
-    """Of the teacher or of the averaged model; empty without one."""
-    average = run.task.average
+    """Returns the weights of the teacher or of the ema; empty if there is none."""
+    average = run.task.ema
     return (
         {}
         if average is None
@@ -248,12 +182,12 @@ def average_weights(run: Training) -> dict[str, Tensor]:
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Over the parameters of two networks.
+    """Returns the largest absolute difference between the parameters of two networks.
 
-    Without what has no gradient but rounding noise, of which AdamW makes whole steps: ConMIM's
-    `norm.bias` (a constant added to every token drops out in the projector's batch normalization,
-    specs/conmim.md 1.2) and the keys' bias (one added to every logit of a softmax). Running
-    statistics are of each process.
+    Left out are parameters whose gradient is rounding noise, which AdamW turns into whole steps:
+    ConMIM's `norm.bias` (a constant added to every token cancels in the projector's batch norm,
+    docs/methods/conmim.md#projector) and the bias of the keys (a constant added to every logit of
+    a softmax). Running statistics differ between processes and are left out too.
     """
     assert ours.keys() == theirs.keys()
     kept_apart = ("running_mean", "running_var", "num_batches_tracked")
@@ -272,7 +206,7 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 
 
 def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
-    """Where two nested states are not equal to the last bit."""
+    """Lists the places at which two nested states are not equal to the last bit."""
     if isinstance(ours, Tensor):
         same = (
             isinstance(theirs, Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
@@ -296,9 +230,19 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
 # Spawned ranks
 
 
+def imagenet_stand_in(folder: Path) -> None:
+    """Writes thirty images in ImageNet's layout: map files beside train/ and val/."""
+    source = digits_source(train=True)
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for i in range(30):
+            Image.fromarray(source.read(i)).save(folder / split / f"{i}.png")
+        (folder / f"{split}_map.txt").write_text("".join(f"{i}.png {i % 10}\n" for i in range(30)))
+
+
 def in_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments) -> list[Any]:
-    """function(folder, *arguments) in `ranks` fresh processes under a launcher's variables: what
-    each returned."""
+    """Calls function(folder, *arguments) in `ranks` fresh processes, under the variables that a
+    launcher sets, and returns what each returned."""
     folder.mkdir(parents=True, exist_ok=True)
     mp.start_processes(
         _rank, (ranks, free_port(), function, folder, arguments), nprocs=ranks, start_method="spawn"
@@ -313,6 +257,7 @@ def _rank(
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": ranks,
+        "LOCAL_SIZE": ranks,  # as DeepSpeed's launcher sets it; else each step calls numactl
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
@@ -323,8 +268,7 @@ def _rank(
 
 
 def gloo_threads() -> int:
-    """Of this process. One that frees a tensor while the interpreter shuts down aborts the
-    process."""
+    """Counts this process's gloo threads, which may abort it while the interpreter shuts down."""
     return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")].count(
         "pt_gloo_runloop"
     )
@@ -335,7 +279,7 @@ def gloo_threads() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Ours without the variables of a launcher."""
+    """Returns this process's environment without the variables of a launcher."""
     hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONUNBUFFERED": "1"}
 
@@ -343,7 +287,7 @@ def environment() -> dict[str, str]:
 def script(
     stage: str, folder: Path | str, *flags: str, launcher: tuple[str, ...] = (sys.executable,)
 ) -> list[str]:
-    """The command line of a tiny run."""
+    """Returns the command line of a tiny run."""
     name, base = {
         "pretrain": ("run_pretraining.py", PRETRAIN),
         "finetune": ("run_class_finetuning.py", FINETUNE),
@@ -364,8 +308,8 @@ def run_command(command: list[str], timeout: float = 300) -> subprocess.Complete
 
 
 def start_command(command: list[str]) -> subprocess.Popen:
-    """In a session of its own, so that a signal to its group reaches its loader workers and nothing
-    else."""
+    """Starts a command in a session of its own: a signal to its group reaches its loader workers
+    and nothing else."""
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -378,9 +322,22 @@ def start_command(command: list[str]) -> subprocess.Popen:
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 120) -> None:
-    """Until the condition holds; fails if the process ends before."""
+    """Waits until the condition holds; fails if the process ends first."""
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode}:\n{process.stdout.read()}"
         assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
+
+
+def block_outputs(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """What each block of a ViT returns, [B, T, C], without the final norm."""
+    outputs: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+        for block in vit.blocks
+    ]
+    vit.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs

@@ -1,13 +1,45 @@
-"""Errors that tell a user what to change."""
+"""Turn a network's errors into messages that tell a user what to change."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+
+class OptionError(ValueError):
+    """An option of a constructor has a value that cannot be used.
+
+    option, value: "option=value" begins the message; with the value None "option:" does.
+    problem: the rest of it: what is wrong and what to use.
+    others: further options that `problem` names.
+    """
+
+    def __init__(self, option: str, value: Any, problem: str, *others: str):
+        super().__init__(option, value, problem, *others)
+
+    def __str__(self) -> str:
+        option, value, problem, *_ = self.args
+        return f"{option}: {problem}" if value is None else f"{option}={value} {problem}"
+
+    def in_flags(self, flags: Mapping[str, str]) -> str:
+        """Returns the message with `flags[option]` in place of each option, as a command has it."""
+        option, value, problem, *others = self.args
+        for other in others:
+            problem = re.sub(rf"\b{other}\b", _spelled(other, flags), problem)
+        spelled = _spelled(option, flags)
+        if value is None:
+            return f"{spelled}: {problem}"
+        return f"{spelled}{' ' if option in flags else '='}{value} {problem}"
+
+
+def _spelled(option: str, flags: Mapping[str, str]) -> str:
+    return f"--{flags[option]}" if option in flags else f"--model_kwargs {option}"
 
 
 @contextmanager
-def refused(sentence: str) -> Iterator[None]:
-    """ValueError of that sentence and the network's own words in place of what a network raises
-    that does not fit."""
+def refused(what: str | OptionError) -> Iterator[None]:
+    """Raise errors from inside as `what` (a ValueError's sentence or an OptionError), then the
+    original message."""
     try:
         yield
     except (
@@ -18,4 +50,8 @@ def refused(sentence: str) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        raise ValueError(f"{sentence}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        if isinstance(what, OptionError):
+            option, value, problem, *others = what.args
+            raise OptionError(option, value, f"{problem}: {reason}", *others) from error
+        raise ValueError(f"{what}: {reason}") from error

@@ -1,5 +1,4 @@
-"""Files and folders that appear whole or not at all, and what tells whether a file is the one that
-was written.
+"""Writes files and folders that appear whole or not at all, and checks files.
 
 A draft lies beside what it will replace, as `.NAME.MACHINE-PID-RANDOM.tmp`: no two writers share
 one, and one whose writer is gone can be told from one that is being written.
@@ -17,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,8 +29,9 @@ _DRAFT = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` by what `write(file)` writes: it is at any moment the old file or the whole
-    new one, on the disk.
+    """Replaces `path` by what `write(file)` writes.
+
+    At any moment it is the old file or the whole new one, on the disk.
 
     Several processes may write the same name: the last to finish wins. Where `write` raises,
     nothing is left behind.
@@ -57,17 +57,21 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_rows(path: str | Path, rows: Sequence[Any]) -> None:
-    """Replaces a CSV file by dataclass instances of one kind, a row for each, under their fields'
-    names."""
+    """Replaces a CSV file by dataclass instances of one kind, under the names of their fields."""
+    write_table(path, [asdict(row) for row in rows])
+
+
+def write_table(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Replaces a CSV file by rows with the same keys, under these keys."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 
 def write_folder(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Makes the new (or empty) folder `path` of what `write(draft)` puts into a draft of it, all at
+    """Makes the new (or empty) folder `path` of what `write(draft)` puts into a draft, all at
     once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +96,7 @@ def fsync(path: str | Path) -> None:
 
 
 def remove_stale_drafts(folder: str | Path) -> None:
-    """Removes drafts of writers of this machine that have ended, and those that are older than a
-    day."""
+    """Removes drafts of writers of this machine that have ended, and drafts older than a day."""
     for draft in Path(folder).glob(".*.tmp"):
         with suppress(OSError):  # its writer has just finished, or it is another user's
             if not _is_stale(draft):
@@ -117,8 +120,7 @@ def _is_stale(draft: Path) -> bool:
 
 @cache
 def _machine() -> str:
-    """Eight digits for the place in which process ids mean what they mean here: the host, and the
-    container in it."""
+    """Returns eight digits for the host and the container, in which process ids are unique."""
     place = socket.gethostname()
     if os.path.exists("/proc/self/ns/pid"):
         place += os.readlink("/proc/self/ns/pid")
@@ -139,7 +141,7 @@ def _is_running(process: int) -> bool:
 
 
 def file_sha256(path: str | Path) -> str:
-    """The file's SHA-256 in hexadecimal; ValueError if it cannot be read."""
+    """Returns the file's SHA-256 in hexadecimal; ValueError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -148,8 +150,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def is_intact_zip(path: str | Path) -> bool:
-    """Whether every member of the zip archive, which torch's files are too, has the checksum that
-    is stored for it."""
+    """Returns whether every member of a zip archive (torch's files are such) has its checksum."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

@@ -1,4 +1,4 @@
-"""The log that every part of the project writes to."""
+"""Set up the logger that the whole project uses."""
 
 import logging
 import sys
@@ -7,11 +7,10 @@ log = logging.getLogger("unimim")
 
 
 def setup_logging(rank: int) -> None:
-    """Rank 0 says everything, the others only errors."""
+    """Log to stdout: everything on rank 0, only errors on the other ranks."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s")
-    )
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False

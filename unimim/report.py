@@ -1,5 +1,4 @@
-"""What reports of finished runs share: their logs, learning curves, and a page that stands
-alone."""
+"""Report finished runs: read logs, draw learning curves, write a self-contained HTML page."""
 
 import base64
 import html
@@ -12,26 +11,31 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-# Color-blind safe; the first entry is the method, the second what it is compared with.
+# Safe for color-blind readers; the first is the method's color, the second the baseline's.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 Logs = Sequence[list[dict]]
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
-img { max-width: 100% } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc }
-th { text-align: left } td:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222 }
+body { max-width: 56rem; margin: 2rem auto; padding: 0 1rem }
+h1, h2 { line-height: 1.2 }
+h2 { margin-top: 2.5rem }
+img { max-width: 100% }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc }
+th { text-align: left }
+td:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
 """
 
 
 def read_log(folder: Path) -> list[dict]:
-    """A run's log.txt: one dict an epoch."""
+    """Return a run's log.txt as one dict per epoch."""
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and sample standard deviation; a single value is given alone."""
+    """Return "mean ± sample std", or the mean alone for a single value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -41,8 +45,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def contrast_curves(log: list[dict], patches: int) -> Figure:
-    """Loss and accuracy of ConMIM's contrast among `patches` patches by epoch, beside what guessing
-    gives."""
+    """Plot ConMIM's contrast loss and accuracy by epoch, with the chance level of `patches`."""
     figure = Figure(figsize=(8.4, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(log) + 1)
@@ -51,11 +54,12 @@ def contrast_curves(log: list[dict], patches: int) -> Figure:
     _guessing(left, math.log(patches), f"guessing: ln {patches} = {math.log(patches):.2f}")
     _guessing(right, 100 / patches, f"guessing: 1 of {patches}")
     left.set(xlabel="epoch", ylabel="contrast loss (nats)")
-    right.set(xlabel="epoch", ylabel="right patch picked (%)", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="contrast accuracy (%)", ylim=(0, None))
     return figure
 
 
 def _guessing(axis, level: float, text: str) -> None:
+    """Draw the chance level as a dashed line."""
     axis.axhline(level, color="#888", linewidth=0.9, linestyle="--")
     axis.annotate(
         text, (0.98, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
@@ -63,20 +67,18 @@ def _guessing(axis, level: float, text: str) -> None:
 
 
 def accuracy_curves(arms: Mapping[str, Logs]) -> Figure:
-    """Validation accuracy by epoch: the mean of each arm's seeds as a line over the range of its
-    seeds."""
+    """Plot validation accuracy by epoch: the mean of each arm's seeds, and their range."""
     figure = Figure(figsize=(6.0, 3.2), layout="constrained")
     axis = figure.subplots()
     for (name, logs), color in zip(arms.items(), COLORS, strict=False):
-        by_epoch = list(zip(*([epoch["test_acc1"] for epoch in log] for log in logs), strict=True))
+        by_epoch = []
+        for seeds in zip(*logs, strict=True):
+            by_epoch.append([epoch["test_acc1"] for epoch in seeds])
         epochs = range(1, len(by_epoch) + 1)
         axis.plot(epochs, [statistics.mean(values) for values in by_epoch], color=color, label=name)
-        axis.fill_between(
-            epochs,
-            *zip(*((min(v), max(v)) for v in by_epoch), strict=True),
-            color=color,
-            alpha=0.2,
-        )
+        low = [min(values) for values in by_epoch]
+        high = [max(values) for values in by_epoch]
+        axis.fill_between(epochs, low, high, color=color, alpha=0.2)
     axis.set(xlabel="epoch", ylabel="validation accuracy (%)")
     axis.legend(frameon=False, loc="lower right")
     return figure
@@ -87,7 +89,7 @@ def accuracy_curves(arms: Mapping[str, Logs]) -> Figure:
 
 
 def picture(source: Figure | Path, caption: str) -> str:
-    """An <img> that carries a figure, or a PNG file, inside it."""
+    """Return an HTML figure with a figure or a PNG file embedded."""
     if isinstance(source, Figure):
         buffer = io.BytesIO()
         source.savefig(buffer, format="png", dpi=110)
@@ -101,13 +103,15 @@ def picture(source: Figure | Path, caption: str) -> str:
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return an HTML table."""
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    for row in rows:
+        lines.append("".join(f"<td>{html.escape(cell)}</td>" for cell in row))
     return "<table>" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the first to the left, the others to the right."""
+    """Return a plain-text table; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []
     for row in (header, *rows):
@@ -117,7 +121,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole HTML document that needs no other file."""
+    """Return a self-contained HTML document."""
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
     heading = f"<h1>{html.escape(title)}</h1>"

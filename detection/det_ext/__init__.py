@@ -1,5 +1,4 @@
-"""What detection's configurations name, in mmdet's registry: `custom_imports =
-dict(imports=["det_ext"])`."""
+"""Register detection's modules with mmdet: `custom_imports = dict(imports=["det_ext"])`."""
 
 from unimim.openmmlab import compat
 

@@ -1,8 +1,7 @@
-"""Pre-trained weights for detectors' backbones, which have no class token (specs/downstream.md 5,
-6.6, 7).
+"""Load pre-trained weights into detectors' backbones, which have no class token.
 
-Everything goes through the repository's loader, which resizes, reports, and refuses a silent random
-start.
+All weights go through the repository's loader, which resizes, reports, and refuses files that leave
+most of a model random.
 """
 
 import math
@@ -20,10 +19,10 @@ _CLASS_ROWS = 3
 
 
 def weights_without_class(path: str | Path, *, prefix: int = 0) -> StateDict:
-    """The encoder's weights in a file, under native names, for a model that has no class token.
+    """Return a file's encoder weights under native names, for a model without class tokens.
 
-    Tables [R, h] lose the rows of the class token; positions [1, n + N, C] keep `prefix` of the n
-    rows of class tokens.
+    Bias tables [R, h] lose the rows of the class token; positions [1, n + N, C] keep `prefix` of
+    the n rows of class tokens.
     """
     state = backbone_weights(read(path), str(path))
     tokens = sum(state[name].shape[1] for name in ("cls_token", "reg_token") if name in state)
@@ -36,25 +35,28 @@ def weights_without_class(path: str | Path, *, prefix: int = 0) -> StateDict:
 
 
 def without_class_rows(table: Tensor) -> Tensor:
-    """[(2 s - 1)^2 + 3, h] to [(2 s - 1)^2, h]; a table that has no such rows stays as it is."""
+    """Remove a bias table's rows of the class token: [(2 s - 1)^2 + 3, h] to [(2 s - 1)^2, h].
+
+    A table without such rows is returned as it is.
+    """
     side = math.isqrt(len(table) - _CLASS_ROWS)
     return table[:-_CLASS_ROWS] if side**2 == len(table) - _CLASS_ROWS else table
 
 
 def has_decoder(state: StateDict) -> bool:
+    """Tell whether the weights include MAE's decoder."""
     return any(name.startswith("decoder_blocks.") for name in state)
 
 
 def load_parts(
     owner: nn.Module, names: tuple[str, ...], state: StateDict, grid: tuple[int, int], source: str
 ) -> None:
-    """Copies weights into the parts of that name of `owner`, all of whose other parts are left out
-    of account.
+    """Load weights into the named parts of `owner`, ignoring its other parts.
 
-    grid: of the patches that its positions are for, behind one row of a class token.
+    `grid` is the grid of its positions, which follow one row for a class token.
 
     Raises:
-        ValueError: less than 90 % of these parts is in `state`, or a shape does not fit.
+        ValueError: `state` has less than 90 % of these parts, or a shape does not fit.
     """
     view = view_of(owner, names)
     view.patch_embed, view.num_prefix_tokens = SimpleNamespace(grid_size=grid), 1
@@ -62,8 +64,7 @@ def load_parts(
 
 
 def view_of(owner: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """Those parts of a module as a module of their own: the loader judges what share of it a file
-    has."""
+    """Return a module of the named parts only, so that the loader's 90 % rule refers to them."""
     view = nn.Module()
     for name in names:
         setattr(view, name, getattr(owner, name))
@@ -71,8 +72,7 @@ def view_of(owner: nn.Module, names: tuple[str, ...]) -> nn.Module:
 
 
 def load(model: nn.Module, state: StateDict, source: str) -> None:
-    """`checkpoint.load_pretrained` with its report in the log. ValueError: under 90 % of `model`
-    matched."""
+    """Load weights and log the report; raise ValueError if less than 90 % of `model` match."""
     try:
         report = load_pretrained(model, state)
     except ValueError as error:

@@ -1,5 +1,4 @@
-"""Parameter groups whose rate depends on where a parameter is in the detector (specs/downstream.md
-6.7)."""
+"""Build parameter groups whose lr depends on the part of the detector."""
 
 from typing import Any
 
@@ -11,13 +10,12 @@ from torch import nn
 def prefix_groups(
     model: nn.Module, lr: float, weight_decay: float, rates: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: `rates` are factors of `lr` by the beginnings of parameters' names, the
-    longest one counts.
+    """Return optimizer groups; `rates` maps prefixes of parameter names to factors of `lr`.
 
-    One-dimensional parameters and biases are not decayed.
+    The longest matching prefix counts. One-dimensional parameters and biases are not decayed.
 
     Raises:
-        ValueError: a beginning that no parameter has, or a parameter that has none of them.
+        ValueError: no parameter matches a prefix, or no prefix matches a parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in rates:
@@ -40,16 +38,16 @@ def prefix_groups(
 
 
 def longest_prefix(name: str, rates: dict[str, float]) -> str:
-    found = [prefix for prefix in rates if name.startswith(prefix)]
-    if not found:
+    """Return the longest prefix in `rates` of a parameter's name."""
+    matching = [prefix for prefix in rates if name.startswith(prefix)]
+    if not matching:
         raise ValueError(f"paramwise_cfg.rates: none is given for {name}; '' stands for all others")
-    return max(found, key=len)
+    return max(matching, key=len)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class PrefixRates(DefaultOptimWrapperConstructor):
-    """mmengine's way to `prefix_groups`: paramwise_cfg = dict(rates={"backbone.": 0.5, "":
-    2.0})."""
+    """Use `prefix_groups` in mmengine: paramwise_cfg=dict(rates={"backbone.": 0.5, "": 2.0})."""
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs) -> None:
         params += prefix_groups(module, self.base_lr, self.base_wd or 0.0, **self.paramwise_cfg)

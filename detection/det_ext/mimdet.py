@@ -1,8 +1,7 @@
-"""MIMDet: a pre-trained ViT as a stage of a detector, fed by a convolutional stem
-(specs/downstream.md 6).
+"""MIMDet (arXiv 2204.02964): a pre-trained ViT as a detector's stage, fed by a convolutional stem.
 
-In training only a random part of the tokens passes the encoder; a decoder, which is a pre-trained
-one too, completes the map. Shapes in comments: B images, C channels, h x w cells of 16 x 16 pixels,
+In training only a random subset of the tokens passes the encoder; a decoder, which is pre-trained,
+too, completes the map. Shapes in comments: B images, C channels, h x w patches of 16 x 16 pixels,
 L = h * w, K of them sampled.
 """
 
@@ -19,19 +18,26 @@ from torch.utils.checkpoint import checkpoint
 
 from det_ext import loading
 from det_ext.offset_bias import bias_between, bias_of_map
-from modeling_finetune import MAE_SIZES, Attention, Block, check_choice, sincos_pos_embed, take
+from modeling_finetune import (
+    MAE_SIZES,
+    Attention,
+    Block,
+    check_choice,
+    drop_path_rates,
+    sincos_pos_embed,
+    take,
+)
 from unimim.checkpoint.resizing import interpolate_pos_embed
 from unimim.openmmlab.checkpoint import log
 
-STRIDE = 16  # of the stem, whatever patches the ViT was trained on
-PADDING = 100.0  # noise of cells without a pixel: they are sampled last
+STRIDE = 16  # of the stem, whatever the patch size of the ViT
+PADDING = 100.0  # noise of patches that are all padding: they are sampled last
 
 Sizes = Sequence[tuple[int, int]]
 
 
 class ConvStem(nn.Module):
-    """Images [B, 3, H, W] to maps of strides 4, 8 and 16 with C/4, C/2 and C channels
-    (specs/downstream.md 6.2)."""
+    """Map images [B, 3, H, W] to maps of strides 4, 8 and 16 with C/4, C/2 and C channels."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -42,26 +48,30 @@ class ConvStem(nn.Module):
         self.proj[3].append(nn.Conv2d(width, width, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x, maps = images, []
+        x = images
+        maps = []
         for stage in self.proj:
-            maps.append(x := stage(x))
+            x = stage(x)
+            maps.append(x)
         return maps[1:]
 
 
 def stem_stage(width: int, out: int) -> nn.Sequential:
+    """Return a stage that halves the resolution."""
     convolution = nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(convolution, nn.GroupNorm(1, out, eps=1e-6), nn.GELU())
 
 
 class BiasedAttention(Attention):
-    """Its own table has no rows for a class token: the encoder looks it up and hands the bias
-    over."""
+    """Attention whose bias comes from the encoder: its table has no rows for a class token."""
 
     def position_bias(self, shared: Tensor | None) -> Tensor | None:
         return shared
 
 
 class BiasedBlock(Block):
+    """A block with `BiasedAttention`."""
+
     attention = BiasedAttention
 
 
@@ -70,10 +80,10 @@ class BiasedBlock(Block):
 
 
 def sampling_order(noise: Tensor, sizes: Sizes) -> Tensor:
-    """Noise [B, h, w] to the order of cells int64 [B, L], ascending; those wholly in the padding of
-    an image come last.
+    """Return the order of the patches, int64 [B, L], by ascending noise [B, h, w].
 
-    sizes: height and width in pixels of each image without its padding.
+    `sizes` holds each image's height and width in pixels without padding; patches that are all
+    padding come last.
     """
     noise = noise.clone()
     for image, (height, width) in zip(noise, sizes, strict=True):
@@ -89,10 +99,12 @@ def sampling_order(noise: Tensor, sizes: Sizes) -> Tensor:
 class SampledViT(nn.Module):
     """The encoder: a stem, fixed positions, and the blocks of a ViT without class token.
 
-    pos_embed: "sincos" or "none"; of a checkpoint its own are taken. They are never trained, and
-    are resized to the map at each forward. rel_pos_bias: "per_block" gives each block a table for
-    offsets of up to `img_size` pixels, beyond which the last entry holds (BEiT's form, as
-    `k_bias=False` and `init_values` are; published is MAE's alone).
+    Args:
+        pos_embed: "sincos" or "none"; a checkpoint's positions are used if it has any. They are not
+            trained, and are resized to the map in every forward pass.
+        rel_pos_bias: "per_block" gives each block a table for offsets of up to `img_size` pixels;
+            larger offsets use its last entry. This, `k_bias=False` and `init_values` are BEiT's
+            variant; only MAE's is published.
     """
 
     def __init__(
@@ -115,27 +127,37 @@ class SampledViT(nn.Module):
         super().__init__()
         check_choice("pos_embed", pos_embed, ("sincos", "none"))
         check_choice("rel_pos_bias", rel_pos_bias, ("per_block", "none"))
-        self.grid, self.grad_checkpointing = (
-            (img_size // STRIDE, img_size // STRIDE),
-            grad_checkpointing,
-        )
+        self.grid = (img_size // STRIDE, img_size // STRIDE)
+        self.grad_checkpointing = grad_checkpointing
         self.patch_embed = ConvStem(embed_dim)
         self.pos_embed = fixed_positions(embed_dim, self.grid) if pos_embed == "sincos" else None
         block = partial(
-            BiasedBlock, embed_dim, num_heads, mlp_ratio=mlp_ratio, drop=0.0, init_values=init_values, qkv_bias=True,
-            k_bias=k_bias, attn_drop=0.0, kernel=attn,
-        )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+            BiasedBlock,
+            embed_dim,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            drop=0.0,
+            init_values=init_values,
+            qkv_bias=True,
+            k_bias=k_bias,
+            attn_drop=0.0,
+            kernel=attn,
+        )
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
-        for each in self.blocks if rel_pos_bias == "per_block" else ():
+        if rel_pos_bias == "per_block":
             rows = (2 * self.grid[0] - 1) ** 2
-            each.attn.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+            for block in self.blocks:
+                table = nn.Parameter(torch.zeros(rows, num_heads))
+                block.attn.relative_position_bias_table = table
         self.norm = nn.LayerNorm(embed_dim)
         init_linear(self, norm_eps)
 
     def forward(self, features: Tensor, ids: Tensor | None = None) -> Tensor:
-        """The stem's last map [B, C, h, w] to the tokens [B, K, C] of the cells int64 [B, K], of
-        all cells in order."""
+        """Encode the stem's last map [B, C, h, w] to tokens [B, K, C].
+
+        `ids`, int64 [B, K], are the patches to encode; None means all.
+        """
         grid = tuple(features.shape[2:])
         x = tokens_of(features)
         if self.pos_embed is not None:
@@ -162,34 +184,46 @@ class SampledViT(nn.Module):
 
 
 class Completion(nn.Module):
-    """The decoder: sampled tokens [B, K, C] and, for the rest, the stem's features, to a map [B, D,
-    h, w].
+    """The decoder: sampled tokens [B, K, C], and the stem's features for the rest, to [B, D, h, w].
 
-    Names are those of MAE's decoder, whose first blocks these are (specs/downstream.md 6.4).
+    Its parameters have the names of MAE's decoder, whose first blocks it consists of.
     """
 
     def __init__(
         self, width: int, *, dim: int, depth: int, num_heads: int, grid: tuple[int, int], attn: str
     ):
         super().__init__()
-        self.decoder_embed, self.conv_feat_proj = nn.Linear(width, dim), nn.Linear(width, dim)
+        self.decoder_embed = nn.Linear(width, dim)
+        self.conv_feat_proj = nn.Linear(width, dim)
         self.decoder_pos_embed = fixed_positions(dim, grid)
         block = partial(
-            Block, dim, num_heads, mlp_ratio=4.0, drop=0.0, drop_path=0.0, init_values=None, qkv_bias=True, k_bias=True,
-            attn_drop=0.0, kernel=attn,
-        )  # fmt: skip
+            Block,
+            dim,
+            num_heads,
+            mlp_ratio=4.0,
+            drop=0.0,
+            drop_path=0.0,
+            init_values=None,
+            qkv_bias=True,
+            k_bias=True,
+            attn_drop=0.0,
+            kernel=attn,
+        )
         self.decoder_blocks = nn.ModuleList(block() for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(dim)
         init_linear(self, norm_eps=1e-5)
 
     def forward(self, sampled: Tensor, features: Tensor, order: Tensor | None) -> Tensor:
-        """features [B, C, h, w]: of the stem, before positions; order int64 [B, L]: the sampled
-        cells come first."""
-        grid, kept = tuple(features.shape[2:]), sampled.shape[1]
+        """Complete the map.
+
+        `features` [B, C, h, w] are the stem's, before positions; `order`, int64 [B, L], lists the
+        sampled patches first.
+        """
+        grid = tuple(features.shape[2:])
+        kept = sampled.shape[1]
         others = tokens_of(features)
-        others = (others if order is None else take(others, order))[
-            :, kept:
-        ]  # may be none: DDP wants the gradient
+        # may be empty; it is projected all the same, because DDP needs the gradient
+        others = (others if order is None else take(others, order))[:, kept:]
         x = torch.cat((self.decoder_embed(sampled), self.conv_feat_proj(others)), dim=1)
         x = x if order is None else take(x, order.argsort(1))
         x = x + interpolate_pos_embed(self.decoder_pos_embed, grid, 1)[:, 1:]
@@ -199,21 +233,22 @@ class Completion(nn.Module):
 
 
 def tokens_of(features: Tensor) -> Tensor:
-    """[B, C, h, w] to [B, L, C]."""
+    """Return a map [B, C, h, w] as tokens [B, L, C]."""
     return features.flatten(2).transpose(1, 2)
 
 
 def fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
+    """Return sine-cosine positions that are not trained."""
     return nn.Parameter(sincos_pos_embed(dim, grid), requires_grad=False)
 
 
 def init_linear(module: nn.Module, norm_eps: float) -> None:
-    """Xavier for linear layers, torch's own for convolutions; the released code's LayerNorms have
-    another eps."""
+    """Initialize linear layers (Xavier) and set the eps of LayerNorms; keep convolutions."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
-            nn.init.zeros_(part.bias) if part.bias is not None else None
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
         elif isinstance(part, nn.LayerNorm):
             part.eps = norm_eps
 
@@ -224,12 +259,14 @@ def init_linear(module: nn.Module, norm_eps: float) -> None:
 
 @MODELS.register_module()
 class MIMDet(nn.Module):
-    """Images [B, 3, H, W] to maps of strides 4, 8, 16, 32 with C/4, C/2, D, D channels.
+    """Map images [B, 3, H, W] to maps of strides 4, 8, 16, 32 with C/4, C/2, D, D channels.
 
-    size: a name in MAE_SIZES; `vit` overrides it and takes the options of `SampledViT`.
-    train_sample_ratio, test_sample_ratio: share of the tokens that the encoder sees in training and
-    evaluation; the published code has one ratio for both, the published numbers are of 0.5 and 1.
-    pretrained: file or address of a checkpoint, best one that has MAE's decoder.
+    Args:
+        size: a name in MAE_SIZES; `vit` overrides it and takes the options of `SampledViT`.
+        train_sample_ratio, test_sample_ratio: fraction of the tokens that the encoder sees in
+            training and evaluation. The published code has one ratio for both; the published
+            results are with 0.5 and 1.
+        pretrained: file or URL of a checkpoint, preferably with MAE's decoder.
     """
 
     def __init__(
@@ -245,31 +282,32 @@ class MIMDet(nn.Module):
         **vit,
     ):
         super().__init__()
-        for name, ratio in (
-            ("train_sample_ratio", train_sample_ratio),
-            ("test_sample_ratio", test_sample_ratio),
-        ):
+        ratios = {"train_sample_ratio": train_sample_ratio, "test_sample_ratio": test_sample_ratio}
+        for name, ratio in ratios.items():
             if not 0 < ratio <= 1:
-                raise ValueError(f"{name} is a share in (0, 1], not {ratio}")
+                raise ValueError(f"{name} is {ratio}; it must lie in (0, 1]")
         self.sample_ratios = {True: train_sample_ratio, False: test_sample_ratio}
         vit = MAE_SIZES[size] | vit
         self.encoder = SampledViT(**vit)
         self.decoder = Completion(
-            vit["embed_dim"], dim=decoder_dim, depth=decoder_depth, num_heads=decoder_num_heads, grid=self.encoder.grid,
+            vit["embed_dim"],
+            dim=decoder_dim,
+            depth=decoder_depth,
+            num_heads=decoder_num_heads,
+            grid=self.encoder.grid,
             attn=vit.get("attn", "auto"),
-        )  # fmt: skip
-        self.pretrained = pretrained
-        self.image_sizes: Sizes | None = (
-            None  # of the next batch; a detector that knows them sets them
         )
+        self.pretrained = pretrained
+        # sizes of the next batch without padding, set by a detector that knows them
+        self.image_sizes: Sizes | None = None
 
     def init_weights(self) -> None:
-        """mmengine's call after construction, which has drawn weights."""
+        """Load the pre-trained weights; mmengine calls this after construction."""
         if self.pretrained:
             self.load(self.pretrained)
 
     def load(self, path: str) -> None:
-        """Encoder, and decoder if the file has one. ValueError: the file is not for this model."""
+        """Load the encoder, and the decoder if the file has it; raise ValueError on a misfit."""
         state = loading.weights_without_class(path, prefix=1)
         positions = () if self.encoder.pos_embed is None else ("pos_embed",)
         grid = self.encoder.grid
@@ -281,16 +319,17 @@ class MIMDet(nn.Module):
             loading.load_parts(self.decoder, names, state, grid, f"{path} (decoder)")
         else:
             log.warning(
-                "%s has no decoder: MIMDet's starts from random weights, which the published recipe is not made for "
-                "(users met NaN). Take MAE's whole checkpoint, or a lower rate or a longer warm-up", path,
-            )  # fmt: skip
+                "%s has no decoder: MIMDet's starts from random weights, for which the published "
+                "recipe was not made (users report NaN). Use MAE's whole checkpoint, a lower lr, "
+                "or a longer warm-up",
+                path,
+            )
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
-        """noise [B, h, w], by which cells are sampled, is drawn if it is not given and not all are
-        kept."""
+        """Return the four maps; `noise` [B, h, w] selects patches and is drawn if needed."""
         sizes = self.image_sizes or [tuple(images.shape[2:])] * len(images)
         self.image_sizes = None
-        images = F.pad(images, [part for side in images.shape[:1:-1] for part in (0, -side % 32)])
+        images = F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
         *fine, features = self.encoder.patch_embed(images)
         order, kept = self.sample(features, noise, sizes)
         sampled = self.encoder(features, None if order is None else order[:, :kept])
@@ -301,8 +340,10 @@ class MIMDet(nn.Module):
     def sample(
         self, features: Tensor, noise: Tensor | None, sizes: Sizes
     ) -> tuple[Tensor | None, int]:
-        """The order of the cells int64 [B, L], the first K of which are sampled, and K; None is
-        their own order."""
+        """Return the order of the patches, int64 [B, L], and how many of the first are sampled.
+
+        The order is None if all patches are kept.
+        """
         batch, _, *grid = features.shape
         ratio = self.sample_ratios[self.training]
         if noise is None and ratio == 1:
@@ -313,7 +354,7 @@ class MIMDet(nn.Module):
 
 @MODELS.register_module()
 class SizedMaskRCNN(MaskRCNN):
-    """Mask R-CNN that tells its backbone how much of each image in a batch is no padding."""
+    """Mask R-CNN that passes the images' sizes without padding to its backbone."""
 
     def loss(self, batch_inputs, batch_data_samples):
         self.tell_sizes(batch_data_samples)

@@ -1,5 +1,4 @@
-"""The neck of plain ViTs: a pyramid of their maps of stride 16, then an FPN (specs/downstream.md 7,
-8)."""
+"""The neck of plain ViTs: a pyramid of their maps of stride 16, then an FPN."""
 
 from mmdet.models.necks import FPN
 from mmdet.registry import MODELS
@@ -10,9 +9,9 @@ from unimim.openmmlab.pyramid import BeitPyramid
 
 @MODELS.register_module()
 class PyramidFPN(FPN):
-    """Four maps [B, C, h, w] of stride 16 to an FPN's of strides 4, 8, 16, 32 and 64.
+    """Turn four maps [B, C, h, w] of stride 16 into an FPN's of strides 4, 8, 16, 32 and 64.
 
-    pyramid_norm_cfg: of the pyramid; `norm_cfg` is that of the FPN.
+    `pyramid_norm_cfg` is the norm of the pyramid, `norm_cfg` that of the FPN.
     """
 
     def __init__(self, *, in_channels: list[int], pyramid_norm_cfg: dict, **fpn):

@@ -1,5 +1,4 @@
-"""C4's shared head: a ResNet's last stage on regions, and a norm of its own (specs/downstream.md
-8)."""
+"""C4's shared head: a ResNet's last stage on regions, followed by a norm."""
 
 from mmcv.cnn import build_norm_layer
 from mmdet.models.roi_heads.shared_heads import ResLayer
@@ -11,9 +10,9 @@ from unimim.openmmlab.checkpoint import load_backbone
 
 @MODELS.register_module()
 class ResLayerExtraNorm(ResLayer):
-    """Regions [K, 1024, 14, 14] to [K, 2048, 7, 7].
+    """Map regions [K, 1024, 14, 14] to [K, 2048, 7, 7].
 
-    pretrained: the backbone's file, whose last stage goes here; its names are timm's.
+    `pretrained` is the backbone's file, whose last stage is loaded here under timm's names.
     """
 
     def __init__(self, *, norm_cfg: dict, pretrained: str = "", **layer):

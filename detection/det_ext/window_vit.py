@@ -1,6 +1,6 @@
-"""The ViT that detectors are compared with: windows in most blocks, all tokens in four
-(specs/downstream.md 7).
+"""A ViT for detection: windowed attention in most blocks, global attention in four.
 
+It follows "Benchmarking Detection Transfer Learning with Vision Transformers", arXiv 2111.11429.
 Shapes in comments: B images, C channels, g x g tokens of an image, w x w of a window, n windows, h
 heads.
 """
@@ -20,6 +20,7 @@ from modeling_finetune import (
     Block,
     PatchEmbed,
     check_choice,
+    drop_path_rates,
     patchify,
     sincos_pos_embed,
     unpatchify,
@@ -34,16 +35,19 @@ POSITIONS = ("none", "sincos", "sincos_trainable", "learned")
 
 @MODELS.register_module()
 class WindowViT(nn.Module):
-    """Images [B, 3, H, W] of at most `input_size` to four maps [B, C, g, g], behind each group of
-    blocks.
+    """Map images [B, 3, H, W] of at most `input_size` to four maps [B, C, g, g].
 
-    The last block of each of the four groups attends to the whole map, the others to windows of
-    `window` x `window` tokens. A table of relative positions is shared by the former and another by
-    the latter (`rel_pos_bias`). size: a name in MAE_SIZES, each of whose values can be overridden.
-    pos_embed: as in `VisionTransformer`, the checkpoint's where it has some; "sincos" stays as it
-    is, the others are trained (published: never stated, and transposed). k_bias, init_values: MAE's
-    form by default; False and a number are BEiT's. table_resize: of a checkpoint's table, "bicubic"
-    as published, or "geometric" as BEiT's is for another grid.
+    The blocks form four groups. The last block of a group attends to the whole map, which is
+    returned after it; the others attend to windows of `window` x `window` tokens. With
+    `rel_pos_bias`, global blocks share one table of relative positions, windowed blocks another.
+
+    Args:
+        size: a name in MAE_SIZES; `overrides` replace its values.
+        pos_embed: as in `VisionTransformer`; a checkpoint's positions are used if it has any.
+            "sincos" is fixed, the others are trained (published: not stated, and transposed).
+        k_bias, init_values: True and None for MAE, False and a number for BEiT.
+        table_resize: how a checkpoint's table is resized, "bicubic" as published or "geometric" as
+            by BEiT.
     """
 
     def __init__(
@@ -73,51 +77,59 @@ class WindowViT(nn.Module):
         if depth % GROUPS:
             raise ValueError(f"depth {depth}: the blocks form {GROUPS} groups of one size")
         self.patch_embed = PatchEmbed(input_size, patch_size, 3, dim)
-        self.grid, self.window, self.group = self.patch_embed.grid_size, window, depth // GROUPS
+        self.grid = self.patch_embed.grid_size
+        self.window = window
+        self.group = depth // GROUPS
         if self.grid[0] % window:
             raise ValueError(
-                f"window {window} does not divide the {self.grid[0]} tokens along the side of input_size"
+                f"window {window} does not divide the {self.grid[0]} tokens along the side of "
+                "input_size"
             )
         self.pos_embed = make_positions(pos_embed, dim, self.grid)
         block = partial(
-            Block, dim, heads, mlp_ratio=mlp_ratio, drop=0.0, init_values=init_values, qkv_bias=True, k_bias=k_bias,
-            attn_drop=0.0, kernel=attn,
-        )  # fmt: skip
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+            Block,
+            dim,
+            heads,
+            mlp_ratio=mlp_ratio,
+            drop=0.0,
+            init_values=init_values,
+            qkv_bias=True,
+            k_bias=k_bias,
+            attn_drop=0.0,
+            kernel=attn,
+        )
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
         self.window_bias = OffsetBias(window, heads) if rel_pos_bias and self.group > 1 else None
         self.global_bias = OffsetBias(self.grid[0], heads) if rel_pos_bias else None
-        self.table_resize, self.grad_checkpointing, self.pretrained = (
-            table_resize,
-            grad_checkpointing,
-            pretrained,
-        )
+        self.table_resize = table_resize
+        self.grad_checkpointing = grad_checkpointing
+        self.pretrained = pretrained
         self.apply(init_linear)
 
     def is_global(self, block: int) -> bool:
-        """The last block of each group."""
+        """Tell whether a block is the last of its group."""
         return (block + 1) % self.group == 0
 
     # -- weights
 
     def init_weights(self) -> None:
-        """mmengine's call after construction, which has drawn weights."""
+        """Load the pre-trained weights; mmengine calls this after construction."""
         if self.pretrained:
             self.load(self.pretrained)
 
     def load(self, path: str) -> None:
-        """ValueError: the file is not for this model."""
+        """Load a file; raise ValueError if it does not fit this model."""
         state = self.shared_tables(loading.weights_without_class(path))
         if self.pos_embed is not None and "pos_embed" in state:
             state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], self.grid, 0)
         elif self.pos_embed is not None:
-            log.warning("%s has no positions: they start as they are drawn", path)
+            log.warning("%s has no positions: they keep their initial values", path)
         names = ("patch_embed", "blocks", "pos_embed", "window_bias", "global_bias")
         loading.load(loading.view_of(self, names), state, path)
 
     def shared_tables(self, state: StateDict) -> StateDict:
-        """A table of windows and a global one from those of a checkpoint: the mean over the blocks
-        that share it."""
+        """Replace a checkpoint's tables by a windowed and a global one: means over their blocks."""
         tables = {name: value for name, value in state.items() if name.endswith(loading.TABLE)}
         state = {name: value for name, value in state.items() if name not in tables}
         for name, bias, wanted in (
@@ -132,13 +144,14 @@ class WindowViT(nn.Module):
         return state
 
     def shares(self, key: str, wanted: bool) -> bool:
-        """Whether the table of that name serves global blocks (or windows): a shared table serves
-        both."""
+        """Tell whether a table is for global (or windowed) blocks; a shared one is for both."""
         return not key.startswith("blocks.") or self.is_global(int(key.split(".")[1])) == wanted
 
     def resized(self, table: Tensor, side: int) -> Tensor:
-        """[(2 s - 1)^2, h] for a map of `side` x `side`; the loader itself does it the geometric
-        way."""
+        """Resize a table [(2 s - 1)^2, h] for a map of `side` x `side`.
+
+        "geometric" is left to the loader.
+        """
         if self.table_resize == "geometric":
             return table
         return interpolate_pos_embed(table.unsqueeze(0), 2 * side - 1, 0).squeeze(0)
@@ -148,9 +161,8 @@ class WindowViT(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         x = self.patch_embed(fit(images, self.patch_embed.img_size))
         x = x if self.pos_embed is None else x + self.pos_embed
-        window_bias, global_bias = (
-            None if b is None else b() for b in (self.window_bias, self.global_bias)
-        )
+        window_bias = None if self.window_bias is None else self.window_bias()
+        global_bias = None if self.global_bias is None else self.global_bias()
         maps = []
         for number, block in enumerate(self.blocks):
             if self.is_global(number):
@@ -166,23 +178,20 @@ class WindowViT(nn.Module):
         return block(x, bias)
 
     def cut(self, x: Tensor) -> Tensor:
-        """Tokens [B, g * g, C] to those of windows [B * n, w * w, C]."""
+        """Split tokens [B, g * g, C] into windows [B * n, w * w, C]."""
         image = x.transpose(1, 2).unflatten(2, self.grid)
-        return (
-            patchify(image, (self.window, self.window))
-            .unflatten(2, (-1, x.shape[-1]))
-            .flatten(0, 1)
-        )
+        windows = patchify(image, (self.window, self.window))
+        return windows.unflatten(2, (-1, x.shape[-1])).flatten(0, 1)
 
     def join(self, x: Tensor) -> Tensor:
-        """The inverse of `cut`."""
+        """Undo `cut`."""
         windows = tuple(side // self.window for side in self.grid)
         patches = x.flatten(1).unflatten(0, (-1, windows[0] * windows[1]))
         return unpatchify(patches, windows, (self.window, self.window)).flatten(2).transpose(1, 2)
 
 
 def make_positions(kind: str, dim: int, grid: tuple[int, int]) -> nn.Parameter | None:
-    """[1, g * g, C] without a row for a class token; None for "none"."""
+    """Return positions [1, g * g, C] without a row for a class token; None for "none"."""
     if kind == "none":
         return None
     table = sincos_pos_embed(dim, grid)[:, 1:].clone()
@@ -192,7 +201,7 @@ def make_positions(kind: str, dim: int, grid: tuple[int, int]) -> nn.Parameter |
 
 
 def fit(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images padded at the bottom and right with 0, the mean color. ValueError: one is larger."""
+    """Pad images at the bottom and right with 0, the mean color; raise ValueError if too large."""
     height, width = images.shape[2:]
     if height > size[0] or width > size[1]:
         raise ValueError(

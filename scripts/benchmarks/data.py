@@ -1,12 +1,10 @@
-"""Data loading, measured: the fast pipeline against the published one in one process, and their
-pictures' difference.
+"""Measure data loading: the fast pipeline against the published one, and how their images differ.
 
-Called by `benchmark.py data`. Images per second are of processor time on one core, decoding and
-masks included.
+Called by `benchmark.py data`. Images per second refer to processor time on one core and include
+decoding and masks.
 """
 
 import argparse
-import dataclasses
 import random
 import statistics
 import sys
@@ -14,6 +12,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +40,18 @@ from unimim.data.shapes import background
 from unimim.data.sources import map_source
 from unimim.data.views import MEAN_STD, Sample, build_pretrain_transform, draw_view
 
-SAMPLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "imagenet_sample"
-SECOND_SIZE = (112, 112)  # of the picture that the published loader makes and does not use
-STAND_IN_IMAGES, STAND_IN_SIZE = 100, (375, 500)
+SECOND_SIZE = (112, 112)  # of the second view that the published loader makes and does not use
+STAND_IN_IMAGES = 100
+STAND_IN_SIZE = (375, 500)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `benchmark.py data`."""
+    """Add the options of `benchmark.py data`."""
     parser.add_argument(
-        "--data_path", type=Path, default=SAMPLE, help="zip and map file of JPEGs (IMNET layout)"
+        "--data_path",
+        type=Path,
+        default=None,
+        help="zip and map file of JPEGs (IMNET layout); generated photographs by default",
     )
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--patch_size", type=int, default=16)
@@ -60,11 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class PublishedTransform:
-    """What the released ConMIM loader computes: Pillow, an unused second picture, normalized
-    float32 (spec 2.1)."""
+    """Compute what the released ConMIM loader does: Pillow, an unused second view, float32."""
 
     def __init__(self, input_size: int, mask_generator: MaskGenerator | None):
-        self.size, self.mask_generator = (input_size, input_size), mask_generator
+        self.size = (input_size, input_size)
+        self.mask_generator = mask_generator
         jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
         self.color = Compose(
             [RandomApply([jitter], 0.8), RandomGrayscale(0.2), _published_blur_and_solarize]
@@ -72,11 +74,11 @@ class PublishedTransform:
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         image = decode_pillow(raw)
-        draws = draw_view(rng, (image.height, image.width), (0.08, 1.0), "bicubic", False)
-        weak = reference_crop(image, draws, self.size)
+        params = draw_view(rng, (image.height, image.width), (0.08, 1.0), "bicubic", False)
+        weak = reference_crop(image, params, self.size)
         sample = {"image": _normalized(weak)}
         if self.mask_generator:
-            reference_crop(image, dataclasses.replace(draws, interpolation="lanczos"), SECOND_SIZE)
+            reference_crop(image, params, SECOND_SIZE, "lanczos")
             sample["image_strong"] = _normalized(self.color(weak))
             sample["mask"] = torch.from_numpy(self.mask_generator(rng))
         return sample
@@ -93,17 +95,19 @@ def _normalized(image: Image.Image) -> torch.Tensor:
 
 
 def measure(datasets: dict[str, ImageDataset], rounds: int, images: int) -> dict[str, list[float]]:
-    """Images per second of processor time of each data set, one number per round, the data sets
-    taking turns."""
-    rates = {name: [] for name in datasets}
-    for dataset in datasets.values():  # lazy imports, tables, the page cache
+    """Return each data set's images per second of processor time, one number per round.
+
+    The data sets take turns.
+    """
+    speeds = {name: [] for name in datasets}
+    for dataset in datasets.values():  # warms up lazy imports, tables and the page cache
         _load(dataset, rounds, images)
     for epoch in range(rounds):
         for name, dataset in datasets.items():
             start = time.process_time()
             _load(dataset, epoch, images)
-            rates[name].append(images / (time.process_time() - start))
-    return rates
+            speeds[name].append(images / (time.process_time() - start))
+    return speeds
 
 
 def _load(dataset: ImageDataset, epoch: int, images: int) -> None:
@@ -111,11 +115,11 @@ def _load(dataset: ImageDataset, epoch: int, images: int) -> None:
         dataset[epoch, index % len(dataset)]
 
 
-def report_speed(title: str, rates: dict[str, list[float]], target: float) -> None:
-    """Print each pipeline's median rate and its median ratio to the first one."""
+def report_speed(title: str, speeds: dict[str, list[float]], target: float) -> None:
+    """Print each pipeline's median speed and its median ratio to the first one."""
     print(f"{title:42s} images/s/core   against published (median, range)")
-    published = next(iter(rates.values()))
-    for name, values in rates.items():
+    published = next(iter(speeds.values()))
+    for name, values in speeds.items():
         ratios = [value / base for value, base in zip(values, published, strict=True)]
         print(
             f"  {name:40s} {statistics.median(values):13.0f}   {statistics.median(ratios):.2f}x"
@@ -124,85 +128,85 @@ def report_speed(title: str, rates: dict[str, list[float]], target: float) -> No
     print(f"  target for the fast pipeline: {target}x")
 
 
-def color_differences(pictures: list[np.ndarray]) -> dict[str, tuple[int, float]]:
-    """Gray levels between the fast and Pillow's form of each color operation on the same input:
-    (maximum, mean)."""
+def color_differences(images: list[np.ndarray]) -> dict[str, tuple[int, float]]:
+    """Return the differences between fast and Pillow's color operations on the same input.
+
+    Each is (maximum, mean) in gray levels.
+    """
     rng = np.random.default_rng(0)
     none = {"jitter": (), "gray": False, "blur_radius": None, "solarize": False}
-    cases = {
-        name: lambda name=name: none | {"jitter": ((name, rng.uniform(*JITTER_RANGES[name])),)}
-        for name in JITTER_RANGES
-    }
+
+    def jitter(name: str) -> dict:
+        return none | {"jitter": ((name, rng.uniform(*JITTER_RANGES[name])),)}
+
+    cases = {name: partial(jitter, name) for name in JITTER_RANGES}
     cases["gray"] = lambda: none | {"gray": True}
     cases["blur"] = lambda: none | {"blur_radius": rng.uniform(*BLUR_RADIUS)}
     cases["solarize"] = lambda: none | {"solarize": True}
     cases["all of a strong view"] = lambda: vars(draw_color(rng))
-    return {name: _difference(pictures, draw) for name, draw in cases.items()}
+    return {name: _color_difference(images, draw) for name, draw in cases.items()}
 
 
-def _difference(pictures: list[np.ndarray], draw: Callable[[], dict]) -> tuple[int, float]:
+def _color_difference(images: list[np.ndarray], draw: Callable[[], dict]) -> tuple[int, float]:
+    """Return the (maximum, mean) difference of one operation, with random parameters per image."""
     differences = []
-    for picture in pictures:
-        draws = ColorDraws(**draw())
-        fast = fast_color(np.ascontiguousarray(picture.transpose(2, 0, 1)), draws).transpose(
-            1, 2, 0
-        )
-        reference = np.asarray(reference_color(Image.fromarray(picture), draws))
-        differences.append(np.abs(fast.astype(int) - reference))
+    for image in images:
+        params = ColorDraws(**draw())
+        fast = fast_color(np.ascontiguousarray(image.transpose(2, 0, 1)), params)
+        reference = np.asarray(reference_color(Image.fromarray(image), params))
+        differences.append(np.abs(fast.transpose(1, 2, 0).astype(int) - reference))
     return int(max(d.max() for d in differences)), float(np.mean([d.mean() for d in differences]))
 
 
 def view_differences(
     fast: ImageDataset, reference: ImageDataset, images: int
 ) -> dict[str, tuple[int, float]]:
-    """Gray levels between the two pipelines' views for the same draws: (maximum, mean)."""
-    found = {"image": [], "image_strong": []}
-    for index in range(min(images, len(fast))):
-        a, b = fast[0, index], reference[0, index]
-        for view, values in found.items():
-            values.append((a[view].int() - b[view].int()).abs())
-    return {
-        view: (
-            max(int(d.max()) for d in values),
-            float(np.mean([d.float().mean() for d in values])),
-        )
-        for view, values in found.items()
-    }
+    """Return the two pipelines' (maximum, mean) difference in gray levels by view.
+
+    Both pipelines draw the same random parameters.
+    """
+    differences = {}
+    for view in ("image", "image_strong"):
+        largest, means = 0, []
+        for index in range(min(images, len(fast))):
+            difference = (fast[0, index][view].int() - reference[0, index][view].int()).abs()
+            largest = max(largest, int(difference.max()))
+            means.append(float(difference.float().mean()))
+        differences[view] = largest, float(np.mean(means))
+    return differences
 
 
 def write_stand_in(root: Path) -> None:
-    """A zip and map file of generated JPEGs, 500 x 375, quality 90, for machines without the
-    photographs."""
+    """Write a zip and map file of generated JPEGs, 500 x 375, quality 90."""
     rng = np.random.RandomState(0)
+    lines = []
     with zipfile.ZipFile(root / "train.zip", "w") as archive:
         for number in range(STAND_IN_IMAGES):
-            picture = background(rng, *STAND_IN_SIZE) + rng.randint(
-                -12, 13, size=(*STAND_IN_SIZE, 3)
-            )
-            picture = np.ascontiguousarray(np.clip(picture, 0, 255), dtype=np.uint8)
-            archive.writestr(
-                f"{number}.jpg", simplejpeg.encode_jpeg(picture, quality=90, colorsubsampling="420")
-            )
-    (root / "train_map.txt").write_text(
-        "".join(f"{number}.jpg\t0\n" for number in range(STAND_IN_IMAGES))
-    )
+            image = background(rng, *STAND_IN_SIZE)
+            image = image + rng.randint(-12, 13, size=(*STAND_IN_SIZE, 3))
+            image = np.ascontiguousarray(np.clip(image, 0, 255), dtype=np.uint8)
+            data = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420")
+            archive.writestr(f"{number}.jpg", data)
+            lines.append(f"{number}.jpg\t0\n")
+    (root / "train_map.txt").write_text("".join(lines))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure on `args.data_path`, or on generated photographs where it does not exist, and print
-    the tables."""
+    """Measure on `args.data_path`, or on generated photographs, and print the tables."""
     torch.set_num_threads(1)
+    if args.data_path is not None:
+        _run(args, args.data_path)
+        return
+    print(f"no --data_path: measuring on {STAND_IN_IMAGES} generated photographs")
     with tempfile.TemporaryDirectory() as folder:
-        root = args.data_path
-        if not root.is_dir():
-            print(f"{root} is absent: measuring on {STAND_IN_IMAGES} generated photographs")
-            root = Path(folder)
-            write_stand_in(root)
-        _run(args, root)
+        write_stand_in(Path(folder))
+        _run(args, Path(folder))
 
 
 def _run(args: argparse.Namespace, root: Path) -> None:
-    source, size = map_source(root, "train"), args.input_size
+    """Measure on the images of `root` and print the tables."""
+    source = map_source(root, "train")
+    size = args.input_size
     mask = build_mask_generator(
         "block", input_size=size, patch_size=args.patch_size, mask_ratio=0.75
     )
@@ -214,26 +218,24 @@ def _run(args: argparse.Namespace, root: Path) -> None:
         )
         return ImageDataset(source, transform, seed=0)
 
-    two_views, one_view = ("image", "image_strong", "mask"), ("image",)
-    for title, views, target in (
-        ("two views + block mask", two_views, 3.5),
-        ("one view", one_view, 2.2),
-    ):
+    two_views = ("image", "image_strong", "mask")
+    comparisons = (("two views + block mask", two_views, 3.5), ("one view", ("image",), 2.2))
+    for title, views, target in comparisons:
         published = PublishedTransform(size, mask if views == two_views else None)
-        contenders = {"published (Pillow, float32)": ImageDataset(source, published, seed=0)}
-        contenders |= {
-            f"{pipeline} (uint8)": dataset(views, pipeline) for pipeline in ("reference", "fast")
+        datasets = {
+            "published (Pillow, float32)": ImageDataset(source, published, seed=0),
+            "reference (uint8)": dataset(views, "reference"),
+            "fast (uint8)": dataset(views, "fast"),
         }
-        report_speed(title, measure(contenders, args.rounds, args.images), target)
+        report_speed(title, measure(datasets, args.rounds, args.images), target)
 
     fast = dataset(two_views, "fast")
     print("difference from Pillow, gray levels           maximum      mean")
     views = view_differences(fast, dataset(two_views, "reference"), args.images)
-    pictures = [
-        fast[0, index]["image"].permute(1, 2, 0).numpy()
-        for index in range(min(args.images, len(fast)))
-    ]
-    for name, (maximum, mean) in (views | color_differences(pictures)).items():
+    images = []
+    for index in range(min(args.images, len(fast))):
+        images.append(fast[0, index]["image"].permute(1, 2, 0).numpy())
+    for name, (maximum, mean) in (views | color_differences(images)).items():
         print(f"  {name:42s} {maximum:8d}  {mean:8.3f}")
 
 

@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import functional as pictures
 import modeling_finetune
 from modeling_finetune import attention_under_bias
 from modeling_pretrain import SemAIM
-from scripts.benchmarks.benchmark import Variant, gemm, make_variant, synchronize
+from scripts.benchmarks.benchmark import gemm, make_variant
 from scripts.benchmarks.gpu_fast import (
     CASES,
     PRECISION,
@@ -49,11 +49,12 @@ from scripts.benchmarks.gpu_fast import (
     step_times,
     wait_for,
 )
+from scripts.benchmarks.timing import Variant, synchronize
 from scripts.gpu_check import Checks
 from unimim.data.sources import map_source
+from unimim.data.views import image_mean_std
 from unimim.engine.memory_format import channels_last_weights
 from unimim.engine.monitor import peak_flops
-from unimim.engine.setup import image_mean_std
 from unimim.engine.state import Normalize
 from unimim.engine.upload import upload_ahead
 from unimim.files import write_text
@@ -125,11 +126,11 @@ def map_of_order(network: SemAIM, images: Tensor, precision: str) -> Tensor:
     with products("highest" if exact or precision == PRECISION else precision), torch.no_grad():
         if exact:
             network.double().eval()
-            found = network.unmasked(images.double())[1]
+            found = network.own_attention(images.double())
             network.float().train()
             return found
         with torch.autocast(images.device.type, torch.bfloat16):
-            return network.look_ahead({"image": images})[1]
+            return network.attention_map(images)
 
 
 def compare_orders(found: Tensor, reference: Tensor) -> dict[str, float]:

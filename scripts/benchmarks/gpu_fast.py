@@ -47,19 +47,19 @@ from modeling_finetune import Block
 from modeling_pretrain import PretrainMethod, VisualTokenPredictor
 from modeling_targets import DalleEncoder, VisualTokenizer
 from optim_factory import param_groups
-from scripts.benchmarks.benchmark import Variant, gemm, make_variant, random_batch, synchronize
+from scripts.benchmarks.benchmark import gemm, make_variant, random_batch
 from scripts.benchmarks.data import write_stand_in
 from scripts.benchmarks.published import make_straightforward
+from scripts.benchmarks.timing import Variant, synchronize
 from scripts.gpu_check import Checks
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
 from unimim.data.sources import PartSource, map_source
-from unimim.data.views import build_pretrain_transform
+from unimim.data.views import build_pretrain_transform, image_mean_std
 from unimim.engine.compiling import compile_blocks
 from unimim.engine.monitor import count_flops, memory_gib, peak_flops
 from unimim.engine.runner import GradientCheck
-from unimim.engine.setup import image_mean_std
-from unimim.engine.state import Normalize
+from unimim.engine.state import Normalize, with_mask_counts
 from unimim.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,7 +307,7 @@ def make_step(
     if variant == "captured":
         groups = [group | {"capturable": True} for group in param_groups(task, args.weight_decay)]
     if variant == "compiled":
-        compile_blocks(task, task.average and task.average.module, getattr(task, "frozen", None))
+        compile_blocks(task, task.ema and task.ema.module, task.frozen)
     if variant == "graphs":
         for block in task.modules():
             if isinstance(block, Block):
@@ -780,7 +780,7 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
     step = make_variant(case.name, task, batch, PRECISION, fused=True).step
     loader, normalize = (
         jpeg_loader(bench.images, task, size, workers),
-        Normalize(image_mean_std(args), device),
+        Normalize(image_mean_std(args), device, task.raw_views),
     )
     step()
     batches, ready = iter(loader), 2 * workers  # what workers had made before they had to keep up
@@ -789,7 +789,7 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
         if number == ready:
             synchronize(device)
             begin = time.perf_counter()
-        batch.update(normalize(loaded))
+        batch.update(normalize(with_mask_counts(loaded)))
         if train:
             step()
         done = number + 1 - ready

@@ -40,9 +40,6 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import run_knn
-import run_linear_probing
-import run_part_learning
 from engine_for_finetuning import Classification
 from modeling_pretrain import PretrainMethod
 from optim_factory import create_optimizer, param_groups, set_schedule
@@ -71,16 +68,19 @@ from unimim.data.device_loader import (
 )
 from unimim.data.pretraining import mask_generator
 from unimim.data.sources import build_source, first_of_each_class
+from unimim.data.views import image_mean_std
 from unimim.engine.distributed import seed_step
 from unimim.engine.runner import AUTOCAST_DTYPES, TorchRunner
-from unimim.engine.setup import image_mean_std, schedules
+from unimim.engine.setup import schedules
 from unimim.engine.state import Normalize
 from unimim.evaluation.accuracy import averages, tally
 from unimim.evaluation.features import Features, build_backbone
+from unimim.evaluation.flags import parse_knn, parse_linear
 from unimim.evaluation.knn import evaluate_knn
 from unimim.evaluation.linear_probe import Probe, head_groups, side_by_side
 from unimim.files import write_rows, write_text
 from unimim.logs import setup_logging
+from unimim.parts.flags import build_learner, parse_parts
 from unimim.parts.learning import PartLearning, hard_maps, load_teacher
 
 # the least proven first, but for MAE, on whose features SemMAE's parts are learned
@@ -468,12 +468,12 @@ def learned_parts(images: Images, job: Job) -> Tensor:
     """Learns parts as run_part_learning.py does; returns them, uint8 [N, rows, columns]."""
     setting, device = images.setting, images.device
     flags = f"{setting.source_flags} {SHAPES.parts} --precision {setting.precision} --seed {job.seed} --teacher"
-    args = run_part_learning.parse([*shlex.split(flags), str(teacher_file(setting, job))])
+    args = parse_parts([*shlex.split(flags), str(teacher_file(setting, job))])
     args.epochs = setting.part_epochs
     args.batch_size = min(args.batch_size, len(images.pretrain))
     torch.manual_seed(args.seed)
-    teacher = load_teacher(args.teacher, image_size=args.input_size).to(device)
-    learner = run_part_learning.build_learner(args, teacher)
+    teacher = load_teacher(args.teacher, image_size=args.input_size)
+    learner = build_learner(args, teacher)
     mean_std = image_mean_std(args)
     task = PartLearning(learner, teacher, mean_std, (args.tau_start, args.tau_end)).to(device)
     loader = DeviceLoader(
@@ -482,7 +482,7 @@ def learned_parts(images: Images, job: Job) -> Tensor:
         crop_scale=tuple(args.crop_scale),
     )  # fmt: skip
     first = range(min(STATISTICS_BATCHES, loader.steps_per_epoch))
-    learner.standardize(teacher(loader.batch(step)["image"]) for step in first)
+    learner.standardize(teacher.look(loader.batch(step)["image"]) for step in first)
     args.warmup_epochs = 0
     args.warmup_steps = max(1, round(0.05 * args.epochs * loader.steps_per_epoch))
     groups = param_groups(learner, args.weight_decay)
@@ -493,7 +493,7 @@ def learned_parts(images: Images, job: Job) -> Tensor:
     with torch.no_grad():
         for some in images.pretrain.split(1000):
             with autocast(device, AUTOCAST_DTYPES.get(args.precision)):
-                features = teacher(normalize({"image": some})["image"])
+                features = teacher.look(normalize({"image": some})["image"])
             parts.append(hard_maps(learner.maps(features), grid, clean=args.clean))
     return torch.cat(parts)
 
@@ -513,7 +513,7 @@ def evaluate(setting: Setting, images: Images, job: Job, encoder: Path | None) -
     network += ["--precision", setting.precision] + (
         [] if encoder is None else ["--finetune", str(encoder)]
     )
-    args = run_knn.parse([*network, *PROBE.split()])
+    args = parse_knn([*network, *PROBE.split()])
     backbone = build_backbone(args).to(images.device)
     bank, queries = (features_of(args, images, backbone, split) for split in ("train", "val"))
     return {
@@ -549,7 +549,7 @@ def linear_accuracy(
 ) -> float:
     """Of a linear probe, trained as by run_linear_probing.py on features of whole images."""
     flags = [*PROBE.split(), *LINEAR.split(), "--epochs", str(setting.linear_epochs)]
-    args = run_linear_probing.parse([*network, *flags])
+    args = parse_linear([*network, *flags])
     args.batch_size = min(args.batch_size, len(bank))
     heads = side_by_side([args.lr], bank.vectors.shape[1], classes, args.seed).to(
         bank.vectors.device

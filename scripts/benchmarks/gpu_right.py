@@ -39,18 +39,16 @@ from helpers import METHODS as OTHERS
 from helpers import PRETRAIN, SIZE, TINY, differing, own_signals
 from helpers import arguments as tiny_arguments
 
-import run_knn
-import run_linear_probing
 from datasets import build_dataset
 from engine_for_finetuning import Classification
-from engine_for_pretraining import train_one_step
+from engine_for_pretraining import train, train_one_step
 from modeling_pretrain import PretrainMethod
 from optim_factory import param_groups
 from scripts.gpu_check import Checks
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
 from unimim.data.pretraining import build_data, train_loader
-from unimim.data.views import build_finetune_transform
+from unimim.data.views import build_finetune_transform, image_mean_std
 from unimim.engine import setup
 from unimim.engine.batch_norm import synchronized_batch_norm
 from unimim.engine.compiling import compile_blocks
@@ -63,7 +61,10 @@ from unimim.engine.distributed import (
 from unimim.engine.runner import Runner
 from unimim.engine.session import Position
 from unimim.engine.setup import build_runner, start_training
-from unimim.engine.state import Normalize, Training
+from unimim.engine.state import Normalize, RunContext, Training, with_mask_counts
+from unimim.evaluation.flags import parse_knn, parse_linear
+from unimim.evaluation.knn import evaluate_features
+from unimim.evaluation.probing import run_probe
 from unimim.logs import log
 
 METHODS: dict[str, tuple[str, ...]] = {"conmim": ()} | OTHERS  # flags over those of PRETRAIN
@@ -102,11 +103,11 @@ def arguments(name: str, device: torch.device, *flags: str) -> Namespace:
     return parse("pretrain", [*PRETRAIN, *METHODS[name], *place, *flags])
 
 
-def set_up(args: Namespace) -> Normalize:
+def set_up(args: Namespace) -> RunContext:
     """As run_pretraining's, without its words on the terminal."""
-    normalize = setup.set_up(args)
+    context = setup.set_up(args)
     log.setLevel("ERROR")
-    return normalize
+    return context
 
 
 @dataclass
@@ -115,12 +116,15 @@ class Built:
 
     method: PretrainMethod
     runner: Runner
-    normalize: Normalize
+    context: RunContext
 
     def gradients(self, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """Loss of a batch from the loader, and the float32 gradients on the CPU that now lie in the
         parameters."""
-        loss = self.runner.micro_step(self.normalize(batch), last=True)["loss"]
+        mean_std = image_mean_std(self.context.args)
+        normalize = Normalize(mean_std, self.context.device, self.method.raw_views)
+        batch = normalize(with_mask_counts(batch))
+        loss = self.runner.micro_step(batch, last=True)["loss"]
         scale = self.runner.scaler.get_scale()
         found = {name: p.grad for name, p in self.method.named_parameters() if p.grad is not None}
         return float(loss.detach()), {
@@ -131,15 +135,15 @@ class Built:
 def build(name: str, device: torch.device, *flags: str) -> Built:
     """Method `name` as run_pretraining.py builds it: the same weights on every device."""
     args = arguments(name, device, *flags)
-    normalize = set_up(args)
-    method = build_method(args).to(normalize.device)
+    context = set_up(args)
+    method = build_method(args).to(context.device)
     if method.teacher is not None:
-        method.teacher.to(normalize.device)
-    runner = build_runner(args, method, param_groups(method, args.weight_decay), normalize.device)
+        method.teacher.to(context.device)
+    runner = build_runner(args, method, param_groups(method, args.weight_decay), context.device)
     runner.watch(method, method.teacher)
     method.train()
     method.before_epoch(0, args.epochs)
-    return Built(method, runner, normalize)
+    return Built(method, runner, context)
 
 
 @cache
@@ -158,15 +162,15 @@ def start(
 ) -> tuple[Training, Position]:
     """What run_pretraining.py's main() does up to the first step."""
     args = arguments(name, device, "--output_dir", str(folder), *flags)
-    normalize = set_up(args)
+    context = set_up(args)
     method = build_method(args)
     loader = build_data(args, method)
     groups = param_groups(method, args.weight_decay)
-    method.to(normalize.device)
+    method.to(context.device)
     if method.teacher is not None:
-        method.teacher.to(normalize.device)
+        method.teacher.to(context.device)
     with own_signals():
-        run, position = start_training(args, method, method, loader, groups, normalize, "teacher")
+        run, position = start_training(context, method, loader, groups)
     run.task.train()
     run.task.before_epoch(0, args.epochs)
     return run, position
@@ -450,7 +454,7 @@ def neighbors(device: torch.device) -> dict[str, Any]:
     with exact_products():
         for place in ("cpu", device.type):
             with redirect_stdout(io.StringIO()):
-                found[place] = run_knn.main(run_knn.parse([*flags, "--device", place]))
+                found[place] = evaluate_features(parse_knn([*flags, "--device", place]))
     pairs = list(zip(found["cpu"], found[device.type], strict=True))
     largest = max(abs(a.acc1 - b.acc1) for a, b in pairs)
     return {
@@ -488,9 +492,7 @@ def probing(device: torch.device) -> dict[str, Any]:
     with exact_products():
         for place in ("cpu", device.type):
             with own_signals(), redirect_stdout(io.StringIO()):
-                last[place] = run_linear_probing.main(
-                    run_linear_probing.parse([*flags, "--device", place])
-                )[-1]
+                last[place] = run_probe(parse_linear([*flags, "--device", place]), train)[-1]
     ours, theirs = last[device.type], last["cpu"]
     row = {
         "loss": relative(ours.loss, theirs.loss),
@@ -546,7 +548,7 @@ def take_scale(run: Training, scale: float = 2.0**7) -> None:
     """Gives a plain run in fp16 the loss scale that DeepSpeed begins with, at which no step is
     skipped."""
     if run.runner.scaler.is_enabled():
-        run.runner.scaler = torch.amp.GradScaler(run.normalize.device.type, init_scale=scale)
+        run.runner.scaler = torch.amp.GradScaler(run.context.device.type, init_scale=scale)
 
 
 def refused_fp16(name: str, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -635,10 +637,10 @@ def average_on_host(device: torch.device) -> dict[str, Any]:
             "--model_ema_decay", "0.9", "--drop_path", "0", "--matmul_precision", "highest", *flags,
         )  # fmt: skip
         run = start_finetuning(args)
-        places = {p.device.type for p in run.task.average.module.parameters()}
-        initial = on_host(run.task.average.module)
+        places = {p.device.type for p in run.task.ema.module.parameters()}
+        initial = on_host(run.task.ema.module)
         losses = train_steps(run, 0, 3)
-        averages.append((losses, on_host(run.task.average.module), places))
+        averages.append((losses, on_host(run.task.ema.module), places))
     (theirs_losses, theirs, _), (losses, ours, places) = averages
     row = alike(losses, theirs_losses, ours, theirs, initial, (1e-5, 1e-4))
     return row | {"places": sorted(places), "ok": row["ok"] and places == {"cpu"}}
@@ -652,15 +654,15 @@ def on_host(network: nn.Module) -> dict[str, Tensor]:
 def start_finetuning(args: Namespace) -> Training:
     """What run_class_finetuning.py's main() does up to the first step."""
     args.nb_classes = 10
-    normalize = set_up(args)
-    model = build_classifier(args).to(normalize.device)
+    context = set_up(args)
+    model = build_classifier(args).to(context.device)
     transform = build_finetune_transform(args, train=not args.no_aug)
     dataset = build_dataset(args, train=True, transform=transform, need_labels=True)
     loader = train_loader(args, dataset)
-    task = Classification(model, args, normalize.device)
+    task = Classification(model, args, context.device)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     with own_signals():
-        run, _ = start_training(args, task, model, loader, groups, normalize, "model_ema")
+        run, _ = start_training(context, task, loader, groups)
     run.task.train()
     return run
 

@@ -1,8 +1,7 @@
-"""The published computations written plainly: what `benchmark.py` measures against and tests
-compare numbers with.
+"""Write the published computations plainly, for `benchmark.py` and tests to compare with.
 
-They live here and not in the product. `make_straightforward` turns an object of the product's class
-into one.
+`make_straightforward` turns a method into its plain variant. The plain variants are not part of the
+product.
 """
 
 import math
@@ -30,37 +29,34 @@ from modeling_targets import gaussian_window
 
 
 class StraightforwardConMIM(ConMIM):
-    """Explicit attention, all N x N logits, then a choice of rows; the teacher moves parameter by
-    parameter."""
+    """ConMIM with all N x N logits, of which rows are selected, and an EMA per parameter."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         mask = batch["mask"].flatten(1)
         with torch.no_grad():
             keys = self.teacher.project(batch["image_strong"], None)
         queries = self.project(batch["image"], mask)
-        logits = (
-            F.normalize(queries, dim=-1)
-            @ F.normalize(keys, dim=-1).transpose(1, 2)
-            / self.temperature
-        )
+        queries = F.normalize(queries, dim=-1)
+        keys = F.normalize(keys, dim=-1)
+        logits = queries @ keys.transpose(1, 2) / self.temperature
         labels = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         return {"loss": F.cross_entropy(logits[mask].float(), labels[mask])}
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """One multiplication and one addition for each parameter, with the names matched anew at
-        each step."""
-        teacher, student = dict(self.teacher.named_parameters()), dict(self.named_parameters())
+        """Update each parameter of the teacher separately, matching names at every step."""
+        teacher = dict(self.teacher.named_parameters())
+        student = dict(self.named_parameters())
         with torch.no_grad():
             for name in teacher.keys() & student.keys():
                 teacher[name].mul_(self.t_momentum).add_(student[name], alpha=1 - self.t_momentum)
 
 
 class StraightforwardMAE(MAE):
-    """Every patch is projected, tokens are put back in place, and every one is predicted
-    (specs/semmae.md A.4)."""
+    """MAE that projects every patch, restores the order of all tokens, and predicts every patch."""
 
     def forward(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
-        images, noise = batch["image"], self.draws(batch) if noise is None else noise
+        images = batch["image"]
+        noise = self.noise_of(batch) if noise is None else noise
         tokens = self.patch_embed(images) + self.pos_embed[:, 1:]
         shuffle = noise.argsort(1)
         keep = shuffle[:, : num_visible(noise.shape[1], self.mask_ratio)]
@@ -75,18 +71,19 @@ class StraightforwardMAE(MAE):
         predicted = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         target = patchify(images, self.patch_embed.patch_size)
         if self.norm_pix_loss:
-            target = (target - target.mean(-1, keepdim=True)) / (
-                target.var(-1, keepdim=True) + 1e-6
-            ).sqrt()
+            std = (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = (target - target.mean(-1, keepdim=True)) / std
         mask = torch.ones_like(noise).scatter_(1, keep, 0.0)
         return {"loss": ((predicted - target).square().mean(-1) * mask).sum() / mask.sum()}
 
 
 class StraightforwardSemAIM(SemAIM):
-    """Made with `attn` "eager", so with dense masks; every map is made, from a last block that is
-    attended in twice."""
+    """SemAIM that computes every map, and the last block's attention twice.
 
-    def unmasked(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    Make it with `attn` "eager", which uses dense masks.
+    """
+
+    def own_attention(self, images: Tensor) -> Tensor:
         x = self.embed(self.patch_embed(images), self.pos_embed)
         *blocks, last_block = self.blocks
         for block in blocks:
@@ -97,52 +94,56 @@ class StraightforwardSemAIM(SemAIM):
         patches = tokens[:, 1:]
         maps["cls"] = similarity(tokens[:, :1], patches).softmax(-1)
         maps["gap"] = similarity(patches.mean(1, keepdim=True), patches).softmax(-1)
-        return tokens if self.has_features else None, maps[self.attention_type]
+        return maps[self.attention_type]
 
 
 def whole_spectra(
     criterion: ReconstructionLoss, predicted: Tensor, target: Tensor, mask: Tensor
 ) -> Tensor:
-    """The focal loss of pictures [B, c, H, W] under a mask [B, 1, H, W]: complex spectra of both in
-    full, averaged over the batch only afterwards (specs/a2mim.md 3.5).
+    """Return A2MIM's focal frequency loss of images [B, c, H, W] under a mask [B, 1, H, W].
+
+    Full complex spectra of both are computed and averaged over the batch only afterwards
+    (docs/methods/simmim_a2mim.md#spectra).
     """
-    pictures = criterion.seen(predicted, target, mask), target
-    ours, theirs = (torch.fft.fft2(x, norm="ortho").mean(0, keepdim=True) for x in pictures)
-    ours, theirs = (torch.stack((x.real, x.imag), -1) for x in (ours, theirs))
-    square = (ours - theirs).square().sum(-1)
+    spectra = []
+    for images in (criterion.seen(predicted, target, mask), target):
+        mean = torch.fft.fft2(images, norm="ortho").mean(0, keepdim=True)
+        spectra.append(torch.stack((mean.real, mean.imag), -1))
+    square = (spectra[0] - spectra[1]).square().sum(-1)
     weights = square.sqrt().log1p()
     return ((weights / weights.max()).nan_to_num(0).clamp(0, 1).detach() * square).mean()
 
 
 class StraightforwardA2MIM(A2MIM):
-    """Whole spectra of every image, and maps with the channels in front."""
+    """A2MIM with full spectra of every image, and channels-first feature maps."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images, mask = batch["image"], batch["mask"]
         predicted = self.predict(self.features(images, mask), images)
         with torch.autocast(images.device.type, enabled=False):
-            predicted, hidden = predicted.float(), enlarged(mask, images.shape[-2:]).float()
+            predicted = predicted.float()
+            hidden = enlarged(mask, images.shape[-2:]).float()
             loss = spatial_loss(predicted, images, hidden, self.loss.regression)
             if self.loss.fft_weight:
-                loss = loss + self.loss.fft_weight * whole_spectra(
-                    self.loss, predicted, images, hidden.unsqueeze(1)
-                )
+                spectra = whole_spectra(self.loss, predicted, images, hidden.unsqueeze(1))
+                loss = loss + self.loss.fft_weight * spectra
         return {"loss": loss}
 
 
 class StraightforwardSemanticMIM(SemanticMIM):
-    """Every patch is projected; every position is a mask token that passes all blocks and is
-    predicted, and then the hidden ones are chosen. The last encoder block computes all tokens, and
-    class tokens are normed once for each of the two inputs of a mask block."""
+    """SemanticMIM with a mask token at every position, of which the masked ones are selected.
+
+    Every patch is projected, every mask token passes all blocks and is predicted. The last encoder
+    block computes all tokens, and class tokens are normalized once for each of the two inputs of a
+    mask block.
+    """
 
     def encode(self, images: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
-        num_cls, patches = self.num_prefix_tokens, self.patch_embed(images)
-        if (
-            self.mask_blocks is None
-        ):  # the baseline: mask tokens in the places of the patches that are hidden
-            seen = torch.zeros(patches.shape[:2], dtype=torch.bool, device=images.device).scatter_(
-                1, visible, True
-            )
+        num_cls = self.num_prefix_tokens
+        patches = self.patch_embed(images)
+        if self.mask_blocks is None:  # the baseline: mask tokens replace the hidden patches
+            seen = torch.zeros(patches.shape[:2], dtype=torch.bool, device=images.device)
+            seen = seen.scatter_(1, visible, True)
             patches = torch.where(seen[..., None], patches, self.mask_token.to(patches.dtype))
             return self.norm(self.run_blocks(self.embed(patches, self.pos_embed)))[:, num_cls:]
         tokens = self.embed(patches, self.pos_embed)
@@ -150,28 +151,34 @@ class StraightforwardSemanticMIM(SemanticMIM):
         masked = (self.mask_token + self.pos_embed[:, num_cls:]).expand(len(images), -1, -1)
         for block, mask_block in zip(self.blocks, self.mask_blocks, strict=True):
             x = block(x)
-            masked = self.look(
-                mask_block, masked, torch.cat((x[:, :num_cls], masked), 1), predicted
-            )
+            others = torch.cat((x[:, :num_cls], masked), 1)
+            masked = self.cross_attend(mask_block, masked, others, predicted)
         return self.norm(masked)
 
-    def look(self, block: Block, queries: Tensor, others: Tensor, predicted: Tensor) -> Tensor:
-        """A block whose queries [B, N, C] see the class tokens and the mask tokens among `others`
-        that are hidden."""
-        own, num_cls = block.attn, self.num_prefix_tokens
-        weights, bias = own.qkv.weight.chunk(3), own.qkv.bias
-        biases = (own.q_bias, None, own.v_bias) if bias is None else bias.chunk(3)
-        inputs = block.norm1(queries), *[block.norm1(others)] * 2
-        q, k, v = (
-            own.split_heads(F.linear(*of)) for of in zip(inputs, weights, biases, strict=True)
-        )
-        hidden = q.new_full(others.shape[:2], -math.inf)
-        hidden[:, :num_cls] = 0
-        hidden.scatter_(1, predicted + num_cls, 0)
-        return block.add(queries, own.attend(q, k, v, hidden[:, None, None]))
+    def cross_attend(
+        self, block: Block, queries: Tensor, others: Tensor, predicted: Tensor
+    ) -> Tensor:
+        """Run a block whose queries [B, N, C] attend to class tokens and masked positions."""
+        attention = block.attn
+        num_cls = self.num_prefix_tokens
+        bias = attention.qkv.bias
+        biases = (attention.q_bias, None, attention.v_bias) if bias is None else bias.chunk(3)
+        keys = block.norm1(others)
+        inputs = (block.norm1(queries), keys, keys)
+        projected = []
+        for x, weight, b in zip(inputs, attention.qkv.weight.chunk(3), biases, strict=True):
+            projected.append(attention.split_heads(F.linear(x, weight, b)))
+        q, k, v = projected
+        # additive mask: 0 for the class tokens and the masked positions
+        mask = q.new_full(others.shape[:2], -math.inf)
+        mask[:, :num_cls] = 0
+        mask.scatter_(1, predicted + num_cls, 0)
+        return block.add(queries, attention.attend(q, k, v, mask[:, None, None]))
 
 
 class StraightforwardMaskFeat(StraightforwardSemanticMIM, MaskFeat):
+    """MaskFeat that predicts every position and then selects the masked ones."""
+
     def compare(
         self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
     ) -> dict[str, Tensor]:
@@ -179,28 +186,23 @@ class StraightforwardMaskFeat(StraightforwardSemanticMIM, MaskFeat):
         (rows, columns), (height, width) = self.hog.grid, self.hog.cells
         target = target.view(len(target), 3 * self.hog.nbins, rows, height, columns, width)
         target = target.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return {
-            "loss": F.mse_loss(
-                take(self.hog_head(tokens).float(), positions), take(target, positions).float()
-            )
-        }
+        predicted = take(self.hog_head(tokens).float(), positions)
+        return {"loss": F.mse_loss(predicted, take(target, positions).float())}
 
 
 class StraightforwardSemanticBEiT(StraightforwardSemanticMIM, SemanticBEiT):
+    """BEiT that computes the logits of every position and then selects the masked ones."""
+
     def compare(
         self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
     ) -> dict[str, Tensor]:
         logits = take(F.linear(tokens, self.lm_head.weight, self.lm_head.bias), positions)
-        return {
-            "loss": F.cross_entropy(
-                logits.flatten(0, 1).float(), self.visual_tokens_at(batch, positions).flatten()
-            )
-        }
+        target = self.visual_tokens_at(batch, positions).flatten()
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), target)}
 
 
 def one_hot_histograms(images: Tensor, nbins: int, pool: int, window: int) -> Tensor:
-    """HOG as published, with a map of the whole image for each bin: [B, 3, nbins, H / pool, W /
-    pool]."""
+    """Return HOG as published, from a map per bin: [B, 3, nbins, H / pool, W / pool]."""
     kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).to(images)
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     gx, gy = (F.conv2d(padded, k.expand(3, 1, 3, 3), groups=3) for k in (kernel, kernel.T))
@@ -209,28 +211,32 @@ def one_hot_histograms(images: Tensor, nbins: int, pool: int, window: int) -> Te
     if window:
         repeats = images.shape[2] // window, images.shape[3] // window
         magnitude = magnitude * gaussian_window(window, images.device).to(images).repeat(repeats)
-    blown_up = torch.zeros(len(images), 3, nbins, *images.shape[2:]).to(images)
-    blown_up.scatter_(2, bins.unsqueeze(2), magnitude.unsqueeze(2))
-    cells = blown_up.unfold(3, pool, pool).unfold(4, pool, pool).sum((5, 6))
-    return F.normalize(cells, dim=2)
+    maps = torch.zeros(len(images), 3, nbins, *images.shape[2:]).to(images)
+    maps.scatter_(2, bins.unsqueeze(2), magnitude.unsqueeze(2))
+    histograms = maps.unfold(3, pool, pool).unfold(4, pool, pool).sum((5, 6))
+    return F.normalize(histograms, dim=2)
 
 
 def semantic_mask_of_one(
     ids: Tensor, ratio: float, weight: float, tokens: Tensor, parts: Tensor
 ) -> tuple[list, list, list]:
-    """SemMAE's mask of one image, token by token (specs/semmae.md B.1).
+    """Return SemMAE's mask of one image, made token by token.
 
-    From part ids [L] and noise for tokens [L] and parts [K]: counts, visible tokens as the encoder
-    takes them, masked ones.
+    `ids` holds part ids [L]; `tokens` [L] and `parts` [K] are noise. Returns the counts, the
+    visible tokens in the encoder's order, and the masked ones
+    (docs/methods/mae_semmae.md#masks-from-parts).
     """
-    order, part_order = (noise.argsort(stable=True).tolist() for noise in (tokens, parts))
+    order = tokens.argsort(stable=True).tolist()
+    part_order = parts.argsort(stable=True).tolist()
     sizes = torch.bincount(ids, minlength=len(parts)).float()
-    budget, inter = torch.tensor(len(ids) * ratio, dtype=torch.float32), torch.zeros(len(parts))
+    budget = torch.tensor(len(ids) * ratio, dtype=torch.float32)
+    inter = torch.zeros(len(parts))
     for part in part_order:
         inter[part] = min(float(sizes[part]), max(0.0, math.trunc(float(budget))))
         budget = budget - sizes[part]
     counts = torch.round(weight * torch.round(sizes * ratio) + (1 - weight) * inter)
-    left, selected = counts.clone(), []
+    left = counts.clone()
+    selected = []
     for token in order:
         if left[ids[token]] > 0:
             left[ids[token]] -= 1
@@ -241,23 +247,26 @@ def semantic_mask_of_one(
 
 
 def make_straightforward(method: PretrainMethod) -> None:
-    """Turns a method made with `attn` "eager" into its plain form, whose blocks keep what they
-    computed.
+    """Turn a method made with `attn` "eager" into its plain variant, in place.
 
-    ValueError for a method whose plain form is not written here.
+    Raises:
+        ValueError: the method has no plain variant.
     """
-    forms = {
-        ConMIM: StraightforwardConMIM, MAE: StraightforwardMAE, SemAIM: StraightforwardSemAIM,
+    variants = {
+        ConMIM: StraightforwardConMIM,
+        MAE: StraightforwardMAE,
+        SemAIM: StraightforwardSemAIM,
         A2MIM: StraightforwardA2MIM,
-        MaskFeat: StraightforwardMaskFeat, SemanticBEiT: StraightforwardSemanticBEiT,
-    }  # fmt: skip
-    if type(method) not in forms:
+        MaskFeat: StraightforwardMaskFeat,
+        SemanticBEiT: StraightforwardSemanticBEiT,
+    }
+    if type(method) not in variants:
         raise ValueError(
-            f"{type(method).__name__} has no straightforward form to be measured against"
+            f"{type(method).__name__} has no straightforward variant to be measured against"
         )
-    method.__class__ = forms[type(method)]
+    method.__class__ = variants[type(method)]
     if isinstance(method, A2MIM):
-        next(method.backbone.children())._forward_pre_hooks.clear()  # which puts the channels last
+        next(method.backbone.children())._forward_pre_hooks.clear()  # it puts the channels last
     for layer in method.modules():
         if isinstance(layer, ActivatedLinear):
-            layer.act = partial(F.gelu)  # not the function itself, which is computed again
+            layer.act = partial(F.gelu)  # F.gelu itself would be recomputed in backward

@@ -1,7 +1,6 @@
-"""Segmentation and detection, measured: attention at 640 px with a bias table, sliding windows,
-RoIAlign.
+"""Measure segmentation and detection: attention with a bias table, sliding windows, RoIAlign.
 
-Called by `benchmark.py attention`, `... windows` and `... roi_align`.
+Called by `benchmark.py attention`, `benchmark.py windows` and `benchmark.py roi_align`.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from scripts.benchmarks.timing import Variant, interleave, speedup
 from unimim.engine.monitor import keep_freed_memory
 from unimim.openmmlab.vit_backbone import GridAttention
 
@@ -25,9 +25,10 @@ CONFIG = ROOT / "semantic_segmentation/configs/beit/beit_upernet_base_512_160k_a
 
 
 def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
+    """Add the three subcommands of `benchmark.py`."""
     attention = commands.add_parser(
         "attention",
-        help="a block's attention with its own bias table, fused against explicit",
+        help="attention with a bias table of its own, fused against explicit",
         formatter_class=formatter,
     )
     attention.add_argument("--input_size", type=int, default=640)
@@ -35,7 +36,7 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
     attention.add_argument("--width", type=int, default=768)
     attention.add_argument("--heads", type=int, default=12)
     attention.add_argument("--batch_size", type=int, default=1)
-    attention.add_argument("--train", action="store_true", help="with the backward pass")
+    attention.add_argument("--train", action="store_true", help="include the backward pass")
     attention.set_defaults(run=run_attention)
     windows = commands.add_parser(
         "windows", help="sliding windows of a segmentor", formatter_class=formatter
@@ -46,7 +47,9 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
     windows.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE")
     windows.set_defaults(run=run_windows)
     roi_align = commands.add_parser(
-        "roi_align", help="torchvision's against mmcv's, if compiled", formatter_class=formatter
+        "roi_align",
+        help="torchvision's operator against mmcv's, if that is compiled",
+        formatter_class=formatter,
     )
     roi_align.set_defaults(run=run_roi_align)
     for parser in (attention, windows, roi_align):
@@ -55,8 +58,10 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> float:
-    """MiB of a step above what there was before: torch's on a GPU, the process's resident memory on
-    a CPU."""
+    """Return by how many MiB a step raises the peak of memory.
+
+    On a GPU this is torch's memory, on a CPU the resident memory of the process.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -65,14 +70,14 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> float:
     keep_freed_memory(False)
     step()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
 
 
 def resident(kind: str) -> float:
-    """MiB that Linux tells of this process: VmRSS now, VmHWM at most."""
+    """Return this process's resident memory in MiB: now (VmRSS) or at its peak (VmHWM)."""
     lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 2**10
 
@@ -83,29 +88,32 @@ def measure(
     args: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Prints time and peak memory of each, and both as shares of the first one's."""
-    from scripts.benchmarks.benchmark import Variant, interleave, speedup
-
+    """Print time and peak memory of each step, absolute and relative to the first."""
     variants = [Variant(name, step, "fp32") for name, step in steps.items()]
     interleave(variants, args.rounds, device)
     print(f"{title}, torch {torch.__version__}, {args.threads} threads")
     memory = [peak_memory(variant.step, device) for variant in variants]
     for variant, mib in zip(variants, memory, strict=True):
-        median, share = 1e3 * statistics.median(variant.seconds), 1 / speedup(variants[0], variant)
-        times = f"{median:9.1f} ms {share:5.2f}x"
-        print(f"{variant.name:16s} {times} {mib:9.1f} MiB at the peak {mib / memory[0]:5.2f}x")
+        median = 1e3 * statistics.median(variant.seconds)
+        times = f"{median:9.1f} ms {1 / speedup(variants[0], variant):5.2f}x"
+        print(f"{variant.name:16s} {times} {mib:9.1f} MiB peak memory {mib / memory[0]:5.2f}x")
 
 
-def the_device(threads: int) -> torch.device:
+def pick_device(threads: int) -> torch.device:
+    """Return the GPU if there is one, else the CPU with this number of threads."""
     torch.set_num_threads(threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_attention(args: argparse.Namespace) -> None:
-    device = the_device(args.threads)
+    """Measure explicit and fused attention with a bias table."""
+    device = pick_device(args.threads)
     grid = (args.input_size // args.patch_size,) * 2
-    layers = {
-        name: GridAttention(
+    tokens = torch.randn(args.batch_size, 1 + grid[0] * grid[1], args.width, device=device)
+    run = with_gradient if args.train else without_gradient
+    steps = {}
+    for name, kernel in (("explicit", "eager"), ("fused", "sdpa")):
+        layer = GridAttention(
             args.width,
             args.heads,
             qkv_bias=True,
@@ -114,28 +122,26 @@ def run_attention(args: argparse.Namespace) -> None:
             proj_drop=0.0,
             grid=grid,
             kernel=kernel,
-        ).to(device)
-        for name, kernel in (("explicit", "eager"), ("fused", "sdpa"))
-    }
-    tokens = torch.randn(args.batch_size, 1 + grid[0] * grid[1], args.width, device=device)
-    form = with_gradient if args.train else without_gradient
-    title = f"attention, {args.input_size} px, {args.batch_size} x {tokens.shape[1]} tokens, {args.heads} heads"
-    measure(
-        title, {name: partial(form, layer, tokens) for name, layer in layers.items()}, args, device
-    )
+        )
+        steps[name] = partial(run, layer.to(device), tokens)
+    shape = f"{args.batch_size} x {tokens.shape[1]} tokens, {args.heads} heads"
+    measure(f"attention, {args.input_size} px, {shape}", steps, args, device)
 
 
 @torch.no_grad()
 def without_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    """Run the forward pass alone."""
     return layer(x)
 
 
 def with_gradient(layer: nn.Module, x: Tensor) -> None:
+    """Run forward and backward pass."""
     layer(x).sum().backward()
     layer.zero_grad(set_to_none=True)
 
 
 def run_windows(args: argparse.Namespace) -> None:
+    """Measure sliding-window inference, one window and several at a time."""
     from semantic_segmentation.task import TASK
     from unimim.openmmlab import runner
 
@@ -143,55 +149,47 @@ def run_windows(args: argparse.Namespace) -> None:
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
-    given = argparse.Namespace(
+    flags = argparse.Namespace(
         config=args.config,
         cfg_options=args.cfg_options,
         launcher="none",
         work_dir="",
         data_root=None,
     )
-    device, cfg = the_device(args.threads), runner.load_config(given)
+    device = pick_device(args.threads)
+    cfg = runner.load_config(flags)
     init_default_scope(cfg.default_scope)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device).eval()
     image = torch.randn(1, 3, *args.image, device=device)
 
     @torch.no_grad()
-    def windows(together: int) -> Tensor:
-        model.test_cfg.window_batch = together
+    def windows(batch_size: int) -> Tensor:
+        model.test_cfg.window_batch = batch_size
         return model.slide_inference(image, [{}])
 
     torch.testing.assert_close(windows(1), windows(args.window_batch), atol=1e-3, rtol=1e-3)
     steps = {f"{number} at a time": partial(windows, number) for number in (1, args.window_batch)}
-    measure(
-        f"{args.config.stem}, one image of {args.image[0]} x {args.image[1]}", steps, args, device
-    )
+    title = f"{args.config.stem}, one image of {args.image[0]} x {args.image[1]}"
+    measure(title, steps, args, device)
 
 
 def run_roi_align(args: argparse.Namespace) -> None:
+    """Measure mmcv's and torchvision's RoIAlign."""
     from unimim.openmmlab import compat
 
     compat.require("mmcv")
     if not compat.has_compiled_operators():
-        print(
-            "this mmcv has no compiled operators: torchvision's are all there is, and nothing to compare them with"
-        )
+        print("this mmcv has no compiled operators to compare torchvision's with")
         return
     from mmcv.ops import RoIAlign
 
-    device = the_device(args.threads)
-    maps, corners = (
-        torch.randn(2, 256, 64, 64, device=device),
-        torch.rand(512, 2, device=device) * 400,
-    )
+    device = pick_device(args.threads)
+    maps = torch.randn(2, 256, 64, 64, device=device)
+    corners = torch.rand(512, 2, device=device) * 400
     rois = torch.cat([torch.arange(512, device=device)[:, None] % 2, corners, corners + 80], dim=1)
-    layers = {
-        name: RoIAlign(7, 0.125, 0, use_torchvision=ours)
-        for name, ours in (("mmcv", False), ("torchvision", True))
+    steps = {
+        "mmcv": partial(RoIAlign(7, 0.125, 0, use_torchvision=False), maps, rois),
+        "torchvision": partial(RoIAlign(7, 0.125, 0, use_torchvision=True), maps, rois),
     }
-    assert torch.allclose(*(layer(maps, rois) for layer in layers.values()), atol=1e-4)
-    measure(
-        "RoIAlign, 512 boxes",
-        {name: partial(layer, maps, rois) for name, layer in layers.items()},
-        args,
-        device,
-    )
+    assert torch.allclose(steps["mmcv"](), steps["torchvision"](), atol=1e-4)
+    measure("RoIAlign, 512 boxes", steps, args, device)

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# A tiny ConMIM on 20,000 CIFAR-10 images, then fine-tuning on 10 % of the labels from it and from random weights.
-# Source: ours (docs/results.md has the numbers). Hardware: one CPU core. Time: about an hour a seed.
-# Usage: scripts/experiments/conmim_cifar10.sh SEED DATA_PATH OUTPUT_DIR    (DATA_PATH: train.zip, val.zip and their map files)
+# A tiny ConMIM on 20,000 CIFAR-10 images, then fine-tuning on 10 % of the labels, from the
+# pre-trained teacher and from random weights.
+# Source:   ours (docs/results.md has the numbers)
+# Hardware: one CPU core, about an hour per seed
+# Usage:    scripts/experiments/conmim_cifar10.sh SEED DATA_PATH OUTPUT_DIR
+#           (DATA_PATH holds train.zip, val.zip and their map files)
 set -euo pipefail
 seed=$1 data=$2 out=$3
 cd "$(dirname "$0")/../.."

@@ -1,7 +1,6 @@
-"""The table and the picture of docs/results.md from the runs of
-scripts/experiments/conmim_cifar10.sh.
+"""Print the table and draw the figure of docs/results.md from runs of conmim_cifar10.sh.
 
-Usage: conmim_cifar10_report.py RUNS_FOLDER PICTURE.png
+Usage: conmim_cifar10_report.py RUNS_FOLDER FIGURE.png
 """
 
 import math
@@ -18,8 +17,7 @@ ARMS = {"pretrained": "ConMIM teacher", "random": "random weights"}
 
 
 def table(runs: Path, seeds: list[str]) -> str:
-    """Markdown: pre-training loss and last-epoch accuracies of each seed, then mean and
-    deviation."""
+    """Return a Markdown table: loss and last-epoch accuracies of each seed, then mean and std."""
     header = "| seed | contrast loss, last epoch | contrast accuracy, % | "
     lines = [
         header + " | ".join(f"{arm}, %" for arm in ARMS.values()) + " |",
@@ -33,17 +31,13 @@ def table(runs: Path, seeds: list[str]) -> str:
         ]
         rows.append((last["train_loss"], 100 * last["train_contrast_acc"], *accuracies))
         lines.append(f"| {seed} | " + " | ".join(f"{value:.2f}" for value in rows[-1]) + " |")
-    columns = zip(*rows, strict=True)
-    return "\n".join(
-        [
-            *lines,
-            "| mean ± sd | " + " | ".join(report.spread(column, 2) for column in columns) + " |",
-        ]
-    )
+    spreads = [report.spread(column, 2) for column in zip(*rows, strict=True)]
+    lines.append(f"| mean ± std | {' | '.join(spreads)} |")
+    return "\n".join(lines)
 
 
-def picture(runs: Path, seeds: list[str]) -> Figure:
-    """Left the contrast loss of pre-training, right the accuracy while fine-tuning."""
+def figure_of(runs: Path, seeds: list[str]) -> Figure:
+    """Plot the contrast loss of pre-training and the accuracy during fine-tuning."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for seed in seeds:
@@ -66,14 +60,16 @@ def picture(runs: Path, seeds: list[str]) -> Figure:
 
 
 def main() -> None:
-    runs, file = Path(sys.argv[1]), Path(sys.argv[2])
+    """Print the table and write the figure."""
+    runs = Path(sys.argv[1])
+    file = Path(sys.argv[2])
     seeds = sorted(folder.name.rpartition("-")[2] for folder in runs.glob("finetune-random-*"))
     if not seeds:
         raise SystemExit(
-            f"no finished seed below {runs}: run scripts/experiments/conmim_cifar10.sh first"
+            f"no finished seed below {runs}; run scripts/experiments/conmim_cifar10.sh first"
         )
     print(table(runs, seeds))
-    picture(runs, seeds).savefig(file, dpi=110)
+    figure_of(runs, seeds).savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

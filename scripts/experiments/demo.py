@@ -45,12 +45,13 @@ PRETRAIN = (
     "--t_momentum 0.99 --clip_grad 3.0 --num_workers 0 --save_ckpt_freq 1000 --log_every 22"
 )
 FINETUNE = (
-    f"--label_fraction {LABEL_FRACTION} --batch_size 16 --lr 5e-4 --layer_decay 1.0 --init_scale 1.0 "
-    "--smoothing 0 --no_aug --num_workers 0 --save_ckpt_freq 1000 --log_every 8"
+    f"--label_fraction {LABEL_FRACTION} --batch_size 16 --lr 5e-4 --layer_decay 1.0 "
+    "--init_scale 1.0 --smoothing 0 --no_aug --num_workers 0 --save_ckpt_freq 1000 --log_every 8"
 )
 MAE = (
-    f"--model mae_tiny_patch16_224 --input_size {INPUT_SIZE} --patch_size 4 --model_kwargs {SIZE} --batch_size 64 "
-    "--lr 2e-3 --crop_scale 0.5 1.0 --no_norm_pix_loss --num_workers 0 --save_ckpt_freq 1000 --log_every 22"
+    f"--model mae_tiny_patch16_224 --input_size {INPUT_SIZE} --patch_size 4 --model_kwargs {SIZE} "
+    "--batch_size 64 --lr 2e-3 --crop_scale 0.5 1.0 --no_norm_pix_loss --num_workers 0 "
+    "--save_ckpt_freq 1000 --log_every 22"
 )
 ARMS = {"pretrained": "pre-trained teacher", "random": "random weights"}
 
@@ -174,9 +175,11 @@ class Demo:
         return f"checkpoint-{self.plan.pretrain_epochs - 1}.pth"
 
     def finetune(self, arm: str, seed: int) -> tuple[Run, Run]:
-        """Fine-tunes from the teacher or from random weights, then evaluates the best
-        checkpoint."""
-        base = f"run_class_finetuning.py --model beit_tiny_patch16_224 {MODEL} --model_kwargs {SIZE} {self.data}"
+        """Fine-tune from the teacher or from random weights, then evaluate the best checkpoint."""
+        base = (
+            f"run_class_finetuning.py --model beit_tiny_patch16_224 {MODEL} "
+            f"--model_kwargs {SIZE} {self.data}"
+        )
         start = f"--finetune {self.teacher} " if arm == "pretrained" else ""
         folder = f"{self.folder}/{arm}-{seed}"
         train = (
@@ -259,21 +262,21 @@ def accuracy_table(arms: dict[str, list[Finetuned]]) -> tuple[list[str], list[li
 def verdict(arms: dict[str, list[Finetuned]], pixels: float) -> str:
     pairs = zip(arms["pretrained"], arms["random"], strict=True)
     gains = [with_it.evaluated - without.evaluated for with_it, without in pairs]
-    won, gain = sum(value > 0 for value in gains), statistics.mean(gains)
-    words = (
-        "Pre-training helps"
-        if gain > 0 and won == len(gains)
-        else "Pre-training does not win clearly"
-    )
+    won = sum(value > 0 for value in gains)
+    gain = statistics.mean(gains)
+    helps = gain > 0 and won == len(gains)
+    words = "Pre-training helps" if helps else "Pre-training does not win clearly"
     return (
-        f"{words}: {gain:+.1f} points on average, ahead with {won} of {len(gains)} seeds. For scale, a linear "
-        f"classifier on the pixels of the same labelled images, without augmentation: {pixels:.1f} %."
+        f"{words}: {gain:+.1f} points on average, ahead with {won} of {len(gains)} seeds. For "
+        "comparison, a linear classifier on the pixels of the same labeled images, without "
+        f"augmentation: {pixels:.1f} %."
     )
 
 
 def images_per_second(run: Run) -> float:
-    """Median of the figures that a run logged."""
-    return statistics.median(float(figure) for figure in re.findall(r"img/s ([\d.]+)", run.output))
+    """Return the median of the throughputs that a run logged."""
+    logged = re.findall(r"img/s ([\d.]+)", run.output)
+    return statistics.median(float(value) for value in logged)
 
 
 def facts_table(pretraining: Run, log: list[dict], arms: dict[str, list[Finetuned]], total: float):
@@ -291,7 +294,8 @@ def facts_table(pretraining: Run, log: list[dict], arms: dict[str, list[Finetune
         ],
         [
             "pre-training",
-            f"{len(log)} epochs, {pretraining.seconds:.0f} s, {images_per_second(pretraining):.0f} images/s",
+            f"{len(log)} epochs, {pretraining.seconds:.0f} s, "
+            f"{images_per_second(pretraining):.0f} images/s",
         ],
         ["each fine-tuning", f"{len(arms['random'][0].log)} epochs, {seconds:.0f} s"],
         [
@@ -338,22 +342,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_page(output, plan, log, arms, accuracies, facts, outcome, commands) -> str:
-    """The report as one HTML document."""
+    """Return the report as one HTML document."""
     labelled = f"{LABEL_FRACTION:.0%} of the labels"
     return report.page(
         "UniMIM demo: ConMIM on handwritten digits",
         [
             f"<p>{html.escape(outcome)}</p>",
             report.html_table(*accuracies),
-            f"<p>Accuracy on the validation images after fine-tuning on {labelled} with the same flags. The best epoch "
-            "is chosen on these same images, for both alike; the last epoch is not chosen. ± is the standard "
-            f"deviation over {len(plan.seeds)} seeds.</p>",
+            f"<p>Accuracy on the validation images after fine-tuning on {labelled} with the same "
+            "flags. The best epoch is selected on these images for both alike; the last epoch is "
+            f"not selected. ± is the std over {len(plan.seeds)} seeds.</p>",
             report.html_table(*facts),
             "<h2>Pre-training</h2>",
             report.picture(
                 report.contrast_curves(log, PATCHES), "loss and accuracy of the contrast by epoch"
             ),
-            f"<p>Each masked patch has to find its own teacher feature among the {PATCHES} patches of its image.</p>",
+            "<p>Each masked patch has to identify its teacher feature among those of the "
+            f"{PATCHES} patches of its image.</p>",
             report.picture(output / "masks.png", "what student and teacher see"),
             "<h2>Fine-tuning</h2>",
             report.picture(
@@ -363,10 +368,12 @@ def build_page(output, plan, log, arms, accuracies, facts, outcome, commands) ->
                 "validation accuracy by epoch",
             ),
             "<h2>Attention of the teacher</h2>",
-            "<p>Where the class token looks in the last block, on validation images. Each map has its own scale.</p>",
+            "<p>Attention of the class token in the last block, on validation images. Each map has "
+            "its own color scale.</p>",
             report.picture(output / "attention.png", "attention maps of the teacher's class token"),
             "<h2>A masked autoencoder</h2>",
-            "<p>What MAE, trained as long on the same images, makes of a quarter of the patches.</p>",
+            "<p>MAE's reconstruction from a quarter of the patches, after training for as long on "
+            "the same images.</p>",
             report.picture(output / "reconstruct.png", "image, visible patches, prediction, both"),
             "<h2>Commands</h2>",
             f"<pre>{html.escape(chr(10).join(run.command for run in commands))}</pre>",

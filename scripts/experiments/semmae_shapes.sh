@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# SemMAE in both stages on the generated `shapes` scenes: a teacher, its parts, their quality, and pre-training by them.
-# Source:   ours (docs/results.md has the numbers); the teacher is a small MAE, as no published one sees 64 pixels
-# Hardware: one CPU core. Time: 24 minutes beside other runs
+# Both stages of SemMAE on the generated `shapes` scenes: teacher, parts, their quality, pre-training.
+# Source:   ours (docs/results.md has the numbers); the teacher is a small MAE, because no published
+#           one is for 64 pixels
+# Hardware: one CPU core, about 24 minutes
 # Usage:    scripts/experiments/semmae_shapes.sh [OUTPUT_DIR] [flags of the last pre-training]
-# Gives:    OUTPUT_DIR/parts.csv (agreement with objects), parts.png (contact sheet), parts/ (part maps), semmae/
+# Writes:   OUTPUT_DIR/parts.csv (agreement with objects), parts.png (contact sheet), parts/ (part
+#           maps), semmae/
 set -euo pipefail
 out=${1:-output/semmae_shapes}
 cd "$(dirname "$0")/../.."
@@ -15,7 +17,7 @@ autoencoder=(--patch_size 8 --batch_size 64 --epochs 30 --warmup_epochs 3 --lr 2
   --model_kwargs embed_dim=192 depth=6 num_heads=3 decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3
   --save_ckpt_freq 1000)
 
-# 1. a teacher that has seen no labels
+# 1. a teacher trained without labels
 "$python" run_pretraining.py --model mae_tiny_patch16_224 "${common[@]}" "${autoencoder[@]}" --output_dir "$out/teacher"
 
 # 2. stage 1: parts, their agreement with the objects, and a map for each training image
@@ -23,6 +25,6 @@ autoencoder=(--patch_size 8 --batch_size 64 --epochs 30 --warmup_epochs 3 --lr 2
   --batch_size 64 --decoder_widths 64 48 32 24 --epochs 8 --part_grid 16 --output_dir "$out/stage1" \
   --extract "$out/parts" --evaluate "$out/parts.csv" --visualize "$out/parts.png"
 
-# 3. stage 2: from masking a share of each part to masking whole parts
+# 3. stage 2: from masking a fraction of each part to masking whole parts
 "$python" run_pretraining.py --model semmae_tiny_patch16_224 "${common[@]}" "${autoencoder[@]}" \
   --part_maps "$out/parts" --output_dir "$out/semmae" "${@:2}"

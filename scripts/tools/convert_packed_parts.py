@@ -1,9 +1,8 @@
-"""Convert SemMAE's published packed samples (.npy in class folders) to ordinary images and part
-maps.
+"""Convert SemMAE's packed samples (.npy in class folders) to ordinary images and part maps.
 
     python scripts/tools/convert_packed_parts.py PACKED OUTPUT [--image_size 224] [--num_parts 7]
 
-Writes OUTPUT/images/CLASS/NAME.png and OUTPUT/parts (parts.npy, parts.json, scores.npy): train on them with
+Writes OUTPUT/images/CLASS/NAME.png and OUTPUT/parts (parts.npy, parts.json, scores.npy). Train with
 --data_set image_folder --data_path OUTPUT/images --part_maps OUTPUT/parts
 """
 
@@ -29,11 +28,10 @@ from unimim.data.part_maps import (
 
 
 def convert(packed: Path, output: Path, *, num_parts: int, image_size: int) -> int:
-    """Convert every `.npy` below `packed`; returns their number. A second call goes on where one
-    stopped.
+    """Convert every `.npy` below `packed` and return their number; resume an interrupted call.
 
     Raises:
-        ValueError: no samples, a sample that is none, or samples of different patch sizes.
+        ValueError: there are no samples, one is invalid, or their patch sizes differ.
     """
     files = sorted(
         packed.rglob("*.npy"), key=lambda file: str(file.relative_to(packed).with_suffix(".png"))

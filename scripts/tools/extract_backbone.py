@@ -1,14 +1,13 @@
-"""Take the backbone out of a checkpoint and write it under timm's names: safetensors, or a pickle
-for detectron2.
+"""Write a checkpoint's backbone under timm's names as safetensors, or as a pickle for detectron2.
 
     python scripts/tools/extract_backbone.py CHECKPOINT OUTPUT.safetensors
     python scripts/tools/extract_backbone.py CHECKPOINT OUTPUT.pkl
 
-CHECKPOINT is any of this repository, of pre-training (then the teacher is taken where there is one)
-or fine-tuning, or one of OpenMixup's and A2MIM's published files, whole or the backbone alone. timm
-reads the first form by timm.create_model("resnet50", num_classes=0,
-checkpoint_path="OUTPUT.safetensors"), strictly. A .pkl holds the ResNet that CHECKPOINT must then
-be, as NumPy arrays under detectron2's names.
+CHECKPOINT is a checkpoint of this repository, from pre-training (its teacher, if it has one) or
+fine-tuning, or a published file of OpenMixup or A2MIM, whole or the backbone alone. timm reads the
+safetensors strictly, with timm.create_model("resnet50", num_classes=0,
+checkpoint_path="OUTPUT.safetensors"). A .pkl holds a ResNet as NumPy arrays under detectron2's
+names.
 """
 
 import argparse
@@ -22,10 +21,10 @@ import modeling_pretrain  # noqa: F401  (registers the methods)
 from unimim.checkpoint.files import load_checkpoint, save_encoder
 from unimim.checkpoint.loading import PUBLISHED_KEYS, backbone_weights
 from unimim.checkpoint.names import StateDict
-from unimim.cli.flags import build_parser
-from unimim.cli.models import build_method
+from unimim.checkpoint.runs import is_pretraining, rebuild
+from unimim.files import write_atomically
 
-# one after another (specs/a2mim.md 6)
+# applied in this order (docs/methods/simmim_a2mim.md#checkpoints-of-openmixup)
 DETECTRON2_NAMES = (
     (r"^(?!layer)", "stem."),
     (r"^layer(\d)\.", lambda found: f"res{int(found[1]) + 1}."),
@@ -36,23 +35,21 @@ DETECTRON2_NAMES = (
 
 
 def extract(path: str, model_key: str = PUBLISHED_KEYS) -> tuple[StateDict, str]:
-    """The backbone's weights under native names, and the name of the model that the file says it
-    holds, if it does."""
+    """Return the backbone's weights under native names, and the model's name if the file has it."""
     loaded = load_checkpoint(path)
     saved = loaded.get("args") or {}
-    if "mask_type" in saved:  # a pre-training run of this repository
-        args = build_parser("pretrain").parse_args([])
-        vars(args).update(saved)
+    if is_pretraining(saved):
+        method, args = rebuild(path)
         weights = loaded.get("teacher") or loaded["model"]
-        return build_method(args).encoder_state_dict(weights), args.model
+        return method.encoder_state_dict(weights), args.model
     return backbone_weights(loaded, path, model_key), saved.get("model", "")
 
 
 def to_detectron2(weights: StateDict) -> StateDict:
-    """A ResNet under detectron2's names. ValueError: another network."""
+    """Rename a ResNet for detectron2; raise ValueError if it is another network."""
     if "layer1.0.conv1.weight" not in weights:
         raise ValueError(
-            "detectron2's names are for ResNet: give an output that ends in .safetensors"
+            "detectron2's names are for ResNet; use an output that ends in .safetensors"
         )
     renamed = {}
     for name, value in weights.items():
@@ -63,14 +60,14 @@ def to_detectron2(weights: StateDict) -> StateDict:
 
 
 def write(path: Path, weights: StateDict, model: str) -> None:
+    """Write the weights in the format of the suffix."""
     if path.suffix == ".safetensors":
         return save_encoder(path, weights, {"model": model, "format": "timm"})
     if path.suffix != ".pkl":
         raise ValueError(f"{path} must end in .safetensors or .pkl")
     arrays = {name: value.numpy() for name, value in to_detectron2(weights).items()}
-    path.write_bytes(
-        pickle.dumps({"model": arrays, "__author__": "UniMIM", "matching_heuristics": True})
-    )
+    content = {"model": arrays, "__author__": "UniMIM", "matching_heuristics": True}
+    write_atomically(path, lambda file: pickle.dump(content, file))
 
 
 def main() -> None:
@@ -88,9 +85,8 @@ def main() -> None:
         write(args.output, weights, model)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(
-        f"{args.output}: {len(weights)} tensors, {sum(value.numel() for value in weights.values()):,} numbers"
-    )
+    count = sum(value.numel() for value in weights.values())
+    print(f"{args.output}: {len(weights)} tensors, {count:,} numbers")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Write the map files of a data set: `ROOT/train_map.txt` for the class folders in `ROOT/train` or
-`ROOT/train.zip`.
+"""Write the map files of a data set: ROOT/train_map.txt for ROOT/train or ROOT/train.zip.
 
     python scripts/tools/make_map_file.py ROOT [--split train val] [--synsets FILE]
 
 Classes are numbered in sorted order of their folder names, or as listed in the synset file (one
-name a line; words after it are ignored). The numbers of the first split hold for the others too.
+name per line; words after it are ignored). All splits use the numbers of the first.
 """
 
 import argparse
@@ -23,11 +22,10 @@ from unimim.files import write_atomically
 
 
 def image_names(root: Path, split: str) -> list[str]:
-    """Sorted relative names (with /) of the images of a split, from its folder or, where there is
-    none, its zip.
+    """Return the sorted relative names (with /) of a split's images, from its folder or its zip.
 
     Raises:
-        ValueError: neither exists, the zip is damaged, or there is no image.
+        ValueError: neither exists, the zip is damaged, or there are no images.
     """
     folder, archive = root / split, root / f"{split}.zip"
     if folder.is_dir():
@@ -36,7 +34,7 @@ def image_names(root: Path, split: str) -> list[str]:
         found = _zip_names(archive)
     else:
         raise ValueError(
-            f"neither {folder} nor {archive} exists; give the folder that holds one of them"
+            f"neither {folder} nor {archive} exists; use the folder that holds one of them"
         )
     names = sorted(tqdm(found, desc=f"{split} images", unit="", disable=None))
     if not names:
@@ -53,7 +51,7 @@ def _zip_names(archive: Path) -> list[str]:
 
 
 def class_of(name: str) -> str:
-    """The first folder of an image's name; ValueError if it lies in none."""
+    """Return the first folder of an image's name; raise ValueError if there is none."""
     folder, slash, _ = name.partition("/")
     if not slash:
         raise ValueError(f"image '{name}' lies in no class folder; its label cannot be known")
@@ -61,8 +59,7 @@ def class_of(name: str) -> str:
 
 
 def read_synsets(path: Path, folders: Iterable[str]) -> list[str]:
-    """Class names in the order of a synset file; a line is a name, or begins with one that is a
-    folder's."""
+    """Return the class names in the order of a synset file, whose lines start with a name."""
     folders = set(folders)
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     classes = [line if line in folders else line.split()[0] for line in lines if line]
@@ -77,10 +74,11 @@ def read_synsets(path: Path, folders: Iterable[str]) -> list[str]:
 
 
 def write_map_files(root: Path, splits: list[str], synsets: Path | None = None) -> list[Path]:
-    """Write `root/<split>_map.txt` for every split ("path<TAB>label" lines); returns the files.
+    """Write `root/<split>_map.txt` ("path<TAB>label" lines) for every split; return the files.
 
     Raises:
-        ValueError: no images, images outside class folders, or classes that the synset file or the first split lacks.
+        ValueError: there are no images, images outside class folders, or classes that the synset
+            file or the first split lacks.
     """
     names = {split: image_names(root, split) for split in splits}
     folders = {split: sorted({class_of(name) for name in names[split]}) for split in splits}

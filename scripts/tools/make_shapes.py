@@ -1,5 +1,4 @@
-"""Write the generated `shapes` data set: zip and map files, ADE20K folders, COCO json (see
-unimim/data/shapes.py).
+"""Write the generated `shapes` data set, see unimim/data/shapes.py.
 
     python scripts/tools/make_shapes.py [FOLDER] [--train 2000] [--val 500]
     python scripts/tools/make_shapes.py --voc FOLDER
@@ -17,8 +16,9 @@ from unimim.data.shapes import TRAIN_IMAGES, VAL_IMAGES, cached_shapes, write_sh
 
 
 def voc_shapes(folder: Path, train: int, val: int) -> Path:
+    """Write the data set in Pascal VOC's layout, and return its folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; give --voc a new or empty folder")
+        raise ValueError(f"{folder} exists already; use a new or empty folder")
     write_shapes(folder, train, val, voc=True)
     return folder
 

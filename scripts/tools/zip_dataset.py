@@ -1,5 +1,4 @@
-"""Pack the images of a folder into one zip, stored (not compressed), to be read in place by the
-loaders.
+"""Pack the images of a folder into one uncompressed zip, which the loaders read in place.
 
     python scripts/tools/zip_dataset.py FOLDER [ARCHIVE]
 
@@ -21,16 +20,16 @@ from unimim.files import write_atomically
 
 
 def zip_folder(folder: Path, archive: Path, *, overwrite: bool = False) -> int:
-    """Write the images below `folder` into `archive`, which appears when it is complete; returns
-    their number.
+    """Write the images below `folder` into `archive`, atomically, and return their number.
 
     Raises:
-        ValueError: no such folder, no images in it, or the archive exists and `overwrite` is not set.
+        ValueError: the folder is missing or has no images, or the archive exists and `overwrite` is
+            not set.
     """
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")
     if archive.exists() and not overwrite:
-        raise ValueError(f"{archive} exists; remove it or give --overwrite")
+        raise ValueError(f"{archive} exists; remove it or use --overwrite")
     names = sorted(images_below(folder))
     if not names:
         raise ValueError(f"folder {folder} holds no images")

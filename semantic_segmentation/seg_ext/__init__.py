@@ -1,5 +1,4 @@
-"""What the configurations name beyond mmseg's own: a segmentor and transforms; imported by
-`custom_imports`."""
+"""Register our segmentor and transforms with mmseg; imported by `custom_imports`."""
 
 from mmseg.registry import MODELS, TRANSFORMS
 

@@ -1,4 +1,4 @@
-"""Resizing for tests at several scales (specs/downstream.md 4.6)."""
+"""Transforms that our segmentation configurations need."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ from mmcv.transforms import BaseTransform, Resize
 
 
 class ResizeShortestAtLeast(BaseTransform):
-    """The short side becomes `ratio` times that of `scale`, but no less than `min_short`; the long
-    side follows."""
+    """Resize the short side to `ratio` times that of `scale`, at least `min_short`.
+
+    The aspect ratio is kept; this is for tests at several scales.
+    """
 
     def __init__(self, scale: tuple[int, int], ratio: float, min_short: int):
         self.short = max(int(min(scale) * ratio), min_short)
@@ -19,7 +21,7 @@ class ResizeShortestAtLeast(BaseTransform):
 
 
 class MergeObjects(BaseTransform):
-    """Every class but 0 becomes 1: objects against ground."""
+    """Merge all classes but 0 into 1: objects against background."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         results["gt_seg_map"] = (results["gt_seg_map"] > 0).astype("uint8")

@@ -40,7 +40,7 @@ from unimim.checkpoint.files import (
     save_encoder,
     sync_deepspeed_folder,
 )
-from unimim.checkpoint.loading import _fold_blocks, load_pretrained
+from unimim.checkpoint.loading import _fold_blocks, load_pretrained, unwrapped
 from unimim.checkpoint.names import to_timm
 from unimim.checkpoint.resizing import (
     geometric_ratio,
@@ -129,7 +129,8 @@ def test_a_training_state_comes_back_as_it_was(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "named"),
-    [(np.float64(1.0), "numpy.float64"), (argparse.Namespace(), "argparse.Namespace"), ({1}, "builtins.set"),
+    [(np.float64(1.0), "numpy.float64"), (argparse.Namespace(), "argparse.Namespace"),
+     ({1}, "builtins.set"),
      (Path("x"), "PosixPath"), (np.zeros(2), "numpy.ndarray"), (len, "builtin_function_or_method")],
 )  # fmt: skip
 def test_what_would_not_read_back_is_refused_before_anything_is_written(tmp_path, value, named):
@@ -515,7 +516,8 @@ def test_positions_are_resized_along_the_right_axes_and_the_class_row_stays():
     grid = resized[0, 1:].view(8, 6, 2)
     torch.testing.assert_close(grid[..., 1], torch.ones(8, 6))
     torch.testing.assert_close(grid[..., 0], grid[:, :1, 0].expand(8, 6))
-    # row 3 of 8 lies at 3.5 / 2 - 0.5 = 1.25 of 4; Keys' cubic with a = -0.75 weighs rows 0 ... 3 there by
+    # row 3 of 8 lies at 3.5 / 2 - 0.5 = 1.25 of 4; Keys' cubic with a = -0.75 weighs
+    # rows 0 ... 3 there by
     # -0.10546875, 0.87890625, 0.26171875, -0.03515625
     torch.testing.assert_close(grid[3:5, 0, 0], torch.tensor([1.296875, 3 - 1.296875]))
     assert interpolate_pos_embed(source, 4, 1) is source
@@ -817,3 +819,11 @@ def test_export_takes_only_strings_as_metadata_and_leaves_converted_dicts_alone(
     ):
         once = to_timm(model.state_dict())
         torch.testing.assert_close(to_timm(once), once, rtol=0, atol=0)
+
+
+def test_unwrapping_takes_off_keys_and_prefixes():
+    one, two = torch.ones(1), torch.zeros(1)
+    wrapped = {"module.backbone.x": one, "module.head.y": two, "module.epoch": 3}
+    found = unwrapped({"state_dict": wrapped}, ("model", "state_dict"), ("module.", "backbone."))
+    assert found.keys() == {"x"} and found["x"] is one  # beside a backbone nothing else stays
+    assert unwrapped(wrapped, ("model",)).keys() == {"module.backbone.x", "module.head.y"}

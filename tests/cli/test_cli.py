@@ -1,11 +1,8 @@
-"""Flags: which there are, which value wins, what a mistake says; launchers; the README's
-commands."""
+"""Flags: which there are, which value wins, what a mistake says; launchers."""
 
-import argparse
 import contextlib
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -14,9 +11,8 @@ import yaml
 from helpers import (
     FINETUNE,
     PRETRAIN,
-    ROOT,
     arguments,
-    in_ranks,
+    imagenet_stand_in,
     own_signals,
     run_command,
     script,
@@ -25,12 +21,9 @@ from helpers import (
 
 import run_class_finetuning
 import run_pretraining
-from modeling_finetune import create_model
-from unimim.checkpoint.files import load_checkpoint, save_checkpoint
+from unimim.checkpoint.files import load_checkpoint
 from unimim.cli.flags import build_parser
-from unimim.cli.models import build_classifier
-from unimim.cli.options import as_config, model_kwargs, parse
-from unimim.data.sources import digits_source
+from unimim.cli.options import as_config, parse
 from unimim.engine.distributed import Place, find_place, first_host, free_port, leave_process_group
 from unimim.engine.setup import launch, set_up
 from unimim.logs import log, setup_logging
@@ -38,78 +31,84 @@ from unimim.recipes import recipe_for
 
 # Names and defaults are what users' commands stand on: a change of them is a decision.
 BOTH = {
-    "list_models": False, "input_size": None, "patch_size": None, "model_kwargs": [], "layer_scale_init_value": None,
-    "abs_pos_emb": False, "rel_pos_bias": None, "disable_rel_pos_bias": None, "attn": "auto",
-    "grad_checkpointing": False, "compile": False, "data_set": None, "data_path": None,
-    "imagenet_default_mean_and_std": False, "no_imagenet_default_mean_and_std": False,
-    "train_interpolation": "bicubic", "num_workers": 10, "pin_mem": True, "no_pin_mem": True, "max_bad_images": 100,
-    "strict_data": False, "batch_size": 64, "update_freq": 1, "opt": "adamw", "opt_eps": 1e-08, "momentum": 0.9,
-    "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005, "warmup_epochs": 5,
-    "warmup_steps": -1, "device": "cuda", "precision": "auto", "enable_deepspeed": False, "zero_stage": 1,
-    "deepspeed_config": None, "offload": None, "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False,
-    "dist_url": "env://", "dist_timeout": 60.0, "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None,
-    "output_dir": "", "log_dir": None, "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0, "resume": "",
-    "auto_resume": True,
-    "no_auto_resume": True, "save_ckpt": True, "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0,
-    "keep_checkpoints": None, "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine",
-    "recipe": None, "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
+    "list_models": False, "input_size": None, "patch_size": None, "model_kwargs": [],
+    "layer_scale_init_value": None, "abs_pos_emb": False, "rel_pos_bias": None,
+    "disable_rel_pos_bias": None, "attn": "auto", "grad_checkpointing": False, "compile": False,
+    "data_set": None, "data_path": None, "imagenet_default_mean_and_std": False,
+    "no_imagenet_default_mean_and_std": False, "train_interpolation": "bicubic", "num_workers": 10,
+    "pin_mem": True, "no_pin_mem": True, "max_bad_images": 100, "strict_data": False,
+    "batch_size": 64, "update_freq": 1, "opt": "adamw", "opt_eps": 1e-08, "momentum": 0.9,
+    "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005,
+    "warmup_epochs": 5, "warmup_steps": -1, "device": "cuda", "precision": "auto",
+    "enable_deepspeed": False, "zero_stage": 1, "deepspeed_config": None, "offload": None,
+    "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
+    "dist_timeout": 60.0, "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None,
+    "output_dir": "", "log_dir": None, "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0,
+    "resume": "", "auto_resume": True, "no_auto_resume": True, "save_ckpt": True,
+    "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0, "keep_checkpoints": None,
+    "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine", "recipe": None,
+    "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
     "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
 }  # fmt: skip
 PRETRAIN_ONLY = {
-    "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0), "data_pipeline": "fast",
-    "epochs": 300, "opt_betas": (0.9, 0.98), "min_lr": 1e-05, "mask_type": "block", "mask_ratio": 0.75,
-    "mask_patch_size": None, "num_mask_patches": None, "max_mask_patches_per_block": None,
-    "min_mask_patches_per_block": 16, "temp": None, "t_momentum": None, "resume_copy": "",
-    "norm_pix_loss": None, "no_norm_pix_loss": None, "part_maps": None, "part_source": "maps", "num_parts": None,
-    "mask_lambda": None, "mask_lambda_power": None,
-    "permutation_type": None, "attention_type": None, "order_precision": None, "query_depth": None,
-    "share_weight": None, "no_share_weight": None, "prediction_head_type": None, "gaussian_kernel_size": None,
-    "gaussian_sigma": None, "loss_type": None, "predict_feature": None, "target_model": None,
-    "target_precision": None, "target_mean_std": "images", "use_ema_model": None, "no_use_ema_model": None,
+    "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0),
+    "data_pipeline": "fast", "epochs": 300, "opt_betas": (0.9, 0.98), "min_lr": 1e-05,
+    "mask_type": "block", "mask_ratio": 0.75, "mask_patch_size": None, "num_mask_patches": None,
+    "max_mask_patches_per_block": None, "min_mask_patches_per_block": 16, "temp": None,
+    "t_momentum": None, "resume_copy": "", "norm_pix_loss": None, "no_norm_pix_loss": None,
+    "part_maps": None, "part_source": "maps", "num_parts": None, "mask_lambda": None,
+    "mask_lambda_power": None, "permutation_type": None, "attention_type": None,
+    "order_precision": None, "query_depth": None, "share_weight": None, "no_share_weight": None,
+    "prediction_head_type": None, "gaussian_kernel_size": None, "gaussian_sigma": None,
+    "loss_type": None, "predict_feature": None, "target_model": None, "target_precision": None,
+    "target_mean_std": "images", "use_ema_model": None, "no_use_ema_model": None,
     "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
-    "second_interpolation": "lanczos", "no_loss_masked": None, "color_jitter": 0.0, "separate_mask_ratio": None,
-    "num_cls_tokens": None, "use_bottleneck": None, "no_bottleneck": None,
+    "second_interpolation": "lanczos", "no_loss_masked": None, "color_jitter": 0.0,
+    "separate_mask_ratio": None, "num_cls_tokens": None, "use_bottleneck": None,
+    "no_bottleneck": None,
 }  # fmt: skip
 FINETUNE_ONLY = {
     "model": "beit_base_patch16_224", "drop_path": 0.1, "eval_data_path": None, "nb_classes": None,
     "label_fraction": 1.0, "epochs": 30, "opt_betas": None, "min_lr": 1e-06, "layer_decay": 0.9,
-    "disable_weight_decay_on_rel_pos_bias": False, "finetune": "", "model_key": "model|module", "model_prefix": "",
-    "init_scale": 0.001, "use_mean_pooling": True, "use_cls": True, "drop": 0.0, "attn_drop_rate": 0.0,
-    "smoothing": 0.1, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel",
-    "recount": 1, "no_aug": False, "bce_loss": False, "no_bce_loss": False, "aug_repeats": 1, "eval_input_size": None,
-    "model_ema_warmup_epochs": 0,
+    "disable_weight_decay_on_rel_pos_bias": False, "finetune": "", "model_key": "model|module",
+    "model_prefix": "", "init_scale": 0.001, "use_mean_pooling": True, "use_cls": True, "drop": 0.0,
+    "attn_drop_rate": 0.0, "smoothing": 0.1, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.25, "remode": "pixel", "recount": 1, "no_aug": False, "bce_loss": False,
+    "no_bce_loss": False, "aug_repeats": 1, "eval_input_size": None, "model_ema_warmup_epochs": 0,
     "mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
     "mixup_mode": "batch", "model_ema": False, "no_model_ema": False, "model_ema_decay": 0.9999,
     "model_ema_force_cpu": False, "eval": False, "dist_eval": True, "no_dist_eval": True,
     "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,
 }  # fmt: skip
-# specs/conmim.md 7.1 and 7.2: what published commands pass
+# What ConMIM's published commands pass (docs/coming_from.md#coming-from-conmim)
 PUBLISHED_PRETRAIN = """
---batch_size 64 --epochs 300 --save_ckpt_freq 20 --discrete_vae_weight_path x --discrete_vae_type dall-e
---model conmim_base_patch16_224 --rel_pos_bias --disable_rel_pos_bias --abs_pos_emb --layer_scale_init_value 0.1
---temp 0.1 --num_mask_patches 75 --max_mask_patches_per_block 80 --min_mask_patches_per_block 16 --mask_ratio 0.75
---mask_type block --input_size 224 --second_input_size 112 --drop_path 0 --opt adamw --opt_eps 1e-8
---opt_betas 0.9 0.98 --clip_grad 3 --momentum 0.9 --weight_decay 0.05 --weight_decay_end 0.1 --lr 5e-4
---warmup_lr 1e-6 --min_lr 1e-5 --warmup_epochs 5 --warmup_steps -1 --no_loss_masked --t_momentum 0.996
---train_interpolation bicubic --second_interpolation lanczos --data_path /data --imagenet_default_mean_and_std
---data_set IMNET --output_dir out --log_dir out --device cuda --seed 0 --resume a --resume_copy b --auto_resume
---no_auto_resume --start_epoch 0 --num_workers 10 --pin_mem --no_pin_mem --world_size 1 --local_rank -1
---dist_on_itp --dist_url env://
+--batch_size 64 --epochs 300 --save_ckpt_freq 20 --discrete_vae_weight_path x --discrete_vae_type
+dall-e --model conmim_base_patch16_224 --rel_pos_bias --disable_rel_pos_bias --abs_pos_emb
+--layer_scale_init_value 0.1 --temp 0.1 --num_mask_patches 75 --max_mask_patches_per_block 80
+--min_mask_patches_per_block 16 --mask_ratio 0.75 --mask_type block --input_size 224
+--second_input_size 112 --drop_path 0 --opt adamw --opt_eps 1e-8 --opt_betas 0.9 0.98 --clip_grad 3
+--momentum 0.9 --weight_decay 0.05 --weight_decay_end 0.1 --lr 5e-4 --warmup_lr 1e-6 --min_lr 1e-5
+--warmup_epochs 5 --warmup_steps -1 --no_loss_masked --t_momentum 0.996 --train_interpolation
+bicubic --second_interpolation lanczos --data_path /data --imagenet_default_mean_and_std --data_set
+IMNET --output_dir out --log_dir out --device cuda --seed 0 --resume a --resume_copy b --auto_resume
+--no_auto_resume --start_epoch 0 --num_workers 10 --pin_mem --no_pin_mem --world_size 1 --local_rank
+-1 --dist_on_itp --dist_url env://
 """
 PUBLISHED_FINETUNE = """
---batch_size 64 --epochs 30 --update_freq 1 --save_ckpt_freq 20 --model beit_base_patch16_224 --rel_pos_bias
---disable_rel_pos_bias --abs_pos_emb --layer_scale_init_value 0.1 --input_size 224 --drop 0 --attn_drop_rate 0
---drop_path 0.1 --disable_eval_during_finetuning --model_ema --model_ema_decay 0.9999 --model_ema_force_cpu
---opt adamw --opt_eps 1e-8 --opt_betas 0.9 0.999 --clip_grad 1 --momentum 0.9 --weight_decay 0.05
---weight_decay_end 0.1 --lr 5e-4 --layer_decay 0.9 --warmup_lr 1e-6 --min_lr 1e-6 --warmup_epochs 5
---warmup_steps -1 --color_jitter 0.4 --aa rand-m9-mstd0.5-inc1 --smoothing 0.1 --train_interpolation bicubic
---crop_pct 0.9 --reprob 0.25 --remode pixel --recount 1 --resplit --mixup 0 --cutmix 0 --cutmix_minmax 0.2 0.8
---mixup_prob 1 --mixup_switch_prob 0.5 --mixup_mode batch --finetune x --model_key model|module --model_prefix p
---init_scale 0.001 --use_mean_pooling --use_cls --disable_weight_decay_on_rel_pos_bias --data_path /data
---eval_data_path /val --nb_classes 1000 --imagenet_default_mean_and_std --data_set IMNET --output_dir out
---log_dir out --device cuda --seed 0 --resume a --auto_resume --no_auto_resume --save_ckpt --no_save_ckpt
---start_epoch 0 --eval --dist_eval --num_workers 10 --pin_mem --no_pin_mem --world_size 1 --local_rank -1
---dist_on_itp --dist_url env:// --enable_deepspeed
+--batch_size 64 --epochs 30 --update_freq 1 --save_ckpt_freq 20 --model beit_base_patch16_224
+--rel_pos_bias --disable_rel_pos_bias --abs_pos_emb --layer_scale_init_value 0.1 --input_size 224
+--drop 0 --attn_drop_rate 0 --drop_path 0.1 --disable_eval_during_finetuning --model_ema
+--model_ema_decay 0.9999 --model_ema_force_cpu --opt adamw --opt_eps 1e-8 --opt_betas 0.9 0.999
+--clip_grad 1 --momentum 0.9 --weight_decay 0.05 --weight_decay_end 0.1 --lr 5e-4 --layer_decay 0.9
+--warmup_lr 1e-6 --min_lr 1e-6 --warmup_epochs 5 --warmup_steps -1 --color_jitter 0.4 --aa
+rand-m9-mstd0.5-inc1 --smoothing 0.1 --train_interpolation bicubic --crop_pct 0.9 --reprob 0.25
+--remode pixel --recount 1 --resplit --mixup 0 --cutmix 0 --cutmix_minmax 0.2 0.8 --mixup_prob 1
+--mixup_switch_prob 0.5 --mixup_mode batch --finetune x --model_key model|module --model_prefix p
+--init_scale 0.001 --use_mean_pooling --use_cls --disable_weight_decay_on_rel_pos_bias --data_path
+/data --eval_data_path /val --nb_classes 1000 --imagenet_default_mean_and_std --data_set IMNET
+--output_dir out --log_dir out --device cuda --seed 0 --resume a --auto_resume --no_auto_resume
+--save_ckpt --no_save_ckpt --start_epoch 0 --eval --dist_eval --num_workers 10 --pin_mem
+--no_pin_mem --world_size 1 --local_rank -1 --dist_on_itp --dist_url env:// --enable_deepspeed
 """
 MAINS = {"pretrain": run_pretraining.main, "finetune": run_class_finetuning.main}
 
@@ -455,7 +454,8 @@ import torch.distributed as dist
 from unimim.cli import options
 from unimim.engine import distributed, setup
 rank, port = sys.argv[1:]
-place = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NODELIST": "localhost"}
+place = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+place |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
 os.environ.update(place, MASTER_PORT=port)
 dist.destroy_process_group = lambda: time.sleep(600)
 
@@ -514,83 +514,3 @@ def test_launcher_starts_the_script(tmp_path, name):
     state = load_checkpoint(tmp_path / "checkpoint-0.pth")
     assert state["engine"]["world_size"] == ranks and state["rng"]["updates"] == 2
     assert (tmp_path / "deepspeed_config.json").exists() == ("--enable_deepspeed" in flags)
-
-
-# --------------------------------------------------------------------------------------------------
-# The README
-
-
-def readme_commands() -> list[str]:
-    """The commands of the README's bash blocks that run one of the two scripts, line continuations
-    joined."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        line.strip()
-        for line in lines
-        if re.search(r"\brun_(pretraining|class_finetuning)\.py\b", line)
-    ]
-
-
-def imagenet_stand_in(folder: Path) -> None:
-    """Thirty images in ImageNet's layout: map files beside train/ and val/."""
-    from PIL import Image
-
-    source = digits_source(train=True)
-    for split in ("train", "val"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for i in range(30):
-            Image.fromarray(source.read(i)).save(folder / split / f"{i}.png")
-        (folder / f"{split}_map.txt").write_text("".join(f"{i}.png {i % 10}\n" for i in range(30)))
-
-
-def make_inputs(args) -> None:
-    """What a command reads and an earlier one would have written: data and checkpoints."""
-    for path in filter(None, (args.data_path, getattr(args, "eval_data_path", None))):
-        imagenet_stand_in(Path(path))
-    if getattr(args, "finetune", ""):
-        form, size = args.model.split("_")[:2]
-        name = f"{'conmim' if form == 'beit' else 'mae'}_{size}_patch16_224"
-        method = create_model(name, **model_kwargs(args))
-        teacher = {} if method.teacher is None else {"teacher": method.teacher.state_dict()}
-        save_checkpoint(args.finetune, {"model": method.state_dict(), **teacher})
-    if args.resume and getattr(args, "eval", False):
-        args.nb_classes = args.nb_classes or 10
-        model = build_classifier(argparse.Namespace(**{**vars(args), "resume": ""}))
-        save_checkpoint(args.resume, {"model": model.state_dict(), "engine": {}})
-
-
-def dry_run_all(folder: Path, commands: list[str]) -> list[str]:
-    """Each command's script in this process: what the failing ones said."""
-    os.chdir(folder)
-    failures = []
-    for command in commands:
-        words = shlex.split(command.split("#")[0])
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        stage = "pretrain" if words[at].endswith("run_pretraining.py") else "finetune"
-        data = {"--data_path": "/", "--eval_data_path": "/"}
-        argv = [
-            str(folder / word.lstrip("/$")) if before in data else word
-            for before, word in zip(words[at:], words[at + 1 :], strict=False)
-        ]
-        try:
-            args = parse(
-                stage,
-                [*argv, "--device", "cpu", "--batch_size", "2", "--update_freq", "1", "--dry_run"],
-            )
-            make_inputs(args)
-            MAINS[stage](args)
-        except (Exception, SystemExit) as error:
-            failures.append(f"{command}: {error!r}")
-    return failures
-
-
-@pytest.mark.slow
-def test_every_readme_command_dry_runs(tmp_path):
-    commands = readme_commands()
-    assert len(commands) >= 4
-    assert {"run_pretraining.py", "run_class_finetuning.py"} == {
-        word for command in commands for word in command.split() if word.endswith(".py")
-    }
-    assert in_ranks(1, dry_run_all, tmp_path, commands) == [[]]

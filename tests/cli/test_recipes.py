@@ -20,6 +20,8 @@ import run_pretraining
 from semantic_segmentation import voc_linear_probe
 from unimim.cli.options import parse, report
 from unimim.data.shapes import write_shapes
+from unimim.evaluation.flags import parse_knn, parse_linear
+from unimim.parts.flags import parse_parts
 from unimim.recipes import (
     STAGES,
     Recipe,
@@ -37,9 +39,9 @@ from unimim.recipes.__main__ import markdown, published
 PARSE = {
     "pretrain": lambda words: parse("pretrain", words),
     "finetune": lambda words: parse("finetune", words),
-    "linear": run_linear_probing.parse,
-    "knn": run_knn.parse,
-    "parts": run_part_learning.parse,
+    "linear": parse_linear,
+    "knn": parse_knn,
+    "parts": parse_parts,
     "voc": voc_linear_probe.parse,
 }
 MAIN = {
@@ -155,7 +157,7 @@ def test_recipe_sets_the_model_and_gives_way_to_file_and_flags(tmp_path: Path) -
         False,
         "vit_tiny_patch16_224",
     )
-    args = run_linear_probing.parse(["--recipe", "a2mim_resnet50_linear", "--blr", "0.2"])
+    args = parse_linear(["--recipe", "a2mim_resnet50_linear", "--blr", "0.2"])
     assert (args.model, args.pool, args.lr, args.blr, args.lr_steps) == (
         "resnet50",
         "avg",
@@ -296,7 +298,9 @@ def test_page_is_the_generated_one() -> None:
 
 
 def test_recipes_do_not_know_torch() -> None:
-    code = "import sys, unimim.recipes.__main__; sys.exit(bool({'torch', 'numpy', 'timm'} & sys.modules.keys()))"
+    heavy = "{'torch', 'numpy', 'timm'}"
+    code = "import sys, unimim.recipes.__main__; "
+    code += f"sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

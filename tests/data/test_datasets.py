@@ -204,12 +204,15 @@ def test_map_files_are_read_as_line_by_line(tmp_path, monkeypatch):
     outcomes = {"read": 0, "refused": 0}
     for _ in range(600):
         lines = [
-            draw.choice(others[:-1]) if draw.random() < 0.3
-            else draw.choice(["", "", " ", "\t"]) + draw.choice(names[: draw.choice((2, 12, 16))])
-            + draw.choice(gaps[: draw.choice((3, 6))]) + draw.choice(labels[: draw.choice((3, 3, 3, 8))])
+            draw.choice(others[:-1])
+            if draw.random() < 0.3
+            else draw.choice(["", "", " ", "\t"])
+            + draw.choice(names[: draw.choice((2, 12, 16))])
+            + draw.choice(gaps[: draw.choice((3, 6))])
+            + draw.choice(labels[: draw.choice((3, 3, 3, 8))])
             + draw.choice(["", "", " ", "\t"])
             for _ in range(draw.randint(1, 12))
-        ]  # fmt: skip
+        ]
         lines += draw.sample(others, 1) if draw.random() < 0.1 else []
         text = draw.choice(["\n", "\r\n", "\r"]).join(lines) + draw.choice(["", "\n"])
         path.write_bytes(
@@ -369,9 +372,13 @@ def test_a_damaged_zip_directory_is_refused(zip_root, damage):
     path = zip_root / "train.zip"
     content = path.read_bytes()
     last = content.rindex(b"PK\1\2")
-    path.write_bytes({
-        "cut": content[:-30], "magic": content[:last] + b"XXXX" + content[last + 4 :], "no bytes": b""
-    }[damage])  # fmt: skip
+    path.write_bytes(
+        {
+            "cut": content[:-30],
+            "magic": content[:last] + b"XXXX" + content[last + 4 :],
+            "no bytes": b"",
+        }[damage]
+    )
     with pytest.raises(ValueError, match=r"train\.zip cannot be read as a zip archive: "):
         map_source(zip_root, "train")
 
@@ -501,7 +508,7 @@ def test_digits_are_split_by_class():
         ("IMNET", None, "--data_set IMNET needs --data_path"),
         ("image_folder", "missing", "image folder .*missing does not exist"),
         ("image_folder", "", "holds no class folders with images"),
-        ("digits", "", "--data_set digits comes with scikit-learn; leave --data_path"),
+        ("digits", "", "--data_set digits comes with scikit-learn; remove --data_path"),
         ("CIFAR", "", "does not hold torchvision's CIFAR-100 folder"),
         ("CIFAR10", "", "does not hold torchvision's CIFAR-10 folder"),
     ],
@@ -825,7 +832,7 @@ def test_archives_are_not_overwritten_unasked(folder_root):
     archive = folder_root / "train.zip"
     zip_dataset.zip_folder(folder_root / "train", archive)
     first = archive.read_bytes()
-    with pytest.raises(ValueError, match="exists; remove it or give --overwrite"):
+    with pytest.raises(ValueError, match="exists; remove it or use --overwrite"):
         zip_dataset.zip_folder(folder_root / "train", archive)
     zip_dataset.zip_folder(folder_root / "train", archive, overwrite=True)
     assert archive.read_bytes() == first  # the same images, the same bytes

@@ -65,7 +65,8 @@ def digits(tmp_path_factory) -> tuple[Setting, Images]:
     file = tmp_path_factory.mktemp("digits") / "images.pth"
     images = decoded(digits_source(train=True), (32, 32))[:64]
     torch.save({"train": images, "train_labels": torch.arange(64) % 10}, file)
-    flags = "--input_size 32 --imagenet_default_mean_and_std --num_workers 0 --device cpu --data_set digits"
+    flags = "--input_size 32 --imagenet_default_mean_and_std --num_workers 0 --device cpu"
+    flags += " --data_set digits"
     setting = Setting("cpu", "fp32", flags, file, batch_size=8)
     return setting, Images(setting)
 
@@ -116,7 +117,7 @@ def test_every_method_gets_what_the_cpu_would_give_it(key, digits):
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 48), (10, 90)])
-def test_boxes_lie_within_the_picture_and_have_the_areas_that_were_asked_for(height, width):
+def test_boxes_lie_within_the_image_and_have_the_areas_that_were_asked_for(height, width):
     boxes = random_boxes(draws(), 2000, (height, width), (0.2, 0.8))
     top, left, crop_h, crop_w = boxes.unbind(1)
     assert torch.equal(boxes, boxes.round())

@@ -238,7 +238,7 @@ def test_scores_lie_beside_the_maps(tmp_path):
 
 def test_two_images_cannot_share_a_png(tmp_path):
     folder = write_array(tmp_path / "parts", some_maps(), replace(META, names_sha256=None))
-    with pytest.raises(ValueError, match=r"two images would have the part map a/1\.png"):
+    with pytest.raises(ValueError, match=r"two images would share the part map a/1\.png"):
         write_zip(
             PartMaps.open(folder),
             tmp_path / "x.zip",
@@ -284,7 +284,7 @@ def test_packed_samples_that_contradict_themselves_are_refused(tmp_path):
     for column, message in (
         (1, "must count the tokens"),
         (7, "must be one-hot"),
-        (14, "different cells from 0 to 15"),
+        (14, "distinct patch indices from 0 to 15"),
     ):
         bad = good.copy()
         bad[0, column] += 1

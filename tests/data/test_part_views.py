@@ -38,7 +38,7 @@ def painted(
 
 
 @pytest.mark.parametrize("pipeline", ["fast", "reference"])
-def test_the_map_stays_on_the_picture(pipeline):
+def test_the_map_stays_on_the_image(pipeline):
     """Where a patch lies within one part, it shows that part's color; checked after random crops
     and flips."""
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def test_the_map_stays_on_the_picture(pipeline):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_rule_point_by_point(flip):
-    """specs/semmae.md B.5, written out."""
+    """docs/methods/mae_semmae.md#part-maps-and-crops, written out."""
     rng = np.random.default_rng(1)
     parts = rng.integers(4, size=(9, 5), dtype=np.uint8)
     (height, width), (rows, columns) = (40, 60), (3, 4)
@@ -122,8 +122,9 @@ def test_the_image_is_the_same_with_and_without_its_map():
 def test_a_replacement_brings_its_own_map():
     images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
     transform = build_pretrain_transform(("image", "part_ids"), input_size=8, grid=(2, 2))
-    dataset = ImageDataset(ArraySource("zeros", images, [0] * 4, ["0"]), transform, seed=0)
-    dataset.maps = {"part_ids": lambda index: np.full((3, 3), index, dtype=np.uint8)}
+    maps = {"part_ids": lambda index: np.full((3, 3), index, dtype=np.uint8)}
+    source = ArraySource("zeros", images, [0] * 4, ["0"])
+    dataset = ImageDataset(source, transform, seed=0, maps=maps)
     assert dataset[0, 2]["part_ids"].unique().tolist() == [2]
     dataset.bad.add(2)
     sample = dataset[0, 2]
@@ -147,8 +148,9 @@ def test_random_parts_are_an_images_own():
 
 def test_a_run_moves_the_weight_from_epoch_to_epoch(tmp_path):
     flags = (
-        "--model semmae_tiny_patch16_224 --part_source random --num_parts 4 --input_size 16 --patch_size 4 "
-        "--device cpu --model_kwargs embed_dim=16 depth=1 num_heads=1 --data_set digits --num_workers 0 "
+        "--model semmae_tiny_patch16_224 --part_source random --num_parts 4 --input_size 16 "
+        "--patch_size 4 --device cpu --model_kwargs embed_dim=16 depth=1 num_heads=1 "
+        "--data_set digits --num_workers 0 "
         "--batch_size 512 --epochs 3 --warmup_epochs 0 --no_save_ckpt"
     )
     args = parse("pretrain", [*flags.split(), "--output_dir", str(tmp_path)])
@@ -175,8 +177,17 @@ def part_flags(**given) -> Namespace:
 
 
 def method_of(parts: int) -> SemMAE:
-    return SemMAE(num_parts=parts, input_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=1, decoder_embed_dim=8,
-                  decoder_num_heads=1, decoder_depth=1)  # fmt: skip
+    return SemMAE(
+        num_parts=parts,
+        input_size=16,
+        patch_size=4,
+        embed_dim=8,
+        depth=1,
+        num_heads=1,
+        decoder_embed_dim=8,
+        decoder_num_heads=1,
+        decoder_depth=1,
+    )
 
 
 def test_opening_part_maps(tmp_path):
@@ -193,14 +204,15 @@ def test_opening_part_maps(tmp_path):
     same = part_flags(part_maps=given.part_maps, part_source="kmeans")
     assert open_parts(same, source, method_of(7)).read(1).tolist() == [[1, 1], [1, 1]]
     with pytest.raises(
-        ValueError, match="holds kmeans parts, not attention_heads: run_part_learning"
+        ValueError,
+        match="holds kmeans parts, not attention_heads; make those with run_part_learning",
     ):
         open_parts(
             part_flags(part_maps=given.part_maps, part_source="attention_heads"),
             source,
             method_of(7),
         )
-    with pytest.raises(ValueError, match="has 6 parts: give --num_parts 6"):
+    with pytest.raises(ValueError, match="has 6 parts; use --num_parts 6"):
         open_parts(given, source, method_of(5))
     with pytest.raises(ValueError, match="needs --part_maps"):
         open_parts(part_flags(), source, method_of(7))
@@ -231,8 +243,8 @@ def test_either_rate_replaces_the_other(tmp_path):
 
 def test_the_schedule_follows_fractional_epochs():
     args = Namespace(
-        lr_schedule="mae", lr=1.0, min_lr=0.1, epochs=10, warmup_epochs=2, warmup_steps=-1, weight_decay=0.05,
-        weight_decay_end=None,
+        lr_schedule="mae", lr=1.0, min_lr=0.1, epochs=10, warmup_epochs=2, warmup_steps=-1,
+        weight_decay=0.05, weight_decay_end=None,
     )  # fmt: skip
     lr, _ = schedules(args, 5)
     assert len(lr) == 50

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms import InterpolationMode as Mode
 
-from masking_generator import as_pair, build_mask_generator
+from masking_generator import build_mask_generator
 from unimim.data.color import (
     JITTER_RANGES,
     REFERENCE_JITTER,
@@ -38,6 +38,7 @@ from unimim.data.views import (
     build_pretrain_transform,
     draw_view,
 )
+from unimim.sizes import to_pair
 
 NO_COLOR = ColorDraws(jitter=(), gray=False, blur_radius=None, solarize=False)
 
@@ -123,7 +124,7 @@ def test_the_first_rows_of_a_jpeg_are_exact_without_those_below(kind):
 
 
 @pytest.mark.parametrize("kind", ENCODED)
-def test_a_picture_that_is_opened_first_is_the_same(kind):
+def test_an_image_that_is_opened_first_is_the_same(kind):
     size, decode_rows = open_picture(ENCODED[kind])
     assert size == (40, 60)
     assert all(
@@ -176,7 +177,7 @@ def test_broken_bytes_are_reported_as_such(raw):
 # --- draws ----------------------------------------------------------------------------------------
 
 
-def test_draws_have_the_published_distribution():
+def test_random_parameters_have_the_published_distribution():
     rng = np.random.default_rng(0)
     found = [draw_view(rng, (400, 400), (0.08, 1.0), "bicubic", strong=True) for _ in range(4000)]
     areas = np.array([draws.box[2] * draws.box[3] / 400**2 for draws in found])
@@ -243,7 +244,7 @@ def test_weak_views_agree_within_two_levels(interpolation, size):
             pipeline(raw, np.random.default_rng(seed))["image"] for pipeline in pipelines
         )
         assert (
-            fast.dtype == torch.uint8 and fast.shape == (3, *as_pair(size)) and fast.is_contiguous()
+            fast.dtype == torch.uint8 and fast.shape == (3, *to_pair(size)) and fast.is_contiguous()
         )
         difference = levels_apart(fast, reference)
         assert difference.max() <= 2
@@ -333,7 +334,7 @@ def test_the_weak_view_does_not_depend_on_the_other_views():
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_the_second_picture_is_the_same_crop_in_another_size(pipeline):
+def test_the_second_image_is_the_same_crop_in_another_size(pipeline):
     """Both sizes are those of Pillow after jitter, flip and crop of the whole picture, in BEiT's
     order."""
     transform = build_pretrain_transform(
@@ -465,7 +466,7 @@ def test_training_augmentation_follows_from_its_generator_alone(changes):
     assert (np.random.get_state()[1] == states[1]).all() and torch.equal(
         torch.get_rng_state(), states[2]
     )
-    assert views[0].dtype == torch.uint8 and views[0].shape == (3, *as_pair(args.input_size))
+    assert views[0].dtype == torch.uint8 and views[0].shape == (3, *to_pair(args.input_size))
     assert torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2]) and not torch.equal(views[2], views[3])
 

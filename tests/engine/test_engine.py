@@ -18,6 +18,7 @@ from helpers import (
     average_weights,
     column,
     differing,
+    own_signals,
     run_command,
     start,
     train_steps,
@@ -26,10 +27,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
-from engine_for_finetuning import evaluate
-from optim_factory import create_optimizer
-from run_class_finetuning import Evaluator
+from engine_for_finetuning import evaluate_classifier
+from engine_for_pretraining import train
+from optim_factory import create_optimizer, param_groups
+from run_class_finetuning import ClassificationEvaluator
+from unimim.checkpoint.files import load_checkpoint
+from unimim.cli.models import build_method
 from unimim.cli.options import resolve_precision
+from unimim.data.pretraining import build_data
 from unimim.data.views import MEAN_STD, build_finetune_transform
 from unimim.engine import runner
 from unimim.engine.batch_norm import BatchStatistics
@@ -43,8 +48,9 @@ from unimim.engine.runner import (
     check_precision,
     step_on_device,
 )
-from unimim.engine.setup import flops_per_image
-from unimim.engine.state import Normalize
+from unimim.engine.setup import flops_per_image, set_up, start_training
+from unimim.engine.state import Normalize, RunContext
+from unimim.engine.task import Task
 from unimim.evaluation.accuracy import tally
 from unimim.logs import log
 
@@ -236,7 +242,8 @@ def test_tensors_without_gradients_are_named(monkeypatch, cut):
 
 
 def test_statistics_on_the_host_take_a_flag_from_the_device():
-    """--model_ema_force_cpu: weights on a GPU, which pretends to be there, and an average beside them on the host."""
+    """--model_ema_force_cpu: weights on a GPU, which pretends to be there, and their average on the
+    host."""
     with FakeTensorMode():
         statistics = BatchStatistics(nn.BatchNorm1d(3, device="cuda"), nn.BatchNorm1d(3))
         statistics.keep()
@@ -357,7 +364,7 @@ def test_taking_a_step_back_asks_no_device(monkeypatch):
             runner.step_unless_nonfinite(optimizer, applied)
 
 
-def test_average_takes_the_flag_from_the_device():
+def test_ema_takes_the_flag_from_the_device():
     """There `applied` is a tensor that the host has not read: the same up to rounding, and a
     skipped step is none."""
     source = nn.Linear(3, 2)
@@ -452,7 +459,7 @@ class WithBuffers(nn.Module):
         self.register_buffer("index", torch.arange(3))
 
 
-def test_moving_average_against_a_plain_loop():
+def test_ema_equals_a_plain_loop():
     source = WithBuffers()
     average = MovingAverage(source, copy_buffers=True)
     expected = {name: value.double().clone() for name, value in source.state_dict().items()}
@@ -477,7 +484,7 @@ def test_moving_average_against_a_plain_loop():
     assert not any(p.requires_grad for p in average.module.parameters())
 
 
-def test_moving_average_follows_replaced_buffers():
+def test_ema_follows_replaced_buffers():
     """A change of dtype or device puts new buffers in the place of the old ones."""
     source = WithBuffers()
     average = MovingAverage(source, copy_buffers=True)
@@ -491,28 +498,28 @@ def test_moving_average_follows_replaced_buffers():
     )
 
 
-def test_average_stays_in_float32():
+def test_ema_stays_in_float32():
     average = MovingAverage(nn.Linear(3, 2).bfloat16())
     assert {p.dtype for p in average.module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("flags", [(), ("--model_ema_force_cpu",)])
-def test_averaged_classifier_follows_and_is_evaluated(tmp_path, flags):
+def test_ema_of_a_classifier_follows_and_is_evaluated(tmp_path, flags):
     run, position = start("finetune", tmp_path, "--model_ema", "--model_ema_decay", "0.5", *flags)
     expected = {name: p.detach().double().clone() for name, p in run.task.model.named_parameters()}
     for step in range(3):
         train_steps(run, step, step + 1)
         for name, p in run.task.model.named_parameters():
             expected[name] = 0.5 * expected[name] + 0.5 * p.detach().double()
-    for name, p in run.task.average.module.named_parameters():
+    for name, p in run.task.ema.module.named_parameters():
         torch.testing.assert_close(p.double(), expected[name], atol=1e-6, rtol=0)
 
-    evaluator = Evaluator(run, eval_loader(run.args))
+    evaluator = ClassificationEvaluator(run, eval_loader(run.args))
     position.step = 3
     found = evaluator.after_epoch(position, run.session)
-    for name, model in (("test_loss", run.task.model), ("test_ema_loss", run.task.average.module)):
+    for name, model in (("test_loss", run.task.model), ("test_ema_loss", run.task.ema.module)):
         assert found[name] == pytest.approx(
-            evaluate(model, eval_loader(run.args), run.normalize)["loss"]
+            evaluate_classifier(model, eval_loader(run.args), run.context)["loss"]
         )
     assert found["test_loss"] != found["test_ema_loss"]
     run.session.save(position, finished=False)
@@ -520,7 +527,7 @@ def test_averaged_classifier_follows_and_is_evaluated(tmp_path, flags):
     assert differing(average_weights(run), average_weights(resumed)) == []
 
 
-def test_average_that_a_checkpoint_lacks_starts_from_its_weights(tmp_path):
+def test_ema_that_a_checkpoint_lacks_starts_from_its_weights(tmp_path):
     run, position = start("finetune", tmp_path)
     train_steps(run, 0, 2)
     position.step = 2
@@ -569,7 +576,8 @@ def test_evaluation_counts_hits_and_ignores_padding():
         {"image": image[part], "label": labels[part], "index": index[part]}
         for part in (slice(0, 4), slice(4, 7))
     ]
-    result = evaluate(Scripted(logits), loader, Normalize(MEAN_STD["inception"], CPU))
+    context = RunContext(Namespace(imagenet_default_mean_and_std=False), CPU, 0, 1)
+    result = evaluate_classifier(Scripted(logits), loader, context)
     ranks = [(logits[i] > logits[i, labels[i]]).sum().item() for i in range(5)]
     assert result["acc1"] == pytest.approx(100 * sum(rank < 1 for rank in ranks) / 5)
     assert result["acc5"] == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 5)
@@ -582,6 +590,35 @@ def test_tally_waits_for_no_device():
     logits, labels, counts = (torch.empty(s, dtype=d, device="meta") for s, d in (
         ((5, 10), torch.float32), ((5,), torch.int64), ((5,), torch.bool)))  # fmt: skip
     assert tally(logits, labels, counts).shape == (4,)
+
+
+def test_raw_views_are_only_moved():
+    batch = {"image": torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), "count": 3}
+    moved = Normalize(MEAN_STD["inception"], CPU, raw=("image",))(batch)
+    assert torch.equal(moved["image"], batch["image"]) and moved["count"] == 3
+
+
+def test_a_task_needs_nothing_but_a_loss(tmp_path):
+    """Everything else of the contract has a default: what is saved is the task, without an ema."""
+
+    class Mean(Task):
+        def __init__(self):
+            super().__init__()
+            self.level = nn.Parameter(torch.zeros(3))
+
+        def forward(self, batch):
+            return {"loss": (batch["image"].mean((2, 3)) - self.level).square().mean()}
+
+    args = arguments("pretrain", tmp_path, "--epochs", "1")
+    with own_signals():
+        context = set_up(args)
+        loader = build_data(args, build_method(args))
+        task = Mean()
+        run, position = start_training(context, task, loader, param_groups(task, 0.0))
+        train(run, position, after_epoch=lambda position: {})
+    saved = load_checkpoint(tmp_path / "checkpoint-0.pth")
+    assert saved["model"].keys() == {"level"} and saved["model"]["level"].abs().sum() > 0
+    assert saved["average"] is None
 
 
 def test_normalize_is_the_published_one():
@@ -688,7 +725,7 @@ def test_compile_refuses_the_stage_of_the_file(tmp_path):
         ),
         ({"train_batch_size": 64}, "train_batch_size 64, the flags say 8"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4, the flags say 1"),
-        ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, --clip_grad 3.0"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, --clip_grad is 3.0"),
         ({"optimizer": {"type": "Adam"}}, "optimizer, which comes from the flags"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "section fp16"),
         ([], "one JSON object"),
@@ -714,12 +751,13 @@ def test_half_written_configuration_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-        ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312),
-        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
         ("Tesla V100-PCIE-16GB", 112), ("Tesla T4", 65), ("NVIDIA GeForce RTX 3090", 71),
-        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A1000", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A1000", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
     ],
 )  # fmt: skip
 def test_peak_is_that_of_the_device_and_of_no_namesake(name, tflops):
@@ -732,7 +770,9 @@ def test_recomputation_is_no_work_of_the_model(tmp_path, network):
         start("pretrain", tmp_path, *network, *flags)[0]
         for flags in ((), ("--grad_checkpointing",))
     ]
-    plain, recomputing = (flops_per_image(run.task, run.loader, run.normalize) for run in runs)
+    plain, recomputing = (
+        flops_per_image(run.task, run.loader.dataset, run.normalize) for run in runs
+    )
     assert plain == recomputing > 0
     again = [
         module.grad_checkpointing

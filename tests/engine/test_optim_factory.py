@@ -121,8 +121,10 @@ def test_layer_decay_of_one_is_no_layer_decay_and_others_out_of_range_are_refuse
 
 @pytest.mark.parametrize(
     ("name", "layer"),
-    [("cls_token", 0), ("mask_token", 0), ("pos_embed", 0), ("patch_embed.proj.bias", 0), ("blocks.0.gamma_1", 1),
-     ("blocks.11.attn.relative_position_bias_table", 12), ("rel_pos_bias.relative_position_bias_table", 13),
+    [("cls_token", 0), ("mask_token", 0), ("pos_embed", 0), ("patch_embed.proj.bias", 0),
+     ("blocks.0.gamma_1", 1),
+     ("blocks.11.attn.relative_position_bias_table", 12),
+     ("rel_pos_bias.relative_position_bias_table", 13),
      ("norm.weight", 13), ("fc_norm.bias", 13), ("head.weight", 13)],
 )  # fmt: skip
 def test_layer_id(name, layer):
@@ -360,12 +362,13 @@ def test_one_beta_too_few_and_an_unknown_name_are_refused():
 
 @pytest.mark.parametrize(
     ("name", "substitute"),
-    [("fusedadam", "adam"), ("fusedadamw", "adamw"), ("fusedsgd", "sgd"), ("fusedmomentum", "momentum"),
+    [("fusedadam", "adam"), ("fusedadamw", "adamw"), ("fusedsgd", "sgd"),
+     ("fusedmomentum", "momentum"),
      ("fusedlamb", "lamb"), ("fusednovograd", "novograd")],
 )  # fmt: skip
 def test_without_apex_its_optimizers_are_refused_with_a_substitute(name, substitute, monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", None)
-    with pytest.raises(ValueError, match=rf"--opt {name} needs NVIDIA apex, .*--opt {substitute} "):
+    with pytest.raises(ValueError, match=rf"--opt {name} needs NVIDIA apex, .*--opt {substitute},"):
         create_optimizer(flags(name), [{"params": [nn.Parameter(torch.zeros(1))]}], "cpu")
 
 

@@ -49,8 +49,8 @@ VIT_FLAGS = [
     *SIZE,
 ]
 COMMANDS = {
-    "fourier": fourier, "cka": cka, "effective_rank": effective_rank, "attention_distance": attention_distance,
-    "interaction": interaction,
+    "fourier": fourier, "cka": cka, "effective_rank": effective_rank,
+    "attention_distance": attention_distance, "interaction": interaction,
 }  # fmt: skip
 
 
@@ -340,7 +340,7 @@ def test_without_queries_attention_is_uniform(kind):
         )
 
     attentions = attention_distance.attentions_of(network)
-    attention_distance.look(network, images(64 if kind == "swin" else 16), attentions, see)
+    attention_distance.observe(network, images(64 if kind == "swin" else 16), attentions, see)
     assert list(found) == [attending.name for attending in attentions]
     for name, relative in found.items():
         if name != "layers.2.blocks.1":
@@ -354,7 +354,7 @@ def test_attention_is_what_the_network_uses():
     """Biases included: of BEiT's form the same as `attention_maps`."""
     vit = scrambled(VisionTransformer(**VIT, init_values=0.1, rel_pos_bias="per_block"))
     seen = []
-    attention_distance.look(
+    attention_distance.observe(
         vit, images(16), attention_distance.attentions_of(vit), lambda _, a: seen.append(a)
     )
     for layer, attention in enumerate(seen):
@@ -589,7 +589,7 @@ def test_only_images_classified_right(tmp_path):
         (
             "attention_distance",
             "--model resnet18",
-            "resnet18 (random): ResNet has no attention that is known here",
+            "resnet18 (random): ResNet has no known attention module",
         ),
         (
             "interaction",

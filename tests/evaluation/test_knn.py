@@ -11,20 +11,24 @@ import torch
 import torch.nn.functional as F
 from helpers import SIZE, TINY, in_ranks
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import run_knn
 from modeling_finetune import create_model
 from unimim.checkpoint.files import save_checkpoint, save_encoder
 from unimim.engine.setup import launch, set_up
+from unimim.evaluation import features as feature_rows
 from unimim.evaluation import knn
 from unimim.evaluation.features import Features, build_backbone, evaluation_images, extract
-from unimim.evaluation.knn import Accuracy, evaluate_knn
+from unimim.evaluation.flags import parse_knn
+from unimim.evaluation.knn import Accuracy, KnnRow, evaluate_knn
 
 BASE = ["--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE]
 
 
 def parse(*flags: str):
-    return run_knn.parse([*BASE, *flags])
+    return parse_knn([*BASE, *flags])
 
 
 def tied_features(count: int, classes: int, seed: int) -> Features:
@@ -219,22 +223,59 @@ def test_broken_images_have_no_features(tmp_path):
             Image.fromarray(np.full((20, 20, 3), 40 * number, dtype=np.uint8)).save(path)
     (tmp_path / "val/class1/3.png").write_bytes(b"no image")
     args = parse("--data_set", "image_folder", "--data_path", str(tmp_path), "--batch_size", "4")
-    normalize, backbone = set_up(args), build_backbone(args)
+    context, backbone = set_up(args), build_backbone(args)
     dataset = evaluation_images(args, backbone, train=False)
-    features = extract(args, dataset, backbone, normalize, "val")
+    features = extract(context, dataset, backbone, "val")
     assert features.labels.tolist() == [0, 0, 0, 1, 1]
     pictures = [
         torch.from_numpy(np.full((3, 16, 16), 40 * n, dtype=np.uint8)) for n in (0, 2, 4, 1, 5)
     ]
-    expected = backbone(normalize({"image": torch.stack(pictures)})["image"])
+    expected = backbone(context.normalize({"image": torch.stack(pictures)})["image"])
     torch.testing.assert_close(features.vectors, expected)
+    # in the memory of the sums, where the broken image has a row
+    assert features.vectors.untyped_storage().nbytes() == 4 * len(dataset) * backbone.dim
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes in bytes of the memory that operators return and that they were not given."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in storages((args, kwargs))}
+        self.sizes += [s.nbytes() for s in storages(found) if s.data_ptr() not in given]
+        return found
+
+
+def storages(values) -> list[torch.UntypedStorage]:
+    return [v.untyped_storage() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+
+
+def test_means_need_no_second_copy_of_the_features(monkeypatch):
+    """Rows in several chunks, with and without images, some of them seen twice."""
+    monkeypatch.setattr(feature_rows, "CHUNK_ROWS", 16)
+    sums = torch.randn(1000, 64)
+    times = torch.randint(0, 3, (1000,)).float()
+    expected = (sums / times[:, None])[times > 0]
+    with Allocations() as made:
+        means = feature_rows.means_in_place(sums, times)
+    assert torch.equal(means, expected) and 0 < len(means) < 1000
+    assert means.data_ptr() == sums.data_ptr()
+    assert max(made.sizes) <= 16 * 64 * 4 < sums.nbytes / 10
+    for value in (math.nan, math.inf):
+        sums = torch.ones(40, 3)
+        sums[20, 1] = value
+        assert feature_rows.means_in_place(sums, torch.ones(40)) is None
 
 
 # --------------------------------------------------------------------------------------------------
 # Runs
 
 
-def run_here(folder: Path, *flags: str) -> list[run_knn.Result]:
+def run_here(folder: Path, *flags: str) -> list[KnnRow]:
     return run_knn.main(parse("--knn_k", "5", "20", "--output_dir", str(folder), *flags))
 
 

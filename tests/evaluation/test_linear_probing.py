@@ -18,7 +18,9 @@ from unimim.data.crops import draw_clipped_crop, draw_short_side_crop
 from unimim.data.views import ProbeTransform
 from unimim.engine.setup import launch, set_up
 from unimim.evaluation.features import build_backbone, evaluation_images, extract
+from unimim.evaluation.flags import parse_linear
 from unimim.evaluation.linear_probe import LinearHead
+from unimim.evaluation.probing import ProbeRow
 
 BASE = [
     *("--model", "vit_tiny_patch16_224", *TINY, "--model_kwargs", *SIZE),
@@ -28,10 +30,10 @@ SWEEP = ("--lr_sweep", "0.1", "1.0", "0.3")
 
 
 def parse(folder: Path | str, *flags: str):
-    return run_linear_probing.parse([*BASE, "--output_dir", str(folder), *flags])
+    return parse_linear([*BASE, "--output_dir", str(folder), *flags])
 
 
-def run_here(folder: Path, *flags: str) -> list[run_linear_probing.Result]:
+def run_here(folder: Path, *flags: str) -> list[ProbeRow]:
     with own_signals():
         return run_linear_probing.main(parse(folder, *flags))
 
@@ -66,7 +68,7 @@ def test_the_head_by_hand():
 # Views
 
 
-def test_crops_are_drawn_once_and_cut_to_the_picture():
+def test_crops_are_drawn_once_and_cut_to_the_image():
     rng = np.random.default_rng(0)
     boxes = np.array([draw_clipped_crop(rng, (400, 90), (0.08, 1.0)) for _ in range(4000)])
     top, left, height, width = boxes.T
@@ -149,9 +151,9 @@ def test_without_augmentation_it_is_plain_training_on_features(tmp_path, opt):
     flags = ("--no_aug", "--global_pool", "--opt", opt, "--momentum", "0.8")
     (result,) = run_here(tmp_path, *flags)
     args = parse("", *flags)
-    normalize, backbone = set_up(args), build_backbone(args)
+    context, backbone = set_up(args), build_backbone(args)
     train, val = (
-        extract(args, evaluation_images(args, backbone, train=is_train), backbone, normalize, "")
+        extract(context, evaluation_images(args, backbone, train=is_train), backbone, "")
         for is_train in (True, False)
     )
     torch.manual_seed(0)
@@ -236,7 +238,7 @@ def test_saved_configuration_gives_the_same_run(tmp_path):
     args = parse(tmp_path, *SWEEP, "--global_pool", "--dry_run")
     with own_signals():
         run_linear_probing.main(args)
-        again = run_linear_probing.parse(["--config", str(tmp_path / "config.yaml"), "--dry_run"])
+        again = parse_linear(["--config", str(tmp_path / "config.yaml"), "--dry_run"])
         saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
         run_linear_probing.main(again)
     assert saved["pool"] == "avg" and saved["lr"] == 1.0
@@ -283,9 +285,9 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt, more):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--lr_sweep 0.1 0", "--lr_sweep takes different positive rates"),
-        ("--lr_sweep 0.1 0.1", "--lr_sweep takes different positive rates"),
-        ("--lr_sweep 0.1 0.3 --lr 2", "--lr_sweep [0.1, 0.3] says every rate: leave --lr 2 out"),
+        ("--lr_sweep 0.1 0", "--lr_sweep takes different positive learning rates"),
+        ("--lr_sweep 0.1 0.1", "--lr_sweep takes different positive learning rates"),
+        ("--lr_sweep 0.1 0.3 --lr 2", "--lr_sweep [0.1, 0.3] says every lr: leave --lr 2 out"),
         (
             "--lr_sweep 0.1 0.3 --clip_grad 3",
             "--clip_grad would clip the heads of --lr_sweep together",

@@ -56,7 +56,7 @@ PLACES = {
     "vit_tiny_patch16_224": 3,
     "mobilenetv3_small_050": 4,
 }
-STRIDES = {  # of the masks (specs/a2mim.md 1.1)
+STRIDES = {  # of the masks (docs/methods/simmim_a2mim.md#masks)
     "resnet18": (4, 4, 8, 16), "convnext_tiny": (4, 8, 16, 32), "swin_tiny": (4, 4, 8, 16, 32),
     "vit_tiny_patch16_224": (8, 8, 8), "mobilenetv3_small_050": (2, 4, 8, 16),
 }  # fmt: skip
@@ -122,7 +122,7 @@ def test_an_added_token_is_seen_and_trained(name, layer):
 
 
 def test_what_a_residual_token_makes_of_features():
-    """specs/a2mim.md 2.1, by hand."""
+    """docs/methods/simmim_a2mim.md#token, by hand."""
     inject = build("resnet18", mask_init=0.25, detach=True).inject
     nn.init.normal_(inject.mask_token)
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
@@ -151,7 +151,7 @@ def test_other_tokens(kind):
 
 def test_mistakes_are_named():
     for options, said in (
-        ({"mask_layer": 4}, "mask_layer=4 is none of this backbone's, which are 0 to 3"),
+        ({"mask_layer": 4}, "mask_layer=4 is none of this backbone's; use 0 to 3"),
         ({"mask_token": "learnt"}, "mask_token=learnt is unknown"),
         ({"input_size": 72}, "not a multiple of 32"),
         ({"patch_size": 16}, "does not take one of the options"),
@@ -159,19 +159,23 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=said):
             create_model("a2mim_resnet18", **options)
-    with pytest.raises(ValueError, match="--model a2mim_resnet is unknown"):
+    with pytest.raises(ValueError, match="model=a2mim_resnet is unknown"):
         create_model("a2mim_resnet")
     with pytest.raises(ValueError, match="ends in no map"):
         create_model("a2mim_mixer_s16_224")
     for name, options, said in (
-        ("hrnet_w18_small", {}, "no place for a mask token behind stage3 of hrnet_w18_small"),
+        ("hrnet_w18_small", {}, "no place for a mask token after stage3 of hrnet_w18_small"),
         (
             "inception_v3",
             {},
-            r"inception_v3 does not take images of \(64, 64\) \(--input_size\): .*Kernel size",
+            r"input_size=\(64, 64\) does not suit timm's inception_v3: .*Kernel size",
         ),
-        ("vgg11", {"grad_checkpointing": True}, "--grad_checkpointing: timm's vgg11 has none"),
-        ("vgg11", {"drop_path": 0.1}, "--drop_path 0.1: vgg11 has no stochastic depth"),
+        ("vgg11", {"grad_checkpointing": True}, "grad_checkpointing: timm's vgg11 has none"),
+        (
+            "vgg11",
+            {"drop_path": 0.1},
+            "drop_path=0.1 is not possible: vgg11 has no stochastic depth",
+        ),
         ("swin_tiny", {"input_size": 16}, "Swin needs 32 pixels"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -206,7 +210,7 @@ def test_swins_own_windows_stay():
 
 
 def full_focal_loss(difference: Tensor, options: FocalFrequencyLoss) -> Tensor:
-    """specs/a2mim.md 3.5 on the whole complex spectrum."""
+    """docs/methods/simmim_a2mim.md#spectra on the whole complex spectrum."""
     spectrum = torch.fft.fft2(difference, norm="ortho")
     spectrum = spectrum.mean(0, keepdim=True) if options.ave_spectrum else spectrum
     weight = spectrum.abs() ** options.alpha
@@ -321,8 +325,8 @@ def test_an_images_loss_can_be_its_own():
 
 def timm_beit(size: tuple[int, int], patch: int, path: str = "", **sizes) -> nn.Module:
     return timm.create_model(
-        "beit_base_patch16_224", num_classes=0, use_abs_pos_emb=True, global_pool="token", init_values=0.1,
-        img_size=size, patch_size=patch, checkpoint_path=path, **sizes,
+        "beit_base_patch16_224", num_classes=0, use_abs_pos_emb=True, global_pool="token",
+        init_values=0.1, img_size=size, patch_size=patch, checkpoint_path=path, **sizes,
     )  # fmt: skip
 
 
@@ -464,8 +468,8 @@ def test_published_names_load_into_classifiers(prefix):
     }
     model = create_model("mim_vit_tiny_patch16_224", **sizes)
     names = {
-        "blocks.": "layers.", ".norm": ".ln", ".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1.",
-        "patch_embed.proj.": "patch_embed.projection.",
+        "blocks.": "layers.", ".norm": ".ln", ".mlp.fc1.": ".ffn.layers.0.0.",
+        ".mlp.fc2.": ".ffn.layers.1.", "patch_embed.proj.": "patch_embed.projection.",
     }  # fmt: skip
     published, weights = {}, {}
     for key, value in model.state_dict().items():
@@ -499,7 +503,7 @@ def groups_of(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def test_later_rules_win_and_factors_are_of_the_base():
-    """specs/a2mim.md 4.1: a factor forgets what an earlier rule said, a value what an earlier
+    """A factor forgets what an earlier rule said, a value what an earlier
     factor did."""
     factors, values = {"lr_mult": 0.1, "weight_decay_mult": 0.5}, {"lr": 1e-5, "weight_decay": 0.0}
     assert by_rules("bn1.bias", {"bn": values, "bias": factors}, 2e-3, 0.04) == pytest.approx(
@@ -510,7 +514,7 @@ def test_later_rules_win_and_factors_are_of_the_base():
 
 
 def test_published_rules_of_decay_and_rate():
-    """specs/a2mim.md 4.1."""
+    """docs/methods/simmim_a2mim.md#weight-decay."""
     resnet = groups_of(build("resnet18"))
     assert resnet["inject.mask_token"] == (pytest.approx(0.1), 0.0)
     assert resnet["inject.mask_gamma"] == (1.0, 0.05)  # as in the recipes of 300 epochs
@@ -572,7 +576,7 @@ def test_every_group_ends_at_the_same_rate():
 @pytest.mark.parametrize(
     "options", [{}, {"fft_unmask_weight": 0.5, "fft_unmask_replace": "prediction"}], ids=str
 )
-def test_the_plain_form_of_the_benchmark_computes_the_same(options):
+def test_the_plain_variant_of_the_benchmark_computes_the_same(options):
     """Loss and gradients: the order in memory and half a spectrum change nothing."""
     ours, plain = (build("resnet18", pixel_loss="l1", **options) for _ in range(2))
     make_straightforward(plain)

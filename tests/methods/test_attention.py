@@ -15,11 +15,12 @@ from analysis import attention_agreement, visualize
 from modeling_finetune import create_model
 from unimim.checkpoint.files import save_checkpoint
 from unimim.checkpoint.resizing import interpolate_pos_embed
+from unimim.data.views import MEAN_STD
 from unimim.evaluation.attention import (
     best_iou,
     class_maps,
+    patch_fractions,
     patch_maps,
-    patch_shares,
     pixel_auc,
     pointing,
 )
@@ -48,8 +49,10 @@ def saved(folder: Path, name: str, **more) -> tuple[nn.Module, str]:
     is_classifier = "num_classes" in options
     kept = options.keys() - ({"num_classes", "num_cls_tokens"} if is_classifier else set())
     flags = {
-        "model": name, "data_set": "digits", "input_size": 16, "patch_size": 4, "imagenet_default_mean_and_std": True,
-        "model_kwargs": [f"{key}={options[key]}" for key in kept], "discrete_vae_weight_path": "/gone/encoder.pkl",
+        "model": name, "data_set": "digits", "input_size": 16, "patch_size": 4,
+        "imagenet_default_mean_and_std": True,
+        "model_kwargs": [f"{key}={options[key]}" for key in kept],
+        "discrete_vae_weight_path": "/gone/encoder.pkl",
     }  # fmt: skip
     flags |= (
         {"nb_classes": 10, "finetune": "/gone.pth"} if is_classifier else {"mask_type": "random"}
@@ -70,7 +73,7 @@ def shown(path: str, *flags: str, images: int = 1) -> dict[str, list[np.ndarray]
 
 
 def normalized(picture: np.ndarray) -> Tensor:
-    mean_std = visualize.MEAN_STD["imagenet"]
+    mean_std = MEAN_STD["imagenet"]
     return visualize.Normalize(mean_std, torch.device("cpu"))({"image": as_image(picture)})["image"]
 
 
@@ -186,7 +189,7 @@ def test_looks_that_cannot_be_are_refused(tmp_path):
     _, path = saved(tmp_path, "maskfeat_tiny_patch16_224")
     for flags, said in (
         (("--token_indices", "3", "16"), r"--token_indices \[16\] lie beyond the grid of 4 x 4"),
-        (("--layer", "2"), "--layer 2: there are 2 blocks"),
+        (("--layer", "2"), "layer=2 is none of the 2 blocks"),
         (("--reduce_mean",), "--reduce_mean leaves nothing"),
         (("--input_size", "18"), "--input_size .* is not a multiple of --patch_size"),
     ):
@@ -203,7 +206,7 @@ def test_measures_against_pixels():
     draws = torch.Generator().manual_seed(1)
     mask = torch.rand(3, 12, 8, generator=draws) < 0.4
     maps = torch.randint(0, 7, (3, 24), generator=draws).float()  # patches of 2 x 2
-    shares = patch_shares(mask, (6, 4))
+    shares = patch_fractions(mask, (6, 4))
     for image in range(3):
         pixels = maps[image].view(6, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
         inside, outside = pixels[mask[image]][:, None], pixels[~mask[image]][None]
@@ -240,7 +243,7 @@ def test_attention_that_knows_the_objects():
     attention[:, 1, 2:] = 0.9 * (own == 0)
     attention[:, 2:, 2:] = (own[:, None] == own).float()
     found: dict[str, list[float]] = {}
-    for name, value in attention_agreement.figures(attention, objects, 2, (4, 4)):
+    for name, value in attention_agreement.metrics(attention, objects, 2, (4, 4)):
         found.setdefault(name, []).append(value)
     assert {
         name: len(values) for name, values in found.items() if "patch" in name
@@ -302,7 +305,7 @@ def test_one_row_for_each_layer_of_a_checkpoint(tmp_path, capsys):
     assert float(rows[0]["random_cls_iou"]) > np.mean(shares), (
         "the threshold is chosen for each map"
     )
-    with pytest.raises(SystemExit, match="error: --layer 9: there are 2 blocks"):
+    with pytest.raises(SystemExit, match="error: --layer 9 is none of the 2 blocks"):
         attention_agreement.main([*flags[:2], "--images", "1", "--layer", "9"])
     with pytest.raises(SystemExit):
         attention_agreement.main([*flags[:2], "--images", "0"])

@@ -1,5 +1,5 @@
-"""Networks other than the repository's ViT behind classifier and probes (specs/a2mim.md 4.4,
-4.5)."""
+"""Networks other than the repository's ViT behind classifier and probes
+(docs/methods/simmim_a2mim.md#classifiers)."""
 
 import copy
 from argparse import Namespace
@@ -12,7 +12,6 @@ from helpers import start, train_steps
 from torch import Tensor, nn
 
 import run_class_finetuning
-import run_linear_probing
 from datasets import TrainBatchSampler
 from engine_for_finetuning import BinaryCrossEntropy, Classification
 from modeling_finetune import create_model, input_size_of
@@ -24,6 +23,7 @@ from unimim.cli.options import parse
 from unimim.data.classes import check_eval_size, settle_size
 from unimim.data.views import build_finetune_transform
 from unimim.evaluation.features import build_backbone
+from unimim.evaluation.flags import parse_linear
 from unimim.evaluation.linear_probe import Probe, side_by_side
 
 TINY = {
@@ -107,21 +107,23 @@ def test_tables_of_a_swin_are_resized_to_its_windows():
 
 
 def test_layers_of_each_architecture():
-    """specs/a2mim.md 4.4: Swin-T has 14 layers, ConvNeXt-T 8 and ConvNeXt-S 14, of published
+    """Swin-T has 14 layers, ConvNeXt-T 8 and ConvNeXt-S 14, of published
     sizes."""
     swin = {
-        "patch_embed.proj.weight": 0, "layers.0.blocks.1.norm1.weight": 2, "layers.1.downsample.norm.weight": 2,
-        "layers.2.blocks.5.norm1.weight": 10, "layers.3.downsample.norm.weight": 10, "layers.3.blocks.1.norm1.bias": 12,
+        "patch_embed.proj.weight": 0, "layers.0.blocks.1.norm1.weight": 2,
+        "layers.1.downsample.norm.weight": 2, "layers.2.blocks.5.norm1.weight": 10,
+        "layers.3.downsample.norm.weight": 10, "layers.3.blocks.1.norm1.bias": 12,
         "norm.weight": 13, "head.fc.weight": 13,
     }  # fmt: skip
     tiny = {
-        "stem.0.weight": 0, "stages.0.blocks.2.gamma": 1, "stages.1.downsample.0.bias": 2, "stages.1.blocks.0.gamma": 2,
-        "stages.2.downsample.0.bias": 3, "stages.2.blocks.2.gamma": 3, "stages.2.blocks.8.gamma": 5,
-        "stages.3.downsample.1.bias": 6, "stages.3.blocks.0.gamma": 6, "head.norm.weight": 7, "head.fc.weight": 7,
+        "stem.0.weight": 0, "stages.0.blocks.2.gamma": 1, "stages.1.downsample.0.bias": 2,
+        "stages.1.blocks.0.gamma": 2, "stages.2.downsample.0.bias": 3, "stages.2.blocks.2.gamma": 3,
+        "stages.2.blocks.8.gamma": 5, "stages.3.downsample.1.bias": 6, "stages.3.blocks.0.gamma": 6,
+        "head.norm.weight": 7, "head.fc.weight": 7,
     }  # fmt: skip
     small = tiny | {
-        "stages.2.blocks.26.gamma": 11, "stages.3.downsample.1.bias": 12, "stages.3.blocks.0.gamma": 12,
-        "head.norm.weight": 13, "head.fc.weight": 13,
+        "stages.2.blocks.26.gamma": 11, "stages.3.downsample.1.bias": 12,
+        "stages.3.blocks.0.gamma": 12, "head.norm.weight": 13, "head.fc.weight": 13,
     }  # fmt: skip
     for names, depths, last in (
         (swin, (2, 2, 6, 2), 13),
@@ -212,14 +214,14 @@ def test_binary_cross_entropy_is_summed_over_classes():
     torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits, labels), criterion(logits, smooth))
 
 
-def test_the_average_has_the_networks_batch_statistics():
-    """Its weights are averaged, its statistics are not (specs/a2mim.md 4.4)."""
+def test_the_ema_has_the_networks_batch_statistics():
+    """The ema averages weights, not statistics (docs/methods/simmim_a2mim.md#classifiers)."""
     args = parse("finetune", ["--model_ema", "--model_ema_decay", "0.5"])
     args.nb_classes = 3
     task = Classification(
         nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), args, torch.device("cpu")
     )
-    before, average = task.average.module[1].weight.clone(), task.average.module
+    before, average = task.ema.module[1].weight.clone(), task.ema.module
     task.model[1].weight.data += 1
     task.model(torch.randn(16, 4) + 3)
     task.after_step(1.0)
@@ -228,8 +230,9 @@ def test_the_average_has_the_networks_batch_statistics():
     assert task.model[0].running_mean.min() > 0.1 and average[0].num_batches_tracked == 1
 
 
-def test_the_averages_decay_rises():
-    """m (1 - 0.1 (1 - i / W)) in the first W of the epochs (specs/a2mim.md 4.4)."""
+def test_the_decay_of_the_ema_rises():
+    """m (1 - 0.1 (1 - i / W)) in the first W of the epochs
+    (docs/methods/simmim_a2mim.md#classifiers)."""
     flags = [
         "--model_ema",
         "--model_ema_decay",
@@ -243,11 +246,11 @@ def test_the_averages_decay_rises():
     args.nb_classes = 3
     task = Classification(nn.Linear(4, 3), args, torch.device("cpu"))
     for progress, decay in ((0.0, 0.72), (0.25, 0.76), (0.5, 0.8), (0.9, 0.8)):
-        before = copy.deepcopy(task.average.module.weight)
+        before = copy.deepcopy(task.ema.module.weight)
         task.model.weight.data += 1
         task.after_step(progress)
         torch.testing.assert_close(
-            task.average.module.weight.data, decay * before + (1 - decay) * task.model.weight
+            task.ema.module.weight.data, decay * before + (1 - decay) * task.model.weight
         )
 
 
@@ -280,9 +283,10 @@ def test_repeated_images():
 def test_a_resnet_is_trained_small_and_evaluated_large(tmp_path):
     """RSB's ingredients in one run."""
     flags = (
-        *FLAGS, "--opt", "lamb", "--opt_eps", "1e-6", "--bce_loss", "--smoothing", "0", "--mixup", "0.1",
-        "--cutmix", "1", "--aug_repeats", "3", "--eval_input_size", "96", "--layer_decay", "1",
-        "--lr_schedule", "cosine_epochs", "--init_scale", "1", "--drop_path", "0.05", "--reprob", "0",
+        *FLAGS, "--opt", "lamb", "--opt_eps", "1e-6", "--bce_loss", "--smoothing", "0", "--mixup",
+        "0.1", "--cutmix", "1", "--aug_repeats", "3", "--eval_input_size", "96", "--layer_decay",
+        "1", "--lr_schedule", "cosine_epochs", "--init_scale", "1", "--drop_path", "0.05",
+        "--reprob", "0",
     )  # fmt: skip
     run, _ = start("finetune", tmp_path, *flags)
     assert (
@@ -310,7 +314,7 @@ def test_a_resnet_is_trained_small_and_evaluated_large(tmp_path):
 
 
 def probe_args(path, **changes) -> Namespace:
-    args = run_linear_probing.parse([*FLAGS, "--finetune", str(path)])
+    args = parse_linear([*FLAGS, "--finetune", str(path)])
     return Namespace(**vars(args) | changes)
 
 

@@ -122,7 +122,7 @@ def test_every_published_name_is_there():
 
 
 def test_starting_values():
-    """specs/semmae.md A.7: Xavier with the joint projection as one matrix, the convolution's bias
+    """Xavier with the joint projection as one matrix, the convolution's bias
     as torch draws it."""
     torch.manual_seed(0)
     model = MAE(input_size=32, patch_size=8, embed_dim=128, depth=1, num_heads=2, **DECODER)
@@ -267,7 +267,7 @@ def test_the_published_setting_of_small_patches():
         (MAE, {"mask_ratio": 1.0}, "--mask_ratio is 1.0"),
         (MAE, {"mask_ratio": 0.97}, "leaves 0 of 24"),
         (SemMAE, {"token_share": 0.1}, "leaves 0 of 2"),
-        (SemMAE, {"mask_lambda": 1.5}, "--mask_lambda is 1.5"),
+        (SemMAE, {"mask_lambda": 1.5}, "mask_lambda=1.5 does not lie between 0 and 1"),
         (SemMAE, {"count_fix": "none"}, "count_fix=none is unknown"),
         (SemMAE, {"token_selection": "best"}, "token_selection=best is unknown"),
         (SemMAE, {"lambda_schedule": "linear"}, "mask_lambda_schedule=linear is unknown"),
@@ -278,7 +278,7 @@ def test_what_is_refused(cls, options, said):
         small(cls, **options)
 
 
-def test_options_of_another_form_are_refused():
+def test_options_of_another_variant_are_refused():
     for options in ({"rel_pos_bias": "shared"}, {"pos_embed": "learned"}, {"temperature": 0.1}):
         with pytest.raises(ValueError, match=f"does not take .*{next(iter(options))}"):
             create_model("mae_tiny_patch16_224", **options)

@@ -1,5 +1,5 @@
-"""Masks: published counts and distributions, any grid, and what is refused (specs/conmim.md,
-section 3)."""
+"""Masks: published counts and distributions, any grid, and what is refused
+(docs/methods/conmim.md#masks)."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_random_is_uniform():
         ((64, 96), 8, 32, 0.5, (8, 12), 48),
     ],
 )
-def test_simmim_counts_and_cells(size, patch, cell, ratio, grid, count):
+def test_simmim_counts_and_patches(size, patch, cell, ratio, grid, count):
     generator = build_mask_generator(
         "random_mps32", input_size=size, patch_size=patch, mask_ratio=ratio, mask_patch_size=cell
     )
@@ -111,8 +111,8 @@ def test_simmim_counts_and_cells(size, patch, cell, ratio, grid, count):
 
 def test_simmim_rounds_up():
     assert (
-        draws(SimMIMMask((4, 4), 0.3, cell=2), 1).sum() == 8
-    )  # ceil(4 * 0.3) = 2 cells of 4 patches
+        draws(SimMIMMask((4, 4), 0.3, unit=2), 1).sum() == 8
+    )  # ceil(4 * 0.3) = 2 units of 4 patches
 
 
 def test_a_mask_follows_from_its_generator_alone():

@@ -352,7 +352,7 @@ def test_twelve_blocks_share_their_graphs(counter, name, options, graphs):
     """At any depth and rate, and for as many masked patches as there are in a batch."""
     torch.manual_seed(0)
     model = create_model(name, **DEEP, **options)
-    model.most_masked = 12
+    model.pad_masks_to(12)
     compile_blocks(model, model.teacher, backend=counter)
     for masked in ((12, 12, 9), (11, 8, 10)):
         inputs = batch(masked) | {
@@ -415,12 +415,9 @@ def test_stochastic_depth_in_a_compiled_graph(counter):
 
 def test_last_block_output_is_what_is_pooled():
     model = classifier().eval()
-    layers = model.get_intermediate_layers(images())
-    assert len(layers) == 2 and layers[0].shape == (3, 25, 32)
-    torch.testing.assert_close(layers[-1], model.forward_features(images()))
-    torch.testing.assert_close(
-        model.head(model.fc_norm(layers[-1][:, 1:].mean(1))), model(images())
-    )
+    tokens = model.forward_features(images())
+    assert tokens.shape == (3, 25, 32)
+    torch.testing.assert_close(model.head(model.fc_norm(tokens[:, 1:].mean(1))), model(images()))
 
 
 def test_class_token_pooling():
@@ -435,14 +432,12 @@ def test_class_token_pooling():
 
 
 def test_wrong_image_size_is_refused():
-    with pytest.raises(
-        ValueError, match=r"\(24, 16\), the model was built for --input_size \(16, 24\)"
-    ):
+    with pytest.raises(ValueError, match=r"input_size=\(16, 24\) .*the images are \(24, 16\)"):
         classifier()(images().transpose(2, 3))
 
 
 # --------------------------------------------------------------------------------------------------
-# Published sizes (specs/conmim.md 1.2, 1.3)
+# Published sizes (docs/methods/conmim.md#projector, #initialization)
 
 
 @pytest.fixture
@@ -484,7 +479,7 @@ def test_published_classifier_sizes(on_meta, size, total):
 
 
 def reference_loss(model: ConMIM, inputs: dict) -> torch.Tensor:
-    """All N x N similarities, then the masked rows (specs/conmim.md 2.2)."""
+    """All N x N similarities, then the masked rows (docs/methods/conmim.md)."""
     mask = inputs["mask"].flatten(1)
     with torch.no_grad():
         keys = F.normalize(model.teacher.project(inputs["image_strong"], None), dim=-1)
@@ -556,7 +551,7 @@ def test_teacher_starts_equal_and_moves_by_the_schedule():
     torch.testing.assert_close(model.teacher.cls_token, start + 0.05)
 
 
-def test_average_by_a_weight_on_the_device():
+def test_ema_by_a_weight_on_the_device():
     """A GPU's form of the same update, which must leave the average as it is where a step was
     skipped."""
     model = conmim(t_momentum=0.9)
@@ -565,12 +560,12 @@ def test_average_by_a_weight_on_the_device():
             parameter.add_(torch.randn_like(parameter))
     other = copy.deepcopy(model)
     before = copy.deepcopy(model.teacher.state_dict())
-    model.average.update(0.9)
-    other.average.update(0.9, torch.tensor(0.0))
+    model.ema.update(0.9)
+    other.ema.update(0.9, torch.tensor(0.0))
     assert all(
         torch.equal(value, before[name]) for name, value in other.teacher.state_dict().items()
     )
-    other.average.update(0.9, torch.tensor(1.0))
+    other.ema.update(0.9, torch.tensor(1.0))
     for name, value in other.teacher.state_dict().items():
         torch.testing.assert_close(value, model.teacher.state_dict()[name], rtol=3e-7, atol=3e-7)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_pretrain import SemAIM
+from modeling_pretrain import FeatureSemAIM, build_semaim
 from modeling_targets import GaussianBlur, Teacher, build_tower, load_teacher, near_gelu
 
 GRID = (4, 4)
@@ -64,12 +64,12 @@ def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def openai_state(model: nn.Module) -> dict[str, Tensor]:
-    """timm's CLIP under OpenAI's names and shapes (specs/semaim.md 5.3)."""
+    """timm's CLIP under OpenAI's names and shapes (docs/methods/semaim.md#clips-teacher)."""
     names = {
-        "cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj.": "conv1.",
-        "norm_pre.": "ln_pre.", "norm.": "ln_post.", "blocks.": "transformer.resblocks.", ".qkv.": ".in_proj_",
-        "attn.proj.": "attn.out_proj.", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.", ".fc1.": ".c_fc.",
-        ".fc2.": ".c_proj.",
+        "cls_token": "class_embedding", "pos_embed": "positional_embedding",
+        "patch_embed.proj.": "conv1.", "norm_pre.": "ln_pre.", "norm.": "ln_post.",
+        "blocks.": "transformer.resblocks.", ".qkv.": ".in_proj_", "attn.proj.": "attn.out_proj.",
+        ".norm1.": ".ln_1.", ".norm2.": ".ln_2.", ".fc1.": ".c_fc.", ".fc2.": ".c_proj.",
     }  # fmt: skip
     state = {}
     for name, value in model.state_dict().items():
@@ -229,7 +229,7 @@ def test_a_method_with_a_teacher(tmp_path):
         "num_heads": 2,
         "query_depth": 2,
     }
-    model = SemAIM(
+    model = FeatureSemAIM(
         **options,
         predict_feature="clip",
         target_model=str(tmp_path / "weights.pth"),
@@ -237,14 +237,16 @@ def test_a_method_with_a_teacher(tmp_path):
     )
     assert model.prediction_head.fc2.out_features == 24
     assert not any("tower" in name or "target" in name for name in model.state_dict())
-    assert not hasattr(model.teacher, "target")
+    assert model.teacher.target is model.target, "the ema needs no copy of it"
     batch = {"image": pictures(), "noise": torch.rand(3, 16)}
-    tokens, attention = model.look_ahead(batch)
-    torch.testing.assert_close(tokens, tokens_of(timm_clip(), pictures()), rtol=1e-4, atol=1e-5)
-    assert model.order_of(batch, attention).argmin(1).tolist() == attention.argmax(1).tolist()
-    given = SemAIM(**options, predict_feature="clip", out_dim=24)
+    attention, target = model.attention_and_target(batch)
+    tokens = tokens_of(timm_clip(), pictures())
+    torch.testing.assert_close(target, tokens[:, 1:], rtol=1e-4, atol=1e-5)
+    assert model.order_values(batch, attention).argmin(1).tolist() == attention.argmax(1).tolist()
+    given = FeatureSemAIM(**options, predict_feature="clip", out_dim=24)
     given.load_state_dict(model.state_dict())
-    assert torch.equal(model(batch)["loss"], given(batch | {"target_tokens": tokens})["loss"])
+    batch["target_tokens"] = model.target(batch["image"])
+    assert torch.equal(model(batch)["loss"], given(batch)["loss"])
 
 
 def test_what_is_refused(tmp_path):
@@ -257,16 +259,16 @@ def test_what_is_refused(tmp_path):
     path = tmp_path / "weights.pth"
     assert "neither a file nor the name of a model" in said("clip", str(tmp_path / "missing.pt"))
     torch.save(timm_dino().state_dict(), path)
-    assert "not of the kind that --predict_feature clip needs" in said("clip", str(path))
+    assert "not of the kind that predict_feature clip needs" in said("clip", str(path))
     torch.save(timm_clip().state_dict(), path)
-    assert "not of the kind that --predict_feature dino needs" in said("dino", str(path))
+    assert "not of the kind that predict_feature dino needs" in said("dino", str(path))
     torch.save({"conv.weight": torch.ones(3)}, path)
     assert "holds no vision transformer" in said("dino", str(path))
     path.write_bytes(b"no weights")
     assert "damaged" in said("dino", str(path))
-    assert "timm has no weights" in said("dino", "vit_base_patch16_plus_240")
+    assert "has no weights at timm" in said("dino", "vit_base_patch16_plus_240")
     with pytest.raises(ValueError, match="of no use without"):
-        SemAIM(target_model=str(path), embed_dim=8, depth=1, num_heads=1, query_depth=1)
+        build_semaim(target_model=str(path), embed_dim=8, depth=1, num_heads=1, query_depth=1)
     with pytest.raises(ValueError, match="target_precision=int8 is unknown"):
         Teacher(build_tower(timm_dino().state_dict(), GRID, quick_gelu=False), "int8")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from analysis import visualize
 from masking_generator import ORDERS_WITHOUT_NOISE, PATCH_ORDERS, patch_order, visible_patches
 from modeling_finetune import create_model, list_models, patchify, take, unpatchify
-from modeling_pretrain import SemAIM, pixel_statistics
+from modeling_pretrain import SemAIM, build_semaim, pixel_statistics
 from scripts.benchmarks.published import make_straightforward
 from unimim.checkpoint.files import load_checkpoint, save_encoder
 from unimim.checkpoint.loading import load_pretrained
@@ -40,7 +40,7 @@ VARIANTS = {
 
 def small(**options) -> SemAIM:
     torch.manual_seed(0)
-    model = SemAIM(**{**SMALL, **options})
+    model = build_semaim(**{**SMALL, **options})
     networks = [model] if model.teacher is None else [model, model.teacher]
     for network in networks:  # away from what the start makes equal: zeros, ones
         for name, parameter in network.named_parameters():
@@ -131,7 +131,7 @@ def test_distance_orders(grid):
         assert (np.diff(draw)[same] > -0.003).all()
 
 
-# specs/semaim.md 3.3, the published table
+# The published table (docs/methods/semaim.md#windows-on-the-grid-of-14)
 TABLE = {
     2: (0, 0, 0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 11, 11),
     6: (0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7),
@@ -224,7 +224,8 @@ def equal_in_loss_and_gradients(**options) -> None:
     swift, dense = small(**options), small(**options, attn="eager")
     batch = batch_for(swift)
     assert (
-        dense.order_of(batch, dense.look_ahead(batch)[1]).sort(1).values.diff(dim=1) > 0
+        dense.order_values(batch, dense.attention_and_target(batch)[0]).sort(1).values.diff(dim=1)
+        > 0
     ).all(), "no ties"
     loss, found = loss_and_gradients(swift, batch)
     expected_loss, expected = loss_and_gradients(dense, batch)
@@ -241,7 +242,7 @@ def equal_in_loss_and_gradients(**options) -> None:
 
 
 @pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
-def test_the_plain_form_of_the_benchmark_computes_the_same(attention_type):
+def test_the_plain_variant_of_the_benchmark_computes_the_same(attention_type):
     swift, plain = (
         small(attention_type=attention_type, **options, **BLUR)
         for options in ({}, {"attn": "eager"})
@@ -304,10 +305,10 @@ def test_no_mask_and_no_probabilities_are_made():
 
 def predictions(model: SemAIM, images: Tensor, order: Tensor) -> Tensor:
     """Of the patches in row-major order, [B, N, P]."""
-    if model.dense:
+    if model.explicit_masks:
         return model.prediction_head(model.norm(model.masked_streams(images, order)[1]))[:, 1:]
     cells = order.argsort(dim=1, stable=True)
-    predicted = model.prediction_head(model.norm(model.sorted_streams(images, cells)[1]))
+    predicted = model.prediction_head(model.norm(model.causal_streams(images, cells)[1]))
     return take(predicted, cells.argsort(1))
 
 
@@ -349,7 +350,7 @@ def test_the_map_takes_no_more_of_the_last_block_than_it_needs():
     flops = {}
     for kind in ("cls", "gap", "self"):
         model = small(attention_type=kind)
-        flops[kind] = count_flops(lambda model=model: model.look_ahead({"image": pictures()}))
+        flops[kind] = count_flops(lambda model=model: model.attention_map(pictures()))
     block = count_flops(lambda: model.blocks[-1](torch.zeros(3, 25, 32)))
     assert flops["self"] < flops["gap"] < flops["cls"]
     assert flops["cls"] - flops["self"] > 0.7 * block
@@ -361,8 +362,8 @@ def test_precision_of_the_map():
     for precision in ("fp32", "auto"):
         model = small(order_precision=precision)
         with torch.autocast("cpu", torch.bfloat16):
-            maps[precision] = model.look_ahead({"image": pictures()})[1]
-        maps["plain"] = model.look_ahead({"image": pictures()})[1]
+            maps[precision] = model.attention_map(pictures())
+        maps["plain"] = model.attention_map(pictures())
     assert torch.equal(maps["fp32"], maps["plain"])
     assert not torch.equal(maps["auto"], maps["plain"])
     torch.testing.assert_close(maps["auto"], maps["plain"], rtol=1e-2, atol=1e-3)
@@ -370,7 +371,7 @@ def test_precision_of_the_map():
 
 def test_the_map_is_made_without_dropout_and_training_goes_on():
     model = small(drop_path=0.5, drop=0.3).train()
-    maps = [model.look_ahead({"image": pictures()})[1] for _ in range(2)]
+    maps = [model.attention_map(pictures()) for _ in range(2)]
     assert torch.equal(*maps) and not maps[0].requires_grad
     assert model.training and model.blocks[1].training
     assert [block.drop_path.drop_prob for block in model.query_blocks] == pytest.approx(
@@ -378,7 +379,7 @@ def test_the_map_is_made_without_dropout_and_training_goes_on():
     )
 
 
-def test_the_average_gives_the_map_if_there_is_one():
+def test_the_ema_gives_the_map_if_there_is_one():
     model, alone = small(use_ema_model=True), small()
     for parameter in alone.parameters():
         parameter.data.add_(
@@ -386,19 +387,23 @@ def test_the_average_gives_the_map_if_there_is_one():
         )
     model.load_state_dict(alone.state_dict())
     batch = {"image": pictures()}
-    assert torch.equal(model.look_ahead(batch)[1], small().look_ahead(batch)[1])
-    assert not torch.equal(model.look_ahead(batch)[1], alone.look_ahead(batch)[1])
+    assert torch.equal(model.attention_and_target(batch)[0], small().attention_and_target(batch)[0])
+    assert not torch.equal(
+        model.attention_and_target(batch)[0], alone.attention_and_target(batch)[0]
+    )
 
 
 def test_features_that_are_predicted():
     batch = batch_for(small())
     model = small(predict_feature="inference", permutation_type="zigzag")
-    features, _ = model.look_ahead(batch)
+    _, target = model.attention_and_target(batch)
     with torch.no_grad():
-        torch.testing.assert_close(features, model.norm(model.forward_features(batch["image"])))
+        tokens = model.norm(model.forward_features(batch["image"]))
+    torch.testing.assert_close(target, tokens[:, 1:])
     given = small(predict_feature="dino", out_dim=20)
-    features, attention = given.look_ahead(batch)
-    assert features is batch["target_tokens"] and given.prediction_head.fc2.out_features == 20
+    attention, target = given.attention_and_target(batch)
+    features = batch["target_tokens"]
+    assert torch.equal(target, features[:, 1:]) and given.prediction_head.fc2.out_features == 20
     cosine = torch.cosine_similarity(features[:, :1], features[:, 1:], dim=-1)
     torch.testing.assert_close(attention.min(1).values, torch.zeros(3))
     assert torch.equal(attention.argsort(1), cosine.argsort(1))
@@ -412,7 +417,7 @@ def test_features_that_are_predicted():
 @pytest.mark.parametrize(
     "options", [BLUR, {"norm_pix_loss": False}, {"permutation_type": "raster", "loss_type": "L1"}]
 )
-def test_the_error_of_a_picture_is_the_loss(options):
+def test_the_error_of_a_reconstruction_is_the_loss(options):
     model = small(**options)
     batch = batch_for(model)
     original, known, predicted, pasted = model.reconstruct(batch)
@@ -424,7 +429,7 @@ def test_the_error_of_a_picture_is_the_loss(options):
         patches, target = (patches - mean) / deviation, (target - mean) / deviation
     error = (patches - target).abs() if model.loss_type == "L1" else (patches - target).square()
     torch.testing.assert_close(error.mean(), model(batch)["loss"].detach(), rtol=1e-4, atol=1e-5)
-    order = model.order_of(batch, model.look_ahead(batch)[1])
+    order = model.order_values(batch, model.attention_and_target(batch)[0])
     first = torch.zeros(3, 24, 48).scatter_(
         1, order.argsort(1)[:, :6, None].expand(-1, -1, 48), 1.0
     )
@@ -435,24 +440,24 @@ def test_the_error_of_a_picture_is_the_loss(options):
 
 
 @pytest.mark.parametrize("kind", PATCH_ORDERS)
-def test_both_forms_make_the_same_pictures(kind):
+def test_both_variants_make_the_same_images(kind):
     pictures_of = [small(permutation_type=kind, attn=attn, **BLUR) for attn in ("auto", "eager")]
     batch = batch_for(pictures_of[0])
     for ours, theirs in zip(*(model.reconstruct(batch) for model in pictures_of), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_who_can_be_pictured():
+def test_which_methods_can_be_visualized():
     assert [small(**VARIANTS[name]).predicts_pixels for name in VARIANTS] == [True] * 3 + [
         False
     ] * 3
 
 
 @pytest.mark.parametrize("attention_type", ["cls", "gap", "self"])
-def test_pictured_orders_are_those_of_the_method(attention_type):
+def test_visualized_orders_are_those_of_the_method(attention_type):
     model = small(attention_type=attention_type).eval()
     maps = visualize.order_maps(model, pictures())
-    expected = model.look_ahead({"image": pictures()})[1]
+    expected = model.attention_map(pictures())
     assert torch.equal(maps[attention_type].argsort(1), expected.argsort(1))
     draws = torch.Generator().manual_seed(7)
     noise, center_noise = torch.rand(3, 24, generator=draws), torch.rand(3, 2, generator=draws)
@@ -467,7 +472,7 @@ def test_pictured_orders_are_those_of_the_method(attention_type):
 # Draws, average, sizes, start
 
 
-def test_draws_come_with_the_sample():
+def test_noise_comes_with_the_sample():
     for kind in PATCH_ORDERS:
         model = small(permutation_type=kind)
         size = 0 if kind in ORDERS_WITHOUT_NOISE else 24 + 2 * (kind == "stochastic_center")
@@ -479,7 +484,7 @@ def test_draws_come_with_the_sample():
     assert not torch.equal(loss, model(batch)["loss"])
 
 
-def test_the_average_follows_by_the_published_ramp():
+def test_the_ema_follows_by_the_published_ramp():
     model = small(use_ema_model=True)
     decays = []
     for epoch in (0, 1, 50, 99, 100, 799):
@@ -522,8 +527,8 @@ def test_every_published_name_is_there():
 
 
 def test_starting_values():
-    """specs/semaim.md 2.8: Xavier, the joint projection as one matrix and the separate ones as
-    three."""
+    """Xavier, the joint projection as one matrix and the separate ones as three
+    (docs/methods/semaim.md#initialization)."""
     torch.manual_seed(0)
     model = SemAIM(input_size=32, patch_size=8, embed_dim=128, depth=1, num_heads=2, query_depth=1)
     for module, fan in (
@@ -558,14 +563,14 @@ def test_query_blocks_share_out_the_encoder(depth, query_depth, step):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"query_depth": 5}, "--query_depth 5 does not share out 4 blocks"),
-        ({"query_depth": 3}, "--query_depth 3 does not share out 4 blocks"),
-        ({"query_depth": 0}, "--query_depth 0 does not share out 4 blocks"),
+        ({"query_depth": 5}, "query_depth=5 does not divide 4 blocks"),
+        ({"query_depth": 3}, "query_depth=3 does not divide 4 blocks"),
+        ({"query_depth": 0}, "query_depth=0 does not divide 4 blocks"),
         ({"permutation_type": "saliency"}, "permutation_type=saliency is unknown"),
         ({"attention_type": "map"}, "attention_type=map is unknown"),
-        ({"predict_feature": "ema"}, "needs the average that --use_ema_model keeps"),
-        ({"predict_feature": "clip"}, "needs --target_model"),
-        ({"gaussian_sigma": 1.0}, "given together"),
+        ({"predict_feature": "ema"}, "predict_feature=ema needs the ema that use_ema_model keeps"),
+        ({"predict_feature": "clip"}, "predict_feature=clip needs target_model"),
+        ({"gaussian_sigma": 1.0}, "give it together with gaussian_sigma"),
         ({"gaussian_kernel_size": 4, "gaussian_sigma": 1.0}, "must be odd"),
     ],
 )

@@ -1,5 +1,5 @@
 """SemMAE's masks against the rule written out token by token, for any parts, ratio and weight
-(specs/semmae.md B.1)."""
+(docs/methods/mae_semmae.md#masks-from-parts)."""
 
 import math
 

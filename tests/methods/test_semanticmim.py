@@ -25,7 +25,7 @@ from unimim.cli.models import build_method
 from unimim.data.pretraining import build_data
 from unimim.data.views import MEAN_STD
 from unimim.engine.monitor import count_flops
-from unimim.engine.state import Normalize
+from unimim.engine.state import Normalize, with_mask_counts
 
 SIZE = {"input_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 FORMS = {"beit": (SemanticBEiT, {"vocab_size": 24, "init_values": 0.1}), "maskfeat": (MaskFeat, {})}
@@ -43,7 +43,8 @@ def build(form: str, **options) -> SemanticMIM:
 
 @each_form
 def test_no_projection_has_a_bias_without_qkv_bias(form):
-    """Nor those of the mask tokens' blocks (specs/semanticmim.md 1.4)."""
+    """Nor do those of the mask tokens' blocks
+    (docs/methods/beit_maskfeat_semanticmim.md#two-forms)."""
 
     def biased(**options) -> set[str]:
         names = [name for name, _ in build(form, **options).named_parameters()]
@@ -93,7 +94,7 @@ def mask_tokens(model: SemanticMIM, batch: dict[str, Tensor], classes: list[Tens
         return torch.cat((own, rest) if front else (rest, own), 1)
 
     handles = [block.register_forward_hook(swap) for block in model.blocks]
-    tokens = model.encode(batch["image"], *model.cells(batch))
+    tokens = model.encode(batch["image"], *model.patch_positions(batch))
     for handle in handles:
         handle.remove()
     return tokens, seen
@@ -196,7 +197,7 @@ def test_masks_drawn_apart(form):
     target = masks(7, seed=9)
     batch = batch_of(10, target_mask=target)
     assert (target & ~batch["mask"]).any() and (batch["mask"] & ~target).any()
-    visible, predicted = model.cells(batch)
+    visible, predicted = model.patch_positions(batch)
     assert visible.shape == (2, 6) and predicted.shape == (2, 7)
     tokens = model.encode(batch["image"], visible, predicted)
     if form == "maskfeat":
@@ -216,7 +217,7 @@ def test_unequal_counts_are_refused(form):
     batch["mask"] = torch.stack((masks(4)[0], masks(8)[0]))
     with pytest.raises(
         ValueError,
-        match=r"mask selects 4 patches of one image and 8 of another.*--mask_type random",
+        match=r"mask selects 4 patches of one image and 8 of another.*use random",
     ):
         model(batch)
     batch = batch_of(target_mask=torch.stack((masks(4)[0], masks(8)[0])))
@@ -225,14 +226,14 @@ def test_unequal_counts_are_refused(form):
 
 
 def test_counts_come_from_the_host():
-    normalize = Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
     raw = {
         "image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
         "mask": masks(10),
         "target_mask": masks(7),
     }
     raw["image_second"] = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
-    batch = normalize(raw)
+    normalize = Normalize(MEAN_STD["imagenet"], torch.device("cpu"), raw=("image_second",))
+    batch = normalize(with_mask_counts(raw))
     assert (batch["mask_counts"], batch["target_mask_counts"], batch["max_masked"]) == (
         (10, 10),
         (7, 7),
@@ -336,7 +337,7 @@ def test_a_step_takes_at_most_nine_tenths_of_the_plain_form(name, hidden):
 
 @each_form
 @pytest.mark.parametrize("use_bottleneck", [True, False])
-def test_the_plain_form_computes_the_same(form, use_bottleneck):
+def test_the_plain_variant_computes_the_same(form, use_bottleneck):
     model, batch = build(form, use_bottleneck=use_bottleneck), batch_of(10)
     out = model(batch)
     out["loss"].backward()
@@ -355,7 +356,7 @@ def test_the_plain_form_computes_the_same(form, use_bottleneck):
 
 
 def test_start_of_beits_form():
-    """specs/semanticmim.md 1.6, measured standard deviations."""
+    """The standard deviations that the published initialization has."""
     torch.manual_seed(0)
     model = create_model("semanticmim_beit_small_patch16_224", depth=2, num_cls_tokens=8)
     for name in (
@@ -400,7 +401,7 @@ def test_start_of_maskfeats_form():
     assert model.num_prefix_tokens == 8 and model.hog.width == 108
 
 
-def test_the_original_start_is_cut_at_one_deviation():
+def test_the_original_initialization_is_cut_at_one_std():
     torch.manual_seed(0)
     model = create_model("beit_small_patch16_224_8k_vocab", depth=1)
     assert model.lm_head.weight.abs().max() <= 0.02 and model.lm_head.out_features == 8192
@@ -422,8 +423,12 @@ def test_weight_decay_of_either_form():
 
 
 def test_registered_models():
-    names = ("beit_{}_patch16_224_8k_vocab", "maskfeat_{}_patch16_224", "semanticmim_beit_{}_patch16_224",
-             "semanticmim_maskfeat_{}_patch16_224")  # fmt: skip
+    names = (
+        "beit_{}_patch16_224_8k_vocab",
+        "maskfeat_{}_patch16_224",
+        "semanticmim_beit_{}_patch16_224",
+        "semanticmim_maskfeat_{}_patch16_224",
+    )
     assert {
         name.format(size) for name in names for size in ("tiny", "small", "base", "large")
     } <= set(list_models())
@@ -450,11 +455,12 @@ def test_what_is_refused(tmp_path, capsys):
             build_data(args, build_method(args))
         return str(error.value)
 
-    assert "has 64 words, the model 8192: give --model_kwargs vocab_size=64" in said(
+    assert "has 64 visual tokens, the model 8192; use --model_kwargs vocab_size=64" in said(
         "beit", "--model_kwargs"
     )
-    assert "--second_input_size 112: with one word a patch it is (32, 32)" in said(
-        "beit", "--second_input_size", "112"
+    assert (
+        "--second_input_size 112: does not give one visual token per patch; use (32, 32)"
+        in said("beit", "--second_input_size", "112")
     )
     assert "--color_jitter is 1.5" in said("beit", "--color_jitter", "1.5")
     for flags in (

@@ -197,7 +197,7 @@ def test_only_the_asked_places_are_computed():
     assert logits == [5, 1], "six places, five at a time"
 
 
-def test_mapped_and_raw_pictures_and_half_precision():
+def test_mapped_and_raw_images_and_half_precision():
     tokenizer = VisualTokenizer(encoder())
     mapped = dalle_pixels(blocks())
     torch.testing.assert_close(mapped, 0.8 * blocks() / 255 + 0.1)

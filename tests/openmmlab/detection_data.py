@@ -58,5 +58,12 @@ def scene(
 def annotation(box: tuple[int, int, int, int], kind: int, image: int, number: int) -> dict:
     x, y, w, h = box
     outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    return {"id": number, "image_id": image, "category_id": CATEGORIES[kind], "bbox": list(box), "area": w * h,
-            "iscrowd": 0, "segmentation": outline}  # fmt: skip
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": CATEGORIES[kind],
+        "bbox": list(box),
+        "area": w * h,
+        "iscrowd": 0,
+        "segmentation": outline,
+    }

@@ -119,7 +119,8 @@ def test_maps_of_mimdet_have_four_strides_and_are_contiguous():
     ]
     assert all(m.is_contiguous() for m in maps)
     assert set(dict(MIMDet("tiny", **MIMDET).encoder.patch_embed.named_parameters())) == {
-        *(f"proj.{stage}.{part}" for stage in range(4) for part in ("0.weight", "1.weight", "1.bias")),
+        *(f"proj.{stage}.{part}" for stage in range(4)
+          for part in ("0.weight", "1.weight", "1.bias")),
         "proj.3.3.weight", "proj.3.3.bias",
     }  # fmt: skip
 
@@ -201,8 +202,10 @@ def test_the_detector_tells_the_backbone_the_sizes_of_images():
     model.backbone.sample = lambda features, noise, sizes: (
         given.append(sizes) or (None, features[0, 0].numel())
     )
-    samples = [DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1, 1)})
-               for size in ((50, 64), (64, 40))]  # fmt: skip
+    samples = [
+        DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1, 1)})
+        for size in ((50, 64), (64, 40))
+    ]
     with torch.no_grad():
         model.predict(IMAGES(2, 3, 64, 64), samples)
         model.backbone(IMAGES(2, 3, 50, 60))
@@ -228,7 +231,7 @@ def test_the_bias_of_a_map_is_the_tables_by_the_repositorys_index():
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (2, 3), (4, 3), (2, 6), (5, 5)])
-def test_the_bias_between_cells_is_that_of_the_map_and_far_offsets_are_the_farthest(grid):
+def test_the_bias_between_patches_is_that_of_the_map_and_far_offsets_are_the_farthest(grid):
     table = torch.randn(25, 2)
     cells = torch.stack([torch.randperm(math.prod(grid))[:5] for _ in range(3)])
     whole = bias_of_map(table, grid)
@@ -444,7 +447,7 @@ def test_an_exported_encoder_gives_the_weights_of_its_checkpoint(tmp_path):
         torch.testing.assert_close(value, other.state_dict()[name])
 
 
-def test_several_class_tokens_leave_their_positions_behind(tmp_path):
+def test_several_class_tokens_lose_their_positions(tmp_path):
     form = {"num_cls_tokens": 3, "pos_embed": "learned", "rel_pos_bias": "none"}
     state = beit_state(**form)
     path = saved(tmp_path, state)
@@ -613,7 +616,8 @@ def test_every_configuration_builds_and_keeps_the_rules(path):
     "name",
     [
         "mimdet/mimdet_base_sr0p5_3x", "vit_fpn/mae_base_100ep_lsj", "vit_fpn/beit_base_100ep_lsj",
-        "a2mim/mask_rcnn_r50_fpn_ms_1x", "a2mim/mask_rcnn_r50_c4_ms_1x", "a2mim/mask_rcnn_vit_base_giou_4conv1fc_1x",
+        "a2mim/mask_rcnn_r50_fpn_ms_1x", "a2mim/mask_rcnn_r50_c4_ms_1x",
+        "a2mim/mask_rcnn_vit_base_giou_4conv1fc_1x",
     ],
 )  # fmt: skip
 def test_every_kind_of_detector_trains_all_its_parameters_and_predicts(name):
@@ -716,13 +720,15 @@ def test_the_check_names_everything_that_is_wrong(tmp_path, capsys):
     assert check_coco.main([str(root), "--every", "1"]) == 1
     out = capsys.readouterr().out
     for problem in (
-        "1 listed images are not in", "000000000003.jpg cannot be opened", "000000000004.jpg is (20, 30), listed as",
-        "it has 79 categories", "1 objects are in no image that is listed: 1.",
-        "1 objects are of no category that is listed", "1 objects have an empty box", "1 objects have no outline",
+        "1 listed images are not in", "000000000003.jpg cannot be opened",
+        "000000000004.jpg is (20, 30), listed as", "it has 79 categories",
+        "1 objects are in no image that is listed: 1.",
+        "1 objects are of no category that is listed", "1 objects have an empty box",
+        "1 objects have no outline",
     ):  # fmt: skip
         assert f"val2017: {problem}" in out, problem
     file.write_text("{")
-    assert check_coco.main([str(root)]) == 1 and "damaged or no JSON" in capsys.readouterr().out
+    assert check_coco.main([str(root)]) == 1 and "is not JSON or damaged" in capsys.readouterr().out
     assert check_coco.main([str(tmp_path)]) == 1 and "does not exist" in capsys.readouterr().out
 
 

@@ -1,5 +1,4 @@
-"""What segmentation and detection share: operators, backbones, loading, layer decay, resuming
-(specs/downstream.md)."""
+"""What segmentation and detection share: operators, backbones, loading, layer decay, resuming"""
 
 import copy
 import importlib
@@ -8,6 +7,7 @@ import sys
 import pytest
 import torch
 import torchvision
+from helpers import block_outputs
 from torch import nn
 
 from unimim.checkpoint.files import save_encoder
@@ -126,7 +126,7 @@ def test_maps_are_the_blocks_patch_tokens(form):
     vit = VisionTransformer(**{k: v for k, v in form.items() if k != "out_indices"}, num_classes=0)
     vit.load_state_dict(backbone.state_dict(), strict=False)
     images = torch.randn(2, 3, 32, 32)
-    maps, tokens = backbone(images), vit.eval().get_intermediate_layers(images)
+    maps, tokens = backbone(images), block_outputs(vit.eval(), images)
     for found, expected in zip(maps, tokens, strict=True):
         assert found.shape == (2, 32, 4, 4) and found.is_contiguous()
         assert torch.equal(found.flatten(2).transpose(1, 2), expected[:, vit.num_prefix_tokens :])
@@ -243,8 +243,14 @@ def mmengine_file(state: dict) -> dict:
 
 def openmmlab(state: dict) -> dict:
     """Native names as OpenMMLab's, which SemanticMIM's files have."""
-    names = {"blocks.": "layers.", ".norm1.": ".ln1.", ".norm2.": ".ln2.", "mlp.fc1": "ffn.layers.0.0",
-             "mlp.fc2": "ffn.layers.1", "patch_embed.proj": "patch_embed.projection"}  # fmt: skip
+    names = {
+        "blocks.": "layers.",
+        ".norm1.": ".ln1.",
+        ".norm2.": ".ln2.",
+        "mlp.fc1": "ffn.layers.0.0",
+        "mlp.fc2": "ffn.layers.1",
+        "patch_embed.proj": "patch_embed.projection",
+    }
     renamed = {}
     for name, value in state.items():
         for old, new in names.items():
@@ -254,18 +260,19 @@ def openmmlab(state: dict) -> dict:
 
 
 SHARED = BEIT | {"rel_pos_bias": "shared"}
+ONE = torch.ones(1)  # a tensor that no backbone has
 FILES = {
-    "BEiT": (SHARED, BEIT, lambda s: {"model": {**s, "mask_token": torch.ones(1), "lm_head.weight": torch.ones(1)}}),
-    "MAE": (MAE, MAE, lambda s: {"model": {**s, "decoder_embed.weight": torch.ones(1), "mask_token": torch.ones(1)}}),
+    "BEiT": (SHARED, BEIT, lambda s: {"model": {**s, "mask_token": ONE, "lm_head.weight": ONE}}),
+    "MAE": (MAE, MAE, lambda s: {"model": {**s, "decoder_embed.weight": ONE, "mask_token": ONE}}),
     "MAE into BEiT": (MAE, BEIT | {"pos_embed": "learned"}, lambda s: {"model": s}),
     "SimMIM": (
         SHARED, BEIT,
-        lambda s: {"model": {**{f"encoder.{k}": v for k, v in s.items()}, "decoder.0.weight": torch.ones(1)}},
+        lambda s: {"model": {**{f"encoder.{k}": v for k, v in s.items()}, "decoder.0.weight": ONE}},
     ),
     "SemanticMIM": (MAE | {"num_cls_tokens": 3}, MAE | {"num_cls_tokens": 3}, openmmlab),
     "A2MIM": (
         BEIT | {"pos_embed": "learned"}, BEIT | {"pos_embed": "learned"},
-        lambda s: {"state_dict": {**openmmlab(s)["state_dict"], "neck.decoder.0.weight": torch.ones(1)}},
+        lambda s: {"state_dict": {**openmmlab(s)["state_dict"], "neck.decoder.0.weight": ONE}},
     ),
     "mmengine": (BEIT, BEIT, mmengine_file),
     "DeepSpeed": (BEIT, BEIT, lambda s: {"module": s, "optimizer": None, "ds_version": "0.19"}),
@@ -388,7 +395,8 @@ def test_layer_decay_keeps_its_ratios_through_mmengines_constructor_and_schedule
 
     model = Segmentor(VisionTransformerBackbone(**BEIT))
     wrapper = build_optim_wrapper(model, {
-        "type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.05},
+        "type": "OptimWrapper",
+        "optimizer": {"type": "AdamW", "lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.05},
         "constructor": "LayerDecayConstructor", "paramwise_cfg": {"layer_decay": 0.5},
     })  # fmt: skip
     groups = wrapper.optimizer.param_groups

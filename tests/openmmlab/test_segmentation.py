@@ -96,7 +96,8 @@ def test_configurations_agree_with_themselves(path):
     [
         ("beit/beit_upernet_base_512_160k_ade20k_pt", 7e-4, 0.65),
         ("beit/beit_upernet_base_640_160k_ade20k", 3e-5, 0.9),
-        ("beit/beit_upernet_large_640_160k_ade20k", 2e-5, 0.95), ("mae/mae_upernet_base_512_160k_ade20k", 1e-4, 0.65),
+        ("beit/beit_upernet_large_640_160k_ade20k", 2e-5, 0.95),
+        ("mae/mae_upernet_base_512_160k_ade20k", 1e-4, 0.65),
         ("a2mim/a2mim_upernet_base_512_160k_ade20k", 4e-4, 0.65),
         ("semanticmim/semanticmim_beit_upernet_base_640_160k_ade20k", 3e-5, 0.9),
     ],
@@ -134,7 +135,8 @@ def test_fcn_runs_on_the_plain_resnet():
 def tiny_model(cls: type, **test_cfg):
     cfg = Config.fromfile(BEIT)
     cfg.merge_from_dict({
-        "model.backbone": {"embed_dim": 48, "depth": 2, "num_heads": 4, "out_indices": [0, 0, 1, 1], "input_size": 32,
+        "model.backbone": {"embed_dim": 48, "depth": 2, "num_heads": 4, "out_indices": [0, 0, 1, 1],
+                           "input_size": 32,
                            "patch_size": 8}, "model.neck": {"width": 48, "patch_size": 8},
         "model.decode_head": {"in_channels": [48] * 4, "channels": 16},
         "model.auxiliary_head": {"in_channels": 48, "channels": 16},
@@ -318,7 +320,7 @@ def test_the_demo_draws_over_images(data, trained, tmp_path):
     )
     assert picture.shape == image.shape and not np.array_equal(picture, image)
     with pytest.raises(ValueError, match="holds no image"):
-        runner.pictures(str(tmp_path))
+        runner.image_files(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -353,7 +355,7 @@ def test_the_comparison_reads_the_last_validation_and_finished_runs(tmp_path):
     logs.mkdir(parents=True)
     rows = [{"loss": 2.0}, {"mIoU": 50.0, "aAcc": 80.0}, {"mIoU": 61.5, "aAcc": 82.0}]
     (logs / "scalars.json").write_text("\n".join(map(json.dumps, rows)))
-    assert compare_transfer.last_figures(tmp_path) == rows[-1]
+    assert compare_transfer.last_metrics(tmp_path) == rows[-1]
     (tmp_path / "results.json").write_text(json.dumps(rows[1]))
     assert compare_transfer.train(tmp_path, tmp_path, "none", 0, []) == (50.0, 80.0)
     rows = [
@@ -362,7 +364,7 @@ def test_the_comparison_reads_the_last_validation_and_finished_runs(tmp_path):
         ("random", 1, 52.0, 80.0),
         ("mae", 1, 61.0, 81.0),
     ]
-    results = [compare_transfer.Result(*row, "") for row in rows]
+    results = [compare_transfer.TransferRow(*row, "") for row in rows]
     assert compare_transfer.table(results).splitlines()[2:] == [
         "| random weights | 51.0 ± 1.4 | 80.0 ± 0.0 | 50.0 | 52.0 |",
         "| MAE | 60.5 ± 0.7 | 81.0 ± 0.0 | 60.0 | 61.0 |",
@@ -406,5 +408,5 @@ def test_the_archive_is_unpacked_and_may_not_write_elsewhere(data, tmp_path):
     with pytest.raises(ValueError, match="not one folder"):
         prepare_ade20k.unpack(tmp_path / "bad.zip", tmp_path / "out")
     (tmp_path / "no.zip").write_text("no")
-    with pytest.raises(ValueError, match="no zip"):
+    with pytest.raises(ValueError, match="is not a zip"):
         prepare_ade20k.unpack(tmp_path / "no.zip", tmp_path / "out")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import in_ranks, own_signals, run_command
+from helpers import block_outputs, in_ranks, own_signals, run_command
 from PIL import Image
 
 from datasets import BadImagesError
@@ -73,7 +73,7 @@ def parse(root: Path, folder: Path | str, *flags: str) -> Namespace:
     return voc.parse([*BASE, "--data_path", str(root), "--output_dir", str(folder), *flags])
 
 
-def run_here(folder: Path, root: Path, *flags: str) -> voc.Result:
+def run_here(folder: Path, root: Path, *flags: str) -> voc.VocRow:
     with own_signals():
         return voc.main(parse(root, folder, *flags))
 
@@ -128,7 +128,7 @@ def test_palette_indices_are_the_classes(tmp_path):
     with pytest.raises(ValueError, match=r"a\.png has class 20: --nb_classes 20 is too few"):
         voc.read_mask(tmp_path / "a.png", 20)
     picture.convert("RGB").save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png is no palette or gray image, but of mode RGB"):
+    with pytest.raises(ValueError, match=r"b\.png is not a palette or gray image, but of mode RGB"):
         voc.read_mask(tmp_path / "b.png", 21)
 
 
@@ -156,7 +156,7 @@ def test_mask_and_image_are_cut_alike():
     assert voc.crop_labels(mask, draws, (2, 2)).tolist() == [[9, 8], [14, 13]]
 
 
-def test_crops_keep_most_of_the_picture():
+def test_crops_keep_most_of_the_image():
     mask = np.arange(200 * 100, dtype=np.int32).reshape(200, 100) // 100 % 256
     rows = [
         voc.TrainView((64, 64))(
@@ -180,7 +180,7 @@ def test_features_are_those_of_one_block(root, name, layer, block):
     args = parse(root, "", "--model", name)
     vit, images = build_vit(args), torch.randn(2, 3, 32, 32)
     torch.nn.init.normal_(vit.norm.weight)
-    expected = vit.eval().get_intermediate_layers(images)[block]
+    expected = block_outputs(vit.eval(), images)[block]
     expected = (vit.norm(expected) if block == 2 else expected)[:, 1:]
     features = voc.Backbone(vit, layer)(images)
     assert features.shape == (2, 32, 8, 8) and not features.requires_grad
@@ -245,7 +245,7 @@ def test_class_tokens_are_as_many_as_the_checkpoint_has(root, tmp_path):
         voc.build_backbones(parse(root, "", *flags), torch.device("cpu")),
         torch.randn(2, 3, 32, 32),
     )
-    expected = saved.eval().get_intermediate_layers(images)[1][:, 3:].detach()
+    expected = block_outputs(saved.eval(), images)[1][:, 3:].detach()
     torch.testing.assert_close(backbones["train"](images).flatten(2).transpose(1, 2), expected)
     assert backbones["val"](torch.randn(1, 3, 48, 48)).shape == (1, 32, 12, 12)
 
@@ -287,7 +287,7 @@ def test_a_run_by_hand_and_its_resume(root, tmp_path):
     result = run_here(tmp_path, root, *flags)
     args = parse(root, "", *flags)
     args.rank, args.world_size = 0, 1
-    normalize = voc.set_up(args)
+    normalize = voc.set_up(args).normalize
     backbones = voc.build_backbones(args, torch.device("cpu"))
     data = voc.build_data(args, backbones)
     task = voc.Segmentation(voc.build_head(32, 11, seed=0), backbones, 20)

@@ -1,5 +1,5 @@
 # MIMDet 48 channels wide with small heads, for images of 96 x 128 pixels, as a configuration.
-_base_ = "../detection/configs/mimdet/mimdet_base_sr0p5_3x.py"
+_base_ = "../../detection/configs/mimdet/mimdet_base_sr0p5_3x.py"
 
 proposals = {"nms_pre": 200, "max_per_img": 200}
 model = {

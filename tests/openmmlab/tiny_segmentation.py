@@ -42,17 +42,20 @@ def tiny_flags(data: Path, work: Path, iterations: int = 60) -> list[str]:
     """What makes any ViT configuration of 512 px tiny: crops of 64 px, width 48, depth 4."""
     pipelines = "train_dataloader.dataset.pipeline"
     sizes = [
-        "model.data_preprocessor.size=(64,64)", "model.backbone.input_size=64", "model.test_cfg.crop_size=(64,64)",
-        "model.test_cfg.stride=(42,42)", f"{pipelines}.3.scale=(256,64)", f"{pipelines}.4.crop_size=(64,64)",
-        "test_dataloader.dataset.pipeline.1.scale=(256,64)", "val_dataloader.dataset.pipeline.1.scale=(256,64)",
+        "model.data_preprocessor.size=(64,64)", "model.backbone.input_size=64",
+        "model.test_cfg.crop_size=(64,64)", "model.test_cfg.stride=(42,42)",
+        f"{pipelines}.3.scale=(256,64)", f"{pipelines}.4.crop_size=(64,64)",
+        "test_dataloader.dataset.pipeline.1.scale=(256,64)",
+        "val_dataloader.dataset.pipeline.1.scale=(256,64)",
     ]  # fmt: skip
     for k in range(6):
         place = f"tta_pipeline.1.transforms.0.{k}"
         sizes += [f"{place}.scale=(256,64)", f"{place}.min_short=64"]
     network = [
         "model.backbone.embed_dim=48", "model.backbone.depth=4", "model.backbone.num_heads=4",
-        "model.backbone.out_indices=[0,1,2,3]", "model.neck.width=48", "model.decode_head.in_channels=[48,48,48,48]",
-        "model.decode_head.channels=48", "model.auxiliary_head.in_channels=48", "model.auxiliary_head.channels=32",
+        "model.backbone.out_indices=[0,1,2,3]", "model.neck.width=48",
+        "model.decode_head.in_channels=[48,48,48,48]", "model.decode_head.channels=48",
+        "model.auxiliary_head.in_channels=48", "model.auxiliary_head.channels=32",
     ]  # fmt: skip
     loaders = [
         f"{stage}_dataloader.{key}"

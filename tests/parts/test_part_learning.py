@@ -18,20 +18,22 @@ from unimim.data.part_maps import MISSING, PartMaps, PartMapWriter
 from unimim.data.shapes import cached_shapes, make_scene
 from unimim.data.views import MEAN_STD
 from unimim.engine.distributed import StopSignal
+from unimim.engine.state import RunContext
 from unimim.parts import extraction
+from unimim.parts.flags import parse_parts
 from unimim.parts.learning import (
-    Features,
     PartLearner,
     PartLearning,
+    TeacherFeatures,
     attention_head_maps,
+    balance_loss,
     blur,
+    diversity_loss,
     foreground,
     hard_maps,
     kmeans_maps,
     load_teacher,
     random_maps,
-    similarity,
-    starvation,
     temperature_at,
     without_single_cells,
 )
@@ -62,11 +64,11 @@ def random_teacher(size: int = 48):
     return load_teacher(TIMM, image_size=size, allow_random=True, model_kwargs=TINY)
 
 
-def random_features(count: int = 2, dim: int = 16, grid=(4, 4)) -> Features:
+def random_features(count: int = 2, dim: int = 16, grid=(4, 4)) -> TeacherFeatures:
     torch.manual_seed(1)
     cells = grid[0] * grid[1]
     attention = torch.rand(count, 3, cells).softmax(-1)
-    return Features(torch.randn(count, dim), torch.randn(count, cells, dim), attention)
+    return TeacherFeatures(torch.randn(count, dim), torch.randn(count, cells, dim), attention)
 
 
 def some_scenes(count: int, side: int) -> torch.Tensor:
@@ -115,8 +117,8 @@ def test_every_naming_gives_the_same_features(tmp_path, naming, by_name):
     images = some_scenes(2, 48)
     with torch.no_grad():
         tokens = vit.forward_features(images)
-    features = teacher(images)
-    assert (teacher.grid, teacher.dim, teacher.num_heads) == ((6, 6), 192, 3)
+    features = teacher.look(images)
+    assert (teacher.grid, teacher.width, teacher.num_heads) == ((6, 6), 192, 3)
     torch.testing.assert_close(features.cls, tokens[:, 0])
     torch.testing.assert_close(features.patches, tokens[:, 1:])
 
@@ -139,7 +141,7 @@ def test_class_attention_is_that_of_the_last_block(tmp_path):
             TIMM, image_size=48, checkpoint=str(tmp_path / "teacher.pth"), model_kwargs=TINY
         ),
     ):
-        torch.testing.assert_close(teacher(images).attention, wanted)
+        torch.testing.assert_close(teacher.look(images).attention, wanted)
 
 
 def test_our_own_encoders_teach_at_any_size(tmp_path):
@@ -159,15 +161,21 @@ def test_our_own_encoders_teach_at_any_size(tmp_path):
     teacher, images = load_teacher(str(path), image_size=48), some_scenes(2, 48)
     with torch.no_grad():
         tokens = vit.norm(vit.forward_features(images))
-    torch.testing.assert_close(teacher(images).patches, tokens[:, 1:])
-    torch.testing.assert_close(teacher(images).attention, vit.attention_maps(images)[:, :, 0, 1:])
-    assert load_teacher(str(path), image_size=64)(some_scenes(1, 64)).patches.shape == (1, 64, 64)
+    torch.testing.assert_close(teacher.look(images).patches, tokens[:, 1:])
+    torch.testing.assert_close(
+        teacher.look(images).attention, vit.attention_maps(images)[:, :, 0, 1:]
+    )
+    assert load_teacher(str(path), image_size=64).look(some_scenes(1, 64)).patches.shape == (
+        1,
+        64,
+        64,
+    )
 
 
 def test_a_teacher_stays_frozen():
     teacher = random_teacher()
-    assert not teacher.train().vit.training
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.tower.training
+    assert not any(parameter.requires_grad for parameter in teacher.tower.parameters())
 
 
 def test_teachers_that_do_not_fit_are_refused(tmp_path):
@@ -230,7 +238,7 @@ def test_soft_maps_by_hand():
         [3.0, 0.0, 0.0, 5.0]
     )  # the parts look along the two axes
     learner.temperature = 0.5
-    features = Features(
+    features = TeacherFeatures(
         torch.zeros(1, 2), torch.tensor([[[2.0, 0.0], [3.0, 4.0]]]), torch.ones(1, 1, 2)
     )
     wanted = torch.tensor([[1.0, 0.6], [0.0, 0.8]]).div(0.5).softmax(0).view(1, 2, 1, 2)
@@ -244,7 +252,7 @@ def test_gradients_reach_parts_and_background_but_not_the_teacher():
     task({"image": some_scenes(2, 48)})["loss"].backward()
     for parameter in (learner.bg_token, *learner.parameters()):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.tower.parameters())
     assert not any("teacher" in name for name in task.state_dict())
 
 
@@ -253,7 +261,7 @@ def test_loss_falls():
     torch.manual_seed(0)
     learner = PartLearner(192, teacher.grid, widths=(32, 24, 16))
     task = PartLearning(learner, teacher, MEAN_STD["imagenet"], (0.2, 0.07))
-    learner.standardize([teacher(images)])
+    learner.standardize([teacher.look(images)])
     optimizer, losses = torch.optim.AdamW(learner.parameters(), lr=3e-3), []
     for step in range(60):
         task.after_step(step / 60)
@@ -265,18 +273,20 @@ def test_loss_falls():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_standardise_gives_mean_zero_and_deviation_one():
+def test_standardize_gives_mean_zero_and_std_one():
     features = random_features(count=8)
-    scaled = Features(features.cls * 3 + 5, features.patches * 0.2 - 1, features.attention)
+    scaled = TeacherFeatures(features.cls * 3 + 5, features.patches * 0.2 - 1, features.attention)
     learner = PartLearner(16, (4, 4), widths=(8,))
-    learner.standardize([Features(*(x[:3] for x in scaled)), Features(*(x[3:] for x in scaled))])
+    learner.standardize(
+        [TeacherFeatures(*(x[:3] for x in scaled)), TeacherFeatures(*(x[3:] for x in scaled))]
+    )
     patches = (scaled.patches - learner.feat_mean) / learner.feat_std
     torch.testing.assert_close(patches.mean((0, 1)), torch.zeros(16), atol=1e-5, rtol=0)
     torch.testing.assert_close(patches.flatten(0, 1).std(0, correction=0), torch.ones(16))
     torch.testing.assert_close(learner.cls_mean, scaled.cls.mean(0))
 
 
-def test_blur_keeps_the_sum_and_spreads_one_cell():
+def test_blur_keeps_the_sum_and_spreads_one_patch():
     spot = torch.zeros(1, 2, 5, 5)
     spot[0, 1, 2, 2] = 16
     assert torch.equal(
@@ -291,9 +301,9 @@ def test_diversity_and_balance_by_hand():
     maps = torch.stack(
         (left, left, 1 - left), dim=1
     )  # two equal parts and one that shares nothing with them
-    torch.testing.assert_close(similarity(maps), torch.tensor(2 * 0.9 / 6))
+    torch.testing.assert_close(diversity_loss(maps), torch.tensor(2 * 0.9 / 6))
     shares = torch.tensor([0.97, 0.03, 0.015]).view(1, 3, 1, 1).expand(2, 3, 2, 2)
-    torch.testing.assert_close(starvation(shares), torch.tensor(0.5 / 3))
+    torch.testing.assert_close(balance_loss(shares), torch.tensor(0.5 / 3))
 
 
 def test_temperature_falls_geometrically_and_then_stays():
@@ -309,7 +319,7 @@ def test_the_smallest_id_wins_a_tie():
     assert hard_maps(torch.ones(1, 4, 3, 3)).unique().tolist() == [0]
 
 
-def test_single_cells_take_their_neighbours_id():
+def test_single_patches_take_their_neighbors_id():
     parts = torch.tensor([[1, 1, 2, 2], [1, 3, 2, 2], [1, 1, 0, 4]])[None]
     # 3: five neighbors of part 1, two of 2. 0: two of 2, one of 1, and two that stand alone. 4:
     # two of 2.
@@ -339,7 +349,7 @@ def test_foreground_holds_the_mass_and_drops_specks():
         [2, 3],
         [3, 2],
     ]  # corners have four votes of nine
-    heads = attention_head_maps(Features(None, None, attention.flatten(2)), (6, 6))
+    heads = attention_head_maps(TeacherFeatures(None, None, attention.flatten(2)), (6, 6))
     assert torch.equal(heads.argmax(1) == 0, ~inside)
 
 
@@ -347,7 +357,9 @@ def test_kmeans_finds_separate_clusters():
     torch.manual_seed(0)
     truth = torch.randint(0, 4, (3, 36))
     patches = 10 * torch.eye(4, 8)[truth] + 0.1 * torch.randn(3, 36, 8)
-    found = hard_maps(kmeans_maps(Features(None, patches, None), (6, 6), 4), clean=False).flatten(1)
+    found = hard_maps(
+        kmeans_maps(TeacherFeatures(None, patches, None), (6, 6), 4), clean=False
+    ).flatten(1)
     for wanted, ids in zip(truth, found, strict=True):
         assert len({(int(a), int(b)) for a, b in zip(wanted, ids, strict=True)}) == 4
 
@@ -394,7 +406,7 @@ def test_quality_pools_images_and_measures_evenness():
     quality.add(
         overlap(np.array([[1, 0]], dtype=np.uint8), mask, 2, 3)
     )  # as good, with the ids the other way round
-    figures = quality.figures()
+    figures = quality.metrics()
     assert (figures["miou"], figures["foreground_iou"]) == (1.0, 1.0)
     assert figures["nmi"] == pytest.approx(1.0) and figures["nmi_pooled"] == pytest.approx(0.0)
     assert figures["evenness"] == pytest.approx(1.0)
@@ -429,7 +441,7 @@ def parse(data: Path, folder: Path, *flags: str):
         "0",
     ]
     tiny += ["--data_set", "shapes", "--data_path", str(data), "--batch_size", "4", "--epochs", "2"]
-    return run_part_learning.parse([*tiny, "--output_dir", str(folder), *flags])
+    return parse_parts([*tiny, "--output_dir", str(folder), *flags])
 
 
 def run(data: Path, folder: Path, *flags: str) -> None:
@@ -438,7 +450,7 @@ def run(data: Path, folder: Path, *flags: str) -> None:
 
 def test_the_saved_configuration_can_be_given_again(data, tmp_path):
     run(data, tmp_path, "--dry_run", "--num_parts", "3", "--tau_end", "0.1")
-    again = run_part_learning.parse(["--config", str(tmp_path / "config.yaml")])
+    again = parse_parts(["--config", str(tmp_path / "config.yaml")])
     assert (again.num_parts, again.tau_end, again.teacher, again.epochs) == (3, 0.1, TIMM, 2)
 
 
@@ -488,7 +500,7 @@ def test_a_run_trains_extracts_measures_and_shows(data, tmp_path):
         (32, 32), Image.Resampling.BICUBIC
     )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in MEAN_STD["imagenet"])
-    features = teacher(
+    features = teacher.look(
         ((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std)[None]
     )
     assert np.array_equal(maps.read(4), hard_maps(learner.maps(features), (8, 8))[0].numpy())
@@ -520,7 +532,7 @@ def test_extraction_goes_on_where_it_stopped(data, tmp_path):
 
 
 def test_two_ranks_write_what_one_writes(data, tmp_path):
-    teacher, normalize = random_teacher(32), run_part_learning.set_up(parse(data, tmp_path))
+    teacher, device = random_teacher(32), run_part_learning.set_up(parse(data, tmp_path)).device
     task = PartLearning(
         PartLearner(192, teacher.grid, widths=(8,)), teacher, MEAN_STD["imagenet"], (0.2, 0.07)
     )
@@ -528,8 +540,7 @@ def test_two_ranks_write_what_one_writes(data, tmp_path):
     for folder, ranks in zip(folders, (1, 2), strict=True):
         for rank in range(ranks):
             args = parse(data, tmp_path, "--extract", str(folder), "--batch_size", "3")
-            args.rank, args.world_size = rank, ranks
-            extraction.extract(args, task, normalize)
+            extraction.extract(RunContext(args, device, rank, ranks), task)
             if (rank, ranks) == (0, 2):
                 assert PartMapWriter(folder).missing().tolist() == list(range(1, 21, 2))
     assert np.array_equal(rows_of(folders[0]), rows_of(folders[1]))
@@ -580,5 +591,5 @@ def test_an_unreadable_image_has_no_map(data, tmp_path):
 )
 def test_wrong_flags_are_refused_in_one_sentence(flags, message, capsys):
     with pytest.raises(SystemExit):
-        run_part_learning.parse(flags)
+        parse_parts(flags)
     assert message in capsys.readouterr().err

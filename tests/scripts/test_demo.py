@@ -21,6 +21,7 @@ from unimim import report
 from unimim.checkpoint.files import save_checkpoint
 from unimim.data.jpeg import decode
 from unimim.data.sources import digits_source, map_source
+from unimim.data.views import MEAN_STD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,7 +159,7 @@ def test_hidden_patches_are_grey_and_the_others_as_they_were():
     mask[0, 1, 2] = mask[1, 0, 0] = True
     hidden = visualize.hide(images, mask)
     expected = images.clone()
-    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = visualize.MASKED_GREY
+    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = visualize.MASKED_GRAY
     assert torch.equal(hidden, expected)
 
 
@@ -171,7 +172,8 @@ def test_attention_of_a_checkpoint_is_that_of_its_teacher(tmp_path):
     method = create_model("conmim_tiny_patch16_224", **size, projector_hidden_dim=8)
     torch.nn.init.normal_(method.teacher.blocks[-1].attn.qkv.weight, std=0.3)
     flags = {
-        "model": "conmim_tiny_patch16_224", "input_size": 16, "patch_size": 4, "mask_type": "random",
+        "model": "conmim_tiny_patch16_224", "input_size": 16, "patch_size": 4,
+        "mask_type": "random",
         "model_kwargs": ["embed_dim=32", "depth=2", "num_heads=2", "projector_hidden_dim=8"],
     }  # fmt: skip
     state = {"model": method.state_dict(), "teacher": method.teacher.state_dict(), "args": flags}
@@ -201,7 +203,7 @@ def test_attention_of_a_checkpoint_is_that_of_its_teacher(tmp_path):
     assert np.abs(shown["model"][2] - heads[0]).max() > 1e-4
 
 
-def test_pictured_images_come_from_all_over_the_data_set():
+def test_shown_images_come_from_all_over_the_data_set():
     assert visualize.spread(100, 4) == [0, 33, 66, 99]
     assert visualize.spread(3, 6) == [0, 1, 2]
 
@@ -216,8 +218,8 @@ def test_reconstruction_keeps_the_visible_patches_and_predicts_the_others(tmp_pa
         method.decoder_pred.weight.zero_()
         method.decoder_pred.bias.view(-1, 3).copy_(torch.tensor([-1.0, 1.0, -1.0]))
     flags = {
-        "model": "mae_tiny_patch16_224", "data_set": "digits", "input_size": 32, "patch_size": 8, "mask_type": "random",
-        "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
+        "model": "mae_tiny_patch16_224", "data_set": "digits", "input_size": 32, "patch_size": 8,
+        "mask_type": "random", "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
     }  # fmt: skip
     save_checkpoint(tmp_path / "checkpoint-0.pth", {"model": method.state_dict(), "args": flags})
     line = f"reconstruct --checkpoint {tmp_path}/checkpoint-0.pth --images 1 --output x"
@@ -248,13 +250,14 @@ def tiny_semaim(folder: Path, **options) -> tuple[torch.nn.Module, str]:
 
 def test_orders_of_a_checkpoint_are_those_of_the_network_that_gives_the_map(tmp_path):
     method, saved = tiny_semaim(tmp_path, use_ema_model=True)
-    line = f"orders --checkpoint {saved} --images 2 --output x --orders zigzag attention attention_center --seed 3"
+    line = f"orders --checkpoint {saved} --images 2 --output x --seed 3 "
+    line += "--orders zigzag attention attention_center"
     image, attention, close, rows, similar, central = pictures(
         visualize.orders(*visualize.parse(line.split()))
     )[:6]
-    normalize = visualize.Normalize(visualize.MEAN_STD["imagenet"], torch.device("cpu"))
+    normalize = visualize.Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
     x = normalize({"image": torch.from_numpy(image).permute(2, 0, 1)[None]})["image"]
-    expected = method.look_ahead({"image": x})[1]
+    expected = method.attention_map(x)
     np.testing.assert_allclose(
         attention.ravel(), method.teacher.attention_maps(x)[0, :, 0, 1:].mean(0), atol=1e-6
     )
@@ -311,7 +314,7 @@ def test_orders_of_a_classifier(tmp_path):
     np.testing.assert_allclose(shown[2], maps["cls"].view(4, 4), atol=1e-5)
 
 
-def test_reconstruction_by_a_method_with_an_average_takes_its_map(tmp_path):
+def test_reconstruction_by_a_method_with_an_ema_takes_its_map(tmp_path):
     method, saved = tiny_semaim(
         tmp_path, use_ema_model=True, permutation_type="attention", norm_pix_loss=False
     )
@@ -322,7 +325,7 @@ def test_reconstruction_by_a_method_with_an_average_takes_its_map(tmp_path):
     args = visualize.load_model(saved, "model", flags)[1]
     batch = visualize.default_collate(visualize.training_samples(args, method, 1))
     image = visualize.normalization(args)(batch)["image"]
-    first = method.look_ahead({"image": image})[1].argsort(descending=True)[0, :4]
+    first = method.attention_map(image).argsort(descending=True)[0, :4]
     shown = (
         method.reconstruct({"image": image})
         .masked[0]
@@ -342,7 +345,7 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
     saved = tiny_semaim(tmp_path, predict_feature="inference")[1]
     with pytest.raises(
         ValueError,
-        match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which predicts no pixels",
+        match=r"checkpoint-0\.pth holds semaim_tiny_patch16_224, which does not predict pixels",
     ):
         visualize.reconstruct(
             *visualize.parse(["reconstruct", "--checkpoint", saved, "--output", "x"])
@@ -363,14 +366,16 @@ def test_predicted_features_and_classifiers_have_no_pictures(tmp_path):
         "--nb_classes",
         "10",
     ]
-    with pytest.raises(ValueError, match="holds vit_tiny_patch16_224, which predicts no pixels"):
+    with pytest.raises(
+        ValueError, match="holds vit_tiny_patch16_224, which does not predict pixels"
+    ):
         visualize.reconstruct(*visualize.parse(line))
 
 
 def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
     flags = ["--model", "mae_tiny_patch16_224", "--input_size", "32", "--patch_size", "8"]
     with pytest.raises(
-        ValueError, match=r"draws its masks itself: analysis/visualize\.py reconstruct"
+        ValueError, match=r"draws its masks itself; use analysis/visualize\.py reconstruct"
     ):
         visualize.masks(*visualize.parse(["masks", "--output", "x", *flags]))
 
@@ -379,6 +384,6 @@ def test_pictures_that_a_method_cannot_give_are_refused_by_name(tmp_path):
 # Numbers in words
 
 
-def test_spread_is_mean_and_sample_deviation():
+def test_spread_is_mean_and_sample_std():
     assert report.spread([1.0, 2.0, 6.0]) == "3.0 ± 2.6"
     assert report.spread([41.96]) == "42.0"

@@ -33,6 +33,7 @@ from scripts.benchmarks.gpu_learns import (
 from scripts.experiments.compare_methods import PROBE
 from scripts.gpu_check import Checks
 from unimim.data.sources import digits_source
+from unimim.evaluation.flags import parse_knn
 
 
 def tiny_checks(folder: Path, seconds: float, data_path: Path | None = None) -> Checks:
@@ -213,7 +214,7 @@ def test_features_and_neighbours_are_those_of_run_knn(tmp_path):
         "--knn_k",
         "20",
     ]
-    assert found == pytest.approx(run_knn.main(run_knn.parse(flags))[0].acc1)
+    assert found == pytest.approx(run_knn.main(parse_knn(flags))[0].acc1)
     assert np.isfinite(found)
 
 

@@ -1,5 +1,5 @@
-"""Checkpoint files: written whole or not at all, found, pruned, and read without executing
-anything."""
+"""Writes checkpoint files whole or not at all, finds and prunes them, reads them without running
+code."""
 
 import argparse
 import hashlib
@@ -82,15 +82,16 @@ def _check_plain(value: Any, place: str) -> None:
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The training checkpoints in `folder`, oldest first; `checkpoint-best.pth` and temporary files
-    are none."""
+    """Returns the training checkpoints in `folder`, oldest first; not checkpoint-best.pth."""
     found = [path for path in Path(folder).glob("checkpoint-*.pth") if _NAME.fullmatch(path.name)]
     return sorted(found, key=_position)
 
 
 def latest_valid_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint that reads back whole, or None; each newer one that does not is named
-    in a warning."""
+    """Returns the newest checkpoint that reads back whole, or None.
+
+    Each newer one that does not is named in a warning.
+    """
     for path in reversed(list_checkpoints(folder)):
         try:
             check_checkpoint(path)
@@ -102,8 +103,8 @@ def latest_valid_checkpoint(folder: str | Path) -> Path | None:
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """ValueError unless the file has every byte it was written with and its DeepSpeed folder, if
-    any, is complete."""
+    """Raises a ValueError unless the file is whole and its DeepSpeed folder, if any, is
+    complete."""
     path = Path(path)
     folder = deepspeed_folder(path)
     if folder.is_dir() and not (folder / _COMPLETE).exists():
@@ -116,7 +117,8 @@ def check_checkpoint(path: str | Path) -> None:
 def prune_checkpoints(
     folder: str | Path, keep_last: int | None, written: str | Path | None = None
 ) -> None:
-    """Deletes all but the newest `keep_last` checkpoints with their encoders and DeepSpeed folders;
+    """Deletes all but the newest `keep_last` checkpoints with their encoders and DeepSpeed folders.
+
     None keeps all.
 
     The newest valid checkpoint stays, however many damaged ones are newer; so does `written`, which
@@ -141,8 +143,10 @@ def prune_checkpoints(
 
 
 def _orphans(folder: Path) -> list[Path]:
-    """DeepSpeed folders, of nothing but shards and markers, that no checkpoint belongs to: the save
-    was killed."""
+    """Returns DeepSpeed folders without a checkpoint, whose save was killed.
+
+    They hold nothing but shards and markers.
+    """
     named = [
         path
         for path in folder.glob("checkpoint-*")
@@ -159,30 +163,29 @@ def _is_shard(name: str) -> bool:
 
 
 def deepspeed_folder(path: str | Path) -> Path:
-    """The folder of DeepSpeed's shards that belongs to `checkpoint-*.pth`."""
+    """Returns the folder of DeepSpeed's shards that belongs to `checkpoint-*.pth`."""
     return Path(path).with_suffix("")
 
 
 def encoder_file(path: str | Path) -> Path:
-    """The exported encoder that belongs to `checkpoint-*.pth`."""
+    """Returns the exported encoder that belongs to `checkpoint-*.pth`."""
     path = Path(path)
     return path.with_name(path.name.replace("checkpoint", "encoder", 1)).with_suffix(".safetensors")
 
 
 def begin_deepspeed_folder(folder: str | Path) -> None:
-    """Before DeepSpeed writes its shards: from now on the folder counts as incomplete."""
+    """Marks a folder as incomplete, before DeepSpeed writes its shards."""
     (Path(folder) / _COMPLETE).unlink(missing_ok=True)
 
 
 def sync_deepspeed_folder(folder: str | Path) -> None:
-    """After this rank has written its shards: returns when they are on the disk, which DeepSpeed
-    does not wait for."""
+    """Waits until this rank's shards are on the disk, which DeepSpeed does not do."""
     for shard in Path(folder).glob("*_states.pt"):
         files.fsync(shard)
 
 
 def finish_deepspeed_folder(folder: str | Path) -> None:
-    """After every rank's shards are on the disk: the folder counts as complete."""
+    """Marks a folder as complete, after the shards of all ranks are on the disk."""
     files.fsync(folder)
     files.write_text(Path(folder) / _COMPLETE, "")
     files.fsync(Path(folder).parent)
@@ -208,8 +211,9 @@ def _delete_checkpoint(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU: a file or https address, torch's formats or `.safetensors`,
-    without its code.
+    """Reads a checkpoint onto the CPU without running its code.
+
+    It is a file or an https address, in torch's formats or `.safetensors`.
 
     `args` stored as an argparse.Namespace, as published files have it, becomes a dict. With `mmap`
     tensors are read from the file when they are used, if its format allows: for a look at names and
@@ -261,8 +265,7 @@ def _read_pickle(path: Path, mmap: bool = False) -> Any:
 
 
 def load_module_state(path: str | Path) -> StateDict:
-    """The tensors of a file that `load_checkpoint` reads, or of a pickled module, by their names in
-    it.
+    """Returns the tensors of a file, or of a pickled module, by their names in it.
 
     Nothing of a pickled module is executed: of what its pickle names, only tensors are made,
     everything else becomes an inert record. Raises ValueError for a file that is missing or
@@ -290,8 +293,7 @@ def load_module_state(path: str | Path) -> StateDict:
 
 
 class _Record:
-    """Stands for an object of any class in a pickle: keeps what the object would have been given,
-    and does nothing."""
+    """Stands for an object of any class in a pickle: keeps what it would be given, does nothing."""
 
     dump_patches = False  # torch's old format asks modules' classes
 
@@ -338,8 +340,7 @@ class _InertPickle:
 
 
 def _tensors(value: Any, name: str = "") -> StateDict:
-    """Every tensor in nested dicts and modules' records; names of records are those of their state
-    dict."""
+    """Returns every tensor in nested dicts and modules' records, by the names of a state dict."""
     if isinstance(value, Tensor):
         return {name: value.detach()}
     parts = value.items if isinstance(value, _Record) else value
@@ -355,8 +356,10 @@ def _tensors(value: Any, name: str = "") -> StateDict:
 
 
 def _download(url: str) -> Path:
-    """The file behind `url`, fetched once into torch.hub's cache; a name like x-0123abcd.pth states
-    its SHA-256."""
+    """Returns the file at `url`, fetched once into torch.hub's cache.
+
+    A name like x-0123abcd.pth states its SHA-256.
+    """
     name = Path(url.split("?")[0]).name
     # `-799.pth` is an epoch: torch.hub's own rule takes it for a hash
     stated = re.search(r"-([0-9a-f]{8,})\.", name)

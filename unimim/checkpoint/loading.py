@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,14 @@ from unimim.checkpoint.names import (
 from unimim.checkpoint.resizing import interpolate_pos_embed, interpolate_rel_pos_bias
 
 PUBLISHED_KEYS = "model|module"  # the published default of --model_key
-_HEADS = (
-    "head.",
-    "fc.",
-    "classifier.",
-)  # head.norm is ConvNeXt's last norm, which pre-training trains too
+# head.norm is ConvNeXt's last norm, which pre-training trains too
+_HEADS = ("head.", "fc.", "classifier.")
 _NO_BACKBONE = (*_HEADS, "neck.", "ema_", "inject.", "mask_token", "mask_gamma")
 
 
 @dataclass
 class LoadReport:
-    """What `load_pretrained` did. Names are the model's, in `ignored` the checkpoint's.
+    """What `load_pretrained` did; names are the model's, in `ignored` the checkpoint's.
 
     loaded: every tensor copied; expanded: those of them that came from the shared bias table;
     interpolated: those resized; ignored: checkpoint tensors not used; missing: model tensors left
@@ -65,8 +62,7 @@ def load_pretrained(
     min_matched: float = 0.9,
     new: Collection[str] = (),
 ) -> LoadReport:
-    """Copies the pre-trained weights of a file, https address or loaded dict into `model` (spec
-    ConMIM 6.1).
+    """Copies the pre-trained weights of a file, https address or loaded dict into `model`.
 
     Which weights: the first key of `model_key` (split at "|") that the checkpoint has, else the
     checkpoint itself. With the default key a checkpoint of this repository that has a `teacher`
@@ -101,9 +97,11 @@ def load_pretrained(
     ]
     if lost:
         log.warning(
-            "parts of the blocks in %s have no place in this --model, which computes something else: %s", report.source,
+            "parts of the blocks in %s have no place in this --model, which computes something "
+            "else: %s",
+            report.source,
             _examples(lost),
-        )  # fmt: skip
+        )
     model.load_state_dict(fitted, strict=False)
     return report
 
@@ -111,10 +109,11 @@ def load_pretrained(
 def class_tokens(
     path_or_state: str | Path | dict[str, Any], *, model_key: str = PUBLISHED_KEYS, prefix: str = ""
 ) -> int | None:
-    """How many class tokens these weights have, for a model that is to take them; None: one, as
-    usual, or none.
+    """Returns how many class tokens these weights have, for a model that is to load them.
 
-    A model with fewer would lose them and the positions (spec SemanticMIM 3.4). Arguments and
+    None: one, as usual, or none.
+
+    A model with fewer would lose them and the positions. Arguments and
     errors are those of `load_pretrained`.
     """
     from_file = not isinstance(path_or_state, dict)
@@ -125,13 +124,37 @@ def class_tokens(
     return token.shape[1] if token is not None and token.ndim == 3 and token.shape[1] > 1 else None
 
 
+def unwrapped(
+    checkpoint: dict[str, Any], keys: Sequence[str], prefixes: Sequence[str] = ()
+) -> StateDict:
+    """Returns the tensors of a loaded checkpoint by their names, without what is around them.
+
+    The state dict lies under the first of `keys` that holds one, else it is the checkpoint itself.
+    Where names begin with one of `prefixes`, only those names stay, without the prefix; this is
+    repeated until no name begins with any.
+    """
+    key = next((key for key in keys if isinstance(checkpoint.get(key), dict)), None)
+    state = checkpoint if key is None else checkpoint[key]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    while any(name.startswith(tuple(prefixes)) for name in tensors):
+        prefix = next(p for p in prefixes if any(name.startswith(p) for name in tensors))
+        tensors = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+    return tensors
+
+
 def _select_weights(
     checkpoint: dict[str, Any], model_key: str, name: str
 ) -> tuple[str, dict[str, Any]]:
-    if model_key == PUBLISHED_KEYS and checkpoint.get("teacher"):
-        return "teacher", checkpoint["teacher"]
-    # SemAIM's files have the weights under a key of its own
-    for key in (*model_key.split("|"), *(["state_dict"] if model_key == PUBLISHED_KEYS else [])):
+    """Returns the key of the weights that --model_key names, "" for a bare state dict, and them."""
+    keys = model_key.split("|")
+    if model_key == PUBLISHED_KEYS:
+        # a teacher is what the published recipe fine-tunes; SemAIM's files say state_dict
+        keys = ["teacher", *keys, "state_dict"]
+    for key in keys:
         if isinstance(checkpoint.get(key), dict):
             return key, checkpoint[key]
     if not any(isinstance(value, Tensor) for value in checkpoint.values()):
@@ -143,7 +166,7 @@ def _select_weights(
 def backbone_weights(
     checkpoint: dict[str, Any], name: str, model_key: str = PUBLISHED_KEYS
 ) -> StateDict:
-    """What is not classifier, neck, decoder or token of a loaded checkpoint, under native names.
+    """Returns a loaded checkpoint's backbone under native names: no classifier, neck or decoder.
 
     Of OpenMixup's files and of classifiers; of a pre-training method's it is what the method
     exports itself. ValueError: there is nothing else.
@@ -165,7 +188,7 @@ def backbone_weights(
 
 
 def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
-    """The tensors whose names begin with `prefix`, without it."""
+    """Returns the tensors whose names begin with `prefix`, without it."""
     inside = [
         key for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)
     ]
@@ -176,7 +199,7 @@ def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
 
 
 def _expand_to_blocks(state: StateDict, target: StateDict, report: LoadReport) -> StateDict:
-    """The shared bias table in every block of a model that has one table a block."""
+    """Puts the shared bias table into every block of a model that has one table a block."""
     tables = [key for key in target if key.startswith("blocks.") and key.endswith(_TABLE)]
     if _SHARED_TABLE not in state or _SHARED_TABLE in target or not tables:
         return state
@@ -185,7 +208,8 @@ def _expand_to_blocks(state: StateDict, target: StateDict, report: LoadReport) -
 
 
 def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadReport) -> StateDict:
-    """The tensors that the model has a place for, in its shapes; fills the report's lists."""
+    """Returns the tensors that the model has a place for, in its shapes; fills the report's
+    lists."""
     fitted = {}
     for key, value in state.items():
         if key not in target or (key.startswith(_HEADS) and value.shape != target[key].shape):
@@ -196,7 +220,8 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
             report.interpolated.append(key)
         if fitted[key].shape != target[key].shape:
             raise ValueError(
-                f"{report.source}: {key} has shape {tuple(value.shape)}, the model wants {tuple(target[key].shape)}"
+                f"{report.source}: {key} has shape {tuple(value.shape)}, the model wants "
+                f"{tuple(target[key].shape)}"
             )
     report.loaded = list(fitted)
     report.missing = [key for key in target if key not in fitted]
@@ -205,9 +230,8 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
 
 def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Tensor:
     if key.endswith(_TABLE) and value.shape[0] != shape[0]:
-        extra = (
-            3 if hasattr(model, "cls_token") else 0
-        )  # rows of a ViT's class token; a Swin has none
+        # rows of a ViT's class token; a Swin has none
+        extra = 3 if hasattr(model, "cls_token") else 0
         side = math.isqrt(value.shape[0] - extra)
         if side**2 + extra != value.shape[0] or side % 2 == 0:
             raise ValueError(
@@ -233,9 +257,9 @@ def _check_matched(
     if report.matched < min_matched:
         ignored = sorted(set(state) - set(report.loaded))
         raise ValueError(
-            f"{report.source} matches only {report.matched:.0%} of the encoder, {min_matched:.0%} are needed: the "
-            f"model has {_examples(unmatched)}; the file has {_examples(ignored)}; is it for this --model, "
-            "--model_prefix and --model_key?"
+            f"{report.source} matches only {report.matched:.0%} of the encoder, {min_matched:.0%} "
+            f"are needed: the model has {_examples(unmatched)}; the file has "
+            f"{_examples(ignored)}; is it for this --model, --model_prefix and --model_key?"
         )
 
 
@@ -245,7 +269,7 @@ def _examples(names: list[str], limit: int = 4) -> str:
 
 
 def _listed(names: Collection[str], limit: int = 40) -> list[str]:
-    """Blocks in one line; of networks that have none, how many names begin alike."""
+    """Folds the names of blocks; of networks without blocks, counts names that begin alike."""
     folded = _fold_blocks(names)
     if len(folded) <= limit:
         return folded
@@ -254,7 +278,7 @@ def _listed(names: Collection[str], limit: int = 40) -> list[str]:
 
 
 def _fold_blocks(names: Collection[str]) -> list[str]:
-    """blocks.0.x, blocks.1.x, blocks.2.x, blocks.5.x -> blocks.0-2,5.x"""
+    """Turns blocks.0.x, blocks.1.x, blocks.2.x, blocks.5.x into blocks.0-2,5.x."""
     numbers: dict[str, list[int]] = {}
     for name in names:
         found = re.search(r"blocks\.(\d+)\.", name)

@@ -1,5 +1,4 @@
-"""State-dict names of the published projects: to the native ones on loading, to timm's on
-export."""
+"""Translates state-dict names: published projects' to native ones, native ones to timm's."""
 
 import re
 from collections.abc import Callable, Collection
@@ -13,10 +12,11 @@ _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 
 
 def to_timm(state_dict: StateDict) -> StateDict:
-    """An encoder in native names under timm's: `Beit` for the BEiT form, else `VisionTransformer`;
-    both load strictly.
+    """Returns an encoder in native names under timm's names; timm loads it strictly.
 
-    The BEiT form (bias tables, or query and value biases with layer scale) gets one bias table a
+    The BEiT variant is timm's `Beit`, any other its `VisionTransformer`.
+
+    The BEiT variant (bias tables, or query and value biases with layer scale) gets one bias table a
     block; a plain ViT gets whole qkv biases and timm's layer-scale names, as does any with several
     class tokens, which are timm's class token and `reg_tokens` registers. The features are the
     same. A converted dict stays as it is.
@@ -26,9 +26,8 @@ def to_timm(state_dict: StateDict) -> StateDict:
         for key, value in state_dict.items()
         if not key.endswith("relative_position_index")
     }
-    if not any(
-        key.startswith("blocks.") for key in state
-    ):  # no plain transformer: Swin, or a convolutional network
+    # no plain transformer: Swin, or a convolutional network
+    if not any(key.startswith("blocks.") for key in state):
         return state
     state = fuse_qkv(state)
     several = "cls_token" in state and state["cls_token"].shape[1] > 1
@@ -45,8 +44,10 @@ def to_timm(state_dict: StateDict) -> StateDict:
 
 
 def _to_native(state: StateDict, target: Collection[str]) -> StateDict:
-    """The state under the model's names: every converter that recognizes the names it meets is
-    applied, in order."""
+    """Returns the state under the model's names.
+
+    Every converter that recognizes the names it meets is applied, in order.
+    """
     for recognize, convert in _CONVERTERS:
         if recognize(state, target):
             state = convert(state)
@@ -72,8 +73,7 @@ def _rename(state: StateDict, pattern: str, replacement: str) -> StateDict:
 
 
 def _expand_shared_table(state: StateDict, depth: int) -> StateDict:
-    """Gives each block the shared bias table, added to the block's own if any: the two biases add
-    in attention."""
+    """Gives each block the shared bias table, added to the block's own table if it has one."""
     state = dict(state)
     shared = state.pop(_SHARED_TABLE, None)
     if shared is not None:
@@ -84,8 +84,10 @@ def _expand_shared_table(state: StateDict, depth: int) -> StateDict:
 
 
 def _split_qkv_bias(state: StateDict) -> StateDict:
-    """Query and value biases from whole ones. A key bias adds the same to all scores of a query:
-    softmax drops it."""
+    """Splits qkv biases into query and value biases.
+
+    A key bias adds the same to all scores of a query, and softmax drops it.
+    """
     split = {}
     for key, value in state.items():
         if key.endswith("attn.qkv.bias"):
@@ -97,13 +99,13 @@ def _split_qkv_bias(state: StateDict) -> StateDict:
 
 
 def _join_registers(state: StateDict) -> StateDict:
-    """timm's class token and registers as class tokens."""
+    """Joins timm's class token and registers as class tokens."""
     joined = {key: value for key, value in state.items() if key != "reg_token"}
     return joined | {"cls_token": torch.cat((state["cls_token"], state["reg_token"]), dim=1)}
 
 
 def _fuse_qkv_bias(state: StateDict) -> StateDict:
-    """Whole qkv biases from query and value biases, with zeros for the keys."""
+    """Joins query and value biases as whole qkv biases, with zeros for the keys."""
     fused = {key: value for key, value in state.items() if not key.endswith((".q_bias", ".v_bias"))}
     for key, query in state.items():
         if key.endswith(".q_bias"):
@@ -115,8 +117,7 @@ def _fuse_qkv_bias(state: StateDict) -> StateDict:
 
 
 def fuse_qkv(state: StateDict) -> StateDict:
-    """SAIM's separate projections to queries, keys and values of the encoder's blocks as joint
-    ones."""
+    """Joins SAIM's separate projections to queries, keys and values of the encoder's blocks."""
     fused = {}
     for key, value in state.items():
         found = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", key)
@@ -130,12 +131,11 @@ def fuse_qkv(state: StateDict) -> StateDict:
 
 
 def from_mmpretrain(state: StateDict) -> StateDict:
-    """OpenMMLab's names of a ViT, and SemanticMIM's, as native ones (spec SemanticMIM 8)."""
+    """Returns OpenMMLab's ViT, or SemanticMIM's, under native names."""
     native: StateDict = {}
     for name, value in state.items():
-        if _is_openmixup_extra(name) and not name.startswith(
-            "neck.fc."
-        ):  # which is MaskFeat's head
+        # neck.fc is MaskFeat's head
+        if _is_openmixup_extra(name) and not name.startswith("neck.fc."):
             continue
         for pattern, replacement in _MMPRETRAIN_NAMES:
             name = re.sub(pattern, replacement, name)
@@ -153,8 +153,8 @@ _MMPRETRAIN_NAMES = (
 
 
 def _join_key_values(state: StateDict) -> StateDict:
-    """A projection to queries and one to keys and values (`q` and `kv`, `q_proj` and `kv_proj`) as
-    one to all three."""
+    """Joins a projection to queries and one to keys and values (`q` and `kv`, or `q_proj` and
+    `kv_proj`)."""
     joined = {}
     for name, value in state.items():
         found = re.fullmatch(r"(.*\.attn\.)(q|kv)(_proj)?\.(weight|bias)", name)
@@ -166,9 +166,9 @@ def _join_key_values(state: StateDict) -> StateDict:
     return joined
 
 
-# OpenMixup's names (specs/a2mim.md 6): what its ViT, Swin and ConvNeXt are known by, and how their
-# names change into timm's, one rule after another. Its ResNet has timm's names but for the
-# classifier.
+# OpenMixup's names (docs/methods/simmim_a2mim.md#checkpoints-of-openmixup): what its ViT, Swin and
+# ConvNeXt are known by, and how their names change into timm's, one rule after another. Its ResNet
+# has timm's names but for the classifier.
 _OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], ...]] = {
     ".ln1.weight": (
         (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^layers\.", "blocks."), (r"\.ln(\d)\.", r".norm\1."),
@@ -193,13 +193,13 @@ _OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], .
 def openmixup_rules(
     names: Collection[str],
 ) -> tuple[tuple[str, str | Callable[[re.Match], str]], ...]:
-    """The rules for a model of these names, which have no "backbone." in front; none for another
+    """Returns the rules for a model of these names, without "backbone."; none for another
     naming."""
     return next((rules for mark, rules in _OPENMIXUP_NAMES.items() if _has(names, mark)), ())
 
 
 def from_openmixup(state: StateDict) -> StateDict:
-    """OpenMixup's ViT, Swin, ConvNeXt or ResNet, "backbone." in front or not, under timm's names.
+    """Returns OpenMixup's ViT, Swin, ConvNeXt or ResNet, "backbone." or not, under timm's names.
 
     A neck, averages, indices and masks are left out, a classifier is kept. Swin's patch merging is
     brought into timm's order of columns.
@@ -227,7 +227,7 @@ def _is_openmixup_extra(name: str) -> bool:
 
 
 def _columns_first(value: Tensor) -> Tensor:
-    """The last axis of patch merging from (C, row, column) to (column, row, C)."""
+    """Reorders the last axis of patch merging from (C, row, column) to (column, row, C)."""
     return value.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
 
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
+from unimim.sizes import to_pair
+
 
 def interpolate_rel_pos_bias(
     table: Tensor,
@@ -15,8 +17,7 @@ def interpolate_rel_pos_bias(
     dst_window: int | tuple[int, int],
     num_extra: int = 3,
 ) -> Tensor:
-    """Resizes a relative position table for another window (spec ConMIM 6.2, BEiT's geometric
-    positions).
+    """Resizes a relative position table for another window, at BEiT's geometric positions.
 
     `table` is [(2 h - 1) (2 w - 1) + num_extra, heads] for a window of h x w patches; an int means
     a square. Along each axis the rows are put at the geometrically spaced `source_coordinates`, a
@@ -24,7 +25,7 @@ def interpolate_rel_pos_bias(
     float64, and read at the whole offsets of the new window, clamped to the source's range. The
     last `num_extra` rows are copied. Returns the table's dtype.
     """
-    src, dst = _pair(src_window), _pair(dst_window)
+    src, dst = to_pair(src_window), to_pair(dst_window)
     if src == dst:
         return table
     offsets, extra = table.detach().split([table.shape[0] - num_extra, num_extra])
@@ -35,8 +36,10 @@ def interpolate_rel_pos_bias(
 
 
 def geometric_ratio(src_window: int, dst_window: int) -> float:
-    """Ratio q in [1.01, 1.5] for which 1 + q + q^2 + ..., src_window - 1 terms, comes nearest to
-    dst_window - 1.
+    """Returns the ratio q in [1.01, 1.5] for which 1 + q + q^2 + ... comes nearest to dst_window -
+    1.
+
+    The sum has src_window - 1 terms.
 
     The last midpoint of a bisection down to 1e-6, as published.
     """
@@ -51,7 +54,8 @@ def geometric_ratio(src_window: int, dst_window: int) -> float:
 
 
 def source_coordinates(src_window: int, ratio: float) -> np.ndarray:
-    """0, +-1, +-(1 + q), +-(1 + q + q^2), ... in ascending order: float64 [2 * src_window - 1]."""
+    """Returns 0, +-1, +-(1 + q), +-(1 + q + q^2), ... in ascending order: float64 [2 * src_window -
+    1]."""
     positive = np.cumsum(ratio ** np.arange(src_window - 1))
     return np.concatenate([-positive[::-1], [0.0], positive])
 
@@ -59,13 +63,12 @@ def source_coordinates(src_window: int, ratio: float) -> np.ndarray:
 def interpolate_pos_embed(
     pos_embed: Tensor, dst_grid: int | tuple[int, int], num_prefix: int
 ) -> Tensor:
-    """Resizes absolute positions [1, num_prefix + g * g, C] to a grid of patches, bicubic (spec
-    ConMIM 6.3).
+    """Resizes absolute positions [1, num_prefix + g * g, C] to a grid of patches, bicubic.
 
     The prefix rows (class token) are copied. Returns [1, num_prefix + dst_h * dst_w, C] in the
     dtype of `pos_embed`.
     """
-    dst = _pair(dst_grid)
+    dst = to_pair(dst_grid)
     prefix, patches = pos_embed.detach().split([num_prefix, pos_embed.shape[1] - num_prefix], dim=1)
     side = math.isqrt(patches.shape[1])
     if side**2 != patches.shape[1]:
@@ -79,12 +82,8 @@ def interpolate_pos_embed(
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(prefix)], dim=1)
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def resample(values: np.ndarray, axis: int, src_window: int, dst_window: int) -> np.ndarray:
-    """One axis of offsets, 2 * src_window - 1, read at those of another window; linear in
+    """Reads one axis of offsets, 2 * src_window - 1, at those of another window; linear in
     `values`."""
     if src_window == dst_window:
         return values

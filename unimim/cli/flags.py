@@ -1,12 +1,14 @@
 """The flags in labelled groups; names are the published ones."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from masking_generator import PATCH_ORDERS
-from modeling_finetune import ATTENTION_KERNELS
-from modeling_targets import PREDICTED_FEATURES, TARGET_PRECISIONS
+from modeling_finetune import ATTENTION_KERNELS, registered_flags
 from optim_factory import LR_SCHEDULES
 from unimim.data.crops import INTERPOLATIONS
+from unimim.errors import OptionError
+from unimim.flag import Flag
 
 # Accepted because published commands carry them; they had no effect there either.
 LEFTOVERS = {
@@ -14,10 +16,17 @@ LEFTOVERS = {
     "finetune": ("warmup_lr", "resplit"),
 }  # fmt: skip
 _LEFTOVER_SWITCHES = ("no_loss_masked", "resplit")
+# The flags behind what models report errors of; a method's own flags come from its class.
+_FLAGS_OF_OPTIONS = {
+    "model": "model", "backbone": "model", "input_size": "input_size", "patch_size": "patch_size",
+    "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
+    "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type",
+    "layer": "layer",
+}  # fmt: skip
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
-    """The parser of `stage`: "pretrain" or "finetune"."""
+    """Returns the parser of `stage`: "pretrain" or "finetune"."""
     titles = {
         "pretrain": "Masked-image-modelling pre-training",
         "finetune": "Fine-tuning and evaluation for classification",
@@ -45,7 +54,17 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     return parser
 
 
-class _Rate(argparse.Action):
+@contextmanager
+def options_as_flags() -> Iterator[None]:
+    """Raises a ValueError in the command line's words in place of a model's OptionError."""
+    try:
+        yield
+    except OptionError as error:
+        flags = {flag.option or flag.name: flag.name for flag in registered_flags()}
+        raise ValueError(error.in_flags(flags | _FLAGS_OF_OPTIONS)) from error
+
+
+class _LearningRate(argparse.Action):
     """--lr and --blr replace each other: the one that comes later counts."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -106,17 +125,20 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--recompute_gelu", choices=("auto", "on", "off"), default="auto",
-        help="a fifth less memory by making the GELU again in the backward pass; auto: on a CPU, where it is free",
+        help="a fifth less memory by making the GELU again in the backward pass; auto: on a CPU, "
+        "where it is free",
     )  # fmt: skip
     group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Where the images come from and how they are read."""
+    """Adds where the images come from and how they are read."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data_set", default=None, choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes"),
-        help="IMNET: map files beside folders or zips; None: found out from --data_path, or digits without one",
+        "--data_set", default=None,
+        choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes"),
+        help="IMNET: map files beside folders or zips; None: inferred from --data_path; digits "
+        "without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
@@ -129,11 +151,12 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             nargs=2,
             default=(0.08, 1.0),
             metavar=("MIN", "MAX"),
-            help="share of the area that a crop keeps",
+            help="fraction of the area that a crop keeps",
         )
         group.add_argument(
             "--color_jitter", type=float, default=0.0,
-            help="range of brightness, contrast and saturation of the whole picture, before the crop; BEiT: 0.4",
+            help="range of brightness, contrast and saturation of the whole image, before the "
+            "crop; BEiT: 0.4",
         )  # fmt: skip
         group.add_argument(
             "--data_pipeline",
@@ -156,15 +179,15 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--label_fraction",
         type=float,
         default=1.0,
-        help="train on this share of each class, the first ones",
+        help="train on this fraction of each class, the first images",
     )
 
 
 def add_loader_flags(group: argparse._ArgumentGroup) -> None:
-    """How images are normalized and read, and what becomes of unreadable ones."""
+    """Adds how images are normalized and read, and what becomes of unreadable ones."""
     _switch(
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
-        help="ImageNet mean and standard deviation instead of 0.5",
+        help="ImageNet mean and std instead of 0.5",
     )  # fmt: skip
     group.add_argument("--num_workers", type=int, default=10)
     _switch(group, "pin_mem", "no_pin_mem", help="pinned host memory for faster copies to a GPU")
@@ -180,7 +203,7 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Batch, optimizer and schedules."""
+    """Adds the flags of batch, optimizer and schedules."""
     pretrain = stage == "pretrain"
     group = parser.add_argument_group("optimizer and schedule")
     group.add_argument(
@@ -217,19 +240,20 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--lr",
         type=float,
         default=5e-4,
-        action=_Rate,
+        action=_LearningRate,
         help="peak learning rate, not scaled by the batch size",
     )
     group.add_argument(
         "--blr",
         type=float,
         default=None,
-        action=_Rate,
+        action=_LearningRate,
         help="in place of --lr: the peak for 256 images a step",
     )
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="cosine",
-        help="mae: its warm-up reaches the peak one step later, as in MAE's code; the others are A2MIM's",
+        help="mae: its warm-up reaches the peak one step later, as in MAE's code; the others are "
+        "A2MIM's",
     )  # fmt: skip
     group.add_argument(
         "--lr_steps",
@@ -243,7 +267,8 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--warmup_ratio", type=float, default=0.0,
-        help="of --lr_schedule step, cosine_iters, cosine_epochs: what share of the rate the warm-up begins with",
+        help="of --lr_schedule step, cosine_iters, cosine_epochs: ratio of the lr that the warm-up "
+        "begins with",
     )  # fmt: skip
     group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
     group.add_argument("--warmup_epochs", type=int, default=5)
@@ -263,7 +288,7 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--mask_patch_size",
         type=int,
         default=None,
-        help="random_mps32: cell side in pixels; None: two patches",
+        help="random_mps32: side of a masked square in pixels; None: two patches",
     )
     group.add_argument(
         "--num_mask_patches",
@@ -275,25 +300,9 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--min_mask_patches_per_block", type=int, default=16)
     group.add_argument(
         "--separate_mask_ratio", type=float, default=None, metavar="RATIO",
-        help="SemanticMIM: predict this share of the patches, drawn by itself; None: the hidden ones",
+        help="SemanticMIM: predict this ratio of the patches, drawn separately; None: masked ones",
     )  # fmt: skip
-    _semanticmim_flags(parser)
-    group = parser.add_argument_group("ConMIM; None: the model's own")
-    group.add_argument("--temp", type=float, default=None, help="temperature of the contrast")
-    group.add_argument(
-        "--t_momentum",
-        type=float,
-        default=None,
-        help="teacher momentum at the first step; 1 at the last",
-    )
-    group = parser.add_argument_group("MAE and SemMAE; None: the model's own")
-    _switch(
-        group,
-        "norm_pix_loss",
-        "no_norm_pix_loss",
-        default=None,
-        help="predict each patch normalized by itself",
-    )
+    group = parser.add_argument_group("parts (SemMAE)")
     group.add_argument(
         "--part_maps",
         default=None,
@@ -302,111 +311,41 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument(
         "--part_source", choices=("maps", "attention_heads", "kmeans", "random"), default="maps",
-        help="maps: any that --part_maps holds; attention_heads, kmeans: maps of that kind; random: without meaning",
+        help="maps: any that --part_maps holds; attention_heads, kmeans: maps of that kind; "
+        "random: without meaning",
     )  # fmt: skip
-    group.add_argument(
-        "--num_parts", type=int, default=None, help="number of parts, the background among them"
-    )
-    group.add_argument(
-        "--mask_lambda",
-        type=float,
-        default=None,
-        help="constant: 1 a share of each part, 0 whole parts",
-    )
-    group.add_argument(
-        "--mask_lambda_power",
-        type=float,
-        default=None,
-        help="from shares to whole parts: 1 - t ** POWER",
-    )
-    _semaim_flags(parser)
-
-
-def _semanticmim_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("BEiT, MaskFeat and SemanticMIM; None: the model's own")
-    group.add_argument(
-        "--discrete_vae_weight_path", default=None, metavar="FILE",
-        help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
-    )  # fmt: skip
+    group = parser.add_argument_group("images of the tokenizer (BEiT, SemanticBEiT)")
     group.add_argument(
         "--second_input_size",
         type=int,
         default=None,
-        help="side of its pictures; None: one word for each patch",
+        help="side of the tokenizer's images; None: one visual token for each patch",
     )
     group.add_argument("--second_interpolation", choices=INTERPOLATIONS, default="lanczos")
-    group.add_argument(
-        "--num_cls_tokens",
-        type=int,
-        default=None,
-        help="class tokens, through which all has to pass",
-    )
-    _switch(
-        group, "use_bottleneck", "no_bottleneck", default=None,
-        help="mask tokens see class tokens only; without, SemanticMIM's baseline",
-    )  # fmt: skip
+    _method_flags(parser)
 
 
-def _semaim_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("SemAIM; None: the model's own")
+def _method_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that the classes of the registered methods list, in groups of those that the
+    same classes take."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for flag, classes in registered_flags().items():
+        if f"--{flag.name}" in parser._option_string_actions:  # the data take it too
+            continue
+        title = ", ".join(classes)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title, "None: the model's own value")
+        _add_flag(groups[title], flag)
+
+
+def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    if flag.off:
+        _switch(group, flag.name, flag.off, default=flag.default, help=flag.help)
+        return
     group.add_argument(
-        "--permutation_type", choices=PATCH_ORDERS, default=None,
-        help="order of the patches; zigzag is row-major, raster serpentine; attention_center is SemAIM's",
+        f"--{flag.name}", type=flag.type, choices=flag.choices, default=flag.default,
+        metavar=flag.metavar, help=flag.help,
     )  # fmt: skip
-    group.add_argument(
-        "--attention_type", choices=("cls", "gap", "self"), default=None,
-        help="the map that an attention order follows: similarity to the class token or the mean, or self-attention",
-    )  # fmt: skip
-    group.add_argument(
-        "--order_precision",
-        choices=("fp32", "auto"),
-        default=None,
-        help="of the pass for the map; auto: --precision",
-    )
-    group.add_argument("--query_depth", type=int, default=None, help="blocks of the query stream")
-    _switch(
-        group,
-        "share_weight",
-        "no_share_weight",
-        default=None,
-        help="encoder blocks serve as query blocks",
-    )
-    group.add_argument("--prediction_head_type", choices=("MLP", "LINEAR"), default=None)
-    group.add_argument(
-        "--gaussian_kernel_size",
-        type=int,
-        default=None,
-        help="of the blur of the pixels to predict",
-    )
-    group.add_argument("--gaussian_sigma", type=float, default=None)
-    group.add_argument("--loss_type", choices=("L1", "L2"), default=None, help="of pixels")
-    group.add_argument(
-        "--predict_feature", choices=PREDICTED_FEATURES, default=None,
-        help="in place of pixels: features of the network, of its average, of a DINO or a CLIP model",
-    )  # fmt: skip
-    group.add_argument(
-        "--target_model",
-        default=None,
-        metavar="PATH",
-        help="the DINO or CLIP model: a file, or timm's name of it",
-    )
-    group.add_argument(
-        "--target_precision",
-        choices=TARGET_PRECISIONS,
-        default=None,
-        help="of that model; auto: --precision",
-    )
-    group.add_argument(
-        "--target_mean_std", choices=("images", "own"), default="images",
-        help="what that model's images are normalized by: as all images, which is as published, or by its own values",
-    )  # fmt: skip
-    _switch(
-        group,
-        "use_ema_model",
-        "no_use_ema_model",
-        default=None,
-        help="keep an average, which gives the map",
-    )
 
 
 def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
@@ -461,7 +400,7 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "model_ema",
         "no_model_ema",
         default=False,
-        help="keep and evaluate an average of the weights",
+        help="keep and evaluate an ema of the weights",
     )
     group.add_argument("--model_ema_decay", type=float, default=0.9999)
     group.add_argument(
@@ -487,8 +426,8 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Device, precision and the processes: all that a script without training needs of the
-    engine."""
+    """Adds the flags of device, precision and processes, all that a script without training needs
+    of the engine."""
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--device", default="cuda", help="cuda (falls back to cpu where there is none) or cpu"
@@ -500,7 +439,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help="auto: bf16 where the hardware has it",
     )
     group.add_argument(
-        "--dist_on_itp", action="store_true", help="read the process's place from OpenMPI"
+        "--dist_on_itp", action="store_true", help="read the process's rank from OpenMPI"
     )
     group.add_argument("--dist_url", default="env://")
     group.add_argument(
@@ -516,13 +455,14 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Device, precision, DeepSpeed and the processes."""
+    """Adds the flags of device, precision, DeepSpeed and processes."""
     group = add_process_flags(parser)
     group.add_argument(
         "--matmul_precision",
         choices=("auto", "highest", "high"),
         default="auto",
-        help="of float32 products and convolutions: high takes TF32 on a GPU; auto: high on a GPU, highest on a CPU",
+        help="of float32 products and convolutions: high takes TF32 on a GPU; auto: high on a GPU, "
+        "highest on a CPU",
     )
     _switch(
         group,
@@ -558,12 +498,13 @@ def add_recipe_flag(group: argparse._ArgumentGroup) -> None:
     """Adds --recipe, whose values `parse` and `parse_flags` take as defaults."""
     group.add_argument(
         "--recipe", default=None, metavar="NAME",
-        help="published settings, --model too; scripts/recipe.sh --list shows them. None: those of the model, if any",
+        help="published settings, --model too; scripts/recipe.sh --list shows them. None: those of "
+        "the model, if any",
     )  # fmt: skip
 
 
 def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Output, log, checkpoints and resuming."""
+    """Adds the flags of output, log, checkpoints and resuming."""
     group = parser.add_argument_group("run")
     add_recipe_flag(group)
     group.add_argument(
@@ -581,7 +522,8 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--resume",
         default="",
-        help="checkpoint to go on from; a run that SIGTERM, SIGINT or SIGUSR1 stopped has saved one and exits with 75",
+        help="checkpoint to go on from; a run that SIGTERM, SIGINT or SIGUSR1 stopped has saved "
+        "one and exits with 75",
     )
     if stage == "pretrain":
         group.add_argument(

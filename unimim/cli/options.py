@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from modeling_finetune import is_of_timm, list_models
+from modeling_finetune import entry_of, list_models
 from optim_factory import takes_betas
 from unimim.cli.flags import LEFTOVERS, build_parser
 from unimim.engine.runner import has_bf16
@@ -50,8 +50,8 @@ def parse_flags(
     *checks: Callable[[argparse.Namespace], None],
     stage: str | None = None,
 ) -> argparse.Namespace:
-    """Of a script whose model has no recipe by itself: defaults < --recipe < --config < command
-    line, then the checks.
+    """Reads the flags of a script whose model has no recipe by itself: defaults < --recipe <
+    --config < command line, then the checks.
 
     `stage` is that of the recipes which --recipe may name, None without that flag. Exits with
     argparse's message on bad flags.
@@ -75,7 +75,7 @@ def parse_flags(
 
 
 def named_recipe(name: str | None, stage: str) -> Recipe | None:
-    """The recipe of that name, which must be of this stage; None for None."""
+    """Returns the recipe of that name, which must be of this stage; None for None."""
     recipe = by_name(name) if name else None
     if recipe and recipe.stage != stage:
         raise ValueError(f"--recipe {name} is not for this script; use it with {recipe.program}")
@@ -83,8 +83,8 @@ def named_recipe(name: str | None, stage: str) -> Recipe | None:
 
 
 def recipe_values(recipe: Recipe, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The values that the recipe's model and flags have for this parser, as if they stood on the
-    command line."""
+    """Returns the values that the recipe's model and flags have for this parser, as if they stood
+    on the command line."""
     bare = copy.deepcopy(parser)
     bare._defaults.clear()
     for action in bare._actions:
@@ -96,7 +96,7 @@ def recipe_values(recipe: Recipe, parser: argparse.ArgumentParser) -> dict[str, 
 
 
 def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
-    """Names of the flags that stand on the command line."""
+    """Returns the names of the flags that stand on the command line."""
     parser = build_parser(stage)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -104,11 +104,11 @@ def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
 
 
 def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) -> None:
-    """Defaults that do not fit what was asked for give way; what the user gave stays, and may be
+    """Replaces defaults that do not fit what was asked for; what the user gave stays, and may be
     refused later."""
-    if (
-        "layer_decay" in args and not has_recipe and is_of_timm(args.model)
-    ):  # they are for ViTs, few networks take them
+    entry = entry_of(args.model)
+    # the defaults of these two are for ViTs; few other networks take them
+    if "layer_decay" in args and not has_recipe and entry and entry.kind == "timm":
         args.layer_decay = args.layer_decay if "layer_decay" in given else 1.0
         args.drop_path = args.drop_path if "drop_path" in given else 0.0
     if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
@@ -124,7 +124,7 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The values of a YAML file, which must all be flags of this script."""
+    """Returns the values of a YAML file, which must all be flags of this script."""
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist")
     try:
@@ -137,22 +137,21 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         values = {"lr": None, "blr": None} | values
     known = {action.dest for action in parser._actions}
     if unknown := values.keys() - known:
-        raise ValueError(
-            f"--config {path} has names that are no flags: {', '.join(sorted(unknown))}"
-        )
+        raise ValueError(f"--config {path} contains unknown options: {', '.join(sorted(unknown))}")
     for action in parser._actions:  # argparse checks types of defaults, not choices
         if action.choices and values.get(action.dest, action.default) not in (
             *action.choices,
             action.default,
         ):
             raise ValueError(
-                f"--config {path}: --{action.dest} is not one of {', '.join(map(str, action.choices))}"
+                f"--config {path}: --{action.dest} is not one of "
+                f"{', '.join(map(str, action.choices))}"
             )
     return values
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Combinations that cannot work, each refused in one sentence."""
+    """Refuses combinations that cannot work, each in one sentence."""
     for name in (
         "batch_size",
         "update_freq",
@@ -170,7 +169,8 @@ def validate(args: argparse.Namespace) -> None:
     separate = getattr(args, "separate_mask_ratio", None)
     if separate is not None and (not 0 < separate < 1 or args.mask_type == "block"):
         raise ValueError(
-            f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random --mask_type"
+            f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random "
+            "--mask_type"
         )
     for name in ("deepspeed_config", "offload"):
         if getattr(args, name) and not args.enable_deepspeed:
@@ -180,9 +180,7 @@ def validate(args: argparse.Namespace) -> None:
     if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
         raise ValueError(f"--keep_checkpoints must be at least 1, not {args.keep_checkpoints}")
     if getattr(args, "lr_schedule", "") == "step" and not args.lr_steps:
-        raise ValueError(
-            "--lr_schedule step needs --lr_steps, the epochs after which the rate falls"
-        )
+        raise ValueError("--lr_schedule step needs --lr_steps, the epochs after which the lr falls")
     mixing = (
         getattr(args, "mixup", 0)
         or getattr(args, "cutmix", 0)
@@ -195,7 +193,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
+    """Returns constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
     options = {
         name: getattr(args, name)
         for name in ("input_size", "patch_size")
@@ -212,12 +210,12 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
-    """Those flags that have a value; for the others the model's own holds."""
+    """Returns the flags that have a value; for the others the model's own holds."""
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def resolve_lr(args: argparse.Namespace) -> None:
-    """--blr is for 256 images a step and grows with the effective batch. A script without training has no --lr."""
+    """Sets --lr by --blr, which is for 256 images a step and grows with the effective batch."""
     if "lr" in args and args.lr is None:
         args.lr = args.blr * effective_batch(args) / 256
 
@@ -243,7 +241,7 @@ def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
     for name in LEFTOVERS["pretrain"] + LEFTOVERS["finetune"]:
         if getattr(args, name, None):
             log.info(
-                "--%s is accepted for old commands' sake and has no effect, as in the published code",
+                "--%s is accepted for old commands and has no effect, as in the published code",
                 name,
             )
     others = getattr(args, "other_recipes", ())
@@ -259,7 +257,7 @@ def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
 
 
 def as_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The effective configuration in plain types; it can be given to --config again."""
+    """Returns the effective configuration in plain types; it can be given to --config again."""
     skipped = {
         "rank",
         "world_size",
@@ -276,17 +274,17 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def effective_batch(args: argparse.Namespace) -> int:
-    """Images per optimizer step over all processes."""
+    """Returns the images per optimizer step over all processes."""
     return args.batch_size * args.update_freq * args.world_size
 
 
 def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
-    """Length of the warm-up: --warmup_steps if given, else --warmup_epochs."""
+    """Returns the length of the warm-up: --warmup_steps if given, else --warmup_epochs."""
     return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
 
 
 def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
-    """The derived quantities of a run: effective batch, steps, warm-up, learning rates."""
+    """Returns the derived quantities of a run: effective batch, steps, warm-up, learning rates."""
     warmup = warmup_steps(args, steps_per_epoch)
     scaled = (
         f"--blr {args.blr:g} x {effective_batch(args)} / 256"
@@ -299,7 +297,8 @@ def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
             f"times {args.lr_gamma:g} after epochs {', '.join(map(str, args.lr_steps)) or 'none'}"
         )
     return {
-        "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size} = {effective_batch(args)}",
+        "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size}"
+        f" = {effective_batch(args)}",
         "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
         "lr": f"0 -> {args.lr:g} in {warmup} steps, {falls}; {scaled}",
         "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",

@@ -1,24 +1,24 @@
-"""The classes and image sizes of a labelled data set, settled with the flags."""
+"""Settle the number of classes and the image size between the flags, the data and the model."""
 
 from argparse import Namespace
 
 import torch
 from torch import nn
 
-from modeling_finetune import input_size_of, to_pair
+from modeling_finetune import input_size_of
 from unimim.cli.options import model_kwargs
 from unimim.errors import refused
+from unimim.sizes import to_pair
 
 
 def settle_size(args: Namespace) -> None:
-    """--input_size defaults to the model's own."""
+    """Set `args.input_size` to the default of the model or of --model_kwargs."""
     args.input_size = model_kwargs(args).get("input_size") or input_size_of(args.model)
 
 
 @torch.no_grad()
 def check_eval_size(args: Namespace, model: nn.Module) -> None:
-    """ValueError now, not after the first epoch: the network does not take images of
-    --eval_input_size."""
+    """Raise ValueError before training if the model does not accept images of --eval_input_size."""
     size = args.eval_input_size
     if size not in (None, args.input_size):
         with refused(
@@ -29,11 +29,11 @@ def check_eval_size(args: Namespace, model: nn.Module) -> None:
 
 
 def settle_classes(args: Namespace, dataset) -> None:
-    """--nb_classes defaults to the data set's number; a smaller one than the labels need is refused."""
-    found = len(dataset.source.classes)
+    """Set `args.nb_classes`, if not given, to the data set's; raise ValueError if too small."""
+    classes = len(dataset.source.classes)
     if args.nb_classes is None:
-        args.nb_classes = found
-    if found > args.nb_classes:
+        args.nb_classes = classes
+    if classes > args.nb_classes:
         raise ValueError(
-            f"--nb_classes {args.nb_classes} is too few: the data set has {found} classes"
+            f"--nb_classes {args.nb_classes} is too few: the data set has {classes} classes"
         )

@@ -21,17 +21,17 @@ from masking_generator import MaskGenerator, Pair, RandomMask, SimMIMMask
 from unimim.data.color import (
     BLUR_PROBABILITY,
     BLUR_RADIUS,
-    GREY_PROBABILITY,
+    GRAY_PROBABILITY,
     JITTER_PROBABILITY,
     JITTER_RANGES,
     SOLARIZE_PROBABILITY,
 )
-from unimim.data.crops import CROP_ASPECT, CROP_ATTEMPTS, POINTS_PER_CELL, TORCH_FILTERS
+from unimim.data.crops import CROP_ASPECT, CROP_ATTEMPTS, POINTS_PER_SIDE, TORCH_FILTERS
 from unimim.data.jpeg import decode
 from unimim.data.sources import Source
 from unimim.data.views import EvalTransform
 from unimim.engine.state import Normalize
-from unimim.parts.learning import Features, hard_maps, kmeans_maps
+from unimim.parts.learning import TeacherFeatures, hard_maps, kmeans_maps
 
 VIEWS = ("image", "image_strong", "mask", "target_mask", "noise", "part_ids", "target_ids")
 LUMA = (0.299, 0.587, 0.114)
@@ -222,7 +222,7 @@ def strong_view(images: Tensor, draw: Draws, order: np.ndarray) -> Tensor:
         neutral = 0.0 if names[step] == "hue" else 1.0
         factor = low + (high - low) * draw(count, 1, 1, 1)
         images = JITTER[names[step]](images, neutral + chosen * (factor - neutral))
-    images = torch.where(draw(count, 1, 1, 1) < GREY_PROBABILITY, luma(images), images)
+    images = torch.where(draw(count, 1, 1, 1) < GRAY_PROBABILITY, luma(images), images)
     images = blurred(
         images, BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * draw(count, 1, 1), draw
     )
@@ -262,7 +262,7 @@ class DeviceMasks:
         if isinstance(generate, RandomMask):
             self.cells, self.count = generate.grid, generate.count
         elif isinstance(generate, SimMIMMask):
-            self.cells, self.count, self.repeat = generate.cells, generate.count, generate.cell
+            self.cells, self.count, self.repeat = generate.unit_grid, generate.count, generate.unit
         else:
             rng = np.random.default_rng(seed)
             self.bank = torch.from_numpy(np.stack([generate(rng) for _ in range(MASK_BANK)])).to(
@@ -303,7 +303,7 @@ def crop_maps(
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     image = torch.arange(len(maps), device=maps.device).view(-1, 1, 1)
     points = maps[image, rows.unsqueeze(2), columns.unsqueeze(1)]
-    shape = -1, grid[0], POINTS_PER_CELL, grid[1], POINTS_PER_CELL
+    shape = -1, grid[0], POINTS_PER_SIDE, grid[1], POINTS_PER_SIDE
     votes = points.view(shape).transpose(2, 3).flatten(3).long()  # [B, gh, gw, 16]
     return (
         (votes.unsqueeze(-1) == torch.arange(num_parts, device=maps.device))
@@ -316,8 +316,8 @@ def crop_maps(
 def _points(start: Tensor, length: Tensor, picture: int, patches: int, cells: int) -> Tensor:
     """Cells of the map, along one axis, at equally spaced points of the crops: int64 [B, 4 *
     patches]."""
-    share = torch.arange(patches * POINTS_PER_CELL, device=start.device, dtype=torch.float32) + 0.5
-    places = start[:, None] + share / (patches * POINTS_PER_CELL) * length[:, None]
+    share = torch.arange(patches * POINTS_PER_SIDE, device=start.device, dtype=torch.float32) + 0.5
+    places = start[:, None] + share / (patches * POINTS_PER_SIDE) * length[:, None]
     return (places / picture * cells).long().clamp_(max=cells - 1)
 
 
@@ -339,7 +339,7 @@ def color_place_parts(
         cells = torch.cat(
             (colors, place.expand(len(some), -1, -1), torch.ones_like(colors[..., :1])), -1
         )
-        soft = kmeans_maps(Features(cells[:, 0], cells, cells[..., 0]), grid, num_parts)
+        soft = kmeans_maps(TeacherFeatures(cells[:, 0], cells, cells[..., 0]), grid, num_parts)
         parts.append(hard_maps(soft, clean=False))
     return torch.cat(parts)
 

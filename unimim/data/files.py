@@ -1,4 +1,4 @@
-"""Files of a data set: in folders, or in zip archives that are read in place."""
+"""Read the files of a data set from folders, or from zip archives in place."""
 
 import mmap
 import os
@@ -16,14 +16,12 @@ from unimim.data.jpeg import BrokenImageError
 Key = tuple[int, int]  # (epoch, index); a negative index -1-i loads image i as padding
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 class FolderFiles:
     """The files `names` below the folder `root`."""
 
     def __init__(self, root: Path, names: PathTable | Iterable[str]):
-        self.root, self.names = root, names if isinstance(names, PathTable) else PathTable(names)
+        self.root = root
+        self.names = names if isinstance(names, PathTable) else PathTable(names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -40,36 +38,37 @@ class FolderFiles:
 
 
 def locate_members(archive: Path, names: PathTable) -> dict[str, np.ndarray]:
-    """Where the members `names` of a zip are and how they are packed, as arrays [names] under the
-    names of attributes of `ZipFiles`; a name that is not in the archive has the offset -1.
+    """Return where the members `names` of a zip are and how they are packed, one array each.
+
+    The keys are names of attributes of `ZipFiles`; a name that the archive lacks has offset -1.
 
     Raises:
-        ValueError: the file is missing, is no zip archive, or holds none of the names.
+        ValueError: the file is missing, is not a zip archive, or contains none of the names.
     """
     members = zip_members(archive)
-    found = locate(members.names, names)
-    if len(found) and found.max() < 0:
+    rows = locate(members.names, names)
+    if len(rows) and rows.max() < 0:
         held = members.names[0] if len(members.names) else "nothing"
         raise ValueError(
             f"{archive} holds none of the listed members, such as '{names[0]}'; it holds '{held}'"
         )
     return {
-        "offset": np.where(found < 0, -1, members.offset[found]),
-        "packed_size": members.packed_size[found],
-        "size": members.size[found],
-        "method": members.method[found].astype(np.int16),
+        "offset": np.where(rows < 0, -1, members.offset[rows]),
+        "packed_size": members.packed_size[rows],
+        "size": members.size[rows],
+        "method": members.method[rows].astype(np.int16),
     }
 
 
 class ZipFiles:
-    """The members `names` of a zip, read in place: stored ones as they are, deflated ones inflated.
+    """The members `names` of a zip archive, stored or deflated, read in place.
 
-    The positions are looked up once, unless `members` brings what `locate_members` returns. The
-    memory map is opened by the process that reads first, never inherited or pickled. A name that is
-    not in the archive is a broken image.
+    Offsets are looked up once, unless `members` has the result of `locate_members`. Each process
+    opens the memory map when it first reads; the map is never inherited or pickled. A name that the
+    archive lacks is a broken image.
 
     Raises:
-        ValueError: the file is missing, is no zip archive, or holds none of the names.
+        ValueError: the file is missing, is not a zip archive, or contains none of the names.
     """
 
     def __init__(
@@ -81,9 +80,12 @@ class ZipFiles:
         self.archive = archive
         self.names = names if isinstance(names, PathTable) else PathTable(names)
         members = locate_members(archive, self.names) if members is None else members
-        self.offset, self.method = members["offset"], members["method"]
-        self.packed_size, self.size = members["packed_size"], members["size"]
-        self._map, self._pid = None, None
+        self.offset = members["offset"]
+        self.packed_size = members["packed_size"]
+        self.size = members["size"]
+        self.method = members["method"]
+        self._map = None
+        self._pid = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,8 +94,10 @@ class ZipFiles:
         return f"{self.archive}@/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The bytes of member `index`; its checksum is left to the decoder, which sees most damage
-        anyway."""
+        """Return the bytes of member `index`.
+
+        Checksums are not compared: the image decoder notices most damage.
+        """
         if self.offset[index] < 0:
             raise BrokenImageError("not in the archive")
         content = self._content()
@@ -104,17 +108,17 @@ class ZipFiles:
         return _unpack(packed, int(self.method[index]), int(self.size[index]))
 
     def _content(self) -> mmap.mmap:
+        """Return the archive's memory map, opened anew in a forked process."""
         if self._pid != os.getpid():
             with open(self.archive, "rb") as file:
-                self._map, self._pid = (
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ),
-                    os.getpid(),
-                )
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._pid = os.getpid()
         return self._map
 
     @staticmethod
     def _data_start(content: mmap.mmap, offset: int) -> int:
-        # name and extra lengths of the local header may differ from the central directory's
+        """Return where a member's data begins, given the offset of its local header."""
+        # the local header's name and extra lengths may differ from the central directory's
         header = content[offset : offset + 30]
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise BrokenImageError("no member starts where the archive's directory says")
@@ -126,6 +130,7 @@ class ZipFiles:
 
 
 def _unpack(packed: bytes, method: int, size: int) -> bytes:
+    """Return a member's content; raise BrokenImageError if it cannot be unpacked."""
     if method == zipfile.ZIP_STORED:
         return packed
     if method != zipfile.ZIP_DEFLATED:

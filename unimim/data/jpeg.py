@@ -1,4 +1,9 @@
-"""Decodes images, and of a JPEG only as much as the crop needs."""
+"""Decode images, and of a JPEG only the rows that the crop needs.
+
+Decoding is most of a view's time, and a crop ends on average well above the image's last row.
+`_decode_top` shortens the height in a copy of the JPEG's header, so that the decoder stops early;
+`cuttable_height` decides which files allow that. docs/benchmarks.md has the speed.
+"""
 
 import contextlib
 import functools
@@ -30,88 +35,91 @@ PILLOW_ERRORS = (
 )
 
 
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-JPEG_TAIL = 64  # bytes that may follow the end, as some cameras write them
+JPEG_START = b"\xff\xd8"
+JPEG_END = b"\xff\xd9"
+JPEG_TAIL = 64  # bytes that some cameras write after the end marker
 JPEG_SCAN = 0xDA
-JPEG_SEQUENTIAL, JPEG_OTHER_FRAMES = b"\xc0\xc1", b"\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
-CHROMA_ROWS = 8  # that a row's colors may depend on, below it
+JPEG_SEQUENTIAL = b"\xc0\xc1"
+JPEG_OTHER_FRAMES = b"\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
+CHROMA_ROWS = 8  # rows below, on which a row's colors may depend
 
 
 class BrokenImageError(Exception):
-    """The bytes of one sample cannot be read or decoded; the message says why."""
+    """Signals that an image cannot be read or decoded; the message says why."""
 
 
 def decode(raw: RawImage) -> np.ndarray:
-    """RGB picture [H, W, 3] uint8, equal to Pillow's; JPEGs through simplejpeg, which is faster.
+    """Return the RGB image [H, W, 3] uint8, equal to Pillow's; JPEGs go through faster simplejpeg.
 
-    Greyscale, palette, CMYK and transparent images become RGB as by Pillow's `convert`; EXIF
-    orientation is ignored.
+    Grayscale, palette, CMYK and transparent images are converted as by Pillow; EXIF orientation is
+    ignored.
 
     Raises:
-        BrokenImageError: empty, truncated, or not an image.
+        BrokenImageError: the bytes are empty, truncated, or not an image.
     """
     if isinstance(raw, np.ndarray):
         return raw
     if raw[:2] == JPEG_START:
-        with contextlib.suppress(ValueError):  # damaged: Pillow forgives it or names the reason
+        with contextlib.suppress(ValueError):  # damaged: Pillow tolerates it or names the reason
             if simplejpeg.decode_jpeg_header(raw)[2] not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(raw)
     return np.array(decode_pillow(raw))
 
 
 def open_picture(raw: RawImage) -> tuple[Pair, Callable[[int], np.ndarray]]:
-    """A picture's (height, width), and a function that decodes at least its first n rows, [>= n, W,
-    3] as `decode`.
+    """Return an image's (height, width), and a function that decodes its first n rows or more.
 
-    A crop needs no rows below it, and most of a view's time is decoding.
+    The function returns [>= n, W, 3], equal to the first rows of `decode`.
     """
     height_at = cuttable_height(raw) if isinstance(raw, bytes) else None
     if height_at is None:
-        picture = decode(raw)
-        return picture.shape[:2], lambda rows: picture
-    return struct.unpack_from(">HH", raw, height_at), functools.partial(_decode_top, raw, height_at)
+        image = decode(raw)
+        return image.shape[:2], lambda rows: image
+    size = struct.unpack_from(">HH", raw, height_at)
+    return size, functools.partial(_decode_top, raw, height_at)
 
 
 def cuttable_height(raw: bytes) -> int | None:
-    """Where a JPEG's height is written, if its rows can be decoded without those below them; None
-    for other files.
+    """Return the offset of a JPEG's height if its top can be decoded alone, None for other files.
 
-    They can in sequential files with all of their one or three components in one scan. Whether a
-    file is whole is only noticed at its end: those that do not end as they should are for `decode`
-    to judge.
+    That holds for sequential files with all of their one or three components in one scan. A
+    truncated file shows only at its end, so files without an end marker are left to `decode`.
     """
     if raw[:2] != JPEG_START or JPEG_END not in raw[-JPEG_TAIL:]:
         return None
-    at, height_at, components = 2, None, 0
+    at = 2
+    height_at = None
+    components = 0
+    # Walk through the markers up to the first scan.
     while at + 10 < len(raw) and raw[at] == 0xFF:
-        kind = raw[at + 1]
-        if kind in JPEG_SEQUENTIAL:
-            height_at, components = at + 5, raw[at + 9]
-        elif kind in JPEG_OTHER_FRAMES:
+        marker = raw[at + 1]
+        if marker in JPEG_SEQUENTIAL:
+            height_at = at + 5
+            components = raw[at + 9]
+        elif marker in JPEG_OTHER_FRAMES:
             return None
-        elif kind == JPEG_SCAN:
+        elif marker == JPEG_SCAN:
             whole = components in (1, 3) and raw[at + 4] == components
             return height_at if whole and any(raw[height_at : height_at + 2]) else None
-        at += 1 if kind == 0xFF else 2 + int.from_bytes(raw[at + 2 : at + 4])
+        # 0xFF may pad a marker; every segment begins with its length
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(raw[at + 2 : at + 4])
     return None
 
 
 def _decode_top(raw: bytes, height_at: int, rows: int) -> np.ndarray:
-    """The decoder stops where the header says that the picture ends, so the header is told to end
-    it earlier."""
+    """Decode the first `rows` rows or more, by a header that ends the image there."""
     rows += CHROMA_ROWS
     if rows < struct.unpack_from(">H", raw, height_at)[0]:
         shortened = bytearray(raw)
         struct.pack_into(">H", shortened, height_at, rows)
         with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg(
-                shortened, strict=False
-            )  # it complains of the data that is left over
+            # not strict: the decoder warns of the data that is left over
+            return simplejpeg.decode_jpeg(shortened, strict=False)
     return decode(raw)
 
 
 def decode_pillow(raw: RawImage) -> Image.Image:
-    """RGB picture as a Pillow image; raises BrokenImageError like `decode`."""
+    """Return the RGB image as a Pillow image; raise BrokenImageError like `decode`."""
     if isinstance(raw, np.ndarray):
         return Image.fromarray(raw)
     if not raw:

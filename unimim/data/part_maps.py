@@ -1,10 +1,9 @@
-"""Part maps: which semantic part each cell of an image's grid belongs to, as files that training
-reads in place.
+"""Read and write part maps: the semantic part of every patch of an image.
 
-Three forms hold the same maps (specs/semmae.md C.7): one memory-mapped array in the order of the
-images, a folder of greyscale PNGs, or a zip of them. `PartMaps` reads all three, `PartMapWriter`
-fills the array from several processes, and `read_packed` understands the `.npy` samples that
-SemMAE's published pre-training consumed (B.3).
+The maps of a data set are stored as one memory-mapped array in the order of the images, as a folder
+of grayscale PNGs, or as a zip of PNGs. `PartMaps` reads all three, `PartMapWriter` fills the array
+from several processes, and `read_packed` reads the `.npy` samples of SemMAE's published
+pre-training (docs/methods/mae_semmae.md#part-maps-and-crops and #packed-samples).
 """
 
 import hashlib
@@ -28,28 +27,29 @@ from unimim.data.sources import FileSource, Source
 from unimim.data.views import MEAN_STD
 from unimim.files import file_sha256
 
-MISSING = 255  # a row of it has not been written
+MISSING = 255  # fills rows that have not been written
 ARRAY, ARRAY_META, SCORES, PNG_META = "parts.npy", "parts.json", "scores.npy", "parts_meta.json"
 FULL_IMAGE = "full_image_square_resize"
-PUBLISHED_PARTS, PUBLISHED_SIDE = 7, 224  # of the packed samples
+PUBLISHED_PARTS = 7  # of the packed samples
+PUBLISHED_SIDE = 224
 
 Grid = tuple[int, int]
 
 
 class MissingMapError(ValueError):
-    """The data set has an image without a part map; the message names both."""
+    """Signals an image without a part map; the message names both."""
 
 
-# --- what is known about a set of maps ------------------------------------------------------------
+# --- metadata -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PartMeta:
-    """What is stored beside the maps as JSON. Ids are 0..`num_parts` - 1; `background_id` is one of
-    them or None.
+    """The metadata stored as JSON beside the maps.
 
-    `names_sha256` and `map_file_sha256` tie row n to image n; `scores` names the array of token
-    scores, if any.
+    Part ids are 0 ... `num_parts` - 1; `background_id` is one of them or None. `names_sha256` and
+    `map_file_sha256` identify the images that the maps belong to; `scores` is the file name of the
+    token scores, if there are any.
     """
 
     num_parts: int
@@ -70,13 +70,11 @@ class PartMeta:
 
     @classmethod
     def from_json(cls, text: str | bytes, path: Path) -> "PartMeta":
-        """ValueError, naming `path`, for what is no description of part maps or one of another
-        kind."""
+        """Parse the metadata; raise ValueError, naming `path`, if it is invalid or another kind."""
         try:
             values = json.loads(text)
-            known = {
-                field.name: values[field.name] for field in fields(cls) if field.name in values
-            }
+            names = [field.name for field in fields(cls)]
+            known = {name: values[name] for name in names if name in values}
             meta = cls(**{**known, "grid": tuple(known["grid"])})
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(
@@ -85,7 +83,7 @@ class PartMeta:
         if (meta.version, meta.coverage) != (cls.version, cls.coverage):
             raise ValueError(
                 f"{path} has version {meta.version} and coverage {meta.coverage}; "
-                f"version {cls.version} and {cls.coverage} can be read"
+                f"use version {cls.version} and {cls.coverage}"
             )
         if not 1 <= meta.num_parts <= MISSING:
             raise ValueError(
@@ -95,28 +93,32 @@ class PartMeta:
 
 
 def image_names(source: Source) -> Sequence[str]:
-    """The images' paths below their root, in order; numbered names for images that come from no
-    file."""
+    """Return the images' paths relative to their root; numbered names for images in memory."""
     return source.files.names if isinstance(source, FileSource) else numbered_names(len(source))
 
 
 def numbered_names(count: int) -> list[str]:
+    """Return 00000000.png, 00000001.png, ..."""
     return [f"{number:08d}.png" for number in range(count)]
 
 
 def png_names(names: Sequence[str]) -> list[str]:
-    """The maps' names: those of the images with the suffix .png. ValueError where two images would
-    share one."""
+    """Return the maps' names: the images' names with the suffix .png.
+
+    Raises:
+        ValueError: two images would share one map.
+    """
     renamed = [PurePosixPath(name).with_suffix(".png").as_posix() for name in names]
     if len(set(renamed)) < len(renamed):
         twice = next(name for name in renamed if renamed.count(name) > 1)
         raise ValueError(
-            f"two images would have the part map {twice}: their names differ in the suffix only"
+            f"two images would share the part map {twice}: their names differ in the suffix only"
         )
     return renamed
 
 
 def names_sha256(names: Sequence[str]) -> str:
+    """Return a hash of the names and their order."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(os.fsencode(name) + b"\n")
@@ -127,17 +129,18 @@ def names_sha256(names: Sequence[str]) -> str:
 
 
 class PartMaps:
-    """The part maps of a data set: `read(n)` is the map of image n, uint8 [Hp, Wp] with ids below
-    `num_parts`.
+    """The part maps of a data set: `read(n)` returns the part ids of image n, uint8 [Hp, Wp].
 
-    Files are opened by the process that reads first, never inherited or pickled: workers may fork
-    or be spawned.
+    Each process opens the files when it first reads; they are never inherited or pickled, so that
+    workers may be forked or spawned.
     """
 
     def __init__(
         self, rows: "_ArrayRows | _PngRows", meta: PartMeta, scores: "_ArrayRows | None" = None
     ):
-        self._rows, self.meta, self._scores = rows, meta, scores
+        self._rows = rows
+        self.meta = meta
+        self._scores = scores
 
     @classmethod
     def open(
@@ -148,15 +151,16 @@ class PartMaps:
         paths: Sequence[str] | None = None,
         map_file: str | Path | None = None,
     ) -> "PartMaps":
-        """Maps at `path`: a folder with `parts.npy` (or that file), a folder of PNGs, or a zip of
-        PNGs.
+        """Open the maps at `path`.
 
-        `paths` are the images' names below their root (`image_names`), which PNGs are found by and
-        every form is checked against; without them PNGs are 00000000.png, 00000001.png, ...
-        `map_file` is checked by its hash.
+        `path` is a folder with `parts.npy` (or that file), a folder of PNGs, or a zip of PNGs.
+        `paths` are the images' names relative to their root (`image_names`); PNGs are found by them
+        and all kinds of maps are checked against them. Without them PNGs are 00000000.png,
+        00000001.png, ... `map_file` is checked by its hash.
 
         Raises:
-            ValueError: naming the file: no maps there, a wrong number, shape or type, or maps made for other images.
+            ValueError: there are no maps, their number, shape or type is wrong, or they were made
+                for other images. The message names the file.
         """
         path = Path(path)
         array = path if path.suffix == ".npy" else path / ARRAY
@@ -176,26 +180,26 @@ class PartMaps:
         meta_file = array.with_suffix(".json")
         meta = PartMeta.from_json(_read_file(meta_file), meta_file)
         shape = (meta.num_images, *meta.grid)
-        scores = (
-            _ArrayRows(array.with_name(meta.scores), shape, np.float16) if meta.scores else None
-        )
+        scores = None
+        if meta.scores:
+            scores = _ArrayRows(array.with_name(meta.scores), shape, np.float16)
         return cls(_ArrayRows(array, shape, np.uint8), meta, scores)
 
     @classmethod
     def _open_pngs(cls, path: Path, paths: Sequence[str] | None) -> "PartMaps":
-        about = FolderFiles(path, [PNG_META]) if path.is_dir() else ZipFiles(path, [PNG_META])
+        files_of = FolderFiles if path.is_dir() else ZipFiles
+        meta_file = files_of(path, [PNG_META])
         try:
-            meta = PartMeta.from_json(about.read(0), path / PNG_META)
+            meta = PartMeta.from_json(meta_file.read(0), path / PNG_META)
         except BrokenImageError as error:
             raise ValueError(
-                f"{about.path(0)}, which describes the part maps, cannot be read: {error}"
+                f"{meta_file.path(0)}, which describes the part maps, cannot be read: {error}"
             ) from error
         names = png_names(numbered_names(meta.num_images) if paths is None else paths)
-        return cls(
-            _PngRows(FolderFiles(path, names) if path.is_dir() else ZipFiles(path, names)), meta
-        )
+        return cls(_PngRows(files_of(path, names)), meta)
 
     def _check_images(self, path: Path, num_images: int | None, paths, map_file) -> None:
+        """Raise ValueError unless the maps were made for these images."""
         wanted = len(paths) if num_images is None and paths is not None else num_images
         if wanted is not None and wanted != len(self):
             raise ValueError(f"{path} has {len(self)} part maps, the data set has {wanted} images")
@@ -226,11 +230,11 @@ class PartMaps:
         return self.meta.num_images
 
     def read(self, index: int) -> np.ndarray:
-        """The map of image `index`, uint8 [Hp, Wp].
+        """Return the map of image `index`, uint8 [Hp, Wp].
 
         Raises:
-            MissingMapError: there is none.
-            ValueError: it has another shape than the grid, or an id that is no part.
+            MissingMapError: the image has no map.
+            ValueError: the map's shape is not the grid's, or it contains an invalid id.
         """
         row = self._rows.read(index)
         if row.shape != self.grid:
@@ -249,8 +253,7 @@ class PartMaps:
         return row
 
     def read_scores(self, index: int) -> np.ndarray:
-        """The token scores of image `index`, float16 [Hp, Wp]: the larger, the sooner a token is
-        selected (B.5)."""
+        """Return the token scores of image `index`, float16 [Hp, Wp]; the highest are kept."""
         if self._scores is None:
             raise ValueError(
                 f"{self._rows.path(index)} has no scores beside it; extract with --save_scores"
@@ -259,10 +262,9 @@ class PartMaps:
 
 
 class _ArrayRows:
-    """Rows of an array [N, Hp, Wp] that is mapped, not loaded.
+    """The rows of a memory-mapped array [N, Hp, Wp], whose pages all processes share.
 
-    All processes share its pages: for ImageNet's 1.28 M images 251 MB at 14 x 14 and 1.0 GB at 28 x
-    28, at most.
+    For ImageNet's 1.28 M images that is at most 251 MB at 14 x 14 and 1.0 GB at 28 x 28.
     """
 
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: type):
@@ -272,13 +274,13 @@ class _ArrayRows:
             raise ValueError(
                 f"{file} is {rows.dtype} {rows.shape}; {ARRAY_META} says {np.dtype(dtype)} {shape}"
             )
-        self._rows, self._pid = rows, os.getpid()
+        self._rows = rows
+        self._pid = os.getpid()
 
     def _map(self) -> np.ndarray:
         try:
-            return np.load(self.file, mmap_mode="r").view(
-                np.ndarray
-            )  # whose slices cost less than a memmap's
+            # slices of an ndarray cost less than a memmap's
+            return np.load(self.file, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.file} cannot be read as an array: {error}") from error
 
@@ -287,7 +289,8 @@ class _ArrayRows:
 
     def read(self, index: int) -> np.ndarray:
         if self._pid != os.getpid():
-            self._rows, self._pid = self._map(), os.getpid()
+            self._rows = self._map()
+            self._pid = os.getpid()
         return np.array(self._rows[index])
 
     def __getstate__(self) -> dict:
@@ -295,7 +298,7 @@ class _ArrayRows:
 
 
 class _PngRows:
-    """One 8-bit greyscale PNG for each image."""
+    """One 8-bit grayscale PNG per image."""
 
     def __init__(self, files: FolderFiles | ZipFiles):
         self.files = files
@@ -310,7 +313,7 @@ class _PngRows:
             raise MissingMapError(f"part map {self.path(index)} is missing: {error}") from error
         try:
             image = Image.open(io.BytesIO(data))
-            if image.mode not in ("L", "P"):  # a palette's numbers are the ids too
+            if image.mode not in ("L", "P"):  # palette indices are ids as well
                 raise ValueError(f"its pixels are {image.mode}, not 8-bit gray levels")
             return np.array(image)
         except (OSError, SyntaxError, ValueError) as error:
@@ -330,66 +333,55 @@ def _read_file(path: Path) -> bytes:
 
 
 class PartMapWriter:
-    """Fills the array form in `folder`: one process calls `create`, then any number of them write,
-    each its own rows.
+    """Fill the array in `folder`: one process calls `create`, then each of several writes its rows.
 
-    Rows that are written stay when the folder is opened again, so that an interrupted extraction
-    goes on.
+    Rows are kept when the folder is opened again, so an interrupted extraction can be resumed.
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.meta = PartMeta.from_json(_read_file(folder / ARRAY_META), folder / ARRAY_META)
         self._maps = np.lib.format.open_memmap(folder / ARRAY, mode="r+")
-        self._scores = (
-            np.lib.format.open_memmap(folder / self.meta.scores, mode="r+")
-            if self.meta.scores
-            else None
-        )
+        self._scores = None
+        if self.meta.scores:
+            self._scores = np.lib.format.open_memmap(folder / self.meta.scores, mode="r+")
 
     @staticmethod
     def create(folder: str | Path, meta: PartMeta) -> None:
-        """Makes the files, all rows missing; leaves those of an earlier call with the same `meta`
-        as they are.
+        """Create the files with all rows missing; keep existing files with the same `meta`.
 
         Raises:
-            ValueError: the folder holds maps of another description.
+            ValueError: the folder holds maps with other metadata.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / ARRAY_META).is_file():
-            _check_same(
-                PartMeta.from_json(_read_file(folder / ARRAY_META), folder / ARRAY_META),
-                meta,
-                folder,
-            )
+        meta_file = folder / ARRAY_META
+        if meta_file.is_file():
+            _check_same(PartMeta.from_json(_read_file(meta_file), meta_file), meta, folder)
             return
+        open_memmap = np.lib.format.open_memmap
         shape = (meta.num_images, *meta.grid)
         if meta.scores:
-            np.lib.format.open_memmap(
-                folder / meta.scores, mode="w+", dtype=np.float16, shape=shape
-            ).flush()
-        rows = np.lib.format.open_memmap(folder / ARRAY, mode="w+", dtype=np.uint8, shape=shape)
+            open_memmap(folder / meta.scores, mode="w+", dtype=np.float16, shape=shape).flush()
+        rows = open_memmap(folder / ARRAY, mode="w+", dtype=np.uint8, shape=shape)
         rows[:] = MISSING
         rows.flush()
-        # last and in one step: the description says that the arrays are whole
-        files.write_text(folder / ARRAY_META, meta.to_json())
+        # written last and atomically: the metadata asserts that the arrays are complete
+        files.write_text(meta_file, meta.to_json())
 
     def missing(self, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Those of the rows `rank`, `rank` + `world_size`, ... that have not been written."""
+        """Return which of the rows rank, rank + world_size, ... have not been written."""
         rows = np.arange(rank, self.meta.num_images, world_size)
         return rows[(self._maps[rank::world_size] == MISSING).all(axis=(1, 2))]
 
     def write(self, index: int, parts: np.ndarray, scores: np.ndarray | None = None) -> None:
-        """Puts the map [Hp, Wp] of image `index`; scores go first, since the map marks the row as
-        written."""
-        assert parts.shape == self.meta.grid and parts.max() < self.meta.num_parts, (
-            parts.shape,
-            parts.max(),
-        )
+        """Write the map [Hp, Wp] of image `index`, and its scores if the metadata names them."""
+        assert parts.shape == self.meta.grid, parts.shape
+        assert parts.max() < self.meta.num_parts, parts.max()
         assert (scores is None) == (self._scores is None), (
             "scores are written for all images or for none"
         )
+        # scores first: the map marks the row as written
         if scores is not None:
             self._scores[index] = scores
         self._maps[index] = parts
@@ -400,24 +392,27 @@ class PartMapWriter:
                 array.flush()
 
 
-def _check_same(found: PartMeta, wanted: PartMeta, folder: Path) -> None:
-    differing = [
-        f.name for f in fields(PartMeta) if getattr(found, f.name) != getattr(wanted, f.name)
-    ]
-    if differing:
-        changes = ", ".join(
-            f"{n} {getattr(found, n)} there, {getattr(wanted, n)} now" for n in differing
-        )
+def _check_same(stored: PartMeta, wanted: PartMeta, folder: Path) -> None:
+    """Raise ValueError, listing the differences, unless both metadata agree."""
+    changes = []
+    for field in fields(PartMeta):
+        there, now = getattr(stored, field.name), getattr(wanted, field.name)
+        if there != now:
+            changes.append(f"{field.name} {there} there, {now} now")
+    if changes:
         raise ValueError(
-            f"{folder} holds part maps of another run ({changes}): remove it or give another folder"
+            f"{folder} holds part maps of another run ({', '.join(changes)}); "
+            "remove it or use another folder"
         )
 
 
 def write_zip(maps: PartMaps, archive: str | Path, names: Sequence[str]) -> None:
-    """Writes the maps as PNGs into a zip, which appears when it is complete; scores are left
-    behind.
+    """Write the maps as PNGs into a zip, atomically and without the scores.
 
-    `names` are the images' (`image_names`). ValueError where a map is missing.
+    `names` are the images' names (`image_names`).
+
+    Raises:
+        ValueError: a map is missing.
     """
     meta = PartMeta(**{**asdict(maps.meta), "scores": None})
 
@@ -431,13 +426,12 @@ def write_zip(maps: PartMaps, archive: str | Path, names: Sequence[str]) -> None
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(
-        name, date_time=(1980, 1, 1, 0, 0, 0)
-    )  # the same maps give the same archive
+    """Return a member with a fixed date, so that equal maps give equal archives."""
+    return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
 
 
 def png_of(parts: np.ndarray) -> bytes:
-    """A part map [Hp, Wp] as an 8-bit greyscale PNG."""
+    """Return a part map [Hp, Wp] as an 8-bit grayscale PNG."""
     buffer = io.BytesIO()
     Image.fromarray(parts.astype(np.uint8)).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -448,11 +442,13 @@ def png_of(parts: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class PackedSample:
-    """What one packed `.npy` holds, put back in its place (specs/semmae.md B.3).
+    """One of SemMAE's packed `.npy` samples, rearranged on the grid of patches.
 
-    image: [S, S, 3] uint8, the mean color where no token is listed; parts: uint8 [G, G], 0 there;
-    scores: float16 [G, G], falling in the order of the list and 0 elsewhere, so that a selection by
-    score finds the listed tokens.
+    Attributes:
+        image: uint8 [S, S, 3], the mean color where no token is listed.
+        parts: uint8 [G, G], 0 where no token is listed.
+        scores: float16 [G, G], descending in the order of the list and 0 elsewhere, so that a
+            selection by score picks the listed tokens.
     """
 
     image: np.ndarray
@@ -463,39 +459,44 @@ class PackedSample:
 def read_packed(
     path: str | Path, *, num_parts: int = PUBLISHED_PARTS, image_size: int = PUBLISHED_SIDE
 ) -> PackedSample:
-    """Reads a float array [tokens, 2 * num_parts + 1 + 3 * p * p]: part sizes, one-hot part, cell,
-    pixels of a patch.
+    """Read a packed sample, a float array [tokens, 2 * num_parts + 1 + 3 * p * p].
 
-    Pixels are taken to be normalized with ImageNet's mean and deviation, which the published code
-    assumes.
+    Its columns are part sizes, one-hot part, patch index and the patch's pixels. The pixels are
+    assumed to be normalized with ImageNet's mean and std, as in the published code
+    (docs/methods/mae_semmae.md#packed-samples).
 
     Raises:
-        ValueError: naming the file: another shape, cells that are not of the grid, or parts that are not one-hot or
-            disagree with the sizes.
+        ValueError: the shape is wrong, a patch index is outside the grid, or the parts are not
+            one-hot or disagree with the sizes. The message names the file.
     """
     table = _load_packed(Path(path), num_parts)
     patch = round(((table.shape[1] - 2 * num_parts - 1) / 3) ** 0.5)
     side = image_size // patch
-    sizes, one_hot, cells, pixels = np.split(
-        table, [num_parts, 2 * num_parts, 2 * num_parts + 1], axis=1
-    )
-    cells = cells[:, 0].astype(np.int64)
-    if len(np.unique(cells)) < len(cells) or cells.min() < 0 or cells.max() >= side * side:
+    columns = [num_parts, 2 * num_parts, 2 * num_parts + 1]
+    sizes, one_hot, indices, pixels = np.split(table, columns, axis=1)
+
+    indices = indices[:, 0].astype(np.int64)
+    distinct = len(np.unique(indices)) == len(indices)
+    if not distinct or indices.min() < 0 or indices.max() >= side * side:
         raise ValueError(
-            f"{path}: column {2 * num_parts} must list different cells from 0 to {side * side - 1}"
+            f"{path}: column {2 * num_parts} must list distinct patch indices "
+            f"from 0 to {side * side - 1}"
         )
     if not ((one_hot == 0) | (one_hot == 1)).all() or (one_hot.sum(1) != 1).any():
         raise ValueError(f"{path}: columns {num_parts} to {2 * num_parts - 1} must be one-hot")
     if (sizes != one_hot.sum(0)).any():
         raise ValueError(f"{path}: columns 0 to {num_parts - 1} must count the tokens of each part")
-    parts, scores = np.zeros(side * side, dtype=np.uint8), np.zeros(side * side, dtype=np.float16)
-    parts[cells] = one_hot.argmax(1)
-    scores[cells] = np.linspace(1, 0, len(cells), endpoint=False)
-    image = _place_patches(pixels.reshape(-1, patch, patch, 3), cells, side)
+
+    parts = np.zeros(side * side, dtype=np.uint8)
+    parts[indices] = one_hot.argmax(1)
+    scores = np.zeros(side * side, dtype=np.float16)
+    scores[indices] = np.linspace(1, 0, len(indices), endpoint=False)
+    image = _assemble_image(pixels.reshape(-1, patch, patch, 3), indices, side)
     return PackedSample(image, parts.reshape(side, side), scores.reshape(side, side))
 
 
 def _load_packed(path: Path, num_parts: int) -> np.ndarray:
+    """Return the array of a packed sample; raise ValueError if its shape is wrong."""
     try:
         table = np.load(path)
     except (OSError, ValueError) as error:
@@ -509,33 +510,31 @@ def _load_packed(path: Path, num_parts: int) -> np.ndarray:
     return table
 
 
-def _place_patches(patches: np.ndarray, cells: np.ndarray, side: int) -> np.ndarray:
-    """Normalized patches [n, p, p, 3] at their cells of an image [side * p, side * p, 3] uint8."""
+def _assemble_image(patches: np.ndarray, indices: np.ndarray, side: int) -> np.ndarray:
+    """Return the uint8 image [side * p, side * p, 3] with normalized patches [n, p, p, 3]."""
     patch = patches.shape[1]
     canvas = np.zeros((side * side, patch, patch, 3))
-    canvas[cells] = patches
-    image = (
-        canvas.reshape(side, side, patch, patch, 3)
-        .swapaxes(1, 2)
-        .reshape(side * patch, side * patch, 3)
-    )
+    canvas[indices] = patches
+    image = canvas.reshape(side, side, patch, patch, 3).swapaxes(1, 2)
+    image = image.reshape(side * patch, side * patch, 3)
     mean, std = (np.array(values) for values in MEAN_STD["imagenet"])
     return np.clip(np.rint((image * std + mean) * 255), 0, 255).astype(np.uint8)
 
 
 class RandomParts:
-    """Part maps [rows, columns] without meaning: each cell's part is drawn uniformly, the same for
-    an image each time.
+    """Meaningless part maps [rows, columns], the control for learned ones.
 
-    In the place of real maps they show what these are worth.
+    The part of every patch is drawn uniformly, always the same for an image.
     """
 
     def __init__(self, num_parts: int, grid: tuple[int, int], seed: int):
-        self.num_parts, self.grid, self.seed = num_parts, grid, seed
+        self.num_parts = num_parts
+        self.grid = grid
+        self.seed = seed
 
     def read(self, index: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, index, 0, _PARTS_STREAM))
         return rng.integers(self.num_parts, size=self.grid, dtype=np.uint8)
 
     def read_scores(self, index: int) -> np.ndarray:
-        raise ValueError("--part_source random has no scores: take token_selection=random")
+        raise ValueError("--part_source random has no scores; use token_selection=random")

@@ -1,20 +1,23 @@
-"""The loader of what a pre-training method reads."""
+"""Build the data loader of a pre-training method from the flags and the method's views."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from datasets import TrainBatchSampler, build_dataset, build_loader
+from datasets import Maps, TrainBatchSampler, build_dataset, build_loader
 from masking_generator import build_mask_generator
 from unimim.cli.options import effective_batch
 from unimim.data.part_maps import PartMaps, RandomParts, image_names
+from unimim.data.sources import Source
 from unimim.data.views import build_pretrain_transform
 from unimim.logs import log
 
 
 def mask_generator(args: Namespace, method: nn.Module, view: str):
-    """The masks that come with the data, None for a method that does not read this view."""
+    """Return the generator of the masks in `view`, None if the method does not read that view."""
     if view not in method.views:
         return None
     return build_mask_generator(
@@ -29,17 +32,18 @@ def mask_generator(args: Namespace, method: nn.Module, view: str):
     )
 
 
-def build_data(args: Namespace, method: nn.Module):
-    """The loader of what the method reads."""
+def build_data(args: Namespace, method: nn.Module) -> DataLoader:
+    """Return the loader of the method's views."""
     if "target_ids" in method.views:
         raise ValueError(
             f"--model {args.model} needs --discrete_vae_weight_path: DALL-E's encoder, encoder.pkl"
         )
-    sides = zip(method.image_size, method.cell_size, strict=True)
+    height, width = method.image_size
+    patch_height, patch_width = method.cell_size
     transform = build_pretrain_transform(
         method.views,
         input_size=method.image_size,
-        grid=tuple(side // cell for side, cell in sides),
+        grid=(height // patch_height, width // patch_width),
         noise_size=method.noise_size,
         interpolation=args.train_interpolation,
         pipeline=args.data_pipeline,
@@ -50,34 +54,40 @@ def build_data(args: Namespace, method: nn.Module):
         second_size=second_size(args, method),
         second_interpolation=args.second_interpolation,
     )
-    dataset = build_dataset(args, train=True, transform=transform, need_labels=False)
+    maps = None
     if "part_ids" in method.views:
-        parts = open_parts(args, dataset.source, method)
-        readers = {"part_ids": parts.read, "part_scores": parts.read_scores}
-        dataset.maps = {view: read for view, read in readers.items() if view in method.views}
+        maps = partial(part_readers, args, method)
+    dataset = build_dataset(args, train=True, transform=transform, need_labels=False, maps=maps)
     return train_loader(args, dataset)
 
 
+def part_readers(args: Namespace, method: nn.Module, source: Source) -> Maps:
+    """Returns what reads the part maps of the images in `source`, by the name of the view."""
+    parts = open_parts(args, source, method)
+    readers = {"part_ids": parts.read, "part_scores": parts.read_scores}
+    return {view: read for view, read in readers.items() if view in method.views}
+
+
 def second_size(args: Namespace, method: nn.Module) -> tuple[int, int] | None:
-    """(height, width) of the pictures for the tokenizer: one word for each patch."""
+    """Return the tokenizer's image size (height, width), which gives one visual token per patch."""
     if "image_second" not in method.views:
         return None
     if args.second_input_size is not None and {args.second_input_size} != {*method.second_size}:
         raise ValueError(
-            f"--second_input_size {args.second_input_size}: with one word a patch it is {method.second_size}"
+            f"--second_input_size {args.second_input_size} does not give one visual token per "
+            f"patch; use {method.second_size}"
         )
     return method.second_size
 
 
 def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomParts:
-    """The part maps of the images in `source`, of the kind and with as many parts as the flags and
-    the method say."""
+    """Open the part maps of the images in `source`; raise ValueError if they do not fit."""
     if args.part_source == "random":
-        log.warning("--part_source random: the parts have no meaning; this is a run for comparison")
+        log.warning("--part_source random: parts without meaning, for a control experiment")
         return RandomParts(method.num_parts, method.patch_embed.grid_size, args.seed)
     if args.part_maps is None:
         raise ValueError(
-            f"--model {args.model} needs --part_maps, as run_part_learning.py writes them"
+            f"--model {args.model} needs --part_maps, which run_part_learning.py writes"
         )
     map_file = Path(args.data_path or "", "train_map.txt")
     parts = PartMaps.open(
@@ -87,20 +97,24 @@ def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomP
     )
     if args.part_source not in ("maps", parts.meta.part_source):
         raise ValueError(
-            f"--part_maps {args.part_maps} holds {parts.meta.part_source} parts, not {args.part_source}: "
-            f"run_part_learning.py --part_source {args.part_source} --extract FOLDER makes these"
+            f"--part_maps {args.part_maps} holds {parts.meta.part_source} parts, not "
+            f"{args.part_source}; make those with run_part_learning.py "
+            f"--part_source {args.part_source} --extract FOLDER"
         )
     log.info("part maps: %s, %d parts", parts.meta.part_source, parts.num_parts)
     if parts.num_parts > method.num_parts:
         raise ValueError(
-            f"--part_maps {args.part_maps} has {parts.num_parts} parts: give --num_parts {parts.num_parts}"
+            f"--part_maps {args.part_maps} has {parts.num_parts} parts; "
+            f"use --num_parts {parts.num_parts}"
         )
     return parts
 
 
-def train_loader(args: Namespace, dataset):
-    """A loader of whole optimizer steps, `steps_per_epoch` of them; what is left over of an epoch
-    is dropped."""
+def train_loader(args: Namespace, dataset: Dataset) -> DataLoader:
+    """Return a loader of whole optimizer steps, `steps_per_epoch` of them.
+
+    Images that do not fill the last step of an epoch are dropped.
+    """
     steps = len(dataset) // effective_batch(args)
     if steps == 0:
         raise ValueError(
@@ -114,9 +128,12 @@ def train_loader(args: Namespace, dataset):
         rank=args.rank,
         world_size=args.world_size,
         seed=args.seed,
-        repeats=getattr(args, "aug_repeats", 1),
+        repeats=getattr(args, "aug_repeats", 1),  # a flag of fine-tuning alone
         step_batches=args.update_freq * args.world_size,
     )
-    loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
-    loader.steps_per_epoch = steps
-    return loader
+    return build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
+
+
+def steps_per_epoch(args: Namespace, loader: DataLoader) -> int:
+    """Returns how many optimizer steps a loader of `train_loader` has batches for."""
+    return len(loader) // args.update_freq

@@ -1,12 +1,14 @@
-"""Random generators of samples: functions of seed, epoch and image, never of workers or ranks."""
+"""Make the random generators of samples: functions of seed, epoch and image index alone."""
 
 import numpy as np
 
-# what a generator is for: without it, (seed, a) and (seed, a, 0) would be the same stream
+# the purpose of a generator; without it, (seed, a) and (seed, a, 0) would be the same stream
 _SAMPLE_STREAM, _ORDER_STREAM, _REPLACEMENT_STREAM, _PARTS_STREAM = range(4)
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The one generator of all randomness of image `index` in `epoch`; all three are
-    non-negative."""
+    """Return the generator of everything random about image `index` in `epoch`.
+
+    All three numbers are non-negative. Workers and ranks play no role.
+    """
     return np.random.default_rng((seed, epoch, index, _SAMPLE_STREAM))

@@ -1,5 +1,4 @@
-"""Sources: what images a data set has and where each is, from map files, folders, CIFAR or
-digits."""
+"""List the images and labels of a data set: map files, folders, zips, CIFAR, digits or shapes."""
 
 import logging
 import os
@@ -20,15 +19,14 @@ logger = logging.getLogger("unimim")
 
 DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes")
 DIGITS_SIZE = 32
-DIGITS_VAL_EVERY = 5  # each class's every fifth digit is held out
-
-
-# --- sources --------------------------------------------------------------------------------------
+DIGITS_VAL_EVERY = 5  # every fifth digit of each class is held out
 
 
 class Source(Protocol):
-    """Images by number: encoded bytes or decoded [H, W, 3] uint8, with int64 `labels` (-1: none)
-    and class names."""
+    """Images by index, as encoded bytes or decoded [H, W, 3] uint8.
+
+    `labels` is int64 [N], -1 for images without a label; `classes` holds the class names.
+    """
 
     labels: np.ndarray
     classes: list[str]
@@ -41,12 +39,14 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Labelled files in a folder or a zip."""
+    """Labeled files in a folder or a zip."""
 
     def __init__(
         self, files: FolderFiles | ZipFiles, labels: list[int] | np.ndarray, classes: list[str]
     ):
-        self.files, self.labels, self.classes = files, np.asarray(labels, dtype=np.int64), classes
+        self.files = files
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = classes
         assert len(self.labels) == len(files)
 
     def __len__(self) -> int:
@@ -65,8 +65,10 @@ class ArraySource:
     def __init__(
         self, name: str, images: np.ndarray, labels: list[int] | np.ndarray, classes: list[str]
     ):
-        self.name, self.images = name, images
-        self.labels, self.classes = np.asarray(labels, dtype=np.int64), classes
+        self.name = name
+        self.images = images
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = classes
         assert len(self.labels) == len(images)
 
     def __len__(self) -> int:
@@ -80,11 +82,13 @@ class ArraySource:
 
 
 class PartSource:
-    """The images of `source` numbered `chosen`, in that order."""
+    """A subset of `source`: the images with the indices `chosen`, in that order."""
 
     def __init__(self, source: Source, chosen: np.ndarray):
-        self.source, self.chosen = source, chosen
-        self.labels, self.classes = source.labels[chosen], source.classes
+        self.source = source
+        self.chosen = chosen
+        self.labels = source.labels[chosen]
+        self.classes = source.classes
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -97,23 +101,28 @@ class PartSource:
 
 
 def first_of_each_class(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Ascending numbers of the first `fraction` (rounded, at least one image) of each class in
-    `labels` [N].
+    """Return the ascending indices of the first `fraction` of each class in `labels` [N].
+
+    The number per class is rounded and at least 1.
 
     Raises:
-        ValueError: a fraction outside (0, 1].
+        ValueError: the fraction is outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"--label_fraction is {fraction}; it must be above 0 and at most 1")
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return np.sort(
-        np.concatenate([numbers[: max(1, round(fraction * len(numbers)))] for numbers in members])
-    )
+    kept = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        kept.append(members[: max(1, round(fraction * len(members)))])
+    return np.sort(np.concatenate(kept))
 
 
 def map_source(root: Path, split: str) -> FileSource:
-    """The images that `root/<split>_map.txt` lists: in the folder `root/<split>`, in
-    `root/<split>.zip`, or in a zip that the map itself names (`train.zip@/path`, Swin's form)."""
+    """Return the images listed in `root/<split>_map.txt`.
+
+    They are in the folder `root/<split>`, in `root/<split>.zip`, or in a zip that the map itself
+    names (`train.zip@/path`, as Swin does).
+    """
     map_file = root / f"{split}_map.txt"
     listed = shared_arrays("map file", [map_file], partial(_listed, map_file))
     names, labels = PathTable.of_arrays(listed["text"], listed["ends"]), listed["labels"]
@@ -146,35 +155,34 @@ def _listed(map_file: Path) -> dict[str, np.ndarray]:
 
 
 def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = None) -> FileSource:
-    """Images below `root`, found recursively in sorted order; with labels, its sub-folders are the
-    classes.
+    """Return all images below `root` in sorted order; its sub-folders are the classes.
 
-    `classes` fixes the class order (that of the training folder). Without need of labels any folder
-    will do, flat or nested; images that lie directly in it have label -1, and so have all if it is
-    flat.
+    `classes` sets the class order (that of the training folder). With `need_labels`, images outside
+    every class folder are left out; otherwise they have label -1, so a flat folder will do.
     """
     if not root.is_dir():
         raise ValueError(f"image folder {root} does not exist")
-    found = class_names(root) if classes is None else classes
-    unknown = set(class_names(root)) - set(found)
+    if classes is None:
+        classes = class_names(root)
+    unknown = set(class_names(root)) - set(classes)
     if need_labels and unknown:
         raise ValueError(
             f"{root} has class folders that the training folder lacks, such as '{min(unknown)}'"
         )
     names = sorted(images_below(root))
-    number = {name: label for label, name in enumerate(found)}
+    number = {name: label for label, name in enumerate(classes)}
     labels = [number.get(name.partition(os.sep)[0], -1) if os.sep in name else -1 for name in names]
-    if need_labels:  # as upstream: images outside every class folder belong to no class
+    if need_labels:  # as in the published code, images outside every class folder are left out
         names = [name for name, label in zip(names, labels, strict=True) if label >= 0]
         labels = [label for label in labels if label >= 0]
     if not names:
         kind = "class folders with images" if need_labels else "images"
         raise ValueError(f"{root} holds no {kind} ({' '.join(IMAGE_EXTENSIONS)})")
-    return FileSource(FolderFiles(root, names), labels, found)
+    return FileSource(FolderFiles(root, names), labels, classes)
 
 
 def class_names(root: Path) -> list[str]:
-    """Sorted names of the sub-folders of `root`, hidden ones left out."""
+    """Return the sorted names of the sub-folders of `root`, except hidden ones."""
     return sorted(
         entry.name
         for entry in os.scandir(root)
@@ -183,8 +191,10 @@ def class_names(root: Path) -> list[str]:
 
 
 def images_below(root: Path) -> Iterator[str]:
-    """Relative paths of all image files below `root`, links followed, hidden folders left out; in
-    no order."""
+    """Yield the relative paths of all image files below `root`, in no particular order.
+
+    Links are followed and hidden folders are skipped.
+    """
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
@@ -193,7 +203,7 @@ def images_below(root: Path) -> Iterator[str]:
 
 
 def cifar_source(root: Path, classes: int, *, train: bool) -> ArraySource:
-    """CIFAR-10 or CIFAR-100 as torchvision stores it below `root`; nothing is downloaded."""
+    """Return CIFAR-10 or CIFAR-100 as torchvision stores it below `root`, without a download."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     try:
@@ -206,34 +216,32 @@ def cifar_source(root: Path, classes: int, *, train: bool) -> ArraySource:
 
 
 def digits_source(*, train: bool) -> ArraySource:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 enlarged to 32 x 32; a fifth of each class is
-    the val split."""
+    """Return scikit-learn's 1,797 handwritten digits, enlarged from 8 x 8 to 32 x 32.
+
+    A fifth of each class is the validation split.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     held_out = np.zeros(len(digits.target), dtype=bool)
     for label in range(10):
-        held_out[
-            np.flatnonzero(digits.target == label)[DIGITS_VAL_EVERY - 1 :: DIGITS_VAL_EVERY]
-        ] = True
+        members = np.flatnonzero(digits.target == label)
+        held_out[members[DIGITS_VAL_EVERY - 1 :: DIGITS_VAL_EVERY]] = True
     chosen = ~held_out if train else held_out
     levels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     size = (DIGITS_SIZE, DIGITS_SIZE)
-    images = np.stack(
-        [np.asarray(Image.fromarray(d).resize(size, Image.Resampling.BICUBIC)) for d in levels]
-    )
-    labels = digits.target[chosen]
+    images = [Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC) for digit in levels]
+    planes = np.stack([np.asarray(image) for image in images])
     return ArraySource(
         "digits",
-        np.repeat(images[..., None], 3, axis=3),
-        labels,
+        np.repeat(planes[..., None], 3, axis=3),
+        digits.target[chosen],
         [str(label) for label in range(10)],
     )
 
 
 def shapes_source(cache: Path | None, *, train: bool) -> FileSource:
-    """The generated scenes of `unimim/data/shapes.py`, written into the cache folder if they are
-    not there yet."""
+    """Return the generated scenes of `unimim/data/shapes.py`, written to `cache` on first use."""
     from unimim.data.shapes import cached_shapes
 
     return map_source(cached_shapes(cache), "train" if train else "val")
@@ -247,14 +255,14 @@ def build_source(
     need_labels: bool,
     train_path: str | None = None,
 ) -> Source:
-    """The source of `--data_set` at `--data_path`; without the former the kind is detected, without
-    both it is digits.
+    """Return the source of `--data_set` at `--data_path`.
 
-    `train_path` is the training folder of an image_folder that is evaluated: it fixes the order of
+    If `data_set` is None, the kind is inferred from the path; if both are None, it is digits. For
+    the evaluation of an image_folder, `train_path` is the training folder, which sets the order of
     the classes.
 
     Raises:
-        ValueError: an unknown kind, a missing path, or data that is not there.
+        ValueError: the kind is unknown, or the path or the data is missing.
     """
     kind = data_set or _detect(data_path)
     if kind not in DATA_SETS:
@@ -263,7 +271,7 @@ def build_source(
     if kind == "digits":
         if root is not None:
             raise ValueError(
-                f"--data_set digits comes with scikit-learn; leave --data_path {root} out"
+                f"--data_set digits comes with scikit-learn; remove --data_path {root}"
             )
         return digits_source(train=train)
     if kind == "shapes":
@@ -280,14 +288,14 @@ def build_source(
 
 
 def _detect(data_path: str | None) -> str:
+    """Infer the kind of data set from what `data_path` contains."""
     if data_path is None:
         logger.info(
             "neither --data_set nor --data_path is given: using scikit-learn's handwritten digits"
         )
         return "digits"
-    if any(
-        os.path.isfile(os.path.join(data_path, f"{split}_map.txt")) for split in ("train", "val")
-    ):
+    map_files = [os.path.join(data_path, f"{split}_map.txt") for split in ("train", "val")]
+    if any(os.path.isfile(file) for file in map_files):
         kind, reason = "IMNET", "it holds a map file"
     else:
         kind, reason = "image_folder", "it holds no map file"
@@ -296,6 +304,7 @@ def _detect(data_path: str | None) -> str:
 
 
 def _split_folder(root: Path, train: bool) -> Path:
-    """`root/train` or `root/val` where `root` is divided so, else `root` itself."""
+    """Return `root/train` or `root/val` if `root` is divided that way, else `root` itself."""
     split = "train" if train else "val"
-    return root / split if all((root / name).is_dir() for name in ("train", split)) else root
+    divided = (root / "train").is_dir() and (root / split).is_dir()
+    return root / split if divided else root

@@ -1,4 +1,4 @@
-"""The views of an image that a method or a classifier asks for: from encoded bytes to tensors."""
+"""Turn encoded images into the views that a method or a classifier reads."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import RandomCrop
 
-from masking_generator import MaskGenerator, Pair, as_pair
+from masking_generator import MaskGenerator
 from unimim.data.color import (
     draw_color,
     draw_jitter,
@@ -38,6 +38,7 @@ from unimim.data.crops import (
     reference_crop,
 )
 from unimim.data.jpeg import RawImage, decode, decode_pillow, open_picture
+from unimim.sizes import Pair, to_pair
 
 cv2.setNumThreads(0)  # the loader's workers are the parallelism
 
@@ -46,8 +47,14 @@ MEAN_STD = {
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 PIPELINES = ("fast", "reference")
-SMALL_IMAGE = 32  # up to this size images are neither resized for evaluation nor cropped by area (spec 4.6, 4.7)
+# images up to this size are not resized for evaluation and not cropped by area for training
+SMALL_IMAGE = 32
 Sample = dict[str, torch.Tensor]
+
+
+def image_mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and std by color that --imagenet_default_mean_and_std chooses."""
+    return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
 
 
 def draw_view(
@@ -60,20 +67,22 @@ def draw_view(
     jitter: float = 0.0,
     second: str = "lanczos",
 ) -> ViewDraws:
-    """Draw the ConMIM view of a picture of `size` (height, width): flip, crop, and colors if
-    `strong` (spec 2.1).
+    """Draw the random parameters of an image's views: flip, crop, and colors if `strong`.
 
-    `crop(rng, size, crop_scale)` draws the box; None: `draw_crop`. `jitter`: half the range of the
-    factors.
+    `size` is the image's (height, width); `crop(rng, size, crop_scale)` draws the box and defaults
+    to `draw_crop`; `jitter` is half the range of BEiT's jitter factors; `second` is the second
+    view's interpolation (docs/methods/conmim.md#views).
     """
+    # The order of the draws is part of a run's reproducibility: do not change it.
     steps = draw_jitter(rng, jitter) if jitter else ()
     flip = bool(rng.random() < 0.5)
     box = (crop or draw_crop)(rng, size, crop_scale)
-    interpolation, second = (
-        TORCH_FILTERS[rng.integers(2)] if name == "random" else name
-        for name in (interpolation, second)
-    )
-    return ViewDraws(flip, box, interpolation, draw_color(rng) if strong else None, steps, second)
+    if interpolation == "random":
+        interpolation = TORCH_FILTERS[rng.integers(2)]
+    if second == "random":
+        second = TORCH_FILTERS[rng.integers(2)]
+    color = draw_color(rng) if strong else None
+    return ViewDraws(flip, box, interpolation, color, steps, second)
 
 
 PLAIN_VIEWS = ("image", "image_strong", "image_second", "mask", "target_mask", "noise")
@@ -87,12 +96,12 @@ MAP_VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class PretrainTransform:
-    """`transform(raw, rng, maps)` -> the keys in `views`.
+    """Make the views of a pre-training method: `transform(raw, rng, maps)` -> dict with `views`.
 
-    "image" (weak), "image_strong" and "image_second" (of `second_size`) of the same crop, "mask",
-    "target_mask", "noise" (`noise_size` uniform float32 draws); of the same crop and flip of
-    `maps`, arrays [any size] that cover the picture: "part_ids" uint8, "part_scores" float32, both
-    [rows, columns] of `grid`.
+    "image" (weak augmentation), "image_strong" and "image_second" (at `second_size`) show the same
+    crop, uint8 [3, H, W]. "mask" and "target_mask" are bool; "noise" is `noise_size` uniform
+    float32 numbers. "part_ids" (uint8) and "part_scores" (float32), both [rows, columns] of `grid`,
+    come from the same crop and flip of `maps`, arrays of any size that cover the whole image.
     """
 
     def __init__(
@@ -109,17 +118,17 @@ class PretrainTransform:
         second_size: Pair | None,
         second_interpolation: str,
     ):
-        self.views, self.size, self.interpolation, self.crop_scale = (
-            views,
-            size,
-            interpolation,
-            crop_scale,
-        )
-        self.grid, self.noise_size = grid, noise_size
-        self.color_jitter, self.second_interpolation = color_jitter, second_interpolation
-        self.second_size = second_size if "image_second" in views else None
+        self.views = views
+        self.size = size
+        self.interpolation = interpolation
         self.apply = _apply_fast if pipeline == "fast" else _apply_reference
         self.masks = masks
+        self.crop_scale = crop_scale
+        self.grid = grid
+        self.noise_size = noise_size
+        self.color_jitter = color_jitter
+        self.second_size = second_size if "image_second" in views else None
+        self.second_interpolation = second_interpolation
 
     def __call__(
         self,
@@ -127,31 +136,42 @@ class PretrainTransform:
         rng: np.random.Generator,
         maps: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> Sample:
+        # The image's views.
         draw = functools.partial(
-            draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation,
-            strong="image_strong" in self.views, jitter=self.color_jitter, second=self.second_interpolation,
-        )  # fmt: skip
-        found = self.apply(raw, draw, self.size, self.second_size)
-        views = {"image": found.weak, "image_strong": found.strong, "image_second": found.second}
-        sample = {
-            name: torch.from_numpy(view) for name, view in views.items() if name in self.views
-        }
-        sample |= {name: torch.from_numpy(generate(rng)) for name, generate in self.masks.items()}
+            draw_view,
+            rng,
+            crop_scale=self.crop_scale,
+            interpolation=self.interpolation,
+            strong="image_strong" in self.views,
+            jitter=self.color_jitter,
+            second=self.second_interpolation,
+        )
+        made = self.apply(raw, draw, self.size, self.second_size)
+        sample = {}
+        images = {"image": made.weak, "image_strong": made.strong, "image_second": made.second}
+        for name, image in images.items():
+            if name in self.views:
+                sample[name] = torch.from_numpy(image)
+
+        # Masks and noise.
+        for name, generate in self.masks.items():
+            sample[name] = torch.from_numpy(generate(rng))
         if "noise" in self.views:
             sample["noise"] = torch.from_numpy(rng.random(self.noise_size, dtype=np.float32))
+
+        # The maps, cropped like the image.
         for name, reduce in MAP_VIEWS.items():
             if name in self.views:
-                sample[name] = torch.from_numpy(
-                    reduce(crop_map(maps[name], found.draws, found.picture, self.grid))
-                )
+                points = crop_map(maps[name], made.params, made.image_size, self.grid)
+                sample[name] = torch.from_numpy(reduce(points))
         return sample
 
 
 class Views(NamedTuple):
-    """The picture's size, what was drawn, and the views [3, H, W], None where not asked for."""
+    """The image's size, the random parameters, and the views [3, H, W], None if not requested."""
 
-    picture: Pair
-    draws: ViewDraws
+    image_size: Pair
+    params: ViewDraws
     weak: np.ndarray
     strong: np.ndarray | None
     second: np.ndarray | None
@@ -160,38 +180,41 @@ class Views(NamedTuple):
 def _apply_fast(
     raw: RawImage, draw: Callable[..., ViewDraws], size: Pair, second_size: Pair | None = None
 ) -> Views:
-    whole, decode_rows = open_picture(raw)
-    draws = draw(size=whole)
-    top, _, height, _ = draws.box
-    if draws.jitter:  # contrast depends on the whole picture
-        planes = np.ascontiguousarray(decode_rows(whole[0])[: whole[0]].transpose(2, 0, 1))
-        picture = np.ascontiguousarray(fast_jitter(planes, draws.jitter).transpose(1, 2, 0))
+    """Make the views with OpenCV and torch, decoding only the rows that the crop needs."""
+    image_size, decode_rows = open_picture(raw)
+    params = draw(size=image_size)
+    top, _, height, _ = params.box
+    if params.jitter:  # contrast depends on the whole image
+        planes = decode_rows(image_size[0])[: image_size[0]].transpose(2, 0, 1)
+        planes = fast_jitter(np.ascontiguousarray(planes), params.jitter)
+        image = np.ascontiguousarray(planes.transpose(1, 2, 0))
     else:
-        picture = decode_rows(top + height)
-    weak = fast_crop(picture, draws, size)
-    strong = None if draws.color is None else fast_color(weak, draws.color)
-    second = None if second_size is None else fast_crop(picture, draws, second_size, draws.second)
-    return Views(whole, draws, weak, strong, second)
+        image = decode_rows(top + height)
+    weak = fast_crop(image, params, size)
+    strong = None if params.color is None else fast_color(weak, params.color)
+    second = None if second_size is None else fast_crop(image, params, second_size, params.second)
+    return Views(image_size, params, weak, strong, second)
 
 
 def _apply_reference(
     raw: RawImage, draw: Callable[..., ViewDraws], size: Pair, second_size: Pair | None = None
 ) -> Views:
+    """Make the views with Pillow, in the order of the published code."""
     image = decode_pillow(raw)
-    whole = image.height, image.width
-    draws = draw(size=whole)
-    image = reference_jitter(image, draws.jitter)
-    weak = reference_crop(image, draws, size)
-    strong = None if draws.color is None else _planes(reference_color(weak, draws.color))
-    second = (
-        None
-        if second_size is None
-        else _planes(reference_crop(image, draws, second_size, draws.second))
-    )
-    return Views(whole, draws, _planes(weak), strong, second)
+    image_size = image.height, image.width
+    params = draw(size=image_size)
+    image = reference_jitter(image, params.jitter)
+    weak = reference_crop(image, params, size)
+    strong = second = None
+    if params.color is not None:
+        strong = _planes(reference_color(weak, params.color))
+    if second_size is not None:
+        second = _planes(reference_crop(image, params, second_size, params.second))
+    return Views(image_size, params, _planes(weak), strong, second)
 
 
 def _planes(image: Image.Image) -> np.ndarray:
+    """Return the color planes [3, H, W] of a Pillow image."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
@@ -210,11 +233,10 @@ def build_pretrain_transform(
     second_size: Pair | None = None,
     second_interpolation: str = "lanczos",
 ) -> PretrainTransform:
-    """The transform that makes a method's `views` (see `PretrainTransform`) at `input_size`, cut
-    into `grid` patches.
+    """Build the transform that makes a method's `views`, see `PretrainTransform`.
 
     Raises:
-        ValueError: an interpolation or pipeline that does not exist, or a jitter that cannot be.
+        ValueError: an interpolation or pipeline is unknown, or the jitter is out of range.
     """
     _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
     _check_choice("--second_interpolation", second_interpolation, INTERPOLATIONS)
@@ -223,16 +245,25 @@ def build_pretrain_transform(
         raise ValueError(f"--color_jitter is {color_jitter}; it must lie between 0 and 1")
     assert "image" in views and set(views) <= {*PLAIN_VIEWS, *MAP_VIEWS}, views
     assert grid is not None or not MAP_VIEWS.keys() & set(views), "maps are cropped to a grid"
-    assert "image_second" not in views or second_size is not None, "a second picture needs a size"
+    assert "image_second" not in views or second_size is not None, "a second view needs a size"
     generators = {"mask": mask_generator, "target_mask": target_mask_generator}
     masks = {name: generate for name, generate in generators.items() if generate is not None}
     assert masks.keys() == {"mask", "target_mask"} & set(views), (
-        "masked views need mask generators, others have none"
+        "each masked view needs a mask generator, and no other does"
     )
     return PretrainTransform(
-        tuple(views), as_pair(input_size), interpolation, pipeline, masks, tuple(crop_scale), grid, noise_size,
-        color_jitter, second_size, second_interpolation,
-    )  # fmt: skip
+        views=tuple(views),
+        size=to_pair(input_size),
+        interpolation=interpolation,
+        pipeline=pipeline,
+        masks=masks,
+        crop_scale=tuple(crop_scale),
+        grid=grid,
+        noise_size=noise_size,
+        color_jitter=color_jitter,
+        second_size=second_size,
+        second_interpolation=second_interpolation,
+    )
 
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
@@ -247,9 +278,9 @@ PROBE_CROPS = ("area", "short_side")
 
 
 class ProbeTransform:
-    """A crop and a flip, nothing else: `transform(raw, rng)` -> {"image": uint8 [3, H, W]}.
+    """Crop and flip, nothing else: `transform(raw, rng)` -> {"image": uint8 [3, H, W]}.
 
-    `crop`: "area" is `draw_clipped_crop`, "short_side" is `draw_short_side_crop`.
+    `crop` "area" is `draw_clipped_crop`, "short_side" is `draw_short_side_crop`.
     """
 
     def __init__(
@@ -261,19 +292,21 @@ class ProbeTransform:
     ):
         _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
         _check_choice("--train_crop", crop, PROBE_CROPS)
-        self.size, self.interpolation, self.crop_scale = (
-            as_pair(input_size),
-            interpolation,
-            tuple(crop_scale),
-        )
+        self.size = to_pair(input_size)
+        self.interpolation = interpolation
+        self.crop_scale = tuple(crop_scale)
         short_side = functools.partial(draw_short_side_crop, target=self.size)
         self.crop = short_side if crop == "short_side" else draw_clipped_crop
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         draw = functools.partial(
-            draw_view, rng, crop_scale=self.crop_scale, interpolation=self.interpolation, strong=False,
+            draw_view,
+            rng,
+            crop_scale=self.crop_scale,
+            interpolation=self.interpolation,
+            strong=False,
             crop=self.crop,
-        )  # fmt: skip
+        )
         return {"image": torch.from_numpy(_apply_fast(raw, draw, self.size).weak)}
 
 
@@ -281,11 +314,14 @@ class ProbeTransform:
 
 
 class TrainTransform:
-    """timm's ImageNet training augmentation, without normalization and erasing, which follow on the
-    device."""
+    """Apply timm's ImageNet training augmentation.
+
+    Normalization and random erasing are left to the device.
+    """
 
     def __init__(self, size: Pair, augment: Callable[[Image.Image], torch.Tensor]):
-        self.size, self.augment = size, augment
+        self.size = size
+        self.augment = augment
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         image = Image.fromarray(decode(raw))
@@ -296,11 +332,11 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The center of the picture: resized to cover `size` / `crop_pct`, cut to `size`
-    (specs/conmim.md 4.7).
+    """Resize the image to cover `size` / `crop_pct` and crop its center to `size`.
 
-    Up to 32 pixels there is no crop; pictures of another size than `size` are resized to it (a
-    repair: upstream's batches could not be stacked).
+    `crop_pct` defaults to 224 / 256, or 1 from 384 pixels on. If `size` is 32 or less there is no
+    crop: images of another size are resized to it, whereas the published code leaves them, so that
+    they cannot be stacked.
     """
 
     def __init__(self, size: Pair, crop_pct: float | None):
@@ -309,21 +345,21 @@ class EvalTransform:
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         image = Image.fromarray(decode(raw))
-        image = _exactly(image, self.size) if max(self.size) <= SMALL_IMAGE else self._centre(image)
+        small = max(self.size) <= SMALL_IMAGE
+        image = _exactly(image, self.size) if small else self._center_crop(image)
         return {"image": torch.from_numpy(_planes(image))}
 
-    def _centre(self, image: Image.Image) -> Image.Image:
+    def _center_crop(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        covered = _cover(
-            (image.height, image.width), (int(height / self.crop_pct), int(width / self.crop_pct))
-        )
-        image = _exactly(image, covered)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        area = int(height / self.crop_pct), int(width / self.crop_pct)
+        image = _exactly(image, _cover((image.height, image.width), area))
+        left = round((image.width - width) / 2)
+        top = round((image.height - height) / 2)
         return image.crop((left, top, left + width, top + height))
 
 
 def _cover(size: Pair, area: Pair) -> Pair:
-    """The smallest (height, width) with the aspect of `size` that covers `area`."""
+    """Return the smallest (height, width) with the aspect ratio of `size` that covers `area`."""
     height, width = size
     if width * area[0] > height * area[1]:
         return area[0], int(area[0] * width / height)
@@ -331,18 +367,16 @@ def _cover(size: Pair, area: Pair) -> Pair:
 
 
 def _exactly(image: Image.Image, size: Pair) -> Image.Image:
+    """Return the image at `size` (height, width), resized if it has another."""
     height, width = size
-    return (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling.BICUBIC)
-    )
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 @contextlib.contextmanager
 def seeded_globals(rng: np.random.Generator) -> Iterator[None]:
-    """Inside, `random`, numpy's and torch's global generators follow from `rng`; afterwards they
-    are as before."""
+    """Seed the global generators of `random`, numpy and torch from `rng`; restore them on exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(rng.integers(2**32))
     random.seed(seed)
@@ -359,20 +393,19 @@ def seeded_globals(rng: np.random.Generator) -> Iterator[None]:
 def build_finetune_transform(
     args: argparse.Namespace, train: bool
 ) -> TrainTransform | EvalTransform:
-    """The transform of classification (specs/conmim.md 4.6, 4.7): `transform(raw, rng)` ->
-    {"image": uint8 [3, H, W]}.
+    """Build the transform of classification: `transform(raw, rng)` -> {"image": uint8 [3, H, W]}.
 
-    Reads `input_size`, and for training `aa`, `color_jitter` (only used without `aa`),
-    `train_interpolation`, `imagenet_default_mean_and_std` (the color that fills moved pictures);
-    for evaluation `crop_pct` and, in place of `input_size`, `eval_input_size` where it is given.
+    For training it reads `input_size`, `aa`, `color_jitter` (only used without `aa`),
+    `train_interpolation` and `imagenet_default_mean_and_std` (the color that fills the border of
+    shifted and rotated images); for evaluation `crop_pct`, and `eval_input_size` if given, else
+    `input_size`.
     """
     if not train:
-        return EvalTransform(
-            as_pair(getattr(args, "eval_input_size", None) or args.input_size), args.crop_pct
-        )
-    size = as_pair(args.input_size)
+        size = getattr(args, "eval_input_size", None) or args.input_size
+        return EvalTransform(to_pair(size), args.crop_pct)
+    size = to_pair(args.input_size)
     _check_choice("--train_interpolation", args.train_interpolation, INTERPOLATIONS)
-    mean, std = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
+    mean, std = image_mean_std(args)
     augment = create_transform(
         input_size=size,
         is_training=True,

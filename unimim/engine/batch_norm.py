@@ -1,5 +1,4 @@
-"""Batch normalization: synchronized over processes, in float32, and put back after a skipped
-step."""
+"""Batch normalization across processes: synchronized, in float32, undone after a skipped step."""
 
 from functools import partial
 
@@ -15,8 +14,8 @@ from unimim.engine.distributed import in_group, mean_over_ranks
 
 
 class BatchStatistics:
-    """Remembers the running statistics of batch normalization so that a skipped step leaves no
-    trace in them."""
+    """Remembers running statistics of batch normalization, so that a skipped step leaves no
+    trace."""
 
     def __init__(self, *modules: nn.Module | None):
         norms = [
@@ -33,19 +32,22 @@ class BatchStatistics:
         self.kept = [buffer.clone() for buffer in self.buffers]
 
     def put_back_unless(self, applied: Tensor) -> None:
-        """A module on another device than the flag (an average kept on the host) waits for it
-        once."""
-        flags = {
-            device: applied.to(device) > 0 for device in {buffer.device for buffer in self.buffers}
-        }
+        """Restores the statistics if `applied` is 0.
+
+        A module on another device than the flag, such as an ema on the host, waits for it once.
+        """
+        flags: dict[torch.device, Tensor] = {}
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            if buffer.device not in flags:
+                flags[buffer.device] = applied.to(buffer.device) > 0
             buffer.copy_(torch.where(flags[buffer.device], buffer, kept))
 
 
 @torch.no_grad()
 def average_batch_statistics(module: nn.Module, device: torch.device) -> None:
-    """Replaces the running statistics of each process by their mean over all, sent from `device`;
-    all ranks call.
+    """Replaces the running statistics of each process by their mean over all processes.
+
+    The mean is sent from `device`; all ranks call.
 
     In float64, so that statistics which are equal on all ranks stay as they are to the last bit.
     """
@@ -60,8 +62,7 @@ def average_batch_statistics(module: nn.Module, device: torch.device) -> None:
 
 
 def synchronize_batch_norm(network: nn.Module, device: torch.device) -> None:
-    """From now on batch normalization takes its statistics from the batches of all processes, not
-    of its own alone.
+    """Makes batch normalization take its statistics from the batches of all processes.
 
     On GPUs these are torch's modules, which know no CPU, where each norm gets a `forward` of ours.
     """
@@ -76,35 +77,36 @@ def synchronize_batch_norm(network: nn.Module, device: torch.device) -> None:
 
 
 def synchronized_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Batch normalization of x [B, C, ...] in float32 by mean and variance over all processes."""
+    """Normalizes x [B, C, ...] in float32 by its mean and variance over all processes."""
     if not norm.training:
         return activated(norm, batch_norm_in_float32(norm, x).to(x.dtype))
-    values, space = x.float(), [axis for axis in range(x.ndim) if axis != 1]
+    values = x.float()
+    space = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     sums = all_reduce(torch.cat((values.sum(space), values.new_tensor([values[:, 0].numel()]))))
     mean, count = sums[:-1] / sums[-1], sums[-1].detach()
-    centerd = values - mean.view(shape)
-    variance = all_reduce(centerd.square().sum(space)) / count
+    centered = values - mean.view(shape)
+    variance = all_reduce(centered.square().sum(space)) / count
     if norm.track_running_stats:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
             norm.running_mean.lerp_(mean, norm.momentum)
             norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
-    normed = centerd * (variance + norm.eps).rsqrt().view(shape)
+    normed = centered * (variance + norm.eps).rsqrt().view(shape)
     if norm.affine:
         normed = normed * norm.weight.float().view(shape) + norm.bias.float().view(shape)
     return activated(norm, normed.to(x.dtype))
 
 
 def activated(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """timm has norms with dropout and activation in one module."""
+    """Applies the dropout and the activation that some of timm's norms contain."""
     for name in ("drop", "act"):
         x = getattr(norm, name, nn.Identity())(x)
     return x
 
 
 def batch_norm_in_float32(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """torch takes a norm's weights and statistics in one dtype only."""
+    """Normalizes in float32: torch takes a norm's weights and statistics in one dtype only."""
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))

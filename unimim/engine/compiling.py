@@ -1,4 +1,4 @@
-"""torch.compile block by block: equal blocks share one graph."""
+"""Compiles networks block by block with torch.compile; equal blocks share one graph."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from unimim.logs import log
 
 
 def recompute_gelu(network: nn.Module, when: str) -> None:
-    """Settles --recompute_gelu of all blocks."""
+    """Sets --recompute_gelu in all blocks."""
     for module in network.modules():
         if isinstance(module, ActivatedLinear):
             module.recompute = when
@@ -25,15 +25,15 @@ COMPILED = (Block, EncoderBlock, *REPEATED_BLOCKS)
 
 
 class SharedGraphs:
-    """The compiled forward of blocks of one type at one place of a network, which share their
-    graphs.
+    """The compiled forward pass that blocks of one type in one list of a network share.
 
     With and without gradient, in training and evaluation there are separate compilations: torch
     keeps the graphs of a function together, looks through all of them and gives up at the eighth.
     """
 
     def __init__(self, forward: Callable, backend: str | Callable):
-        self.forward, self.backend = forward, backend
+        self.forward = forward
+        self.backend = backend
         self.roles: dict[tuple[bool, bool], Callable] = {}
 
     def __call__(self, block: nn.Module, x: torch.Tensor, *args, **options) -> torch.Tensor:
@@ -48,7 +48,7 @@ class SharedGraphs:
 
 
 def own_code(function: Callable, role: tuple[bool, bool]) -> Callable:
-    """The same function with code of its own, by which torch keeps its graphs."""
+    """Returns the same function with code of its own, by which torch keeps its graphs."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{'_'.join(map(str, role))}")
     copy = FunctionType(
         code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
@@ -58,8 +58,10 @@ def own_code(function: Callable, role: tuple[bool, bool]) -> Callable:
 
 
 def compile_blocks(*modules: nn.Module | None, backend: str | Callable = "inductor") -> None:
-    """Compiles the blocks of these networks; those of one list and type share their graphs. Hooks
-    stay outside."""
+    """Compiles the blocks of these networks; blocks of one list and one type share their graphs.
+
+    Hooks stay outside.
+    """
     places: dict[tuple[int, str, type], list[nn.Module]] = {}
     for number, module in enumerate(modules):
         for name, part in module.named_modules() if module is not None else ():
@@ -75,7 +77,7 @@ def compile_blocks(*modules: nn.Module | None, backend: str | Callable = "induct
 
 
 def share_stochastic_depth(blocks: list[nn.Module]) -> None:
-    """Blocks that differ in its rate alone get equal graphs."""
+    """Gives blocks that differ in their drop path rate alone equal graphs."""
     for block in blocks:
         for name, part in list(block.named_modules()):
             if isinstance(part, timm.layers.DropPath):

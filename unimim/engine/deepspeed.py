@@ -1,4 +1,4 @@
-"""How a step is run by DeepSpeed ZeRO, and its configuration."""
+"""Runs a step with DeepSpeed ZeRO, and writes DeepSpeed's configuration."""
 
 import json
 import math
@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unimim.engine.batch_norm import batch_norm_in_float32, synchronized_batch_norm
 from unimim.engine.runner import AUTOCAST_DTYPES, Runner, spoil_if_nonfinite, step_unless_nonfinite
 
-# What DeepSpeed reads at the top level; it ignores a misspelt key without a word, so we do not
-# (specs/engine.md 1.8).
+# What DeepSpeed reads at the top level; it ignores a misspelled key without a word, so we refuse it
+# (docs/engine.md#deepspeeds-configuration).
 DEEPSPEED_KEYS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast", "bf16",
@@ -31,13 +31,13 @@ DEEPSPEED_KEYS = {
 
 
 def deepspeed_config(args: Namespace, parameters: int = 0) -> dict[str, Any]:
-    """The configuration that the flags ask for, or --deepspeed_config with what it leaves open
-    filled in from them.
+    """Returns DeepSpeed's configuration: that of the flags, over which --deepspeed_config wins.
 
-    `gradient_clipping` is always written: DeepSpeed's default clips at 1.0 (specs/engine.md 0.1).
-    bf16 takes the `torch_autocast` section: float32 weights and the same numbers as DDP. fp16 takes
-    the section of its own, with BEiT's values: DeepSpeed 0.19 neither lowers nor undoes the scale
-    of autocast's fp16 under ZeRO. `parameters`, the number of trainable ones, sizes the buckets.
+    `gradient_clipping` is always written: DeepSpeed's default clips at 1.0
+    (docs/engine.md#gradient-clipping). bf16 takes the `torch_autocast` section: float32 weights and
+    the same numbers as DDP. fp16 takes the section of its own, with BEiT's values: DeepSpeed 0.19
+    neither lowers nor undoes the scale of autocast's fp16 under ZeRO. `parameters`, the number of
+    trainable ones, sizes the buckets.
     """
     config = {
         "train_micro_batch_size_per_gpu": args.batch_size,
@@ -54,16 +54,18 @@ def deepspeed_config(args: Namespace, parameters: int = 0) -> dict[str, Any]:
         config |= precision_section(args.precision)
     config |= given
     check_zero_section(config["zero_optimization"], args)
-    if offloads(
-        config["zero_optimization"]
-    ):  # or DeepSpeed refuses every optimizer but its own, which it compiles
+    # else DeepSpeed refuses every optimizer but its own, which it compiles
+    if offloads(config["zero_optimization"]):
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
 
 
 def zero_section(args: Namespace, parameters: int) -> dict[str, Any]:
-    """Of the flags. DeepSpeed's own buckets take 2 GB and hold a whole ViT: nothing is sent before
-    backward ends."""
+    """Returns the zero_optimization section that the flags ask for.
+
+    DeepSpeed's default buckets of 2 GB hold a whole ViT, so that nothing is sent before the
+    backward pass ends; here they are an eighth of the parameters.
+    """
     section: dict[str, Any] = {"stage": args.zero_stage}
     if parameters:
         bucket = min(500_000_000, math.ceil(parameters / 8 / 2**20) * 2**20)
@@ -76,20 +78,22 @@ def zero_section(args: Namespace, parameters: int) -> dict[str, Any]:
 
 
 def offloads(zero_section: dict[str, Any]) -> bool:
-    """Whether the optimizer's state lives outside the device."""
+    """Returns whether the optimizer's state is kept outside the device."""
     return (zero_section.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def check_zero_section(section: dict[str, Any], args: Namespace) -> None:
-    """Refuses what does not work with the stage, wherever that comes from."""
+    """Raises a ValueError for settings that do not work with the ZeRO stage."""
+    # probes and part learning have no --compile
     if getattr(args, "compile", False) and section["stage"] == 3:
         raise ValueError(
-            "--compile does not work with ZeRO stage 3, whose gather hooks cut the gradients: use --zero_stage 2"
+            "--compile does not work with ZeRO stage 3, whose gather hooks cut the gradients: "
+            "use --zero_stage 2"
         )
     if args.precision == "fp16" and section["stage"] == 0:
         raise ValueError(
-            "--precision fp16 does not work with ZeRO stage 0, whose float32 weights DeepSpeed keeps to itself: "
-            "use --zero_stage 1, or leave out --enable_deepspeed"
+            "--precision fp16 does not work with ZeRO stage 0, whose float32 weights DeepSpeed "
+            "keeps to itself: use --zero_stage 1, or leave out --enable_deepspeed"
         )
     if offloads(section) and section["stage"] == 0:
         raise ValueError(
@@ -107,9 +111,8 @@ def precision_section(precision: str) -> dict[str, Any]:
                 "loss_scale_window": 128,
             }
         }
-    if (
-        precision == "bf16"
-    ):  # no module is named whose gradients and shards could be sent in bf16, as DDP sends none
+    # no module is named whose gradients and shards could be sent in bf16, as DDP sends none
+    if precision == "bf16":
         return {
             "torch_autocast": {
                 "enabled": True,
@@ -138,7 +141,8 @@ def check_deepspeed_config(given: dict, ours: dict, args: Namespace) -> None:
         )
     if unknown := given.keys() - DEEPSPEED_KEYS:
         raise ValueError(
-            f"{name}: DeepSpeed does not know the keys {sorted(unknown)}, and would ignore them silently"
+            f"{name}: DeepSpeed does not know the keys {sorted(unknown)}, and would ignore them "
+            "silently; leave them out"
         )
     batches = {"train_batch_size": args.batch_size * args.update_freq * args.world_size, **ours}
     for key in (
@@ -152,21 +156,24 @@ def check_deepspeed_config(given: dict, ours: dict, args: Namespace) -> None:
             )
     if args.clip_grad and given.get("gradient_clipping", args.clip_grad) != args.clip_grad:
         raise ValueError(
-            f"{name} says gradient_clipping {given['gradient_clipping']}, --clip_grad {args.clip_grad}"
+            f"{name} says gradient_clipping {given['gradient_clipping']}, --clip_grad is "
+            f"{args.clip_grad}: make them equal"
         )
     stage = given.get("zero_optimization", {}).get("stage", args.zero_stage)
     if given.get("bf16", {}).get("enabled") and stage == 0:
         raise ValueError(
-            f"{name}: bf16 with ZeRO stage 0 takes a wrong first step in DeepSpeed; use stage 1 or more"
+            f"{name}: bf16 with ZeRO stage 0 takes a wrong first step in DeepSpeed; "
+            "use stage 1 or more"
         )
     if given.get("torch_autocast", {}).get("dtype") in ("fp16", "float16"):
         raise ValueError(
-            f"{name}: torch_autocast with fp16 clips scaled gradients in DeepSpeed; use the section fp16"
+            f"{name}: torch_autocast with fp16 clips scaled gradients in DeepSpeed; "
+            "use the section fp16"
         )
 
 
 class DeepSpeedRunner(Runner):
-    """DeepSpeed ZeRO 0 to 3. The configuration written is kept in `config`."""
+    """Runs steps with DeepSpeed ZeRO 0 to 3; `config` keeps the configuration that is used."""
 
     def __init__(self, network, optimizer, *, config: dict[str, Any], device: torch.device):
         super().__init__(
@@ -175,7 +182,8 @@ class DeepSpeedRunner(Runner):
             clip_grad=config["gradient_clipping"] or None,
         )
         deepspeed = import_deepspeed(device)
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         self.optimizer = optimizer
         self.guard = StepGuard(optimizer, device)
         reduced = [
@@ -200,9 +208,8 @@ class DeepSpeedRunner(Runner):
             self.statistics.keep()
         out = self.model(batch)
         self.model.set_gradient_accumulation_boundary(last)
-        self.model.backward(
-            spoil_if_nonfinite(out["loss"])
-        )  # divides by the accumulation count itself
+        # divides by the accumulation count itself
+        self.model.backward(spoil_if_nonfinite(out["loss"]))
         if not last:
             self.model.step()
         return out
@@ -213,22 +220,21 @@ class DeepSpeedRunner(Runner):
         self.model.step()
         applied = self.guard.applied * float(self.model.was_step_applied())
         if norm is None:
-            known = (
-                self.model.get_global_grad_norm()
-            )  # not where the user's configuration switches it off
+            # None where the user's configuration switches it off
+            known = self.model.get_global_grad_norm()
             norm = torch.as_tensor(float("nan") if known is None else known, device=self.device)
         return {"grad_norm": norm.float(), "applied": applied}
 
     def _whole_norm(self) -> Tensor:
-        """Stage 0 keeps whole gradients and reports no norm in float32."""
+        """Returns the gradients' norm for stage 0, which keeps whole gradients and reports none."""
         return torch.nn.utils.get_total_norm(
             [p.grad for p in self.network.parameters() if p.grad is not None]
         )
 
     def full_state_dict(self):
-        """One parameter at a time, whole on every rank for that long; only rank 0 keeps them, on
-        the host."""
-        state, keeps = {}, dist.get_rank() == 0
+        """Gathers one parameter at a time on every rank; rank 0 keeps them all, on the host."""
+        state = {}
+        keeps = dist.get_rank() == 0
         for name, value in self.network.state_dict(keep_vars=True).items():
             if isinstance(value, nn.Parameter):
                 with self.whole([value]) as (tensor,):
@@ -240,26 +246,60 @@ class DeepSpeedRunner(Runner):
 
     @contextmanager
     def whole(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-        with self.gathered_parameters(parameters, enabled=self.stage == 3):
-            yield [self._master(p) if self.rounded and p.requires_grad else p for p in parameters]
+        """Yields whole float32 values of the parameters, gathered in one exchange."""
+        rounded = [self.rounded and p.requires_grad for p in parameters]
+        masters = iter(self._masters([p for p, r in zip(parameters, rounded, strict=True) if r]))
+        others = [p for p, r in zip(parameters, rounded, strict=True) if not r]
+        with self.gathered_parameters(others, enabled=self.stage == 3 and bool(others)):
+            yield [next(masters) if r else p for p, r in zip(parameters, rounded, strict=True)]
 
-    def _master(self, parameter: Tensor) -> Tensor:
-        """Returns the whole float32 value of which the engine trains a rounded copy."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter)
+    def _masters(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Returns whole float32 values of parameters of which the engine trains rounded copies."""
+        if not parameters:
+            return []
+        return _joined_partitions(parameters) if self.stage == 3 else _joined_fragments(parameters)
 
     def save(self, folder: str, tag: str) -> None:
-        """Writes the sharded state for an exact resume; every rank must call."""
+        """Writes the sharded state for an exact resume; all ranks call."""
         self.model.save_checkpoint(folder, tag=tag, save_latest=False)
 
     def load(self, folder: str, tag: str) -> None:
         self.model.load_checkpoint(folder, tag=tag)
 
 
+def _joined_fragments(parameters: list[Tensor]) -> list[Tensor]:
+    """Returns the masters of stages 1 and 2, of which each rank holds a span or nothing."""
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    for whole, p in zip(flat.split(sizes), parameters, strict=True):
+        if p._hp_mapping is not None:
+            span = p._hp_mapping.lp_fragment_address
+            whole.narrow(0, span.start, span.numel).copy_(p._hp_mapping.get_hp_fragment().detach())
+    dist.all_reduce(flat, group=parameters[0]._dp_group)
+    return [w.view_as(p) for w, p in zip(flat.split(sizes), parameters, strict=True)]
+
+
+def _joined_partitions(parameters: list[Tensor]) -> list[Tensor]:
+    """Returns the masters of stage 3, of which each rank holds an equal part, padded at the end."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    # copies, because a state that is swapped to disk lends its memory for a moment only
+    mine = [safe_get_local_fp32_param(p).detach().clone() for p in parameters]
+    group = getattr(parameters[0], "ds_process_group", None)
+    ranks = dist.get_world_size(group)
+    flat = torch.cat(mine)
+    gathered = flat.new_empty(ranks * flat.numel())
+    dist.all_gather_into_tensor(gathered, flat, group=group)
+    columns = gathered.view(ranks, -1).split([part.numel() for part in mine], dim=1)
+    return [
+        column.reshape(-1)[: p.ds_numel].view(p.ds_shape)
+        for column, p in zip(columns, parameters, strict=True)
+    ]
+
+
 def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Lets weights that DeepSpeed keeps in bf16 or fp16 meet float32 images and batch
-    statistics."""
+    """Lets a network whose weights DeepSpeed keeps in bf16 or fp16 take float32 images and
+    norms."""
     # inside the network, because DeepSpeed ends an autocast around it
     network.forward = torch.autocast(device.type, dtype)(network.forward)
     for norm in network.modules():
@@ -271,14 +311,14 @@ def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: to
 
 
 class StepGuard:
-    """Stands before optimizer.step: skips it on every rank where a gradient on any rank is not
-    finite.
+    """Wraps `optimizer.step`: no rank steps where a gradient on any rank is not finite.
 
     ZeRO-3 calls it for each of its sub-groups, after it has looked at the gradients of all.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
-        self.optimizer, self.device = optimizer, device
+        self.optimizer = optimizer
+        self.device = device
         self.reset()
         self._step = optimizer.step
         optimizer.step = self
@@ -310,10 +350,10 @@ class StepGuard:
 
 
 def import_deepspeed(device: torch.device):
-    """Imports DeepSpeed so that it needs no compiler on a CPU (specs/engine.md 1.3)."""
-    os.environ.setdefault(
-        "DS_ACCELERATOR", device.type
-    )  # it takes a GPU unasked, also under --device cpu
+    """Imports DeepSpeed so that it needs no compiler on a CPU
+    (docs/engine.md#no-compiler-on-a-cpu)."""
+    # it takes a GPU unasked, also under --device cpu
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed
     except ImportError as error:
@@ -322,7 +362,6 @@ def import_deepspeed(device: torch.device):
         ) from error
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if device.type == "cpu" and isinstance(compatible, dict):
-        compatible["deepspeed_shm_comm"] = (
-            False  # gloo alone does; the helper would be compiled at each first start
-        )
+        # gloo alone does; the helper would be compiled at each first start
+        compatible["deepspeed_shm_comm"] = False
     return deepspeed

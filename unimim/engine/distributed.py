@@ -1,4 +1,4 @@
-"""Processes, ranks, signals and seeds."""
+"""Joins processes, exchanges values between ranks, handles signals, and seeds steps."""
 
 import ctypes
 import gc
@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # first imported inside a group, its default arguments hold the group for ever
+
+# first imported inside a process group, its default arguments would hold the group for ever
+import torch.distributed.nn.functional
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands among the others, and where they meet if the launcher says so."""
+    """The rank of a process, and where the processes meet if the launcher says so."""
 
     rank: int = 0
     world_size: int = 1
@@ -36,8 +38,7 @@ class Place:
 
 
 def init_distributed(args: Namespace) -> torch.device:
-    """Finds this process's place among the others, joins the group, and sets args.rank, world_size
-    and local_rank."""
+    """Joins the group of processes and sets args.rank, args.world_size and args.local_rank."""
     if args.dist_on_itp:
         args.dist_url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     place = find_place(os.environ, openmpi=args.dist_on_itp, local_rank=args.local_rank)
@@ -53,7 +54,7 @@ def init_distributed(args: Namespace) -> torch.device:
 
 
 def find_place(env: Mapping[str, str], *, openmpi: bool = False, local_rank: int = -1) -> Place:
-    """The place that a launcher's variables give this process.
+    """Returns the rank that a launcher's variables give this process.
 
     Order: OpenMPI with --dist_on_itp, torchrun and deepspeed (RANK), srun, else one process.
     `local_rank` is the flag.
@@ -70,7 +71,8 @@ def find_place(env: Mapping[str, str], *, openmpi: bool = False, local_rank: int
 
 
 def slurm_place(env: Mapping[str, str]) -> Place:
-    """The place of one of srun's tasks; one process outside of a job step, as in a batch script.
+    """Returns the rank of one of srun's tasks; a lone process outside of a job step, as in a batch
+    script.
 
     Without MASTER_ADDR the tasks meet on the step's first host, at a port that follows from the job
     and the step.
@@ -87,8 +89,8 @@ def slurm_place(env: Mapping[str, str]) -> Place:
     )
     if not address:
         raise ValueError(
-            f"srun started {tasks} tasks, but neither SLURM_STEP_NODELIST nor MASTER_ADDR says where they meet; "
-            "export MASTER_ADDR as the first of the job's hosts"
+            f"srun started {tasks} tasks, but neither SLURM_STEP_NODELIST nor MASTER_ADDR says "
+            "where they meet; export MASTER_ADDR as the first of the job's hosts"
         )
     job = int(env.get("SLURM_JOB_ID", 0))
     step = int(env.get("SLURM_STEP_ID", 0))
@@ -99,7 +101,8 @@ def slurm_place(env: Mapping[str, str]) -> Place:
 
 
 def first_host(hosts: str) -> str:
-    """The first name of a host list in SLURM's form: "gpu07" of "gpu[07-12,15],login"."""
+    """Returns the first name of a host list in SLURM's notation: "gpu07" of
+    "gpu[07-12,15],login"."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)
     if first is None:
         raise ValueError(
@@ -118,7 +121,7 @@ def choose_device(args: Namespace) -> torch.device:
 
 
 def join_process_group(args: Namespace, device: torch.device, place: Place) -> None:
-    """A lone process under DeepSpeed needs the variables of a launcher too.
+    """Joins the process group, which a lone process under DeepSpeed needs too.
 
     On GPUs the group has a side for the host's tensors: what is agreed on there waits for no
     device.
@@ -156,8 +159,9 @@ def in_group() -> bool:
 
 
 def leave_process_group() -> None:
-    """Also ends gloo's threads: one that frees a tensor while the interpreter shuts down aborts the
-    process.
+    """Leaves the group and ends gloo's threads.
+
+    A thread that frees a tensor while the interpreter shuts down aborts the process.
 
     DeepSpeed keeps its engine, and so the threads, until the process ends.
     """
@@ -167,13 +171,12 @@ def leave_process_group() -> None:
 
 
 def has_peers() -> bool:
-    """Whether other processes may wait for this one in a collective."""
+    """Returns whether other processes may wait for this one in a collective."""
     return in_group() and dist.get_world_size() > 1
 
 
 def exit_at_once(code: int) -> None:
-    """Ends this process with what it has logged, without the farewell to peers that may never
-    answer.
+    """Ends this process with what it has logged, without waiting for peers that may not answer.
 
     They sit in a collective, where destroying the group would wait for them; a lost connection or
     the launcher ends them. Loader workers go with their parent.
@@ -192,19 +195,19 @@ def barrier() -> None:
 
 
 def reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all processes, in place."""
+    """Returns the sum over all processes; `values` is changed in place."""
     if in_group():
         dist.all_reduce(values)
     return values
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Mean over all processes, in a new tensor."""
+    """Returns the mean over all processes in a new tensor."""
     return reduce_sum(values.clone()) / (dist.get_world_size() if in_group() else 1)
 
 
 def from_first_rank(value):
-    """Rank 0's value of a plain object, on every process."""
+    """Returns rank 0's value of a plain object on every process."""
     if not in_group():
         return value
     box = [value]
@@ -213,7 +216,7 @@ def from_first_rank(value):
 
 
 def gathered(value: Any) -> list[Any]:
-    """The plain object of each process, in the order of ranks, on every process."""
+    """Returns the plain objects of all processes, in the order of ranks, on every process."""
     if not in_group():
         return [value]
     values = [None] * dist.get_world_size()
@@ -248,8 +251,7 @@ class StopSignal:
             self.may_interrupt.start()
 
     def agreed(self, *, last: bool = False) -> bool:
-        """Whether any rank has been asked to stop; all ranks call it once a step and get the same
-        answer.
+        """Returns whether any rank has been asked to stop; all ranks call it once a step.
 
         Among several ranks the answer is that to the votes of the step before, which have arrived
         meanwhile; in the `last` step of an epoch it is waited for. A lone process looks at its own
@@ -264,7 +266,7 @@ class StopSignal:
         return last and self._result()
 
     def _result(self) -> bool:
-        """The outcome of the vote under way, False without one."""
+        """Returns the outcome of the vote under way, False without one."""
         if self.voting is None:
             return False
         self.voting.wait()
@@ -281,7 +283,7 @@ def _default_interrupt() -> None:
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:
-    """Makes everything drawn on this process from here on a function of (seed, rank, step) alone.
+    """Makes all random numbers of this process from here on a function of (seed, rank, step).
 
     Called before each optimizer step: a resumed run then draws what the uninterrupted one drew.
     """

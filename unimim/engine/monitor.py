@@ -1,4 +1,4 @@
-"""Logs, metrics and progress of a run: what the loop measures and what it shows."""
+"""Measures and shows a run: metrics, throughput, logs and progress."""
 
 import ctypes
 import json
@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed.nn.functional  # first imported inside a group, its default arguments hold the group for ever
+
+# first imported inside a process group, its default arguments would hold the group for ever
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -21,18 +23,19 @@ from unimim.engine.distributed import mean_over_ranks
 from unimim.files import write_text
 from unimim.logs import log
 
-# Dense bf16/fp16 peak of a device in TFLOP/s, from the makers' data sheets; keys are words of
+# Dense bf16/fp16 peak of a device in TFLOP/s, from the vendors' data sheets; keys are words of
 # torch's device names.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H200 NVL": 835, "GH200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "V100": 125,
     "V100 PCIE": 112, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
-OTHER_DEVICES = {"MIG", "LAPTOP", "TI", "D"}  # words of a part or a variant, whose peak is another
+# words of a part or a variant of a device, which has another peak
+OTHER_DEVICES = {"MIG", "LAPTOP", "TI", "D"}
 
 
 class RunLog:
-    """Where figures go: log.txt (one JSON object an epoch), tensorboardX and W&B; on rank 0
+    """Writes metrics to log.txt (one JSON object an epoch), tensorboardX and W&B, on rank 0
     only."""
 
     def __init__(self, args: Namespace, config: dict):
@@ -51,19 +54,19 @@ class RunLog:
         lines = [line for line in whole if json.loads(line)["epoch"] < epoch]
         write_text(self.file, "".join(f"{line}\n" for line in lines))
 
-    def step(self, figures: dict[str, float], step: int) -> None:
+    def step(self, metrics: dict[str, float], step: int) -> None:
         if self.board is not None:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log(figures, step=step)
+            self.wandb.log(metrics, step=step)
 
-    def epoch(self, figures: dict, step: int) -> None:
-        numbers = {f"epoch/{k}": v for k, v in figures.items() if isinstance(v, (int, float))}
+    def epoch(self, metrics: dict, step: int) -> None:
+        numbers = {f"epoch/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
         self.step(numbers, step)
         if self.file is not None:
             with self.file.open("a") as file:
-                file.write(json.dumps(figures) + "\n")
+                file.write(json.dumps(metrics) + "\n")
 
     def close(self) -> None:
         if self.board is not None:
@@ -92,8 +95,7 @@ def _wandb(args: Namespace, config: dict):
 
 
 def wandb_id(args: Namespace) -> str | None:
-    """The id under which W&B knows the run: kept in the output folder, new for a run that resumes
-    nothing."""
+    """Returns the run's id at W&B: kept in the output folder, new unless the run resumes."""
     if not args.output_dir:
         return None
     file = Path(args.output_dir) / "wandb_id.txt"
@@ -111,10 +113,9 @@ class NonFiniteError(RuntimeError):
 
 
 class StepMonitor:
-    """Keeps each step's figures on the device and reads them together, so that no step waits for
-    the device.
+    """Keeps the metrics of each step on the device and reads them together: no step waits for it.
 
-    Figures are means over all processes, so that every rank counts, stops and resumes with the same
+    Metrics are means over all processes, so that every rank counts, stops and resumes with the same
     ones.
 
     A step whose loss or gradient was not finite has `applied` 0: it did not change anything. Its
@@ -126,40 +127,41 @@ class StepMonitor:
     scaler_halvings = 16
 
     def __init__(self, *, folder: str, rank: int, max_nonfinite: int, scaled: bool = False):
-        self.folder, self.rank, self.max_nonfinite, self.scaled = (
-            folder,
-            rank,
-            max_nonfinite,
-            scaled,
-        )
+        self.folder = folder
+        self.rank = rank
+        self.max_nonfinite = max_nonfinite
+        self.scaled = scaled
         self.pending: list[tuple[int, list[Tensor], dict[str, Tensor]]] = []
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.recent: dict[str, float] = {}
         self.streak = 0
 
-    def push(self, step: int, indices: list[Tensor], figures: dict[str, Tensor]) -> None:
-        """`figures` holds scalar tensors, among them loss, grad_norm and applied; `indices` the
-        samples of the step."""
-        self.pending.append((step, indices, figures))
+    def push(self, step: int, indices: list[Tensor], metrics: dict[str, Tensor]) -> None:
+        """Adds a step.
+
+        `metrics` holds scalar tensors, among them loss, grad_norm and applied; `indices` are the
+        images of the step.
+        """
+        self.pending.append((step, indices, metrics))
 
     def read(self) -> dict[str, float]:
-        """Moves what is pending to the host and returns its means (of the steps that were applied);
-        all ranks call."""
+        """Moves what is pending to the host and returns the means of the applied steps; all ranks
+        call."""
         if self.pending:
             names = list(self.pending[0][2])
-            own = torch.stack(
-                [torch.stack([f[n].float() for n in names]) for *_, f in self.pending]
-            )
+            steps = []
+            for _, _, metrics in self.pending:
+                steps.append(torch.stack([metrics[name].float() for name in names]))
+            own = torch.stack(steps)
             rows = [
                 dict(zip(names, values, strict=True)) for values in mean_over_ranks(own).tolist()
             ]
             good = [row for row in rows if row["applied"]]
             self._check(rows, own)
             self._add(good)
-            self.recent = (
-                {n: sum(row[n] for row in good) / len(good) for n in names} if good else self.recent
-            )
+            if good:
+                self.recent = {name: sum(row[name] for row in good) / len(good) for name in names}
             self.pending.clear()
         return self.recent
 
@@ -170,7 +172,7 @@ class StepMonitor:
                 self.counts[name] = self.counts.get(name, 0) + 1
 
     def _check(self, rows: list[dict[str, float]], own: Tensor) -> None:
-        """`own` are this rank's figures, for the report of what happened here."""
+        """Counts and reports steps that were not applied; `own` are the metrics of this rank."""
         for (step, indices, _), row, values in zip(self.pending, rows, own, strict=True):
             overflow = self.scaled and math.isfinite(row["loss"])
             self.streak = 0 if row["applied"] else self.streak + 1
@@ -178,9 +180,10 @@ class StepMonitor:
                 self._report(step, indices, dict(zip(row, values.tolist(), strict=True)))
             if self.streak > self.max_nonfinite + overflow * self.scaler_halvings:
                 raise NonFiniteError(
-                    f"{self.streak} optimizer steps in a row had a loss or gradient that is not finite (--max_nonfinite"
-                    f" {self.max_nonfinite}); weights, optimizer and teacher are as before them. Lower --lr, set "
-                    f"--clip_grad, or look at the batches listed in {self.folder or 'the log'}"
+                    f"{self.streak} optimizer steps in a row had a loss or gradient that is not "
+                    f"finite (--max_nonfinite {self.max_nonfinite}); weights, optimizer and "
+                    "teacher are as before them. Lower --lr, set --clip_grad, or look at the "
+                    f"batches listed in {self.folder or 'the log'}"
                 )
 
     def _report(self, step: int, indices: list[Tensor], row: dict[str, float]) -> None:
@@ -198,7 +201,7 @@ class StepMonitor:
             )
 
     def means(self) -> dict[str, float]:
-        """Averages since the last reset."""
+        """Returns the means since the last reset."""
         return {
             name: self.sums[name] / self.counts[name] for name in self.sums if name != "applied"
         }
@@ -207,36 +210,34 @@ class StepMonitor:
         return {"sums": dict(self.sums), "counts": dict(self.counts), "streak": self.streak}
 
     def load(self, state: dict) -> None:
-        self.sums, self.counts, self.streak = (
-            dict(state["sums"]),
-            dict(state["counts"]),
-            state["streak"],
-        )
+        self.sums = dict(state["sums"])
+        self.counts = dict(state["counts"])
+        self.streak = state["streak"]
 
     def reset(self) -> None:
         self.sums, self.counts = {}, {}
 
 
 class Throughput:
-    """Images a second, the share of time spent waiting for data, MFU, and the time left.
+    """Measures images per second, the fraction of time spent waiting for data, and MFU.
 
     `flops_per_image` are those of the model: what --grad_checkpointing computes again is no use of
     the device.
     """
 
     def __init__(self, images_per_step: int, flops_per_image: float | None, peak: float | None):
-        self.images_per_step, self.flops_per_image, self.peak = (
-            images_per_step,
-            flops_per_image,
-            peak,
-        )
+        self.images_per_step = images_per_step
+        self.flops_per_image = flops_per_image
+        self.peak = peak
         self.restart()
 
     def restart(self) -> None:
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self.steps = 0
 
     def timed(self, loader: Iterable) -> Iterable:
-        """Passes batches on and adds up the time that they took to come."""
+        """Passes batches on and adds up the time that they took to arrive."""
         batches = iter(loader)
         while True:
             begin = time.perf_counter()
@@ -247,24 +248,27 @@ class Throughput:
             self.waited += time.perf_counter() - begin
             yield batch
 
-    def figures(self) -> dict[str, float]:
-        """Since the last call: images/s over all ranks, data wait in percent, MFU in percent if the
-        peak is known."""
+    def metrics(self) -> dict[str, float]:
+        """Returns what was measured since the last call.
+
+        images_per_s is over all ranks; data_wait and mfu are in percent, the latter only if the
+        device's peak is known.
+        """
         elapsed = max(time.perf_counter() - self.start, 1e-9)
-        rate = self.steps * self.images_per_step / elapsed
-        figures = {
-            "images_per_s": rate,
+        images_per_s = self.steps * self.images_per_step / elapsed
+        metrics = {
+            "images_per_s": images_per_s,
             "data_wait": 100 * self.waited / elapsed,
             "s_per_step": elapsed / max(self.steps, 1),
         }
         if self.flops_per_image and self.peak:
-            figures["mfu"] = 100 * rate * self.flops_per_image / self.peak
+            metrics["mfu"] = 100 * images_per_s * self.flops_per_image / self.peak
         self.restart()
-        return figures
+        return metrics
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's dense peak in FLOP/s at this precision, None where it is not known."""
+    """Returns the device's dense peak in FLOP/s at this precision, None where it is not known."""
     if device.type != "cuda" or precision == "fp32":
         return None
     tflops = peak_tflops(torch.cuda.get_device_name(device))
@@ -272,7 +276,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_tflops(name: str) -> float | None:
-    """The value of `PEAK_TFLOPS` with the most words in a device's name, None without one."""
+    """Returns the entry of `PEAK_TFLOPS` with the most words in a device's name, None without
+    one."""
     words = set(re.split(r"[\s-]+", name.upper()))
     known = [key for key in PEAK_TFLOPS if set(key.upper().split()) <= words]
     if not known or words & OTHER_DEVICES:
@@ -281,7 +286,7 @@ def peak_tflops(name: str) -> float | None:
 
 
 def count_flops(step, *args) -> float:
-    """FLOPs of step(*args) by torch's counter, two for each multiply-add.
+    """Returns the FLOPs of step(*args) by torch's counter, two for each multiply-add.
 
     The counter does not know the fused attention of CPUs: it is given the products of the explicit
     form.
@@ -299,12 +304,12 @@ def count_flops(step, *args) -> float:
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
-    """Of q k^T and its product with v; shapes [B, h, T, d]."""
+    """Returns the FLOPs of q k^T and of its product with v; shapes [B, h, T, d]."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of the device so far; on a CPU the process's peak resident size."""
+    """Returns the device's peak memory so far; on a CPU the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -313,8 +318,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Lets glibc's malloc keep what a step frees for the next one; `keep` False is its default
-    again.
+    """Lets glibc's malloc keep freed memory for the next step; `keep` False restores its default.
 
     By default large blocks go back to the kernel, which then hands out zeroed pages anew: a step on
     a CPU is 1.1 to 1.3 times as long (docs/benchmarks.md). What was kept in the heap's middle until
@@ -332,7 +336,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03 of 3723 seconds."""
+    """Returns 3723 seconds as 1:02:03."""
     if not math.isfinite(seconds):
         return "?"
     minutes, s = divmod(int(seconds), 60)
@@ -340,11 +344,13 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar on a terminal, a plain line every `every` steps elsewhere; silent on ranks other than
-    0."""
+    """Shows a bar on a terminal and a line every `every` steps elsewhere, on rank 0 only."""
 
     def __init__(self, title: str, total: int, start: int, *, every: int, rank: int):
-        self.title, self.total, self.every, self.rank = title, total, every, rank
+        self.title = title
+        self.total = total
+        self.every = every
+        self.rank = rank
         self.bar = None
         if rank == 0 and sys.stdout.isatty():
             self.bar = tqdm(
@@ -354,8 +360,8 @@ class Progress:
     def due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.total
 
-    def show(self, step: int, figures: dict[str, str]) -> None:
-        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+    def show(self, step: int, metrics: dict[str, str]) -> None:
+        text = "  ".join(f"{name} {value}" for name, value in metrics.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
         elif self.rank == 0:

@@ -1,4 +1,4 @@
-"""How a step is run: plain torch and DDP behind one small interface."""
+"""Runs a step: plain torch and DDP behind one small interface."""
 
 import math
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuses what the hardware cannot do, in one sentence."""
+    """Raises a ValueError if the hardware cannot compute in this precision."""
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not has_bf16():
@@ -26,35 +26,39 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def has_bf16() -> bool:
-    """Whether this GPU computes in bf16; older ones emulate it, slower than float32."""
+    """Returns whether this GPU computes in bf16; older ones emulate it, slower than float32."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Runner:
-    """What plain, DDP and DeepSpeed runs share. `network` is the module itself, `model` the wrapped
-    one."""
+    """What plain, DDP and DeepSpeed runs share: `network` is the module itself, `model` its
+    wrapper."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
 
     def __init__(self, network: nn.Module, *, update_freq: int, clip_grad: float | None):
-        self.network, self.update_freq, self.clip_grad = network, update_freq, clip_grad
+        self.network = network
+        self.update_freq = update_freq
+        self.clip_grad = clip_grad
         self.statistics = BatchStatistics()
         self.dtype: torch.dtype | None = None  # of autocast
         self.gradients = GradientCheck(network)
 
     def watch(self, *modules: nn.Module | None) -> None:
-        """Batch statistics of these modules are put back after a skipped step."""
+        """Puts batch statistics of these modules back after a skipped step."""
         self.statistics = BatchStatistics(*modules)
 
     def micro_step(self, batch: dict[str, Tensor], *, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; `last` of the `update_freq` ones that make a
+        """Runs forward and backward of one micro-batch; `last` marks the last of an optimizer
         step."""
         raise NotImplementedError
 
     def step(self) -> dict[str, Tensor]:
-        """Applies the gradients: {"grad_norm": 2-norm before clipping, "applied": 1.0, or 0.0 for a
-        skipped step}."""
+        """Applies the gradients.
+
+        Returns {"grad_norm": 2-norm before clipping, "applied": 1.0, or 0.0 for a skipped step}.
+        """
         result = self.apply_gradients()
         self.statistics.put_back_unless(result["applied"])
         self.statistics.kept = []
@@ -62,25 +66,23 @@ class Runner:
         return result
 
     def apply_gradients(self) -> dict[str, Tensor]:
-        """What `step` does to the weights, and returns."""
+        """Changes the weights for `step`, and returns what `step` returns."""
         raise NotImplementedError
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The network's state with whole float32 weights; every rank must call, and rank 0 gets
-        it."""
+        """Returns the state with whole float32 weights, on rank 0; all ranks call."""
         return self.network.state_dict()
 
     def whole(self, parameters: list[Tensor]):
-        """A context that yields whole float32 values of the network's parameters."""
+        """Returns a context that yields whole float32 values of the network's parameters."""
         return nullcontext(parameters)
 
 
 class GradientCheck:
-    """Finds trainable tensors that training leaves alone: in the first applied steps of a run no
-    rank has a gradient for them that is not zero.
+    """Finds trainable tensors without a gradient that is not zero in the first applied steps.
 
     A single such tensor may be meant, and is named in the log; most of a network never is, and is
-    an error. It takes several steps, because behind a head that starts at zero all gradients are
+    an error. It takes several steps, because before a head that starts at zero all gradients are
     zero in the first ones.
     """
 
@@ -100,14 +102,12 @@ class GradientCheck:
 
     @torch.no_grad()
     def _note(self, number: int, gradient: Tensor) -> None:
-        """Before reduction and sharding: all engines look the same here. What is not finite says
-        nothing."""
+        """Notes a gradient before reduction and sharding, where all engines look the same."""
         largest = torch.linalg.vector_norm(gradient.detach(), math.inf)
         self.seen[number] += ((largest > 0) & largest.isfinite()).to(self.seen)
 
     def after_step(self, applied: Tensor) -> None:
-        """Judges once, after enough applied steps; waits for the device then, and not before
-        `steps` steps."""
+        """Judges once, after enough applied steps, and waits for the device only then."""
         if not self.hooks:
             return
         self.done += applied.to(self.done)
@@ -124,16 +124,20 @@ class GradientCheck:
         if not untouched:
             return
         shown = ", ".join(untouched[:5]) + (", ..." if len(untouched) > 5 else "")
-        text = f"{len(untouched)} of {len(self.names)} trainable tensors had no gradient in {self.steps} steps: {shown}"
+        text = (
+            f"{len(untouched)} of {len(self.names)} trainable tensors had no gradient in "
+            f"{self.steps} steps: {shown}"
+        )
         if 2 * len(untouched) > len(self.names):
             raise ValueError(
-                f"{text}. Most of the network is not trained: run without --compile or --enable_deepspeed"
+                f"{text}. Most of the network is not trained: run without --compile or "
+                "--enable_deepspeed"
             )
         log.warning("%s", text)
 
 
 def spoil_if_nonfinite(loss: Tensor) -> Tensor:
-    """The same loss; but if it is not finite, so is every gradient that comes from it."""
+    """Returns the same loss; if it is not finite, neither are the gradients that come from it."""
     return loss * (1.0 + 0.0 * loss.detach())
 
 
@@ -157,8 +161,7 @@ def step_unless_nonfinite(
 
 
 def step_on_device(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """The fused kernels read the gradient scaler's flag, and leave everything as it is where it is
-    set."""
+    """Steps with fused kernels, which read the gradient scaler's flag and skip where it is set."""
     optimizer.grad_scale, optimizer.found_inf = None, 1.0 - applied
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
@@ -248,11 +251,12 @@ def _host_copy(value: Any) -> Any:
 
 
 class TorchRunner(Runner):
-    """One process, or DDP where there are several."""
+    """Runs steps in one process, or with DDP where there are several."""
 
     def __init__(self, network, optimizer, *, device, precision, update_freq, clip_grad):
         super().__init__(network, update_freq=update_freq, clip_grad=clip_grad)
-        self.optimizer, self.device = optimizer, device
+        self.optimizer = optimizer
+        self.device = device
         self.revocable = RevocableStep(optimizer)
         self.dtype = AUTOCAST_DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -1,4 +1,4 @@
-"""What a run keeps on disk: its checkpoints, the position to resume from, and the clean encoder.
+"""Saves and resumes a run: its checkpoints, its position, and the clean encoder.
 
 A checkpoint holds plain tensors and dicts: model, teacher or averaged model, optimizer, scaler,
 epoch and step (the position of schedules and data; all randomness follows from it and the seed),
@@ -31,12 +31,14 @@ from unimim.checkpoint.files import (
     save_encoder,
     sync_deepspeed_folder,
 )
+from unimim.checkpoint.loading import unwrapped
 from unimim.cli.options import as_config, effective_batch
 from unimim.engine.deepspeed import DeepSpeedRunner
 from unimim.engine.distributed import barrier, from_first_rank
 from unimim.engine.ema import MovingAverage
 from unimim.engine.monitor import StepMonitor
 from unimim.engine.runner import Runner
+from unimim.engine.task import Task
 from unimim.logs import log
 
 # What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
@@ -46,8 +48,10 @@ GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
 
 @dataclass
 class Position:
-    """`step` optimizer steps of `epoch` are done; `best` is the best validation accuracy so far in
-    percent."""
+    """The position of a run: `step` optimizer steps of `epoch` are done.
+
+    `best` and `best_average`, of the ema, are the best validation accuracies so far in percent.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -56,22 +60,25 @@ class Position:
 
 
 class Session:
-    """Saves and resumes one run. `network` is the model whose names the checkpoint carries."""
+    """Saves and resumes one run. The names in a checkpoint are those of `task.network`."""
 
     def __init__(
         self,
         args: Namespace,
         runner: Runner,
-        network: nn.Module,
+        task: Task,
         monitor: StepMonitor,
         *,
-        average: MovingAverage | None,
-        average_key: str,
         steps_per_epoch: int,
         dataset: Dataset,
     ):
-        self.args, self.runner, self.network, self.monitor = args, runner, network, monitor
-        self.average, self.average_key, self.steps_per_epoch = average, average_key, steps_per_epoch
+        self.args = args
+        self.runner = runner
+        self.monitor = monitor
+        self.network = task.network
+        self.ema = task.ema
+        self.ema_key = task.ema_key
+        self.steps_per_epoch = steps_per_epoch
         self.dataset = dataset
         self.folder = Path(args.output_dir) if args.output_dir and args.save_ckpt else None
         self.sharded = isinstance(runner, DeepSpeedRunner)
@@ -79,8 +86,10 @@ class Session:
     # -- saving
 
     def save(self, position: Position, *, finished: bool) -> None:
-        """Writes checkpoint-<epoch>.pth of a finished epoch, else checkpoint-<epoch>-<step>.pth;
-        all ranks call it."""
+        """Writes checkpoint-<epoch>.pth of a finished epoch, else checkpoint-<epoch>-<step>.pth.
+
+        All ranks call.
+        """
         if self.folder is None:
             return
         stem = (
@@ -92,23 +101,25 @@ class Session:
         if self.sharded:
             self._save_shards(stem)
         if self.args.rank == 0:
-            self._save_encoder(stem, state[self.average_key] or state["model"])
+            self._save_encoder(stem, state[self.ema_key] or state["model"])
             self._write(stem, state)
             prune_checkpoints(self.folder, self.args.keep_checkpoints, self.folder / f"{stem}.pth")
         barrier()
 
-    def save_best(self, position: Position, *, of_average: bool) -> None:
-        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the average; all
-        ranks must call."""
+    def save_best(self, position: Position, *, of_ema: bool) -> None:
+        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the ema.
+
+        All ranks call.
+        """
         if self.folder is None:
             return
         state = self._state(position)
-        if of_average:
-            state["model"] = state[self.average_key]
+        if of_ema:
+            state["model"] = state[self.ema_key]
         if self.args.rank == 0:
             self._write(
-                "checkpoint-best-ema" if of_average else "checkpoint-best",
-                state | {self.average_key: None},
+                "checkpoint-best-ema" if of_ema else "checkpoint-best",
+                state | {self.ema_key: None},
             )
 
     def _write(self, stem: str, state: dict[str, Any]) -> None:
@@ -116,20 +127,21 @@ class Session:
         log.info("saved %s", self.folder / f"{stem}.pth")
 
     def _state(self, position: Position) -> dict[str, Any]:
-        weights, prefix = self.runner.full_state_dict(), self._prefix()
+        weights = self.runner.full_state_dict()
+        prefix = self._prefix()
         return {
             "model": {k.removeprefix(prefix): v for k, v in weights.items()},
-            self.average_key: None
-            if self.average is None
-            else dict(self.average.module.state_dict()),
+            self.ema_key: None if self.ema is None else dict(self.ema.module.state_dict()),
             "args": as_config(self.args),
             "engine": self._engine(),
             **vars(position),
         }
 
     def _progress(self, position: Position) -> dict[str, Any]:
-        """What only a resumed run needs. All random draws are functions of the seed and the number
-        of updates done."""
+        """Returns what only a resumed run needs.
+
+        All random numbers are functions of the seed and the number of updates done.
+        """
         updates = position.epoch * self.steps_per_epoch + position.step
         progress = {
             "rng": {"seed": self.args.seed, "updates": updates},
@@ -142,7 +154,7 @@ class Session:
 
     @cached_property
     def _data(self) -> dict[str, Any]:
-        """Which images an epoch goes through, in how many steps."""
+        """Describes which images an epoch goes through, in how many steps."""
         return {
             "images": len(self.dataset),
             "fingerprint": fingerprint(self.dataset),
@@ -150,22 +162,22 @@ class Session:
         }
 
     def _param_names(self) -> list[list[str]]:
-        """Of each group of the optimizer, in its order."""
+        """Returns the parameters' names of each group of the optimizer, in its order."""
         prefix = self._prefix()
         names = {
             id(p): name.removeprefix(prefix) for name, p in self.runner.network.named_parameters()
         }
-        return [
-            [names[id(p)] for p in group["params"]] for group in self.runner.optimizer.param_groups
-        ]
+        found = []
+        for group in self.runner.optimizer.param_groups:
+            found.append([names[id(p)] for p in group["params"]])
+        return found
 
     def _prefix(self) -> str:
-        """The runner may wrap the network in a task; the checkpoint carries the network's own
-        names."""
-        names = (
-            name for name, module in self.runner.network.named_modules() if module is self.network
-        )
-        return "".join(f"{name}." for name in names if name)
+        """Returns what the names in the wrapped task have before the network's own names."""
+        for name, module in self.runner.network.named_modules():
+            if module is self.network:
+                return f"{name}." if name else ""
+        raise AssertionError("the network is a part of what the runner trains")
 
     def _engine(self) -> dict[str, Any]:
         kind = (
@@ -189,7 +201,7 @@ class Session:
             finish_deepspeed_folder(self.folder / stem)
 
     def _save_encoder(self, stem: str, weights: dict[str, Tensor]) -> None:
-        """`weights` are whole ones: an engine may have sharded or rounded the network's own."""
+        """Writes the clean encoder in `weights`, which are whole float32 ones."""
         if hasattr(self.network, "encoder_state_dict"):
             path = encoder_file(self.folder / f"{stem}.pth")
             metadata = {"model": self.args.model, "format": "timm"}
@@ -198,8 +210,10 @@ class Session:
     # -- resuming
 
     def resume(self, origin: "Origin | None") -> Position:
-        """The position after `origin`, whose weights are in the network already; restores optimizer
-        and meters."""
+        """Returns the position after `origin`, and restores optimizer and metrics.
+
+        Its weights are in the network already.
+        """
         if origin is None:
             return Position(epoch=self.args.start_epoch)
         if origin.published:
@@ -223,7 +237,8 @@ class Session:
         state = origin.state
         if "rng" not in state:
             raise ValueError(
-                f"{origin.path} holds weights only: give it to --finetune, or to --eval with --resume"
+                f"{origin.path} holds weights only: give it to --finetune, or to --eval with "
+                "--resume"
             )
         position = Position(**{name: state[name] for name in vars(Position())})
         # a finished epoch, however many steps it has in this run
@@ -234,27 +249,29 @@ class Session:
         batch, ours = state["engine"]["global_batch"], effective_batch(self.args)
         if batch != ours:
             raise ValueError(
-                f"{origin.path} was saved in mid-epoch with an effective batch of {batch}, this run has {ours}: keep "
-                "--batch_size x --update_freq x processes the same, or resume from the end of an epoch"
+                f"{origin.path} was saved in mid-epoch with an effective batch of {batch}, "
+                f"this run has {ours}: keep --batch_size x --update_freq x processes the same, "
+                "or resume from the end of an epoch"
             )
         for change in self._changes(state):
             if change.of_order:
                 raise ValueError(
-                    f"{origin.path} was saved in mid-epoch with {change}: the rest of the epoch would be of other "
-                    "samples; keep it the same, or resume from the end of an epoch"
+                    f"{origin.path} was saved in mid-epoch with {change}: the rest of the "
+                    "epoch would be of other samples; keep it the same, or resume from the end "
+                    "of an epoch"
                 )
             log.warning("%s was saved with %s", origin.path, change)
         if position.step > self.steps_per_epoch:
             raise ValueError(
-                f"{origin.path} was saved at step {position.step} of an epoch, which has {self.steps_per_epoch} steps "
-                "in this run: give the same --data_path, or resume from the end of an epoch"
+                f"{origin.path} was saved at step {position.step} of an epoch, which has "
+                f"{self.steps_per_epoch} steps in this run: give the same --data_path, or resume "
+                "from the end of an epoch"
             )
         self.monitor.load(state["monitor"])
         return position
 
     def _changes(self, state: dict[str, Any]) -> "Iterator[Change]":
-        """What the run that wrote `state` had otherwise; of what the file does not know, nothing is
-        said."""
+        """Yields what the run that wrote `state` did otherwise, as far as the file says."""
         there, ours = state["args"], as_config(self.args)
         for name in sorted(there.keys() & ours.keys()):
             of_order = name in ("seed", "aug_repeats") or "mask" in name
@@ -278,17 +295,19 @@ class Session:
             yield Change("--epochs: a schedule of", *schedules, False)
 
     def _load_optimizer(self, origin: "Origin") -> None:
-        """Each engine resumes its own optimizer state; from another engine only the weights come
-        along.
+        """Restores the optimizer's state where the file's engine is this run's.
 
         Hyper-parameters are those of this run's flags, whatever the file says.
         """
-        engine, path, ours = origin.state["engine"], origin.path, self.args.opt
+        engine = origin.state["engine"]
+        path = origin.path
+        ours = self.args.opt
         settings = [dict(group) for group in self.runner.optimizer.param_groups]
         if (opt := origin.state["args"].get("opt", ours)).lower() != ours.lower():
             if self.sharded and engine["kind"] == "deepspeed":
                 raise ValueError(
-                    f"{path} holds shards of --opt {opt}, which --opt {ours} cannot use: keep --opt {opt}"
+                    f"{path} holds shards of --opt {opt}, which --opt {ours} cannot use: keep "
+                    f"--opt {opt}"
                 )
             log.warning(
                 "%s holds the state of --opt %s: that of --opt %s starts afresh", path, opt, ours
@@ -301,8 +320,9 @@ class Session:
             ):
                 if engine[key] != ours:
                     raise ValueError(
-                        f"{path} was written by DeepSpeed with {key} {engine[key]}, this run has {ours}: its optimizer "
-                        "shards cannot be read. Run it the same way, or without --enable_deepspeed to take the weights"
+                        f"{path} was written by DeepSpeed with {key} {engine[key]}, this run has "
+                        f"{ours}: its optimizer shards cannot be read. Run it the same way, or "
+                        "without --enable_deepspeed to take the weights"
                     )
             check_checkpoint(path)
             if not deepspeed_folder(path).is_dir():
@@ -314,19 +334,19 @@ class Session:
             self.runner.load_state_dict(origin.state | {"optimizer": self._optimizer_state(origin)})
         else:
             log.warning(
-                "%s was written by another engine: weights are resumed, the optimizer starts afresh",
+                "%s was written by another engine: weights are resumed, the optimizer starts "
+                "afresh",
                 path,
             )
             return
         self._put_back(settings, path)
 
     def _optimizer_state(self, origin: "Origin") -> dict[str, Any]:
-        """The file's optimizer state in the order of this run's groups, in memory of its own."""
-        saved, there, ours = (
-            origin.state["optimizer"],
-            origin.state.get("param_names"),
-            self._param_names(),
-        )
+        """Returns the file's optimizer state in the order of this run's groups, in its own
+        memory."""
+        saved = origin.state["optimizer"]
+        there = origin.state.get("param_names")
+        ours = self._param_names()
         if there is not None and there != ours:  # a file without names goes by position
             saved = in_order_of(ours, saved, there, self.runner.optimizer.param_groups)
             held = {name for names in there for name in names}
@@ -340,7 +360,7 @@ class Session:
         return saved | {"state": in_own_memory(saved["state"])}
 
     def _put_back(self, settings: list[dict[str, Any]], path: Path) -> None:
-        """This run's settings into the optimizer's groups, and a line on each that differs in the
+        """Gives the optimizer's groups this run's settings, and logs each that differs in the
         file."""
         differing: dict[str, str] = {}
         for group, ours in zip(self.runner.optimizer.param_groups, settings, strict=True):
@@ -359,8 +379,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that a resumed run has otherwise; `of_order`: it decides which samples a step
-    sees."""
+    """A setting that a resumed run changes; `of_order`: it decides which images a step sees."""
 
     name: str
     there: Any
@@ -372,7 +391,7 @@ class Change:
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, for comparison and for the log."""
+    """Returns tuples as lists, for comparison and for the log."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -382,7 +401,7 @@ def in_order_of(
     there: list[list[str]],
     groups: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """An optimizer's saved state with groups of the names `there` as one with groups of the names
+    """Returns an optimizer's saved state, of groups of names `there`, in the order of groups
     `ours`.
 
     A group gets what the optimizer keeps in that of its first known parameter, or in ours of
@@ -393,7 +412,9 @@ def in_order_of(
         place |= {
             name: (number, group) for name, number in zip(names, group["params"], strict=True)
         }
-    state, arranged, first = {}, [], 0
+    state = {}
+    arranged = []
+    first = 0
     for names, own in zip(ours, groups, strict=True):
         numbers = list(range(first, first + len(names)))
         base = next((place[name][1] for name in names if name in place), own)
@@ -406,8 +427,7 @@ def in_order_of(
 
 
 def in_own_memory(value: Any) -> Any:
-    """A copy of nested dicts and lists whose tensors are no longer the file's, which may be
-    mapped."""
+    """Returns a copy of nested dicts and lists whose tensors are not mapped from a file."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -417,20 +437,23 @@ def in_own_memory(value: Any) -> Any:
 
 @dataclass
 class Origin:
-    """A checkpoint to go on from, read before the engine wraps the network."""
+    """The checkpoint that a run resumes from, read before the engine wraps the network."""
 
     path: Path
     state: dict[str, Any]
 
     @classmethod
     def find(cls, args: Namespace) -> "Origin | None":
-        """--resume, else with --auto_resume the newest whole checkpoint of the output folder, else None."""
+        """Returns --resume, else with --auto_resume the newest whole checkpoint of the output
+        folder.
+
+        None if there is neither.
+        """
         path = args.resume
         if not path and args.auto_resume and args.output_dir:
             path = latest_valid_checkpoint(args.output_dir) if args.rank == 0 else None
-            path = from_first_rank(
-                path and str(path)
-            )  # the others may see the folder at another time
+            # the others may see the folder at another time
+            path = from_first_rank(path and str(path))
         # mapped: the processes of a node share the pages, and read only what they use
         return cls(Path(path), load_checkpoint(path, mmap=True)) if path else None
 
@@ -439,30 +462,31 @@ class Origin:
         return "engine" not in self.state
 
     def load_weights(
-        self, network: nn.Module, average: MovingAverage | None, average_key: str, copy: str = ""
+        self, network: nn.Module, ema: MovingAverage | None, ema_key: str, copy: str = ""
     ) -> None:
-        """Puts the checkpoint's weights into the network and its average.
+        """Puts the checkpoint's weights into the network and its ema.
 
         A published file holds one network; the teacher is `copy` (--resume_copy), or the student
-        where none is given. An average that the file lacks starts from the weights.
+        where none is given. An ema that the file lacks starts from the weights.
         """
-        states = [self.state.get("model"), self.state.get(average_key) or self.state.get("model")]
+        weights = self.state.get("model")
+        ema_weights = self.state.get(ema_key) or weights
         if self.published:
-            states = [self.state, load_checkpoint(copy) if copy else self.state]
-        for module, state in zip((network, average and average.module), states, strict=True):
-            if module is not None and state is not None:
-                fill(module, state, self.path)
+            weights = self.state
+            ema_weights = load_checkpoint(copy) if copy else self.state
+        if weights is not None:
+            fill(network, weights, self.path)
+        if ema is not None and ema_weights is not None:
+            fill(ema.module, ema_weights, self.path)
 
 
 def fill(module: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Loads every tensor of the module by name. Keys that it has no use for are left out: published
-    files have some."""
-    weights: dict[str, Tensor] = state.get("model", state.get("module", state))
-    weights = {k.removeprefix("module."): v for k, v in weights.items()}
+    """Loads every tensor of the module by name; other names of the file are left out."""
+    weights = unwrapped(state, ("model", "module"), ("module.",))
     own = module.state_dict()
     if wrong := [k for k in own if k not in weights or own[k].shape != weights[k].shape]:
         raise ValueError(
-            f"{path} does not fit the model that these flags build: {len(wrong)} of its tensors are missing there or "
-            f"have another shape, among them {', '.join(wrong[:3])}"
+            f"{path} does not fit the model that these flags build: {len(wrong)} of its tensors "
+            f"are missing there or have another shape, among them {', '.join(wrong[:3])}"
         )
     module.load_state_dict({k: weights[k] for k in own})

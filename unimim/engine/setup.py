@@ -1,17 +1,19 @@
-"""Wiring of a run: processes, device, runner, schedules, resume; everything between flags and the
-first step."""
+"""Wires a run: processes, device, runner, schedules, resume; all between flags and first step."""
 
 import json
 import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets import BadImagesError
 from optim_factory import (
@@ -23,6 +25,7 @@ from optim_factory import (
     needs_create_graph,
     works_on_shards,
 )
+from unimim.cli.flags import options_as_flags
 from unimim.cli.options import (
     as_config,
     effective_batch,
@@ -31,7 +34,8 @@ from unimim.cli.options import (
     resolve_precision,
     warmup_steps,
 )
-from unimim.data.views import MEAN_STD
+from unimim.data.pretraining import steps_per_epoch
+from unimim.data.views import image_mean_std
 from unimim.engine.batch_norm import BatchStatistics, synchronize_batch_norm
 from unimim.engine.compiling import compile_blocks, recompute_gelu
 from unimim.engine.deepspeed import DeepSpeedRunner, deepspeed_config
@@ -54,27 +58,29 @@ from unimim.engine.monitor import (
 )
 from unimim.engine.runner import Runner, TorchRunner, check_precision
 from unimim.engine.session import Origin, Position, Session
-from unimim.engine.state import Normalize, Stopped, Training
+from unimim.engine.state import Normalize, RunContext, Stopped, Training, with_mask_counts
+from unimim.engine.task import Task
 from unimim.files import write_text
 from unimim.logs import log, setup_logging
 
-STOPPED = (
-    os.EX_TEMPFAIL
-)  # the exit status of a run that a signal stopped and the same command goes on with: 75
+# The exit status of a run that a signal stopped and that the same command resumes: 75.
+STOPPED = os.EX_TEMPFAIL
+# Flags that not every script which trains has, with what the others run with.
+OPTIONAL_FLAGS = {"compile": False, "recompute_gelu": "auto", "resume_copy": ""}
 
 
 def build_optimizer(
     args: Namespace, groups: list[dict], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that the flags ask for, if the engine can run it."""
+    """Returns the optimizer that the flags ask for; ValueError if the engine cannot run it."""
     optimizer = create_optimizer(args, groups, device)
     if needs_create_graph(optimizer):
         raise ValueError(
-            f"--opt {args.opt} needs second derivatives, which these engines do not compute; take another"
+            f"--opt {args.opt} needs second derivatives, which these engines do not compute; "
+            "use another"
         )
-    config = (
-        deepspeed_config(args) if args.enable_deepspeed else None
-    )  # which refuses what cannot work
+    # refuses what cannot work
+    config = deepspeed_config(args) if args.enable_deepspeed else None
     if config and config["zero_optimization"]["stage"] and not works_on_shards(args.opt):
         raise ValueError(
             f"--opt {args.opt} needs whole matrices: use --zero_stage 0, or adamw or sgd with ZeRO"
@@ -85,7 +91,7 @@ def build_optimizer(
 def build_runner(
     args: Namespace, network: nn.Module, groups: list[dict], device: torch.device
 ) -> Runner:
-    """Plain, DDP or DeepSpeed, whose configuration is also written to the output folder."""
+    """Returns the plain, DDP or DeepSpeed runner; DeepSpeed's configuration is also written."""
     optimizer = build_optimizer(args, groups, device)
     if args.enable_deepspeed:
         config = deepspeed_config(args, count_parameters(network))
@@ -105,7 +111,7 @@ def build_runner(
 
 
 def schedules(args: Namespace, steps_per_epoch: int):
-    """Learning rate and weight decay of every step."""
+    """Returns the learning rate and the weight decay of every step."""
     warmup = warmup_steps(args, steps_per_epoch)
     if args.lr_schedule == "mae":
         epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
@@ -126,86 +132,91 @@ def schedules(args: Namespace, steps_per_epoch: int):
 def dry_run(
     args: Namespace, groups: list[dict], steps_per_epoch: int, device: torch.device
 ) -> None:
-    """Refuses what a run would refuse when it starts."""
+    """Raises what a run would raise when it starts."""
     schedules(args, steps_per_epoch)
     build_optimizer(args, groups, device)
 
 
-def flops_per_image(task: nn.Module, loader, normalize: Normalize) -> float:
-    """FLOPs of one training step, counted on two images; what that changes in batch statistics is
-    put back.
+def flops_per_image(task: Task, dataset: Dataset, normalize: Normalize) -> float:
+    """Counts the FLOPs of one training step on two images, and puts batch statistics back.
 
     --grad_checkpointing does not count: what is computed twice is needed once.
     """
+    batch = normalize(with_mask_counts(default_collate([dataset[0, 0], dataset[0, 1]])))
+    statistics = BatchStatistics(task, None if task.ema is None else task.ema.module)
+    statistics.keep()
+    with without_grad_checkpointing(task):
+        flops = count_flops(lambda: task(batch)["loss"].backward())
+    statistics.put_back_unless(torch.zeros(()))
+    task.zero_grad(set_to_none=True)
+    return flops / 2
+
+
+@contextmanager
+def without_grad_checkpointing(task: nn.Module) -> Iterator[None]:
+    """Keeps all activations of a forward pass inside the context."""
     recomputing = [
         module for module in task.modules() if getattr(module, "grad_checkpointing", False)
     ]
     for module in recomputing:
         module.grad_checkpointing = False
-    batch = normalize(default_collate([loader.dataset[0, index] for index in (0, 1)]))
-    statistics = BatchStatistics(task, getattr(task, "teacher", None))
-    statistics.keep()
-    flops = count_flops(lambda: task(batch)["loss"].backward())
-    statistics.put_back_unless(torch.zeros((), device=normalize.device))
-    task.zero_grad(set_to_none=True)
-    for module in recomputing:
-        module.grad_checkpointing = True
-    return flops / 2
+    try:
+        yield
+    finally:
+        for module in recomputing:
+            module.grad_checkpointing = True
 
 
 def start_training(
-    args: Namespace,
-    task: nn.Module,
-    network: nn.Module,
-    loader,
-    groups: list[dict],
-    normalize: Normalize,
-    average_key: str,
+    context: RunContext, task: Task, loader: DataLoader, groups: list[dict]
 ) -> tuple[Training, Position]:
-    """Resumes weights, wraps the task in its engine, resumes the rest: everything between data and
-    the first step.
+    """Returns the state of a run before its first step, and the position it goes on from.
 
-    `task` is what is trained, `network` the part of it that checkpoints hold; `average_key` names
-    its average there.
+    Resumes the weights, wraps the task in its engine and resumes the rest. `groups` are those of
+    the optimizer.
     """
-    device, average, stop = normalize.device, task.average, StopSignal()
-    lr, weight_decay = schedules(args, loader.steps_per_epoch)
+    args = context.args
+    flags = OPTIONAL_FLAGS | vars(args)
+    ema_module = None if task.ema is None else task.ema.module
+    steps = steps_per_epoch(args, loader)
+    lr, weight_decay = schedules(args, steps)
+    stop = StopSignal()
+
+    # weights come first: an engine may shard or round the network's own
     origin = Origin.find(args)
     if origin is not None:
-        origin.load_weights(network, average, average_key, getattr(args, "resume_copy", ""))
-    peak, n_parameters = peak_flops(device, args.precision), count_parameters(network)
-    flops = flops_per_image(task, loader, normalize) if peak else None
-    recompute_gelu(network, getattr(args, "recompute_gelu", "auto"))
-    if getattr(args, "compile", False):
-        compile_blocks(network, average and average.module, getattr(task, "frozen", None))
-    if getattr(args, "sync_bn", False):
-        synchronize_batch_norm(network, device)
-    runner = build_runner(args, task, groups, device)
-    runner.watch(network, average and average.module)
-    if average is not None:
-        average.read = runner.whole
+        origin.load_weights(task.network, task.ema, task.ema_key, flags["resume_copy"])
+
+    # FLOPs and parameters are those of the network as it was built
+    peak = peak_flops(context.device, args.precision)
+    n_parameters = count_parameters(task.network)
+    normalize = Normalize(image_mean_std(args), context.device, task.raw_views)
+    flops = flops_per_image(task, loader.dataset, normalize) if peak else None
+
+    recompute_gelu(task.network, flags["recompute_gelu"])
+    if flags["compile"]:
+        compile_blocks(task.network, ema_module, task.frozen)
+    if args.sync_bn:
+        synchronize_batch_norm(task.network, context.device)
+    runner = build_runner(args, task, groups, context.device)
+    runner.watch(task.network, ema_module)
+    if task.ema is not None:
+        task.ema.read_by(runner.whole)
+
     monitor = StepMonitor(
         folder=args.output_dir,
-        rank=args.rank,
+        rank=context.rank,
         max_nonfinite=args.max_nonfinite,
         scaled=args.precision == "fp16",
     )
-    session = Session(
-        args,
-        runner,
-        network,
-        monitor,
-        average=average,
-        average_key=average_key,
-        steps_per_epoch=loader.steps_per_epoch,
-        dataset=loader.dataset,
-    )
+    session = Session(args, runner, task, monitor, steps_per_epoch=steps, dataset=loader.dataset)
     run = Training(
-        args=args,
+        context=context,
         runner=runner,
         task=task,
         normalize=normalize,
         loader=loader,
+        steps_per_epoch=steps,
         n_parameters=n_parameters,
         lr=lr,
         weight_decay=weight_decay,
@@ -218,20 +229,18 @@ def start_training(
     return run, session.resume(origin)
 
 
-def image_mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
-
-
 def set_float32_products(precision: str, device: torch.device) -> None:
-    """How exact float32 products and convolutions are; on a GPU cuDNN's kernels are also chosen by
-    measuring them."""
+    """Sets how exact float32 products and convolutions are.
+
+    On a GPU cuDNN's kernels are also chosen by measuring them.
+    """
     torch.set_float32_matmul_precision(precision)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = precision == "high"
         torch.backends.cudnn.benchmark = True
 
 
-def set_up(args: Namespace) -> Normalize:
+def set_up(args: Namespace) -> RunContext:
     """Joins the other processes, starts the log, settles device and precision."""
     device = init_distributed(args)
     setup_logging(args.rank)
@@ -241,24 +250,24 @@ def set_up(args: Namespace) -> Normalize:
     resolve_lr(args)
     check_precision(args.precision, device)
     set_float32_products(resolve_matmul_precision(args, device), device)
-    return Normalize(image_mean_std(args), device)
+    return RunContext(args, device, args.rank, args.world_size)
 
 
-def launch(main_function, args: Namespace) -> None:
-    """Users' mistakes and orderly stops end in one line, not in a traceback.
+def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
+    """Runs a script; users' mistakes and orderly stops end in one line, not in a traceback.
 
     Only orderly ends, of which all ranks know, leave the process group: after an error the others
     may be waiting in it.
     """
     code = 0
     try:
-        main_function(args)
+        with options_as_flags():
+            main_function(args)
     except Stopped as stopped:
         log.info("stopped by %s; run the same command to go on", stopped)
         code = STOPPED
     except (ValueError, NonFiniteError, BadImagesError) as error:
-        # an error in a loader worker comes with the worker's traceback: the last line is what it
-        # says
+        # an error in a loader worker comes with the worker's traceback, its message comes last
         log.error("error: %s", str(error).rstrip().rpartition("\n")[2])
         code = 1
         if has_peers():

@@ -1,54 +1,99 @@
-"""What one run of the training loop holds."""
+"""What a run knows of its surroundings, and what one run of the training loop holds."""
 
 from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from unimim.data.views import image_mean_std
 from unimim.engine.distributed import StopSignal
 from unimim.engine.monitor import RunLog, StepMonitor, Throughput
 from unimim.engine.runner import Runner
 from unimim.engine.session import Session
+from unimim.engine.task import Task
+
+Batch = dict[str, Any]  # tensors by their names, and numbers of the whole batch
 
 
 class Normalize:
     """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalized floats.
 
-    "image_second" stays as it is: it is for a network that normalizes in its own way.
+    Images under the keys `raw` stay as they are: the network normalizes them itself. "index", the
+    numbers of the images, stays on the host.
     """
 
-    def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device):
-        self.device = device
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in mean_std)
+    def __init__(
+        self,
+        mean_std: tuple[tuple[float, ...], tuple[float, ...]],
+        device: torch.device,
+        raw: Collection[str] = (),
+    ):
+        mean, std = mean_std
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(std, device=device).view(3, 1, 1)
+        self.raw = raw
 
-    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "index"}
-        for name, value in moved.items():
-            if value.dtype == torch.uint8 and value.ndim == 4 and name != "image_second":
-                moved[name] = value.float().div_(255).sub_(self.mean).div_(self.std)
-        for name in {
-            "mask",
-            "target_mask",
-        } & batch.keys():  # counted on the host: no wait for the device
+    def __call__(self, batch: Batch) -> Batch:
+        prepared = {}
+        for name, value in batch.items():
+            if name == "index":
+                continue
+            if isinstance(value, Tensor):
+                value = value.to(self.mean.device, non_blocking=True)
+                if value.dtype == torch.uint8 and value.ndim == 4 and name not in self.raw:
+                    value = value.float().div_(255).sub_(self.mean).div_(self.std)
+            prepared[name] = value
+        return prepared
+
+
+def with_mask_counts(batch: Batch) -> Batch:
+    """Adds how many patches of an image are masked, the fewest and the most of the batch.
+
+    They are counted on the host, as the batch comes from the loader: no step waits for the device.
+    "mask" [B, gh, gw] gives "mask_counts", a pair of ints, and "max_masked", the larger of them;
+    "target_mask" gives "target_mask_counts".
+    """
+    batch = dict(batch)
+    for name in ("mask", "target_mask"):
+        if name in batch:
             counts = batch[name].flatten(1).sum(1)
-            moved[f"{name}_counts"] = int(counts.min()), int(counts.max())
-        if "mask" in batch:
-            moved["max_masked"] = moved["mask_counts"][1]
-        return moved
+            batch[f"{name}_counts"] = int(counts.min()), int(counts.max())
+    if "mask" in batch:
+        batch["max_masked"] = batch["mask_counts"][1]
+    return batch
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every part of a run may know: its flags, its device, its rank among the processes."""
+
+    args: Namespace
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @cached_property
+    def normalize(self) -> Normalize:
+        """Makes a batch of the loader what a network takes, by the mean and std of the flags."""
+        return Normalize(image_mean_std(self.args), self.device)
 
 
 @dataclass
 class Training:
     """Everything that one run of the loop needs."""
 
-    args: Namespace
+    context: RunContext
     runner: Runner
-    task: torch.nn.Module
+    task: Task
     normalize: Normalize
     loader: DataLoader
+    steps_per_epoch: int
     n_parameters: int
     lr: np.ndarray
     weight_decay: np.ndarray
@@ -59,12 +104,16 @@ class Training:
     stop: StopSignal
 
     @property
-    def steps_per_epoch(self) -> int:
-        return self.loader.steps_per_epoch
+    def args(self) -> Namespace:
+        return self.context.args
 
     @property
     def total_steps(self) -> int:
         return self.args.epochs * self.steps_per_epoch
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Makes a batch of the loader what the task takes."""
+        return self.normalize(with_mask_counts(batch))
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Accuracy: counted over batches and ranks, each image once."""
+"""Accuracy, counted over batches and ranks, each image once."""
 
 import torch
 import torch.nn.functional as F
@@ -6,21 +6,21 @@ from torch import Tensor
 
 
 def tally(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Sums over the images of a batch that count (bool [B]): loss, top-1 hits, top-5 hits, images;
-    float64 [4]."""
+    """Returns sums over a batch's images that count (bool [B]), float64 [4]: loss, top-1 hits,
+    top-5 hits, images."""
     # not row[counts], whose shape the host would have to wait for
     rows = [row.double().where(counts, 0.0).sum() for row in scores(logits, labels)]
     return torch.stack([*rows, counts.sum()])
 
 
 def averages(sums: Tensor) -> dict[str, float]:
-    """{"loss", "acc1", "acc5"} (percent) of sums by `tally`."""
+    """Returns {"loss", "acc1", "acc5"} (percent) from sums of `tally`."""
     loss, top1, top5, images = sums.tolist()
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per image: cross entropy, and whether the label is the first / among the first five guesses;
+    """Returns per image the cross entropy, and whether the label is first or among the first five;
     each [B]."""
     guesses = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     hits = guesses == labels[:, None]

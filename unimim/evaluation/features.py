@@ -1,11 +1,10 @@
-"""One vector for each image from a frozen network: what k-NN and linear probing look at.
+"""One feature vector per image from a frozen network, for k-NN and linear probing.
 
 A ViT's feature is the class token (the mean of several) or the mean of the patch tokens, after a
 norm that was trained with them, or after none: a norm that the checkpoint lacks is left out, never
 used as it was initialized. Of any other network it is the mean over the places of its last map.
 """
 
-import argparse
 import hashlib
 from argparse import Namespace
 from contextlib import nullcontext
@@ -21,91 +20,25 @@ from torch.utils.data import Dataset
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from modeling_backbones import family_of
 from modeling_finetune import (
-    ATTENTION_KERNELS,
     VisionTransformer,
     check_choice,
     create_model,
     input_size_of,
-    to_pair,
 )
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
-from unimim.checkpoint.loading import PUBLISHED_KEYS, class_tokens, load_pretrained
+from unimim.checkpoint.loading import class_tokens, load_pretrained
 from unimim.cli.options import given, model_kwargs
 from unimim.data.files import Key
 from unimim.data.views import EvalTransform
 from unimim.engine.distributed import barrier, from_first_rank, reduce_sum
 from unimim.engine.monitor import Progress
 from unimim.engine.runner import AUTOCAST_DTYPES
-from unimim.engine.state import Normalize
+from unimim.engine.state import RunContext
 from unimim.logs import log
+from unimim.sizes import to_pair
 
 POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
-
-# --------------------------------------------------------------------------------------------------
-# Flags
-
-
-def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The frozen network and its weights."""
-    group = parser.add_argument_group("backbone")
-    group.add_argument(
-        "--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning"
-    )
-    group.add_argument(
-        "--input_size", type=int, default=None, help="image side in pixels; None is the model's own"
-    )
-    group.add_argument(
-        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
-    )
-    group.add_argument(
-        "--model_kwargs",
-        nargs="*",
-        default=[],
-        metavar="K=V",
-        help="any constructor option of the model",
-    )
-    group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel")
-    group.add_argument(
-        "--finetune",
-        "--pretrained_weights",
-        default="",
-        help="checkpoint, as for fine-tuning; empty: random weights",
-    )
-    group.add_argument(
-        "--model_key", default=PUBLISHED_KEYS, help="where the weights are in that file"
-    )
-    group.add_argument(
-        "--model_prefix", default="", help="prefix of the weights' names in that file"
-    )
-    return group
-
-
-def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
-    """The frozen network, its weights, and how its tokens become one vector."""
-    group = add_network_flags(parser)
-    pools = group.add_mutually_exclusive_group()
-    pools.add_argument("--cls_token", dest="pool", action="store_const", const="cls", default="cls",
-                       help="the class token is the feature, where there is one")  # fmt: skip
-    pools.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default="cls",
-                       help="the mean of the patch tokens is")  # fmt: skip
-    group.add_argument(
-        "--feature_norm", choices=NORMS, default="trained",
-        help="trained: the checkpoint's own norm, none if it has none; plain: a layer norm without weights after "
-        "pooling un-normed tokens, as published for --global_pool",
-    )  # fmt: skip
-    group.add_argument(
-        "--crop_pct",
-        type=float,
-        default=None,
-        help="of evaluation images; None: 0.875, 1 from 384 px",
-    )
-    group.add_argument(
-        "--feature_cache",
-        default="",
-        metavar="FOLDER",
-        help="keep features there, and read them if they are there",
-    )
-
+CHUNK_ROWS = 2**14  # of features that are worked on at a time
 
 # --------------------------------------------------------------------------------------------------
 # The network
@@ -134,26 +67,28 @@ class Backbone(nn.Module):
 
 
 class ViTBackbone(Backbone):
-    """A ViT: its class token or the mean of its patch tokens."""
+    """A ViT whose feature is its class token or the mean of its patch tokens."""
 
     def __init__(self, vit: VisionTransformer, pool: str, norm: str):
         super().__init__()
         check_choice("pool", pool, POOLS)
         check_choice("feature_norm", norm, NORMS)
-        self.vit, self.pool, self.plain = vit, pool, norm == "plain"
-        self.dim, self.image_size, self.norms = (
-            vit.embed_dim,
-            vit.patch_embed.img_size,
-            f"{vit.norm}, {vit.fc_norm}",
-        )
+        self.vit = vit
+        self.pool = pool
+        self.plain = norm == "plain"
+        self.dim = vit.embed_dim
+        self.image_size = vit.patch_embed.img_size
+        self.norms = f"{vit.norm}, {vit.fc_norm}"
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
         return self.pooled(self.vit.forward_features(images))
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """The last block's tokens [B, T, C] to [B, C]. Norms without trained weights are identities
-        here."""
+        """Returns the feature [B, C] of the last block's tokens [B, T, C].
+
+        Norms without trained weights are identities here.
+        """
         tokens = tokens if self.plain else self.vit.norm(tokens)
         prefix = self.vit.num_prefix_tokens
         vector = (tokens[:, :prefix] if self.pool == "cls" else tokens[:, prefix:]).mean(1)
@@ -163,11 +98,12 @@ class ViTBackbone(Backbone):
 
 
 class MapBackbone(Backbone):
-    """Any other network: the mean of its last map, as it is pre-trained."""
+    """Any other network; its feature is the mean of its last map, as it is pre-trained."""
 
     def __init__(self, network: nn.Module, image_size: tuple[int, int]):
         super().__init__()
-        self.network, self.image_size = network, image_size
+        self.network = network
+        self.image_size = image_size
         self.feature_map = family_of(network).feature_map
         self.dim = self.feature_map(network.eval(), torch.zeros(1, 3, *image_size)).shape[1]
         self.freeze()
@@ -177,8 +113,7 @@ class MapBackbone(Backbone):
 
 
 def build_backbone(args: Namespace) -> Backbone:
-    """The network that the flags name, with the weights of --finetune, and how it makes a
-    feature."""
+    """Returns the network that the flags name, with the weights of --finetune, as a backbone."""
     network = build_network(args)
     if isinstance(network, VisionTransformer):
         return ViTBackbone(network, args.pool, args.feature_norm)
@@ -188,19 +123,22 @@ def build_backbone(args: Namespace) -> Backbone:
 
 
 def build_vit(args: Namespace) -> VisionTransformer:
-    """The ViT that the flags name, with the weights of --finetune.
+    """Returns the ViT that the flags name, with the weights of --finetune.
 
     Raises:
         ValueError: --model is another network.
     """
     network = build_network(args)
     if not isinstance(network, VisionTransformer):
-        raise ValueError(f"--model {args.model} is no ViT, whose patch tokens are needed here")
+        raise ValueError(f"--model {args.model} is not a ViT; this probe needs patch tokens")
     return network
 
 
 def build_network(args: Namespace) -> nn.Module:
-    """--model with the weights of --finetune and as many class tokens; norms that these lack are identities."""
+    """Returns --model with the weights of --finetune and as many class tokens.
+
+    Norms that these weights lack are identities.
+    """
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
     source = {"model_key": args.model_key, "prefix": args.model_prefix}
@@ -208,9 +146,8 @@ def build_network(args: Namespace) -> nn.Module:
     chosen = given({"num_cls_tokens": tokens}) | model_kwargs(args) | form
     network = create_model(args.model, **chosen)
     if args.finetune and isinstance(network, VisionTransformer):
-        network.fc_norm = nn.LayerNorm(
-            network.embed_dim, eps=1e-6
-        )  # classifiers may have it in place of `norm`
+        # classifiers may have it in place of `norm`
+        network.fc_norm = nn.LayerNorm(network.embed_dim, eps=1e-6)
     if args.finetune:
         load_whole(args, network)
     else:
@@ -219,8 +156,10 @@ def build_network(args: Namespace) -> nn.Module:
 
 
 def load_whole(args: Namespace, network: nn.Module) -> None:
-    """Unlike in fine-tuning nothing would repair weights that are missing; norms that are missing
-    are taken out."""
+    """Loads every weight, and takes out norms that the file lacks.
+
+    Unlike in fine-tuning nothing would repair weights that are missing.
+    """
     found = load_pretrained(
         network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
     )
@@ -236,7 +175,10 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
 
 @dataclass
 class Features:
-    """`vectors` float32 [N, C] and `labels` int64 [N] of a data set's images, in their order."""
+    """The features of a data set, in the order of its images.
+
+    vectors: float32 [N, C]; labels: int64 [N].
+    """
 
     vectors: Tensor
     labels: Tensor
@@ -246,7 +188,7 @@ class Features:
 
 
 class FeatureDataset(Dataset):
-    """Features in the place of images, under the same keys (epoch, index); they live on the CPU."""
+    """A data set of features in place of images, by the same keys (epoch, index); on the CPU."""
 
     def __init__(self, features: Features):
         self.vectors, self.labels = features.vectors.cpu(), features.labels.cpu()
@@ -261,24 +203,25 @@ class FeatureDataset(Dataset):
 
 
 def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> ImageDataset:
-    """The labelled images of a split, each as for evaluation."""
+    """Returns the labeled images of a split, each transformed as for evaluation."""
     transform = EvalTransform(backbone.image_size, args.crop_pct)
     return build_dataset(args, train=train, transform=transform, need_labels=True)
 
 
 def features_of(
-    args: Namespace, dataset: ImageDataset, backbone: Backbone, normalize: Normalize, name: str
+    context: RunContext, dataset: ImageDataset, backbone: Backbone, name: str
 ) -> Features:
-    """The features of all images on every rank, from --feature_cache where `name` (train, val) is
-    there already."""
+    """Returns the features of all images on every rank, from --feature_cache where it has
+    `name`."""
+    args = context.args
     if not args.feature_cache:
-        return extract(args, dataset, backbone, normalize, name)
+        return extract(context, dataset, backbone, name)
     path = Path(args.feature_cache) / f"{name}.pth"
     about = description(args, dataset, backbone)
     if from_first_rank(path.is_file()):
-        return read_cache(path, about, normalize.device)
-    features = extract(args, dataset, backbone, normalize, name)
-    if args.rank == 0:
+        return read_cache(path, about, context.device)
+    features = extract(context, dataset, backbone, name)
+    if context.rank == 0:
         tensors = {"vectors": features.vectors.cpu(), "labels": features.labels.cpu()}
         save_checkpoint(path, {**tensors, "about": about})
         log.info("saved %s", path)
@@ -287,26 +230,26 @@ def features_of(
 
 
 @torch.no_grad()
-def extract(
-    args: Namespace, dataset: ImageDataset, backbone: Backbone, normalize: Normalize, name: str
-) -> Features:
-    """Each rank sees its share of the images; a broken image has no feature, what replaced it
-    counts once."""
+def extract(context: RunContext, dataset: ImageDataset, backbone: Backbone, name: str) -> Features:
+    """Computes the features of all images, each rank a part of them.
+
+    A broken image has no feature; the image that replaced it counts once.
+    """
+    args = context.args
     sampler = EvalBatchSampler(
-        len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size
+        len(dataset), args.batch_size, rank=context.rank, world_size=context.world_size
     )
     loader = build_loader(dataset, sampler, num_workers=args.num_workers, pin_mem=args.pin_mem)
-    device, dtype = normalize.device, AUTOCAST_DTYPES.get(args.precision)
-    sums, times = (
-        torch.zeros(len(dataset), backbone.dim, device=device),
-        torch.zeros(len(dataset), device=device),
-    )
-    progress = Progress(f"{name} features", len(sampler), 0, every=50, rank=args.rank)
+    device = context.device
+    dtype = AUTOCAST_DTYPES.get(args.precision)
+    sums = torch.zeros(len(dataset), backbone.dim, device=device)  # the only memory of this size
+    times = torch.zeros(len(dataset), device=device)
+    progress = Progress(f"{name} features", len(sampler), 0, every=50, rank=context.rank)
     for number, batch in enumerate(loader, 1):
         counts = batch["index"] >= 0
         index = batch["index"][counts].to(device)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            vectors = backbone(normalize(batch)["image"])
+            vectors = backbone(context.normalize(batch)["image"])
         sums.index_add_(0, index, vectors[counts.to(device)])
         times.index_add_(0, index, torch.ones_like(index, dtype=times.dtype))
         progress.advance()
@@ -314,16 +257,33 @@ def extract(
             progress.show(number, {})
     progress.close()
     reduce_sum(sums)
-    seen = reduce_sum(times) > 0
-    vectors = sums[seen] / times[seen, None]
-    if not vectors.isfinite().all():
+    reduce_sum(times)
+    vectors = means_in_place(sums, times)
+    if vectors is None:
         raise ValueError(f"--finetune {args.finetune} gives features that are not finite")
     labels = torch.as_tensor(dataset.source.labels, dtype=torch.int64).to(device)
-    return Features(vectors, labels[seen])
+    return Features(vectors, labels[times > 0])
+
+
+def means_in_place(sums: Tensor, times: Tensor) -> Tensor | None:
+    """The means of the rows of `sums` [N, C] that were added to, `times` [N] often, in the memory
+    of `sums`; None if one is not finite.
+
+    Features of millions of images fill a good part of a device: nothing of their size is allocated.
+    """
+    end = 0
+    for first in range(0, len(sums), CHUNK_ROWS):
+        count = times[first : first + CHUNK_ROWS]
+        rows = (sums[first : first + CHUNK_ROWS] / count[:, None])[count > 0]
+        if not rows.isfinite().all():
+            return None
+        sums[end : end + len(rows)] = rows
+        end += len(rows)
+    return sums[:end]
 
 
 def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> dict[str, str]:
-    """What cached features depend on."""
+    """Returns what cached features depend on."""
     weights = hashlib.sha256()
     for value in backbone.state_dict().values():
         weights.update(value.cpu().contiguous().numpy().data)
@@ -347,13 +307,13 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
 
 
 def read_cache(path: Path, about: dict[str, str], device: torch.device) -> Features:
-    """ValueError where the file holds features of something else."""
+    """Reads cached features; ValueError where the file holds those of something else."""
     held = load_checkpoint(path)
     for key, value in about.items():
         if (there := held.get("about", {}).get(key)) != value:
             raise ValueError(
-                f"--feature_cache: {path} holds features of another run: {key} {there} there, {value} now; name "
-                "another folder"
+                f"--feature_cache: {path} holds features of another run, with {key} {there} "
+                f"instead of {value}; use another folder"
             )
     log.info("read %s", path)
     return Features(held["vectors"].to(device), held["labels"].to(device))

@@ -1,21 +1,28 @@
-"""k-NN classification of features with votes weighted by similarity (specs/semaim.md 10)."""
+"""k-NN classification with votes weighted by similarity
+(docs/methods/semaim.md#k-nn-and-linear-probe)."""
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimim.data.classes import settle_classes
 from unimim.engine.distributed import reduce_sum
-from unimim.evaluation.features import Features
+from unimim.engine.setup import set_up
+from unimim.evaluation.features import Features, build_backbone, evaluation_images, features_of
+from unimim.files import write_rows
+from unimim.logs import log
 
 SIMILARITIES_AT_ONCE = 2**26  # 256 MiB of float32
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 and top-5 in percent of one evaluation."""
+    """The top-1 and top-5 accuracy in percent of one evaluation."""
 
     k: int
     temperature: float
@@ -24,8 +31,9 @@ class Accuracy:
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows of bank [N, C] with the largest dot products with queries [m, C]: similarity and
-    index, both [m, k].
+    """Returns the k rows of bank [N, C] with the largest dot products with queries [m, C].
+
+    Similarity and index, both [m, k].
 
     The most similar comes first, and of equally similar ones the one with the lower index.
     """
@@ -43,8 +51,9 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def votes(
     similarity: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int
 ) -> Iterator:
-    """(k, scores float64 [m, num_classes]) for each k: the first k neighbors add exp(similarity /
-    T) to their class.
+    """Yields (k, scores float64 [m, num_classes]) for each k.
+
+    The first k neighbors each add exp(similarity / T) to their class.
 
     `similarity` and `labels` [m, K] are those of the K nearest, in descending order. Scores are
     given up to a factor for each query, so that no temperature is too low for them. The tensor that
@@ -61,8 +70,8 @@ def votes(
 
 
 def hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """Whether the label [m] is the first, and among the first five, of the classes by score [m, C]:
-    bool [m, 2].
+    """Returns whether the label [m] is first, and among the first five, by score [m, C]: bool [m,
+    2].
 
     Of equal scores the lower class comes first. A class without votes is not among the guesses.
     """
@@ -82,8 +91,10 @@ def evaluate_knn(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Accuracy]:
-    """An accuracy for each k and temperature. Every rank holds all features and answers every
-    world_size-th query."""
+    """Returns an accuracy for each k and temperature.
+
+    Every rank holds all features and answers every world_size-th query.
+    """
     if max(ks) > len(bank):
         raise ValueError(f"--knn_k {max(ks)} is more than the {len(bank)} training images")
     settings = [(k, temperature) for k in ks for temperature in temperatures]
@@ -99,7 +110,61 @@ def evaluate_knn(
         for temperature in temperatures:
             for k, scores in votes(similarity, bank.labels[index], ks, temperature, num_classes):
                 counts[k, temperature] = counts[k, temperature] + hits(scores, truth).sum(0)
-    shares = 100 * reduce_sum(torch.stack([counts[setting] for setting in settings])) / len(queries)
+    fractions = (
+        100 * reduce_sum(torch.stack([counts[setting] for setting in settings])) / len(queries)
+    )
     return [
-        Accuracy(*setting, *share) for setting, share in zip(settings, shares.tolist(), strict=True)
+        Accuracy(*setting, *fraction)
+        for setting, fraction in zip(settings, fractions.tolist(), strict=True)
     ]
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnnRow(Accuracy):
+    """A row of knn.csv: an evaluation and what it was made with."""
+
+    model: str
+    finetune: str
+    pool: str
+    feature_norm: str
+    train_images: int
+    val_images: int
+    seed: int
+
+
+def evaluate_features(args: Namespace) -> list[KnnRow]:
+    """Returns the k-NN accuracies that the flags of run_knn.py ask for, and writes knn.csv."""
+    context = set_up(args)
+    backbone = build_backbone(args).to(context.device)
+    images = {
+        name: evaluation_images(args, backbone, train=name == "train") for name in ("train", "val")
+    }
+    for dataset in images.values():
+        settle_classes(args, dataset)
+    if args.dry_run:
+        return []
+    bank, queries = (
+        features_of(context, dataset, backbone, name) for name, dataset in images.items()
+    )
+    accuracies = evaluate_knn(
+        bank,
+        queries,
+        args.knn_k,
+        args.temperature,
+        args.nb_classes,
+        rank=args.rank,
+        world_size=args.world_size,
+    )
+    sizes = {"train_images": len(bank), "val_images": len(queries)}
+    about = {
+        name: getattr(args, name) for name in ("model", "finetune", "pool", "feature_norm", "seed")
+    }
+    results = [KnnRow(**vars(accuracy), **about, **sizes) for accuracy in accuracies]
+    for r in results:
+        log.info("k %d  temperature %g: top-1 %.3f  top-5 %.3f", r.k, r.temperature, r.acc1, r.acc5)
+    if args.output_dir and args.rank == 0:
+        write_rows(Path(args.output_dir) / "knn.csv", results)
+    return results

@@ -1,6 +1,5 @@
-"""What segmentation and detection share: everything between this repository and OpenMMLab's
-libraries.
+"""Connect this repository to OpenMMLab's libraries, for segmentation and detection.
 
-Pre-training never imports this package. `compat` and `doctor` need none of these libraries;
+Pre-training never imports this package. `compat` and `doctor` work without these libraries;
 `register` needs mmengine.
 """

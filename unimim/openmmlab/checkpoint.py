@@ -1,5 +1,4 @@
-"""Pre-trained weights for a backbone, through the repository's one loader (specs/downstream.md
-5)."""
+"""Load pre-trained weights into a backbone, through the repository's one loader."""
 
 import logging
 import pickle
@@ -11,7 +10,7 @@ from torch import nn
 
 from unimim.checkpoint import loading
 from unimim.checkpoint.files import load_checkpoint, load_module_state
-from unimim.checkpoint.loading import LoadReport, load_pretrained
+from unimim.checkpoint.loading import LoadReport, load_pretrained, unwrapped
 
 log = logging.getLogger("unimim")
 
@@ -20,35 +19,25 @@ NETWORK = "backbone.network."  # of a segmentor or detector whose backbone is on
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content; of one that would run code, such as mmengine's own files, the tensors
-    alone."""
+    """Return a checkpoint's content; only its tensors if it would run code (mmengine's files)."""
     try:
         return load_checkpoint(path)
     except ValueError as error:
         if not isinstance(error.__cause__, pickle.UnpicklingError):
             raise
-    tensors = load_module_state(path)
-    for key in KEYS:
-        inside = {
-            name.removeprefix(f"{key}."): value
-            for name, value in tensors.items()
-            if name.startswith(f"{key}.")
-        }
-        if inside:
-            return {key: inside}
-    return tensors
+    return unwrapped(load_module_state(path), (), [f"{key}." for key in KEYS])
 
 
 def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = ()) -> LoadReport:
-    """Copies the weights of any file that `checkpoint.load_pretrained` knows into a backbone, and
-    logs the report.
+    """Load any file that `load_pretrained` knows into a backbone, and log the report.
 
-    Raises ValueError, with the model untouched, where less than 90 % of its parameter tensors are
-    found, without those whose names contain one of `new`.
+    Raises:
+        ValueError: less than 90 % of the parameter tensors are found, not counting those whose
+            names contain one of `new`. The model is unchanged then.
     """
     content = read(path)
-    weights = next((content[key] for key in KEYS if isinstance(content.get(key), dict)), content)
-    prefix = NETWORK if any(str(name).startswith(NETWORK) for name in weights) else ""
+    names = unwrapped(content, KEYS)
+    prefix = NETWORK if any(name.startswith(NETWORK) for name in names) else ""
     try:
         report = load_pretrained(model, content, prefix=prefix, new=new)
     except ValueError as error:
@@ -59,5 +48,5 @@ def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = 
 
 
 def class_tokens(path: str | Path) -> int:
-    """How many class tokens the weights of a file have; 1 for those that have none."""
+    """Return the number of class tokens in a file, 1 if it has none."""
     return loading.class_tokens(read(path)) or 1

@@ -1,5 +1,4 @@
-"""timm's ResNet, ConvNeXt and Swin as backbones of several maps, under timm's names
-(specs/downstream.md 8)."""
+"""Use timm's ResNet, ConvNeXt and Swin as multi-scale backbones, under timm's names."""
 
 from collections.abc import Sequence
 
@@ -13,13 +12,14 @@ from unimim.openmmlab.checkpoint import load_backbone
 
 
 class TimmBackbone(nn.Module):
-    """Images [B, 3, H, W] to the maps [B, C, h, w] behind the stages `out_indices` (from 0),
-    contiguous.
+    """Map images [B, 3, H, W] to contiguous feature maps [B, C, h, w] after some stages.
 
-    name: one of `TIMM_BACKBONES`, or any other network of timm that lists its stages; `options` are
-    its own (ResNet: output_stride). sync_bn: batch statistics of all processes. out_norm: each map
-    gets a layer norm of its own, as Swin and ConvNeXt need. Stages behind the last map are left
-    out.
+    Args:
+        name: one of `TIMM_BACKBONES`, or any network of timm that lists its stages.
+        out_indices: stages (from 0) whose maps are returned; later stages are removed.
+        out_norm: whether each map gets a layer norm, as Swin and ConvNeXt need.
+        sync_bn: whether batch statistics are those of all processes.
+        options: options of timm's network (ResNet: output_stride).
     """
 
     def __init__(
@@ -39,9 +39,13 @@ class TimmBackbone(nn.Module):
         if name.startswith("swin_"):
             options = {"window_size": 7, "strict_img_size": False} | options
         network = timm_network(
-            TIMM_BACKBONES.get(name, name), tuple(input_size), num_classes=0, drop_path=drop_path,
-            grad_checkpointing=grad_checkpointing, **options,
-        )  # fmt: skip
+            TIMM_BACKBONES.get(name, name),
+            tuple(input_size),
+            num_classes=0,
+            drop_path=drop_path,
+            grad_checkpointing=grad_checkpointing,
+            **options,
+        )
         self.first = 1 if isinstance(network, ResNet) else 0  # timm counts ResNet's stem as a stage
         self.indices = [index + self.first for index in out_indices]
         network.prune_intermediate_layers(self.indices, prune_norm=True)
@@ -55,20 +59,22 @@ class TimmBackbone(nn.Module):
         self.pretrained = pretrained
 
     def init_weights(self) -> None:
-        """mmengine's call after construction."""
+        """Load the pre-trained weights; mmengine calls this after construction."""
         if self.pretrained:
             load_backbone(self.network, self.pretrained)
 
     @property
     def num_layers(self) -> int:
+        """The number of the layer after the backbone, minus 1."""
         return layers_of([name for name, _ in self.network.named_parameters()])[1] - 1
 
     def get_layer_id(self, name: str) -> int:
-        """Layer of one of its parameters; the norms of the maps come behind the last."""
+        """Return the layer of a parameter; the norms of the maps belong to the last one."""
         layers, last = layers_of([name for name, _ in self.network.named_parameters()])
         return layers.get(name.removeprefix("network."), last)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps of the stages `out_indices`."""
         maps = self.network.forward_intermediates(
             images, self.indices, stop_early=True, intermediates_only=True
         )

@@ -1,7 +1,6 @@
-"""OpenMMLab's libraries from wheels alone: a stand-in for compiled operators, versions, and clear
-words on what lacks.
+"""Run OpenMMLab's libraries without compiling: substitute operators, and check versions.
 
-Source: specs/downstream.md 1.4 and 2.5. `install_operators` comes before anything imports mmcv.ops.
+Call `install_operators` before anything imports mmcv.ops.
 """
 
 import importlib
@@ -28,11 +27,9 @@ EXTENSION = "mmcv._ext"
 
 
 def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Kept rows of boxes [K, 4], best first: int64 [M]."""
+    """Return the indices of the boxes [K, 4] to keep, best first: int64 [M]."""
     if offset:
-        raise NotImplementedError(
-            "the stand-in for mmcv's nms counts no pixel as width 1: offset must be 0"
-        )
+        raise NotImplementedError("the substitute for mmcv's nms supports offset=0 only")
     return torchvision.ops.nms(bboxes, scores, iou_threshold)
 
 
@@ -49,8 +46,10 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fills `output` [K, C, aligned_height, aligned_width] from maps [B, C, H, W]; rois [K, 5]
-    begin with the image."""
+    """Write RoIAlign of maps [B, C, H, W] to `output` [K, C, aligned_height, aligned_width].
+
+    `rois` is [K, 5]: the image's index, then the box.
+    """
     _check_average(pool_mode)
     size = (aligned_height, aligned_width)
     output.copy_(
@@ -71,7 +70,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fills `grad_input` [B, C, H, W] from `grad_output` [K, C, aligned_height, aligned_width]."""
+    """Write the gradient of `roi_align_forward` to `grad_input` [B, C, H, W]."""
     _check_average(pool_mode)
     grad = torch.ops.torchvision._roi_align_backward(
         grad_output,
@@ -88,12 +87,16 @@ def roi_align_backward(
 
 def _check_average(pool_mode: int) -> None:
     if pool_mode != 1:
-        raise NotImplementedError("the stand-in for mmcv's RoIAlign knows pool_mode 'avg' only")
+        raise NotImplementedError(
+            "the substitute for mmcv's RoIAlign supports pool_mode 'avg' only"
+        )
 
 
 class _Operators(ModuleType):
-    """mmcv asks for every operator on import and calls few: the others say their name once they are
-    called."""
+    """A substitute for mmcv's extension module.
+
+    mmcv looks up every operator on import but calls few; the others raise an error when called.
+    """
 
     def __getattr__(self, name: str) -> Callable:
         if name.startswith("__"):
@@ -101,15 +104,15 @@ class _Operators(ModuleType):
 
         def missing(*args, **kwargs):
             raise NotImplementedError(
-                f"mmcv's operator {name} has no stand-in here and this mmcv is not compiled: see "
-                "unimim/openmmlab/compat.py"
+                f"mmcv's operator {name} has no substitute here and this mmcv is not compiled; "
+                "see unimim/openmmlab/compat.py"
             )
 
         return missing
 
 
 def has_compiled_operators() -> bool:
-    """Whether the installed mmcv brings its own. ModuleNotFoundError without mmcv."""
+    """Tell whether the installed mmcv has compiled operators; it must be installed."""
     found = sys.modules.get(EXTENSION)
     return (
         not isinstance(found, _Operators)
@@ -118,8 +121,7 @@ def has_compiled_operators() -> bool:
 
 
 def install_operators() -> bool:
-    """Puts the stand-in in place of mmcv's compiled operators unless there are some. Returns
-    whether it is in place."""
+    """Install the substitute unless mmcv has compiled operators; return whether it is in use."""
     if has_compiled_operators():
         return False
     if EXTENSION not in sys.modules:
@@ -137,7 +139,7 @@ def install_operators() -> bool:
 
 
 def pins() -> dict[str, str]:
-    """Names and versions of requirements-downstream.txt: {"mmengine": "==0.10.7", ...}."""
+    """Return the pinned versions of requirements-downstream.txt: {"mmengine": "==0.10.7", ...}."""
     lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
     return dict(
         re.match(r"([\w-]+)(.*)", line).groups()
@@ -147,7 +149,7 @@ def pins() -> dict[str, str]:
 
 
 def installed(name: str) -> str | None:
-    """The version of a distribution, or None. A compiled mmcv does for mmcv-lite."""
+    """Return the version of a distribution, or None; a compiled mmcv counts as mmcv-lite."""
     for candidate in (name, *(["mmcv"] if name == "mmcv-lite" else [])):
         try:
             return importlib.metadata.version(candidate)
@@ -157,32 +159,39 @@ def installed(name: str) -> str | None:
 
 
 def problems() -> list[str]:
-    """One sentence on each package that is missing or of another version."""
-    found = []
+    """Return one sentence per package that is missing or has another version."""
+    sentences = []
     for name, pin in pins().items():
         version = installed(name)
         if version is None:
-            found.append(f"{name}{pin} is not installed.")
+            sentences.append(f"{name}{pin} is not installed.")
         elif not _satisfies(version, pin):
-            found.append(f"{name} is {version}, {pin} is needed.")
-    return found
+            sentences.append(f"{name} is {version}, {pin} is needed.")
+    return sentences
 
 
 def _satisfies(version: str, pin: str) -> bool:
+    """Tell whether a version satisfies a pin: "==1.2.3", "<82" or ""."""
     operator, wanted = re.fullmatch(r"(==|<|)(.*)", pin).groups()
-    numbers, limit = ([int(n) for n in re.findall(r"\d+", text)[:3]] for text in (version, wanted))
+    numbers = _numbers(version)
+    limit = _numbers(wanted)
     return numbers == limit if operator == "==" else not operator or numbers < limit
 
 
+def _numbers(version: str) -> list[int]:
+    """Return the first three numbers of a version."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
 def require(*names: str) -> None:
-    """Leaves the process with one sentence unless these modules can be imported."""
+    """Exit with one sentence unless these modules can be imported."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"{' and '.join(missing)} cannot be imported: {INSTALL}")
 
 
 def prepare(*names: str) -> None:
-    """What the entry scripts do first: everything is there, and mmcv has operators."""
+    """Check that all modules are installed and give mmcv operators; entry scripts do this first."""
     require("mmengine", "mmcv", *names)
     importlib.import_module("mmcv")
     install_operators()
@@ -193,10 +202,8 @@ def prepare(*names: str) -> None:
 
 
 def init_process_group(launcher: str) -> None:
-    """Joins the launcher's processes on a CPU, which mmengine cannot; with a GPU it does that
-    itself."""
+    """Join the launcher's processes on a CPU, which mmengine cannot do; on GPUs it does."""
     if launcher != "none" and not torch.cuda.is_available() and not dist.is_initialized():
-        importlib.import_module(
-            "mmengine.runner"
-        )  # what it imports takes the group there is as default arguments
+        # imported first: its imports take an existing group for default arguments
+        importlib.import_module("mmengine.runner")
         dist.init_process_group("gloo")

@@ -1,9 +1,8 @@
-"""The order of images and all randomness of a training step as functions of (seed, position): runs
-resume exactly.
+"""Make image order and randomness functions of (seed, position), so that runs resume exactly.
 
-mmengine loads everything again that a resumed run had seen, with other random numbers. Here a
-sampler hands out keys, indices that carry their position in the run; the pipeline's first step
-seeds what follows by it.
+mmengine reloads everything that a resumed run has seen, with other random numbers. Here a sampler
+yields keys, which are indices that carry their position in the run, and the first step of the
+pipeline seeds the following ones with it.
 """
 
 import random
@@ -22,33 +21,38 @@ from unimim.engine.distributed import seed_step
 
 
 class Key(int):
-    """An image's index that knows the position in the run (over all processes) and the seed of the
-    run."""
+    """An image's index that carries its position in the run (over all processes) and the seed."""
 
     position: int
     seed: int
 
     @classmethod
     def make(cls, index: int, position: int, seed: int) -> "Key":
+        """Return the key of image `index`."""
         key = cls(index)
-        key.position, key.seed = position, seed
+        key.position = position
+        key.seed = seed
         return key
 
 
 class PositionSampler(Sampler):
-    """Keys of this process's images: every pass over the data is a permutation by (seed, number of
-    the pass).
+    """Yield keys of this process's images; pass n over the data is a permutation by (seed, n).
 
-    endless: for iteration-based training, from `start`, a number of this process's images.
-    Otherwise one epoch, whose end is filled up so that all processes have as many images.
+    If `endless`, for iteration-based training, it begins at image `start` of this process.
+    Otherwise it yields one epoch, padded so that all processes have the same number of images.
     """
 
     def __init__(self, dataset, seed: int | None = None, endless: bool = True):
-        self.dataset, self.endless = dataset, endless
+        self.dataset = dataset
+        self.endless = endless
         self.seed = sync_random_seed() if seed is None else seed
-        self.rank, self.world, self.start, self.epoch = get_rank(), get_world_size(), 0, 0
+        self.rank = get_rank()
+        self.world = get_world_size()
+        self.start = 0
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -56,30 +60,30 @@ class PositionSampler(Sampler):
 
     def __iter__(self) -> Iterator[Key]:
         first = self.start if self.endless else self.epoch * len(self)
-        count, order, current = 0, None, None
+        count = 0
+        current_pass = order = None
         while self.endless or count < len(self):
             position = (first + count) * self.world + self.rank
-            number, place = divmod(position, self.period())
-            if number != current:
-                current, order = (
-                    number,
-                    np.random.default_rng([self.seed, number]).permutation(len(self.dataset)),
-                )
-            yield Key.make(int(order[place % len(order)]), position, self.seed)
+            data_pass, offset = divmod(position, self.period())
+            if data_pass != current_pass:
+                current_pass = data_pass
+                rng = np.random.default_rng([self.seed, data_pass])
+                order = rng.permutation(len(self.dataset))
+            yield Key.make(int(order[offset % len(order)]), position, self.seed)
             count += 1
 
     def period(self) -> int:
-        """Positions of one permutation: an epoch of all processes has its fill at the end."""
+        """Return the number of positions per permutation, including the padding of an epoch."""
         return len(self.dataset) if self.endless else len(self) * self.world
 
 
 class SeedSample(BaseTransform):
-    """The first step of a training pipeline: what it draws from here on depends on the seed and
-    position alone."""
+    """Seed the following steps of a training pipeline with the run's seed and the position."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Seed all global generators, and replace the key by a plain index."""
         key = results["sample_idx"]
-        if isinstance(key, Key):  # an image that replaces another goes on with the other's numbers
+        if isinstance(key, Key):  # a replacement of a broken image continues the random stream
             state = np.random.SeedSequence([key.seed, 1, key.position]).generate_state(3)
             random.seed(int(state[0]))
             np.random.seed(int(state[1]))
@@ -89,20 +93,20 @@ class SeedSample(BaseTransform):
 
 
 class SeedStepHook(Hook):
-    """Stochastic depth and dropout of each iteration depend on the seed, the process and the
-    iteration alone."""
+    """Seed stochastic depth and dropout with the run's seed, the process and the iteration."""
 
     priority = "VERY_HIGH"
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Seed the iteration."""
         seed_step(runner.seed, runner.rank, runner.iter)
 
 
 class PositionLoop(IterBasedTrainLoop):
-    """Iteration-based training with a `PositionSampler`, which a resumed run sets to its position
-    at once."""
+    """Train by iterations with a `PositionSampler`, which a resumed run moves to its position."""
 
     def run(self):
+        """Train, and return the model."""
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         self.dataloader.sampler.start = self._iter * self.dataloader.batch_size

@@ -1,5 +1,7 @@
-"""`python -m unimim.openmmlab.doctor`: what segmentation and detection need, what is there, and
-what to do if not."""
+"""Print what segmentation and detection need and what is installed.
+
+Usage: python -m unimim.openmmlab.doctor
+"""
 
 import platform
 import sys
@@ -10,15 +12,16 @@ SHARED = ("torch", "torchvision", "timm", "numpy", "scipy")
 
 
 def operators() -> str:
+    """Return where mmcv's operators come from."""
     if compat.installed("mmcv-lite") is None:
         return "none: mmcv is missing"
     if compat.has_compiled_operators():
         return "compiled, of mmcv"
-    return "torchvision's, through the stand-in of unimim/openmmlab/compat.py"
+    return "torchvision's, through unimim/openmmlab/compat.py"
 
 
 def report() -> list[str]:
-    """A line for each version, then for each thing that is wrong."""
+    """Return one line per version, then one on the operators."""
     versions = {"python": platform.python_version()}
     versions |= {name: compat.installed(name) or "missing" for name in (*SHARED, *compat.pins())}
     lines = [f"{name:20s} {version}" for name, version in versions.items()]
@@ -26,15 +29,13 @@ def report() -> list[str]:
 
 
 def main() -> int:
+    """Print the report and what to do; return 1 if anything is missing."""
     print("\n".join(report()))
     problems = compat.problems()
-    print(
-        " ".join(
-            [*problems, f"Repair it with: {compat.INSTALL}"]
-            if problems
-            else ["Everything needed is there."]
-        )
-    )
+    if problems:
+        print(" ".join([*problems, f"Repair it with: {compat.INSTALL}"]))
+    else:
+        print("Everything needed is there.")
     return bool(problems)
 
 

@@ -1,13 +1,14 @@
-"""BEiT's pyramid: a ViT's maps of one stride to maps of strides 4, 8, 16 and 32
-(specs/downstream.md 4.1)."""
+"""BEiT's feature pyramid: maps of strides 4, 8, 16 and 32 from a ViT's maps of one stride."""
 
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
 
 class BeitPyramid(nn.Module):
-    """Four maps [B, C, h, w] of stride `patch_size` (16 or 8) to strides 4, 8, 16, 32, by
-    deconvolution and pooling."""
+    """Resample four maps [B, C, h, w] of stride `patch_size` (16 or 8) to strides 4, 8, 16, 32.
+
+    Deconvolutions enlarge, max pooling reduces.
+    """
 
     def __init__(self, width: int, patch_size: int = 16, norm_cfg: dict | None = None):
         super().__init__()
@@ -24,8 +25,10 @@ class BeitPyramid(nn.Module):
             self.levels = nn.ModuleList([double, nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4)])
 
     def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the resampled maps."""
         return tuple(level(x) for level, x in zip(self.levels, maps, strict=True))
 
 
 def deconvolution(width: int) -> nn.ConvTranspose2d:
+    """Return a deconvolution that doubles the resolution."""
     return nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)

@@ -1,6 +1,6 @@
-"""Puts what configurations name into mmengine's registries, from where mmseg and mmdet find it.
+"""Register our modules with mmengine, so that configurations of mmseg and mmdet can name them.
 
-A configuration says `custom_imports = dict(imports=["unimim.openmmlab.register", ...])`.
+A configuration has `custom_imports = dict(imports=["unimim.openmmlab.register", ...])`.
 """
 
 from mmcv.transforms import TRANSFORMS
@@ -15,21 +15,22 @@ from unimim.openmmlab.vit_backbone import VisionTransformerBackbone
 
 
 class SafeCheckpointHook(Hook):
-    """Leaves out of a checkpoint what torch's safe loading refuses: the history of logged values
-    (spec 1.4).
+    """Remove the history of logged values, which torch's safe loading refuses, from checkpoints.
 
-    The best result so far stays, which a resumed run needs.
+    The best result so far is kept, because a resumed run needs it.
     """
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        known = checkpoint["message_hub"]["runtime_info"]
-        best = {name: value for name, value in known.items() if name.startswith("best_")}
-        best = {
-            name: value if isinstance(value, str) else float(value) for name, value in best.items()
-        }
+        """Reduce the checkpoint's message hub to the best results."""
+        best = {}
+        for name, value in checkpoint["message_hub"]["runtime_info"].items():
+            if name.startswith("best_"):
+                best[name] = value if isinstance(value, str) else float(value)
         checkpoint["message_hub"] = {
-            "log_scalars": {}, "runtime_info": best, "resumed_keys": dict.fromkeys(best, True),
-        }  # fmt: skip
+            "log_scalars": {},
+            "runtime_info": best,
+            "resumed_keys": dict.fromkeys(best, True),
+        }
 
 
 for _registry, _classes in {

@@ -1,5 +1,4 @@
-"""The command lines of segmentation and detection: a configuration, the flags over it, and
-mmengine's runner."""
+"""Run segmentation and detection: configuration, overriding flags, and mmengine's runner."""
 
 import argparse
 import logging
@@ -29,10 +28,10 @@ RANDOM = "none"  # --pretrained none: random weights on purpose
 
 @dataclass(frozen=True)
 class Task:
-    """library: mmseg or mmdet. folder: of the scripts, where configurations find their modules.
+    """What the runner has to know of segmentation or detection.
 
-    save_predictions: sets a configuration up so that testing writes its predictions to the path of
-    --out.
+    `library` is mmseg or mmdet; `folder` is that of the scripts, where configurations find their
+    modules; `save_predictions(cfg, path)` makes testing write its predictions to `path`.
     """
 
     library: str
@@ -45,47 +44,82 @@ class Task:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all entry scripts share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="a Python file below configs/")
     parser.add_argument(
-        "--work-dir", default=None, help="folder for checkpoints and logs; default output/CONFIG"
+        "--work-dir",
+        default=None,
+        help="folder for checkpoints and logs (default: output/CONFIG)",
     )
     parser.add_argument(
-        "--data-root", default=None, help="the data set's folder, in place of the configuration's"
+        "--data-root",
+        default=None,
+        help="folder of the data set (default: the configuration's)",
     )
-    parser.add_argument("--trust-checkpoint", action="store_true",
-                        help="run the code of pickled checkpoints: only for files whose origin you trust")  # fmt: skip
     parser.add_argument(
-        "--launcher", choices=("none", "pytorch"), default="none", help="pytorch: under torchrun"
+        "--trust-checkpoint",
+        action="store_true",
+        help="allow pickled checkpoints to run code: only for files whose origin you trust",
+    )
+    parser.add_argument(
+        "--launcher", choices=("none", "pytorch"), default="none", help="pytorch for torchrun"
     )
     parser.add_argument(
         "--local-rank", "--local_rank", type=int, default=0, help="set by old launchers"
     )
-    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE",
-                        help="anything of the configuration: optim_wrapper.optimizer.lr=1e-4")  # fmt: skip
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override any entry of the configuration: optim_wrapper.optimizer.lr=1e-4",
+    )
     return parser
 
 
 def parse_train(argv: Sequence[str] | None, description: str) -> Namespace:
+    """Parse the flags of training."""
     parser = _parser(description)
-    parser.add_argument("--pretrained", default=None, metavar="FILE",
-                        help="pre-trained weights of the backbone; 'none' starts from random ones")  # fmt: skip
-    parser.add_argument("--resume", nargs="?", const="auto", default=None, metavar="FILE",
-                        help="go on from a checkpoint, by default the last one of --work-dir")  # fmt: skip
-    parser.add_argument("--amp", nargs="?", const="float16", default=None, choices=("float16", "bfloat16"),
-                        help="mixed precision, on GPUs")  # fmt: skip
     parser.add_argument(
-        "--auto-scale-lr", action="store_true", help="scale the rate to the total batch"
+        "--pretrained",
+        default=None,
+        metavar="FILE",
+        help="pre-trained weights of the backbone; 'none' starts from random weights",
     )
-    parser.add_argument("--seed", type=int, default=None, help="default: the configuration's")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        default=None,
+        metavar="FILE",
+        help="resume from a checkpoint, by default from the last one in --work-dir",
+    )
+    parser.add_argument(
+        "--amp",
+        nargs="?",
+        const="float16",
+        default=None,
+        choices=("float16", "bfloat16"),
+        help="train in mixed precision (GPUs only)",
+    )
+    parser.add_argument(
+        "--auto-scale-lr", action="store_true", help="scale the lr with the total batch"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=None, help="random seed (default: the configuration's)"
+    )
     return parser.parse_args(argv)
 
 
 def parse_test(argv: Sequence[str] | None, description: str) -> Namespace:
+    """Parse the flags of testing."""
     parser = _parser(description)
     parser.add_argument("checkpoint", help="weights of the whole network, as training saves them")
-    parser.add_argument("--tta", "--ms", action="store_true", help="several scales, and flips")
-    parser.add_argument("--out", default=None, metavar="PATH", help="write the predictions")
+    parser.add_argument(
+        "--tta", "--ms", action="store_true", help="test-time augmentation: several scales, flips"
+    )
+    parser.add_argument("--out", default=None, metavar="PATH", help="write the predictions here")
     return parser.parse_args(argv)
 
 
@@ -94,8 +128,7 @@ def parse_test(argv: Sequence[str] | None, description: str) -> Namespace:
 
 
 def prepare(task: Task, launcher: str) -> None:
-    """Before anything imports the library: operators, the folder of the configurations' modules,
-    processes."""
+    """Set up operators, module paths, logging and processes, before the library is imported."""
     compat.prepare(task.library)
     if str(task.folder) not in sys.path:
         sys.path.insert(0, str(task.folder))
@@ -104,30 +137,30 @@ def prepare(task: Task, launcher: str) -> None:
 
 
 def load_config(args: Namespace):
-    """The configuration with the flags over it. ValueError: a file that is missing."""
+    """Return the configuration, overridden by the flags; raise ValueError if it is missing."""
     from mmengine.config import Config, DictAction
 
     if not Path(args.config).is_file():
         raise ValueError(f"{args.config} does not exist")
     wrong = [pair for pair in args.cfg_options if "=" not in pair]
     if wrong:
-        raise ValueError(f"--cfg-options {wrong[0]} is no KEY=VALUE")
-    cfg, options = Config.fromfile(args.config), Namespace()
+        raise ValueError(f"--cfg-options {wrong[0]} is not KEY=VALUE")
+    cfg = Config.fromfile(args.config)
+    options = Namespace()
     if args.data_root:
         _move(cfg._cfg_dict, cfg.data_root, args.data_root)
     DictAction("--cfg-options", "values")(None, options, args.cfg_options)
     cfg.merge_from_dict(options.values)
     cfg.launcher = args.launcher
-    cfg.work_dir = (
-        args.work_dir or cfg.get("work_dir") or str(Path("output") / Path(args.config).stem)
-    )
+    default_dir = str(Path("output") / Path(args.config).stem)
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or default_dir
     if not torch.cuda.is_available():
         run_on_cpu(cfg)
     return cfg
 
 
 def _move(value: Any, old: str, new: str) -> None:
-    """Paths that begin with `old` begin with `new`, everywhere in nested dicts and lists."""
+    """Replace the prefix `old` of strings by `new` in nested dicts and lists."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(item, str) and item.startswith(old):
             value[key] = new + item.removeprefix(old)
@@ -136,16 +169,13 @@ def _move(value: Any, old: str, new: str) -> None:
 
 
 def check_data(cfg) -> None:
-    """ValueError: the folder of the data is not there."""
+    """Raise ValueError if the data folder does not exist."""
     if "data_root" in cfg and not Path(cfg.data_root).is_dir():
-        raise ValueError(
-            f"the data's folder {cfg.data_root} does not exist: name it with --data-root"
-        )
+        raise ValueError(f"the data folder {cfg.data_root} does not exist; set --data-root")
 
 
 def run_on_cpu(cfg) -> None:
-    """What mmengine takes for granted of GPUs: synchronized batch norms, nccl, and a device for
-    each process."""
+    """Replace what mmengine supports on GPUs only: synchronized batch norm, devices for DDP."""
     keep_freed_memory()
     _replace(cfg.model, "type", "SyncBN", "BN")
     _replace(cfg.model, "sync_bn", True, False)
@@ -159,24 +189,21 @@ def run_on_cpu(cfg) -> None:
 
 
 def _replace(value: Any, key: str, old: Any, new: Any) -> None:
-    """`key`: `old` becomes `key`: `new` everywhere in nested dicts and lists."""
-    for item in (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, (list, tuple))
-        else ()
-    ):
-        _replace(item, key, old, new)
-    if isinstance(value, dict) and value.get(key) == old:
-        value[key] = new
+    """Replace the value `old` of entries `key` by `new` in nested dicts and lists."""
+    if isinstance(value, dict):
+        for item in value.values():
+            _replace(item, key, old, new)
+        if value.get(key) == old:
+            value[key] = new
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _replace(item, key, old, new)
 
 
 def use_pretrained(cfg, path: str) -> None:
-    """The file for each part of the model that configurations list in `pretrained_parts`, by
-    default the backbone.
+    """Set the pre-trained file of the model parts in `pretrained_parts`, by default the backbone.
 
-    A ViT takes as many class tokens as the file has.
+    A ViT gets as many class tokens as the file has.
     """
     for part in cfg.get("pretrained_parts", ["backbone"]):
         cfg.merge_from_dict({f"model.{part}.pretrained": path})
@@ -184,23 +211,24 @@ def use_pretrained(cfg, path: str) -> None:
 
 
 def use_class_tokens(cfg, path: str) -> None:
+    """Give a ViT backbone as many class tokens as the file has."""
     if cfg.model.backbone.type == "VisionTransformerBackbone":
         cfg.model.backbone.num_cls_tokens = class_tokens(path)
 
 
 def set_start(cfg, args: Namespace) -> None:
-    """Where the weights come from. ValueError: nowhere, and --pretrained does not say that this is
-    meant."""
+    """Set where the weights come from; raise ValueError if no flag says so."""
     from mmengine.runner import find_latest_checkpoint
 
     if args.resume:
-        found = find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
-        if found is None:
+        latest = find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
+        if latest is None:
             log.warning("--resume: %s holds no checkpoint yet", cfg.work_dir)
         else:
-            check_loads(found, args.trust_checkpoint)
-            cfg.resume, cfg.load_from = True, str(found)
-            use_class_tokens(cfg, found)
+            check_loads(latest, args.trust_checkpoint)
+            cfg.resume = True
+            cfg.load_from = str(latest)
+            use_class_tokens(cfg, latest)
             return
     if args.pretrained == RANDOM:
         log.warning("--pretrained none: the backbone starts from random weights")
@@ -208,25 +236,31 @@ def set_start(cfg, args: Namespace) -> None:
         use_pretrained(cfg, args.pretrained)
     elif not cfg.get("load_from") and not cfg.model.backbone.get("pretrained"):
         raise ValueError(
-            "--pretrained is missing: name a checkpoint, or 'none' to start from random weights"
+            "--pretrained is missing; use a checkpoint, or 'none' to start from random weights"
         )
 
 
 def check_batch(cfg, world_size: int) -> None:
-    """Says so where the total batch is not the one that the recipe's rate is for."""
+    """Warn if the total batch is not the one that the recipe's lr is for."""
     recipe = (cfg.get("auto_scale_lr") or {}).get("base_batch_size")
-    each, times = cfg.train_dataloader.batch_size, cfg.optim_wrapper.get("accumulative_counts", 1)
-    total = each * world_size * times
+    per_process = cfg.train_dataloader.batch_size
+    accumulated = cfg.optim_wrapper.get("accumulative_counts", 1)
+    total = per_process * world_size * accumulated
     if recipe and total != recipe and not cfg.auto_scale_lr.get("enable"):
         log.warning(
-            "the total batch is %d (%d a process x %d processes x %d accumulated), the recipe's is %d: results will "
-            "differ; --auto-scale-lr scales the rate, optim_wrapper.accumulative_counts the batch",
-            total, each, world_size, times, recipe,
-        )  # fmt: skip
+            "the total batch is %d (%d per process x %d processes x %d accumulated), the recipe's "
+            "is %d: results will differ; --auto-scale-lr scales the lr, "
+            "optim_wrapper.accumulative_counts the batch",
+            total,
+            per_process,
+            world_size,
+            accumulated,
+            recipe,
+        )
 
 
 def use_tta(cfg) -> None:
-    """ValueError: the configuration has no `tta_pipeline` and `tta_model`."""
+    """Switch to test-time augmentation; raise ValueError if the configuration has none."""
     if "tta_pipeline" not in cfg or "tta_model" not in cfg:
         raise ValueError("--tta: this configuration has no tta_pipeline and tta_model")
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
@@ -242,24 +276,20 @@ def use_tta(cfg) -> None:
 
 
 def check_loads(path: str, trusted: bool) -> None:
-    """ValueError unless the safe default reads the file, or it is trusted, which concerns the rest
-    of the process."""
+    """Raise ValueError unless the file loads safely or is trusted, for the rest of the process."""
     if trusted:
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
         return
     try:
         load_checkpoint(path)
     except ValueError as error:
-        hint = (
-            "; --trust-checkpoint runs it"
-            if isinstance(error.__cause__, pickle.UnpicklingError)
-            else ""
-        )
+        pickled = isinstance(error.__cause__, pickle.UnpicklingError)
+        hint = "; --trust-checkpoint runs it" if pickled else ""
         raise ValueError(f"{error}{hint}") from error
 
 
 def load_network(runner, path: str) -> None:
-    """All weights of the network. ValueError: any is missing or left over."""
+    """Load all weights of the network; raise ValueError if any are missing or left over."""
     try:
         runner.load_checkpoint(path, strict=True)
     except RuntimeError as error:
@@ -273,7 +303,7 @@ def load_network(runner, path: str) -> None:
 
 
 def train(task: Task, argv: Sequence[str] | None = None, description: str = ""):
-    """Trains; returns mmengine's runner."""
+    """Train, and return mmengine's runner."""
     args = parse_train(argv, description)
     prepare(task, args.launcher)
     from mmengine.runner import Runner
@@ -296,7 +326,7 @@ def train(task: Task, argv: Sequence[str] | None = None, description: str = ""):
 
 
 def test(task: Task, argv: Sequence[str] | None = None, description: str = "") -> dict[str, float]:
-    """Evaluates a checkpoint; returns the metrics."""
+    """Evaluate a checkpoint, and return the metrics."""
     args = parse_test(argv, description)
     prepare(task, args.launcher)
     from mmengine.runner import Runner
@@ -319,7 +349,7 @@ def parse_demo(
     description: str,
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> Namespace:
-    """`add_flags` adds those of one task."""
+    """Parse the flags of the demo; `add_flags` adds those of one task."""
     parser = _parser(description)
     if add_flags:
         add_flags(parser)
@@ -329,16 +359,15 @@ def parse_demo(
         "--out",
         required=True,
         metavar="FOLDER",
-        help="where pictures are written, under their names",
+        help="folder for the output images, which keep their names",
     )
     return parser.parse_args(argv)
 
 
 def demo_network(task: Task, args: Namespace):
-    """The configuration, and the network with the checkpoint's weights on the device there is, to
-    look at images.
+    """Return the configuration and the network with the checkpoint's weights, in eval mode.
 
-    Of the checkpoint only tensors are read.
+    Only tensors are read from the checkpoint.
     """
     prepare(task, "none")
     from mmengine.device import get_device
@@ -359,19 +388,19 @@ def demo_network(task: Task, args: Namespace):
     return cfg, network.to(get_device()).eval()
 
 
-def pictures(place: str) -> list[Path]:
-    """The images of a folder, or the one image. ValueError: there is none."""
-    path = Path(place)
-    found = (
-        sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES) if path.is_dir() else [path]
-    )
-    if not found or not found[0].is_file():
-        raise ValueError(f"{place} holds no image ({', '.join(IMAGES)})")
-    return found
+def image_files(source: str) -> list[Path]:
+    """Return the images of a folder, or the one image; raise ValueError if there are none."""
+    path = Path(source)
+    images = [path]
+    if path.is_dir():
+        images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+    if not images or not images[0].is_file():
+        raise ValueError(f"{source} holds no image ({', '.join(IMAGES)})")
+    return images
 
 
 def predict(cfg, network, path: Path):
-    """mmengine's data sample of one image, as for tests but without labels."""
+    """Return mmengine's data sample of one image, predicted as in testing but without labels."""
     from mmengine.dataset import Compose, pseudo_collate
 
     steps = [
@@ -383,7 +412,7 @@ def predict(cfg, network, path: Path):
 
 
 def launch(main: Callable[[], Any]) -> None:
-    """Runs an entry point; what is wrong with flags or files ends in one line."""
+    """Run an entry point; report errors of flags or files in one line."""
     try:
         main()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The repository's ViT as a backbone of several maps (specs/downstream.md 4.1, 5).
+"""Use the repository's ViT as a backbone that returns several feature maps.
 
 Shapes in comments: B images, T tokens, C channels, h heads; a grid is (rows, columns) of patches.
 """
@@ -28,41 +28,43 @@ Grid = tuple[int, int]
 
 @lru_cache(maxsize=8)
 def resampling_matrix(src: int, dst: int) -> Tensor:
-    """What turns the 2 src - 1 offsets of a bias table's axis into 2 dst - 1: float64 [2 dst - 1, 2
-    src - 1]."""
+    """Return the matrix that resamples one axis of a bias table, [2 dst - 1, 2 src - 1] float64."""
     return torch.from_numpy(resample(np.eye(2 * src - 1), 0, src, dst))
 
 
 @lru_cache(maxsize=8)
 def index_of(grid: Grid, device: torch.device) -> Tensor:
-    """`relative_position_index` of a grid, kept for the next image of that size."""
+    """Return `relative_position_index` of a grid, cached for the next image of that size."""
     return relative_position_index(grid).to(device)
 
 
 def resized_table(table: Tensor, src: Grid, dst: Grid) -> Tensor:
-    """A bias table [rows, h] at another grid, with its gradient:
-    `checkpoint.interpolate_rel_pos_bias` as a product."""
+    """Resize a bias table [rows, h] to another grid, differentiably.
+
+    This is `interpolate_rel_pos_bias` as a matrix product.
+    """
     offsets, extra = table.split([len(table) - 3, 3])
-    y, x = (resampling_matrix(a, b).to(table) for a, b in zip(src, dst, strict=True))
+    y = resampling_matrix(src[0], dst[0]).to(table)
+    x = resampling_matrix(src[1], dst[1]).to(table)
     offsets = offsets.unflatten(0, (2 * src[0] - 1, 2 * src[1] - 1))
     return torch.cat([torch.einsum("ya,xb,abh->yxh", y, x, offsets).flatten(0, 1), extra])
 
 
 def resized_positions(pos_embed: Tensor, src: Grid, dst: Grid) -> Tensor:
-    """Absolute positions [1, n + rows * columns, C] at another grid, bicubic; the n class tokens
-    keep theirs."""
-    prefix, patches = pos_embed.split(
-        [pos_embed.shape[1] - src[0] * src[1], src[0] * src[1]], dim=1
-    )
+    """Resize absolute positions [1, n + rows * columns, C] to another grid, bicubically.
+
+    The positions of the n class tokens are kept.
+    """
+    count = src[0] * src[1]
+    prefix, patches = pos_embed.split([pos_embed.shape[1] - count, count], dim=1)
     grid = patches.transpose(1, 2).unflatten(2, src)
-    resized = F.interpolate(grid.float(), size=dst, mode="bicubic", align_corners=False).to(
-        pos_embed
-    )
-    return torch.cat([prefix, resized.flatten(2).transpose(1, 2)], dim=1)
+    resized = F.interpolate(grid.float(), size=dst, mode="bicubic", align_corners=False)
+    resized = resized.to(pos_embed).flatten(2).transpose(1, 2)
+    return torch.cat([prefix, resized], dim=1)
 
 
 class GridAttention(Attention):
-    """Attention whose own bias table fits itself to the `grid` at hand."""
+    """Attention whose bias table is resized to the current `grid`."""
 
     def __init__(self, *args, grid: Grid | None = None, **options):
         super().__init__(*args, grid=grid, **options)
@@ -71,33 +73,39 @@ class GridAttention(Attention):
     def position_bias(self, shared: Tensor | None) -> Tensor | None:
         if self.relative_position_bias_table is None:
             return shared
-        own = bias_at(self.relative_position_bias_table, self.own_grid, self.grid)
-        return own if shared is None else own + shared
+        bias = bias_at(self.relative_position_bias_table, self.own_grid, self.grid)
+        return bias if shared is None else bias + shared
 
 
 def bias_at(table: Tensor, src: Grid, dst: Grid) -> Tensor:
-    """The bias [h, T, T] of a table that was made for the grid `src`."""
+    """Return the bias [h, T, T] on the grid `dst` of a table made for the grid `src`."""
     index = index_of(dst, table.device)
     if src != dst:
         table = resized_table(table, src, dst)
     if torch.is_grad_enabled():
         return bias_of(table, index)
-    # in the order of the scores, which a fused kernel would otherwise copy it to
+    # contiguous in the order of the scores; a fused kernel would otherwise copy it
     return table.t().contiguous().index_select(1, index.flatten()).view(-1, *index.shape)
 
 
 class GridBlock(Block):
+    """A block whose attention adapts to the current grid."""
+
     attention = GridAttention
 
 
 class VisionTransformerBackbone(VisionTransformer):
-    """Images [B, 3, H, W] to maps [B, C, H / p, W / p] behind the blocks `out_indices`, contiguous,
-    without a norm.
+    """Map images [B, 3, H, W] to contiguous feature maps [B, C, H / p, W / p] after some blocks.
 
-    size: one of `VIT_SIZES`, which other options override. Positions and bias tables fit themselves
-    to the images' size; sides are padded with zeros to whole patches. final_norm: the last map is
-    normed, as SemanticMIM's MaskFeat form does. pretrained: a checkpoint for `init_weights`; it may
-    lack parameters whose names contain one of `may_be_new`.
+    Positions and bias tables are resized to the images' size; images are padded with zeros to whole
+    patches.
+
+    Args:
+        size: one of `VIT_SIZES`, which other options override.
+        out_indices: blocks whose maps are returned, without a norm.
+        final_norm: whether the last map passes the final norm, as in SemanticMIM with MaskFeat.
+        pretrained: a checkpoint for `init_weights`.
+        may_be_new: parameters whose names contain one of these may be missing in the checkpoint.
     """
 
     block = GridBlock
@@ -114,52 +122,49 @@ class VisionTransformerBackbone(VisionTransformer):
     ):
         if size not in VIT_SIZES:
             raise ValueError(
-                f"model.backbone.size={size} is unknown; take one of {', '.join(VIT_SIZES)}"
+                f"model.backbone.size={size} is unknown; use one of {', '.join(VIT_SIZES)}"
             )
-        form = {"num_classes": 0, "global_pool": "token"}
-        super().__init__(**VIT_SIZES[size] | form | options)
+        headless = {"num_classes": 0, "global_pool": "token"}
+        super().__init__(**VIT_SIZES[size] | headless | options)
         if list(out_indices) != sorted(set(out_indices)) or out_indices[-1] != len(self.blocks) - 1:
             raise ValueError(
-                f"model.backbone.out_indices={tuple(out_indices)} must ascend to the last block, {len(self.blocks) - 1}"
+                f"model.backbone.out_indices={tuple(out_indices)} must ascend to the last block, "
+                f"{len(self.blocks) - 1}"
             )
         if not final_norm:
             self.norm = nn.Identity()
-        self.out_indices, self.pretrained, self.may_be_new = (
-            tuple(out_indices),
-            pretrained,
-            tuple(may_be_new),
-        )
+        self.out_indices = tuple(out_indices)
+        self.pretrained = pretrained
+        self.may_be_new = tuple(may_be_new)
 
     def init_weights(self, init_scale: float | None = None) -> None:
-        """The constructor draws the weights; mmengine's call, without an argument, then loads
-        `pretrained`."""
+        """Draw the weights, or, called by mmengine without an argument, load `pretrained`."""
         if init_scale is not None:
             super().init_weights(init_scale)
         elif self.pretrained:
             load_backbone(self, self.pretrained, new=self.may_be_new)
 
-    # -- what the optimizer asks
+    # -- for layer-wise lr decay
 
     @property
     def num_layers(self) -> int:
+        """The number of blocks."""
         return len(self.blocks)
 
     def get_layer_id(self, name: str) -> int:
-        """Layer of one of its parameters: 0 is the embedding, `num_layers` + 1 comes behind the
-        blocks."""
+        """Return a parameter's layer: 0 for the embedding, `num_layers` + 1 after the blocks."""
         return layer_id(name, self.num_layers)
 
     # -- forward
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps after the blocks `out_indices`."""
         ph, pw = self.patch_embed.patch_size
         images = F.pad(images, (0, -images.shape[3] % pw, 0, -images.shape[2] % ph))
         patches = self.patch_embed.proj(images)
         grid = tuple(patches.shape[2:])
-        x, bias = (
-            self.embed(patches.flatten(2).transpose(1, 2), self.positions(grid)),
-            self.shared_bias(grid),
-        )
+        x = self.embed(patches.flatten(2).transpose(1, 2), self.positions(grid))
+        bias = self.shared_bias(grid)
         maps = []
         for number, block in enumerate(self.blocks):
             block.attn.grid = grid
@@ -169,19 +174,22 @@ class VisionTransformerBackbone(VisionTransformer):
         return tuple(maps)
 
     def to_map(self, x: Tensor, grid: Grid) -> Tensor:
-        """Tokens [B, T, C] to [B, C, rows, columns]. Compiled RoIAlign misreads any other order in
-        memory."""
+        """Return tokens [B, T, C] as a contiguous map [B, C, rows, columns].
+
+        Compiled RoIAlign misreads any other memory layout.
+        """
         return x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid).contiguous()
 
     def positions(self, grid: Grid) -> Tensor | None:
-        own = self.patch_embed.grid_size
-        if self.pos_embed is None or grid == own:
+        """Return the absolute positions for a grid."""
+        trained_grid = self.patch_embed.grid_size
+        if self.pos_embed is None or grid == trained_grid:
             return self.pos_embed
-        return resized_positions(self.pos_embed, own, grid)
+        return resized_positions(self.pos_embed, trained_grid, grid)
 
     def shared_bias(self, grid: Grid) -> Tensor | None:
+        """Return the bias that all blocks share for a grid."""
         if self.rel_pos_bias is None:
             return None
-        return bias_at(
-            self.rel_pos_bias.relative_position_bias_table, self.patch_embed.grid_size, grid
-        )
+        table = self.rel_pos_bias.relative_position_bias_table
+        return bias_at(table, self.patch_embed.grid_size, grid)

@@ -1,11 +1,9 @@
-"""What learned parts are for: maps of a whole data set, their agreement with objects, and a sheet
-to look at.
+"""What learned parts are for: maps of a data set, their agreement with objects, a contact sheet.
 
-The part sources other than "learned" are the baselines of SemMAE's ablation (specs/semmae.md C.6,
-D).
+The part sources other than "learned" are the baselines of SemMAE's ablation
+(docs/methods/mae_semmae.md#first-stage).
 """
 
-import csv
 import hashlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -34,12 +32,13 @@ from unimim.data.shapes import FOLDERS, cached_shapes
 from unimim.data.sources import Source
 from unimim.engine.distributed import barrier
 from unimim.engine.runner import AUTOCAST_DTYPES
-from unimim.engine.state import Normalize
+from unimim.engine.state import RunContext
+from unimim.files import write_atomically, write_table
 from unimim.logs import log
 from unimim.parts.learning import (
     PART_SOURCES,
-    Features,
     PartLearning,
+    TeacherFeatures,
     attention_head_maps,
     hard_maps,
     kmeans_maps,
@@ -48,7 +47,7 @@ from unimim.parts.learning import (
 from unimim.parts.metrics import PartQuality, overlap, usage
 
 MASK_IDS = 256  # of an 8-bit mask
-PANEL = 160  # pixels of a picture on the contact sheet
+PANEL = 160  # pixels of a image on the contact sheet
 
 # one color for each id, the first ones easy to tell apart; part 0 is gray
 _FIRST_COLORS = [
@@ -63,8 +62,8 @@ PALETTE = np.concatenate((_FIRST_COLORS, _MORE_COLORS)).astype(np.uint8)
 
 
 class WholeImage:
-    """The whole picture squeezed to a square, which part maps are made on: {"image": uint8 [3, S,
-    S]} (C.7)."""
+    """Squeezes the whole image to a square, on which part maps are made: {"image": uint8 [3, S,
+    S]}."""
 
     def __init__(self, size: int):
         self.size = (size, size)
@@ -83,7 +82,7 @@ def whole_images(args: Namespace, *, train: bool) -> ImageDataset:
 def batches_of(
     args: Namespace, dataset: ImageDataset, rows: list[int]
 ) -> Iterator[dict[str, Tensor]]:
-    """The images `rows` in this order."""
+    """Yields batches of the images `rows`, in this order."""
     keys = [(0, row) for row in rows]
     batches = [
         keys[first : first + args.batch_size] for first in range(0, len(keys), args.batch_size)
@@ -92,22 +91,23 @@ def batches_of(
 
 
 class Viewer:
-    """Batches of uint8 images to the teacher's features, under the run's precision."""
+    """Turns batches of uint8 images into the teacher's features, in the run's precision."""
 
-    def __init__(self, args: Namespace, task: PartLearning, normalize: Normalize):
-        self.teacher, self.normalize = task.teacher, normalize
-        dtype = AUTOCAST_DTYPES.get(args.precision)
+    def __init__(self, context: RunContext, task: PartLearning):
+        self.teacher = task.teacher
+        self.normalize = context.normalize
+        dtype = AUTOCAST_DTYPES.get(context.args.precision)
         self.precision = partial(
-            torch.autocast, normalize.device.type, dtype, enabled=dtype is not None
+            torch.autocast, context.device.type, dtype, enabled=dtype is not None
         )
 
-    def __call__(self, batch: dict[str, Tensor]) -> Features:
+    def __call__(self, batch: dict[str, Tensor]) -> TeacherFeatures:
         with self.precision():
-            return self.teacher(self.normalize(batch)["image"])
+            return self.teacher.look(self.normalize(batch)["image"])
 
 
 class MapMaker:
-    """Features to hard part maps uint8 [B, Hp, Wp] on the CPU, by one part source.
+    """Turns features into hard part maps uint8 [B, Hp, Wp] on the CPU, by one part source.
 
     `num_parts` counts the ids, `background_id` is the one that is not a part of an object, or None.
     """
@@ -116,13 +116,15 @@ class MapMaker:
         self.clean = args.clean and source != "random"
         teacher_grid = task.teacher.grid
         self.grid = teacher_grid if args.part_grid is None else (args.part_grid, args.part_grid)
-        self.num_parts, self.background_id = task.learner.num_ids, None
-        self.soft: Callable[[Features, list[int]], Tensor]
+        self.num_parts = task.learner.num_ids
+        self.background_id = None
+        self.soft: Callable[[TeacherFeatures, list[int]], Tensor]
         if source == "learned":
             self.background_id = None if args.background == "none" else 0
             self.soft = lambda features, _: task.learner.maps(features)
         elif source == "attention_heads":
-            self.num_parts, self.background_id = 1 + task.teacher.num_heads, 0
+            self.num_parts = 1 + task.teacher.num_heads
+            self.background_id = 0
             self.soft = lambda features, _: attention_head_maps(features, teacher_grid)
         elif source == "kmeans":
             self.soft = lambda features, _: kmeans_maps(features, teacher_grid, self.num_parts)
@@ -131,15 +133,14 @@ class MapMaker:
                 indices, teacher_grid, self.num_parts, args.seed
             )
 
-    def __call__(self, features: Features, indices: list[int]) -> Tensor:
+    def __call__(self, features: TeacherFeatures, indices: list[int]) -> Tensor:
         return hard_maps(self.soft(features, indices), self.grid, clean=self.clean).cpu()
 
 
 def attention_scores(
-    features: Features, teacher_grid: tuple[int, int], grid: tuple[int, int]
+    features: TeacherFeatures, teacher_grid: tuple[int, int], grid: tuple[int, int]
 ) -> np.ndarray:
-    """How much the class token attends to each cell of `grid`, mean of the heads: float16 [B, Hp,
-    Wp]."""
+    """Returns the class token's attention on `grid`, mean over heads: float16 [B, Hp, Wp]."""
     attention = features.attention.mean(1, keepdim=True).unflatten(-1, teacher_grid)
     resized = F.interpolate(attention, size=grid, mode="bilinear", align_corners=False)
     return resized[:, 0].cpu().numpy().astype(np.float16)
@@ -148,21 +149,26 @@ def attention_scores(
 # --- a whole data set -----------------------------------------------------------------------------
 
 
-def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
-    """Writes the part map of every image that has none yet into --extract; each process makes its
-    own rows."""
-    view, make = Viewer(args, task, normalize), MapMaker(args, args.part_source, task)
-    dataset, folder = whole_images(args, train=args.split == "train"), Path(args.extract)
-    if args.rank == 0:
+def extract(context: RunContext, task: PartLearning) -> None:
+    """Writes the part map of every image that has none yet into --extract.
+
+    Each process makes its own rows.
+    """
+    args = context.args
+    view = Viewer(context, task)
+    make = MapMaker(args, args.part_source, task)
+    dataset = whole_images(args, train=args.split == "train")
+    folder = Path(args.extract)
+    if context.rank == 0:
         PartMapWriter.create(folder, map_meta(args, make, task, dataset.source))
     barrier()
     writer = PartMapWriter(folder)
-    rows = writer.missing(args.rank, args.world_size).tolist()
+    rows = writer.missing(context.rank, context.world_size).tolist()
     with tqdm(
         total=len(rows),
         desc=f"{args.part_source} parts",
         unit="image",
-        disable=args.rank > 0 or None,
+        disable=context.rank > 0 or None,
     ) as bar:
         for batch in batches_of(args, dataset, rows):
             features, indices = view(batch), batch["index"].tolist()
@@ -177,7 +183,7 @@ def extract(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
             bar.update(len(maps))
     writer.flush()
     barrier()
-    if args.rank == 0:
+    if context.rank == 0:
         report_maps(folder, writer)
 
 
@@ -191,8 +197,11 @@ def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source
         background_id=make.background_id,
         part_source=args.part_source,
         teacher=" ".join(filter(None, (args.teacher, args.teacher_checkpoint))),
+        # under the names that the teacher's weights have in maps written before
         checkpoint_sha256=weights_sha256(
-            task.learner if args.part_source == "learned" else task.teacher
+            task.learner
+            if args.part_source == "learned"
+            else nn.ModuleDict({"vit": task.teacher.tower})
         ),
         map_file_sha256=file_sha256(map_file) if map_file and map_file.is_file() else None,
         names_sha256=names_sha256(image_names(source)),
@@ -201,7 +210,7 @@ def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source
 
 
 def data_folder(args: Namespace) -> Path | None:
-    """--data_path, or where the shapes lie without one."""
+    """Returns --data_path, or where the shapes are kept without one."""
     if args.data_set == "shapes":
         return cached_shapes(None if args.data_path is None else Path(args.data_path))
     return None if args.data_path is None else Path(args.data_path)
@@ -215,22 +224,22 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def report_maps(folder: Path, writer: PartMapWriter) -> None:
-    """Says how the parts are used, and which images have no map because they cannot be read."""
+    """Logs how the parts are used, and which images have no map because they cannot be read."""
     missing = writer.missing()
     written = np.setdiff1d(np.arange(writer.meta.num_images), missing)
-    log.info("%s: %d part maps of %s cells", folder, len(written), writer.meta.grid)
+    log.info("%s: %d part maps of %s patches", folder, len(written), writer.meta.grid)
     if len(missing):
         log.warning(
             "%d images cannot be read and have no map: rows %s ...",
             len(missing),
             missing[:10].tolist(),
         )
-    shares, present = usage(PartMaps.open(folder), written)
-    for part, (share, images) in enumerate(zip(shares, present, strict=True)):
+    fractions, present = usage(PartMaps.open(folder), written)
+    for part, (fraction, images) in enumerate(zip(fractions, present, strict=True)):
         log.info(
-            "  part %d: %4.1f %% of the cells, in %5.1f %% of the images",
+            "  part %d: %4.1f %% of the patches, in %5.1f %% of the images",
             part,
-            100 * share,
+            100 * fraction,
             100 * images,
         )
 
@@ -238,15 +247,16 @@ def report_maps(folder: Path, writer: PartMapWriter) -> None:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def evaluate(
-    args: Namespace, task: PartLearning, normalize: Normalize
-) -> list[dict[str, float | str]]:
-    """Agreement of every part source with the masks of the val split (`PartQuality`), logged and
-    written as CSV.
+def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, float | str]]:
+    """Returns the agreement of every part source with the masks of the val split (`PartQuality`).
+
+    It is also logged and written as CSV.
 
     Every process measures everything; the first one writes.
     """
-    dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
+    args = context.args
+    dataset = whole_images(args, train=False)
+    view = Viewer(context, task)
     folder = (
         Path(args.mask_path)
         if args.mask_path
@@ -261,16 +271,18 @@ def evaluate(
             for parts, mask in zip(make(features, indices).numpy(), masks, strict=True):
                 qualities[source].add(overlap(parts, mask, make.num_parts, MASK_IDS))
     rows = [
-        {"part_source": s, "parts": makers[s].num_parts, **quality.figures()}
+        {"part_source": s, "parts": makers[s].num_parts, **quality.metrics()}
         for s, quality in qualities.items()
     ]
-    if args.rank == 0:
-        write_table(Path(args.evaluate), rows)
+    if context.rank == 0:
+        write_table(args.evaluate, [rounded(row, 4) for row in rows])
+        for row in rows:
+            log.info("  ".join(f"{name} {text}" for name, text in rounded(row, 3).items()))
     return rows
 
 
 def read_mask(folder: Path, image_path: str) -> np.ndarray:
-    """The mask that is named as the image, uint8 [H, W]; 0 is the background."""
+    """Returns the mask that is named as the image, uint8 [H, W]; 0 is the background."""
     file = folder / f"{Path(image_path).stem}.png"
     try:
         return np.asarray(Image.open(file))
@@ -278,33 +290,28 @@ def read_mask(folder: Path, image_path: str) -> np.ndarray:
         raise ValueError(f"mask {file} of image {image_path} cannot be read: {error}") from error
 
 
-def write_table(file: Path, rows: list[dict[str, float | str]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        table = csv.DictWriter(stream, rows[0])
-        table.writeheader()
-        table.writerows(
-            {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-    for row in rows:
-        log.info(
-            "  ".join(
-                f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-            )
-        )
+def rounded(row: dict[str, float | str], digits: int) -> dict[str, str]:
+    """Returns a row as texts, its floats with so many digits after the point."""
+    return {
+        name: f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        for name, value in row.items()
+    }
 
 
 # --- looking --------------------------------------------------------------------------------------
 
 
-def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> None:
-    """Writes --visualize: a row for each image with itself, its parts and the class token's
+def contact_sheet(context: RunContext, task: PartLearning) -> None:
+    """Writes --visualize: for each image a row with itself, its parts, and the class token's
     attention.
 
-    For learned parts the picture that the decoder makes of them comes last.
+    For learned parts the image that the decoder makes of them comes last.
     """
-    dataset, view = whole_images(args, train=False), Viewer(args, task, normalize)
-    make, rows = MapMaker(args, args.part_source, task), []
+    args = context.args
+    dataset = whole_images(args, train=False)
+    view = Viewer(context, task)
+    make = MapMaker(args, args.part_source, task)
+    rows = []
     for batch in batches_of(args, dataset, list(range(min(args.visualize_images, len(dataset))))):
         features, images = view(batch), batch["image"].permute(0, 2, 3, 1).numpy()
         colors = PALETTE[make(features, batch["index"].tolist()).numpy()]
@@ -314,19 +321,18 @@ def contact_sheet(args: Namespace, task: PartLearning, normalize: Normalize) -> 
             painted = (255 * task.learner.reconstruct(features)).byte()
             columns.append(painted.permute(0, 2, 3, 1).cpu().numpy())
         rows += [
-            np.concatenate([_panel(picture) for picture in row], axis=1)
+            np.concatenate([_panel(image) for image in row], axis=1)
             for row in zip(*columns, strict=True)
         ]
     titles = ("image", f"parts: {args.part_source}", "attention", "reconstruction")
-    file = Path(args.visualize)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _with_titles(Image.fromarray(np.concatenate(rows)), titles[: len(columns)]).save(file)
-    log.info("contact sheet written to %s", file)
+    sheet = _with_titles(Image.fromarray(np.concatenate(rows)), titles[: len(columns)])
+    write_atomically(args.visualize, lambda file: sheet.save(file, format="PNG"))
+    log.info("contact sheet written to %s", args.visualize)
 
 
-def _panel(picture: np.ndarray) -> np.ndarray:
-    """Enlarged without smoothing, so that cells stay cells."""
-    return np.asarray(Image.fromarray(picture).resize((PANEL, PANEL), Image.Resampling.NEAREST))
+def _panel(image: np.ndarray) -> np.ndarray:
+    """Enlarges an image without smoothing, so that patches stay visible."""
+    return np.asarray(Image.fromarray(image).resize((PANEL, PANEL), Image.Resampling.NEAREST))
 
 
 def _blended(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
@@ -334,7 +340,7 @@ def _blended(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def _grey(scores: np.ndarray) -> np.ndarray:
-    """Scores [B, H, W] as gray pictures [B, H, W, 3], the largest of each white."""
+    """Turns scores [B, H, W] into gray images [B, H, W, 3], the largest score of each white."""
     scaled = 255 * scores.astype(np.float32) / scores.max(axis=(1, 2), keepdims=True)
     return scaled.astype(np.uint8)[..., None].repeat(3, axis=-1)
 

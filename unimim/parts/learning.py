@@ -1,17 +1,16 @@
-"""SemMAE's first stage: a frozen ViT's features become a few semantic parts of each image
-(specs/semmae.md C).
+"""SemMAE's first stage: a frozen ViT's features become a few semantic parts of each image.
 
 The class token is embedded into part tokens, each patch goes to the part it resembles, and the
 parts have to suffice a small decoder to paint the image again. What the paper leaves open is this
-project's own choice (C.2, C.3), as are the baselines below: attention heads, k-means and random
-parts. Shapes in comments: B images, N = H * W patches, C channels, K parts (background among them),
-h heads.
+project's own choice (docs/methods/mae_semmae.md#first-stage), as are the baselines below: attention
+heads, k-means and random parts. Shapes in comments: B images, N = H * W patches, C channels, K
+parts (background among them), h heads.
 """
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import timm
@@ -20,80 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling_finetune import VisionTransformer
+from modeling_targets import Teacher, TeacherFeatures, vit_options
 from unimim.checkpoint.files import load_checkpoint
-from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.loading import load_pretrained, unwrapped
 from unimim.data.part_maps import Grid
 from unimim.engine.distributed import reduce_sum
+from unimim.engine.task import Task
 
 BACKGROUNDS = ("token", "attention", "none")
 RECONSTRUCTIONS = {"mse": F.mse_loss, "l1": F.l1_loss}
 PART_SOURCES = ("learned", "attention_heads", "kmeans", "random")
 
-ANNEALED = 0.7  # share of training over which the temperature falls
+ANNEALED = 0.7  # fraction of training over which the temperature falls
 SIMILAR = 0.1  # cosine of two maps from which on the diversity loss parts them
-LEAST_SHARE = 0.03  # of all cells, below which a part counts as dying out
-FOREGROUND_MASS = 0.6  # of the class token's attention (C.5)
+LEAST_FRACTION = 0.03  # of all patches, below which a part counts as dying out
+FOREGROUND_MASS = 0.6  # of the class token's attention
 
 # --- the teacher ----------------------------------------------------------------------------------
-
-
-class Features(NamedTuple):
-    """What the teacher sees: class token [B, C] and patch tokens [B, N, C] after the final norm,
-    and how much the class token attends to each patch in the last block, [B, h, N]."""
-
-    cls: Tensor
-    patches: Tensor
-    attention: Tensor
-
-
-class Teacher(nn.Module):
-    """A frozen ViT, timm's or this repository's: normalized images [B, 3, S, S] to `Features`."""
-
-    def __init__(self, vit: nn.Module):
-        super().__init__()
-        if not hasattr(vit, "blocks") or not hasattr(vit.blocks[-1].attn, "qkv"):
-            raise ValueError(
-                "--teacher must be a vision transformer with a joint qkv projection, as DINO's and iBOT's"
-            )
-        self.vit = vit.eval().requires_grad_(False)
-        self.dim, self.grid = vit.embed_dim, tuple(vit.patch_embed.grid_size)
-        self.num_heads = vit.blocks[-1].attn.num_heads
-        # fused kernels show no probabilities, so the last block's input is kept to compute them
-        # again
-        vit.blocks[-1].attn.register_forward_pre_hook(self._keep_input)
-
-    def _keep_input(self, _attention: nn.Module, inputs: tuple) -> None:
-        self._last_input = inputs[0]
-
-    def train(self, mode: bool = True) -> "Teacher":
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Features:
-        tokens = self.vit.forward_features(images)
-        if isinstance(self.vit, VisionTransformer):  # timm's has applied it
-            tokens = self.vit.norm(tokens)
-        prefix = self.vit.num_prefix_tokens
-        return Features(
-            tokens[:, 0].float(), tokens[:, prefix:].float(), self._class_attention()[..., prefix:]
-        )
-
-    def _class_attention(self) -> Tensor:
-        """softmax(q k / sqrt(d) + bias) of the last block for the class token's query: [B, h,
-        T]."""
-        attn = self.vit.blocks[-1].attn
-        if isinstance(self.vit, VisionTransformer):
-            q, k, _ = attn.project(self._last_input)
-            bias = attn.position_bias(None)
-            return attn.probabilities(q[:, :, :1], k, None if bias is None else bias[:, :1])[
-                :, :, 0
-            ].float()
-        # [B, T, 3 * C] to [3, B, h, T, d]
-        qkv = (
-            attn.qkv(self._last_input).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        q, k = attn.q_norm(qkv[0, :, :, :1]), attn.k_norm(qkv[1])
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].float()
 
 
 def load_teacher(
@@ -104,8 +46,9 @@ def load_teacher(
     allow_random: bool = False,
     model_kwargs: dict[str, Any] | None = None,
 ) -> Teacher:
-    """The teacher that --teacher names, for square images of `image_size` pixels; positions are
-    resized to its grid.
+    """Returns the teacher that --teacher names, for square images of `image_size` pixels.
+
+    Positions are resized to its grid.
 
     A file gives the model by its tensors' shapes; timm's, DINO's, iBOT's and this repository's
     naming are understood. A timm name takes its weights from the file `checkpoint`, else from
@@ -124,6 +67,11 @@ def load_teacher(
         vit = _timm_vit(name_or_path, options, checkpoint, allow_random)
     else:
         raise ValueError(f"--teacher {name_or_path} is neither a file nor a model that timm knows")
+    if not hasattr(vit, "blocks") or not hasattr(vit.blocks[-1].attn, "qkv"):
+        raise ValueError(
+            "--teacher must be a vision transformer with a joint qkv projection, as DINO's and "
+            "iBOT's"
+        )
     return Teacher(vit)
 
 
@@ -160,17 +108,12 @@ _BACKBONE = (
 
 
 def teacher_state(path: str) -> dict[str, Tensor]:
-    """The backbone's tensors of a checkpoint, whatever holds them (C.4): heads, decoders and mask
-    tokens are left out.
+    """Returns the backbone's tensors of a checkpoint, without heads, decoders and mask tokens.
 
     The state dict may be bare or lie under teacher, state_dict, model, student or module, in this
     order; its names may begin with module., _orig_mod. and backbone.
     """
-    found = load_checkpoint(path)
-    state = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), dict)), found)
-    tensors = {
-        _unwrapped(name): value for name, value in state.items() if isinstance(value, Tensor)
-    }
+    tensors = unwrapped(load_checkpoint(path), _CONTAINERS, _WRAPPERS)
     kept = {
         k: v
         for k, v in tensors.items()
@@ -178,39 +121,24 @@ def teacher_state(path: str) -> dict[str, Tensor]:
     }
     if "cls_token" not in kept or "patch_embed.proj.weight" not in kept:
         raise ValueError(
-            f"{path} holds no ViT with a class token; its tensors are {', '.join(list(tensors)[:4])}, ..."
+            f"{path} holds no ViT with a class token; its tensors are "
+            f"{', '.join(list(tensors)[:4])}, ..."
         )
     return kept
 
 
-def _unwrapped(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
-
-
 def vit_of(state: dict[str, Tensor], path: str, **options: Any) -> VisionTransformer:
-    """The ViT whose tensors these are, with heads of 64 channels (80 in MAE's huge) unless a bias
-    table tells."""
-    dim, patch = (
-        state["patch_embed.proj.weight"].shape[0],
-        tuple(state["patch_embed.proj.weight"].shape[-2:]),
-    )
-    tables = [
-        value for name, value in state.items() if name.endswith("relative_position_bias_table")
-    ]
+    """Returns the ViT whose tensors these are.
+
+    Heads have 64 channels (80 in MAE's huge) unless a bias table tells their number.
+    """
     names = " ".join(state)
-    shape = {
-        "patch_size": patch,
-        "embed_dim": dim,
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        "num_heads": tables[0].shape[-1] if tables else dim // (80 if dim == 1280 else 64),
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+    shape = vit_options(state) | {
         "qkv_bias": "attn.qkv.bias" in names or "attn.q_bias" in names,
         "k_bias": "attn.qkv.bias" in names,
         "init_values": 1.0 if "gamma" in names else None,
         "pos_embed": "learned" if "pos_embed" in state else "none",
-        "rel_pos_bias": "per_block" if tables else "none",
+        "rel_pos_bias": "per_block" if "relative_position_bias_table" in names else "none",
     }
     try:
         vit = VisionTransformer(**{**shape, **options, "num_classes": 0, "global_pool": "token"})
@@ -221,7 +149,7 @@ def vit_of(state: dict[str, Tensor], path: str, **options: Any) -> VisionTransfo
 
 
 def load_strictly(vit: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    """Puts every tensor in its place; one left over on either side is a ValueError."""
+    """Loads every tensor; ValueError if one is left over on either side."""
     report = load_pretrained(vit, state, min_matched=0.0)
     wrong = [f"{name} is missing" for name in report.missing] + [
         f"{name} has no place" for name in report.ignored
@@ -236,7 +164,7 @@ def load_strictly(vit: nn.Module, state: dict[str, Tensor], path: str) -> None:
 
 
 class PartLearner(nn.Module):
-    """Part tokens, part maps and the decoder (C.3). `num_parts` counts foreground parts.
+    """Learns part tokens, part maps and the decoder; `num_parts` counts foreground parts.
 
     background "token": a learned token competes with the part tokens for each patch, and part 0 is
     what it wins; "attention": part 0 is where the teacher's class token does not look
@@ -260,7 +188,9 @@ class PartLearner(nn.Module):
             background,
             reconstruction,
         )
-        self.grid, self.background, self.weights = grid, background, weights
+        self.grid = grid
+        self.background = background
+        self.weights = weights
         self.reconstruction = RECONSTRUCTIONS[reconstruction]
         self.temperature = math.inf  # the caller's affair: it falls with the steps
         self.embed = nn.Linear(dim, num_parts * dim)
@@ -277,29 +207,29 @@ class PartLearner(nn.Module):
 
     @property
     def num_ids(self) -> int:
-        """How many ids a map may hold: K."""
+        """Returns how many ids a map may hold: K."""
         return self.embed.out_features // self.embed.in_features + (self.background != "none")
 
-    def forward(self, features: Features, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, features: TeacherFeatures, images: Tensor) -> dict[str, Tensor]:
         """Losses against images [B, 3, S, S] in [0, 1]; `loss` is their weighted sum."""
         maps, cls = self.soft_maps(features)
         blurred = blur(maps)
-        picture = self.decoder(blurred, cls)
+        painted = self.decoder(blurred, cls)
         with torch.autocast(images.device.type, enabled=False):
-            target = F.interpolate(images, size=picture.shape[-2:], mode="bilinear", antialias=True)
+            target = F.interpolate(images, size=painted.shape[-2:], mode="bilinear", antialias=True)
             terms = (
-                self.reconstruction(picture.float(), target),
-                similarity(blurred),
-                starvation(maps),
+                self.reconstruction(painted.float(), target),
+                diversity_loss(blurred),
+                balance_loss(maps),
             )
         loss = sum(weight * term for weight, term in zip(self.weights, terms, strict=True))
         names = ("reconstruction", "diversity", "balance")
-        figures = {name: term.detach() for name, term in zip(names, terms, strict=True)}
-        return {"loss": loss, **figures, "confidence": maps.detach().amax(1).mean()}
+        metrics = {name: term.detach() for name, term in zip(names, terms, strict=True)}
+        return {"loss": loss, **metrics, "confidence": maps.detach().amax(1).mean()}
 
-    def soft_maps(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Which part each patch belongs to, as probabilities [B, K, H, W], and the standardized
-        class token [B, C]."""
+    def soft_maps(self, features: TeacherFeatures) -> tuple[Tensor, Tensor]:
+        """Returns each patch's probabilities of parts [B, K, H, W], and the standardized class
+        token [B, C]."""
         with torch.autocast(features.cls.device.type, enabled=False):
             cls = (features.cls - self.cls_mean) / self.cls_std
             patches = (features.patches - self.feat_mean) / self.feat_std
@@ -312,15 +242,15 @@ class PartLearner(nn.Module):
             return logits.softmax(1).unflatten(-1, self.grid), cls
 
     def part_tokens(self, cls: Tensor) -> Tensor:
-        """Class token [B, C] to part tokens [B, K, C], the background's first."""
+        """Returns part tokens [B, K, C] of class tokens [B, C], the background's first."""
         tokens = self.embed(cls).unflatten(-1, (-1, cls.shape[-1]))
         if self.bg_token is None:
             return tokens
         return torch.cat((self.bg_token.expand(len(cls), 1, -1), tokens), dim=1)
 
     @torch.no_grad()
-    def maps(self, features: Features) -> Tensor:
-        """Blurred maps of all ids, [B, K, H, W], to take the largest of (`hard_maps`)."""
+    def maps(self, features: TeacherFeatures) -> Tensor:
+        """Returns blurred maps of all ids, [B, K, H, W], of which `hard_maps` takes the largest."""
         blurred = blur(self.soft_maps(features)[0])
         return (
             on_foreground(blurred, features, self.grid)
@@ -329,16 +259,15 @@ class PartLearner(nn.Module):
         )
 
     @torch.no_grad()
-    def reconstruct(self, features: Features) -> Tensor:
-        """What the decoder makes of the parts: [B, 3, S', S'] in [0, 1]."""
+    def reconstruct(self, features: TeacherFeatures) -> Tensor:
+        """Returns what the decoder makes of the parts: [B, 3, S', S'] in [0, 1]."""
         maps, cls = self.soft_maps(features)
         return self.decoder(blur(maps), cls)
 
     @torch.no_grad()
-    def standardize(self, batches: Iterable[Features]) -> None:
-        """Fixes mean and deviation of every channel to those of these features, on all processes
-        together."""
-        cls, feat = Moments(self.cls_mean), Moments(self.feat_mean)
+    def standardize(self, batches: Iterable[TeacherFeatures]) -> None:
+        """Fixes mean and std of every channel to those of these features, over all processes."""
+        cls, feat = RunningMoments(self.cls_mean), RunningMoments(self.feat_mean)
         for features in batches:
             cls.add(features.cls)
             feat.add(features.patches.flatten(0, 1))
@@ -351,9 +280,8 @@ class PartLearner(nn.Module):
             std.copy_(found[1])
 
 
-class Moments:
-    """Mean and deviation of the rows of tensors [n, C], over all processes; `like` is a tensor
-    [C]."""
+class RunningMoments:
+    """Mean and std of the rows of tensors [n, C], over all processes; `like` is a tensor [C]."""
 
     def __init__(self, like: Tensor):
         self.sums = torch.zeros(3, *like.shape, dtype=torch.float64, device=like.device)
@@ -371,9 +299,10 @@ class Moments:
 
 
 class Decoder(nn.Module):
-    """A small painter in StyleGAN's manner: maps [B, K, H, W] are its only view of where things
-    are, the class token [B, C] sets mean and deviation of every channel. Each width after the first
-    doubles the side.
+    """A small StyleGAN-like decoder.
+
+    It sees positions only through the maps [B, K, H, W]; the class token [B, C] sets mean and std
+    of every channel. Each width after the first doubles the side.
     """
 
     def __init__(self, maps: int, dim: int, widths: tuple[int, ...]):
@@ -398,15 +327,17 @@ class Decoder(nn.Module):
 
 
 def blur(maps: Tensor) -> Tensor:
-    """3 x 3 binomial filter with repeated edges: no fine detail can be smuggled to the decoder."""
+    """Blurs maps by a 3 x 3 binomial filter with repeated edges.
+
+    So no fine detail can be passed to the decoder.
+    """
     line = maps.new_tensor([0.25, 0.5, 0.25])
     kernel = torch.outer(line, line).expand(maps.shape[1], 1, 3, 3)
     return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), kernel, groups=maps.shape[1])
 
 
-def similarity(maps: Tensor) -> Tensor:
-    """Diversity loss: how far the cosine of two parts' maps exceeds `SIMILAR`, over all pairs of
-    different parts."""
+def diversity_loss(maps: Tensor) -> Tensor:
+    """Returns by how much the cosine of two parts' maps exceeds `SIMILAR`, mean over all pairs."""
     flat = F.normalize(maps.float().flatten(2), dim=-1)
     parts = flat.shape[1]
     excess = (flat @ flat.transpose(1, 2) - SIMILAR).clamp(min=0)
@@ -414,44 +345,43 @@ def similarity(maps: Tensor) -> Tensor:
     return excess[:, apart].mean() if parts > 1 else excess.sum() * 0
 
 
-def starvation(maps: Tensor) -> Tensor:
-    """Balance loss: how far a part's share of the batch lies below `LEAST_SHARE`, over all
-    parts."""
-    return ((LEAST_SHARE - maps.mean((0, 2, 3))).clamp(min=0) / LEAST_SHARE).mean()
+def balance_loss(maps: Tensor) -> Tensor:
+    """Returns by how much a part's fraction of the batch falls below `LEAST_FRACTION`, mean over
+    all parts, in units of it."""
+    return ((LEAST_FRACTION - maps.mean((0, 2, 3))).clamp(min=0) / LEAST_FRACTION).mean()
 
 
 def temperature_at(progress: float, start: float, end: float) -> float:
-    """Falls geometrically from `start` to `end` over the first `ANNEALED` of the run (`progress`
-    from 0 to 1)."""
+    """Returns the temperature: it falls geometrically over the first `ANNEALED` of the run."""
     return start * (end / start) ** min(progress / ANNEALED, 1.0)
 
 
-class PartLearning(nn.Module):
-    """What the engine trains: batches of normalized images to the learner's losses. The teacher is
-    no submodule, so that it is neither wrapped nor optimized nor saved."""
+class PartLearning(Task):
+    """The task: batches of normalized images to the learner's losses.
 
-    average = None
+    The teacher is no submodule, so that no engine wraps, optimizes or saves it.
+    """
 
     def __init__(
         self, learner: PartLearner, teacher: Teacher, mean_std, temperatures: tuple[float, float]
     ):
         super().__init__()
-        self.learner, self.temperatures = learner, temperatures
-        self._teacher = (teacher,)
+        self.learner = learner
+        self.temperatures = temperatures
+        self.teacher = teacher
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_std)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.after_step(0.0)
 
     @property
-    def teacher(self) -> Teacher:
-        return self._teacher[0]
+    def network(self) -> PartLearner:
+        return self.learner
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.learner(self.teacher(batch["image"]), batch["image"] * self.std + self.mean)
-
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Nothing changes with the epochs: the temperature falls step by step."""
+        return self.learner(
+            self.teacher.look(batch["image"]), batch["image"] * self.std + self.mean
+        )
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
         self.learner.temperature = temperature_at(progress, *self.temperatures)
@@ -461,8 +391,9 @@ class PartLearning(nn.Module):
 
 
 def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> Tensor:
-    """The id of the largest of maps [B, K, H, W] in every cell of `grid` (None: H x W): uint8 [B,
-    Hp, Wp] (C.6).
+    """Returns the id of the largest of maps [B, K, H, W] at every position of `grid`.
+
+    uint8 [B, Hp, Wp]; the default grid is H x W.
 
     The smallest id wins a tie; a finer grid is interpolated first; `clean` removes single cells.
     """
@@ -473,8 +404,8 @@ def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> 
 
 
 def without_single_cells(parts: Tensor, num_parts: int) -> Tensor:
-    """Cells of int64 [B, H, W] that agree with none of their 8 neighbors take the neighbors' most
-    frequent id."""
+    """Gives positions of int64 [B, H, W] that agree with none of 8 neighbors their most frequent
+    id."""
     one_hot = F.one_hot(parts, num_parts).permute(0, 3, 1, 2).float()
     ring = one_hot.new_ones(3, 3).index_put(
         (torch.tensor(1), torch.tensor(1)), one_hot.new_zeros(())
@@ -485,8 +416,11 @@ def without_single_cells(parts: Tensor, num_parts: int) -> Tensor:
 
 
 def foreground(attention: Tensor, grid: Grid) -> Tensor:
-    """The fewest cells that hold `FOREGROUND_MASS` of attention [B, h, N], after a 3 x 3 majority:
-    bool [B, H, W]."""
+    """Returns the fewest patches that hold `FOREGROUND_MASS` of attention [B, h, N]: bool [B, H,
+    W].
+
+    A 3 x 3 majority smooths them.
+    """
     mass = attention.mean(1)
     mass, order = (mass / mass.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
     needed = mass.cumsum(-1) - mass < FOREGROUND_MASS
@@ -497,9 +431,8 @@ def foreground(attention: Tensor, grid: Grid) -> Tensor:
     return votes[:, 0] > 0.5
 
 
-def on_foreground(maps: Tensor, features: Features, grid: Grid) -> Tensor:
-    """Positive maps [B, K - 1, H, W] inside the foreground, with the background as part 0: [B, K,
-    H, W]."""
+def on_foreground(maps: Tensor, features: TeacherFeatures, grid: Grid) -> Tensor:
+    """Restricts maps [B, K - 1, H, W] to the foreground; part 0 is the background: [B, K, H, W]."""
     inside = foreground(features.attention, grid)[:, None]
     return torch.cat(((~inside).float(), maps * inside), dim=1)
 
@@ -507,15 +440,18 @@ def on_foreground(maps: Tensor, features: Features, grid: Grid) -> Tensor:
 # --- parts without learning -----------------------------------------------------------------------
 
 
-def attention_head_maps(features: Features, grid: Grid) -> Tensor:
-    """One part for each head of the class token's attention, on its foreground: [B, 1 + h, H,
-    W]."""
+def attention_head_maps(features: TeacherFeatures, grid: Grid) -> Tensor:
+    """Returns one part for each head of the class token's attention, on its foreground: [B, 1 + h,
+    H, W]."""
     return on_foreground(features.attention.unflatten(-1, grid), features, grid)
 
 
-def kmeans_maps(features: Features, grid: Grid, num_parts: int, iterations: int = 20) -> Tensor:
-    """k-means on each image's own normalized patch tokens: minus the squared distance to the
-    centers, [B, K, H, W].
+def kmeans_maps(
+    features: TeacherFeatures, grid: Grid, num_parts: int, iterations: int = 20
+) -> Tensor:
+    """Clusters each image's normalized patch tokens by k-means.
+
+    Returns minus the squared distances to the centers, [B, K, H, W].
 
     Centers start at the tokens that lie farthest from each other, so that nothing is random; ids
     are not comparable between images.
@@ -533,9 +469,10 @@ def kmeans_maps(features: Features, grid: Grid, num_parts: int, iterations: int 
 
 
 def _farthest_tokens(tokens: Tensor, count: int) -> Tensor:
-    """[B, N, C] to [B, count, C]: first the token farthest from the mean, then the one farthest
-    from those chosen."""
-    chosen, distance = [], torch.cdist(tokens, tokens.mean(1, keepdim=True))[..., 0]
+    """Returns the token farthest from the mean, then those farthest from the chosen: [B, count,
+    C]."""
+    chosen = []
+    distance = torch.cdist(tokens, tokens.mean(1, keepdim=True))[..., 0]
     for number in range(count):
         row = distance.argmax(-1)[:, None, None].expand(-1, 1, tokens.shape[-1])
         chosen.append(tokens.gather(1, row))
@@ -545,9 +482,9 @@ def _farthest_tokens(tokens: Tensor, count: int) -> Tensor:
 
 
 def random_maps(indices: list[int], grid: Grid, num_parts: int, seed: int) -> Tensor:
-    """Noise [B, K, H, W] that depends on the seed and the image's number only."""
-    draws = [
+    """Returns noise [B, K, H, W] that depends on the seed and the image's number only."""
+    noise = [
         np.random.default_rng((seed, index)).random((num_parts, *grid), dtype=np.float32)
         for index in indices
     ]
-    return torch.from_numpy(np.stack(draws))
+    return torch.from_numpy(np.stack(noise))

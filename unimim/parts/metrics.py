@@ -1,6 +1,6 @@
-"""How good part maps are: do they follow the objects of a picture, and are all parts used?
+"""How good part maps are: whether they follow the objects of an image and use all parts.
 
-Everything comes from one table of an image, the number of pixels that each part shares with each
+Everything comes from one table of an image, the number of pixels that each part fractions with each
 object.
 """
 
@@ -12,9 +12,9 @@ from unimim.data.part_maps import PartMaps
 
 
 def overlap(parts: np.ndarray, mask: np.ndarray, num_parts: int, num_objects: int) -> np.ndarray:
-    """Pixels that part k and object c share, int64 [num_parts, num_objects].
+    """Returns how many pixels part k and object c have in common, int64 [num_parts, num_objects].
 
-    `parts` [Hp, Wp] covers the whole picture of the `mask` [H, W]; each pixel takes the cell that
+    `parts` [Hp, Wp] covers the whole image of the `mask` [H, W]; each pixel takes the cell that
     its center lies in.
     """
     rows, columns = (
@@ -28,10 +28,10 @@ def overlap(parts: np.ndarray, mask: np.ndarray, num_parts: int, num_objects: in
 
 
 def best_union_iou(table: np.ndarray, wanted: int) -> float:
-    """The largest intersection over union that any union of parts has with object `wanted`.
+    """Returns the largest intersection over union of any union of parts with object `wanted`.
 
-    The best union consists of the parts that lie in the object to the largest share, so prefixes of
-    that order do.
+    The best union consists of the parts that lie in the object to the largest fraction, so prefixes
+    of that order do.
     """
     table = table[table.sum(1) > 0]
     inside, sizes = table[:, wanted], table.sum(1)
@@ -41,18 +41,20 @@ def best_union_iou(table: np.ndarray, wanted: int) -> float:
 
 
 def nmi(table: np.ndarray) -> float:
-    """Normalized mutual information 2 I / (H + H') of parts and objects, from 0 to 1; 1 if there is
-    one of each."""
+    """Returns the normalized mutual information 2 I / (H + H') of parts and objects, in [0, 1].
+
+    It is 1 if there is one of each.
+    """
     joint = table / table.sum()
     part, wanted = joint.sum(1), joint.sum(0)
     total = entropy(part) + entropy(wanted)
     return 1.0 if total == 0 else max(2 * (total - entropy(joint.ravel())) / total, 0.0)
 
 
-def entropy(shares: np.ndarray) -> float:
-    """In nats; shares sum to 1."""
-    shares = shares[shares > 0]
-    return float(-(shares * np.log(shares)).sum())
+def entropy(fractions: np.ndarray) -> float:
+    """Returns the entropy in nats of fractions that sum to 1."""
+    fractions = fractions[fractions > 0]
+    return float(-(fractions * np.log(fractions)).sum())
 
 
 class PartQuality:
@@ -60,20 +62,20 @@ class PartQuality:
 
     miou: of `best_union_iou` over all objects of all images; foreground_iou: the same for all
     objects together; nmi: image by image; nmi_pooled: over the pixels of all images together, so
-    that ids must mean the same everywhere; evenness: entropy of the parts' mean shares, 1 where all
-    are used alike.
+    that ids must mean the same everywhere; evenness: entropy of the parts' mean fractions, 1 where
+    all are used alike.
     """
 
     def __init__(self, num_parts: int, num_objects: int):
         self.pooled = np.zeros((num_parts, num_objects), dtype=np.int64)
-        self.shares = np.zeros(num_parts)
+        self.fractions = np.zeros(num_parts)
         self.ious: list[float] = []
         self.foreground: list[float] = []
         self.nmis: list[float] = []
 
     def add(self, table: np.ndarray) -> None:
         self.pooled += table
-        self.shares += table.sum(1) / table.sum()
+        self.fractions += table.sum(1) / table.sum()
         self.nmis.append(nmi(table))
         present = [c for c in range(1, table.shape[1]) if table[:, c].any()]
         self.ious += [best_union_iou(table, c) for c in present]
@@ -82,19 +84,18 @@ class PartQuality:
                 best_union_iou(np.stack((table[:, 0], table[:, 1:].sum(1)), axis=1), 1)
             )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {
             "miou": float(np.mean(self.ious)),
             "foreground_iou": float(np.mean(self.foreground)),
             "nmi": float(np.mean(self.nmis)),
             "nmi_pooled": nmi(self.pooled),
-            "evenness": entropy(self.shares / len(self.nmis)) / np.log(len(self.shares)),
+            "evenness": entropy(self.fractions / len(self.nmis)) / np.log(len(self.fractions)),
         }
 
 
 def usage(maps: PartMaps, rows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the maps of images `rows`: each part's mean share of the cells, and the share of images
-    that have it."""
+    """Returns each part's mean fraction of the patches, and the fraction of images that have it."""
     counts = np.stack(
         [np.bincount(maps.read(row).ravel(), minlength=maps.num_parts) for row in rows]
     )

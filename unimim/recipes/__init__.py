@@ -1,8 +1,8 @@
-"""Published recipes by name, one module for each family of methods; no torch is imported here.
+"""Look up published recipes by name; there is one module per family of methods.
 
-`python -m unimim.recipes --list` shows them, `scripts/recipe.sh NAME` runs one, `--recipe NAME` in
-a run script sets the model and all its flags. A value that no source states is named in the
-recipe's `note`.
+`python -m unimim.recipes --list` lists them, `scripts/recipe.sh NAME` runs one, and `--recipe NAME`
+in a run script sets the model and all its flags. Values that no source states are named in the
+recipe's `note`. Nothing here imports torch.
 """
 
 import difflib
@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 FAMILIES: tuple[ModuleType, ...] = (conmim, mae, semaim, beit, mim)
-STAGES = ("pretrain", "finetune")  # whose scripts take a model's recipe without being told to
+STAGES = ("pretrain", "finetune")  # their scripts use the model's recipe if none is named
 
 _RECIPES: tuple[Recipe, ...] = tuple(recipe for family in FAMILIES for recipe in family.RECIPES)
 _BY_NAME = {recipe.name: recipe for recipe in (*_RECIPES, *mim.RELATIVES)}
 
 GPUS_PER_MACHINE = 8
-# The value of --data_set and of --nb_classes, and what DATA_PATH must name.
+# data set -> values of --data_set and --nb_classes, and what DATA_PATH must name
 _DATA_SETS = {
     "ImageNet-1K": ("IMNET", "1000", "the folder that holds {}"),
     "ImageNet-100": ("IMNET", "100", "the folder that holds {}"),
@@ -45,12 +45,12 @@ _DATA_SETS = {
 
 
 def all_recipes() -> tuple[Recipe, ...]:
-    """Returns every recipe, the published ones and our own."""
+    """Return all recipes, published and ours."""
     return _RECIPES
 
 
 def by_name(name: str) -> Recipe:
-    """Returns the recipe of that name; ValueError with similar names for an unknown one."""
+    """Return the recipe `name`; raise ValueError, suggesting similar names, if there is none."""
     if name in _BY_NAME:
         return _BY_NAME[name]
     similar = difflib.get_close_matches(name, [recipe.name for recipe in _RECIPES], n=3)
@@ -59,25 +59,24 @@ def by_name(name: str) -> Recipe:
 
 
 def recipe_for(model: str, stage: str) -> Recipe | None:
-    """Returns the recipe whose flags are the defaults of `model` in `stage` (one of STAGES), None
-    for a model without.
+    """Return the recipe that sets the defaults of `model` in `stage` (one of STAGES), if any.
 
-    Of several, it is the first; `names_for` has them all. Names of SimMIM and A2MIM go on with any
-    of timm's: a network without a recipe has that of its relatives.
+    If there are several, it is the first; `names_for` returns all. SimMIM and A2MIM take any of
+    timm's networks by name; one without a recipe uses that of its family.
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    own = (recipe for recipe in _RECIPES if (recipe.model, recipe.stage) == (model, stage))
-    related = (
-        recipe
-        for recipe in mim.RELATIVES
-        if recipe.stage == stage and model.startswith(recipe.model.rstrip("*"))
-    )
-    return next(own, None) or next(related, None)
+    for recipe in _RECIPES:
+        if (recipe.model, recipe.stage) == (model, stage):
+            return recipe
+    for recipe in mim.RELATIVES:
+        if recipe.stage == stage and model.startswith(recipe.model.rstrip("*")):
+            return recipe
+    return None
 
 
 def names_for(model: str, stage: str, without: str | None = None) -> tuple[str, ...]:
-    """Returns the names of the recipes of `model` in `stage`, but for the one named `without`."""
+    """Return the names of all recipes of `model` in `stage`, except `without`."""
     recipes = (recipe for recipe in _RECIPES if (recipe.model, recipe.stage) == (model, stage))
     return tuple(recipe.name for recipe in recipes if recipe.name != without)
 
@@ -87,45 +86,41 @@ def names_for(model: str, stage: str, without: str | None = None) -> tuple[str, 
 
 
 def processes(recipe: Recipe) -> tuple[int, int]:
-    """Returns (machines, processes on each) of the published number of GPUs."""
+    """Return (machines, processes per machine) for the published number of GPUs."""
     return -(-recipe.gpus // GPUS_PER_MACHINE), min(recipe.gpus, GPUS_PER_MACHINE)
 
 
 def checkpoint_of(recipe: Recipe) -> str | None:
-    """Returns the file that the recipe starts from, where the recipe before it leaves it; None if
-    there is none."""
+    """Return the checkpoint that the preceding recipe writes by default; None if there is none."""
     if recipe.starts_from not in _BY_NAME:
         return None
     before = by_name(recipe.starts_from)
-    file = (
-        f"encoder-{before.epochs - 1}.safetensors"
-        if before.stage == "pretrain"
-        else "checkpoint-best.pth"
-    )
-    return f"output/{before.name}/{file}"
+    if before.stage == "pretrain":
+        return f"output/{before.name}/encoder-{before.epochs - 1}.safetensors"
+    return f"output/{before.name}/checkpoint-best.pth"
 
 
 def launch_command(
     recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str] = ()
 ) -> list[str]:
-    """Returns the program and its words: `--recipe NAME`, where things are, and `extra`.
+    """Return the program and its arguments: `--recipe NAME`, paths, and `extra`.
 
-    `environment` names the places: DATA_PATH, OUTPUT_DIR, CHECKPOINT, PART_MAPS, TOKENIZER,
+    Paths come from `environment`: DATA_PATH, OUTPUT_DIR, CHECKPOINT, PART_MAPS, TOKENIZER and
     TARGET_MODEL.
     """
-    return [recipe.program, "--recipe", recipe.name, *_places(recipe, environment, extra), *extra]
+    paths = _path_flags(recipe, environment, extra)
+    return [recipe.program, "--recipe", recipe.name, *paths, *extra]
 
 
 def command(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:
-    """Returns what `launch_command` does with every flag of the recipe spelled out in place of its
-    name."""
+    """Return `launch_command` with every flag of the recipe spelled out instead of its name."""
     model = "--teacher" if recipe.stage == "parts" else "--model"
-    places = _places(recipe, environment, extra)
-    return [recipe.program, model, recipe.model, *places, *recipe.words(), *extra]
+    paths = _path_flags(recipe, environment, extra)
+    return [recipe.program, model, recipe.model, *paths, *recipe.words(), *extra]
 
 
-def _places(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str]) -> list[str]:
-    """The words that say where data, checkpoints and output are."""
+def _path_flags(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str]) -> list[str]:
+    """Return the flags that locate data, checkpoints and output."""
     data_set, classes, path = _DATA_SETS[recipe.data]
     words = []
     for flag, (variable, default) in recipe.files.items():
@@ -139,11 +134,8 @@ def _places(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str]
     if environment.get("DATA_PATH"):
         words += ["--data_path", environment["DATA_PATH"]]
     elif not _has(extra, "data_path", "data_set"):
-        maps = (
-            "train_map.txt"
-            if recipe.stage in ("pretrain", "parts")
-            else "train_map.txt and val_map.txt"
-        )
+        unlabeled = recipe.stage in ("pretrain", "parts")
+        maps = "train_map.txt" if unlabeled else "train_map.txt and val_map.txt"
         raise ValueError(f"DATA_PATH is not set; it must name {path.format(maps)}")
     output = environment.get("OUTPUT_DIR") or f"output/{recipe.name}"
     words += ["--output_dir", output]
@@ -151,6 +143,7 @@ def _places(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str]
 
 
 def _checkpoint(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str]) -> str:
+    """Return the value of --finetune; raise ValueError if nothing names a checkpoint."""
     path = environment.get("CHECKPOINT") or checkpoint_of(recipe)
     if path is None and not _has(extra, "finetune"):
         raise ValueError("CHECKPOINT is not set; it must name the pre-trained weights")
@@ -158,5 +151,6 @@ def _checkpoint(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[
 
 
 def _has(words: Sequence[str], *flags: str) -> bool:
-    """Whether one of the flags is among the words of a command line."""
-    return any(word.partition("=")[0] == f"--{flag}" for word in words for flag in flags)
+    """Tell whether one of the flags is among the words of a command line."""
+    given = {word.partition("=")[0] for word in words}
+    return any(f"--{flag}" in given for flag in flags)

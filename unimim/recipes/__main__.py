@@ -1,4 +1,4 @@
-"""Shows the recipes: their names, one of them as a command, or all of them as docs/recipes.md."""
+"""Print the recipes: their names, one of them as a command, or all of them as docs/recipes.md."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
+from types import ModuleType
 
 from unimim.recipes import (
     FAMILIES,
@@ -18,23 +19,25 @@ from unimim.recipes import (
     processes,
 )
 
-# What --print stands in for the places that nobody has named yet.
+# paths that --print shows where the environment names none
 EXAMPLE = {"DATA_PATH": "/data"}
 
 
 def listing() -> str:
-    """Returns a line for each recipe: name, model, stage and published number."""
+    """Return one line per recipe: name, model, stage and published top-1."""
     recipes = all_recipes()
-    width = max(len(recipe.name) for recipe in recipes)
-    models = max(len(recipe.model) for recipe in recipes)
-    lines = (
-        f"{recipe.name:{width}}  {recipe.model:{models}}  {recipe.stage:8}  {_top1(recipe)}"
-        for recipe in recipes
-    )
+    name_width = max(len(recipe.name) for recipe in recipes)
+    model_width = max(len(recipe.model) for recipe in recipes)
+    lines = []
+    for recipe in recipes:
+        name = f"{recipe.name:{name_width}}"
+        model = f"{recipe.model:{model_width}}"
+        lines.append(f"{name}  {model}  {recipe.stage:8}  {_top1(recipe)}")
     return "\n".join(lines)
 
 
 def _top1(recipe: Recipe) -> str:
+    """Return the published top-1 or "none"."""
     return "none" if recipe.published is None else str(recipe.published)
 
 
@@ -43,7 +46,7 @@ def _top1(recipe: Recipe) -> str:
 
 
 def header(recipe: Recipe) -> str:
-    """Returns title, source, hardware, published number, note and call, as comments of a shell."""
+    """Return title, source, hardware, published top-1, note and call as shell comments."""
     rows = {
         "Source": recipe.source,
         "Hardware": _hardware(recipe),
@@ -53,22 +56,20 @@ def header(recipe: Recipe) -> str:
     }
     lines = [recipe.title]
     for name, text in rows.items():
-        if text:
-            start = f"{name + ':':11}"
-            lines += textwrap.wrap(
-                text,
-                width=117,
-                initial_indent=start,
-                subsequent_indent=" " * 11,
-                break_on_hyphens=False,
-            )
+        lines += textwrap.wrap(
+            text,
+            width=98,
+            initial_indent=f"{name + ':':11}",
+            subsequent_indent=" " * 11,
+            break_on_hyphens=False,
+        )
     return "\n".join(f"# {line}" for line in lines)
 
 
 def published(recipe: Recipe) -> str:
-    """Returns the published number in words: what it is of, and what other settings reach."""
+    """Describe the published top-1: the data, the training, and what other settings reach."""
     if recipe.published is None:
-        return "no figure"
+        return "no accuracy"
     also = f" ({recipe.also})" if recipe.also else ""
     top1 = f"{recipe.published} top-1 on {recipe.data}"
     if recipe.stage == "pretrain":
@@ -76,20 +77,24 @@ def published(recipe: Recipe) -> str:
     before = recipe
     while before.starts_from:
         before = by_name(before.starts_from)
-    return f"{top1}, {before.epochs} epochs pre-trained{also}"
+    return f"{top1} after {before.epochs} epochs of pre-training{also}"
 
 
 def _hardware(recipe: Recipe) -> str:
+    """Describe GPUs and batch, and what happens to the lr if their number changes."""
     if recipe.epochs is None:
-        return f"{recipe.hardware} images at once"
+        return f"{recipe.hardware} images at a time"
     if recipe.flags.get("blr") is not None:
-        return (
-            f"{recipe.hardware} images a step; --blr follows the batch when NNODES or NPROC differ"
+        scaling = "the lr, from --blr, scales with the batch if NNODES or NPROC differ"
+    else:
+        scaling = (
+            "--lr is for this batch and is not scaled: keep the batch if NNODES or NPROC differ"
         )
-    return f"{recipe.hardware} images a step; --lr is for this batch: keep it when NNODES or NPROC differ"
+    return f"{recipe.hardware} images per step; {scaling}"
 
 
 def _call(recipe: Recipe) -> str:
+    """Return an example of how to run the recipe."""
     files = "".join(f" {variable}=FILE" for variable, _ in recipe.files.values())
     checkpoint = " CHECKPOINT=FILE" if recipe.starts_from else ""
     call = f"DATA_PATH=/data/imagenet{files}{checkpoint} scripts/recipe.sh {recipe.name}"
@@ -100,7 +105,7 @@ def _call(recipe: Recipe) -> str:
 
 
 def script(recipe: Recipe, extra: list[str]) -> str:
-    """Returns the recipe as a shell would run it: its header, and a command with every flag."""
+    """Return the recipe as shell text: its header and a command with every flag."""
     environment = EXAMPLE | os.environ
     if recipe.starts_from and checkpoint_of(recipe) is None:
         environment = {"CHECKPOINT": "CHECKPOINT"} | environment
@@ -113,14 +118,14 @@ def script(recipe: Recipe, extra: list[str]) -> str:
     lines = [" ".join([*launch, "scripts/launch.sh", program])]
     for flag in _by_flag(words):
         text = shlex.join(flag)
-        if len(lines[-1]) + len(text) > 115:
+        if len(lines[-1]) + len(text) > 96:
             lines.append(" ")
         lines[-1] += f" {text}"
     return header(recipe) + "\n" + " \\\n".join(lines)
 
 
 def _by_flag(words: list[str]) -> Iterator[list[str]]:
-    """Each flag with its values."""
+    """Yield each flag with its values."""
     flag: list[str] = []
     for word in words:
         if word.startswith("--") and flag:
@@ -136,25 +141,32 @@ def _by_flag(words: list[str]) -> Iterator[list[str]]:
 INTRODUCTION = """\
 # Recipes
 
-Generated from `unimim/recipes/` by `python -m unimim.recipes --markdown`. `scripts/recipe.sh NAME [flags]` runs a
-recipe on NNODES x NPROC processes, `scripts/recipe.sh --print NAME` shows its whole command with its source, its
-hardware and what is unverified, and `--recipe NAME` in a run script sets the model and all its flags. Top-1 is that
-on ImageNet-1K, where a recipe names no other data, as published by the authors, not measured here: for pre-training
-after fine-tuning, for linear probing of the linear head. No source names the type of GPU.
+Generated from `unimim/recipes/` by `python -m unimim.recipes --markdown`.
+`scripts/recipe.sh NAME [flags]` runs a recipe on NNODES x NPROC processes,
+`scripts/recipe.sh --print NAME` shows its whole command with its source, its hardware and what is
+unverified, and `--recipe NAME` in a run script sets the model and all its flags. Top-1 is on
+ImageNet-1K unless the recipe names other data, as published by the authors, not measured here: for
+pre-training after fine-tuning, for linear probing with the linear head. No source names the type of
+GPU.
 """
 
 
 def markdown() -> str:
-    """Returns docs/recipes.md: a table for each family, what is unverified, and the sources."""
+    """Return docs/recipes.md: a table per family, what is unverified, and the sources."""
     sources: list[str] = []
-    parts = [INTRODUCTION, *(_section(family, sources) for family in FAMILIES)]
+    parts = [INTRODUCTION]
+    for family in FAMILIES:
+        parts.append(_section(family, sources))
     footnotes = "\n".join(f"{number}. {source}" for number, source in enumerate(sources, start=1))
-    parts.append(f"## Sources\n\n{footnotes}\n\nThe recipes without a source are ours.\n")
+    parts.append(f"## Sources\n\n{footnotes}\n\nRecipes without a source are ours.\n")
     return "\n".join(parts)
 
 
-def _section(family, sources: list[str]) -> str:
-    """The paragraphs of the module's docstring, the table of its recipes, and their notes."""
+def _section(family: ModuleType, sources: list[str]) -> str:
+    """Return a family's section: its module's docstring, its table, and the notes.
+
+    New sources are appended to `sources`.
+    """
     title, _, about = family.__doc__.strip().partition("\n\n")
     title = " ".join(title.split())
     rows = "\n".join(_row(recipe, sources) for recipe in family.RECIPES)
@@ -163,12 +175,13 @@ def _section(family, sources: list[str]) -> str:
         if recipe.note:
             notes.setdefault(recipe.note, []).append(f"`{recipe.name}`")
     remarks = "\n".join(f"- {', '.join(names)}: {note}" for note, names in notes.items())
-    heads = ("recipe", "what", "images a step", "peak lr", "top-1, %", "source")
+    heads = ("recipe", "what", "images per step", "peak lr", "top-1, %", "source")
     table = f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n{rows}"
     return f"## {title.rstrip('.')}\n\n{about}\n\n{table}\n\n{remarks}\n"
 
 
 def _row(recipe: Recipe, sources: list[str]) -> str:
+    """Return a recipe's row of the table."""
     numbers = []
     for source in recipe.source.split("; ") if recipe.is_published else ():
         if source not in sources:
@@ -191,29 +204,32 @@ def _row(recipe: Recipe, sources: list[str]) -> str:
 
 
 def launch_lines(recipe: Recipe, extra: list[str]) -> str:
-    """Returns what scripts/recipe.sh reads: machines, processes on each, then a word a line.
+    """Return what scripts/recipe.sh reads, one word per line.
 
-    It appends `extra` itself.
+    These are the machines, the processes per machine, and the command without `extra`, which the
+    script appends itself.
     """
     words = launch_command(recipe, os.environ, extra)
     return "\n".join(map(str, (*processes(recipe), *words[: len(words) - len(extra)])))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints what the flag asks for."""
+    """Print what the flag asks for."""
     parser = argparse.ArgumentParser(
         prog="recipe.sh",
-        description="Runs a published recipe by its name.",
+        description="Run a published recipe by its name.",
         usage="recipe.sh NAME [flags] | --list | --print NAME [flags] | --markdown",
         allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true", help="names, models, stages, published top-1")
-    what.add_argument("--print", metavar="NAME", help="show the whole command, do not run it")
-    what.add_argument("--markdown", action="store_true", help="docs/recipes.md")
+    what.add_argument(
+        "--list", action="store_true", help="list names, models, stages and published top-1"
+    )
+    what.add_argument("--print", metavar="NAME", help="print the whole command without running it")
+    what.add_argument("--markdown", action="store_true", help="print docs/recipes.md")
     what.add_argument("--launch", metavar="NAME", help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv[:2])  # what follows the name is for the run script
+    args = parser.parse_args(argv[:2])  # the words after the name are for the run script
     extra = argv[2:]
     try:
         if args.list:

@@ -1,8 +1,8 @@
 """BEiT (arXiv 2106.08254), MaskFeat (arXiv 2112.09133) and SemanticMIM (arXiv 2406.10673).
 
-Published are BEiT's documentation (2,048 images a step) and SemanticMIM's code for ViT-B on 8 GPUs
-(2,048 too, 300 epochs). ImageNet-1K top-1: BEiT 83.2 (ViT-B) and 85.2 (ViT-L), as in table 1 of
-ConMIM's paper; MaskFeat 83.4, by mmpretrain. SemanticMIM's code comes without numbers.
+Published are BEiT's documentation (2,048 images per step) and SemanticMIM's code for ViT-B on 8
+GPUs (also 2,048, 300 epochs). ImageNet-1K top-1: BEiT 83.2 (ViT-B) and 85.2 (ViT-L), from table 1
+of ConMIM's paper; MaskFeat 83.4, from mmpretrain. SemanticMIM's code comes without numbers.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ PRETRAIN_BEIT = {
     "save_ckpt_freq": 20,
 }
 PRETRAIN_BEIT_LARGE = PRETRAIN_BEIT | {"batch_size": 64, "layer_scale_init_value": 1e-5}
-UNIFORM_MASKS = {"mask_type": "random_mps32", "mask_patch_size": 16}  # rounds their number up
+UNIFORM_MASKS = {"mask_type": "random_mps32", "mask_patch_size": 16}  # rounds the count up
 PRETRAIN_SEMANTIC_BEIT = (
     PRETRAIN_BEIT
     | UNIFORM_MASKS
@@ -72,8 +72,11 @@ PRETRAIN_MASKFEAT_TINY = PRETRAIN_MASKFEAT | _OWN_BATCH | {"clip_grad": None}
 
 FINETUNE_SEMANTIC_BEIT = FINETUNE_BASE | {"init_scale": 1.0}
 FINETUNE_MASKFEAT = FINETUNE_BASE | {
-    "batch_size": 256, "lr": 8e-3, "lr_schedule": "cosine", "layer_scale_init_value": None,
-}  # fmt: skip
+    "batch_size": 256,
+    "lr": 8e-3,
+    "lr_schedule": "cosine",
+    "layer_scale_init_value": None,
+}
 LINEAR_SEMANTIC = {
     "batch_size": 128,
     "update_freq": 1,
@@ -109,28 +112,32 @@ VOC_SEMANTIC = {
     "imagenet_default_mean_and_std": True,
 }
 
-BEIT_NOTE = "Unverified: how the published batch of 2048 was shared among GPUs."
+BEIT_NOTE = "Unverified: how the published batch of 2048 was divided among GPUs."
 BEIT_LARGE_NOTE = (
-    "Published are the figure, from ConMIM's table 1, 800 epochs and layer scale. "
-    "Unverified: all else is ViT-B's."
+    "Published are the accuracy, in ConMIM's table 1, 800 epochs and layer scale. "
+    "Unverified: everything else is ViT-B's."
 )
 WARMUP_NOTE = "The published warm-up starts from 1/10000 of the peak, here it starts from 0."
 ABS_POS_NOTE = (
-    "SemanticMIM's baseline in BEiT's form: scripts/recipe.sh semanticmim_beit_base_finetune "
+    "BEiT as SemanticMIM's baseline; scripts/recipe.sh semanticmim_beit_base_finetune "
     f"fine-tunes it. {WARMUP_NOTE}"
 )
 MASKFEAT_NOTE = (
-    "The figure is mmpretrain's, whose masks were block-wise. Unverified: what SemanticMIM's settings reach. "
-    "The published warm-up starts from a millionth of the peak, here from 0."
+    "The accuracy is mmpretrain's, which used block-wise masks. Unverified: what SemanticMIM's "
+    "settings reach. The published warm-up starts from a millionth of the peak, here from 0."
 )
-CLS_NOTE = f"The released setting has 1 class token; the authors trained 8 too (--num_cls_tokens 8). {WARMUP_NOTE}"
-MEAN_STD_NOTE = (
-    "The published normalization is not that of pre-training but 0.5; here it is the same."
+CLS_NOTE = (
+    "The released setting has 1 class token; the authors also trained 8 (--num_cls_tokens 8). "
+    f"{WARMUP_NOTE}"
 )
-JITTER_NOTE = "Published with a color jitter after RandAugment and bilinear test images, which are not made here."
+MEAN_STD_NOTE = "Published with mean and std 0.5; here they are those of pre-training."
+JITTER_NOTE = (
+    "The published fine-tuning adds a color jitter after RandAugment and resizes test images "
+    "bilinearly; both are left out here."
+)
 SEMANTIC_MASKFEAT_NOTE = "The published warm-up starts from a millionth of the peak, here from 0."
 BORROWED_NOTE = "Unverified: every setting is SemanticMIM's for its own models."
-VOC_NOTE = "No figure is published. Unverified: the number of GPUs, by which the rate grows."
+VOC_NOTE = "No result is published. Unverified: the number of GPUs, with which the lr scales."
 DALLE = {"discrete_vae_weight_path": ("TOKENIZER", "encoder.pkl")}
 
 
@@ -142,7 +149,10 @@ def _beit(
     finetune: Mapping[str, Any],
     notes: tuple[str, str],
 ) -> tuple[Recipe, ...]:
-    """BEiT's pre-training on ImageNet-1K, its fine-tuning, and a probe that is not BEiT's own."""
+    """Return BEiT's pre-training on ImageNet-1K, its fine-tuning, and SemanticMIM's linear probe.
+
+    `notes` are on pre-training and fine-tuning.
+    """
     model = f"beit_{size}_patch16_224"
     sources = f"{BEIT_DOCS}; {PAPER}"
     shared = {"method": "BEiT", "network": f"ViT-{size[0].upper()}/16"}
@@ -193,7 +203,10 @@ def _semantic(
     published: float | None = None,
     files: Mapping[str, tuple[str, str]] | None = None,
 ) -> tuple[Recipe, ...]:
-    """SemanticMIM or a baseline of ViT-B on 8 GPUs; notes on pre-training, fine-tuning, probing."""
+    """Return SemanticMIM's three recipes of ViT-B on 8 GPUs, or those of a baseline.
+
+    `notes` are on pre-training, fine-tuning and linear probing.
+    """
     source = SEMANTICMIM if published is None else f"{SEMANTICMIM}; {MMPRETRAIN}"
     shared = {"gpus": 8, "method": method, "network": "ViT-B/16"}
     return (
@@ -231,7 +244,7 @@ def _semantic(
 
 
 def _own(name: str, size: str, method: str, flags: Mapping[str, Any], suffix: str = "") -> Recipe:
-    """Pre-training of ours: of ViT-Ti or ViT-S on small data."""
+    """Return our recipe for pre-training ViT-Ti or ViT-S on small data."""
     return Recipe(
         name=f"{name}_{size}_pretrain",
         stage="pretrain",
@@ -246,6 +259,12 @@ def _own(name: str, size: str, method: str, flags: Mapping[str, Any], suffix: st
     )
 
 
+SMALL_MODELS = (
+    ("beit", "BEiT", PRETRAIN_BEIT_TINY, "_8k_vocab"),
+    ("semanticmim_beit", "SemanticMIM on BEiT", PRETRAIN_SEMANTIC_BEIT_TINY, ""),
+    ("maskfeat", "MaskFeat", PRETRAIN_MASKFEAT_TINY, ""),
+    ("semanticmim_maskfeat", "SemanticMIM on MaskFeat", PRETRAIN_SEMANTIC_MASKFEAT_TINY, ""),
+)
 RECIPES = (
     *_beit(
         "base",
@@ -261,7 +280,7 @@ RECIPES = (
         85.2,
         PRETRAIN_BEIT_LARGE,
         FINETUNE_LARGE,
-        (BEIT_LARGE_NOTE, "Unverified: mean and std; the figure is from ConMIM's table 1."),
+        (BEIT_LARGE_NOTE, "Unverified: mean and std. The accuracy is from ConMIM's table 1."),
     ),
     *_semantic(
         "semanticmim_beit",
@@ -315,17 +334,7 @@ RECIPES = (
     ),
     *(
         _own(name, size, method, flags, suffix)
-        for name, method, flags, suffix in (
-            ("beit", "BEiT", PRETRAIN_BEIT_TINY, "_8k_vocab"),
-            ("semanticmim_beit", "SemanticMIM on BEiT", PRETRAIN_SEMANTIC_BEIT_TINY, ""),
-            ("maskfeat", "MaskFeat", PRETRAIN_MASKFEAT_TINY, ""),
-            (
-                "semanticmim_maskfeat",
-                "SemanticMIM on MaskFeat",
-                PRETRAIN_SEMANTIC_MASKFEAT_TINY,
-                "",
-            ),
-        )
+        for name, method, flags, suffix in SMALL_MODELS
         for size in ("tiny", "small")
     ),
 )

@@ -1,9 +1,9 @@
 """ConMIM, "Masked Image Modeling with Denoising Contrast" (arXiv 2205.09616): ViT-S, ViT-B and
 ViT-L.
 
-Published are the command of ViT-L's pre-training on 32 GPUs (2,048 images a step) and of ViT-B's
+Published are the commands for ViT-L's pre-training on 32 GPUs (2,048 images per step) and ViT-B's
 fine-tuning on 8 (1,024); ImageNet-1K top-1 at 224 px: 82.0, 83.7 and 85.5 (tables 1 to 3).
-What those leave open is BEiT's (arXiv 2106.08254) or mc-BEiT's.
+Settings that those leave open are BEiT's (arXiv 2106.08254) or mc-BEiT's.
 """
 
 from unimim.recipes.recipe import OURS, Recipe
@@ -79,7 +79,7 @@ FINETUNE_TINY = FINETUNE_BASE | {
     "cutmix": 0.0,
 }
 
-# Fine-tuned at 224 px, then a tenth of those epochs at 384 px with a small rate and almost no
+# After fine-tuning at 224 px: a tenth of its epochs at 384 px, with a small lr and almost no weight
 # decay.
 FINETUNE_BASE_384 = FINETUNE_BASE | {
     "input_size": 384,
@@ -102,20 +102,31 @@ FINETUNE_LARGE_384 = FINETUNE_BASE_384 | {
 }
 FINETUNE_TINY_384 = FINETUNE_TINY | {"input_size": 384}
 
-TINY_NOTE = "Ours, not published: a small model for small data on one device, derived from the ViT-S recipe."
+TINY_NOTE = (
+    "Ours, not published: a small model for small data on one device, "
+    "derived from the ViT-S recipe."
+)
 PRETRAIN_NOTE = (
-    "Epochs and layer scale are published. Unverified: lr, batch, warm-up and clip_grad are mc-BEiT's for ViT-B, "
-    "all else is ConMIM's for ViT-L."
+    "Epochs and layer scale are published. Unverified: lr, batch, warm-up and clip_grad are "
+    "mc-BEiT's for ViT-B, everything else is ConMIM's for ViT-L."
 )
 DEEPSPEED_NOTE = "The published run used DeepSpeed: add --enable_deepspeed."
 NOTE_384 = (
-    "A tenth of the 224 px epochs is published. Unverified: lr, weight_decay, layer_decay and drop_path are BEiT's "
-    "after its ImageNet-22K stage; batch and warm-up are ours; mixup, cutmix and smoothing stay as at 224 px."
+    "A tenth of the 224 px epochs is published. Unverified: lr, weight_decay, layer_decay and "
+    "drop_path are BEiT's after its ImageNet-22K stage; batch and warm-up are ours; mixup, cutmix "
+    "and smoothing are the same as at 224 px."
 )
 
 
 FROM_224 = "at 384 px, from the model fine-tuned at 224 px"
 
+TINY = "ViT-Ti/16"
+TINY_384 = f"{TINY} {FROM_224}"
+TINY_MODELS = (
+    ("conmim_tiny_pretrain", "pretrain", "conmim_tiny_patch16_224", PRETRAIN_TINY, TINY),
+    ("conmim_tiny_finetune", "finetune", "beit_tiny_patch16_224", FINETUNE_TINY, TINY),
+    ("conmim_tiny_finetune_384", "finetune", "beit_tiny_patch16_384", FINETUNE_TINY_384, TINY_384),
+)
 RECIPES = (
     Recipe(
         name="conmim_small_pretrain",
@@ -187,7 +198,7 @@ RECIPES = (
         source=README,
         published=83.7,
         note=DEEPSPEED_NOTE,
-        also="83.5 with 300",
+        also="83.5 with 300 epochs of pre-training",
         method="ConMIM",
         network="ViT-B/16",
     ),
@@ -211,8 +222,11 @@ RECIPES = (
         flags=FINETUNE_LARGE,
         source=BEIT_DOCS,
         published=85.5,
-        note=f"Unverified: the settings are BEiT's for its own ViT-L, the mean and std ConMIM's. {DEEPSPEED_NOTE}",
-        also="85.2 with 800, 84.6 with 400",
+        note=(
+            "Unverified: the settings are BEiT's for its own ViT-L, the mean and std ConMIM's. "
+            f"{DEEPSPEED_NOTE}"
+        ),
+        also="85.2 with 800 epochs of pre-training, 84.6 with 400",
         method="ConMIM",
         network="ViT-L/16",
     ),
@@ -225,7 +239,7 @@ RECIPES = (
         source=f"{PAPER}; {BEIT_DOCS}",
         published=86.5,
         note=NOTE_384,
-        also="86.3 with 800",
+        also="86.3 with 800 epochs of pre-training",
         method="ConMIM",
         network=f"ViT-L/16 {FROM_224}",
     ),
@@ -241,28 +255,6 @@ RECIPES = (
             method="ConMIM",
             network=network,
         )
-        for name, stage, model, flags, network in (
-            (
-                "conmim_tiny_pretrain",
-                "pretrain",
-                "conmim_tiny_patch16_224",
-                PRETRAIN_TINY,
-                "ViT-Ti/16",
-            ),
-            (
-                "conmim_tiny_finetune",
-                "finetune",
-                "beit_tiny_patch16_224",
-                FINETUNE_TINY,
-                "ViT-Ti/16",
-            ),
-            (
-                "conmim_tiny_finetune_384",
-                "finetune",
-                "beit_tiny_patch16_384",
-                FINETUNE_TINY_384,
-                f"ViT-Ti/16 {FROM_224}",
-            ),
-        )
+        for name, stage, model, flags, network in TINY_MODELS
     ),
 )

@@ -1,8 +1,8 @@
 """MAE (arXiv 2111.06377) and SemMAE (arXiv 2206.10207): ViT-B, ViT-L and ViT-H.
 
-Published are MAE's commands: 4,096 images a step in pre-training (64 GPUs), 1,024 in fine-tuning
+Published are MAE's commands: 4,096 images per step in pre-training (64 GPUs), 1,024 in fine-tuning
 (32), 16,384 in linear probing; ImageNet-1K top-1 83.6, 85.9 and 86.9. SemMAE: 83.352 with patches
-of 16 pixels, 84.444 of 8. `blr` is the peak for 256 images a step.
+of 16 pixels, 84.444 with 8. `blr` is the peak lr for 256 images per step.
 """
 
 from collections.abc import Mapping
@@ -74,9 +74,15 @@ FINETUNE_MAE_TINY = FINETUNE_MAE_BASE | {
     "cutmix": 0.0,
 }
 
-SPLIT_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs."
-PARTS_NOTE = "Unverified: crops, which the published code has none of. The part maps come from run_part_learning.py."
-MAE_TINY_NOTE = "Ours, not published: a small model for small data on one device, derived from the ViT-B recipe."
+SPLIT_NOTE = "Unverified: how the published effective batch of {} was divided among GPUs."
+PARTS_NOTE = (
+    "Unverified: crops, since the published code does not crop. "
+    "run_part_learning.py makes the part maps."
+)
+MAE_TINY_NOTE = (
+    "Ours, not published: a small model for small data on one device, "
+    "derived from the ViT-B recipe."
+)
 
 
 LINEAR_MAE = {
@@ -98,7 +104,7 @@ LINEAR_MAE = {
 }
 LINEAR_MAE_LARGE = LINEAR_MAE | {"epochs": 50}
 
-# SemMAE's first stage, which was never released: the settings are ours.
+# SemMAE's first stage was never released: the settings are ours.
 LEARN_PARTS = {
     "batch_size": 256,
     "update_freq": 1,
@@ -122,7 +128,7 @@ LEARN_PARTS_NOTE = (
 def _mae(
     size: str, patch: int, published: float, finetune: Mapping[str, Any], also: str = ""
 ) -> tuple[Recipe, ...]:
-    """Pre-training for 1600 epochs with normalized pixels, and the fine-tuning after it."""
+    """Return MAE's pre-training for 1600 epochs with normalized pixels, and its fine-tuning."""
     model = f"{size}_patch{patch}_224"
     shared = {
         "source": MAE_README,
@@ -154,7 +160,7 @@ def _mae(
 
 
 def _semmae(name: str, patch: int, published: float) -> tuple[Recipe, ...]:
-    """Pre-training on part maps for 800 epochs, and MAE's fine-tuning after it."""
+    """Return SemMAE's pre-training on part maps for 800 epochs, and its (MAE's) fine-tuning."""
     model = f"base_patch{patch}_224"
     shared = {"published": published, "method": "SemMAE", "network": f"ViT-B/{patch}"}
     return (
@@ -183,6 +189,7 @@ def _semmae(name: str, patch: int, published: float) -> tuple[Recipe, ...]:
 
 
 def _linear(size: str, flags: Mapping[str, Any], published: float) -> Recipe:
+    """Return MAE's linear probing."""
     return Recipe(
         name=f"mae_{size}_linear",
         stage="linear",
@@ -198,7 +205,7 @@ def _linear(size: str, flags: Mapping[str, Any], published: float) -> Recipe:
 
 
 def _own(name: str, stage: str, model: str, flags: Mapping[str, Any]) -> Recipe:
-    """A recipe of ours: of ViT-Ti or ViT-S on small data."""
+    """Return our recipe for ViT-Ti or ViT-S on small data."""
     return Recipe(
         name=f"{name}_{stage}",
         stage=stage,

@@ -1,9 +1,9 @@
 """SimMIM (arXiv 2111.09886) and A2MIM (arXiv 2205.13943): ViT, Swin, ResNet and ConvNeXt.
 
-Published are A2MIM's and OpenMixup's configurations: 2,048 images a step in pre-training, 1,024 to
-4,096 in fine-tuning. ImageNet-1K top-1 with ViT-B: SimMIM 83.8, A2MIM 84.2; with ResNet-50: 79.9 and
-80.4. The token's and the loss's settings are those of the registered models. "RSB" is "ResNet strikes
-back" (arXiv 2110.00476).
+Published are A2MIM's and OpenMixup's configurations: 2,048 images per step in pre-training, 1,024
+to 4,096 in fine-tuning. ImageNet-1K top-1 with ViT-B: SimMIM 83.8, A2MIM 84.2; with ResNet-50: 79.9
+and 80.4. The registered models set the options of the mask token and the loss. "RSB" is "ResNet
+strikes back" (arXiv 2110.00476).
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ PRETRAIN_A2MIM_DEIT = PRETRAIN_MIM | {
 }
 PRETRAIN_A2MIM_DEIT_DEEP = PRETRAIN_A2MIM_DEIT | {"model_kwargs": ("mask_layer=8",)}
 PRETRAIN_A2MIM_RESNET_IN100 = PRETRAIN_A2MIM_RESNET_100 | {"epochs": 800, "input_size": 192}
-# the token without gamma, before the last stage and before the first
+# the mask token without gamma, before the last stage and before the first
 PRETRAIN_A2MIM_RESNET_L3 = PRETRAIN_A2MIM_RESNET | {"epochs": 100, "model_kwargs": ("mask_init=0",)}
 PRETRAIN_A2MIM_RESNET_L0 = PRETRAIN_A2MIM_RESNET_L3 | {
     "model_kwargs": ("mask_layer=0", "mask_init=0")
@@ -179,7 +179,7 @@ FINETUNE_A2_AVERAGED = FINETUNE_A2 | {
     "model_ema_decay": 0.9999,
     "model_ema_warmup_epochs": 20,
 }
-# ResNet-50 as Swin is fine-tuned, and with crops, flips and cross entropy alone
+# ResNet-50 with Swin's fine-tuning, and with crops, flips and cross entropy alone
 FINETUNE_RESNET_AS_SWIN = FINETUNE_A3 | {
     "warmup_epochs": 20,
     "warmup_ratio": 0.0,
@@ -216,7 +216,7 @@ FINETUNE_MIM_TINY = FINETUNE_TINY | {
     "disable_weight_decay_on_rel_pos_bias": True,
 }
 
-# Probes: a linear layer alone, its rate of the whole batch, steps at 60 and 80 epochs
+# Linear probes: lr for the whole batch, steps at 60 and 80 epochs
 LINEAR_A2MIM_CNN = {
     "batch_size": 32,
     "update_freq": 1,
@@ -235,22 +235,28 @@ LINEAR_A2MIM_CNN = {
 }
 LINEAR_A2MIM_VIT = LINEAR_A2MIM_CNN | {"batch_size": 128, "epochs": 90, "lr": 12.0}
 
-MIM_NOTE = "Unverified: how the published effective batch of 2048 was shared among GPUs."
+MIM_NOTE = "Unverified: how the published effective batch of 2048 was divided among GPUs."
 MIM_SWIN_NOTE = f"{MIM_NOTE} Unverified: no stochastic depth."
 MIM_IN100_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_NOTE}"
 MIM_OTHER_IN100_NOTE = f"For ImageNet-100. {MIM_NOTE}"
 MIM_SWIN_IN100_NOTE = f"{MIM_OTHER_IN100_NOTE} Unverified: no stochastic depth."
 MIM_CIFAR_NOTE = f"For CIFAR-100. {MIM_NOTE} Unverified: crops, mean and std."
-MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was shared among GPUs."
-MIM_CNN_NOTE = "Unverified: how the published effective batch of {} was shared among GPUs, and the head's start."
+MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was divided among GPUs."
+MIM_CNN_NOTE = (
+    "Unverified: how the published effective batch of {} was divided among GPUs, "
+    "and the head's initialization."
+)
 MIM_SWIN_800_NOTE = f"{MIM_CNN_NOTE.format(2048)} Unverified: that this accuracy is for 224 px."
 MIM_DEIT_NOTE = (
     f"For ImageNet-100, on which this is the accuracy. {MIM_FINETUNE_NOTE} Unverified: 224 px."
 )
 LINEAR_A2MIM_NOTE = (
-    "Unverified: how the published batch of {} was shared among GPUs. No accuracy is published.{}"
+    "Unverified: how the published batch of {} was divided among GPUs. No accuracy is published.{}"
 )
-STEPS_NOTE = " The published setting names a cosine and steps, and inherits Mixup, which a probe does without."
+STEPS_NOTE = (
+    " The published setting names both a cosine and steps, and inherits Mixup, "
+    "which is left out here."
+)
 
 METHODS = {"a2mim": "A2MIM", "simmim": "SimMIM"}
 SOURCES = {"a2mim": A2MIM_README, "simmim": OPENMIXUP}
@@ -265,7 +271,7 @@ def _pretrain(
     note: str = MIM_NOTE,
     **changes: str,
 ) -> Recipe:
-    """Pre-training with 2048 images a step."""
+    """Return a recipe for pre-training with 2048 images per step."""
     method = name.partition("_")[0]
     facts = {"source": SOURCES[method], "note": note} | changes
     return Recipe(
@@ -282,7 +288,7 @@ def _pretrain(
 
 
 def _vit(method: str, size: str, epochs: int, published: float) -> tuple[Recipe, ...]:
-    """Pre-training of a ViT for 800 epochs, and its fine-tuning."""
+    """Return the pre-training of a ViT for 800 epochs, and its fine-tuning."""
     finetune = {"small": FINETUNE_MIM, "base": FINETUNE_MIM_AVERAGED, "large": FINETUNE_MIM_LARGE}
     model = f"vit_{size}_patch16_224"
     network = {"small": "wide ViT-S/16", "base": "ViT-B/16", "large": "ViT-L/16"}[size]
@@ -318,7 +324,7 @@ def _finetune(
     note: str = "",
     **changes: Any,
 ) -> Recipe:
-    """Fine-tuning of one of timm's networks on 8 GPUs."""
+    """Return a recipe for fine-tuning one of timm's networks on 8 GPUs."""
     method = name.partition("_")[0]
     return Recipe(
         name=name,
@@ -335,7 +341,7 @@ def _finetune(
 
 
 def _own(name: str, stage: str, method: str, flags: Mapping[str, Any]) -> Recipe:
-    """A recipe of ours: of ViT-Ti on small data."""
+    """Return our recipe for ViT-Ti on small data."""
     return Recipe(
         name=f"{name}_{stage}",
         stage=stage,
@@ -390,14 +396,14 @@ RECIPES = (
     _pretrain(
         "a2mim_resnet50_l3_100",
         "a2mim_resnet50",
-        "ResNet-50 with the token before the last stage and no gamma",
+        "ResNet-50 with the mask token before the last stage and no gamma",
         None,
         PRETRAIN_A2MIM_RESNET_L3,
     ),
     _pretrain(
         "a2mim_resnet50_l0_100",
         "a2mim_resnet50",
-        "ResNet-50 with the token before the first stage and no gamma",
+        "ResNet-50 with the mask token before the first stage and no gamma",
         None,
         PRETRAIN_A2MIM_RESNET_L0,
     ),
@@ -439,7 +445,7 @@ RECIPES = (
     _pretrain(
         "a2mim_deit_small_l8_in100",
         "a2mim_deit_small_patch16_224",
-        "DeiT-S/16 on ImageNet-100 with the token before the eighth block",
+        "DeiT-S/16 on ImageNet-100 with the mask token before the eighth block",
         None,
         PRETRAIN_A2MIM_DEIT_DEEP,
         MIM_OTHER_IN100_NOTE,
@@ -539,7 +545,7 @@ RECIPES = (
     _finetune(
         "a2mim_resnet50_finetune_swin",
         "resnet50",
-        "ResNet-50 as Swin is fine-tuned",
+        "ResNet-50 with Swin's fine-tuning",
         None,
         FINETUNE_RESNET_AS_SWIN,
     ),
@@ -633,7 +639,7 @@ RECIPES = (
     _own("mim_vit_tiny", "finetune", "SimMIM and A2MIM", FINETUNE_MIM_TINY),
 )
 
-# For models without a recipe of their own: the first whose name theirs begins with.
+# For models without a recipe of their own: the first whose name is a prefix of the model's.
 RELATIVES = tuple(
     Recipe(f"{family}*_{stage}", stage, f"{family}*", 8, flags, OURS)
     for stage, family, flags in (

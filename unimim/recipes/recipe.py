@@ -1,4 +1,4 @@
-"""One recipe: how one model was, or should be, trained or evaluated in one stage."""
+"""Define a recipe: how one model was, or should be, trained or evaluated in one stage."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 OURS = "UniMIM"
 
-# The program of each stage, from the root of the repository.
+# The script of each stage, relative to the root of the repository.
 PROGRAMS = {
     "pretrain": "run_pretraining.py",
     "finetune": "run_class_finetuning.py",
@@ -25,7 +25,7 @@ ACTIVITIES = {
     "voc": "linear segmentation of Pascal VOC on the features",
 }
 
-# Flags that are switched off by another name than "no_" and theirs.
+# Flags whose negation is not "no_" and their name.
 _OFF = {"use_mean_pooling": "use_cls", "use_bottleneck": "no_bottleneck"}
 
 
@@ -33,11 +33,11 @@ _OFF = {"use_mean_pooling": "use_cls", "use_bottleneck": "no_bottleneck"}
 class Recipe:
     """How one model was, or should be, trained or evaluated in one stage.
 
-    `flags` maps command-line names to values: `lr` is the peak, never scaled by the batch,
-    `batch_size` the images per GPU and micro-batch, False switches a flag off, and None leaves it
-    at its default. `published` is the top-1 on `data` in percent that the recipe leads to; for
-    pre-training, that of the fine-tuned model. `also` says what other settings of it are published
-    to reach, `note` what is not published.
+    `flags` maps command-line flags to values. `lr` is the peak, not scaled by the batch;
+    `batch_size` counts the images per GPU and micro-batch; False switches a flag off, and None
+    leaves it at its default. `published` is the top-1 on `data`, in percent, that the recipe leads
+    to; for pre-training, that of the fine-tuned model. `also` states published results of other
+    settings, `note` what is not published.
     """
 
     name: str
@@ -52,41 +52,41 @@ class Recipe:
     method: str = ""
     network: str = ""
     data: str = "ImageNet-1K"
-    # flag: (environment variable that names the file, its default)
+    # flag -> (environment variable that names the file, its default)
     files: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def is_published(self) -> bool:
-        """Whether the recipe has another source than ourselves."""
+        """Whether the recipe has a published source."""
         return self.source != OURS
 
     @property
     def program(self) -> str:
-        """The script that runs the recipe, from the root of the repository."""
+        """The script that runs the recipe, relative to the root of the repository."""
         return PROGRAMS[self.stage]
 
     @property
     def epochs(self) -> int | None:
-        """Epochs of training; None where nothing is trained."""
+        """The number of training epochs; None if nothing is trained."""
         return self.flags.get("epochs")
 
     @property
     def effective_batch(self) -> int:
-        """Images per optimizer step on the published number of GPUs."""
+        """The images per optimizer step on the published number of GPUs."""
         return self.gpus * self.flags["batch_size"] * self.flags.get("update_freq", 1)
 
     @property
     def peak_lr(self) -> float | None:
-        """The peak of the learning rate on the published number of GPUs; None where nothing is
-        trained."""
+        """The peak lr on the published number of GPUs; None if nothing is trained."""
         if self.flags.get("blr") is not None:
             return self.flags["blr"] * self.effective_batch / 256
         return self.flags.get("lr")
 
     @property
     def hardware(self) -> str:
-        """GPUs, images per GPU, accumulation and their product in one line."""
-        batch, update_freq = self.flags["batch_size"], self.flags.get("update_freq")
+        """GPUs, images per GPU, accumulation and their product, in one line."""
+        batch = self.flags["batch_size"]
+        update_freq = self.flags.get("update_freq")
         gpus = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}"
         if update_freq is None:  # nothing is trained
             return f"{gpus} x batch {batch} = {self.effective_batch}"
@@ -94,14 +94,13 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """What the recipe does, in one line."""
+        """The method, stage, network and epochs, in one line."""
         epochs = f", {self.epochs} epochs" if self.epochs else ""
         return f"{self.method}: {ACTIVITIES[self.stage]} of {self.network}{epochs}"
 
     @property
     def starts_from(self) -> str | None:
-        """The name of the recipe whose checkpoint this one takes; None where it starts from random
-        weights."""
+        """The recipe whose checkpoint this one starts from; None for random weights."""
         if self.stage in ("pretrain", "parts"):
             return None
         if self.name.endswith("_384"):  # after fine-tuning at 224 px
@@ -109,13 +108,16 @@ class Recipe:
         return re.split("_(?:finetune|linear|knn|voc)", self.name)[0] + "_pretrain"
 
     def words(self) -> list[str]:
-        """The flags as words of a command line."""
+        """Return the flags as command-line arguments."""
         words = []
         for name, value in self.flags.items():
             if value is None:
                 continue
-            words.append(f"--{_OFF.get(name, f'no_{name}')}" if value is False else f"--{name}")
-            if not isinstance(value, bool):
+            if value is False:
+                words.append(f"--{_OFF.get(name, f'no_{name}')}")
+            elif value is True:
+                words.append(f"--{name}")
+            else:
                 values = value if isinstance(value, tuple) else (value,)
-                words += [str(each) for each in values]
+                words += [f"--{name}", *map(str, values)]
         return words

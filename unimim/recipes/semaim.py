@@ -1,8 +1,8 @@
-"""SemAIM (arXiv 2312.10457), SAIM (AAAI 2023) and the row-by-row order of iGPT.
+"""SemAIM (arXiv 2312.10457), SAIM (AAAI 2023) and ViT-iGPT, which has iGPT's raster order.
 
-Published are SemAIM's commands for ViT-B on 32 GPUs (2,048 images a step) and SAIM's; ImageNet-1K
-top-1: SemAIM 84.1 (ViT-B) and 85.8 (ViT-L), with CLIP targets 85.3 and 86.5; SAIM 83.9; iGPT's
-order 82.7.
+Published are SemAIM's commands for ViT-B on 32 GPUs (2,048 images per step) and SAIM's; ImageNet-1K
+top-1: SemAIM 84.1 (ViT-B) and 85.8 (ViT-L), with CLIP targets 85.3 and 86.5; SAIM 83.9; ViT-iGPT
+82.7.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ KNN_SEMAIM = {
 }
 KNN_NOTE = "Unverified: the number of GPUs, which does not change the result."
 
-SEMAIM_LARGE_NOTE = "Unverified: every setting; pre-training is as for ViT-B, fine-tuning as MAE's."
+SEMAIM_LARGE_NOTE = "Unverified: every setting; pre-training is ViT-B's, fine-tuning is MAE's."
 SEMAIM_CLIP_NOTE = "Unverified: every setting but epochs and target; the rest is as for pixels."
 IGPT_NOTE = "Unverified: every setting but epochs and order; the rest is SAIM's."
 CLIP = {"target_model": ("TARGET_MODEL", "vit_base_patch16_clip_quickgelu_224.openai")}
@@ -83,7 +83,7 @@ CLIP = {"target_model": ("TARGET_MODEL", "vit_base_patch16_clip_quickgelu_224.op
 def _semaim(
     size: str, published: float, flags: Mapping[str, Any], note: str = "", clip: bool = False
 ) -> tuple[Recipe, ...]:
-    """Pre-training on 32 GPUs and fine-tuning on 16, as published for ViT-B."""
+    """Return SemAIM's pre-training on 32 GPUs and fine-tuning on 16, as published for ViT-B."""
     name = f"semaim_clip_{size}" if clip else f"semaim_{size}"
     network = f"ViT-{size[0].upper()}/16"
     shared = {

@@ -1,4 +1,4 @@
-# MIMDet: the heads are those of the windowed ViT (specs/downstream.md 6).
+# MIMDet with the heads of the windowed ViT.
 _base_ = "./mask_rcnn_vit_fpn.py"
 
 model = {

@@ -1,5 +1,4 @@
-# A2MIM's and MoCo's: the last stage, with a norm behind it, is on the regions (specs/downstream.md
-# 8).
+# A2MIM's and MoCo's C4: the last stage, followed by a norm, runs on the regions.
 _base_ = "./mask_rcnn.py"
 norm_cfg = {"type": "SyncBN", "requires_grad": True}
 pretrained_parts = ["backbone", "roi_head.shared_head"]

@@ -1,4 +1,4 @@
-# A2MIM's: synchronized batch norm everywhere, nothing frozen (specs/downstream.md 8).
+# A2MIM's Mask R-CNN: synchronized batch norm everywhere, nothing frozen.
 _base_ = "./mask_rcnn.py"
 norm_cfg = {"type": "SyncBN", "requires_grad": True}
 

@@ -1,5 +1,5 @@
-# The windowed ViT in MAE's form with the heads of "Benchmarking Detection Transfer Learning"
-# (specs/downstream.md 7).
+# The windowed ViT, MAE's variant, with the heads of "Benchmarking Detection Transfer Learning"
+# (arXiv 2111.11429).
 _base_ = "./mask_rcnn.py"
 norm_cfg = {"type": "SyncBN", "requires_grad": True}
 

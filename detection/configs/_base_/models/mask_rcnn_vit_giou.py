@@ -1,5 +1,5 @@
-# A2MIM's ViT-B "giou 4conv1f" with what the released one lacks: positions, and a pyramid before the
-# FPN (specs/downstream.md 8).
+# A2MIM's ViT-B "giou 4conv1f" with positions and a pyramid before the FPN, which the released one
+# lacks (detection/README.md).
 _base_ = "./mask_rcnn.py"
 
 model = {

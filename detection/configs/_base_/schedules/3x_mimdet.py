@@ -1,5 +1,4 @@
-# 36 epochs of AdamW, 64 images a step; the rates of the parts are the model's (specs/downstream.md
-# 6.7).
+# 36 epochs of AdamW, 64 images per step; the model's file sets the lr of its parts.
 train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 36, "val_interval": 1}
 val_cfg = {"type": "ValLoop"}
 test_cfg = {"type": "TestLoop"}

@@ -1,5 +1,4 @@
-# ADE20K (SceneParsing), crops of 512 px from images of 2048 x 512 (specs/downstream.md 3.1, 4.3,
-# 4.6).
+# ADE20K (SceneParsing), crops of 512 px from images resized to 2048 x 512.
 data_root = "data/ade/ADEChallengeData2016"
 crop_size, scale = (512, 512), (2048, 512)
 train_pipeline = [

@@ -1,5 +1,4 @@
-# UPerNet with an auxiliary FCN head on a ViT-B (specs/downstream.md 4.1, 4.2). Sizes of images come
-# with the data.
+# UPerNet with an auxiliary FCN head on a ViT-B. The data set's file sets the sizes of images.
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
     type="WindowedEncoderDecoder",

@@ -1,5 +1,5 @@
-# 160,000 updates of 16 images, AdamW, warm-up from 1e-6 of the rate, then linearly to 0
-# (specs/downstream.md 4.4). A method's configuration sets the rate and the layer decay.
+# 160,000 updates of 16 images, AdamW, warm-up from 1e-6 of the lr, then linear decay to 0.
+# A method's configuration sets the lr and the layer decay.
 iterations = 160000
 optim_wrapper = dict(
     type="OptimWrapper",

@@ -1,0 +1,88 @@
+"""The worked example of docs/adding_a_method.md, put into a copy of the repository and run."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, TINY
+
+from unimim.checkpoint.files import load_checkpoint
+
+PAGE = (ROOT / "docs/adding_a_method.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# ([\w/]+\.py)\n")  # the first line of a block that belongs into a file
+SMALL = ["depth=1", "embed_dim=32", "num_heads=2"]
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory) -> Path:
+    """A copy of the repository with the page's blocks in their files."""
+    copy = tmp_path_factory.mktemp("changed")
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, copy)
+    shutil.copytree(ROOT / "unimim", copy / "unimim")
+    for kind, block in BLOCKS:
+        named = FILE.match(block)
+        if kind == "python" and named:
+            put_into(copy / named[1], block[named.end() :])
+    return copy
+
+
+def put_into(file: Path, block: str) -> None:
+    """Appends a block to its file or writes a new one; in a package's __init__ it replaces the
+    statements that begin like its lines."""
+    if not file.exists():
+        file.write_text(block)
+    elif file.name != "__init__.py":
+        file.write_text(f"{file.read_text()}\n\n{block}")
+    else:
+        text = file.read_text()
+        for line in filter(None, block.splitlines()):
+            begin = re.match(r"from \S+ import |\w+:", line)[0]
+            text, count = re.subn(f"^{re.escape(begin)}.*$", line, text, count=1, flags=re.M)
+            assert count == 1, f"{file} has no line {begin!r}"
+        file.write_text(text)
+
+
+def run(copy: Path, *words: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *words],
+        cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_the_example_is_short():
+    example = "".join(block for kind, block in BLOCKS if kind == "python")
+    assert 40 <= len([line for line in example.splitlines() if line.strip()]) <= 70
+
+
+def test_the_class_takes_a_step(changed):
+    tried = next(block for kind, block in BLOCKS if kind == "python" and not FILE.match(block))
+    run(
+        changed,
+        "-c",
+        f"import torch, modeling_pretrain\n{tried}\nassert method.mask_token.grad.any()",
+    )
+    help_text = run(changed, "run_pretraining.py", "--help")
+    assert "--color_loss" in help_text and "MeanColor" in help_text
+
+
+@pytest.mark.slow
+def test_its_commands_train_and_fine_tune(changed):
+    block = next(block for kind, block in BLOCKS if kind == "bash")
+    for line in block.splitlines():
+        words = shlex.split(line)[1:]
+        at = words.index("--input_size")
+        words[at : at + 4] = [*TINY, "--batch_size", "128", "--model_kwargs", *SMALL]
+        printed = run(changed, *words)
+    assert "100% of the encoder matched" in printed
+    args = load_checkpoint(changed / "out/meancolor/checkpoint-1.pth")["args"]
+    assert args["recipe"] == "meancolor_tiny_pretrain" and args["color_loss"] == "l1"

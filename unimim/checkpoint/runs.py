@@ -1,0 +1,47 @@
+"""Rebuilds the model of a checkpoint from the flags of the run that wrote it."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.loading import PUBLISHED_KEYS
+from unimim.cli.flags import build_parser
+from unimim.cli.models import build_classifier, build_method
+
+
+def flags_of(path: str | Path) -> dict[str, Any]:
+    """Returns the flags that a checkpoint carries; empty for a file that carries none."""
+    return load_checkpoint(path, mmap=True).get("args") or {}
+
+
+def is_pretraining(flags: dict[str, Any]) -> bool:
+    """Returns whether these are the flags of a pre-training run of this repository."""
+    return "mask_type" in flags
+
+
+def rebuild(
+    path: str | Path, argv: Sequence[str] = (), *, model_key: str = PUBLISHED_KEYS, **changes: Any
+) -> tuple[nn.Module, Namespace]:
+    """Returns the method or classifier of a checkpoint, with random weights, and its run's flags.
+
+    The flags in `argv` win over the saved ones, and `changes` win over both. A file without flags
+    of its own, such as an encoder's export, is taken for a classifier that `argv` describes.
+    """
+    saved = flags_of(path)
+    stage = "pretrain" if is_pretraining(saved) else "finetune"
+    parser = build_parser(stage)
+    parser.set_defaults(**saved)
+    args = parser.parse_args(list(argv))
+    vars(args).update(changes)
+    if stage == "pretrain":
+        args.discrete_vae_weight_path = None  # nothing is trained, so no tokenizer is needed
+        return build_method(args), args
+    # as many class tokens as this file has, not the file that its run began with
+    args.resume = ""
+    args.finetune = str(path)
+    args.model_key = model_key
+    return build_classifier(args), args
