@@ -12,6 +12,7 @@ from unimim.checkpoint.names import StateDict
 from unimim.sizes import Pair
 
 KINDS = ("dvae", "kmeans")
+KEY = "tokenizer"  # of the metadata
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class TokenizerInfo:
         return height // self.patch_size[0], width // self.patch_size[1]
 
     def as_metadata(self) -> dict[str, str]:
-        """Returns the strings that `from_metadata` reads."""
-        return {name: json.dumps(value) for name, value in asdict(self).items()}
+        """Returns what `from_metadata` reads: one string, as safetensors keeps no order of many."""
+        return {KEY: json.dumps(asdict(self))}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "TokenizerInfo | None":
@@ -48,11 +49,12 @@ class TokenizerInfo:
         Raises:
             ValueError: a kind that is unknown, or a value that is missing or damaged.
         """
-        if "kind" not in metadata:
+        if KEY not in metadata:
             return None
         try:
-            values = {name: json.loads(metadata[name]) for name in cls.__dataclass_fields__}
-        except (KeyError, json.JSONDecodeError) as error:
+            held = json.loads(metadata[KEY])
+            values = {name: held[name] for name in cls.__dataclass_fields__}
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"has metadata that cannot be read ({error})") from error
         if values["kind"] not in KINDS:
             raise ValueError(f"is of kind {values['kind']}; use one of {', '.join(KINDS)}")

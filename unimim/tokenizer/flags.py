@@ -60,7 +60,7 @@ def _vae_flags(parser: argparse.ArgumentParser) -> None:
         "--tau_fraction", type=float, default=0.75, help="of the run, in which it falls"
     )
     group.add_argument(
-        "--kl_weight", type=float, default=1e-4, help="of the divergence from uniform tokens"
+        "--kl_weight", type=float, default=5e-3, help="of the divergence from uniform tokens"
     )
     group.add_argument(
         "--kl_fraction", type=float, default=0.25, help="of the run, in which it rises from 0"
