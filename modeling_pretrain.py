@@ -1230,8 +1230,8 @@ class VisualTokenPredictor(PretrainMethod):
             raise OptionError(
                 "discrete_vae_weight_path", path,
                 f"was trained for {there[0]} x {there[1]} visual tokens of an image, the model has "
-                f"{grid[0]} x {grid[1]} patches; give run_tokenizer.py sizes of the same quotient, "
-                "or change input_size or patch_size",
+                f"{grid[0]} x {grid[1]} patches; train one for as many with run_tokenizer.py, or "
+                "change input_size or patch_size",
                 "input_size", "patch_size",
             )  # fmt: skip
         if self.tokenizer.vocab_size != vocab_size:

@@ -6,6 +6,7 @@ run_pretraining.py takes.
 """
 
 from argparse import Namespace
+from functools import partial
 
 from torch.utils.data import DataLoader
 
@@ -15,7 +16,6 @@ from unimim.cli.options import derived, report
 from unimim.data.pretraining import steps_per_epoch
 from unimim.engine.setup import dry_run, launch, set_up, start_training
 from unimim.engine.state import RunContext
-from unimim.logs import log
 from unimim.tokenizer.clustering import cluster
 from unimim.tokenizer.flags import parse_tokenizer
 from unimim.tokenizer.training import (
@@ -56,10 +56,8 @@ def fit_clusters(context: RunContext, loader: DataLoader) -> None:
     report(args, {"images": len(loader.dataset), "patches": args.kmeans_patches})
     if args.dry_run:
         return
-    clusters = cluster(context, loader)
     images = scored_images(args).to(context.device)
-    mean, std = context.normalize.mean, context.normalize.std
-    log.info("%s", score_clusters(args, clusters, images, mean, std))
+    clusters = cluster(context, loader, partial(score_clusters, context, images))
     export(args, clusters.state_dict())
 
 

@@ -175,8 +175,11 @@ def test_tokens_of_clusters_are_the_nearest_centers(files):
 
 def test_clustering_lowers_the_error_and_repeats_itself(files, tmp_path):
     log = files["kmeans"].parent / "log.txt"
-    losses = [json.loads(line)["train_loss"] for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [line["train_loss"] for line in lines]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
+    assert lines[-1]["hard_mse"] < 0.9 * lines[0]["hard_mse"]
+    assert 32 >= lines[-1]["used_tokens"] >= lines[-1]["hard_perplexity"] > 8
     again = train(tmp_path, KMEANS)
     assert again.read_bytes() == files["kmeans"].read_bytes()
     assert (tmp_path / "log.txt").read_text() == log.read_text()

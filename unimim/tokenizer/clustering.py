@@ -1,13 +1,14 @@
 """Samples patches from a data set's images and clusters them, over all processes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from unimim.cli.options import as_config
 from unimim.engine.distributed import reduce_sum
 from unimim.engine.monitor import RunLog
 from unimim.engine.state import RunContext
@@ -19,23 +20,30 @@ from unimim.tokenizer.learning import perplexity
 LEAST_OF_AN_IMAGE = 8  # patches, so that no more images are decoded than needed
 
 
-def cluster(context: RunContext, loader: DataLoader) -> PatchClusters:
+def cluster(
+    context: RunContext,
+    loader: DataLoader,
+    after_iteration: Callable[[PatchClusters], dict[str, float]],
+) -> PatchClusters:
     """Returns the clusters of patches of the loader's images, as the flags ask for them.
 
-    Each iteration is a line of log.txt, whose loss is the squared error of a normalized pixel.
+    Each iteration is a line of log.txt: its loss is the squared error of a normalized pixel before
+    it, and `after_iteration` measures the clusters after it.
     """
     args = context.args
     patch = (args.patch_size, args.patch_size)
     patches = sample_patches(context, loader)
     centers = first_centers(patches, args.vocab_size)
-    run_log = RunLog(args, vars(args))
+    run_log = RunLog(args, as_config(args))
     run_log.forget_from(0)
     for iteration in range(args.kmeans_iterations):
         loss = quantization_error(patches, PatchClusters(centers, patch))
         centers, sizes = lloyd_step(patches, centers)
         metrics = {"train_loss": loss, "train_perplexity": float(perplexity(sizes))}
+        metrics |= after_iteration(PatchClusters(centers, patch))
         run_log.epoch(metrics | {"epoch": iteration}, iteration)
-        log.info("iteration %d: %s", iteration, metrics)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        log.info("iteration %d: %s", iteration, shown)
     run_log.close()
     return PatchClusters(centers, patch)
 

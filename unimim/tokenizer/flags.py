@@ -63,7 +63,7 @@ def _vae_flags(parser: argparse.ArgumentParser) -> None:
         "--kl_weight", type=float, default=5e-3, help="of the divergence from uniform tokens"
     )
     group.add_argument(
-        "--kl_fraction", type=float, default=0.25, help="of the run, in which it rises from 0"
+        "--kl_fraction", type=float, default=0.05, help="of the run, in which it rises from 0"
     )
 
 

@@ -12,7 +12,7 @@ from datasets import build_dataset
 from unimim.checkpoint.names import StateDict
 from unimim.data.pretraining import train_loader
 from unimim.data.views import EvalTransform, build_pretrain_transform, image_mean_std
-from unimim.engine.state import Training
+from unimim.engine.state import RunContext, Training
 from unimim.logs import log
 from unimim.sizes import Pair
 from unimim.tokenizer.clusters import PatchClusters
@@ -101,15 +101,16 @@ def score_vae(run: Training, vae: DiscreteVAE, images: Tensor) -> dict[str, floa
 
 
 def score_clusters(
-    args: Namespace, clusters: PatchClusters, images: Tensor, mean: Tensor, std: Tensor
+    context: RunContext, images: Tensor, clusters: PatchClusters
 ) -> dict[str, float]:
-    """Returns the `score` of clusters of images that are normalized by `mean` and `std`."""
+    """Returns the `score` of clusters of normalized patches."""
+    mean, std = context.normalize.mean, context.normalize.std
     return score(
         images,
         lambda some: clusters((some.float() / 255 - mean) / std),
         lambda ids, grid: (clusters.reconstruct(ids, grid) * std + mean).clamp(0, 1),
-        args.vocab_size,
-        grid_of(args),
+        context.args.vocab_size,
+        grid_of(context.args),
     )
 
 
