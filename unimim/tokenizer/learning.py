@@ -1,5 +1,5 @@
-"""Learns visual tokens: a small discrete VAE in the form of DALL-E's (arXiv 2102.12092, sections
-2.1 and A), or what its tokens are measured by.
+"""A small discrete VAE in the form of DALL-E's (arXiv 2102.12092, sections 2.1 and A), which learns
+visual tokens, and the metrics of tokens.
 
 Shapes in comments: B images, V visual tokens of the vocabulary, h x w tokens of an image.
 """
@@ -162,8 +162,8 @@ def token_counts(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Returns 2 to the entropy in bits of tokens that occur so often: how many are in use, if each
-    were used equally."""
+    """Returns the exponential of the entropy of tokens with these counts [V]: how many are in use,
+    if all were used equally."""
     q = counts / counts.sum()
     return torch.special.entr(q).sum().exp()
 
