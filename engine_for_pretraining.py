@@ -161,6 +161,8 @@ def train(run: Training, position: Position, after_epoch) -> None:
 
     `after_epoch(position)` evaluates, and the metrics that it returns go into log.txt.
     """
+    if position.epoch >= run.args.epochs:
+        log.info("nothing left to do: all %d epochs are done; raise --epochs", run.args.epochs)
     run.run_log.forget_from(position.epoch)
     try:
         while position.epoch < run.args.epochs:

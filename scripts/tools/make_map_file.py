@@ -10,8 +10,8 @@ import argparse
 import os
 import sys
 import zipfile
-from collections.abc import Iterable
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm

@@ -173,7 +173,7 @@ def test_32_bit_gray_is_refused_unless_it_fits_into_8_bits():
     levels = np.arange(256, dtype=np.int32).reshape(16, 16)
     assert (decode(encode(Image.fromarray(levels), "TIFF"))[..., 0] == levels).all()
     for unknown in (levels * 1000, levels - 1, levels.astype(np.float32)):
-        with pytest.raises(BrokenImageError, match="mode [IF].*have no known range; convert it"):
+        with pytest.raises(BrokenImageError, match=r"mode [IF].*have no known range; convert it"):
             decode(encode(Image.fromarray(unknown), "TIFF"))
 
 

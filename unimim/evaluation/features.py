@@ -27,6 +27,7 @@ from modeling_finetune import (
 )
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
 from unimim.checkpoint.loading import class_tokens, load_pretrained
+from unimim.cli.models import check_is_classifier
 from unimim.cli.options import given, model_kwargs
 from unimim.data.files import Key
 from unimim.data.views import EvalTransform
@@ -139,6 +140,7 @@ def build_network(args: Namespace) -> nn.Module:
 
     Norms that these weights lack are identities.
     """
+    check_is_classifier(args.model)
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
     source = {"model_key": args.model_key, "prefix": args.model_prefix}

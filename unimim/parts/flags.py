@@ -9,6 +9,7 @@ import torch
 from unimim.cli import options
 from unimim.cli.flags import add_data_flags, add_engine_flags, add_optimizer_flags, add_run_flags
 from unimim.cli.options import model_kwargs, parse_flags
+from unimim.cli.parser import FlagParser
 from unimim.parts.learning import (
     BACKGROUNDS,
     PART_SOURCES,
@@ -23,10 +24,8 @@ RECIPE = "semmae_parts"  # gives the defaults
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of run_part_learning.py."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Learns SemMAE's semantic parts and writes part maps for a data set",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     _teacher_flags(parser)
     _part_flags(parser)
