@@ -286,6 +286,8 @@ def timm_network(
         with refused(OptionError("grad_checkpointing", None, f"timm's {name} has none")):
             network.set_grad_checkpointing()
     put_in_order(network, family_of(network).channels_last)
+    # what timm.create_model needs for a network of these weights
+    network.timm_arguments = {"model_name": name, **options}
     return network
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,7 @@ from modeling_targets import (
     load_teacher,
     load_tokenizer,
 )
+from unimim.checkpoint.names import timm_vit_arguments
 from unimim.engine.ema import MovingAverage
 from unimim.engine.task import Task
 from unimim.errors import OptionError, refused
@@ -148,6 +149,10 @@ class PretrainMethod(Task):
         if weights is None:
             weights = (self if self.teacher is None else self.teacher).state_dict()
         return {k: v for k, v in weights.items() if not k.startswith(self.not_exported)}
+
+    def timm_arguments(self, encoder: dict[str, Tensor]) -> dict[str, Any]:
+        """Returns the arguments of `timm.create_model` for an exported encoder in timm's names."""
+        return timm_vit_arguments(encoder, self.image_size, self.blocks[0].attn.num_heads)
 
 
 class MaskedImageModel(PretrainMethod, VisionTransformer):
@@ -782,7 +787,7 @@ class SemAIM(TwoStreams):
             help="keep an ema of the network, which gives the attention map",
         ),
         *TwoStreams.flags,
-        Flag("prediction_head_type", choices=PREDICTION_HEADS),
+        Flag("prediction_head_type", choices=PREDICTION_HEADS, help="a layer or an MLP"),
         Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
         Flag("gaussian_sigma", type=float, help="std of the blur of the target pixels"),
         Flag("loss_type", choices=PIXEL_LOSSES, help="loss of the pixels"),
@@ -1643,6 +1648,12 @@ class SimMIM(PretrainMethod):
         """The backbone under its own names, which are timm's for timm's networks."""
         kept = super().encoder_state_dict(weights)
         return {name.removeprefix("backbone."): value for name, value in kept.items()}
+
+    def timm_arguments(self, encoder: dict[str, Tensor]) -> dict[str, Any]:
+        if isinstance(self.backbone, VisionTransformer):
+            heads = self.backbone.blocks[0].attn.num_heads
+            return timm_vit_arguments(encoder, self.image_size, heads)
+        return self.backbone.timm_arguments
 
 
 class A2MIM(SimMIM):

@@ -3,6 +3,7 @@ code."""
 
 import argparse
 import hashlib
+import json
 import logging
 import math
 import pickle
@@ -262,6 +263,27 @@ def _read_pickle(path: Path, mmap: bool = False) -> Any:
         raise ValueError(
             f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})"
         ) from error
+
+
+def model_named_in(path: str | Path) -> str:
+    """Returns the name of the model that a file of this repository holds; "" if it does not
+    say."""
+    if str(path).endswith(".safetensors") and Path(path).is_file():
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return (file.metadata() or {}).get("model", "")
+        except safetensors.SafetensorError:  # loading says what is wrong
+            return ""
+    flags = load_checkpoint(path, mmap=True).get("args")
+    return str(flags.get("model", "")) if isinstance(flags, dict) else ""
+
+
+def timm_arguments_of(path: str | Path) -> dict[str, Any]:
+    """Returns the arguments with which `timm.create_model` gives an exported encoder with its
+    weights."""
+    with safetensors.safe_open(path, "pt") as file:
+        arguments = json.loads(file.metadata()["timm"])
+    return arguments | {"checkpoint_path": str(path)}
 
 
 def load_module_state(path: str | Path) -> StateDict:

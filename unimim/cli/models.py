@@ -8,11 +8,13 @@ from torch import nn
 
 import modeling_backbones  # noqa: F401  (registers its networks)
 from modeling_finetune import create_model, entry_of, list_models, registered_flags
+from unimim.checkpoint.files import model_named_in
 from unimim.checkpoint.loading import class_tokens
 from unimim.cli.flags import options_as_flags
 from unimim.cli.options import given, model_kwargs
 from unimim.data.views import image_mean_std
 from unimim.flag import RunFacts
+from unimim.logs import log
 
 
 def build_method(args: Namespace) -> nn.Module:
@@ -56,6 +58,20 @@ def check_is_classifier(model: str) -> None:
             f"--model {model} is a pre-training method; its encoder is fine-tuned and evaluated as "
             f"--model {entry.classifier}"
         )
+
+
+def warn_of_other_variant(path: str, model: str) -> None:
+    """Logs which classifier takes a method's encoder whole, if `model` is of another variant."""
+    held = model_named_in(path)
+    entry = entry_of(held)
+    if entry is None or entry.kind != "method":
+        return
+    variants = [name.partition("_")[0] for name in (entry.classifier, model)]
+    if variants[0] != variants[1]:
+        log.warning(
+            "%s holds %s, which is the %s variant: use --model %s instead of %s",
+            path, held, variants[0], entry.classifier, model,
+        )  # fmt: skip
 
 
 def shared_options(args: Namespace, bias: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ optimizer's state goes by the parameters' names. A DeepSpeed run keeps optimizer
 folder of the same name, for an exact resume on as many ranks.
 """
 
+import json
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,13 +26,16 @@ from unimim.checkpoint.files import (
     encoder_file,
     finish_deepspeed_folder,
     latest_valid_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     save_encoder,
     sync_deepspeed_folder,
+    timm_arguments_of,
 )
 from unimim.checkpoint.loading import unwrapped
+from unimim.checkpoint.names import to_timm
 from unimim.cli.options import as_config, effective_batch
 from unimim.engine.deepspeed import DeepSpeedRunner
 from unimim.engine.distributed import barrier, from_first_rank
@@ -204,8 +208,19 @@ class Session:
         """Writes the clean encoder in `weights`, which are whole float32 ones."""
         if hasattr(self.network, "encoder_state_dict"):
             path = encoder_file(self.folder / f"{stem}.pth")
-            metadata = {"model": self.args.model, "format": "timm"}
-            save_encoder(path, self.network.encoder_state_dict(weights), metadata)
+            encoder = to_timm(self.network.encoder_state_dict(weights))
+            arguments = json.dumps(self.network.timm_arguments(encoder), default=str)
+            metadata = {"model": self.args.model, "format": "timm", "timm": arguments}
+            save_encoder(path, encoder, metadata)
+
+    def log_encoder(self) -> None:
+        """Logs the line of Python that gives the newest encoder as timm's model."""
+        if self.folder is None or self.args.rank or not (found := list_checkpoints(self.folder)):
+            return
+        path = encoder_file(found[-1])
+        if path.is_file():
+            words = [f"{name}={value!r}" for name, value in timm_arguments_of(path).items()]
+            log.info("the encoder in Python: timm.create_model(%s)", ", ".join(words))
 
     # -- resuming
 

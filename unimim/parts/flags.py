@@ -77,7 +77,10 @@ def _part_flags(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="each next one doubles",
     )
-    group.add_argument("--reconstruction", choices=tuple(RECONSTRUCTIONS), default="mse")
+    group.add_argument(
+        "--reconstruction", choices=tuple(RECONSTRUCTIONS), default="mse",
+        help="how the image that the parts give back is compared",
+    )  # fmt: skip
     group.add_argument(
         "--loss_weights", type=float, nargs=3, default=(10.0, 0.1, 0.1), metavar=("R", "D", "B"),
         help="of reconstruction, diversity and balance; B = 0 is the paper's two-term form",
