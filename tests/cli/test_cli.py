@@ -13,6 +13,7 @@ import pytest
 import yaml
 from helpers import (
     FINETUNE,
+    METHODS,
     PRETRAIN,
     arguments,
     imagenet_stand_in,
@@ -25,7 +26,7 @@ from helpers import (
 import run_class_finetuning
 import run_pretraining
 from modeling_finetune import entry_of, list_models
-from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint, save_encoder
 from unimim.cli.flags import build_parser
 from unimim.cli.models import build_method
 from unimim.cli.options import (
@@ -299,6 +300,29 @@ def test_a_run_says_what_it_keeps_and_does(tmp_path, capfd):
     said = capfd.readouterr().out
     assert "no --output_dir: nothing is kept of this run" in said
     assert "0.01, no warm-up, cosine to" in said and "in 0 steps" not in said
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "use"),
+    [
+        ("conmim", "vit_tiny_patch16_224", "beit_tiny_patch16_224"),
+        ("mae", "beit_tiny_patch16_224", "vit_tiny_patch16_224"),
+        ("mae", "vit_tiny_patch16_224", None),
+    ],
+)
+def test_the_variant_of_a_checkpoint_is_named(tmp_path, capfd, method, model, use):
+    network = build_method(parse("pretrain", [*PRETRAIN, *METHODS.get(method, ())]))
+    held = f"{method}_tiny_patch16_224"
+    save_checkpoint(tmp_path / "c.pth", {"model": network.state_dict(), "args": {"model": held}})
+    save_encoder(tmp_path / "e.safetensors", network.encoder_state_dict(), {"model": held})
+    for name in ("c.pth", "e.safetensors"):
+        flags = ("--model", model, "--finetune", str(tmp_path / name), "--dry_run")
+        with dry_run_folder(tmp_path), contextlib.suppress(SystemExit):
+            launch(run_class_finetuning.main, parse("finetune", [*FINETUNE, *flags]))
+        said = capfd.readouterr().out
+        assert ("variant: use" in said) == (use is not None)
+        assert use is None or f"holds {held}, which is the" in said
+        assert use is None or f"use --model {use} instead of {model}" in said
 
 
 # --------------------------------------------------------------------------------------------------

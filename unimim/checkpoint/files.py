@@ -280,10 +280,10 @@ def model_named_in(path: str | Path) -> str:
 
 def timm_arguments_of(path: str | Path) -> dict[str, Any]:
     """Returns the arguments with which `timm.create_model` gives an exported encoder with its
-    weights."""
+    weights; empty for a file that does not say."""
     with safetensors.safe_open(path, "pt") as file:
-        arguments = json.loads(file.metadata()["timm"])
-    return arguments | {"checkpoint_path": str(path)}
+        arguments = (file.metadata() or {}).get("timm")
+    return json.loads(arguments) | {"checkpoint_path": str(path)} if arguments else {}
 
 
 def load_module_state(path: str | Path) -> StateDict:

@@ -223,7 +223,7 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
         if fitted[key].shape != target[key].shape:
             raise ValueError(
                 f"{report.source}: {key} has shape {tuple(value.shape)}, the model wants "
-                f"{tuple(target[key].shape)}"
+                f"{tuple(target[key].shape)}; is it for this --model and its sizes?"
             )
     report.loaded = list(fitted)
     report.missing = [key for key in target if key not in fitted]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from unimim.checkpoint.files import load_checkpoint
+from modeling_finetune import entry_of
+from unimim.checkpoint.files import load_checkpoint, model_named_in, timm_arguments_of
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli.flags import build_parser
 from unimim.cli.models import build_classifier, build_method
@@ -16,6 +17,21 @@ from unimim.cli.models import build_classifier, build_method
 def flags_of(path: str | Path) -> dict[str, Any]:
     """Returns the flags that a checkpoint carries; empty for a file that carries none."""
     return load_checkpoint(path, mmap=True).get("args") or {}
+
+
+def flags_of_export(path: str | Path) -> dict[str, Any]:
+    """Returns the classifier and sizes of a ViT's exported encoder as flags; empty for other
+    files."""
+    entry = entry_of(model_named_in(path)) if Path(path).suffix == ".safetensors" else None
+    if entry is None or entry_of(entry.classifier) is None:
+        return {}
+    flags: dict[str, Any] = {"model": entry.classifier}
+    timm_arguments = timm_arguments_of(path)
+    if entry_of(entry.classifier).kind == "classifier" and timm_arguments:
+        sizes = ("embed_dim", "depth", "num_heads", "patch_size")
+        flags["input_size"] = timm_arguments["img_size"]
+        flags["model_kwargs"] = [f"{name}={timm_arguments[name]}" for name in sizes]
+    return flags
 
 
 def is_pretraining(flags: dict[str, Any]) -> bool:
@@ -29,12 +45,13 @@ def rebuild(
     """Returns the method or classifier of a checkpoint, with random weights, and its run's flags.
 
     The flags in `argv` win over the saved ones, and `changes` win over both. A file without flags
-    of its own, such as an encoder's export, is taken for a classifier that `argv` describes.
+    of its own is taken for a classifier that `argv` describes; an encoder's export tells what
+    `argv` leaves open.
     """
     saved = flags_of(path)
     stage = "pretrain" if is_pretraining(saved) else "finetune"
     parser = build_parser(stage)
-    parser.set_defaults(**saved)
+    parser.set_defaults(**saved or flags_of_export(path))
     args = parser.parse_args(list(argv))
     vars(args).update(changes)
     if stage == "pretrain":

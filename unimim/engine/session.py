@@ -218,8 +218,8 @@ class Session:
         if self.folder is None or self.args.rank or not (found := list_checkpoints(self.folder)):
             return
         path = encoder_file(found[-1])
-        if path.is_file():
-            words = [f"{name}={value!r}" for name, value in timm_arguments_of(path).items()]
+        if path.is_file() and (arguments := timm_arguments_of(path)):
+            words = [f"{name}={value!r}" for name, value in arguments.items()]
             log.info("the encoder in Python: timm.create_model(%s)", ", ".join(words))
 
     # -- resuming

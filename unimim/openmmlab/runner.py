@@ -169,9 +169,13 @@ def _move(value: Any, old: str, new: str) -> None:
 
 
 def check_data(cfg) -> None:
-    """Raise ValueError if the data folder does not exist."""
+    """Raise ValueError if the data folder, or the training annotations in it, do not exist."""
     if "data_root" in cfg and not Path(cfg.data_root).is_dir():
         raise ValueError(f"the data folder {cfg.data_root} does not exist; set --data-root")
+    dataset = cfg.get("train_dataloader", {}).get("dataset", {})
+    file = Path(dataset.get("data_root") or "", dataset.get("ann_file") or "")
+    if dataset.get("ann_file") and not file.is_file():
+        raise ValueError(f"{file} does not exist; set --data-root to a folder that holds it")
 
 
 def run_on_cpu(cfg) -> None:
