@@ -16,6 +16,7 @@ from tensorboardX.proto import event_pb2
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from engine_for_pretraining import train
 from unimim.checkpoint.files import encoder_file, list_checkpoints, timm_arguments_of
+from unimim.data.views import image_mean_std
 from unimim.engine.samples import is_due, sample_images
 from unimim.engine.session import Position
 
@@ -102,7 +103,9 @@ def test_the_encoder_says_how_timm_makes_it(tmp_path, flags, name, capfd):
     run.session.save(Position(), finished=True)
     capfd.readouterr()
     run.session.log_encoder()
-    said = capfd.readouterr().out.strip().removeprefix("the encoder in Python: ")
+    said, normalized = capfd.readouterr().out.strip().splitlines()
+    said = said.removeprefix("the encoder in Python: ")
+    assert str(image_mean_std(run.args)[0]) in normalized
     arguments = timm_arguments_of(encoder_file(list_checkpoints(tmp_path)[0]))
     assert arguments["model_name"] == name
     assert said == f"timm.create_model({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"

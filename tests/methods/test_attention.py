@@ -202,7 +202,7 @@ def test_looks_that_cannot_be_are_refused(tmp_path):
 def test_output_is_checked_first(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for output, said in (
-        (tmp_path / "a.xyz", "ends in .xyz, which matplotlib does not write; use one of .eps"),
+        (tmp_path / "a.xyz", "ends in .xyz, which matplotlib does not write; use one of ."),
         (tmp_path / "file/a.png", "file is not a folder that can be written to"),
         (tmp_path, "is a folder; name a file in it"),
     ):

@@ -1,5 +1,6 @@
 """Rebuilds the model of a checkpoint from the flags of the run that wrote it."""
 
+import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,16 @@ from typing import Any
 from torch import nn
 
 from modeling_finetune import entry_of
-from unimim.checkpoint.files import load_checkpoint, model_named_in, timm_arguments_of
+from unimim.checkpoint.files import (
+    load_checkpoint,
+    metadata_of,
+    model_named_in,
+    timm_arguments_of,
+)
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli.flags import build_parser
 from unimim.cli.models import build_classifier, build_method
+from unimim.data.views import MEAN_STD
 
 
 def flags_of(path: str | Path) -> dict[str, Any]:
@@ -26,6 +33,10 @@ def flags_of_export(path: str | Path) -> dict[str, Any]:
     if entry is None or entry_of(entry.classifier) is None:
         return {}
     flags: dict[str, Any] = {"model": entry.classifier}
+    mean = metadata_of(path).get("mean")
+    if mean is not None:
+        is_imagenet = tuple(json.loads(mean)) == MEAN_STD["imagenet"][0]
+        flags["imagenet_default_mean_and_std"] = is_imagenet
     timm_arguments = timm_arguments_of(path)
     if entry_of(entry.classifier).kind == "classifier" and timm_arguments:
         sizes = ("embed_dim", "depth", "num_heads", "patch_size")

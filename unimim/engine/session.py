@@ -37,6 +37,7 @@ from unimim.checkpoint.files import (
 from unimim.checkpoint.loading import unwrapped
 from unimim.checkpoint.names import to_timm
 from unimim.cli.options import as_config, effective_batch
+from unimim.data.views import image_mean_std
 from unimim.engine.deepspeed import DeepSpeedRunner
 from unimim.engine.distributed import barrier, from_first_rank
 from unimim.engine.ema import MovingAverage
@@ -211,6 +212,8 @@ class Session:
             encoder = to_timm(self.network.encoder_state_dict(weights))
             arguments = json.dumps(self.network.timm_arguments(encoder), default=str)
             metadata = {"model": self.args.model, "format": "timm", "timm": arguments}
+            mean, std = image_mean_std(self.args)
+            metadata |= {"mean": json.dumps(mean), "std": json.dumps(std)}
             save_encoder(path, encoder, metadata)
 
     def log_encoder(self) -> None:
@@ -221,6 +224,8 @@ class Session:
         if path.is_file() and (arguments := timm_arguments_of(path)):
             words = [f"{name}={value!r}" for name, value in arguments.items()]
             log.info("the encoder in Python: timm.create_model(%s)", ", ".join(words))
+            mean, std = image_mean_std(self.args)
+            log.info("for images in [0, 1] less the mean %s, divided by the std %s", mean, std)
 
     # -- resuming
 
