@@ -27,7 +27,7 @@ lint: $(STAMP) ## check style and formatting
 	$(RUN) -m ruff format --check .
 
 docs: $(STAMP) ## build a site of docs/ in output/site
-	$(RUN) -m mkdocs build --strict
+	$(RUN) -m mkdocs build --strict --config-file scripts/tools/mkdocs.yml
 
 clean: ## remove caches and the demo's output; training runs and the virtual environment stay
 	rm -rf output/demo .pytest_cache .ruff_cache

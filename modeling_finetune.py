@@ -42,7 +42,6 @@ ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flex")
 # one stage of the pipeline: with more, the gradient of the bias does not fit into an H100's shared
 # memory
 FLEX_OPTIONS = {"num_stages": 1}
-AUTO_TAKES_FLEX = False  # for a trained bias on a GPU; to be switched on by a measurement there
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,9 +297,9 @@ class Attention(nn.Module):
     (docs/methods/conmim.md#attention-and-position-bias).
 
     `kernel`: "eager" is the explicit softmax; "sdpa" is scaled_dot_product_attention; "flex" is
-    torch's FlexAttention for a position bias on a GPU, where a bias that is trained keeps the
-    others from their fastest kernels; "auto" takes what is faster for the device, the dtype and the
-    bias at hand (docs/benchmarks.md).
+    torch's FlexAttention for a position bias on a GPU, slower there than "sdpa" so far
+    (docs/benchmarks.md#flexattention); "auto" takes the faster of the first two for the device, the
+    dtype and the bias at hand.
     """
 
     def __init__(
@@ -397,7 +396,7 @@ class Attention(nn.Module):
             and not drops
             and q.device.type != "cpu"
         )
-        if can_flex and (self.kernel == "flex" or (AUTO_TAKES_FLEX and trains_bias)):
+        if can_flex and self.kernel == "flex":
             return "flex"
         return (
             "eager"

@@ -321,6 +321,13 @@ def start_command(command: list[str]) -> subprocess.Popen:
     )
 
 
+def launcher(processes: int) -> list[str]:
+    """Returns the command that starts a script of the repository on several processes here."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    where = [f"PATH={path}", f"NPROC={processes}", f"MASTER_PORT={free_port()}"]
+    return ["env", *where, str(ROOT / "scripts/launch.sh")]
+
+
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 120) -> None:
     """Waits until the condition holds; fails if the process ends first."""
     end = time.monotonic() + timeout

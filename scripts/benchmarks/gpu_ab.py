@@ -1,10 +1,9 @@
 """Ways of the engine against each other on a GPU, each question in a process of its own.
 
-    python -m scripts.benchmarks.gpu_ab layout upload --output out/gpu
+    python -m scripts.benchmarks.gpu_ab flex flex_steps --output out/gpu
 
-`orders`: how many places of SemAIM's orders stay where TF32 or autocast makes their map.
-`layout`: A2MIM's ResNet-50 with the weights of its convolutions in channels-last order.
-`upload`: the next batch copied to the device during a step.
+`orders`: how many places of SemAIM's orders stay where TF32 or autocast makes their map;
+    --data_path is a folder of folders of images with train_map.txt or val_map.txt.
 `flex`: attention under a trained bias by FlexAttention, for several sizes of its tiles.
 `flex_steps`: whole training steps with the fastest of these.
 
@@ -45,7 +44,6 @@ from scripts.benchmarks.gpu_fast import (
     counted_flops,
     make_batch,
     measure_step,
-    release,
     step_times,
     wait_for,
 )
@@ -53,10 +51,8 @@ from scripts.benchmarks.timing import Variant, synchronize
 from scripts.gpu_check import Checks
 from unimim.data.sources import map_source
 from unimim.data.views import image_mean_std
-from unimim.engine.memory_format import channels_last_weights
 from unimim.engine.monitor import peak_flops
 from unimim.engine.state import Normalize
-from unimim.engine.upload import upload_ahead
 from unimim.files import write_text
 
 TRAINED = 120  # steps of SemAIM before its orders are compared again
@@ -68,23 +64,6 @@ TILES: dict[str, dict[str, int]] = {  # options of FlexAttention's kernels
         "num_stages": 2, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32,
     },
 }  # fmt: skip
-
-
-def alternated(ways: dict[str, Callable[[], object]], bench: Bench, steps: int) -> dict[str, float]:
-    """Milliseconds of a step of each way: medians of rounds in which they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        step_times(way, bench.device, 1, 3)
-    for _ in range(2 if bench.tiny else 6):
-        for name, way in ways.items():
-            times[name] += step_times(way, bench.device, 1, steps)
-    return {name: 1e3 * statistics.median(found) for name, found in times.items()}
-
-
-def ratio(times: dict[str, float]) -> dict[str, Any]:
-    """A row of two ways: their times, and the first one's as a multiple of the second's."""
-    first, second = times.values()
-    return {f"{name}, ms": value for name, value in times.items()} | {"speedup": first / second}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,104 +178,6 @@ def orders(bench: Bench, args: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Order of weights in memory
-
-
-def layout(bench: Bench, args: argparse.Namespace) -> None:
-    """A2MIM's ResNet-50 with weights as they come against channels-last ones."""
-    checks, device = bench.checks, bench.device
-    case = CASES["A2MIM ResNet-50"]
-    checks.attempt("A2MIM ResNet-50, gradients by layout", partial(equal_layouts, bench))
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # as in training
-    flags = case.args(tiny=bench.tiny)
-    size = 4 if bench.tiny else case.batch
-
-    def one() -> dict[str, Any]:
-        ways = {}
-        for name in ("as they come", "channels last"):
-            task = build(case, device, flags)
-            if name == "channels last":
-                channels_last_weights(task)
-            batch = make_batch(task, flags, size, device)
-            ways[name] = make_variant(name, task, batch, PRECISION, fused=True).step
-        return ratio(alternated(ways, bench, 3)) | {"batch": size}
-
-    checks.attempt("A2MIM ResNet-50, weights' layout", one)
-    release(device)
-
-
-def equal_layouts(bench: Bench) -> dict[str, Any]:
-    """Loss and gradients in float32 of both layouts."""
-    device = bench.device
-    case = CASES["A2MIM ResNet-50"]
-    flags = case.args(tiny=bench.tiny)
-    task = build(case, device, flags)
-    batch = make_batch(task, flags, 4, device)
-    steps = []
-    with products("highest"):
-        for _ in range(2):
-            task.zero_grad(set_to_none=True)
-            loss = task(batch)["loss"]
-            loss.backward()
-            gradients = [p.grad.clone() for p in task.parameters() if p.grad is not None]
-            steps.append((float(loss.detach()), gradients))
-            channels_last_weights(task)
-    (ours, mine), (theirs, others) = steps
-    pairs = list(zip(mine, others, strict=True))
-    apart = torch.stack([(a - b).square().sum() for a, b in pairs]).sum().sqrt()
-    whole = torch.stack([a.square().sum() for a, _ in pairs]).sum().sqrt()
-    row = {"loss": abs(ours - theirs) / abs(ours), "gradients": float(apart / whole)}
-    return row | {"ok": row["loss"] < 1e-5 and row["gradients"] < 5e-4}
-
-
-# --------------------------------------------------------------------------------------------------
-# Upload
-
-
-def upload(bench: Bench, args: argparse.Namespace) -> None:
-    """MAE's and ConMIM's steps with batches from pinned memory, copied before or during a step."""
-    for name in ("MAE B", "ConMIM B"):
-        bench.checks.attempt(f"{name}, upload", partial(upload_of, bench, name))
-        release(bench.device)
-
-
-def upload_of(bench: Bench, name: str) -> dict[str, Any]:
-    """One model's row."""
-    device = bench.device
-    case = CASES[name]
-    flags = case.args(tiny=bench.tiny)
-    size = 4 if bench.tiny else case.batch
-    task = build(case, device, flags)
-    batch = make_batch(task, flags, size, device)
-    step = make_variant(name, task, batch, PRECISION, fused=True).step
-    normalize = Normalize(image_mean_std(flags), device)
-    views = [view for view in task.views if view in ("image", "image_strong")]
-    shape = batch["image"].shape
-    on_gpu = device.type == "cuda"
-    host = [
-        {view: torch.randint(256, shape, dtype=torch.uint8, pin_memory=on_gpu) for view in views}
-        for _ in range(3)
-    ]
-
-    def train(moved: dict[str, Tensor]) -> None:
-        batch.update(moved)
-        step()
-
-    during = upload_ahead(itertools.cycle(host), normalize, device)
-    before = itertools.cycle(host)
-    ways = {
-        "on the device": step,
-        "copied before": lambda: train(normalize(next(before))),
-        "copied during": lambda: train(next(during)[1]),
-    }
-    times = alternated(ways, bench, 4)
-    row = {f"{way}, ms": value for way, value in times.items()}
-    mib = sum(v.numel() for v in host[0].values()) / 2**20
-    return row | {"speedup": times["copied before"] / times["copied during"], "mib": mib}
-
-
-# --------------------------------------------------------------------------------------------------
 # FlexAttention
 
 
@@ -369,8 +250,6 @@ def flex_steps(bench: Bench, args: argparse.Namespace) -> None:
 
 QUESTIONS: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
     "orders": orders,
-    "layout": layout,
-    "upload": upload,
     "flex": flex,
     "flex_steps": flex_steps,
 }

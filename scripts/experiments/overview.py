@@ -155,7 +155,7 @@ def heat(values: Tensor, photograph: np.ndarray, name: str, *, soft: bool) -> np
 def masked(photograph: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The photograph with its masked patches in gray."""
     hidden = blocks(mask.astype(np.uint8))[..., None].astype(bool)
-    return np.where(hidden, np.uint8(visualize.MASKED_GREY), photograph)
+    return np.where(hidden, np.uint8(visualize.MASKED_GRAY), photograph)
 
 
 def mask_columns(photographs: list[np.ndarray], parts: Tensor) -> dict[str, list[np.ndarray]]:
@@ -182,7 +182,7 @@ def reconstructions(checkpoint: Path, batch: dict[str, Tensor]) -> list[np.ndarr
     normalize = visualize.normalization(args)
     pasted = method.eval().reconstruct(normalize(dict(batch))).pasted
     pixels = (pasted * normalize.std + normalize.mean).clamp(0, 1).mul(255).round().byte()
-    return [smooth(visualize.as_picture(image)) for image in pixels]
+    return [smooth(visualize.to_hwc(image)) for image in pixels]
 
 
 def orders(checkpoint: Path, images: Tensor, photographs: list[np.ndarray]) -> list[np.ndarray]:

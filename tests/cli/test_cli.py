@@ -450,6 +450,7 @@ def test_deepspeed_takes_the_device_of_the_flags(tmp_path, monkeypatch):
 
 TASK_OF_SRUN = """
 import os, sys, time
+import modeling_pretrain
 import torch.distributed as dist
 from unimim.cli import options
 from unimim.engine import distributed, setup

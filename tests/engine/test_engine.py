@@ -38,7 +38,7 @@ from unimim.data.pretraining import build_data
 from unimim.data.views import MEAN_STD, build_finetune_transform
 from unimim.engine import runner
 from unimim.engine.batch_norm import BatchStatistics
-from unimim.engine.deepspeed import deepspeed_config
+from unimim.engine.deepspeed import deepspeed_config, run_with_rounded_weights
 from unimim.engine.ema import MovingAverage
 from unimim.engine.monitor import NonFiniteError, StepMonitor, peak_tflops
 from unimim.engine.runner import (
@@ -239,6 +239,61 @@ def test_tensors_without_gradients_are_named(monkeypatch, cut):
     runner.step()
     named = "2 of 6 trainable tensors had no gradient in 5 steps: lines.0.weight, lines.0.bias"
     assert said == ([named] if cut else [])
+
+
+def test_tensors_without_gradients_are_found_without_a_wait(monkeypatch):
+    """Tensors on a GPU that pretends to be there refuse to be read: the counts are sent to the
+    host, and judged a step later."""
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    said = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
+    with FakeTensorMode():
+        check = GradientCheck(nn.Linear(2, 3, device="cuda"))
+        applied = torch.ones((), device="cuda")
+        for _ in range(check.steps):
+            assert check.counts is None
+            check.after_step(applied)
+        assert check.counts.device == CPU and check.counts.shape == (3,)
+        assert check.arrived is not None and check.hooks
+        check.counts = None
+        check.after_step(applied)  # sends them again, as after steps that were skipped
+        assert check.counts.device == CPU
+    arrived = check.arrived
+    check.counts = torch.tensor([check.steps, 4.0, 0.0])
+    check.after_step(applied)
+    arrived.synchronize.assert_called_once()
+    assert said == ["1 of 2 trainable tensors had no gradient in 5 steps: bias"]
+    assert not check.hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_weights_leave_the_contrast_in_float32(tmp_path, dtype):
+    """DeepSpeed's sections fp16 and bf16 round the network: batch statistics, similarity and loss
+    of ConMIM stay in float32."""
+    run, _ = start("pretrain", tmp_path)
+    method, seen = run.task, {}
+    similarity, contrast = method.similarity, method.contrast
+
+    def remember_inputs(queries, keys):
+        seen["inputs"] = queries.detach().float(), keys.detach().float()
+        return similarity(queries, keys)
+
+    def remember_logits(logits, *rest):
+        seen["logits"] = logits
+        return contrast(logits, *rest)
+
+    method.similarity, method.contrast = remember_inputs, remember_logits
+    batch = run.normalize(next(iter(run.loader)))
+    exact = method(batch)["loss"]
+    for parameter in method.parameters():
+        parameter.data = parameter.data.to(dtype)
+    run_with_rounded_weights(method, CPU, dtype)
+    loss = method(batch)["loss"]
+    assert loss.dtype == seen["logits"].dtype == torch.float32
+    queries, keys = (nn.functional.normalize(x, dim=-1) for x in seen["inputs"])
+    assert torch.equal(seen["logits"], queries @ keys.transpose(1, 2) / method.temperature)
+    assert {b.dtype for b in method.buffers() if b.is_floating_point()} == {torch.float32}
+    assert loss.item() == pytest.approx(exact.item(), rel=8 * torch.finfo(dtype).eps)
 
 
 def test_statistics_on_the_host_take_a_flag_from_the_device():

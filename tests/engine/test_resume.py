@@ -19,6 +19,7 @@ from helpers import (
     arguments,
     differing,
     environment,
+    launcher,
     script,
     start,
     start_command,
@@ -28,7 +29,7 @@ from helpers import (
 )
 
 from unimim.checkpoint.files import latest_valid_checkpoint, load_checkpoint, save_checkpoint
-from unimim.engine.distributed import StopSignal, free_port
+from unimim.engine.distributed import StopSignal
 from unimim.engine.monitor import RunLog
 
 WORKERS = ("--num_workers", "2", "--update_freq", "2")
@@ -161,16 +162,8 @@ def test_launch_script_stops_all_ranks_with_a_checkpoint(tmp_path):
     scheduler may send them."""
     program = tmp_path / "rank.py"
     program.write_text(RANK_OF_A_LAUNCHER.format(root=str(ROOT), folder=str(tmp_path)))
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    launcher = (
-        "env",
-        f"PATH={path}",
-        "NPROC=2",
-        f"MASTER_PORT={free_port()}",
-        str(ROOT / "scripts" / "launch.sh"),
-    )
     _, _, *flags = script("pretrain", tmp_path, "--num_workers", "1", "--log_every", "1")
-    process = start_command([*launcher, os.path.relpath(program, ROOT), *flags])
+    process = start_command([*launcher(2), os.path.relpath(program, ROOT), *flags])
     for line in process.stdout:
         if "epoch 0 [ 5/" in line:
             break

@@ -459,7 +459,7 @@ def test_what_is_refused(tmp_path, capsys):
         "beit", "--model_kwargs"
     )
     assert (
-        "--second_input_size 112: does not give one visual token per patch; use (32, 32)"
+        "--second_input_size 112 does not give one visual token per patch; use (32, 32)"
         in said("beit", "--second_input_size", "112")
     )
     assert "--color_jitter is 1.5" in said("beit", "--color_jitter", "1.5")

@@ -4,13 +4,12 @@ small images."""
 import copy
 import json
 import math
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_command
+from helpers import ROOT, launcher, run_command
 from PIL import Image
 from torch import nn
 
@@ -18,7 +17,6 @@ from detection import check_coco, demo
 from detection.task import TASK
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint, save_encoder
 from unimim.checkpoint.resizing import interpolate_pos_embed, interpolate_rel_pos_bias
-from unimim.engine.distributed import free_port
 from unimim.openmmlab import runner
 
 runner.prepare(TASK, "none")
@@ -834,13 +832,8 @@ def test_the_demo_draws_what_it_finds(coco, trained, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_together(coco, tmp_path):
     """Six steps of two processes; what they validated together, one process finds in their file."""
-    launch = [
-        "env",
-        f"PYTHON={sys.executable}",
-        f"PORT={free_port()}",
-        str(ROOT / "detection/dist_train.sh"),
-    ]
-    start = [str(TINY_CONFIG), "2", "--pretrained", "none", "--seed", "0"]
+    launch = [*launcher(2), "detection/train.py"]
+    start = [str(TINY_CONFIG), "--pretrained", "none", "--seed", "0"]
     done = run_command([*launch, *start, *flags(coco, tmp_path, *schedule(3, 3))])
     assert done.returncode == 0, done.stdout[-3000:]
     path = tmp_path / "epoch_3.pth"

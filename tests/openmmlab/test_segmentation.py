@@ -3,7 +3,6 @@ is evaluated."""
 
 import json
 import shutil
-import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, in_ranks, run_command
+from helpers import in_ranks, launcher, run_command
 from PIL import Image
 from tiny_segmentation import CONFIGS, VAL, evaluate_and_leave, tiny_flags, write_images
 
@@ -19,7 +18,6 @@ from scripts.experiments import compare_transfer
 from semantic_segmentation import demo, prepare_ade20k
 from semantic_segmentation.task import TASK
 from unimim.checkpoint.files import load_checkpoint
-from unimim.engine.distributed import free_port
 from unimim.openmmlab import runner
 
 runner.prepare(TASK, "none")
@@ -326,17 +324,14 @@ def test_the_demo_draws_over_images(data, trained, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate(data, trained, tmp_path):
     def launched(script: str, *arguments: str) -> str:
-        where = ["env", f"PYTHON={sys.executable}", f"PORT={free_port()}"]
-        done = run_command(
-            [*where, "bash", str(ROOT / "semantic_segmentation" / script), *arguments]
-        )
+        done = run_command([*launcher(2), f"semantic_segmentation/{script}", *arguments])
         assert done.returncode == 0, done.stdout[-3000:]
         return done.stdout
 
     flags = tiny_flags(data, tmp_path, 6)
-    assert "mIoU" in launched("dist_train.sh", BEIT, "2", "--pretrained", "none", *flags)
+    assert "mIoU" in launched("train.py", BEIT, "--pretrained", "none", *flags)
     assert load_checkpoint(tmp_path / "iter_6.pth")["meta"]["iter"] == 6
-    out = launched("dist_test.sh", BEIT, str(trained[0] / "iter_60.pth"), "2", *flags)
+    out = launched("test.py", BEIT, str(trained[0] / "iter_60.pth"), *flags)
     assert f"mIoU: {trained[1]:.4f}" in out
 
 

@@ -40,25 +40,48 @@ def table(tmp_path):
     names = ("knn_acc1", "linear_acc1", "finetune_acc1")
     with (tmp_path / "learns.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("data", "method", "seed", "epochs", *names))
+        writer.writerow(("data", "method", "seed", "pretrain_loss", "epochs", *names))
         for method, seed, epochs, accuracy in rows:
-            writer.writerow(("cifar10", method, seed, epochs, *[accuracy] * 3))
+            writer.writerow(("cifar10", method, seed, 0.5, epochs, *[accuracy] * 3))
     return tmp_path / "learns.csv"
 
 
-def test_the_picture_shows_one_length_beside_random_weights_of_the_network(table, tmp_path, capsys):
-    rows = plot_comparison.read_rows(table, None, 7)
+def test_the_picture_shows_the_lengths_beside_random_weights_of_the_network(
+    table, tmp_path, capsys
+):
+    rows = plot_comparison.read_rows(table, None, [7])
     assert [(row["method"], row["epochs"]) for row in rows] == [
         ("random", "0"), ("random", "0"), ("mae", "7"), ("mae", "7"), ("a2mim_resnet18", "7")
     ]  # fmt: skip
     assert plot_comparison.groups_of(rows) == [("random", ["mae"]), (None, ["a2mim_resnet18"])]
     assert plot_comparison.mean_and_error([47.0, 48.0]) == pytest.approx((47.5, 0.5))
     picture = tmp_path / "picture.png"
-    plot_comparison.main([str(table), str(picture), "--epochs", "7"])
+    plot_comparison.main([str(table), str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
+    every = plot_comparison.read_rows(table, None, None)
+    labels = [entry.get_label() for entry in plot_comparison.legend_entries(every)]
+    # the table of compare_methods.py names no steps
+    assert labels == ["mean and standard error of 2 seeds"] * 2 + ["random weights"]
     with pytest.raises(SystemExit):
-        plot_comparison.main([str(table), str(picture)])
-    assert "has rows of 7, 30; name one with --epochs" in capsys.readouterr().err
+        plot_comparison.main([str(table), str(picture), "--epochs", "8"])
+    assert "has no rows of that kind" in capsys.readouterr().err
+
+
+def test_tables_are_written_into_a_page_and_differences_are_paired(table, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    begin = "<!-- plot_comparison.py: gains 30 epochs -->"
+    page.write_text(f"# Title\n\n{begin}\nold\n<!-- end -->\n\nmore\n")
+    plot_comparison.main([str(table), "--page", str(page)])
+    lines = page.read_text().splitlines()
+    # 70 and 71 against 30 and 31: the seeds differ, their differences do not
+    gain = " | ".join(["**+40.0 ± 0.0**"] * 3)
+    assert lines[:2] == ["# Title", ""] and lines[-2:] == ["", "more"] and "old" not in lines
+    assert lines[2] == begin and f"| MAE | random weights | {gain} |" in lines
+    capsys.readouterr()
+    page.write_text("<!-- plot_comparison.py: nothing -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit):
+        plot_comparison.main([str(table), "--page", str(page)])
+    assert "no table is called 'nothing'; use accuracies 7 epochs" in capsys.readouterr().err
 
 
 def test_every_network_has_random_weights_to_compare_with():

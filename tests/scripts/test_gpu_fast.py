@@ -13,6 +13,7 @@ from helpers import ROOT
 from modeling_finetune import Block
 from scripts.benchmarks import gpu_ab, gpu_fast
 from scripts.benchmarks.benchmark import random_batch
+from scripts.benchmarks.data import write_stand_in
 from unimim.cli.models import build_classifier, build_method
 from unimim.engine.monitor import count_flops
 
@@ -59,6 +60,11 @@ def test_every_model_has_a_row(output):
     for name in gpu_fast.PROFILED:
         assert f"### Kernels of a step: {name}, eager" in table
         assert (output / f"profile-{gpu_fast.file_name(name)}-eager.txt").read_text()
+    lines = (output / "results.jsonl").read_text().splitlines()
+    eats = {
+        row["check"]: row["model_eats"] for row in map(json.loads, lines) if "model_eats" in row
+    }
+    assert eats["JPEGs alone"] is None and eats["JPEGs into MAE B"] > 0
     assert "into MAE B's step" in table and "| high |" in table and "| highest |" in table
 
 
@@ -96,15 +102,21 @@ def test_what_is_compiled_ahead_has_every_kind_of_block(name):
 
 @pytest.mark.slow
 def test_questions_of_the_engine_are_answered_on_a_cpu(tmp_path):
-    command = [sys.executable, "-m", "scripts.benchmarks.gpu_ab", "layout", "upload", "flex"]
-    command += ["--device", "cpu", "--output", str(tmp_path)]
+    images = tmp_path / "images" / "made"
+    images.mkdir(parents=True)
+    write_stand_in(images)
+    command = [sys.executable, "-m", "scripts.benchmarks.gpu_ab", "orders", "flex", "flex_steps"]
+    command += ["--device", "cpu", "--output", str(tmp_path), "--data_path", str(images.parent)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert all(row["ok"] is not False for row in rows), rows
     named = {row["check"]: row for row in rows}
-    assert named["A2MIM ResNet-50, gradients by layout"]["ok"] is True
-    assert named["MAE B, upload"]["speedup"] > 0 and named["ConMIM B, upload"]["mib"] > 0
+    for precision in ("fp64", "bf16"):
+        row = named[f"orders of made, random weights: {precision} against fp32"]
+        assert row["images"] == 4 and row["equal_pairs"] > 0.9
+    assert named["attention under a bias: sdpa"]["ok"] is True
+    assert named["ConMIM B, eager, sdpa"]["images_per_s"] > 0
 
 
 def test_orders_are_compared_place_by_place():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.visualize import MASKED_GREY
+from analysis.visualize import MASKED_GRAY
 from scripts.experiments import overview
 
 
@@ -26,7 +26,7 @@ def test_masks_hide_blocks_random_patches_and_whole_parts():
     parts = torch.zeros(1, *overview.GRID, dtype=torch.long)
     parts[..., 8:] = 1
     columns = overview.mask_columns([white], parts)
-    hidden = {name: (pictures[0] == MASKED_GREY).mean() for name, pictures in columns.items()}
+    hidden = {name: (pictures[0] == MASKED_GRAY).mean() for name, pictures in columns.items()}
     assert 0.3 < hidden["mask: block"] <= 75 / 196
     # 22.4 pixels a patch: some are a pixel larger
     assert hidden["mask: random"] == pytest.approx(0.75, abs=0.01)

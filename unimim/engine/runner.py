@@ -96,6 +96,8 @@ class GradientCheck:
         self.seen = torch.zeros(len(named), device=named[0][1].device if named else None)
         self.done = torch.zeros((), device=self.seen.device)
         self.asked = 0
+        self.counts: Tensor | None = None  # applied steps and `seen`, on their way to the host
+        self.arrived: torch.cuda.Event | None = None
         self.hooks = [
             p.register_hook(partial(self._note, number)) for number, (_, p) in enumerate(named)
         ]
@@ -106,19 +108,38 @@ class GradientCheck:
         largest = torch.linalg.vector_norm(gradient.detach(), math.inf)
         self.seen[number] += ((largest > 0) & largest.isfinite()).to(self.seen)
 
+    @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:
-        """Judges once, after enough applied steps, and waits for the device only then."""
+        """Judges once, after enough applied steps; on a GPU one step later, when the counts have
+        long arrived on the host."""
         if not self.hooks:
+            return
+        if self.counts is not None and self._read_counts():
             return
         self.done += applied.to(self.done)
         self.asked += 1
-        if self.asked < self.steps or self.done < self.steps:
+        if self.asked < self.steps:
             return
+        counts = torch.cat([self.done.view(1), reduce_sum(self.seen.clone())])
+        self.counts = counts.to("cpu", non_blocking=True)
+        if counts.is_cuda:
+            self.arrived = torch.cuda.current_stream().record_event()
+        else:
+            self._read_counts()
+
+    def _read_counts(self) -> bool:
+        """Judges what the last step sent to the host; False if too few steps were applied."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        done, *counts = self.counts.tolist()
+        self.counts = self.arrived = None
+        if done < self.steps:
+            return False
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
-        counts = reduce_sum(self.seen).tolist()
         self._judge([name for name, count in zip(self.names, counts, strict=True) if not count])
+        return True
 
     def _judge(self, untouched: list[str]) -> None:
         if not untouched:

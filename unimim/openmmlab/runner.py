@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import is_torchelastic_launched
 
 from unimim.checkpoint.files import load_checkpoint
 from unimim.engine.distributed import leave_process_group
@@ -63,7 +64,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help="allow pickled checkpoints to run code: only for files whose origin you trust",
     )
     parser.add_argument(
-        "--launcher", choices=("none", "pytorch"), default="none", help="pytorch for torchrun"
+        "--launcher",
+        choices=("none", "pytorch"),
+        default="pytorch" if is_torchelastic_launched() else "none",
+        help="pytorch under torchrun and scripts/launch.sh, where it is the default",
     )
     parser.add_argument(
         "--local-rank", "--local_rank", type=int, default=0, help="set by old launchers"
