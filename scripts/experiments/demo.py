@@ -80,7 +80,7 @@ FEW_LABELS = "--label_fraction 0.1 --epochs 60 --batch_size 40"
 COLUMNS = {"knn": "k-NN, %", "linear": "linear, %", "linear10": "linear, 10 % of labels, %"}
 SEEDS = (0, 1)
 FAST_IMAGES = {"train": 10, "val": 5}  # of each class
-FAST = "--epochs 1 --warmup_epochs 0 --batch_size 10"
+FAST = "--epochs 1 --warmup_epochs 0 --warmup_steps 1 --batch_size 10"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,16 +230,24 @@ def execute(job: Job) -> str:
                 rows = main(read(words))
             except SystemExit as error:  # argparse has printed why
                 raise ValueError(f"python {command}; see {folder / 'output.txt'}") from error
-        result: dict[str, Any] = {"command": command, "seconds": time.process_time() - start}
+        result = identity(command) | {"seconds": time.process_time() - start}
         if rows:
             result["acc1"] = rows[0].acc1
         (folder / "finished.json").write_text(json.dumps(result))
     return job.name
 
 
+def identity(command: str) -> dict[str, Any]:
+    """Return what a run is known by: its command and the flags of its recipe."""
+    words = shlex.split(command)
+    named = "--recipe" in words
+    recipe = by_name(words[words.index("--recipe") + 1]).words() if named else []
+    return {"command": command, "recipe": recipe}
+
+
 def is_finished(folder: Path, command: str) -> bool:
     file = folder / "finished.json"
-    return file.is_file() and read_finished(folder)["command"] == command
+    return file.is_file() and identity(command).items() <= read_finished(folder).items()
 
 
 class Demo:
@@ -316,7 +324,7 @@ class Demo:
         """Return all jobs, the longest first; SemMAE follows MAE, its teacher, in one job."""
         jobs = []
         for seed in self.seeds:
-            for keys in (("mae", "semmae"), ("conmim",), ("semaim",), ("semanticmim",), ("a2mim",)):
+            for keys in (("mae", "semmae"), ("semaim",), ("conmim",), ("a2mim",), ("semanticmim",)):
                 commands = {}
                 for key in keys:
                     commands |= self.pretrain(key, seed)
@@ -330,13 +338,12 @@ class Demo:
             jobs.append(Job(f"random weights, {network}", commands))
         return jobs
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Run the jobs, one process on each of two cores."""
+    def run(self, jobs: Sequence[Job], processes: int) -> None:
+        """Run the jobs in `processes` at a time, each on one core."""
         start = time.perf_counter()
-        cores = min(2, len(os.sched_getaffinity(0)))
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(cores, mp_context=context) as pool:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
             futures = [pool.submit(execute, job) for job in jobs]
             for number, future in enumerate(as_completed(futures), start=1):
                 try:
@@ -529,6 +536,9 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, default=ROOT / "output" / "demo", help="folder to write"
     )
     parser.add_argument("--data_path", type=Path, default=None, help="your own labeled images")
+    parser.add_argument(
+        "--processes", type=int, default=min(2, len(os.sched_getaffinity(0))), help="at a time"
+    )
     parser.add_argument("--fast", action="store_true", help="a few images and steps")
     options = parser.parse_args(argv)
     start = time.perf_counter()
@@ -539,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
         export_few_digits(path)
     try:
         demo = Demo(output, data_flags(path), SEEDS[:1] if options.fast else SEEDS, options.fast)
-        demo.run(demo.jobs())
+        demo.run(demo.jobs(), options.processes)
     except ValueError as error:
         sys.exit(f"error: {error}")
     from scripts.experiments.demo_pictures import draw

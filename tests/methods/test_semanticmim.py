@@ -458,9 +458,8 @@ def test_what_is_refused(tmp_path, capsys):
     assert "has 64 visual tokens, the model 8192; use --model_kwargs vocab_size=64" in said(
         "beit", "--model_kwargs"
     )
-    assert (
-        "--second_input_size 112 does not give one visual token per patch; use (32, 32)"
-        in said("beit", "--second_input_size", "112")
+    assert "--second_input_size 112 does not give one visual token per patch; use (32, 32)" in said(
+        "beit", "--second_input_size", "112"
     )
     assert "--color_jitter is 1.5" in said("beit", "--color_jitter", "1.5")
     for flags in (

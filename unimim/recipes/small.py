@@ -26,9 +26,10 @@ DATA = {
 }
 PRETRAIN = DATA | {
     "crop_scale": (0.5, 1.0),
-    "batch_size": 64,
+    "batch_size": 32,
     "update_freq": 1,
-    "warmup_epochs": 1,
+    "warmup_epochs": 0,
+    "warmup_steps": 50,
     "lr": 2e-3,
     "min_lr": 0.0,
     "weight_decay": 0.05,
@@ -36,15 +37,14 @@ PRETRAIN = DATA | {
 }
 PRETRAIN_VIT = PRETRAIN | {"patch_size": PATCH, "opt_betas": (0.9, 0.95)}
 PRETRAIN_MAE = PRETRAIN_VIT | {
-    "epochs": 10,
+    "epochs": 6,
     "model_kwargs": (*ENCODER, *DECODER),
     "mask_ratio": 0.75,
-    "norm_pix_loss": True,
+    "norm_pix_loss": False,
 }
-PRETRAIN_SEMMAE = PRETRAIN_MAE | {"epochs": 8}
+PRETRAIN_SEMMAE = PRETRAIN_MAE | {"epochs": 5}
 PRETRAIN_SEMAIM = PRETRAIN_VIT | {
-    "epochs": 3,
-    "batch_size": 32,
+    "epochs": 2,
     "clip_grad": 3.0,
     "model_kwargs": ENCODER,
     "query_depth": 4,
@@ -53,7 +53,6 @@ PRETRAIN_SEMAIM = PRETRAIN_VIT | {
 }
 PRETRAIN_SEMANTICMIM = PRETRAIN_VIT | {
     "epochs": 4,
-    "batch_size": 32,
     "model_kwargs": ENCODER,
     "mask_type": "random",
     "mask_ratio": 0.8,
@@ -61,7 +60,6 @@ PRETRAIN_SEMANTICMIM = PRETRAIN_VIT | {
 }
 PRETRAIN_CONMIM = PRETRAIN | {
     "epochs": 9,
-    "batch_size": 32,
     "lr": 1e-3,
     "clip_grad": 3.0,
     "patch_size": 7,
@@ -72,6 +70,7 @@ PRETRAIN_CONMIM = PRETRAIN | {
     "t_momentum": 0.99,
 }
 PRETRAIN_A2MIM = PRETRAIN | {
+    "batch_size": 64,
     "input_size": 32,
     "epochs": 4,
     "model_kwargs": CNN,
