@@ -439,11 +439,12 @@ def verdict(rows: Sequence[Row], seeds: int) -> str:
     pixels = rows[0].accuracies["linear"][0]
     behind = [row.name for row in systems if row not in ahead]
     others = f"; {', '.join(behind)} {'is' if len(behind) == 1 else 'are'} not" if behind else ""
+    times = [row.seconds for row in systems]
     each = "with each seed" if seeds > 1 else "with one seed"
     return (
-        f"Pre-trained without labels in about a minute on one core, {len(ahead)} of {len(systems)} "
-        f"systems are ahead of random weights of their own network in every column and {each}"
-        f"{others}; the best linear probe is {best.name}'s, "
+        f"Pre-trained without labels for {min(times):.0f} to {max(times):.0f} s on one core, "
+        f"{len(ahead)} of {len(systems)} systems are ahead of random weights of their own network "
+        f"in every column and {each}{others}; the best linear probe is {best.name}'s, "
         f"{np.mean(best.accuracies['linear']):.1f} % (pixels: {pixels:.1f} %)."
     )
 

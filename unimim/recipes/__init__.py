@@ -67,7 +67,8 @@ def recipe_for(model: str, stage: str) -> Recipe | None:
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     for recipe in _RECIPES:
-        if (recipe.model, recipe.stage) == (model, stage):
+        # those of `small` name a data set, so they are taken by name only
+        if (recipe.model, recipe.stage) == (model, stage) and recipe not in small.RECIPES:
             return recipe
     for recipe in mim.RELATIVES:
         if recipe.stage == stage and model.startswith(recipe.model.rstrip("*")):

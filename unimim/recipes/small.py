@@ -31,18 +31,19 @@ PRETRAIN = DATA | {
     "warmup_epochs": 0,
     "warmup_steps": 50,
     "lr": 2e-3,
+    "lr_schedule": "cosine",
     "min_lr": 0.0,
     "weight_decay": 0.05,
     "save_ckpt_freq": 1000,
 }
 PRETRAIN_VIT = PRETRAIN | {"patch_size": PATCH, "opt_betas": (0.9, 0.95)}
 PRETRAIN_MAE = PRETRAIN_VIT | {
-    "epochs": 6,
+    "epochs": 8,
     "model_kwargs": (*ENCODER, *DECODER),
     "mask_ratio": 0.75,
-    "norm_pix_loss": False,
+    "norm_pix_loss": True,
 }
-PRETRAIN_SEMMAE = PRETRAIN_MAE | {"epochs": 5}
+PRETRAIN_SEMMAE = PRETRAIN_MAE | {"epochs": 7, "mask_lambda_power": 2.0}
 PRETRAIN_SEMAIM = PRETRAIN_VIT | {
     "epochs": 2,
     "clip_grad": 3.0,
@@ -50,6 +51,10 @@ PRETRAIN_SEMAIM = PRETRAIN_VIT | {
     "query_depth": 4,
     "norm_pix_loss": True,
     "permutation_type": "attention_center",
+    "attention_type": "cls",
+    "prediction_head_type": "MLP",
+    "gaussian_kernel_size": None,
+    "gaussian_sigma": None,
 }
 PRETRAIN_SEMANTICMIM = PRETRAIN_VIT | {
     "epochs": 4,
@@ -67,7 +72,9 @@ PRETRAIN_CONMIM = PRETRAIN | {
     "model_kwargs": (*ENCODER, "projector_hidden_dim=256"),
     "mask_type": "random",
     "mask_ratio": 0.5,
+    "opt_betas": (0.9, 0.98),
     "t_momentum": 0.99,
+    "temp": 0.1,
 }
 PRETRAIN_A2MIM = PRETRAIN | {
     "batch_size": 64,
@@ -79,6 +86,7 @@ PRETRAIN_A2MIM = PRETRAIN | {
     "mask_ratio": 0.6,
     "opt_betas": (0.9, 0.98),
     "sync_bn": False,
+    "train_interpolation": "bicubic",
 }
 
 VIT = DATA | {"patch_size": PATCH, "model_kwargs": ENCODER, "global_pool": True}
