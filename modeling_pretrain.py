@@ -1205,8 +1205,8 @@ class VisualTokenPredictor(PretrainMethod):
     flags = (
         Flag(
             "discrete_vae_weight_path", metavar="FILE", optional=True,
-            help="DALL-E's encoder, which gives the visual tokens: OpenAI's encoder.pkl or "
-            "OpenMMLab's dalle_encoder.pth",
+            help="the tokenizer, which gives the visual tokens: what run_tokenizer.py writes, or "
+            "DALL-E's encoder as OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
         ),
         TARGET_PRECISION,
     )  # fmt: skip
@@ -1221,9 +1221,19 @@ class VisualTokenPredictor(PretrainMethod):
         self.views = ("image", "target_ids" if path is None else "image_second", *self.views[1:])
         if path is None:
             return
+        grid = tuple(self.patch_embed.grid_size)
         self.second_size = tuple(
-            self.tokenizer.encoder.stride * side for side in self.patch_embed.grid_size
+            side * count for side, count in zip(self.tokenizer.patch, grid, strict=True)
         )
+        if self.tokenizer.grid not in (None, grid):
+            there = self.tokenizer.grid
+            raise OptionError(
+                "discrete_vae_weight_path", path,
+                f"was trained for {there[0]} x {there[1]} visual tokens of an image, the model has "
+                f"{grid[0]} x {grid[1]} patches; train one for as many with run_tokenizer.py, or "
+                "change input_size or patch_size",
+                "input_size", "patch_size",
+            )  # fmt: skip
         if self.tokenizer.vocab_size != vocab_size:
             count = self.tokenizer.vocab_size
             raise OptionError(

@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling_finetune import VisionTransformer, check_choice, take
-from unimim.checkpoint.files import load_checkpoint, load_module_state
+from unimim.checkpoint.files import load_checkpoint, load_metadata, load_module_state
 from unimim.checkpoint.loading import unwrapped
 from unimim.checkpoint.names import StateDict
 from unimim.checkpoint.resizing import interpolate_pos_embed
-from unimim.errors import OptionError
+from unimim.errors import OptionError, refused
+from unimim.sizes import Pair
+from unimim.tokenizer.clusters import PatchClusters
+from unimim.tokenizer.files import TokenizerInfo
 
 TEACHERS = ("dino", "clip")
 PREDICTED_FEATURES = ("none", "inference", "ema", *TEACHERS)
@@ -176,7 +179,7 @@ def gaussian_window(side: int, device: torch.device) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# The tokenizer
+# Tokenizers
 
 
 class EncoderBlock(nn.Module):
@@ -243,10 +246,11 @@ class VisualTokenizer:
     trains it.
 
     precision "auto" leaves float32 weights to the autocast around a call; else the encoder runs in
-    that dtype.
+    that dtype. `grid` is what it was trained for, None where nothing is known of that.
     """
 
     rows = 4096  # positions whose logits are held at once
+    grid: Pair | None = None
 
     def __init__(self, encoder: DalleEncoder, precision: str = "auto"):
         check_choice("target_precision", precision, TARGET_PRECISIONS)
@@ -261,6 +265,11 @@ class VisualTokenizer:
     @property
     def vocab_size(self) -> int:
         return self.encoder.blocks["output"]["conv"].out_channels
+
+    @property
+    def patch(self) -> Pair:
+        """Pixels (height, width) of an image that a token stands for."""
+        return self.encoder.stride, self.encoder.stride
 
     @torch.no_grad()
     def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -285,19 +294,74 @@ class VisualTokenizer:
         return torch.cat(ids).view(rows.shape[:2])
 
 
+class ClusterTokenizer:
+    """Centers of patches, from k-means, and what they need around them; for a method it is what a
+    `VisualTokenizer` is."""
+
+    def __init__(self, clusters: PatchClusters, mean_std: MeanStd, grid: Pair | None = None):
+        self.encoder = clusters.eval().requires_grad_(False)
+        self.mean_std = mean_std
+        self.grid = grid
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.encoder.centers)
+
+    @property
+    def patch(self) -> Pair:
+        """Pixels (height, width) of an image that a token stands for."""
+        return self.encoder.patch
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Ids int64 of uint8 images [B, 3, H, W]: [B, M] at `positions` int64 [B, M], of all
+        patches without them."""
+        if self.encoder.centers.device != images.device:
+            self.encoder.to(images.device)
+        mean, std = (images.new_tensor(v, dtype=torch.float32) for v in self.mean_std)
+        pixels = images.float().div(255).sub(mean.view(3, 1, 1)).div(std.view(3, 1, 1))
+        return self.encoder(pixels, positions)
+
+
 def dalle_pixels(images: Tensor) -> Tensor:
     """uint8 to the encoder's range: [0.1, 0.9]."""
     return 0.8 / 255 * images.float() + 0.1
 
 
-def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
+def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer | ClusterTokenizer:
     """The tokenizer in a file: OpenAI's encoder.pkl, whose pickle is read and not executed,
-    OpenMMLab's state dict, or safetensors, under any prefix.
+    OpenMMLab's state dict, or safetensors, under any prefix; or either kind that run_tokenizer.py
+    writes. `precision` is that of a network; clusters are always compared in float32.
 
     Raises:
-        ValueError: no such file, or no such encoder in it.
+        ValueError: no such file, or no tokenizer in it.
     """
     found = load_module_state(source)
+    with refused(OptionError("discrete_vae_weight_path", source, "is no tokenizer")):
+        info = TokenizerInfo.from_metadata(load_metadata(source))
+    if info is not None and info.kind == "kmeans":
+        return clusters_of(found, info, source)
+    tokenizer = VisualTokenizer(encoder_of(found, source), precision)
+    tokenizer.grid = None if info is None else info.grid
+    return tokenizer
+
+
+def clusters_of(found: StateDict, info: TokenizerInfo, source: str) -> ClusterTokenizer:
+    """The tokenizer of a file's centers."""
+    centers = found.get("centers", torch.empty(0))
+    expected = info.vocab_size, 3 * math.prod(info.patch_size)
+    if tuple(centers.shape) != expected:
+        raise OptionError(
+            "discrete_vae_weight_path",
+            source,
+            f"is not whole: its centers have the shape {tuple(centers.shape)}, not {expected}",
+        )
+    clusters = PatchClusters(centers.float(), info.patch_size)
+    return ClusterTokenizer(clusters, (info.mean, info.std), info.grid)
+
+
+def encoder_of(found: StateDict, source: str) -> DalleEncoder:
+    """DALL-E's encoder whose tensors a file holds, in OpenAI's names under any prefix."""
     prefix = next(
         (name.removesuffix("blocks.input.w") for name in found if name.endswith("blocks.input.w")),
         None,
@@ -306,7 +370,8 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
         raise OptionError(
             "discrete_vae_weight_path",
             source,
-            "holds no encoder of DALL-E: blocks.input.w is missing",
+            "holds no encoder of DALL-E: blocks.input.w is missing; use OpenAI's encoder.pkl or "
+            "the tokenizer.safetensors that run_tokenizer.py writes",
         )
     names = {
         name: name.removeprefix(prefix) for name in found if name.startswith(f"{prefix}blocks.")
@@ -328,7 +393,7 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise OptionError("discrete_vae_weight_path", source, f"is not whole: {reason}") from error
-    return VisualTokenizer(encoder, precision)
+    return encoder
 
 
 # --------------------------------------------------------------------------------------------------

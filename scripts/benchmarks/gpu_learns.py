@@ -60,10 +60,8 @@ from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse, resolve_lr
 from unimim.data.device_loader import (
     DeviceLoader,
-    VisualTokens,
     color_place_parts,
     decoded,
-    kmeans_tokens,
     resample,
 )
 from unimim.data.pretraining import mask_generator
@@ -82,6 +80,7 @@ from unimim.files import write_rows, write_text
 from unimim.logs import setup_logging
 from unimim.parts.flags import build_learner, parse_parts
 from unimim.parts.learning import PartLearning, hard_maps, load_teacher
+from unimim.tokenizer.clusters import PatchClusters, kmeans_tokens
 
 # the least proven first, but for MAE, on whose features SemMAE's parts are learned
 PRETRAINED = (
@@ -225,7 +224,7 @@ class Images:
         draw = partial(torch.randint, num_parts, shape, generator=generator, dtype=torch.uint8)
         return self.once((kind, seed), lambda: draw().to(self.device))
 
-    def words(self, patch: tuple[int, int], mean_std) -> VisualTokens:
+    def words(self, patch: tuple[int, int], mean_std) -> PatchClusters:
         """The same tokenizer for all seeds."""
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in mean_std)
         images = self.tensors["train"][:10_000].float().div(255).sub(mean).div(std)

@@ -70,7 +70,7 @@ def test_an_old_encoder_gives_its_old_features(tmp_path):
     flags = [*EXPECTED["knn"]["flags"], "--finetune", str(ENCODER), "--knn_k", "5"]
     flags += ["--output_dir", str(tmp_path / "run")]
     for cache in (FILES / "features", tmp_path / "features"):
-        (result,) = run_knn.main(run_knn.parse([*flags, "--feature_cache", str(cache)]))
+        (result,) = run_knn.main(run_knn.parse_knn([*flags, "--feature_cache", str(cache)]))
         assert result.acc1 == pytest.approx(EXPECTED["knn"]["acc1"], abs=0.3)
     for split in ("train", "val"):
         old, new = (
@@ -83,17 +83,18 @@ def test_an_old_encoder_gives_its_old_features(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "script", "given"),
+    ("name", "script", "parse", "given"),
     [
-        ("probing", run_linear_probing, "--finetune"),
-        ("part_learning", run_part_learning, "--teacher"),
+        ("probing", run_linear_probing, run_linear_probing.parse_linear, "--finetune"),
+        ("part_learning", run_part_learning, run_part_learning.parse_parts, "--teacher"),
     ],
+    ids=["probing", "part_learning"],
 )
-def test_an_old_epoch_of_probing_and_part_learning_goes_on(tmp_path, name, script, given):
+def test_an_old_epoch_of_probing_and_part_learning_goes_on(tmp_path, name, script, parse, given):
     folder = own_copy(name, tmp_path)
     flags = [*EXPECTED[name]["flags"], given, str(ENCODER), "--output_dir", str(folder)]
     with own_signals():
-        script.main(script.parse(flags))
+        script.main(parse(flags))
     (line,) = (folder / "log.txt").read_text().splitlines()
     assert_close(json.loads(line), EXPECTED[name]["next"])
 

@@ -17,6 +17,7 @@ import run_knn
 import run_linear_probing
 import run_part_learning
 import run_pretraining
+import run_tokenizer
 from semantic_segmentation import voc_linear_probe
 from unimim.cli.options import parse, report
 from unimim.data.shapes import write_shapes
@@ -35,6 +36,7 @@ from unimim.recipes import (
     recipe_for,
 )
 from unimim.recipes.__main__ import markdown, published
+from unimim.tokenizer.flags import parse_tokenizer
 
 PARSE = {
     "pretrain": lambda words: parse("pretrain", words),
@@ -42,6 +44,7 @@ PARSE = {
     "linear": parse_linear,
     "knn": parse_knn,
     "parts": parse_parts,
+    "tokenizer": parse_tokenizer,
     "voc": voc_linear_probe.parse,
 }
 MAIN = {
@@ -50,6 +53,7 @@ MAIN = {
     "linear": run_linear_probing.main,
     "knn": run_knn.main,
     "parts": run_part_learning.main,
+    "tokenizer": run_tokenizer.main,
     "voc": voc_linear_probe.main,
 }
 PUBLISHED = [recipe for recipe in all_recipes() if recipe.is_published]
@@ -130,7 +134,7 @@ def test_name_means_the_same_as_the_whole_command(recipe: Recipe) -> None:
     }
     compared = named.keys() - (open_values - {"lr", "blr"})
     assert {name: named[name] for name in compared} == {name: whole[name] for name in compared}
-    assert named["teacher" if recipe.stage == "parts" else "model"] == recipe.model
+    assert named[recipe.model_flag] == recipe.model
     for name, value in recipe.flags.items():
         found = named.get(name)
         if value is not None and name not in ("cls_token", "global_pool", "temperature"):

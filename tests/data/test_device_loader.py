@@ -20,7 +20,6 @@ from unimim.data.device_loader import (
     crop_maps,
     decoded,
     hue,
-    kmeans_tokens,
     random_boxes,
     resample,
     saturation,
@@ -30,6 +29,7 @@ from unimim.data.pretraining import mask_generator
 from unimim.data.sources import digits_source
 from unimim.data.views import MEAN_STD, build_pretrain_transform
 from unimim.engine.state import Normalize, with_mask_counts
+from unimim.tokenizer.clusters import kmeans_tokens
 
 CPU = torch.device("cpu")
 
@@ -229,13 +229,13 @@ def test_words_tell_patches_apart_and_are_the_nearest_centres():
     levels = torch.tensor([-1.5, -0.5, 0.5, 1.5])[torch.randint(4, (64, 1, 8, 8))]
     images = levels.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
     words = kmeans_tokens(images, (4, 4), 4, seed=0, iterations=20)(images)
-    assert words.shape == (64, 8, 8)
+    assert words.shape == (64, 64)
     pairs = torch.stack((words.flatten(), levels.flatten().mul(2).long()), 1).unique(dim=0)
     assert len(pairs) == len(pairs[:, 1].unique()) == 4  # one word for each level
 
 
 def test_too_few_patches_for_the_words_are_refused():
-    with pytest.raises(ValueError, match="64 patches are too few for 100 visual tokens"):
+    with pytest.raises(ValueError, match="64 different patches are too few for 100 visual tokens"):
         kmeans_tokens(torch.randn(1, 3, 32, 32), (4, 4), 100, seed=0)
 
 

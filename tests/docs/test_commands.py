@@ -36,7 +36,9 @@ STAGES = {
     "run_knn.py": "knn",
     "run_linear_probing.py": "linear",
     "run_part_learning.py": "parts",
+    "run_tokenizer.py": "tokenizer",
 }
+WITHOUT_MODEL = ("parts", "tokenizer")  # no --model, and nothing to start from
 PARSED_BY_OPTIONS = ("pretrain", "finetune")
 
 
@@ -111,7 +113,10 @@ def small(command: Command, folder: Path) -> list[str]:
         elif flag in ("--num_parts", "--layer_indices"):
             raise AssertionError(f"{flag} needs a rule here")
     model = words[words.index("--model") + 1] if "--model" in words else ""
-    if not re.search(r"resnet|regnet|swin|convnext", model) and "run_part" not in command.program:
+    if (
+        not re.search(r"resnet|regnet|swin|convnext", model)
+        and STAGES[command.program] not in WITHOUT_MODEL
+    ):
         shallow = ["depth=1"]
         shallow += ["decoder_depth=1"] if re.match(r"(sem)?mae_", model) else []
         shallow += ["query_depth=1"] if re.match(r"(sem|s)aim_|igpt_", model) else []
@@ -173,7 +178,7 @@ def dry_run_all(folder: Path) -> list[str]:
             args = parser_of(script, stage)(words)
             for path in filter(None, (args.data_path, getattr(args, "eval_data_path", None))):
                 imagenet_stand_in(Path(path))
-            if stage not in ("pretrain", "parts"):
+            if stage not in ("pretrain", *WITHOUT_MODEL):
                 save_weights(args, trained)
             script.main(args)
             if stage == "pretrain":

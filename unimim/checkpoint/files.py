@@ -236,6 +236,19 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """Returns the strings beside the tensors of a `.safetensors` file or address; empty for any
+    other file."""
+    path = _download(str(path)) if str(path).startswith("https://") else Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error})") from error
+
+
 def _read_safetensors(path: Path) -> StateDict:
     try:
         return safetensors.torch.load_file(path)

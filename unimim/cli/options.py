@@ -91,7 +91,7 @@ def recipe_values(recipe: Recipe, parser: argparse.ArgumentParser) -> dict[str, 
         action.default = argparse.SUPPRESS
     values = vars(bare.parse_args(recipe.words()))
     if not recipe.model.endswith("*"):  # of a whole family of networks
-        values["teacher" if recipe.stage == "parts" else "model"] = recipe.model
+        values[recipe.model_flag] = recipe.model
     return values
 
 

@@ -36,7 +36,6 @@ from unimim.parts.learning import TeacherFeatures, hard_maps, kmeans_maps
 VIEWS = ("image", "image_strong", "mask", "target_mask", "noise", "part_ids", "target_ids")
 LUMA = (0.299, 0.587, 0.114)
 MASK_BANK = 4096  # masks of a generator that only the CPU knows
-PATCHES_AT_ONCE = 2**18
 MAPS_AT_ONCE = 2**11
 
 
@@ -287,7 +286,7 @@ class DeviceMasks:
         )
 
 
-# --- parts and visual tokens ----------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def crop_maps(
@@ -342,61 +341,6 @@ def color_place_parts(
         soft = kmeans_maps(TeacherFeatures(cells[:, 0], cells, cells[..., 0]), grid, num_parts)
         parts.append(hard_maps(soft, clean=False))
     return torch.cat(parts)
-
-
-class VisualTokens:
-    """Normalized images [B, 3, h, w] to the number of the nearest center of each patch, int64 [B,
-    gh, gw]."""
-
-    def __init__(self, centers: Tensor, patch: Pair):
-        self.centers, self.patch = centers, patch
-
-    def __call__(self, images: Tensor) -> Tensor:
-        grid = [side // cell for side, cell in zip(images.shape[2:], self.patch, strict=True)]
-        patches = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2).flatten(0, 1)
-        return nearest_centre(patches, self.centers).view(-1, *grid)
-
-
-def kmeans_tokens(
-    images: Tensor,
-    patch: Pair,
-    vocab_size: int,
-    *,
-    seed: int,
-    patches: int = 200_000,
-    iterations: int = 10,
-) -> VisualTokens:
-    """A tokenizer without a network: k-means of patches of normalized images [N, 3, H, W], Lloyd's
-    iterations.
-
-    It stands in for the discrete VAE of BEiT (arXiv 2106.08254, section 2.1), whose words say more
-    than colors.
-    """
-    sample = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)
-    rng = np.random.default_rng(seed)
-    chosen = torch.from_numpy(rng.permutation(len(sample))[:patches]).to(sample.device)
-    sample = sample[chosen]
-    if len(sample) < vocab_size:
-        raise ValueError(
-            f"{len(sample)} patches are too few for {vocab_size} visual tokens; take more images"
-        )
-    centers = sample[:vocab_size].clone()
-    for _ in range(iterations):
-        nearest = nearest_centre(sample, centers)
-        sizes = torch.zeros(vocab_size, 1, device=sample.device).index_add_(
-            0, nearest, torch.ones_like(sample[:, :1])
-        )
-        sums = torch.zeros_like(centers).index_add_(0, nearest, sample)
-        centers = torch.where(sizes > 0, sums / sizes.clamp(min=1), centers)
-    return VisualTokens(centers, patch)
-
-
-def nearest_centre(patches: Tensor, centers: Tensor) -> Tensor:
-    """The number of the nearest center [K, C] of each patch [M, C], int64 [M]."""
-    lengths = centers.square().sum(1)
-    return torch.cat(
-        [(lengths - 2 * some @ centers.T).argmin(1) for some in patches.split(PATCHES_AT_ONCE)]
-    )
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def build_data(args: Namespace, method: nn.Module) -> DataLoader:
     """Return the loader of the method's views."""
     if "target_ids" in method.views:
         raise ValueError(
-            f"--model {args.model} needs --discrete_vae_weight_path: DALL-E's encoder, encoder.pkl"
+            f"--model {args.model} needs --discrete_vae_weight_path: a file of run_tokenizer.py, "
+            "or DALL-E's encoder.pkl"
         )
     height, width = method.image_size
     patch_height, patch_width = method.cell_size

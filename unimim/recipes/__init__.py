@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from unimim.recipes import beit, conmim, mae, mim, semaim, small
-from unimim.recipes.recipe import OURS, PROGRAMS, Recipe
+from unimim.recipes.recipe import OURS, PROGRAMS, WITHOUT_LABELS, Recipe
 
 __all__ = [
     "FAMILIES",
@@ -115,9 +115,9 @@ def launch_command(
 
 def command(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:
     """Return `launch_command` with every flag of the recipe spelled out instead of its name."""
-    model = "--teacher" if recipe.stage == "parts" else "--model"
     paths = _path_flags(recipe, environment, extra)
-    return [recipe.program, model, recipe.model, *paths, *recipe.words(), *extra]
+    model = (f"--{recipe.model_flag}", recipe.model)
+    return [recipe.program, *model, *paths, *recipe.words(), *extra]
 
 
 def _path_flags(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[str]) -> list[str]:
@@ -135,7 +135,7 @@ def _path_flags(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[
     if environment.get("DATA_PATH"):
         words += ["--data_path", environment["DATA_PATH"]]
     elif not (_has(extra, "data_path", "data_set") or "data_set" in recipe.flags):
-        unlabeled = recipe.stage in ("pretrain", "parts")
+        unlabeled = recipe.stage in WITHOUT_LABELS
         maps = "train_map.txt" if unlabeled else "train_map.txt and val_map.txt"
         raise ValueError(f"DATA_PATH is not set; it must name {path.format(maps)}")
     output = environment.get("OUTPUT_DIR") or f"output/{recipe.name}"

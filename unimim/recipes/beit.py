@@ -138,6 +138,30 @@ JITTER_NOTE = (
 SEMANTIC_MASKFEAT_NOTE = "The published warm-up starts from a millionth of the peak, here from 0."
 BORROWED_NOTE = "Unverified: every setting is SemanticMIM's for its own models."
 VOC_NOTE = "No result is published. Unverified: the number of GPUs, with which the lr scales."
+TOKENIZER_NOTE = (
+    "Ours, not published: the settings are for images of 32 pixels. Its file gives "
+    "--discrete_vae_weight_path; the model needs 8 x 8 patches and vocab_size=512."
+)
+TOKENIZER_SIZES = {"input_size": 32, "patch_size": 4, "vocab_size": 512}
+TOKENIZER_DVAE_TINY = {
+    **TOKENIZER_SIZES,
+    "n_hid": 32,
+    "warmup_epochs": 0,
+    "blocks_per_group": 1,
+    "batch_size": 64,
+    "update_freq": 1,
+    "epochs": 3,
+    "lr": 1e-2,
+    "min_lr": 1e-3,
+    "kl_weight": 5e-3,
+    "imagenet_default_mean_and_std": True,
+}
+TOKENIZER_KMEANS = {
+    **TOKENIZER_SIZES,
+    "batch_size": 64,
+    "kmeans_patches": 200_000,
+    "imagenet_default_mean_and_std": True,
+}
 DALLE = {"discrete_vae_weight_path": ("TOKENIZER", "encoder.pkl")}
 
 
@@ -259,6 +283,21 @@ def _own(name: str, size: str, method: str, flags: Mapping[str, Any], suffix: st
     )
 
 
+def _tokenizer(name: str, kind: str, network: str, flags: Mapping[str, Any]) -> Recipe:
+    """Return our recipe of a tokenizer for small images."""
+    return Recipe(
+        name=name,
+        stage="tokenizer",
+        model=kind,
+        gpus=1,
+        flags=flags,
+        source=OURS,
+        note=TOKENIZER_NOTE,
+        method="Visual tokens",
+        network=network,
+    )
+
+
 SMALL_MODELS = (
     ("beit", "BEiT", PRETRAIN_BEIT_TINY, "_8k_vocab"),
     ("semanticmim_beit", "SemanticMIM on BEiT", PRETRAIN_SEMANTIC_BEIT_TINY, ""),
@@ -332,6 +371,8 @@ RECIPES = (
         network="ViT-B/16",
         data="Pascal VOC",
     ),
+    _tokenizer("tokenizer_dvae_tiny", "dvae", "a discrete VAE", TOKENIZER_DVAE_TINY),
+    _tokenizer("tokenizer_kmeans", "kmeans", "clusters of patches", TOKENIZER_KMEANS),
     *(
         _own(name, size, method, flags, suffix)
         for name, method, flags, suffix in SMALL_MODELS

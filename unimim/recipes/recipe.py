@@ -14,6 +14,7 @@ PROGRAMS = {
     "linear": "run_linear_probing.py",
     "knn": "run_knn.py",
     "parts": "run_part_learning.py",
+    "tokenizer": "run_tokenizer.py",
     "voc": "semantic_segmentation/voc_linear_probe.py",
 }
 ACTIVITIES = {
@@ -22,8 +23,13 @@ ACTIVITIES = {
     "linear": "linear probing",
     "knn": "k-NN on the features",
     "parts": "part learning on the features",
+    "tokenizer": "training",
     "voc": "linear segmentation of Pascal VOC on the features",
 }
+
+# The flag that takes a recipe's `model`; --model in the other stages.
+MODEL_FLAGS = {"parts": "teacher", "tokenizer": "kind"}
+WITHOUT_LABELS = ("pretrain", "parts", "tokenizer")
 
 # Flags whose negation is not "no_" and their name.
 _OFF = {"use_mean_pooling": "use_cls", "use_bottleneck": "no_bottleneck"}
@@ -66,6 +72,11 @@ class Recipe:
         return PROGRAMS[self.stage]
 
     @property
+    def model_flag(self) -> str:
+        """The flag that takes `model`, without dashes."""
+        return MODEL_FLAGS.get(self.stage, "model")
+
+    @property
     def epochs(self) -> int | None:
         """The number of training epochs; None if nothing is trained."""
         return self.flags.get("epochs")
@@ -101,7 +112,7 @@ class Recipe:
     @property
     def starts_from(self) -> str | None:
         """The recipe whose checkpoint this one starts from; None for random weights."""
-        if self.stage in ("pretrain", "parts"):
+        if self.stage in WITHOUT_LABELS:
             return None
         if self.name.endswith("_384"):  # after fine-tuning at 224 px
             return self.name.removesuffix("_384")
