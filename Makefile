@@ -16,7 +16,7 @@ help: ## show this list
 
 venv: $(STAMP) ## install everything into .venv, unless that is done already
 
-demo: $(STAMP) ## pre-train, fine-tune and evaluate a tiny ConMIM, report in output/demo
+demo: $(STAMP) ## pre-train five systems and MAE, judge their features, report in output/demo
 	$(RUN) scripts/experiments/demo.py
 
 test: $(STAMP) ## run all tests, the slow ones too

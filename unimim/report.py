@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from matplotlib.figure import Figure
 
 # Safe for color-blind readers; the first is the method's color, the second the baseline's.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-Logs = Sequence[list[dict]]
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222 }
@@ -21,11 +19,20 @@ body { max-width: 56rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 }
 h2 { margin-top: 2.5rem }
 img { max-width: 100% }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem }
+figure { margin: 1.2rem 0 }
+figcaption { font-size: .85rem; color: #555 }
+pre { background: #f5f5f5; padding: .8rem; font-size: .75rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.wide { overflow-x: auto }
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc }
 th { text-align: left }
 td:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
+@media print {
+  body { max-width: none; margin: 0; font-size: 10.5pt }
+  figure, table { break-inside: avoid }
+  h2 { break-after: avoid }
+}
 """
 
 
@@ -44,43 +51,31 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 # Curves
 
 
-def contrast_curves(log: list[dict], patches: int) -> Figure:
-    """Plot ConMIM's contrast loss and accuracy by epoch, with the chance level of `patches`."""
-    figure = Figure(figsize=(8.4, 3.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = range(1, len(log) + 1)
-    left.plot(epochs, [epoch["train_loss"] for epoch in log], color=COLORS[0])
-    right.plot(epochs, [100 * epoch["train_contrast_acc"] for epoch in log], color=COLORS[0])
-    _guessing(left, math.log(patches), f"guessing: ln {patches} = {math.log(patches):.2f}")
-    _guessing(right, 100 / patches, f"guessing: 1 of {patches}")
-    left.set(xlabel="epoch", ylabel="contrast loss (nats)")
-    right.set(xlabel="epoch", ylabel="contrast accuracy (%)", ylim=(0, None))
-    return figure
-
-
-def _guessing(axis, level: float, text: str) -> None:
-    """Draw the chance level as a dashed line."""
-    axis.axhline(level, color="#888", linewidth=0.9, linestyle="--")
-    axis.annotate(
-        text, (0.98, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-    )
-
-
-def accuracy_curves(arms: Mapping[str, Logs]) -> Figure:
-    """Plot validation accuracy by epoch: the mean of each arm's seeds, and their range."""
-    figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+def dots(
+    values: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    names: tuple[str, str],
+    level: float,
+    level_name: str,
+) -> Figure:
+    """Plot two groups of accuracies in percent for each row, and a common level as a line."""
+    figure = Figure(figsize=(7.4, 0.42 * len(values) + 1.1), layout="constrained")
     axis = figure.subplots()
-    for (name, logs), color in zip(arms.items(), COLORS, strict=False):
-        by_epoch = []
-        for seeds in zip(*logs, strict=True):
-            by_epoch.append([epoch["test_acc1"] for epoch in seeds])
-        epochs = range(1, len(by_epoch) + 1)
-        axis.plot(epochs, [statistics.mean(values) for values in by_epoch], color=color, label=name)
-        low = [min(values) for values in by_epoch]
-        high = [max(values) for values in by_epoch]
-        axis.fill_between(epochs, low, high, color=color, alpha=0.2)
-    axis.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    axis.legend(frameon=False, loc="lower right")
+    rows = list(values)[::-1]
+    for row, label in enumerate(rows):
+        learned, untrained = values[label]
+        ends = (statistics.mean(untrained), statistics.mean(learned))
+        axis.plot(ends, (row, row), color="#bbb", linewidth=1, zorder=1)
+        for group, color, name in (
+            (learned, COLORS[0], names[0]),
+            (untrained, COLORS[1], names[1]),
+        ):
+            axis.scatter(
+                group, [row] * len(group), color=color, s=28, label=name if row == 0 else None
+            )
+    axis.axvline(level, color="#888", linewidth=0.9, linestyle="--", label=level_name)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel="accuracy (%)", xlim=(0, 100))
+    axis.legend(frameon=False, loc="lower left", fontsize=8)
     return figure
 
 
@@ -97,9 +92,19 @@ def picture(source: Figure | Path, caption: str) -> str:
     else:
         data = source.read_bytes()
     encoded = base64.b64encode(data).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{encoded}" alt="{html.escape(caption)}"></figure>'
-    )
+    text = html.escape(caption)
+    shown = f'<img src="data:image/png;base64,{encoded}" alt="{text}">'
+    return f"<figure>{shown}<figcaption>{text}</figcaption></figure>"
+
+
+def paragraph(text: str) -> str:
+    """Return an HTML paragraph."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def listing(text: str) -> str:
+    """Return preformatted HTML text, whose long lines are wrapped."""
+    return f"<pre>{html.escape(text)}</pre>"
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -107,7 +112,8 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
     for row in rows:
         lines.append("".join(f"<td>{html.escape(cell)}</td>" for cell in row))
-    return "<table>" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table>{body}</table></div>'
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

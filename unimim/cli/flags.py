@@ -146,7 +146,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_set", default=None,
-        choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes"),
+        choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "mnist5k", "shapes"),
         help="IMNET: map files beside folders or zips; None: inferred from --data_path; digits "
         "without one",
     )  # fmt: skip

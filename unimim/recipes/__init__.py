@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from unimim.recipes import beit, conmim, mae, mim, semaim
+from unimim.recipes import beit, conmim, mae, mim, semaim, small
 from unimim.recipes.recipe import OURS, PROGRAMS, WITHOUT_LABELS, Recipe
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "recipe_for",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (conmim, mae, semaim, beit, mim)
+FAMILIES: tuple[ModuleType, ...] = (conmim, mae, semaim, beit, mim, small)
 STAGES = ("pretrain", "finetune")  # their scripts use the model's recipe if none is named
 
 _RECIPES: tuple[Recipe, ...] = tuple(recipe for family in FAMILIES for recipe in family.RECIPES)
@@ -67,7 +67,8 @@ def recipe_for(model: str, stage: str) -> Recipe | None:
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     for recipe in _RECIPES:
-        if (recipe.model, recipe.stage) == (model, stage):
+        # those of `small` name a data set, so they are taken by name only
+        if (recipe.model, recipe.stage) == (model, stage) and recipe not in small.RECIPES:
             return recipe
     for recipe in mim.RELATIVES:
         if recipe.stage == stage and model.startswith(recipe.model.rstrip("*")):
@@ -133,7 +134,7 @@ def _path_flags(recipe: Recipe, environment: Mapping[str, str], extra: Sequence[
         words += ["--data_set", data_set]
     if environment.get("DATA_PATH"):
         words += ["--data_path", environment["DATA_PATH"]]
-    elif not _has(extra, "data_path", "data_set"):
+    elif not (_has(extra, "data_path", "data_set") or "data_set" in recipe.flags):
         unlabeled = recipe.stage in WITHOUT_LABELS
         maps = "train_map.txt" if unlabeled else "train_map.txt and val_map.txt"
         raise ValueError(f"DATA_PATH is not set; it must name {path.format(maps)}")
