@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests, each with one thread.
+JOBS ?= 2
 
 RUN := $(VENV)/bin/python
 # Written last, so that an interrupted installation is taken up again instead of being taken for a whole one.
@@ -20,7 +22,7 @@ demo: $(STAMP) ## pre-train five systems and MAE, judge their features, report i
 	$(RUN) scripts/experiments/demo.py
 
 test: $(STAMP) ## run all tests, the slow ones too
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(STAMP) ## check style and formatting
 	$(RUN) -m ruff check .
