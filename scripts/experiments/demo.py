@@ -438,7 +438,9 @@ def verdict(rows: Sequence[Row], seeds: int) -> str:
     best = max(systems, key=lambda row: np.mean(row.accuracies["linear"]))
     pixels = rows[0].accuracies["linear"][0]
     behind = [row.name for row in systems if row not in ahead]
-    others = f"; {', '.join(behind)} {'is' if len(behind) == 1 else 'are'} not" if behind else ""
+    others = (
+        f"; {', '.join(behind)} {'is' if len(behind) == 1 else 'are'} not in all" if behind else ""
+    )
     times = [row.seconds for row in systems]
     each = "with each seed" if seeds > 1 else "with one seed"
     return (
@@ -492,7 +494,8 @@ def page(demo: Demo, rows: Sequence[Row], outcome: str, seconds: float) -> str:
             report.picture(
                 demo.output / "pictures.png",
                 "What each system sees and predicts, on images that it was not trained on. Masked "
-                "patches are gray; SemAIM's order runs from yellow to blue; attention is bright.",
+                "patches are gray; SemAIM's order runs from yellow to blue; attention is bright. "
+                "MAE's predictions are of normalized patches: mean and std are the true ones.",
             ),
             report.html_table(*table(rows)),
             report.paragraph(
