@@ -15,6 +15,7 @@ from datasets import BadImagesError, ImageDataset
 from optim_factory import set_schedule
 from unimim.engine.distributed import gathered, has_peers, seed_step
 from unimim.engine.monitor import Progress, clock, memory_gib
+from unimim.engine.samples import is_due, sample_images
 from unimim.engine.session import Position
 from unimim.engine.state import Stopped, Training
 from unimim.logs import log
@@ -156,11 +157,23 @@ def save_at_epoch_end(run: Training, position: Position) -> None:
         run.session.save(position, finished=True)
 
 
+def show_images(run: Training, position: Position) -> None:
+    """Sends images of masks and reconstructions to tensorboard, every few epochs."""
+    if not run.run_log.shows_images or not is_due(position.epoch, run.args.epochs):
+        return
+    images = sample_images(run)
+    if images is not None:
+        step = (position.epoch + 1) * run.steps_per_epoch
+        run.run_log.images("masks and predictions", images, step)
+
+
 def train(run: Training, position: Position, after_epoch) -> None:
     """Trains epoch after epoch.
 
     `after_epoch(position)` evaluates, and the metrics that it returns go into log.txt.
     """
+    if position.epoch >= run.args.epochs:
+        log.info("nothing left to do: all %d epochs are done; raise --epochs", run.args.epochs)
     run.run_log.forget_from(position.epoch)
     try:
         while position.epoch < run.args.epochs:
@@ -179,6 +192,7 @@ def train_and_report(run: Training, position: Position, after_epoch) -> None:
     # before the checkpoint: a run killed in between does the epoch again, and its line with it
     run.run_log.epoch(metrics, (position.epoch + 1) * run.steps_per_epoch)
     save_at_epoch_end(run, position)
+    show_images(run, position)
     log.info(
         "epoch %d: %s",
         position.epoch,

@@ -194,12 +194,23 @@ def _unit_side(input_size: int | Pair, patch_size: int | Pair, mask_patch_size: 
     """Return the side of one of SimMIM's mask units in patches."""
     patch_h, patch_w = to_pair(patch_size)
     side = 2 * patch_h if mask_patch_size is None else mask_patch_size
-    if patch_h != patch_w or side % patch_h:
+    if patch_h != patch_w or side < 1 or side % patch_h:
         raise ValueError(
-            f"--mask_patch_size {side} is not a multiple of a square --patch_size "
-            f"({patch_h}x{patch_w})"
+            f"--mask_patch_size {side} is not a multiple of the side of a square patch, which is "
+            f"{patch_h}x{patch_w} pixels"
         )
-    _grid(input_size, side, "--mask_patch_size")
+    height, width = to_pair(input_size)
+    if height % side or width % side:
+        default = ", two patches, which is the default" if mask_patch_size is None else ""
+        raise ValueError(
+            f"--input_size {height}x{width} is not a multiple of --mask_patch_size {side}{default}"
+            f"; use --mask_patch_size {patch_h}, one patch"
+        )
+    if side >= max(height, width):
+        raise ValueError(
+            f"--mask_ratio hides 1 of 1 positions (1x1), as --mask_patch_size {side} is the whole "
+            f"image; {f'use --mask_patch_size {patch_h}' if patch_h < side else 'use smaller ones'}"
+        )
     return side // patch_h
 
 

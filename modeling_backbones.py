@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from modeling_finetune import (
     MIM_VIT_SIZES,
+    UnknownOptionError,
     VisionTransformer,
     check_choice,
+    own_options,
     register,
     register_family,
 )
@@ -40,6 +42,7 @@ TIMM_BACKBONES = {
 }
 # what timm's networks repeat within a stage
 REPEATED_BLOCKS = (BasicBlock, Bottleneck, ConvNeXtBlock, SwinTransformerBlock, RegNetBlock)
+OUTPUT_STRIDES = (8, 16, 32)  # of timm's ResNets, RegNets and ConvNeXts
 MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")
 
 
@@ -221,7 +224,10 @@ def build_backbone(
     """
     if name in MIM_VIT_SIZES:
         given = {"attn": attn, "grad_checkpointing": grad_checkpointing, "drop_path": drop_path}
-        return MapViT(input_size=input_size, **MIM_VIT_SIZES[name] | given | options)
+        try:
+            return MapViT(input_size=input_size, **MIM_VIT_SIZES[name] | given | options)
+        except TypeError as error:
+            raise UnknownOptionError(error, own_options(MapViT)) from error
     backbone = timm_network(
         name,
         input_size,
@@ -264,12 +270,31 @@ def timm_network(
             raise OptionError(
                 "drop_path", drop_path, f"is not possible: {name} has no stochastic depth; use 0"
             ) from error
-        raise
+        raise UnknownOptionError(error, own_options(class_of_timm(name))) from error
+    except AssertionError as error:
+        stride = options.get("output_stride")
+        if stride not in (None, *OUTPUT_STRIDES):
+            raise OptionError(
+                "output_stride",
+                stride,
+                f"is not possible for {name}; use one of {', '.join(map(str, OUTPUT_STRIDES))}",
+            ) from error
+        raise OptionError(
+            "model_kwargs", None, f"timm's {name} refuses these options: {options}"
+        ) from error
     if grad_checkpointing:
         with refused(OptionError("grad_checkpointing", None, f"timm's {name} has none")):
             network.set_grad_checkpointing()
     put_in_order(network, family_of(network).channels_last)
+    # what timm.create_model needs for a network of these weights
+    network.timm_arguments = {"model_name": name, **options}
     return network
+
+
+def class_of_timm(name: str) -> type[nn.Module]:
+    """Returns the class of timm's network of that name."""
+    with torch.device("meta"):
+        return type(timm.create_model(name))
 
 
 def window_of(input_size: tuple[int, int]) -> int:

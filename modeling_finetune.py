@@ -7,9 +7,12 @@ positions, class token or mean pooling). Shapes in comments: B images, N patches
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from inspect import Parameter, signature
+from typing import Any
 
 import timm
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from unimim.errors import OptionError
+from unimim.errors import OptionError, did_you_mean
 from unimim.flag import Flag
 from unimim.sizes import to_pair
 
@@ -57,6 +60,7 @@ class ModelEntry:
     kind: "method" (pre-training), "classifier" or "timm" (a classifier with timm's options).
     input_size: the side of the images that it is for, unless it is told another.
     flags: command-line flags of its classes.
+    classifier: the model as which a method's encoder is fine-tuned; "" for a classifier.
     """
 
     build: Callable[..., nn.Module]
@@ -64,6 +68,7 @@ class ModelEntry:
     kind: str
     input_size: int
     flags: tuple[Flag, ...]
+    classifier: str = ""
 
 
 _MODELS: dict[str, ModelEntry] = {}
@@ -71,14 +76,20 @@ _FAMILIES: dict[str, ModelEntry] = {}
 
 
 def register(
-    name: str, build: Callable[..., nn.Module], *, classes: tuple[type, ...] = (), **defaults
+    name: str,
+    build: Callable[..., nn.Module],
+    *,
+    classes: tuple[type, ...] = (),
+    classifier: str = "",
+    **defaults,
 ) -> None:
     """Makes `build(**defaults)` the model called `name` here, and in timm too where timm has no
     model of that name.
 
-    `classes`: what a `build` that is a function returns one of.
+    `classes`: what a `build` that is a function returns one of. `classifier`: the model as which a
+    method's encoder is fine-tuned.
     """
-    _MODELS[name] = _entry(build, classes, defaults)
+    _MODELS[name] = replace(_entry(build, classes, defaults), classifier=classifier)
     if not timm.is_model(name):
         named = partial(_MODELS[name].build)
         named.__name__ = name
@@ -109,12 +120,28 @@ def entry_of(name: str) -> ModelEntry | None:
     for prefix, entry in _FAMILIES.items():
         backbone = name.removeprefix(prefix)
         if name.startswith(prefix) and timm.is_model(backbone):
-            return replace(entry, build=partial(entry.build, backbone=backbone))
+            classifier = backbone if entry.kind == "method" else ""
+            build = partial(entry.build, backbone=backbone)
+            return replace(entry, build=build, classifier=classifier)
     return None
 
 
 def list_models(prefix: str = "") -> list[str]:
     return sorted(name for name in _MODELS if name.startswith(prefix))
+
+
+def models_by_purpose() -> str:
+    """Returns a table of the registered models: methods with their classifiers, then
+    classifiers."""
+    methods = {name: entry.classifier for name, entry in _MODELS.items() if entry.kind == "method"}
+    width = max(map(len, methods)) + 2
+    lines = [f"{'pre-training (run_pretraining.py)':{width + 2}}encoder is fine-tuned as"]
+    lines += [f"  {name:{width}}{methods[name]}" for name in sorted(methods)]
+    lines += ["", "classification (run_class_finetuning.py, run_linear_probing.py, run_knn.py)"]
+    lines += [f"  {name}" for name in list_models() if name not in methods]
+    others = ", ".join(f"{prefix}NAME" for prefix in _FAMILIES if prefix)
+    lines += ["", f"and by its name any other network of timm; {others} pre-train its CNNs"]
+    return "\n".join(lines)
 
 
 def registered_flags() -> dict[Flag, list[str]]:
@@ -139,14 +166,55 @@ def create_model(name: str, **kwargs) -> nn.Module:
     entry = entry_of(name)
     if entry is None:
         raise OptionError(
-            "model", name, f"is unknown here; the models are: {', '.join(list_models())}"
+            "model",
+            name,
+            f"is unknown here{did_you_mean(name, _MODELS)} --list_models shows the models",
         )
     try:
         return entry.build(**kwargs)
     except TypeError as error:
+        wrong = wrong_option(error, kwargs)
+        if wrong is None:
+            raise
+        known = own_options(*entry.classes or (entry.build.func,)) | getattr(error, "known", set())
+        known -= {"backbone", "num_classes"} if entry.kind == "method" else {"backbone"}
         raise OptionError(
-            "model", name, f"does not take one of the options {sorted(kwargs)}: {error}"
+            wrong,
+            kwargs[wrong],
+            f"is not an option of {name}{did_you_mean(wrong, known)} there are: "
+            f"{', '.join(sorted(known))}",
         ) from error
+
+
+class UnknownOptionError(TypeError):
+    """A constructor inside another does not take an option; `known` are those that it takes."""
+
+    def __init__(self, error: TypeError, known: set[str]):
+        super().__init__(str(error))
+        self.known = known
+
+
+def wrong_option(error: TypeError, options: Mapping[str, Any]) -> str | None:
+    """Returns which of the options a constructor did not take; None if the error is another."""
+    found = re.search(r"(?:unexpected keyword|multiple values for.*) argument '(\w+)'", str(error))
+    return found[1] if found and found[1] in options else None
+
+
+def own_options(*builders: type | Callable) -> set[str]:
+    """Returns the names of the options of constructors, with those that they pass to their bases,
+    or of functions."""
+    names: set[str] = set()
+    for builder in builders:
+        for cls in getattr(builder, "__mro__", (builder,)):
+            init = vars(cls).get("__init__") if isinstance(cls, type) else cls
+            if init is None:
+                continue
+            parameters = signature(init).parameters.values()
+            named = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+            names |= {one.name for one in parameters if one.kind in named}
+            if not any(one.kind is Parameter.VAR_KEYWORD for one in parameters):
+                break
+    return names - {"self"}
 
 
 def input_size_of(name: str) -> int:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,7 @@ from modeling_targets import (
     load_teacher,
     load_tokenizer,
 )
+from unimim.checkpoint.names import timm_vit_arguments
 from unimim.engine.ema import MovingAverage
 from unimim.engine.task import Task
 from unimim.errors import OptionError, refused
@@ -105,7 +106,8 @@ class PretrainMethod(Task):
     "noise" [B, noise_size] holds for each image, so that what is random follows from seed, epoch
     and image, not from processes and batches. `not_exported`: beginnings of the names of what is
     no part of the encoder. `predicts_pixels`: whether `reconstruct` can show what is predicted.
-    `most_masked`: what lists of masked patches are filled up to, so that compiled blocks see one
+    `finer_patches`: what a message about masks adds, on how patches become smaller. `most_masked`:
+    what lists of masked patches are filled up to, so that compiled blocks see one
     length; None: the batch's largest number. Its ema is the teacher.
     """
 
@@ -114,6 +116,7 @@ class PretrainMethod(Task):
     noise_size: int = 0
     not_exported: tuple[str, ...] = ()
     predicts_pixels: bool = False
+    finer_patches: str = ""
     most_masked: int | None = None
     ema_key = "teacher"
 
@@ -146,6 +149,10 @@ class PretrainMethod(Task):
         if weights is None:
             weights = (self if self.teacher is None else self.teacher).state_dict()
         return {k: v for k, v in weights.items() if not k.startswith(self.not_exported)}
+
+    def timm_arguments(self, encoder: dict[str, Tensor]) -> dict[str, Any]:
+        """Returns the arguments of `timm.create_model` for an exported encoder in timm's names."""
+        return timm_vit_arguments(encoder, self.image_size, self.blocks[0].attn.num_heads)
 
 
 class MaskedImageModel(PretrainMethod, VisionTransformer):
@@ -780,7 +787,7 @@ class SemAIM(TwoStreams):
             help="keep an ema of the network, which gives the attention map",
         ),
         *TwoStreams.flags,
-        Flag("prediction_head_type", choices=PREDICTION_HEADS),
+        Flag("prediction_head_type", choices=PREDICTION_HEADS, help="a layer or an MLP"),
         Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
         Flag("gaussian_sigma", type=float, help="std of the blur of the target pixels"),
         Flag("loss_type", choices=PIXEL_LOSSES, help="loss of the pixels"),
@@ -1595,6 +1602,18 @@ class SimMIM(PretrainMethod):
     def cell_size(self) -> tuple[int, int]:
         return (self.inject.place.stride,) * 2
 
+    @property
+    def finer_patches(self) -> str:
+        """Says how a CNN's patches, as large as the stride where the token goes in, get smaller."""
+        side = self.inject.place.stride
+        if isinstance(self.backbone, VisionTransformer) or side <= 8:
+            return ""
+        return (
+            f"; a patch of this backbone is {side}x{side} pixels, the stride where the mask token "
+            "goes in: --model_kwargs output_stride=8 makes it 8x8 in ResNets, RegNets and "
+            "ConvNeXts, and --mask_patch_size can be 8 then"
+        )
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         predicted = self.predict(self.features(batch["image"], batch["mask"]), batch["image"])
         return self.loss(predicted, batch["image"], batch["mask"])
@@ -1639,6 +1658,12 @@ class SimMIM(PretrainMethod):
         """The backbone under its own names, which are timm's for timm's networks."""
         kept = super().encoder_state_dict(weights)
         return {name.removeprefix("backbone."): value for name, value in kept.items()}
+
+    def timm_arguments(self, encoder: dict[str, Tensor]) -> dict[str, Any]:
+        if isinstance(self.backbone, VisionTransformer):
+            heads = self.backbone.blocks[0].attn.num_heads
+            return timm_vit_arguments(encoder, self.image_size, heads)
+        return self.backbone.timm_arguments
 
 
 class A2MIM(SimMIM):
@@ -1711,22 +1736,24 @@ _DECODERS = {
 }
 
 
-def _semaim(name: str, **options) -> None:
-    register(f"{name}_patch16_224", build_semaim, classes=(SemAIM, FeatureSemAIM), **options)
+def _semaim(name: str, size: str, **options) -> None:
+    register(
+        f"{name}_{size}_patch16_224", build_semaim, classes=(SemAIM, FeatureSemAIM),
+        classifier=f"vit_{size}_patch16_224", **options,
+    )  # fmt: skip
 
 
 for _size, _options in VIT_SIZES.items():
-    register(
-        f"conmim_{_size}_patch16_224",
-        ConMIM,
-        **{**_options, "rel_pos_bias": "shared", "init_values": 0.1},
-    )
     _beit = {**_options, "init_values": 0.1}
-    register(f"beit_{_size}_patch16_224_8k_vocab", BEiT, **_beit, rel_pos_bias="shared")
+    _shared = {**_beit, "rel_pos_bias": "shared", "classifier": f"beit_{_size}_patch16_224"}
+    register(f"conmim_{_size}_patch16_224", ConMIM, **_shared)
+    register(f"beit_{_size}_patch16_224_8k_vocab", BEiT, **_shared)
+    _beit["classifier"] = f"beit_{_size}_patch16_224_abs_pos"
     register(f"semanticmim_beit_{_size}_patch16_224", SemanticBEiT, **_beit)
-    register(f"semanticmim_maskfeat_{_size}_patch16_224", MaskFeat, **_options, num_cls_tokens=8)
-    register(f"maskfeat_{_size}_patch16_224", MaskFeat, **_options, use_bottleneck=False)
-    register(f"semmae_{_size}_patch16_224", SemMAE, **_options, **_DECODERS.get(_size, {}))
+    _vit = {**_options, "classifier": f"vit_{_size}_patch16_224"}
+    register(f"semanticmim_maskfeat_{_size}_patch16_224", MaskFeat, **_vit, num_cls_tokens=8)
+    register(f"maskfeat_{_size}_patch16_224", MaskFeat, **_vit, use_bottleneck=False)
+    register(f"semmae_{_size}_patch16_224", SemMAE, **_vit, **_DECODERS.get(_size, {}))
 
 for _size, _options in MAE_SIZES.items():
     _patch_size = 14 if _size == "huge" else 16
@@ -1735,6 +1762,7 @@ for _size, _options in MAE_SIZES.items():
         MAE,
         **_options,
         patch_size=_patch_size,
+        classifier=f"vit_{_size}_patch{_patch_size}_224",
         **_DECODERS.get(_size, {}),
     )
 
@@ -1742,19 +1770,20 @@ for _size, _options in MAE_SIZES.items():
 for _size, _options in MAE_SIZES.items():
     # the published query stream has 12 blocks; they do not divide the huge encoder's 32
     _depth = 16 if _size == "huge" else 12
-    _semaim(f"semaim_{_size}", **_options, query_depth=_depth)
+    _semaim("semaim", _size, **_options, query_depth=_depth)
 for _size, _options in VIT_SIZES.items():
-    _semaim(f"saim_{_size}", **_options, permutation_type="stochastic")
-    _semaim(f"igpt_{_size}", **_options, permutation_type="zigzag")
-    _semaim(f"semaim_clip_{_size}", **_options, predict_feature="clip")
+    _semaim("saim", _size, **_options, permutation_type="stochastic")
+    _semaim("igpt", _size, **_options, permutation_type="zigzag")
+    _semaim("semaim_clip", _size, **_options, predict_feature="clip")
 
 for _size in (
     "base",
     "large",
 ):  # a quarter of the 28 x 28 patches, as many tokens as with patches of 16 pixels
     register(
-        f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25
-    )
+        f"semmae_{_size}_patch8_224", SemMAE, **VIT_SIZES[_size], patch_size=8, token_share=0.25,
+        classifier=f"vit_{_size}_patch8_224",
+    )  # fmt: skip
 
 # SimMIM's and A2MIM's published backbones, A2MIM with the token and losses of its recipes
 # (docs/methods/simmim_a2mim.md#options)
@@ -1767,20 +1796,22 @@ _SPECTRA = {  # published weights; those of ResNet-18 and 34 are ours, as of Res
 }
 
 for _name in MIM_VIT_SIZES:
-    register(f"simmim_{_name}_patch16_224", SimMIM, backbone=_name)
-    register(f"a2mim_{_name}_patch16_224", A2MIM, backbone=_name, fft_weight=0.1)
+    _vit = {"backbone": _name, "classifier": f"mim_{_name}_patch16_224"}
+    register(f"simmim_{_name}_patch16_224", SimMIM, **_vit)
+    register(f"a2mim_{_name}_patch16_224", A2MIM, **_vit, fft_weight=0.1)
 for _name, _timm_name in TIMM_BACKBONES.items():
+    _network = {"backbone": _timm_name, "classifier": _name}
     if _name.startswith("swin"):
-        register(f"simmim_{_name}", SimMIM, backbone=_timm_name)
-        register(f"a2mim_{_name}", A2MIM, backbone=_timm_name, fft_weight=0.5)
+        register(f"simmim_{_name}", SimMIM, **_network)
+        register(f"a2mim_{_name}", A2MIM, **_network, fft_weight=0.5)
         continue
     # the published ConvNeXt never initializes its token; SimMIM's adds it, ResNet's puts it in
     _convnext = _name.startswith("convnext")
     _token = {"token_std": 0.0} if _convnext else {}
     _gamma = {"gamma_lr": 0.1} if _convnext else {}
-    register(f"simmim_{_name}", SimMIM, backbone=_timm_name, replace=not _convnext, **_token)
+    register(f"simmim_{_name}", SimMIM, **_network, replace=not _convnext, **_token)
     register(
-        f"a2mim_{_name}", A2MIM, backbone=_timm_name,
+        f"a2mim_{_name}", A2MIM, **_network,
         **_DEEP_TOKEN, **_CNN_LOSS, **_SPECTRA.get(_name, {}), **_token, **_gamma,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from engine_for_pretraining import train
 from optim_factory import param_groups
 from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import load_pretrained
-from unimim.cli.models import build_classifier
+from unimim.cli.models import build_classifier, warn_of_other_variant
 from unimim.cli.options import derived, parse, report
 from unimim.data.classes import check_eval_size, settle_classes, settle_size
 from unimim.data.pretraining import steps_per_epoch, train_loader
@@ -120,6 +120,7 @@ def main(args: Namespace) -> None:
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
     if args.finetune:
+        warn_of_other_variant(args.finetune, args.model)
         found = load_pretrained(
             model, args.finetune, model_key=args.model_key, prefix=args.model_prefix
         )

@@ -27,6 +27,7 @@ def main(args: Namespace) -> None:
         method.teacher.to(context.device)
     run, position = start_training(context, method, loader, groups)
     train(run, position, after_epoch=lambda position: {})
+    run.session.log_encoder()
 
 
 if __name__ == "__main__":

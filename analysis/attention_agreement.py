@@ -1,7 +1,7 @@
 """Measure how well attention finds the objects of `shapes`: one CSV row per layer of a checkpoint.
 
     python analysis/attention_agreement.py --checkpoint out/semanticmim/checkpoint-29.pth \\
-        [--layer -1] [--csv FILE]
+        [--layer -1] [--cluttered] [--csv FILE]
 
 Further flags describe the model of a file without flags (`encoder-*.safetensors`) and override
 those of other files. Values are means over the first --images validation images; every map is the
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.visualize import load_model, normalization
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli.flags import options_as_flags
-from unimim.data.shapes import VAL_IMAGES, make_scene
+from unimim.data.shapes import CLUTTERED, PLAIN, VAL_IMAGES, Style, make_scene
 from unimim.engine.state import Normalize
 from unimim.evaluation.attention import (
     best_iou,
@@ -54,9 +54,9 @@ MEASURES = {"auc": pixel_auc, "iou": best_iou, "pointing": pointing}
 SEED = 0  # of the random maps
 
 
-def scene_at(index: int, size: Pair) -> tuple[Tensor, Tensor]:
+def scene_at(index: int, size: Pair, style: Style = PLAIN) -> tuple[Tensor, Tensor]:
     """Return a validation scene of `size`, uint8 [3, H, W], and each pixel's object, [H, W]."""
-    scene = make_scene("val", index)
+    scene = make_scene("val", index, style)
     image = Image.fromarray(scene.image).resize(size[::-1], Image.Resampling.BICUBIC)
     objects = Image.fromarray(scene.instances).resize(size[::-1], Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(objects))
@@ -98,7 +98,9 @@ def patch_queries(
 
 
 @torch.no_grad()
-def measure(model: nn.Module, normalize: Normalize, layer: int, images: int) -> dict[str, float]:
+def measure(
+    model: nn.Module, normalize: Normalize, layer: int, images: int, style: Style = PLAIN
+) -> dict[str, float]:
     """Return the metrics, averaged over patches in each image and then over the first `images`."""
     num_cls = model.num_prefix_tokens
     grid = model.patch_embed.grid_size
@@ -106,7 +108,7 @@ def measure(model: nn.Module, normalize: Normalize, layer: int, images: int) -> 
     per_image = defaultdict(list)
     model.eval()
     for index in range(images):
-        image, objects = scene_at(index, model.patch_embed.img_size)
+        image, objects = scene_at(index, model.patch_embed.img_size, style)
         x = normalize({"image": image[None]})["image"]
         attention = model.attention_maps(x, layer)[0].float()
         random = torch.rand(attention.shape, generator=generator)
@@ -141,6 +143,9 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     parser.add_argument(
         "--csv", type=Path, default=None, metavar="FILE", help="also write the rows to this file"
     )
+    parser.add_argument(
+        "--cluttered", action="store_true", help="use the scenes of make_shapes.py --cluttered"
+    )
     own, flags = parser.parse_known_args(argv)
     if not 1 <= own.images <= VAL_IMAGES:
         parser.error(f"--images {own.images} must lie between 1 and {VAL_IMAGES}")
@@ -156,9 +161,11 @@ def rows_of(own: Namespace, flags: list[str]) -> list[dict[str, object]]:
         "class_tokens": model.num_prefix_tokens,
     }
     normalize = normalization(args)
+    style = CLUTTERED if own.cluttered else PLAIN
     rows = []
     for layer in own.layer:
-        rows.append(about | {"layer": layer} | measure(model, normalize, layer, own.images))
+        means = measure(model, normalize, layer, own.images, style)
+        rows.append(about | {"layer": layer} | means)
     return rows
 
 

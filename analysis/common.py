@@ -29,8 +29,9 @@ from modeling_finetune import Block, create_model, entry_of
 from modeling_pretrain import PretrainMethod
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
 from unimim.checkpoint.runs import flags_of, rebuild
-from unimim.cli.flags import add_data_flags, add_process_flags
+from unimim.cli.flags import add_data_flags, add_process_flags, add_size_flag
 from unimim.cli.options import given, model_kwargs, parse_flags
+from unimim.cli.parser import FlagParser
 from unimim.data.views import MEAN_STD, EvalTransform
 from unimim.engine import setup
 from unimim.engine.runner import AUTOCAST_DTYPES
@@ -38,6 +39,7 @@ from unimim.engine.state import Normalize
 from unimim.files import write_rows
 from unimim.logs import log
 from unimim.report import COLORS
+from unimim.sizes import to_pair
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
@@ -54,11 +56,7 @@ def build_parser(
     description: str, name: str, *, images: int, batch_size: int = 32
 ) -> argparse.ArgumentParser:
     """Returns a parser with the flags of every analysis; `name` is that of the files it writes."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser(description=description)
     group = parser.add_argument_group("networks")
     group.add_argument(
         "--checkpoint", nargs="+", default=[RANDOM], metavar="FILE",
@@ -81,9 +79,7 @@ def build_parser(
     group.add_argument(
         "--model_prefix", default="", help="prefix of the weights' names in the files"
     )
-    group.add_argument(
-        "--input_size", type=int, default=None, help="image side in pixels; None is the model's own"
-    )
+    add_size_flag(group)
     group.add_argument(
         "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
     )
@@ -279,7 +275,7 @@ def image_size(model: nn.Module, args: Namespace, run: dict[str, Any]) -> tuple[
     if (size := getattr(getattr(model, "patch_embed", None), "img_size", None)) is not None:
         return tuple(size)
     own = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-    return (args.input_size or run.get("input_size") or own[-1],) * 2
+    return to_pair(args.input_size or run.get("input_size") or own[-2:])
 
 
 def mean_std(args: Namespace, run: dict[str, Any]) -> str:

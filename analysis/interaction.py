@@ -97,7 +97,7 @@ def draw_pairs(grid: int, count: int, reach: int, rng: np.random.Generator) -> T
     if count > available:
         raise ValueError(
             f"--pairs {count} is more than the {available} pairs that --grid {grid} has "
-            f"in --reach {reach}"
+            f"in --reach {reach}; use --pairs {available} or a larger --reach"
         )
     pairs: dict[frozenset[int], tuple[int, int]] = {}
     while len(pairs) < count:
@@ -424,9 +424,10 @@ def check_network(args: Namespace, network: common.Network) -> None:
             f"{network.label} has no trained classifier; use a fine-tuned --checkpoint"
         )
     if any(side % args.grid for side in network.size):
+        fitting = [n for n in range(2, 17) if not any(side % n for side in network.size)]
         raise ValueError(
             f"--grid {args.grid} does not divide the images of {network.label}, "
-            f"{network.size} pixels"
+            f"{network.size} pixels; use one of {', '.join(map(str, fitting))}"
         )
 
 

@@ -32,15 +32,15 @@ from unimim.cli.models import build_method
 from unimim.data.pretraining import build_data
 from unimim.data.sources import build_source
 from unimim.data.views import build_finetune_transform, image_mean_std
+from unimim.engine.samples import hide
 from unimim.engine.state import Normalize
 from unimim.evaluation.attention import Pair, check_cells, class_maps, query_maps
+from unimim.files import check_output_folder
 from unimim.logs import log, setup_logging
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-
-MASKED_GRAY = 128
 
 
 def draw_grid(
@@ -312,14 +312,6 @@ def image_rows(columns: Iterable[Tensor]) -> Iterable[tuple[np.ndarray, ...]]:
     return zip(*arrays, strict=True)
 
 
-def hide(images: Tensor, mask: Tensor) -> Tensor:
-    """Return images [B, 3, H, W] whose patches are gray where mask [B, gh, gw] is True."""
-    height = images.shape[-2] // mask.shape[-2]
-    width = images.shape[-1] // mask.shape[-1]
-    pixels = mask.repeat_interleave(height, 1).repeat_interleave(width, 2)
-    return images.masked_fill(pixels.unsqueeze(1), MASKED_GRAY)
-
-
 def training_samples(args: Namespace, method: PretrainMethod, count: int) -> list[dict]:
     """Return evenly spaced samples of epoch 0 as pre-training reads them."""
     args.rank, args.world_size = 0, 1
@@ -461,6 +453,20 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
+def check_output(path: Path) -> None:
+    """Raise ValueError, before anything is read, if --output cannot be written."""
+    kinds = Figure().canvas.get_supported_filetypes()
+    suffix = path.suffix.removeprefix(".").lower()
+    if suffix and suffix not in kinds:
+        raise ValueError(
+            f"--output {path} ends in .{suffix}, which matplotlib does not write; use one of "
+            f"{', '.join(f'.{kind}' for kind in sorted(kinds))}"
+        )
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; name a file in it")
+    check_output_folder("--output: the folder", path.parent)
+
+
 KINDS = {"attention": attention, "orders": orders, "masks": masks, "reconstruct": reconstruct}
 
 
@@ -469,11 +475,11 @@ def main(argv: list[str] | None = None) -> None:
     own, flags = parse(argv)
     setup_logging(rank=0)
     try:
+        check_output(own.output)
         with options_as_flags():
             figure = KINDS[own.kind](own, flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    own.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(own.output, dpi=150)
     log.info("wrote %s", own.output)
 

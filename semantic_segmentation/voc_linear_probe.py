@@ -29,6 +29,7 @@ from unimim.checkpoint.loading import load_pretrained
 from unimim.cli import options
 from unimim.cli.flags import add_engine_flags, add_loader_flags, add_optimizer_flags, add_run_flags
 from unimim.cli.options import derived, parse_flags, report
+from unimim.cli.parser import FlagParser
 from unimim.data.crops import ViewDraws, fast_crop
 from unimim.data.files import FolderFiles
 from unimim.data.jpeg import PILLOW_ERRORS, BrokenImageError, RawImage, decode
@@ -324,10 +325,8 @@ def evaluate_segmentation(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add_network_flags(parser)
     group = parser.add_argument_group("data")

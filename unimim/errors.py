@@ -1,7 +1,8 @@
 """Turn a network's errors into messages that tell a user what to change."""
 
+import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,12 @@ class OptionError(ValueError):
 
 def _spelled(option: str, flags: Mapping[str, str]) -> str:
     return f"--{flags[option]}" if option in flags else f"--model_kwargs {option}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean A or B?" with the names that are spelled like `name`, else ";"."""
+    similar = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.75)
+    return f"; did you mean {' or '.join(similar)}?" if similar else ";"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -84,6 +85,19 @@ def write_folder(path: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     fsync(path.parent)
+
+
+def check_output_folder(flag: str, folder: str | Path) -> None:
+    """Makes the folder that `flag` names; ValueError if it cannot be made or written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(
+            f"{flag} {folder} is not a folder that can be written to ({reason}); name another"
+        ) from error
 
 
 def fsync(path: str | Path) -> None:

@@ -189,7 +189,7 @@ DATA = {
         parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
     ),
     "shapes": Data(
-        source=f"--data_set shapes --input_size 64 {COMMON}",
+        source=f"--data_set shapes {{shapes}} --input_size 64 {COMMON}",
         patch=8,
         cell=16,
         pretrain="--min_lr 0 --batch_size 64 --crop_scale 0.2 1",
@@ -243,12 +243,14 @@ class Comparison:
         threads: int,
         *,
         data_path: Path | None = None,
+        shapes_path: Path | None = None,
         epochs: int | None = None,
         quick: bool = False,
     ):
         data = DATA[name]
         path = shlex.quote(str(data_path))
-        self.data = replace(data, source=data.source.format(data_path=path))
+        shapes = f"--data_path {shlex.quote(str(shapes_path))}" if shapes_path else ""
+        self.data = replace(data, source=data.source.format(data_path=path, shapes=shapes))
         self.name, self.seed, self.epochs, self.linear = name, seed, epochs, LINEAR
         if quick:
             self.linear = f"{LINEAR} {QUICK_LINEAR}"
@@ -380,6 +382,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=["cifar10"])
     parser.add_argument("--data_path", type=Path, help="folder of the images of cifar10")
+    parser.add_argument(
+        "--shapes_path",
+        type=Path,
+        help="folder of other shapes, as make_shapes.py --cluttered writes (default: the cache)",
+    )
     without_visual_tokens = [key for key, method in METHODS.items() if not method.words]
     parser.add_argument(
         "--methods", nargs="+", choices=without_visual_tokens, default=without_visual_tokens
@@ -409,6 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     length = {"epochs": args.epochs or (1 if args.quick else None), "quick": args.quick}
     length["data_path"] = args.data_path and args.data_path.resolve()
+    length["shapes_path"] = args.shapes_path and args.shapes_path.resolve()
     chains = [
         Comparison(name, seed, output, args.precision, threads, **length)
         for name in args.data

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from unimim.data.file_index import IMAGE_EXTENSIONS
-from unimim.data.sources import images_below
+from unimim.data.sources import images_below, warn_of_skipped
 from unimim.files import write_atomically
 
 
@@ -28,8 +29,9 @@ def image_names(root: Path, split: str) -> list[str]:
         ValueError: neither exists, the zip is damaged, or there are no images.
     """
     folder, archive = root / split, root / f"{split}.zip"
+    skipped: Counter[str] = Counter()
     if folder.is_dir():
-        found = (name.replace(os.sep, "/") for name in images_below(folder))
+        found = (name.replace(os.sep, "/") for name in images_below(folder, skipped))
     elif archive.is_file():
         found = _zip_names(archive)
     else:
@@ -39,6 +41,7 @@ def image_names(root: Path, split: str) -> list[str]:
     names = sorted(tqdm(found, desc=f"{split} images", unit="", disable=None))
     if not names:
         raise ValueError(f"{folder if folder.is_dir() else archive} holds no images")
+    warn_of_skipped(folder, skipped, len(names))
     return names
 
 

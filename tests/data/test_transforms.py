@@ -159,6 +159,24 @@ def test_damage_within_a_jpeg_is_forgiven_as_by_pillow():
         assert (open_picture(bytes(raw))[1](rows)[:rows] == expected[:rows]).all()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_gray_keeps_its_levels(kind):
+    """Pillow's own conversion clips at 255, which turns such files white."""
+    levels = np.linspace(0, 65535, 40 * 60).round().reshape(40, 60).astype(np.uint16)
+    raw = encode(Image.fromarray(levels), kind)
+    expected = np.repeat(np.round(levels / 257)[..., None], 3, axis=2)
+    for picture in (decode(raw), np.asarray(decode_pillow(raw))):
+        assert picture.dtype == np.uint8 and (picture == expected).all()
+
+
+def test_32_bit_gray_is_refused_unless_it_fits_into_8_bits():
+    levels = np.arange(256, dtype=np.int32).reshape(16, 16)
+    assert (decode(encode(Image.fromarray(levels), "TIFF"))[..., 0] == levels).all()
+    for unknown in (levels * 1000, levels - 1, levels.astype(np.float32)):
+        with pytest.raises(BrokenImageError, match=r"mode [IF].*have no known range; convert it"):
+            decode(encode(Image.fromarray(unknown), "TIFF"))
+
+
 def test_exif_orientation_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees

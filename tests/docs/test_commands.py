@@ -167,6 +167,7 @@ def parser_of(script: ModuleType, stage: str) -> Callable[[list[str]], argparse.
 def dry_run_all(folder: Path) -> list[str]:
     """Dry-runs the run scripts of all pages in this process: what the failing ones said."""
     os.chdir(folder)
+    os.environ["UNIMIM_CACHE"] = str(folder / "cache")
     failures, trained = [], {}
     for command in COMMANDS:
         if command.program not in STAGES:

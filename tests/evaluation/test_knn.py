@@ -342,6 +342,9 @@ def test_two_ranks_find_what_one_finds(tmp_path):
         ("--finetune nowhere.pth", "checkpoint nowhere.pth does not exist"),
         ("--nb_classes 3", "--nb_classes 3 is too few"),
         ("--model nope", "--model nope is unknown"),
+        ("--model mae_tiny_patch16_224", "evaluated as --model vit_tiny_patch16_224"),
+        ("--output_dir /proc/none", "--output_dir /proc/none is not a folder"),
+        ("--knn 3", "did you mean --knn_k?"),
     ],
 )
 def test_mistake_is_named_in_one_line(capfd, flags, named):

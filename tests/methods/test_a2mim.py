@@ -154,7 +154,12 @@ def test_mistakes_are_named():
         ({"mask_layer": 4}, "mask_layer=4 is none of this backbone's; use 0 to 3"),
         ({"mask_token": "learnt"}, "mask_token=learnt is unknown"),
         ({"input_size": 72}, "not a multiple of 32"),
-        ({"patch_size": 16}, "does not take one of the options"),
+        (
+            {"patch_size": 16},
+            "patch_size=16 is not an option of a2mim_resnet18;.* mask_layer,.* output_stride,",
+        ),
+        ({"mask_layr": 2}, r"mask_layr=2 is not an option .* mean mask_layer\?"),
+        ({"output_stride": 4}, "output_stride=4 is not possible for resnet18; use one of 8, 16"),
         ({"fft_unmask_replace": "nothing"}, "fft_unmask_replace=nothing is unknown"),
     ):
         with pytest.raises(ValueError, match=said):

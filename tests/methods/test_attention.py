@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import start
 from torch import Tensor, nn
 
 from analysis import attention_agreement, visualize
@@ -16,6 +17,7 @@ from modeling_finetune import create_model
 from unimim.checkpoint.files import save_checkpoint
 from unimim.checkpoint.resizing import interpolate_pos_embed
 from unimim.data.views import MEAN_STD
+from unimim.engine.session import Position
 from unimim.evaluation.attention import (
     best_iou,
     class_maps,
@@ -197,6 +199,33 @@ def test_looks_that_cannot_be_are_refused(tmp_path):
             shown(path, *flags)
 
 
+def test_output_is_checked_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output, said in (
+        (tmp_path / "a.xyz", "ends in .xyz, which matplotlib does not write; use one of ."),
+        (tmp_path / "file/a.png", "file is not a folder that can be written to"),
+        (tmp_path, "is a folder; name a file in it"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            visualize.main(["attention", "--checkpoint", "none.pth", "--output", str(output)])
+        assert said in stopped.value.code and "none.pth" not in stopped.value.code
+
+
+def test_an_exported_encoder_says_which_vit_it_is(tmp_path):
+    """Without --model, as the whole checkpoint does."""
+    run, _ = start("pretrain", tmp_path)
+    run.session.save(Position(), finished=True)
+    figures = []
+    for name in ("checkpoint-0.pth", "encoder-0.safetensors"):
+        flags = ["--data_set", "digits"]
+        model, args = visualize.load_vit(str(tmp_path / name), visualize.PUBLISHED_KEYS, flags)
+        images = visualize.validation_images(args, model.patch_embed.img_size, 2)
+        figures.append(
+            model.eval().attention_maps(visualize.normalization(args)({"image": images})["image"])
+        )
+    torch.testing.assert_close(*figures)
+
+
 # --------------------------------------------------------------------------------------------------
 # Agreement with objects
 
@@ -271,6 +300,8 @@ def test_scenes_and_masks_belong_together():
     image, objects = attention_agreement.scene_at(3, (48, 64))
     assert image.shape == (3, 48, 64) and image.dtype == torch.uint8 and objects.shape == (48, 64)
     scene = attention_agreement.make_scene("val", 3)
+    _, other = attention_agreement.scene_at(3, (48, 64), attention_agreement.CLUTTERED)
+    assert not torch.equal(other, objects)
     share = (scene.instances > 0).mean()
     assert 0.02 < share == pytest.approx((objects > 0).float().mean().item(), abs=0.01)
 

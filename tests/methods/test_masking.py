@@ -138,11 +138,13 @@ def test_a_mask_follows_from_its_generator_alone():
         ),
         (
             {"mask_type": "random_mps32", "input_size": 240},
-            "not a multiple of --mask_patch_size 32x32",
+            "not a multiple of --mask_patch_size 32, two patches, which is the default; use "
+            "--mask_patch_size 16, one patch",
         ),
         (
             {"mask_type": "random_mps32", "input_size": 32, "mask_ratio": 0.9},
-            "--mask_ratio hides 1 of 1",
+            "--mask_ratio hides 1 of 1 .* --mask_patch_size 32 is the whole image; use "
+            "--mask_patch_size 16",
         ),
     ],
 )

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from detection import check_coco, demo
 from detection.task import TASK
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint, save_encoder
 from unimim.checkpoint.resizing import interpolate_pos_embed, interpolate_rel_pos_bias
+from unimim.data.shapes import CLASSES, make_scene, write_shapes
 from unimim.openmmlab import runner
 
 runner.prepare(TASK, "none")
@@ -40,6 +42,7 @@ TINY_CONFIG = ROOT / "tests/openmmlab/tiny_detection.py"
 CONFIGS = sorted(
     path for path in (ROOT / "detection/configs").glob("*/*.py") if path.parent.name != "_base_"
 )
+SHAPES = ROOT / "detection/configs/shapes/mask_rcnn_tiny_shapes.py"
 SMALL = {"embed_dim": 32, "depth": 8, "num_heads": 2}
 MIMDET = SMALL | {
     "img_size": 64,
@@ -606,7 +609,8 @@ def test_every_configuration_builds_and_keeps_the_rules(path):
     assert layers and all(layer["use_torchvision"] for layer in layers)
     assert {"SafeCheckpointHook", "SeedStepHook"} <= {hook["type"] for hook in cfg.custom_hooks}
     assert cfg.train_dataloader.dataset.pipeline[0].type == "SeedSample"
-    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size
+    processes = 1 if path == SHAPES else 8
+    assert cfg.train_dataloader.batch_size * processes == cfg.auto_scale_lr.base_batch_size
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_epochs
 
 
@@ -827,6 +831,32 @@ def test_the_demo_draws_what_it_finds(coco, trained, tmp_path):
     before = np.asarray(Image.open(coco / "val2017/000000000001.jpg")).astype(int)
     after = np.asarray(Image.open(written[0])).astype(int)
     assert after.shape == before.shape and (np.abs(after - before).max(-1) > 30).mean() > 0.01
+
+
+def test_the_configuration_of_shapes_trains_on_what_make_shapes_writes(tmp_path):
+    scenes, work = tmp_path / "scenes", tmp_path / "work"
+    write_shapes(scenes, train=16, val=2)
+    where = ["--data-root", str(scenes), "--work-dir", str(work)]
+    config = Config.fromfile(SHAPES)
+    assert tuple(config.classes) == CLASSES
+    start = [str(SHAPES), "--pretrained", "none", *where]
+    run = runner.train(TASK, [*start, *schedule(1)])
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} < set(last_metrics(run))
+
+    # the numbers of the categories are those of the data set
+    dataset = run.train_dataloader.dataset
+    first = dataset[0]["data_samples"]
+    index = int(Path(first.img_path).stem)
+    assert first.gt_instances.labels.tolist() == list(make_scene("train", index).classes)
+
+    images = scenes / "images" / "validation"
+    drawn = ["--out", str(tmp_path / "drawn"), "--score-thr", "0.0"]
+    demo.main([str(SHAPES), str(work / "epoch_1.pth"), str(images), *drawn, *where])
+    assert len(list((tmp_path / "drawn").iterdir())) == 2
+
+    (scenes / "instances_val.json").unlink()
+    with pytest.raises(ValueError, match=r"instances_val\.json does not exist; set --data-root"):
+        runner.train(TASK, start)
 
 
 @pytest.mark.slow

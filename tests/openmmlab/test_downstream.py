@@ -18,8 +18,10 @@ from unimim.openmmlab import compat, doctor
 compat.prepare("mmseg", "mmdet")
 
 from mmcv.ops import RoIAlign  # noqa: E402
+from mmengine.config import Config  # noqa: E402
 
 from modeling_finetune import VisionTransformer, create_model  # noqa: E402
+from unimim.openmmlab import runner  # noqa: E402
 from unimim.openmmlab.checkpoint import class_tokens, load_backbone  # noqa: E402
 from unimim.openmmlab.cnn_backbone import TimmBackbone  # noqa: E402
 from unimim.openmmlab.data import Key, PositionSampler  # noqa: E402
@@ -332,6 +334,18 @@ def test_files_of_another_network_are_refused_and_change_nothing(tmp_path):
         load_backbone(backbone, tmp_path / "small.pth")
     with pytest.raises(ValueError, match=r"does not exist"):
         load_backbone(backbone, tmp_path / "none.pth")
+
+
+def test_missing_data_is_named_before_a_run(tmp_path):
+    dataset = {"data_root": str(tmp_path), "ann_file": "annotations/train.json"}
+    cfg = Config({"data_root": str(tmp_path), "train_dataloader": {"dataset": dataset}})
+    with pytest.raises(
+        ValueError, match=r"annotations/train\.json does not exist; set --data-root"
+    ):
+        runner.check_data(cfg)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/train.json").write_text("{}")
+    runner.check_data(cfg)
 
 
 def test_a_segmentor_on_timms_network_lends_its_backbone(tmp_path):

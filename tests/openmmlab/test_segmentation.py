@@ -18,6 +18,7 @@ from scripts.experiments import compare_transfer
 from semantic_segmentation import demo, prepare_ade20k
 from semantic_segmentation.task import TASK
 from unimim.checkpoint.files import load_checkpoint
+from unimim.data.shapes import write_shapes
 from unimim.openmmlab import runner
 
 runner.prepare(TASK, "none")
@@ -31,6 +32,7 @@ from seg_ext.transforms import ResizeShortestAtLeast  # noqa: E402
 
 METHODS = sorted(CONFIGS.glob("[a-z]*/*_160k_*.py"))
 BEIT = str(CONFIGS / "beit" / "beit_upernet_base_512_160k_ade20k_pt.py")
+SHAPES = str(CONFIGS / "shapes" / "upernet_tiny_shapes.py")
 FCN = str(CONFIGS / "a2mim" / "a2mim_fcn_r50_512_160k_ade20k.py")
 
 
@@ -246,6 +248,8 @@ def test_the_start_is_never_random_unnoticed(data, tmp_path, caplog):
         runner.train(TASK, [BEIT, "--pretrained", str(tmp_path / "other.pth"), *flags])
     with pytest.raises(ValueError, match="--data-root"):
         runner.train(TASK, [BEIT, "--data-root", "nowhere"])
+    with pytest.raises(ValueError, match=r"images/training does not exist; set --data-root"):
+        runner.train(TASK, [BEIT, "--data-root", str(tmp_path)])
 
 
 def test_wrong_or_unsafe_files_are_refused_by_name(data, trained, tmp_path, monkeypatch):
@@ -319,6 +323,23 @@ def test_the_demo_draws_over_images(data, trained, tmp_path):
     assert picture.shape == image.shape and not np.array_equal(picture, image)
     with pytest.raises(ValueError, match="holds no image"):
         runner.image_files(str(tmp_path))
+
+
+def test_the_configuration_of_shapes_trains_and_its_demo_needs_no_masks(tmp_path):
+    scenes, work = tmp_path / "scenes", tmp_path / "work"
+    write_shapes(scenes, train=8, val=2)
+    where = ["--data-root", str(scenes), "--work-dir", str(work)]
+    keys = ("train_cfg.max_iters", "train_cfg.val_interval", "default_hooks.checkpoint.interval")
+    short = ["--cfg-options", *(f"{key}=2" for key in keys), "val_dataloader.dataset.indices=2"]
+    run = runner.train(TASK, [SHAPES, "--pretrained", "none", *where, *short])
+    assert float(run.message_hub.get_scalar("val/mIoU").current()) > 0
+
+    images = scenes / "images" / "validation"
+    network = str(work / "iter_2.pth")
+    demo.main([SHAPES, network, str(images), "--out", str(tmp_path / "drawn"), *where])
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    assert [path.name for path in drawn] == ["000000.png", "000001.png"]
+    assert Image.open(drawn[0]).size == Image.open(images / "000000.png").size
 
 
 @pytest.mark.slow

@@ -112,6 +112,7 @@ def test_script_writes_that_layout_to_a_new_folder_only(root, tmp_path, capsys):
         assert path.read_bytes() == (root / path.relative_to(tmp_path / "new")).read_bytes()
     for flags, named in (
         (["--voc"], "--voc needs a folder"),
+        (["--cluttered"], "--cluttered needs a folder"),
         (["--voc", str(root)], f"{root} exists already"),
     ):
         with pytest.raises(SystemExit):

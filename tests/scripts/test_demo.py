@@ -22,6 +22,7 @@ from scripts.experiments import demo as demo_script
 from unimim import report
 from unimim.checkpoint.files import save_checkpoint
 from unimim.data.views import MEAN_STD
+from unimim.engine import samples
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -171,7 +172,7 @@ def test_hidden_patches_are_grey_and_the_others_as_they_were():
     mask[0, 1, 2] = mask[1, 0, 0] = True
     hidden = visualize.hide(images, mask)
     expected = images.clone()
-    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = visualize.MASKED_GRAY
+    expected[0, :, 4:, 8:] = expected[1, :, :4, :4] = samples.MASKED_GRAY
     assert torch.equal(hidden, expected)
 
 

@@ -3,6 +3,7 @@ code."""
 
 import argparse
 import hashlib
+import json
 import logging
 import math
 import pickle
@@ -275,6 +276,33 @@ def _read_pickle(path: Path, mmap: bool = False) -> Any:
         raise ValueError(
             f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})"
         ) from error
+
+
+def metadata_of(path: str | Path) -> dict[str, str]:
+    """Returns what a safetensors file says beside its tensors; empty for any other file."""
+    if not str(path).endswith(".safetensors") or not Path(path).is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError:  # loading says what is wrong
+        return {}
+
+
+def model_named_in(path: str | Path) -> str:
+    """Returns the name of the model that a file of this repository holds; "" if it does not
+    say."""
+    if str(path).endswith(".safetensors"):
+        return metadata_of(path).get("model", "")
+    flags = load_checkpoint(path, mmap=True).get("args")
+    return str(flags.get("model", "")) if isinstance(flags, dict) else ""
+
+
+def timm_arguments_of(path: str | Path) -> dict[str, Any]:
+    """Returns the arguments with which `timm.create_model` gives an exported encoder with its
+    weights; empty for a file that does not say."""
+    arguments = metadata_of(path).get("timm")
+    return json.loads(arguments) | {"checkpoint_path": str(path)} if arguments else {}
 
 
 def load_module_state(path: str | Path) -> StateDict:

@@ -48,8 +48,10 @@ class LoadReport:
         lines = [f"weights from {self.source}: {self.matched:.0%} of the encoder matched"]
         for kind in ("loaded", "expanded", "interpolated", "ignored", "missing"):
             names = getattr(self, kind)
-            if names:
-                lines.append(f"  {kind} ({len(names)}): {', '.join(_listed(names))}")
+            if names and kind == "loaded":
+                lines.append(f"  {kind} ({len(names)}): {', '.join(_counted(names))}")
+            elif names:
+                lines.append(f"  {kind} ({len(names)}): {_examples(names, limit=12)}")
         return "\n".join(lines)
 
 
@@ -221,7 +223,7 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
         if fitted[key].shape != target[key].shape:
             raise ValueError(
                 f"{report.source}: {key} has shape {tuple(value.shape)}, the model wants "
-                f"{tuple(target[key].shape)}"
+                f"{tuple(target[key].shape)}; is it for this --model and its sizes?"
             )
     report.loaded = list(fitted)
     report.missing = [key for key in target if key not in fitted]
@@ -268,13 +270,10 @@ def _examples(names: list[str], limit: int = 4) -> str:
     return ", ".join(folded[:limit]) + (", ..." if len(folded) > limit else "") or "nothing else"
 
 
-def _listed(names: Collection[str], limit: int = 40) -> list[str]:
-    """Folds the names of blocks; of networks without blocks, counts names that begin alike."""
-    folded = _fold_blocks(names)
-    if len(folded) <= limit:
-        return folded
+def _counted(names: Collection[str]) -> list[str]:
+    """Returns the modules that the names begin with, each with the number of its tensors."""
     counts = Counter(re.match(r"(?:backbone\.)?[^.]+", name)[0] for name in names)
-    return [f"{start}.* ({count})" for start, count in counts.items()]
+    return [f"{start} ({count})" if count > 1 else start for start, count in counts.items()]
 
 
 def _fold_blocks(names: Collection[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,50 @@ def to_timm(state_dict: StateDict) -> StateDict:
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         return _expand_shared_table(_split_qkv_bias(state), depth)
     return _rename(_fuse_qkv_bias(state), r"\.gamma_(\d)$", r".ls\1.gamma")
+
+
+def timm_vit_arguments(
+    state: StateDict, image_size: tuple[int, int], num_heads: int
+) -> dict[str, Any]:
+    """Returns the arguments of `timm.create_model` for a ViT's encoder in timm's names.
+
+    `state` is what `to_timm` returns; the model loads it strictly. The rest of what is needed can
+    be seen in its shapes.
+    """
+    projection = state["patch_embed.proj.weight"]
+    width = projection.shape[0]
+    is_beit = _has(state, _TABLE) or _has(state, "attn.q_bias")
+    arguments = {
+        "model_name": "beit_base_patch16_224" if is_beit else "vit_base_patch16_224",
+        "img_size": list(image_size),
+        "patch_size": list(projection.shape[-2:]),
+        "embed_dim": width,
+        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        "num_heads": num_heads,
+        "num_classes": 0,
+        "global_pool": "avg" if "fc_norm.weight" in state else "token",
+    }
+    others = {
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "qkv_bias": _has(state, "attn.q_bias") or _has(state, "attn.qkv.bias"),
+        "init_values": 0.1 if _has(state, ".gamma_1") or _has(state, ".ls1.gamma") else None,
+    }
+    if is_beit:
+        others["use_abs_pos_emb"] = "pos_embed" in state
+        others["use_rel_pos_bias"] = _has(state, _TABLE)
+    else:
+        others["pos_embed"] = "learn" if "pos_embed" in state else "none"
+        others["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
+    defaults = _TIMM_BEIT if is_beit else _TIMM_VIT
+    return arguments | {k: value for k, value in others.items() if value != defaults[k]}
+
+
+# defaults of timm's base models, which need not be told
+_TIMM_SHARED = {"mlp_ratio": 4.0, "qkv_bias": True}
+_TIMM_BEIT = _TIMM_SHARED | {
+    "init_values": 0.1, "use_abs_pos_emb": False, "use_rel_pos_bias": True,
+}  # fmt: skip
+_TIMM_VIT = _TIMM_SHARED | {"init_values": None, "pos_embed": "learn", "reg_tokens": 0}
 
 
 def _to_native(state: StateDict, target: Collection[str]) -> StateDict:

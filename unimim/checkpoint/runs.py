@@ -1,5 +1,6 @@
 """Rebuilds the model of a checkpoint from the flags of the run that wrote it."""
 
+import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,15 +8,41 @@ from typing import Any
 
 from torch import nn
 
-from unimim.checkpoint.files import load_checkpoint
+from modeling_finetune import entry_of
+from unimim.checkpoint.files import (
+    load_checkpoint,
+    metadata_of,
+    model_named_in,
+    timm_arguments_of,
+)
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli.flags import build_parser
 from unimim.cli.models import build_classifier, build_method
+from unimim.data.views import MEAN_STD
 
 
 def flags_of(path: str | Path) -> dict[str, Any]:
     """Returns the flags that a checkpoint carries; empty for a file that carries none."""
     return load_checkpoint(path, mmap=True).get("args") or {}
+
+
+def flags_of_export(path: str | Path) -> dict[str, Any]:
+    """Returns the classifier and sizes of a ViT's exported encoder as flags; empty for other
+    files."""
+    entry = entry_of(model_named_in(path)) if Path(path).suffix == ".safetensors" else None
+    if entry is None or entry_of(entry.classifier) is None:
+        return {}
+    flags: dict[str, Any] = {"model": entry.classifier}
+    mean = metadata_of(path).get("mean")
+    if mean is not None:
+        is_imagenet = tuple(json.loads(mean)) == MEAN_STD["imagenet"][0]
+        flags["imagenet_default_mean_and_std"] = is_imagenet
+    timm_arguments = timm_arguments_of(path)
+    if entry_of(entry.classifier).kind == "classifier" and timm_arguments:
+        sizes = ("embed_dim", "depth", "num_heads", "patch_size")
+        flags["input_size"] = timm_arguments["img_size"]
+        flags["model_kwargs"] = [f"{name}={timm_arguments[name]}" for name in sizes]
+    return flags
 
 
 def is_pretraining(flags: dict[str, Any]) -> bool:
@@ -29,12 +56,13 @@ def rebuild(
     """Returns the method or classifier of a checkpoint, with random weights, and its run's flags.
 
     The flags in `argv` win over the saved ones, and `changes` win over both. A file without flags
-    of its own, such as an encoder's export, is taken for a classifier that `argv` describes.
+    of its own is taken for a classifier that `argv` describes; an encoder's export tells what
+    `argv` leaves open.
     """
     saved = flags_of(path)
     stage = "pretrain" if is_pretraining(saved) else "finetune"
     parser = build_parser(stage)
-    parser.set_defaults(**saved)
+    parser.set_defaults(**saved or flags_of_export(path))
     args = parser.parse_args(list(argv))
     vars(args).update(changes)
     if stage == "pretrain":

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from modeling_finetune import ATTENTION_KERNELS, registered_flags
 from optim_factory import LR_SCHEDULES
+from unimim.cli.parser import FlagParser, ImageSize
 from unimim.data.crops import INTERPOLATIONS
 from unimim.errors import OptionError
 from unimim.flag import Flag
@@ -15,6 +16,7 @@ LEFTOVERS = {
     "pretrain": ("discrete_vae_type", "warmup_lr", "no_loss_masked"),
     "finetune": ("warmup_lr", "resplit"),
 }  # fmt: skip
+NUM_WORKERS = 10  # the published default
 _LEFTOVER_SWITCHES = ("no_loss_masked", "resplit")
 # The flags behind what models report errors of; a method's own flags come from its class.
 _FLAGS_OF_OPTIONS = {
@@ -31,11 +33,9 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
         "pretrain": "Masked-image-modelling pre-training",
         "finetune": "Fine-tuning and evaluation for classification",
     }
-    parser = argparse.ArgumentParser(
-        description=titles[stage],
-        usage="%(prog)s [flags]; --help lists them",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    parser = FlagParser(
+        description=f"{titles[stage]}. The recipe of --model replaces the defaults below; "
+        "--dry_run prints what a run takes, and config.yaml in --output_dir holds it.",
     )
     stage_flags = {"pretrain": _pretrain_flags, "finetune": _finetune_flags}
     for add in (
@@ -84,11 +84,10 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     name = {"pretrain": "conmim_base_patch16_224", "finetune": "beit_base_patch16_224"}[stage]
     group.add_argument("--model", default=name, help="a registered model; --list_models shows them")
     group.add_argument(
-        "--list_models", action="store_true", help="print the registered models and exit"
-    )
-    group.add_argument(
-        "--input_size", type=int, default=None, help="image side in pixels; None is the model's own"
-    )
+        "--list_models", action="store_true",
+        help="print the registered models, by what they are for, and exit",
+    )  # fmt: skip
+    add_size_flag(group)
     group.add_argument(
         "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
     )
@@ -105,7 +104,10 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=None,
         help="0 disables layer scale; None: the model's own",
     )
-    group.add_argument("--drop_path", type=float, default={"pretrain": 0.0, "finetune": 0.1}[stage])
+    group.add_argument(
+        "--drop_path", type=float, default={"pretrain": 0.0, "finetune": 0.1}[stage],
+        help="stochastic depth: rate of the last block, from 0 in the first",
+    )  # fmt: skip
     group.add_argument("--abs_pos_emb", action="store_true", help="learned absolute positions")
     placement = {"pretrain": "one shared table", "finetune": "one table per block"}[stage]
     _switch(
@@ -131,6 +133,14 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
 
 
+def add_size_flag(group: argparse._ArgumentGroup) -> None:
+    """Adds --input_size, for squares and others."""
+    group.add_argument(
+        "--input_size", action=ImageSize, default=None,
+        help="size of the images in pixels: S, H W or HxW; None is the model's own",
+    )  # fmt: skip
+
+
 def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     """Adds where the images come from and how they are read."""
     group = parser.add_argument_group("data")
@@ -142,7 +152,10 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
-        group.add_argument("--train_interpolation", default="bicubic", choices=INTERPOLATIONS)
+        group.add_argument(
+            "--train_interpolation", default="bicubic", choices=INTERPOLATIONS,
+            help="how training crops are resized",
+        )  # fmt: skip
     add_loader_flags(group)
     if stage == "pretrain":
         group.add_argument(
@@ -189,7 +202,11 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
         help="ImageNet mean and std instead of 0.5",
     )  # fmt: skip
-    group.add_argument("--num_workers", type=int, default=10)
+    group.add_argument(
+        "--num_workers", type=int, default=NUM_WORKERS,
+        help=f"processes that load images; the default is at most {NUM_WORKERS} and reduced to the "
+        "CPUs",
+    )  # fmt: skip
     _switch(group, "pin_mem", "no_pin_mem", help="pinned host memory for faster copies to a GPU")
     group.add_argument(
         "--max_bad_images",
@@ -215,9 +232,11 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=1,
         help="micro-steps per optimizer step (gradient accumulation)",
     )
-    group.add_argument("--epochs", type=int, default=300 if pretrain else 30)
+    group.add_argument(
+        "--epochs", type=int, default=300 if pretrain else 30, help="passes over the training data"
+    )
     group.add_argument("--opt", default="adamw", help="adamw, sgd, lamb, lars, ... (timm's names)")
-    group.add_argument("--opt_eps", type=float, default=1e-8)
+    group.add_argument("--opt_eps", type=float, default=1e-8, help="epsilon of the optimizer")
     group.add_argument(
         "--opt_betas",
         type=float,
@@ -232,7 +251,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=None,
         help="largest 2-norm of the gradients; None: no clipping",
     )
-    group.add_argument("--weight_decay", type=float, default=0.05)
+    group.add_argument("--weight_decay", type=float, default=0.05, help="at the first step")
     group.add_argument(
         "--weight_decay_end", type=float, default=None, help="cosine to this value; None: constant"
     )
@@ -270,19 +289,32 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         help="of --lr_schedule step, cosine_iters, cosine_epochs: ratio of the lr that the warm-up "
         "begins with",
     )  # fmt: skip
-    group.add_argument("--min_lr", type=float, default=1e-5 if pretrain else 1e-6)
-    group.add_argument("--warmup_epochs", type=int, default=5)
+    group.add_argument(
+        "--min_lr", type=float, default=1e-5 if pretrain else 1e-6, help="lr of the last step"
+    )
+    group.add_argument(
+        "--warmup_epochs", type=int, default=5, help="epochs in which the lr rises to its peak"
+    )
     group.add_argument(
         "--warmup_steps", type=int, default=-1, help="overrides --warmup_epochs if positive"
     )
     if not pretrain:
-        group.add_argument("--layer_decay", type=float, default=0.9)
-        group.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+        group.add_argument(
+            "--layer_decay", type=float, default=0.9,
+            help="factor of the lr from a block to the one before it",
+        )  # fmt: skip
+        group.add_argument(
+            "--disable_weight_decay_on_rel_pos_bias", action="store_true",
+            help="no weight decay of the tables of relative positions",
+        )  # fmt: skip
 
 
 def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group = parser.add_argument_group("masks")
-    group.add_argument("--mask_type", choices=("block", "random_mps32", "random"), default="block")
+    group.add_argument(
+        "--mask_type", choices=("block", "random_mps32", "random"), default="block",
+        help="blocks of patches (BEiT), coarse squares (SimMIM), or single patches",
+    )  # fmt: skip
     group.add_argument("--mask_ratio", type=float, default=0.75, help="of random and random_mps32")
     group.add_argument(
         "--mask_patch_size",
@@ -296,8 +328,13 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=None,
         help="block: patches to mask; None: 75 of 196, scaled",
     )
-    group.add_argument("--max_mask_patches_per_block", type=int, default=None)
-    group.add_argument("--min_mask_patches_per_block", type=int, default=16)
+    group.add_argument(
+        "--max_mask_patches_per_block", type=int, default=None,
+        help="block: largest block; None: --num_mask_patches",
+    )  # fmt: skip
+    group.add_argument(
+        "--min_mask_patches_per_block", type=int, default=16, help="block: smallest block"
+    )
     group.add_argument(
         "--separate_mask_ratio", type=float, default=None, metavar="RATIO",
         help="SemanticMIM: predict this ratio of the patches, drawn separately; None: masked ones",
@@ -321,7 +358,10 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=None,
         help="side of the tokenizer's images; None: one visual token for each patch",
     )
-    group.add_argument("--second_interpolation", choices=INTERPOLATIONS, default="lanczos")
+    group.add_argument(
+        "--second_interpolation", choices=INTERPOLATIONS, default="lanczos",
+        help="how the tokenizer's images are resized",
+    )  # fmt: skip
     _method_flags(parser)
 
 
@@ -364,8 +404,10 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         group, "use_mean_pooling", "use_cls", help="mean of patch tokens instead of the class token"
     )
     group = parser.add_argument_group("regularization")
-    group.add_argument("--drop", type=float, default=0.0)
-    group.add_argument("--attn_drop_rate", type=float, default=0.0)
+    group.add_argument("--drop", type=float, default=0.0, help="dropout")
+    group.add_argument(
+        "--attn_drop_rate", type=float, default=0.0, help="dropout of attention probabilities"
+    )
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     _switch(
         group, "bce_loss", "no_bce_loss", default=False,
@@ -378,8 +420,11 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         help='RandAugment or AutoAugment policy; "" for none',
     )
     group.add_argument("--reprob", type=float, default=0.25, help="random erasing")
-    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
-    group.add_argument("--recount", type=int, default=1)
+    group.add_argument(
+        "--remode", default="pixel", choices=("const", "rand", "pixel"),
+        help="what random erasing fills in: black, one random color, or noise",
+    )  # fmt: skip
+    group.add_argument("--recount", type=int, default=1, help="most rectangles of random erasing")
     group.add_argument(
         "--aug_repeats", type=int, default=1, metavar="N",
         help="repeated augmentation: each image N times in a step, so that an epoch shows one in N",
@@ -389,12 +434,23 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         action="store_true",
         help="no crop, flip, --aa, --color_jitter, --reprob: images as for evaluation",
     )
-    group.add_argument("--mixup", type=float, default=0.0)
-    group.add_argument("--cutmix", type=float, default=0.0)
-    group.add_argument("--cutmix_minmax", type=float, nargs=2, default=None)
-    group.add_argument("--mixup_prob", type=float, default=1.0)
-    group.add_argument("--mixup_switch_prob", type=float, default=0.5)
-    group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
+    group.add_argument("--mixup", type=float, default=0.0, help="mixup's alpha; 0: none")
+    group.add_argument("--cutmix", type=float, default=0.0, help="CutMix's alpha; 0: none")
+    group.add_argument(
+        "--cutmix_minmax", type=float, nargs=2, default=None, metavar=("MIN", "MAX"),
+        help="CutMix with sides in this range, in place of --cutmix",
+    )  # fmt: skip
+    group.add_argument(
+        "--mixup_prob", type=float, default=1.0, help="probability that a batch is mixed"
+    )
+    group.add_argument(
+        "--mixup_switch_prob", type=float, default=0.5,
+        help="probability of CutMix where mixup is given too",
+    )  # fmt: skip
+    group.add_argument(
+        "--mixup_mode", default="batch", choices=("batch", "pair", "elem"),
+        help="one mixing ratio for each batch, pair or image",
+    )  # fmt: skip
     _switch(
         group,
         "model_ema",
@@ -402,26 +458,33 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=False,
         help="keep and evaluate an ema of the weights",
     )
-    group.add_argument("--model_ema_decay", type=float, default=0.9999)
+    group.add_argument(
+        "--model_ema_decay", type=float, default=0.9999, help="how much of the ema a step keeps"
+    )
     group.add_argument(
         "--model_ema_warmup_epochs",
         type=int,
         default=0,
         help="epochs in which the decay rises, from nine tenths",
     )
-    group.add_argument("--model_ema_force_cpu", action="store_true")
+    group.add_argument("--model_ema_force_cpu", action="store_true", help="keep the ema on the CPU")
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval", action="store_true", help="evaluate --resume (or --finetune) and exit"
     )
     _switch(group, "dist_eval", "no_dist_eval", help="share the validation images among processes")
-    group.add_argument("--disable_eval_during_finetuning", action="store_true")
-    group.add_argument("--crop_pct", type=float, default=None)
+    group.add_argument(
+        "--disable_eval_during_finetuning", action="store_true", help="train without evaluation"
+    )
+    group.add_argument(
+        "--crop_pct", type=float, default=None,
+        help="fraction of the side that the central crop keeps; None: 0.875, 1 from 384 px",
+    )  # fmt: skip
     group.add_argument(
         "--eval_input_size",
-        type=int,
+        action=ImageSize,
         default=None,
-        help="side of validation images; None: that of training images",
+        help="size of validation images; None: that of training images",
     )
 
 
@@ -441,7 +504,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument(
         "--dist_on_itp", action="store_true", help="read the process's rank from OpenMPI"
     )
-    group.add_argument("--dist_url", default="env://")
+    group.add_argument("--dist_url", default="env://", help="where the processes meet")
     group.add_argument(
         "--dist_timeout",
         type=float,
@@ -471,8 +534,11 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=False,
         help="batch normalization over the batches of all processes",
     )
-    group.add_argument("--enable_deepspeed", action="store_true")
-    group.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=1)
+    group.add_argument("--enable_deepspeed", action="store_true", help="train with DeepSpeed")
+    group.add_argument(
+        "--zero_stage", type=int, choices=(0, 1, 2, 3), default=1,
+        help="DeepSpeed: shard nothing, optimizer state, gradients too, weights too",
+    )  # fmt: skip
     group.add_argument(
         "--deepspeed_config",
         default=None,
@@ -515,10 +581,12 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     group.add_argument("--output_dir", default="", help="empty: nothing is saved")
     group.add_argument("--log_dir", default=None, help="tensorboard folder")
-    group.add_argument("--wandb", default=None, metavar="PROJECT")
+    group.add_argument("--wandb", default=None, metavar="PROJECT", help="log to Weights & Biases")
     group.add_argument("--log_every", type=int, default=50, help="steps between lines of the log")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--start_epoch", type=int, default=0)
+    group.add_argument(
+        "--seed", type=int, default=0, help="of weights, order, augmentation, masks and dropout"
+    )
+    group.add_argument("--start_epoch", type=int, default=0, help="first epoch of a new run")
     group.add_argument(
         "--resume",
         default="",

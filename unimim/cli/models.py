@@ -7,20 +7,24 @@ import torch
 from torch import nn
 
 import modeling_backbones  # noqa: F401  (registers its networks)
-from modeling_finetune import create_model, entry_of, registered_flags
+from modeling_finetune import create_model, entry_of, list_models, registered_flags
+from unimim.checkpoint.files import model_named_in
 from unimim.checkpoint.loading import class_tokens
 from unimim.cli.flags import options_as_flags
 from unimim.cli.options import given, model_kwargs
 from unimim.data.views import image_mean_std
 from unimim.flag import RunFacts
+from unimim.logs import log
 
 
 def build_method(args: Namespace) -> nn.Module:
     """Returns the method that --model names, with the flags that were given."""
     entry = entry_of(args.model)
     if entry and entry.kind != "method":
+        methods = [name for name in list_models() if entry_of(name).classifier == args.model]
+        use = f": use {', '.join(methods)}" if methods else "; --list_models shows those"
         raise ValueError(
-            f"--model {args.model} is a classifier, not a pre-training method: see --list_models"
+            f"--model {args.model} is a classifier, not a pre-training method fine-tuned as it{use}"
         )
     listed = entry.flags if entry else ()
     facts = RunFacts(image_mean_std(args))
@@ -34,6 +38,7 @@ def build_method(args: Namespace) -> nn.Module:
 
 def build_classifier(args: Namespace) -> nn.Module:
     """Returns the classifier that --model names."""
+    check_is_classifier(args.model)
     options = {
         "num_classes": args.nb_classes,
         "drop": args.drop,
@@ -43,6 +48,30 @@ def build_classifier(args: Namespace) -> nn.Module:
         "num_cls_tokens": weights_class_tokens(args),
     }
     return _build(args, shared_options(args, bias="per_block") | options)
+
+
+def check_is_classifier(model: str) -> None:
+    """Raises a ValueError that names the classifier if the model is a pre-training method."""
+    entry = entry_of(model)
+    if entry and entry.kind == "method":
+        raise ValueError(
+            f"--model {model} is a pre-training method; its encoder is fine-tuned and evaluated as "
+            f"--model {entry.classifier}"
+        )
+
+
+def warn_of_other_variant(path: str, model: str) -> None:
+    """Logs which classifier takes a method's encoder whole, if `model` is of another variant."""
+    held = model_named_in(path)
+    entry = entry_of(held)
+    if entry is None or entry.kind != "method":
+        return
+    variants = [name.partition("_")[0] for name in (entry.classifier, model)]
+    if variants[0] != variants[1]:
+        log.warning(
+            "%s holds %s, which is the %s variant: use --model %s instead of %s",
+            path, held, variants[0], entry.classifier, model,
+        )  # fmt: skip
 
 
 def shared_options(args: Namespace, bias: str) -> dict[str, Any]:

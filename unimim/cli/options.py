@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 import yaml
 
-from modeling_finetune import entry_of, list_models
+from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
-from unimim.cli.flags import LEFTOVERS, build_parser
+from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.engine.runner import has_bf16
-from unimim.files import write_text
+from unimim.files import check_output_folder, write_text
 from unimim.logs import log
 from unimim.recipes import Recipe, by_name, names_for, recipe_for
 
@@ -25,7 +26,8 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(stage)
     first, _ = parser.parse_known_args(argv)
     if first.list_models:
-        parser.exit(message="\n".join(list_models()) + "\n")
+        print(models_by_purpose())
+        parser.exit()
     try:
         overlay = read_config(first.config, parser) if first.config else {}
         parser.set_defaults(**overlay)
@@ -220,6 +222,28 @@ def resolve_lr(args: argparse.Namespace) -> None:
         args.lr = args.blr * effective_batch(args) / 256
 
 
+def resolve_workers(args: argparse.Namespace) -> None:
+    """Reduces the default --num_workers to this process's part of the CPUs; another number
+    stays."""
+    if getattr(args, "num_workers", None) != NUM_WORKERS:
+        return
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cpus = len(os.sched_getaffinity(0))
+    args.num_workers = min(NUM_WORKERS, max(1, cpus // local_ranks))
+    if args.num_workers < NUM_WORKERS:
+        log.info(
+            "--num_workers %d: the default %d is reduced to this process's part of %d CPUs",
+            args.num_workers, NUM_WORKERS, cpus,
+        )  # fmt: skip
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Makes the folders that the flags name, before anything is read; ValueError if it fails."""
+    for name in ("output_dir", "log_dir"):
+        if getattr(args, name, None):
+            check_output_folder(f"--{name}", getattr(args, name))
+
+
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
     """Settles --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only
     sometimes faster)."""
@@ -249,8 +273,9 @@ def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
     log.info("recipe: %s%s", args.recipe or "none, the flags' defaults", choose)
     for name, value in derived.items():
         log.info("  %-22s %s", name, value)
+    if not args.output_dir and not args.dry_run:
+        log.warning("no --output_dir: nothing is kept of this run, neither weights nor log.txt")
     if args.output_dir and args.rank == 0:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_text(
             Path(args.output_dir) / "config.yaml", yaml.safe_dump(as_config(args), sort_keys=True)
         )
@@ -291,6 +316,7 @@ def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
         if args.blr
         else "not scaled by the batch size"
     )
+    rises = f"0 -> {args.lr:g} in {warmup} steps" if warmup else f"{args.lr:g}, no warm-up"
     falls = f"cosine to {args.min_lr:g}"
     if args.lr_schedule == "step":
         falls = (
@@ -300,7 +326,7 @@ def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
         "effective batch": f"{args.batch_size} x {args.update_freq} x {args.world_size}"
         f" = {effective_batch(args)}",
         "steps": f"{args.epochs} epochs x {steps_per_epoch} = {args.epochs * steps_per_epoch}",
-        "lr": f"0 -> {args.lr:g} in {warmup} steps, {falls}; {scaled}",
+        "lr": f"{rises}, {falls}; {scaled}",
         "weight decay": f"{args.weight_decay:g} -> {args.weight_decay_end or args.weight_decay:g}",
         "precision": args.precision,
         "float32 products": {"high": "in TF32", "highest": "exact"}[

@@ -34,6 +34,7 @@ PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 
+SIXTEEN_BIT_AS_INT = ("PNG", "PPM")  # formats whose 16-bit gray Pillow may open as mode I
 
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
@@ -52,7 +53,7 @@ def decode(raw: RawImage) -> np.ndarray:
     """Return the RGB image [H, W, 3] uint8, equal to Pillow's; JPEGs go through faster simplejpeg.
 
     Grayscale, palette, CMYK and transparent images are converted as by Pillow; EXIF orientation is
-    ignored.
+    ignored. 16-bit gray becomes 8-bit by its range, as Pillow does for 16-bit colors only.
 
     Raises:
         BrokenImageError: the bytes are empty, truncated, or not an image.
@@ -125,6 +126,26 @@ def decode_pillow(raw: RawImage) -> Image.Image:
     if not raw:
         raise BrokenImageError("the file is empty")
     try:
-        return Image.open(io.BytesIO(raw)).convert("RGB")
+        image = Image.open(io.BytesIO(raw))
+        return _gray8(image).convert("RGB") if image.mode[0] in "IF" else image.convert("RGB")
     except PILLOW_ERRORS as error:
         raise BrokenImageError(str(error)) from error
+
+
+def _gray8(image: Image.Image) -> Image.Image:
+    """Return 16-bit gray as 8-bit gray; Pillow would clip it at 255, so that most of it is white.
+
+    Integers that fit into 8 bits stay as they are.
+
+    Raises:
+        BrokenImageError: the pixels are floats or wider integers, whose range the file does not
+            say.
+    """
+    values = np.asarray(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT_AS_INT):
+        return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if image.mode == "I" and values.min() >= 0 and values.max() <= 255:
+        return Image.fromarray(values.astype(np.uint8))
+    raise BrokenImageError(
+        f"its pixels (Pillow's mode {image.mode}) have no known range; convert it to 8 or 16 bits"
+    )

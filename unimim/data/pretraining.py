@@ -20,16 +20,19 @@ def mask_generator(args: Namespace, method: nn.Module, view: str):
     """Return the generator of the masks in `view`, None if the method does not read that view."""
     if view not in method.views:
         return None
-    return build_mask_generator(
-        args.mask_type,
-        input_size=method.image_size,
-        patch_size=method.cell_size,
-        mask_ratio=args.mask_ratio if view == "mask" else args.separate_mask_ratio,
-        num_mask_patches=args.num_mask_patches,
-        min_mask_patches_per_block=args.min_mask_patches_per_block,
-        max_mask_patches_per_block=args.max_mask_patches_per_block,
-        mask_patch_size=args.mask_patch_size,
-    )
+    try:
+        return build_mask_generator(
+            args.mask_type,
+            input_size=method.image_size,
+            patch_size=method.cell_size,
+            mask_ratio=args.mask_ratio if view == "mask" else args.separate_mask_ratio,
+            num_mask_patches=args.num_mask_patches,
+            min_mask_patches_per_block=args.min_mask_patches_per_block,
+            max_mask_patches_per_block=args.max_mask_patches_per_block,
+            mask_patch_size=args.mask_patch_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}{method.finer_patches}") from error
 
 
 def build_data(args: Namespace, method: nn.Module) -> DataLoader:

@@ -1,6 +1,7 @@
 """Generate the `shapes` data set: scenes with class labels, semantic masks and instances.
 
-The files are the same bytes on every machine: only integers and single IEEE operations are used,
+A scene's class is the outline of its largest object; color, size, angle and position do not depend
+on it. The files are the same bytes on every machine: only integers and single IEEE operations are used,
 numpy's frozen random streams (RandomState), and uncompressed PNGs, whose bytes do not depend on a
 library's version. Image i does not depend on how many images are written.
 """
@@ -33,13 +34,31 @@ CLASSES = (
     "arrow",
 )
 TRAIN_IMAGES, VAL_IMAGES = 2000, 500
-SIDES = (64, 128)
-MAIN_RADIUS = (0.22, 0.40)  # range, as fractions of the image's shorter side
-OTHER_RADIUS = (0.12, 0.20)
-MOST_OTHERS = 3
+VERSION = 2  # of the default scenes: cached folders of another version are not read
 LARGEST_OVERLAP = 0.25
 FOLDERS = {"train": "training", "val": "validation"}  # ADE20K's names
 SEED = 20260131
+SHADE = 24  # by which a plain background's color changes over the image
+LEAST_CONTRAST = 192  # of a plain object, summed over the three channels
+
+
+@dataclass(frozen=True)
+class Style:
+    """How scenes look: ranges of the sides in pixels and of the radii in shorter sides.
+
+    `clutter`: textured objects on a strewn background of noise, in place of two plain colors.
+    """
+
+    sides: tuple[int, int]
+    main_radius: tuple[float, float]
+    other_radius: tuple[float, float]
+    most_others: int
+    noise: int
+    clutter: bool
+
+
+PLAIN = Style((64, 64), (0.30, 0.45), (0.10, 0.16), most_others=2, noise=4, clutter=False)
+CLUTTERED = Style((64, 128), (0.22, 0.40), (0.12, 0.20), most_others=3, noise=8, clutter=True)
 
 
 @dataclass(frozen=True)
@@ -70,27 +89,42 @@ class Scene:
 # --- one scene ------------------------------------------------------------------------------------
 
 
-def make_scene(split: str, index: int) -> Scene:
-    """Return scene `index` of "train" or "val".
-
-    One large object and up to three smaller ones lie on a cluttered background.
-    """
+def make_scene(split: str, index: int, style: Style = PLAIN) -> Scene:
+    """Return scene `index` of "train" or "val": one large object and some smaller ones."""
     rng = np.random.RandomState([SEED, list(FOLDERS).index(split), index])
-    height, width = rng.randint(SIDES[0], SIDES[1] + 1, size=2)
-    image = background(rng, height, width)
+    height, width = rng.randint(style.sides[0], style.sides[1] + 1, size=2)
+    image = background(rng, height, width) if style.clutter else _gradient(rng, height, width)
     instances = np.zeros((height, width), dtype=np.uint8)
     classes = []
-    for number in range(1 + rng.randint(MOST_OTHERS + 1)):
+    for number in range(1 + rng.randint(style.most_others + 1)):
         main = number == 0
         kind = (index if main else rng.randint(len(CLASSES))) % len(CLASSES)
-        radii = MAIN_RADIUS if main else OTHER_RADIUS
+        radii = style.main_radius if main else style.other_radius
         shape = _object_mask(rng, kind, (height, width), radii)
         if not _overlaps(shape, instances, len(classes)):
             classes.append(kind)
             instances[shape] = len(classes)
-            image[shape] = _texture(rng, height, width)[shape]
-    noise = rng.randint(-8, 9, size=image.shape)
+            if style.clutter:
+                image[shape] = _texture(rng, height, width)[shape]
+            else:
+                image[shape] = _contrasting_color(rng, image[shape])
+    noise = rng.randint(-style.noise, style.noise + 1, size=image.shape)
     return Scene(np.clip(image + noise, 0, 255).astype(np.uint8), instances, tuple(classes))
+
+
+def _gradient(rng: np.random.RandomState, height: int, width: int) -> np.ndarray:
+    """Return a random color that changes a little from corner to corner, [height, width, 3]."""
+    color = rng.randint(SHADE, 256 - SHADE, size=3)
+    return color + (_smooth_noise(rng, height, width, 1) - 128) * SHADE // 128
+
+
+def _contrasting_color(rng: np.random.RandomState, ground: np.ndarray) -> np.ndarray:
+    """Return a random color [3] that differs from the mean of `ground` [N, 3]."""
+    mean = ground.sum(axis=0) // len(ground)
+    while True:
+        color = rng.randint(0, 256, size=3)
+        if abs(color - mean).sum() >= LEAST_CONTRAST:
+            return color
 
 
 def background(rng: np.random.RandomState, height: int, width: int) -> np.ndarray:
@@ -271,7 +305,12 @@ def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
 
 
 def write_shapes(
-    root: Path, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES, *, voc: bool = False
+    root: Path,
+    train: int = TRAIN_IMAGES,
+    val: int = VAL_IMAGES,
+    *,
+    voc: bool = False,
+    style: Style = PLAIN,
 ) -> None:
     """Write the data set to the new folder `root`, which appears when it is complete.
 
@@ -285,12 +324,12 @@ def write_shapes(
 
     def write(draft: Path) -> None:
         for split, count in (("train", train), ("val", val)):
-            (_write_voc_split if voc else _write_split)(draft, split, count)
+            (_write_voc_split if voc else _write_split)(draft, split, count, style)
 
     files.write_folder(root, write)
 
 
-def _write_split(root: Path, split: str, count: int) -> None:
+def _write_split(root: Path, split: str, count: int, style: Style) -> None:
     """Write one split for classification, as ADE20K and as COCO."""
     images = root / "images" / FOLDERS[split]
     masks = root / "annotations" / FOLDERS[split]
@@ -300,7 +339,7 @@ def _write_split(root: Path, split: str, count: int) -> None:
     coco = {"images": [], "annotations": [], "categories": _coco_categories()}
     with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
         for index in tqdm(range(count), desc=f"shapes {split}", disable=None):
-            scene = make_scene(split, index)
+            scene = make_scene(split, index, style)
             image = png_bytes(scene.image)
             name = f"{index:06d}.png"
             member = f"{CLASSES[scene.label]}/{name}"
@@ -318,7 +357,7 @@ def _write_split(root: Path, split: str, count: int) -> None:
     (root / f"instances_{split}.json").write_text(json.dumps(coco, separators=(",", ":")))
 
 
-def _write_voc_split(root: Path, split: str, count: int) -> None:
+def _write_voc_split(root: Path, split: str, count: int, style: Style) -> None:
     """Write one split in the layout of Pascal VOC with augmented training masks.
 
     Images (PNG files) are in JPEGImages, lists in ImageSets/Segmentation/{trainaug,val}.txt. Every
@@ -329,7 +368,7 @@ def _write_voc_split(root: Path, split: str, count: int) -> None:
         (root / folder).mkdir(parents=True, exist_ok=True)
     names = []
     for index in tqdm(range(count), desc=f"shapes {split}", disable=None):
-        scene = make_scene(split, index)
+        scene = make_scene(split, index, style)
         name = f"{split}_{index:06d}"
         augmented = split == "train" and index % 2 == 0
         (root / "JPEGImages" / f"{name}.png").write_bytes(png_bytes(scene.image))
@@ -364,13 +403,14 @@ def _zip_entry(name: str) -> zipfile.ZipInfo:
 def cached_shapes(
     root: Path | None = None, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES
 ) -> Path:
-    """Return the folder of the data set (default `$UNIMIM_CACHE/shapes`), written on first use.
+    """Return the folder of the data set (default `$UNIMIM_CACHE/shapes2`), written on first use.
 
     One process per machine writes while the others wait. An existing folder is used as it is,
-    whatever its number of images.
+    whatever its number and style of images.
     """
     if root is None:
-        root = Path(os.environ.get("UNIMIM_CACHE", "~/.cache/unimim")).expanduser() / "shapes"
+        cache = Path(os.environ.get("UNIMIM_CACHE", "~/.cache/unimim")).expanduser()
+        root = cache / f"shapes{VERSION}"
     if not (root / "train_map.txt").is_file():
         if root.is_dir() and any(root.iterdir()):
             raise ValueError(

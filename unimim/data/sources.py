@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -171,15 +172,23 @@ def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = 
         raise ValueError(
             f"{root} has class folders that the training folder lacks, such as '{min(unknown)}'"
         )
-    names = sorted(images_below(root))
+    skipped: Counter[str] = Counter()
+    names = sorted(images_below(root, skipped))
     number = {name: label for label, name in enumerate(classes)}
     labels = [number.get(name.partition(os.sep)[0], -1) if os.sep in name else -1 for name in names]
     if need_labels:  # as in the published code, images outside every class folder are left out
+        found = len(names)
         names = [name for name, label in zip(names, labels, strict=True) if label >= 0]
         labels = [label for label in labels if label >= 0]
+        if names and len(names) < found:
+            logger.warning(
+                "%s: %d of %d images lie outside every class folder and are left out",
+                root, found - len(names), found,
+            )  # fmt: skip
     if not names:
         kind = "class folders with images" if need_labels else "images"
         raise ValueError(f"{root} holds no {kind} ({' '.join(IMAGE_EXTENSIONS)})")
+    warn_of_skipped(root, skipped, len(names))
     return FileSource(FolderFiles(root, names), labels, classes)
 
 
@@ -192,16 +201,31 @@ def class_names(root: Path) -> list[str]:
     )
 
 
-def images_below(root: Path) -> Iterator[str]:
+def images_below(root: Path, skipped: Counter[str] | None = None) -> Iterator[str]:
     """Yield the relative paths of all image files below `root`, in no particular order.
 
-    Links are followed and hidden folders are skipped.
+    Links are followed; hidden folders and files are passed over. Other files are counted in
+    `skipped` by their suffix.
     """
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 yield os.path.relpath(os.path.join(folder, name), root)
+            elif skipped is not None and not name.startswith("."):
+                skipped[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+
+
+def warn_of_skipped(root: Path, skipped: Counter[str], images: int) -> None:
+    """Log how many files beside the images below `root` were skipped, by their suffixes."""
+    if not skipped:
+        return
+    kinds = [f"{count} {suffix}" for suffix, count in skipped.most_common(5)]
+    logger.warning(
+        "%s: %d of %d files are skipped, as they are none of %s: %s%s",
+        root, skipped.total(), skipped.total() + images, " ".join(IMAGE_EXTENSIONS),
+        ", ".join(kinds), ", ..." * (len(skipped) > 5),
+    )  # fmt: skip
 
 
 def cifar_source(root: Path, classes: int, *, train: bool) -> ArraySource:
@@ -315,6 +339,8 @@ def _detect(data_path: str | None) -> str:
             "neither --data_set nor --data_path is given: using scikit-learn's handwritten digits"
         )
         return "digits"
+    if not os.path.exists(data_path):
+        raise ValueError(f"--data_path {data_path} does not exist")
     map_files = [os.path.join(data_path, f"{split}_map.txt") for split in ("train", "val")]
     if any(os.path.isfile(file) for file in map_files):
         kind, reason = "IMNET", "it holds a map file"

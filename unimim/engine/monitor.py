@@ -61,6 +61,15 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether there is a place for images: tensorboard, on rank 0."""
+        return self.board is not None
+
+    def images(self, name: str, images: Tensor, step: int) -> None:
+        """Sends one picture uint8 [3, H, W] to tensorboard."""
+        self.board.add_image(name, images.numpy(), step)
+
     def epoch(self, metrics: dict, step: int) -> None:
         numbers = {f"epoch/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
         self.step(numbers, step)

@@ -7,6 +7,7 @@ optimizer's state goes by the parameters' names. A DeepSpeed run keeps optimizer
 folder of the same name, for an exact resume on as many ranks.
 """
 
+import json
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,14 +26,18 @@ from unimim.checkpoint.files import (
     encoder_file,
     finish_deepspeed_folder,
     latest_valid_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     save_encoder,
     sync_deepspeed_folder,
+    timm_arguments_of,
 )
 from unimim.checkpoint.loading import unwrapped
+from unimim.checkpoint.names import to_timm
 from unimim.cli.options import as_config, effective_batch
+from unimim.data.views import image_mean_std
 from unimim.engine.deepspeed import DeepSpeedRunner
 from unimim.engine.distributed import barrier, from_first_rank
 from unimim.engine.ema import MovingAverage
@@ -204,8 +209,23 @@ class Session:
         """Writes the clean encoder in `weights`, which are whole float32 ones."""
         if hasattr(self.network, "encoder_state_dict"):
             path = encoder_file(self.folder / f"{stem}.pth")
-            metadata = {"model": self.args.model, "format": "timm"}
-            save_encoder(path, self.network.encoder_state_dict(weights), metadata)
+            encoder = to_timm(self.network.encoder_state_dict(weights))
+            arguments = json.dumps(self.network.timm_arguments(encoder), default=str)
+            metadata = {"model": self.args.model, "format": "timm", "timm": arguments}
+            mean, std = image_mean_std(self.args)
+            metadata |= {"mean": json.dumps(mean), "std": json.dumps(std)}
+            save_encoder(path, encoder, metadata)
+
+    def log_encoder(self) -> None:
+        """Logs the line of Python that gives the newest encoder as timm's model."""
+        if self.folder is None or self.args.rank or not (found := list_checkpoints(self.folder)):
+            return
+        path = encoder_file(found[-1])
+        if path.is_file() and (arguments := timm_arguments_of(path)):
+            words = [f"{name}={value!r}" for name, value in arguments.items()]
+            log.info("the encoder in Python: timm.create_model(%s)", ", ".join(words))
+            mean, std = image_mean_std(self.args)
+            log.info("for images in [0, 1] less the mean %s, divided by the std %s", mean, std)
 
     # -- resuming
 

@@ -28,10 +28,12 @@ from optim_factory import (
 from unimim.cli.flags import options_as_flags
 from unimim.cli.options import (
     as_config,
+    check_outputs,
     effective_batch,
     resolve_lr,
     resolve_matmul_precision,
     resolve_precision,
+    resolve_workers,
     warmup_steps,
 )
 from unimim.data.pretraining import steps_per_epoch
@@ -244,6 +246,9 @@ def set_up(args: Namespace) -> RunContext:
     """Joins the other processes, starts the log, settles device and precision."""
     device = init_distributed(args)
     setup_logging(args.rank)
+    if args.rank == 0:
+        check_outputs(args)
+    resolve_workers(args)
     if device.type == "cpu":
         keep_freed_memory()
     resolve_precision(args, device)

@@ -27,6 +27,7 @@ from modeling_finetune import (
 )
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
 from unimim.checkpoint.loading import class_tokens, load_pretrained
+from unimim.cli.models import check_is_classifier, warn_of_other_variant
 from unimim.cli.options import given, model_kwargs
 from unimim.data.files import Key
 from unimim.data.views import EvalTransform
@@ -139,6 +140,7 @@ def build_network(args: Namespace) -> nn.Module:
 
     Norms that these weights lack are identities.
     """
+    check_is_classifier(args.model)
     torch.manual_seed(args.seed)
     form = {"num_classes": 0, "global_pool": "token", "attn": args.attn}
     source = {"model_key": args.model_key, "prefix": args.model_prefix}
@@ -160,6 +162,7 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
 
     Unlike in fine-tuning nothing would repair weights that are missing.
     """
+    warn_of_other_variant(args.finetune, args.model)
     found = load_pretrained(
         network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
     )

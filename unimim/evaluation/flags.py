@@ -13,8 +13,10 @@ from unimim.cli.flags import (
     add_process_flags,
     add_recipe_flag,
     add_run_flags,
+    add_size_flag,
 )
 from unimim.cli.options import parse_flags
+from unimim.cli.parser import FlagParser
 from unimim.data.views import PROBE_CROPS
 from unimim.evaluation.features import NORMS
 from unimim.evaluation.linear_probe import head_names
@@ -28,9 +30,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument(
         "--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning"
     )
-    group.add_argument(
-        "--input_size", type=int, default=None, help="image side in pixels; None is the model's own"
-    )
+    add_size_flag(group)
     group.add_argument(
         "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
     )
@@ -103,10 +103,8 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
 
 def knn_parser() -> argparse.ArgumentParser:
     """Returns the parser of run_knn.py."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="k-NN accuracy of a pre-trained network's features",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add_backbone_flags(parser)
     group = parser.add_argument_group("k-NN")
@@ -167,10 +165,8 @@ def parse_knn(argv: list[str] | None = None) -> Namespace:
 
 def linear_parser() -> argparse.ArgumentParser:
     """Returns the parser of run_linear_probing.py."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Linear probing of a frozen network, for one learning rate or several at once",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add_backbone_flags(parser)
     _probe_flags(parser)

@@ -172,10 +172,19 @@ def _move(value: Any, old: str, new: str) -> None:
             _move(item, old, new)
 
 
-def check_data(cfg) -> None:
-    """Raise ValueError if the data folder does not exist."""
+def check_data(cfg, *stages: str) -> None:
+    """Raise ValueError if a folder or file that the data sets of `stages` read does not exist."""
     if "data_root" in cfg and not Path(cfg.data_root).is_dir():
         raise ValueError(f"the data folder {cfg.data_root} does not exist; set --data-root")
+    for stage in stages:
+        dataset = cfg[f"{stage}_dataloader"].dataset
+        root = dataset.get("data_root") or ""
+        parts = [dataset.get("ann_file") or "", *(dataset.get("data_prefix") or {}).values()]
+        for path in (Path(root, part) for part in parts):
+            if not path.exists():
+                raise ValueError(
+                    f"{path} does not exist; set --data-root to a folder that holds it"
+                )
 
 
 def run_on_cpu(cfg) -> None:
@@ -313,7 +322,7 @@ def train(task: Task, argv: Sequence[str] | None = None, description: str = ""):
     from mmengine.runner import Runner
 
     cfg = load_config(args)
-    check_data(cfg)
+    check_data(cfg, "train", "val")
     set_start(cfg, args)
     if args.amp:
         if not torch.cuda.is_available():
@@ -336,7 +345,7 @@ def test(task: Task, argv: Sequence[str] | None = None, description: str = "") -
     from mmengine.runner import Runner
 
     cfg = load_config(args)
-    check_data(cfg)
+    check_data(cfg, "test")
     check_loads(args.checkpoint, args.trust_checkpoint)
     use_class_tokens(cfg, args.checkpoint)
     if args.tta or cfg.get("tta"):

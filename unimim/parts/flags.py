@@ -9,6 +9,7 @@ import torch
 from unimim.cli import options
 from unimim.cli.flags import add_data_flags, add_engine_flags, add_optimizer_flags, add_run_flags
 from unimim.cli.options import model_kwargs, parse_flags
+from unimim.cli.parser import FlagParser
 from unimim.parts.learning import (
     BACKGROUNDS,
     PART_SOURCES,
@@ -23,10 +24,8 @@ RECIPE = "semmae_parts"  # gives the defaults
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of run_part_learning.py."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Learns SemMAE's semantic parts and writes part maps for a data set",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     _teacher_flags(parser)
     _part_flags(parser)
@@ -78,7 +77,10 @@ def _part_flags(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="each next one doubles",
     )
-    group.add_argument("--reconstruction", choices=tuple(RECONSTRUCTIONS), default="mse")
+    group.add_argument(
+        "--reconstruction", choices=tuple(RECONSTRUCTIONS), default="mse",
+        help="how the image that the parts give back is compared",
+    )  # fmt: skip
     group.add_argument(
         "--loss_weights", type=float, nargs=3, default=(10.0, 0.1, 0.1), metavar=("R", "D", "B"),
         help="of reconstruction, diversity and balance; B = 0 is the paper's two-term form",

@@ -1,6 +1,5 @@
 # UPerNet on the generated scenes (make_shapes.py), for compare_transfer.py: the encoder of
-# compare_methods.py, crops of 64 px, objects against ground (nothing here learns their ten classes
-# so soon).
+# compare_methods.py, crops of 64 px, objects against ground.
 _base_ = [
     "../_base_/models/upernet_vit.py",
     "../_base_/datasets/ade20k_512.py",
