@@ -13,6 +13,7 @@ minute that the parts fit together; nothing is learned then.
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -26,6 +27,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -172,20 +174,21 @@ def flat_pixels(flags: str, train: bool) -> tuple[np.ndarray, np.ndarray]:
 
 def programs() -> dict[str, tuple[Callable, Callable]]:
     """Return, for each run script, how its flags are read and its main function."""
-    import run_knn
-    import run_linear_probing
-    import run_part_learning
-    import run_pretraining
     from unimim.cli.options import parse
     from unimim.evaluation.flags import parse_knn, parse_linear
     from unimim.parts.flags import parse_parts
 
-    return {
-        "run_pretraining.py": (lambda words: parse("pretrain", words), run_pretraining.main),
-        "run_part_learning.py": (parse_parts, run_part_learning.main),
-        "run_knn.py": (parse_knn, run_knn.main),
-        "run_linear_probing.py": (parse_linear, run_linear_probing.main),
+    readers = {
+        "run_pretraining.py": partial(parse, "pretrain"),
+        "run_part_learning.py": parse_parts,
+        "run_knn.py": parse_knn,
+        "run_linear_probing.py": parse_linear,
     }
+    found = {}
+    for program, read in readers.items():
+        script = importlib.import_module(program.removesuffix(".py"))
+        found[program] = (read, script.main)
+    return found
 
 
 @dataclass(frozen=True)
