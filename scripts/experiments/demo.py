@@ -13,6 +13,7 @@ minute that the parts fit together; nothing is learned then.
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -26,6 +27,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -172,20 +174,21 @@ def flat_pixels(flags: str, train: bool) -> tuple[np.ndarray, np.ndarray]:
 
 def programs() -> dict[str, tuple[Callable, Callable]]:
     """Return, for each run script, how its flags are read and its main function."""
-    import run_knn
-    import run_linear_probing
-    import run_part_learning
-    import run_pretraining
     from unimim.cli.options import parse
     from unimim.evaluation.flags import parse_knn, parse_linear
     from unimim.parts.flags import parse_parts
 
-    return {
-        "run_pretraining.py": (lambda words: parse("pretrain", words), run_pretraining.main),
-        "run_part_learning.py": (parse_parts, run_part_learning.main),
-        "run_knn.py": (parse_knn, run_knn.main),
-        "run_linear_probing.py": (parse_linear, run_linear_probing.main),
+    readers = {
+        "run_pretraining.py": partial(parse, "pretrain"),
+        "run_part_learning.py": parse_parts,
+        "run_knn.py": parse_knn,
+        "run_linear_probing.py": parse_linear,
     }
+    found = {}
+    for program, read in readers.items():
+        script = importlib.import_module(program.removesuffix(".py"))
+        found[program] = (read, script.main)
+    return found
 
 
 @dataclass(frozen=True)
@@ -438,7 +441,9 @@ def verdict(rows: Sequence[Row], seeds: int) -> str:
     best = max(systems, key=lambda row: np.mean(row.accuracies["linear"]))
     pixels = rows[0].accuracies["linear"][0]
     behind = [row.name for row in systems if row not in ahead]
-    others = f"; {', '.join(behind)} {'is' if len(behind) == 1 else 'are'} not" if behind else ""
+    others = (
+        f"; {', '.join(behind)} {'is' if len(behind) == 1 else 'are'} not in all" if behind else ""
+    )
     times = [row.seconds for row in systems]
     each = "with each seed" if seeds > 1 else "with one seed"
     return (
@@ -492,7 +497,8 @@ def page(demo: Demo, rows: Sequence[Row], outcome: str, seconds: float) -> str:
             report.picture(
                 demo.output / "pictures.png",
                 "What each system sees and predicts, on images that it was not trained on. Masked "
-                "patches are gray; SemAIM's order runs from yellow to blue; attention is bright.",
+                "patches are gray; SemAIM's order runs from yellow to blue; attention is bright. "
+                "MAE's predictions are of normalized patches: mean and std are the true ones.",
             ),
             report.html_table(*table(rows)),
             report.paragraph(
