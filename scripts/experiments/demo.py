@@ -82,7 +82,7 @@ FEW_LABELS = "--label_fraction 0.1 --epochs 60 --batch_size 40"
 COLUMNS = {"knn": "k-NN, %", "linear": "linear, %", "linear10": "linear, 10 % of labels, %"}
 SEEDS = (0, 1)
 FAST_IMAGES = {"train": 10, "val": 5}  # of each class
-FAST = "--epochs 1 --warmup_epochs 0 --warmup_steps 1 --batch_size 10"
+FAST = "--epochs 1 --warmup_epochs 0 --warmup_steps 0 --batch_size 10"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from analysis import visualize
 from masking_generator import semantic_mask
 from unimim.data.part_maps import PartMaps
 from unimim.data.pretraining import mask_generator
+from unimim.engine.samples import MASKED_GRAY
 from unimim.evaluation.attention import class_maps
 from unimim.parts.extraction import PALETTE
 
@@ -83,7 +84,7 @@ def filled_in(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
         pixels = unit.mul(255).round().byte()
         shown.append(pixels)
     hidden = panels.masked.eq(0).all(1, keepdim=True)
-    shown[0] = shown[0].masked_fill(hidden, visualize.MASKED_GRAY)
+    shown[0] = shown[0].masked_fill(hidden, MASKED_GRAY)
     return as_pictures(shown[0]), as_pictures(shown[1])
 
 
@@ -98,7 +99,7 @@ def parts_and_masks(folder: Path, images: list[np.ndarray]) -> tuple[list, list]
     for image, part, mask in zip(images, parts, found, strict=True):
         colored.append(overlay(image, blocks(PALETTE[part.numpy()])))
         hidden = blocks(mask.reshape(part.shape).numpy().astype(np.uint8)).astype(bool)
-        masked.append(np.where(hidden[..., None], np.uint8(visualize.MASKED_GRAY), image))
+        masked.append(np.where(hidden[..., None], np.uint8(MASKED_GRAY), image))
     return colored, masked
 
 

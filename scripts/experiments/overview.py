@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from analysis import visualize
 from masking_generator import build_mask_generator, semantic_mask
 from unimim.data.part_maps import PartMaps
+from unimim.engine.samples import MASKED_GRAY
 from unimim.evaluation.attention import class_maps
 from unimim.parts.extraction import PALETTE
 
@@ -155,7 +156,7 @@ def heat(values: Tensor, photograph: np.ndarray, name: str, *, soft: bool) -> np
 def masked(photograph: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The photograph with its masked patches in gray."""
     hidden = blocks(mask.astype(np.uint8))[..., None].astype(bool)
-    return np.where(hidden, np.uint8(visualize.MASKED_GRAY), photograph)
+    return np.where(hidden, np.uint8(MASKED_GRAY), photograph)
 
 
 def mask_columns(photographs: list[np.ndarray], parts: Tensor) -> dict[str, list[np.ndarray]]:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.visualize import MASKED_GRAY
 from scripts.experiments import overview
+from unimim.engine.samples import MASKED_GRAY
 
 
 def test_photographs_are_cut_into_squares(tmp_path, monkeypatch):
