@@ -280,7 +280,7 @@ def test_what_is_refused(cls, options, said):
 
 def test_options_of_another_variant_are_refused():
     for options in ({"rel_pos_bias": "shared"}, {"pos_embed": "learned"}, {"temperature": 0.1}):
-        with pytest.raises(ValueError, match=f"does not take .*{next(iter(options))}"):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}=.* is not an option of"):
             create_model("mae_tiny_patch16_224", **options)
 
 
