@@ -342,10 +342,10 @@ def test_missing_data_is_named_before_a_run(tmp_path):
     with pytest.raises(
         ValueError, match=r"annotations/train\.json does not exist; set --data-root"
     ):
-        runner.check_data(cfg)
+        runner.check_data(cfg, "train")
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/train.json").write_text("{}")
-    runner.check_data(cfg)
+    runner.check_data(cfg, "train")
 
 
 def test_a_segmentor_on_timms_network_lends_its_backbone(tmp_path):
