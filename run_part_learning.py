@@ -11,12 +11,11 @@ from itertools import islice
 import torch
 
 import modeling_pretrain  # noqa: F401  (registers the methods)
-from datasets import build_dataset
 from engine_for_pretraining import train
 from optim_factory import param_groups
-from unimim.cli.options import derived, report
-from unimim.data.pretraining import steps_per_epoch, train_loader
-from unimim.data.views import build_pretrain_transform, image_mean_std
+from unimim.cli.options import default_warmup, derived, report
+from unimim.data.pretraining import crop_loader, steps_per_epoch
+from unimim.data.views import image_mean_std
 from unimim.engine.session import Position
 from unimim.engine.setup import launch, set_up, start_training
 from unimim.engine.state import RunContext
@@ -25,7 +24,6 @@ from unimim.parts.flags import build_learner, parse_parts, teacher_kwargs
 from unimim.parts.learning import PartLearning, load_teacher
 
 STATISTICS_BATCHES = 50  # of optimizer steps, from which the features' mean and std are taken
-WARMUP_FRACTION = 0.05  # of the steps, where the flags give no warm-up
 
 # --------------------------------------------------------------------------------------------------
 # Training
@@ -34,20 +32,10 @@ WARMUP_FRACTION = 0.05  # of the steps, where the flags give no warm-up
 def train_learner(context: RunContext, task: PartLearning) -> None:
     """Trains to the last epoch, from wherever an earlier run stopped."""
     args = context.args
-    transform = build_pretrain_transform(
-        ("image",),
-        input_size=args.input_size,
-        interpolation=args.train_interpolation,
-        pipeline=args.data_pipeline,
-        crop_scale=tuple(args.crop_scale),
-    )
-    loader = train_loader(
-        args, build_dataset(args, train=True, transform=transform, need_labels=False)
-    )
+    loader = crop_loader(args)
     steps_in_epoch = steps_per_epoch(args, loader)
     steps = args.epochs * steps_in_epoch
-    if args.warmup_steps < 0 and not args.warmup_epochs:
-        args.warmup_steps = max(1, round(WARMUP_FRACTION * steps))
+    default_warmup(args, steps)
     report(args, derived(args, steps_in_epoch) | {"images": len(loader.dataset)})
     if args.dry_run:
         return

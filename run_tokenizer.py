@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from engine_for_pretraining import train
 from optim_factory import param_groups
-from unimim.cli.options import derived, report
-from unimim.data.pretraining import steps_per_epoch
+from unimim.cli.options import default_warmup, derived, report
+from unimim.data.pretraining import crop_loader, steps_per_epoch
 from unimim.engine.setup import dry_run, launch, set_up, start_training
 from unimim.engine.state import RunContext
 from unimim.tokenizer.clustering import cluster
@@ -21,13 +21,10 @@ from unimim.tokenizer.flags import parse_tokenizer
 from unimim.tokenizer.training import (
     build_vae,
     export,
-    image_loader,
     score_clusters,
     score_vae,
     scored_images,
 )
-
-WARMUP_FRACTION = 0.05  # of the steps, where the flags give no warm-up
 
 
 def train_vae(context: RunContext, loader: DataLoader) -> None:
@@ -36,8 +33,7 @@ def train_vae(context: RunContext, loader: DataLoader) -> None:
     vae = build_vae(args).to(context.device)
     steps = steps_per_epoch(args, loader)
     total = args.epochs * steps
-    if args.warmup_steps < 0 and not args.warmup_epochs:
-        args.warmup_steps = max(1, round(WARMUP_FRACTION * total))
+    default_warmup(args, total)
     report(args, derived(args, steps) | {"images": len(loader.dataset)})
     groups = param_groups(vae, args.weight_decay)
     if args.dry_run:
@@ -63,7 +59,7 @@ def fit_clusters(context: RunContext, loader: DataLoader) -> None:
 
 def main(args: Namespace) -> None:
     context = set_up(args)
-    loader = image_loader(args)
+    loader = crop_loader(args)
     kinds = {"dvae": train_vae, "kmeans": fit_clusters}
     kinds[args.kind](context, loader)
 

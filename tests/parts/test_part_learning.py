@@ -15,6 +15,7 @@ import run_part_learning
 from modeling_finetune import VisionTransformer
 from unimim.checkpoint.files import save_encoder
 from unimim.data.part_maps import MISSING, PartMaps, PartMapWriter
+from unimim.data.pretraining import crop_loader
 from unimim.data.shapes import cached_shapes, make_scene
 from unimim.data.views import MEAN_STD
 from unimim.engine.distributed import StopSignal
@@ -442,6 +443,17 @@ def parse(data: Path, folder: Path, *flags: str):
     ]
     tiny += ["--data_set", "shapes", "--data_path", str(data), "--batch_size", "4", "--epochs", "2"]
     return parse_parts([*tiny, "--output_dir", str(folder), *flags])
+
+
+def test_crops_are_jittered_as_the_flag_says(data, tmp_path):
+    crops = []
+    for jitter in ("0", "0.1", "0.9"):
+        args = parse(data, tmp_path, "--color_jitter", jitter)
+        args.rank = 0
+        args.world_size = 1
+        crops.append(next(iter(crop_loader(args)))["image"].float())
+    plain, weak, strong = crops
+    assert 0 < (weak - plain).abs().mean() < (strong - plain).abs().mean()
 
 
 def run(data: Path, folder: Path, *flags: str) -> None:

@@ -308,6 +308,12 @@ def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
 
 
+def default_warmup(args: argparse.Namespace, steps: int) -> None:
+    """Warms up for a twentieth of a run of `steps`, unless the flags say for how long."""
+    if args.warmup_steps < 0 and not args.warmup_epochs:
+        args.warmup_steps = max(1, round(0.05 * steps))
+
+
 def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
     """Returns the derived quantities of a run: effective batch, steps, warm-up, learning rates."""
     warmup = warmup_steps(args, steps_per_epoch)

@@ -114,6 +114,21 @@ def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomP
     return parts
 
 
+def crop_loader(args: Namespace) -> DataLoader:
+    """Return the loader of augmented training crops, without masks or labels."""
+    transform = build_pretrain_transform(
+        ("image",),
+        input_size=args.input_size,
+        interpolation=args.train_interpolation,
+        pipeline=args.data_pipeline,
+        crop_scale=tuple(args.crop_scale),
+        color_jitter=args.color_jitter,
+    )
+    return train_loader(
+        args, build_dataset(args, train=True, transform=transform, need_labels=False)
+    )
+
+
 def train_loader(args: Namespace, dataset: Dataset) -> DataLoader:
     """Return a loader of whole optimizer steps, `steps_per_epoch` of them.
 

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from datasets import build_dataset
 from unimim.checkpoint.names import StateDict
-from unimim.data.pretraining import train_loader
-from unimim.data.views import EvalTransform, build_pretrain_transform, image_mean_std
+from unimim.data.views import EvalTransform, image_mean_std
 from unimim.engine.state import RunContext, Training
 from unimim.logs import log
 from unimim.sizes import Pair
@@ -23,20 +21,6 @@ NAME = "tokenizer.safetensors"
 SCORED_IMAGES = 256
 # what DALL-E's encoder does to images in [0, 1]: 0.8 x + 0.1
 DALLE_MEAN_STD = ((-0.125,) * 3, (1.25,) * 3)
-
-
-def image_loader(args: Namespace) -> DataLoader:
-    """Returns the loader of training crops."""
-    transform = build_pretrain_transform(
-        ("image",),
-        input_size=args.input_size,
-        interpolation=args.train_interpolation,
-        pipeline=args.data_pipeline,
-        crop_scale=tuple(args.crop_scale),
-        color_jitter=args.color_jitter,
-    )
-    dataset = build_dataset(args, train=True, transform=transform, need_labels=False)
-    return train_loader(args, dataset)
 
 
 def scored_images(args: Namespace) -> Tensor:
