@@ -29,7 +29,7 @@ from modeling_finetune import Block, create_model, entry_of
 from modeling_pretrain import PretrainMethod
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
 from unimim.checkpoint.runs import flags_of, rebuild
-from unimim.cli.flags import add_data_flags, add_process_flags, add_size_flag
+from unimim.cli.flags import add_data_flags, add_process_flags, add_size_flags
 from unimim.cli.options import given, model_kwargs, parse_flags
 from unimim.cli.parser import FlagParser
 from unimim.data.views import MEAN_STD, EvalTransform
@@ -79,17 +79,7 @@ def build_parser(
     group.add_argument(
         "--model_prefix", default="", help="prefix of the weights' names in the files"
     )
-    add_size_flag(group)
-    group.add_argument(
-        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
-    )
-    group.add_argument(
-        "--model_kwargs",
-        nargs="*",
-        default=[],
-        metavar="K=V",
-        help="any constructor options of --model",
-    )
+    add_size_flags(group)
     add_data_flags(parser, "analysis")
     group = parser.add_argument_group("images")
     group.add_argument(

@@ -8,6 +8,7 @@ from modeling_finetune import ATTENTION_KERNELS, registered_flags
 from optim_factory import LR_SCHEDULES
 from unimim.cli.parser import FlagParser, ImageSize
 from unimim.data.crops import INTERPOLATIONS
+from unimim.data.sources import DATA_SETS
 from unimim.errors import OptionError
 from unimim.flag import Flag
 
@@ -87,17 +88,7 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--list_models", action="store_true",
         help="print the registered models, by what they are for, and exit",
     )  # fmt: skip
-    add_size_flag(group)
-    group.add_argument(
-        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
-    )
-    group.add_argument(
-        "--model_kwargs",
-        nargs="*",
-        default=[],
-        metavar="K=V",
-        help="any constructor option of the model",
-    )
+    add_size_flags(group)
     group.add_argument(
         "--layer_scale_init_value",
         type=float,
@@ -133,12 +124,22 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
 
 
-def add_size_flag(group: argparse._ArgumentGroup) -> None:
-    """Adds --input_size, for squares and others."""
+def add_size_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds --input_size, for squares and others, --patch_size and --model_kwargs."""
     group.add_argument(
         "--input_size", action=ImageSize, default=None,
         help="size of the images in pixels: S, H W or HxW; None is the model's own",
     )  # fmt: skip
+    group.add_argument(
+        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
+    )
+    group.add_argument(
+        "--model_kwargs",
+        nargs="*",
+        default=[],
+        metavar="K=V",
+        help="any constructor option of the model",
+    )
 
 
 def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
@@ -146,7 +147,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_set", default=None,
-        choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "mnist5k", "shapes"),
+        choices=DATA_SETS,
         help="IMNET: map files beside folders or zips; None: inferred from --data_path; digits "
         "without one",
     )  # fmt: skip
@@ -560,25 +561,25 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )
 
 
-def add_recipe_flag(group: argparse._ArgumentGroup) -> None:
-    """Adds --recipe, whose values `parse` and `parse_flags` take as defaults."""
+def add_default_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds --recipe and --config, whose values `parse` and `parse_flags` take as defaults."""
     group.add_argument(
         "--recipe", default=None, metavar="NAME",
         help="published settings, --model too; scripts/recipe.sh --list shows them. None: those of "
         "the model, if any",
     )  # fmt: skip
-
-
-def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Adds the flags of output, log, checkpoints and resuming."""
-    group = parser.add_argument_group("run")
-    add_recipe_flag(group)
     group.add_argument(
         "--config",
         default=None,
         metavar="FILE.yaml",
         help="flag values; flags on the command line win",
     )
+
+
+def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """Adds the flags of output, log, checkpoints and resuming."""
+    group = parser.add_argument_group("run")
+    add_default_flags(group)
     group.add_argument("--output_dir", default="", help="empty: nothing is saved")
     group.add_argument("--log_dir", default=None, help="tensorboard folder")
     group.add_argument("--wandb", default=None, metavar="PROJECT", help="log to Weights & Biases")

@@ -8,12 +8,12 @@ from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli import options
 from unimim.cli.flags import (
     add_data_flags,
+    add_default_flags,
     add_engine_flags,
     add_optimizer_flags,
     add_process_flags,
-    add_recipe_flag,
     add_run_flags,
-    add_size_flag,
+    add_size_flags,
 )
 from unimim.cli.options import parse_flags
 from unimim.cli.parser import FlagParser
@@ -30,17 +30,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument(
         "--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning"
     )
-    add_size_flag(group)
-    group.add_argument(
-        "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
-    )
-    group.add_argument(
-        "--model_kwargs",
-        nargs="*",
-        default=[],
-        metavar="K=V",
-        help="any constructor option of the model",
-    )
+    add_size_flags(group)
     group.add_argument("--attn", choices=ATTENTION_KERNELS, default="auto", help="attention kernel")
     group.add_argument(
         "--finetune",
@@ -128,13 +118,7 @@ def knn_parser() -> argparse.ArgumentParser:
     add_data_flags(parser, "knn")
     add_process_flags(parser)
     group = parser.add_argument_group("run")
-    add_recipe_flag(group)
-    group.add_argument(
-        "--config",
-        default=None,
-        metavar="FILE.yaml",
-        help="flag values; flags on the command line win",
-    )
+    add_default_flags(group)
     group.add_argument(
         "--output_dir", default="", help="folder of knn.csv; empty: nothing is saved"
     )
