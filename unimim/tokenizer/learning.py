@@ -170,7 +170,7 @@ def perplexity(counts: Tensor) -> Tensor:
 
 def openai_names(encoder: StateDict) -> StateDict:
     """Returns the encoder's tensors under the names of OpenAI's file."""
-    names = {}
-    for name in encoder:
-        names[name] = name.replace(".weight", ".w").replace(".bias", ".b")
-    return {names[name]: value for name, value in encoder.items()}
+    return {
+        name.replace(".weight", ".w").replace(".bias", ".b"): value
+        for name, value in encoder.items()
+    }
