@@ -59,7 +59,7 @@ class Classification(Task):
         return out
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Updates the ema; its decay rises from nine tenths to the whole during the warm-up."""
+        """Update the ema; its decay rises from nine tenths to the whole during the warm-up."""
         if self.ema is not None:
             risen = min(progress / self.ema_warmup, 1.0) if self.ema_warmup else 1.0
             self.ema.update(self.ema_decay * (0.9 + 0.1 * risen), applied)
@@ -81,7 +81,7 @@ class BinaryCrossEntropy(nn.Module):
 
 
 def make_criterion(args: Namespace, mixing: bool) -> nn.Module:
-    """Returns the criterion of logits [B, classes] and labels [B] or, where images are mixed,
+    """Return the criterion of logits [B, classes] and labels [B] or, where images are mixed,
     fractions [B, classes]."""
     if args.bce_loss:
         return BinaryCrossEntropy(args.smoothing)
@@ -112,7 +112,7 @@ def evaluate_classifier(
     dtype: torch.dtype | None = None,
     shared: bool = False,
 ) -> dict[str, float]:
-    """Returns {"loss", "acc1", "acc5"} (percent) over a loader; padding (a negative index) does not
+    """Return {"loss", "acc1", "acc5"} (percent) over a loader; padding (a negative index) does not
     count.
 
     `shared`: each process saw a part of the images, and the sums are added up over processes.

@@ -22,7 +22,7 @@ from unimim.logs import log
 
 
 def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
-    """Trains from `position` to the end of its epoch and returns the epoch's means.
+    """Train from `position` to the end of its epoch and return the epoch's means.
 
     Raises Stopped after a signal, NonFiniteError after too many skipped steps.
     """
@@ -51,7 +51,7 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
 
 
 def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Tensor]]) -> None:
-    """Makes update number `update` of the run: schedules, micro-batches, optimizer, ema."""
+    """Make update number `update` of the run: schedules, micro-batches, optimizer, ema."""
     set_schedule(run.runner.optimizer, run.lr[update], run.weight_decay[update])
     seed_step(run.args.seed, run.args.rank, update)
     outs = [
@@ -73,7 +73,7 @@ def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Ten
 
 
 def grouped(batches: Iterable, size: int) -> Iterator[list]:
-    """Yields lists of `size` batches; the loader's length is a multiple of it."""
+    """Yield lists of `size` batches; the loader's length is a multiple of it."""
     batches = iter(batches)
     while group := list(islice(batches, size)):
         assert len(group) == size, "the sampler must yield whole optimizer steps"
@@ -81,7 +81,7 @@ def grouped(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def show(run: Training, progress: Progress, position: Position) -> None:
-    """Shows one line of metrics, and sends them to tensorboard and W&B."""
+    """Show one line of metrics, and send them to tensorboard and W&B."""
     recent = run.monitor.read()
     speed = run.throughput.metrics()
     if not recent:
@@ -115,7 +115,7 @@ def show(run: Training, progress: Progress, position: Position) -> None:
 
 
 def share_bad_images(dataset: Dataset) -> None:
-    """Marks on every rank the images that any rank found broken; all ranks call.
+    """Mark on every rank the images that any rank found broken; all ranks call.
 
     BadImagesError: the whole run has more than --max_bad_images. Each rank by itself stops there at
     once.
@@ -136,7 +136,7 @@ def share_bad_images(dataset: Dataset) -> None:
 
 
 def save_if_due(run: Training, position: Position) -> None:
-    """Saves within an epoch, and stops all ranks together after a signal on any of them."""
+    """Save within an epoch, and stops all ranks together after a signal on any of them."""
     args = run.args
     stop = run.stop.agreed(last=position.step == run.steps_per_epoch)
     due = args.save_ckpt_steps and position.step % args.save_ckpt_steps == 0
@@ -151,14 +151,14 @@ def save_if_due(run: Training, position: Position) -> None:
 
 
 def save_at_epoch_end(run: Training, position: Position) -> None:
-    """Saves every --save_ckpt_freq epochs and at the end of the run."""
+    """Save every --save_ckpt_freq epochs and at the end of the run."""
     done = position.epoch + 1
     if done % run.args.save_ckpt_freq == 0 or done == run.args.epochs:
         run.session.save(position, finished=True)
 
 
 def show_images(run: Training, position: Position) -> None:
-    """Sends images of masks and reconstructions to tensorboard, every few epochs."""
+    """Send images of masks and reconstructions to tensorboard, every few epochs."""
     if not run.run_log.shows_images or not is_due(position.epoch, run.args.epochs):
         return
     images = sample_images(run)
@@ -168,7 +168,7 @@ def show_images(run: Training, position: Position) -> None:
 
 
 def train(run: Training, position: Position, after_epoch) -> None:
-    """Trains epoch after epoch.
+    """Train epoch after epoch.
 
     `after_epoch(position)` evaluates, and the metrics that it returns go into log.txt.
     """
@@ -184,7 +184,7 @@ def train(run: Training, position: Position, after_epoch) -> None:
 
 
 def train_and_report(run: Training, position: Position, after_epoch) -> None:
-    """Finishes one epoch: evaluation, the line in log.txt, checkpoint."""
+    """Finish one epoch: evaluation, the line in log.txt, checkpoint."""
     means = train_one_epoch(run, position)
     lr = max(group["lr"] for group in run.runner.optimizer.param_groups)
     metrics = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | after_epoch(position)

@@ -292,7 +292,7 @@ def timm_network(
 
 
 def class_of_timm(name: str) -> type[nn.Module]:
-    """Returns the class of timm's network of that name."""
+    """Return the class of timm's network of that name."""
     with torch.device("meta"):
         return type(timm.create_model(name))
 
@@ -304,7 +304,7 @@ def window_of(input_size: tuple[int, int]) -> int:
 
 
 def put_in_order(network: nn.Module, devices: tuple[str, ...]) -> None:
-    """Maps follow the images' order in memory: channels last on these devices.
+    """Map follow the images' order in memory: channels last on these devices.
 
     Weights keep theirs, as DeepSpeed and optimizer states of other engines know no other.
     """

@@ -83,7 +83,7 @@ def register(
     classifier: str = "",
     **defaults,
 ) -> None:
-    """Makes `build(**defaults)` the model called `name` here, and in timm too where timm has no
+    """Make `build(**defaults)` the model called `name` here, and in timm too where timm has no
     model of that name.
 
     `classes`: what a `build` that is a function returns one of. `classifier`: the model as which a
@@ -98,7 +98,7 @@ def register(
 
 
 def register_family(prefix: str, build: Callable[..., nn.Module], **defaults) -> None:
-    """Makes `build(backbone=rest, **defaults)` the model called `prefix` + rest, for each model of
+    """Make `build(backbone=rest, **defaults)` the model called `prefix` + rest, for each model of
     timm called rest."""
     _FAMILIES[prefix] = _entry(build, (), defaults)
 
@@ -114,7 +114,7 @@ def _entry(build: Callable, classes: tuple[type, ...], defaults: dict) -> ModelE
 
 
 def entry_of(name: str) -> ModelEntry | None:
-    """Returns the entry of the model of that name; None if there is no such model."""
+    """Return the entry of the model of that name; None if there is no such model."""
     if name in _MODELS:
         return _MODELS[name]
     for prefix, entry in _FAMILIES.items():
@@ -131,7 +131,7 @@ def list_models(prefix: str = "") -> list[str]:
 
 
 def models_by_purpose() -> str:
-    """Returns a table of the registered models: methods with their classifiers, then
+    """Return a table of the registered models: methods with their classifiers, then
     classifiers."""
     methods = {name: entry.classifier for name, entry in _MODELS.items() if entry.kind == "method"}
     width = max(map(len, methods)) + 2
@@ -145,7 +145,7 @@ def models_by_purpose() -> str:
 
 
 def registered_flags() -> dict[Flag, list[str]]:
-    """Returns the flags of all registered models, each with the names of the classes that list
+    """Return the flags of all registered models, each with the names of the classes that list
     it."""
     users: dict[Flag, list[str]] = {}
     for entry in (*_MODELS.values(), *_FAMILIES.values()):
@@ -158,7 +158,7 @@ def registered_flags() -> dict[Flag, list[str]]:
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
-    """Builds a registered model of this repository.
+    """Build a registered model of this repository.
 
     Raises:
         ValueError: an unknown name, or an option that the model does not take.
@@ -195,13 +195,13 @@ class UnknownOptionError(TypeError):
 
 
 def wrong_option(error: TypeError, options: Mapping[str, Any]) -> str | None:
-    """Returns which of the options a constructor did not take; None if the error is another."""
+    """Return which of the options a constructor did not take; None if the error is another."""
     found = re.search(r"(?:unexpected keyword|multiple values for.*) argument '(\w+)'", str(error))
     return found[1] if found and found[1] in options else None
 
 
 def own_options(*builders: type | Callable) -> set[str]:
-    """Returns the names of the options of constructors, with those that they pass to their bases,
+    """Return the names of the options of constructors, with those that they pass to their bases,
     or of functions."""
     names: set[str] = set()
     for builder in builders:
@@ -218,7 +218,7 @@ def own_options(*builders: type | Callable) -> set[str]:
 
 
 def input_size_of(name: str) -> int:
-    """Returns the side of the images that a model is for, unless it is told another; 0 for an
+    """Return the side of the images that a model is for, unless it is told another; 0 for an
     unknown model."""
     entry = entry_of(name)
     return entry.input_size if entry else 0
@@ -229,7 +229,7 @@ def input_size_of(name: str) -> int:
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Returns the rate of stochastic depth of each block, rising evenly from 0 to `last`."""
+    """Return the rate of stochastic depth of each block, rising evenly from 0 to `last`."""
     return torch.linspace(0, last, depth, device="cpu").tolist()
 
 
@@ -321,7 +321,7 @@ def table_rows(grid: tuple[int, int]) -> int:
 
 
 def bias_of(table: Tensor, index: Tensor) -> Tensor:
-    """Looks the table [R, h] up at index [T, T]: bias [h, T, T]."""
+    """Look the table [R, h] up at index [T, T]: bias [h, T, T]."""
     return table.index_select(0, index.flatten()).view(*index.shape, -1).permute(2, 0, 1)
 
 
@@ -682,7 +682,7 @@ def sincos_pos_embed(embed_dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def positions_of(table: Tensor, patches: Tensor, num_cls: int = 1) -> Tensor:
-    """Returns the rows [B, n + M, C] of a table [1, n + N, C] for n class tokens and the patches of
+    """Return the rows [B, n + M, C] of a table [1, n + N, C] for n class tokens and the patches of
     these numbers [B, M]."""
     first = torch.arange(num_cls, device=patches.device).expand(len(patches), -1)
     return table[0, torch.cat((first, patches + num_cls), dim=1)]
@@ -834,7 +834,7 @@ class VisionTransformer(nn.Module):
         return self.run_blocks(self.embed(take(patches, cells), listed))
 
     def embed(self, patches: Tensor, positions: Tensor | None) -> Tensor:
-        """Puts the class tokens in front of patch embeddings [B, M, C] and adds positions [1 or B,
+        """Put the class tokens in front of patch embeddings [B, M, C] and add positions [1 or B,
         n + M, C]."""
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
         return self.pos_drop(x if positions is None else x + positions)
@@ -880,7 +880,7 @@ class VisionTransformer(nn.Module):
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises an OptionError if the value of a constructor option is none of the choices."""
+    """Raise an OptionError if the value of a constructor option is none of the choices."""
     if value not in choices:
         raise OptionError(option, value, f"is unknown; take one of {', '.join(choices)}")
 

@@ -17,7 +17,7 @@ REPLACEMENTS = ("target", "prediction", "mean", "mixed")
 
 
 def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns a mask [B, h, w] of any dtype at `size`, [B, H, W]: repeated, or by the nearest
+    """Return a mask [B, h, w] of any dtype at `size`, [B, H, W]: repeated, or by the nearest
     element where the size is not a multiple."""
     (rows, columns), (height, width) = mask.shape[-2:], size
     if height % rows == 0 and width % columns == 0:
@@ -28,7 +28,7 @@ def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mean_filled(images: Tensor, mask: Tensor) -> Tensor:
-    """Returns images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image
+    """Return images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image
     and color by itself (docs/methods/simmim_a2mim.md#filling)."""
     hidden = enlarged(mask, images.shape[-2:]).unsqueeze(1).bool()
     return torch.where(hidden, images.mean((2, 3), keepdim=True), images)
@@ -85,12 +85,12 @@ def spatial_loss(
 
 
 def half_spectrum(images: Tensor) -> Tensor:
-    """Returns the orthonormal spectrum of real images [..., H, W]: complex [..., H, V]."""
+    """Return the orthonormal spectrum of real images [..., H, W]: complex [..., H, V]."""
     return torch.fft.rfft2(images, norm="ortho")
 
 
 def whole_mean(values: Tensor, width: int) -> Tensor:
-    """Returns the mean over the whole spectrum, W columns wide, of values [..., H, V] that are
+    """Return the mean over the whole spectrum, W columns wide, of values [..., H, V] that are
     equal for mirrored frequencies.
 
     Every column stands for two, but for the first and, where the width is even, the last, which
@@ -154,7 +154,7 @@ class FocalFrequencyLoss:
         return half_of_weights(self.matrix.detach().to(images))
 
     def weights(self, square: Tensor) -> Tensor:
-        """Returns the weights of squared spectral distances [B, c, H, V]."""
+        """Return the weights of squared spectral distances [B, c, H, V]."""
         weights = square ** (self.alpha / 2)
         if self.log_matrix:
             weights = weights.log1p()
@@ -221,7 +221,7 @@ class ReconstructionLoss:
                 return target
 
     def frequency_loss(self, difference: Tensor) -> Tensor:
-        """Returns the loss of the difference [B, c, H, W] of two images, before `fft_weight`."""
+        """Return the loss of the difference [B, c, H, W] of two images, before `fft_weight`."""
         if self.fft_focal:
             return self.focal(difference)
         loss = self.regression(half_spectrum(difference).abs())

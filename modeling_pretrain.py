@@ -121,11 +121,11 @@ class PretrainMethod(Task):
     ema_key = "teacher"
 
     def pad_masks_to(self, count: int) -> None:
-        """Fills lists of masked patches up to `count`, so that compiled blocks see one length."""
+        """Fill lists of masked patches up to `count`, so that compiled blocks see one length."""
         self.most_masked = count
 
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Returns images of what is predicted of a batch, by a method that `predicts_pixels`;
+        """Return images of what is predicted of a batch, by a method that `predicts_pixels`;
         `noise` as for `forward`."""
         raise NotImplementedError
 
@@ -151,7 +151,7 @@ class PretrainMethod(Task):
         return {k: v for k, v in weights.items() if not k.startswith(self.not_exported)}
 
     def timm_arguments(self, encoder: dict[str, Tensor]) -> dict[str, Any]:
-        """Returns the arguments of `timm.create_model` for an exported encoder in timm's names."""
+        """Return the arguments of `timm.create_model` for an exported encoder in timm's names."""
         return timm_vit_arguments(encoder, self.image_size, self.blocks[0].attn.num_heads)
 
 
@@ -167,12 +167,12 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
         self._init_token(self.mask_token)
 
     def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns normed tokens [B, T, C] of images [B, 3, H, W], with the mask token where mask
+        """Return normed tokens [B, T, C] of images [B, 3, H, W], with the mask token where mask
         [B, gh, gw] is True."""
         return self.norm(self.run_blocks(self.embed_masked(images, mask)))
 
     def embed_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns the tokens [B, T, C] that the first block sees."""
+        """Return the tokens [B, T, C] that the first block sees."""
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
@@ -192,7 +192,7 @@ class MaskedImageModel(PretrainMethod, VisionTransformer):
 
 
 def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Returns the positions int64 [B, M] where mask [B, N] is True, in row-major order, and which
+    """Return the positions int64 [B, M] where mask [B, N] is True, in row-major order, and which
     of them count, bool [B, M].
 
     M is `count`, the largest number of masked patches in the batch; when it is not given it is read
@@ -252,7 +252,7 @@ class ConMIM(MaskedImageModel):
         return self.contrast(logits, positions, counts)
 
     def project(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns projected patch tokens [B, N, D]. The class token passes through too: it counts
+        """Return projected patch tokens [B, N, D]. The class token passes through too: it counts
         in the batch statistics."""
         tokens = self.encode_masked(images, mask)
         return self.projectors(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)[
@@ -260,14 +260,14 @@ class ConMIM(MaskedImageModel):
         ]
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Returns the cosine similarity over temperature [B, M, N] within each image, of [B, M, D]
+        """Return the cosine similarity over temperature [B, M, N] within each image, of [B, M, D]
         and [B, N, D]."""
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = (F.normalize(x.float(), dim=-1) for x in (queries, keys))
             return queries @ keys.transpose(1, 2) / self.temperature
 
     def contrast(self, logits: Tensor, positions: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Returns the cross entropy over the patches of the image, averaged over all masked patches
+        """Return the cross entropy over the patches of the image, averaged over all masked patches
         of the batch."""
         total = counts.sum().clamp(min=1)
         losses = F.cross_entropy(logits.flatten(0, 1), positions.flatten(), reduction="none")
@@ -278,14 +278,14 @@ class ConMIM(MaskedImageModel):
         }
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Updates the teacher by a momentum that goes from `t_momentum` to 1 as a cosine over the
+        """Update the teacher by a momentum that goes from `t_momentum` to 1 as a cosine over the
         run (docs/methods/conmim.md#teacher)."""
         momentum = 1.0 + 0.5 * (self.t_momentum - 1.0) * (1.0 + math.cos(math.pi * progress))
         self.ema.update(momentum, applied)
 
 
 def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """Builds three bias-free linear layers, each with batch normalization, the last without affine
+    """Build three bias-free linear layers, each with batch normalization, the last without affine
     (docs/methods/conmim.md#projector)."""
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False),
@@ -300,7 +300,7 @@ def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 
 def without_dropout(module: nn.Module) -> None:
-    """Switches dropout and stochastic depth off and leaves the training mode, with its batch
+    """Switch dropout and stochastic depth off and leave the training mode, with its batch
     statistics, on."""
     for part in module.modules():
         for name in ("p", "drop_prob", "attn_drop"):
@@ -327,7 +327,7 @@ class PlainViT(PretrainMethod, VisionTransformer):
         super().__init__(**vit, **form, num_cls_tokens=1)
 
     def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns the noise [B, noise_size] that came with the images, drawn here if there is
+        """Return the noise [B, noise_size] that came with the images, drawn here if there is
         none."""
         images = batch["image"]
         return (
@@ -337,7 +337,7 @@ class PlainViT(PretrainMethod, VisionTransformer):
         )
 
     def panels(self, images: Tensor, known: Tensor, predicted: Tensor) -> Reconstruction:
-        """Returns the images of predicted patches [B, N, P], those at positions `known` [B, V]
+        """Return the images of predicted patches [B, N, P], those at positions `known` [B, V]
         being known."""
         patches = self.patch_embed.cut(images)
         seen = take(patches, known)
@@ -429,7 +429,7 @@ class MAE(PlainViT):
     def mask_patches(
         self, batch: dict[str, Tensor], noise: Noise = None
     ) -> tuple[Tensor, Tensor, int]:
-        """Returns patches [B, N, P], positions of the tokens that take part [B, L], visible ones
+        """Return patches [B, N, P], positions of the tokens that take part [B, L], visible ones
         first, and how many those are."""
         order = self.random_masking(batch, noise)
         return (
@@ -439,16 +439,16 @@ class MAE(PlainViT):
         )
 
     def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """Returns a random order of the patches, int64 [B, N]: ascending in noise [B, N]."""
+        """Return a random order of the patches, int64 [B, N]: ascending in noise [B, N]."""
         return ascending(self.noise_of(batch) if noise is None else noise)
 
     def forward_encoder(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """Returns normed tokens [B, 1 + V, C] of visible patches [B, V, P] at positions [B, V]."""
+        """Return normed tokens [B, 1 + V, C] of visible patches [B, V, P] at positions [B, V]."""
         x = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, positions))
         return self.norm(self.run_blocks(x))
 
     def forward_decoder(self, latent: Tensor, positions: Tensor, count: int) -> Tensor:
-        """Returns predictions [B, count, P] for the last `count` of the tokens at positions [B, L],
+        """Return predictions [B, count, P] for the last `count` of the tokens at positions [B, L],
         the visible ones first."""
         x = self.decoder_embed(latent)
         hidden = 1 + positions.shape[1] - x.shape[1]
@@ -460,7 +460,7 @@ class MAE(PlainViT):
         return self.decoder_pred(self.decoder_norm(self._run_block(last_block, x, last=count)))
 
     def forward_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean squared error over masked patches [B, M, P], in float32; every image has
+        """Return the mean squared error over masked patches [B, M, P], in float32; every image has
         as many of them."""
         target = target.float()
         if self.norm_pix_loss:
@@ -470,7 +470,7 @@ class MAE(PlainViT):
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch. Predictions of normalized pixels get the mean and std of the true
+        """Predict every patch. Predictions of normalized pixels get the mean and std of the true
         patch."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
@@ -483,14 +483,14 @@ class MAE(PlainViT):
 
 
 def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and std (of the unbiased variance + 1e-6) of each patch [B, M, P]: two tensors
+    """Return mean and std (of the unbiased variance + 1e-6) of each patch [B, M, P]: two tensors
     [B, M, 1]."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
 def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """Returns a copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
+    """Return a copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
     `take`."""
     return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
 
@@ -572,7 +572,7 @@ class SemMAE(MAE):
     def random_masking(
         self, batch: dict[str, Tensor], noise: tuple[Tensor | None, ...] | None = None
     ) -> Tensor:
-        """Returns positions of the tokens that take part, int64 [B, L], visible ones first.
+        """Return positions of the tokens that take part, int64 [B, L], visible ones first.
 
         `noise`: uniform noise for the order of the tokens [B, L], of the parts [B, K], and, where
         tokens are chosen at random, for their choice [B, N]. The view "noise" holds them one after
@@ -594,7 +594,7 @@ class SemMAE(MAE):
         return masks.order if chosen is None else chosen.gather(1, masks.order)
 
     def choose_tokens(self, batch: dict[str, Tensor], noise: Tensor | None) -> Tensor | None:
-        """Returns positions of the tokens that take part, int64 [B, L]; None: all of them in
+        """Return positions of the tokens that take part, int64 [B, L]; None: all of them in
         row-major order."""
         if "cells" in batch:
             return batch["cells"]
@@ -711,7 +711,7 @@ class TwoStreams(PlainViT):
         self.blocks[self.blocks_per_query * query_depth :].requires_grad_(False)
 
     def causal_streams(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns h [B, N, C] of the class token and all patches but the last, and g [B, N, C], of
+        """Return h [B, N, C] of the class token and all patches but the last, and g [B, N, C], of
         patches sorted by the order: `positions` [B, N].
 
         Row r of h is the r-th patch, 0 the class token, and row r of g the (r + 1)-th: both see
@@ -723,7 +723,7 @@ class TwoStreams(PlainViT):
         return self.run_streams(h, self.pos_embed[0, 1 + positions])
 
     def masked_streams(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns h and g, each [B, T, C], in row-major order, by explicit masks made of order
+        """Return h and g, each [B, T, C], in row-major order, by explicit masks made of order
         values [B, N]; patches of equal values see each other in h only."""
         h = self.embed(self.patch_embed(images), self.pos_embed)
         mask_h = additive_mask(visible_patches(order, itself=True))
@@ -733,7 +733,7 @@ class TwoStreams(PlainViT):
     def run_streams(
         self, h: Tensor, g: Tensor, mask_h: Tensor | None = None, mask_g: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns both streams after the last block, without norm; masks [B, 1, T, T], None for
+        """Return both streams after the last block, without norm; masks [B, 1, T, T], None for
         causal attention."""
         query_blocks = self.blocks if self.share_weight else self.query_blocks
         for depth, block in enumerate(self.blocks, 1):
@@ -838,7 +838,7 @@ class SemAIM(TwoStreams):
         self.before_epoch(0, 1)
 
     def build_target(self, kernel_size: int | None, sigma: float | None) -> int:
-        """Builds what makes the target and returns how many numbers of each patch are predicted;
+        """Build what makes the target and return how many numbers of each patch are predicted;
         called by the constructor."""
         self.gaussian_blur = build_blur(kernel_size, sigma)
         return 3 * math.prod(self.patch_embed.patch_size)
@@ -853,7 +853,7 @@ class SemAIM(TwoStreams):
         return {"loss": self.loss_map(predicted, target).mean()}
 
     def predict(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns predictions [B, N, P] and the positions [B, N] that they are of, None for
+        """Return predictions [B, N, P] and the positions [B, N] that they are of, None for
         row-major order."""
         if self.explicit_masks:
             positions = None
@@ -867,13 +867,13 @@ class SemAIM(TwoStreams):
 
     @torch.no_grad()
     def attention_and_target(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        """Returns the attention map [B, N], None for orders without one, and the target [B, N, P],
+        """Return the attention map [B, N], None for orders without one, and the target [B, N, P],
         both of the unmasked image."""
         return self.attention_map(batch["image"]), self.pixel_target(batch["image"])
 
     @torch.no_grad()
     def attention_map(self, images: Tensor) -> Tensor | None:
-        """Returns the map [B, N] that the order follows, None for orders without one."""
+        """Return the map [B, N] that the order follows, None for orders without one."""
         if not self.permutation_type.startswith("attention"):
             return None
         network = self if self.teacher is None else self.teacher
@@ -884,7 +884,7 @@ class SemAIM(TwoStreams):
             return network.own_attention(images)
 
     def own_attention(self, images: Tensor) -> Tensor:
-        """Returns the network's own map [B, N], computing of the last block what it takes."""
+        """Return the network's own map [B, N], computing of the last block what it takes."""
         x = self.before_last_block(images)
         if self.attention_type == "self":
             return class_attention(self.blocks[-1], x)
@@ -892,14 +892,14 @@ class SemAIM(TwoStreams):
         return self.similarity_map(self.norm(self.blocks[-1](x, last=patches_only)))
 
     def before_last_block(self, images: Tensor) -> Tensor:
-        """Returns the tokens [B, T, C] of unmasked images that the last block sees."""
+        """Return the tokens [B, T, C] of unmasked images that the last block sees."""
         x = self.embed(self.patch_embed(images), self.pos_embed)
         for block in self.blocks[:-1]:
             x = block(x)
         return x
 
     def similarity_map(self, tokens: Tensor) -> Tensor:
-        """Returns the similarity [B, N] of normed patch tokens to the class token or their mean."""
+        """Return the similarity [B, N] of normed patch tokens to the class token or their mean."""
         patches = tokens[:, -self.patch_embed.num_patches :]
         query = patches.mean(1, keepdim=True) if self.attention_type != "cls" else tokens[:, :1]
         return similarity(query, patches).softmax(-1)
@@ -907,7 +907,7 @@ class SemAIM(TwoStreams):
     def order_values(
         self, batch: dict[str, Tensor], attention: Tensor | None, noise: Noise = None
     ) -> Tensor:
-        """Returns order values [B, N]. `noise`: uniform noise [B, N], for "stochastic_center" a
+        """Return order values [B, N]. `noise`: uniform noise [B, N], for "stochastic_center" a
         pair with noise [B, 2] of the center."""
         images = batch["image"]
         if noise is None and self.noise_size:
@@ -924,7 +924,7 @@ class SemAIM(TwoStreams):
     # -- target and loss
 
     def pixel_target(self, images: Tensor) -> Tensor:
-        """Returns the patches [B, N, P] of the blurred images, float32, each normalized by itself
+        """Return the patches [B, N, P] of the blurred images, float32, each normalized by itself
         with `norm_pix_loss`."""
         patches = self.blurred_patches(images)
         if not self.norm_pix_loss:
@@ -933,7 +933,7 @@ class SemAIM(TwoStreams):
         return (patches - mean) / std
 
     def blurred_patches(self, images: Tensor) -> Tensor:
-        """Returns the patches [B, N, P] of the blurred images in float32."""
+        """Return the patches [B, N, P] of the blurred images in float32."""
         images = images.float()
         if self.gaussian_blur is not None:
             with disabled_autocast(images.device):
@@ -941,13 +941,13 @@ class SemAIM(TwoStreams):
         return self.patch_embed.cut(images)
 
     def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of each patch [B, N], in float32, of two tensors [B, N, P]."""
+        """Return the loss of each patch [B, N], in float32, of two tensors [B, N, P]."""
         error = predicted.float() - target.float()
         return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
-        """Predicts every patch, each from all earlier ones; the first `known_ratio` of the order
+        """Predict every patch, each from all earlier ones; the first `known_ratio` of the order
         counts as known.
 
         The predictions are of the blurred image, and of normalized pixels they get the blurred
@@ -969,7 +969,7 @@ class SemAIM(TwoStreams):
     # -- the ema
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
-        """Raises the decay of the ema for a hundred epochs, however long the run
+        """Raise the decay of the ema for a hundred epochs, however long the run
         (docs/methods/semaim.md#moving-average)."""
         self.ema_decay = 0.999 + 0.0009 * min(epoch / 100, 1.0)
 
@@ -1063,7 +1063,7 @@ class FeatureSemAIM(SemAIM):
         return attention, tokens[:, 1:]
 
     def attention_and_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the network's own map [B, N] and normed tokens [B, T, C] from one pass."""
+        """Return the network's own map [B, N] and normed tokens [B, T, C] from one pass."""
         x = self.before_last_block(images)
         tokens = self.norm(self.blocks[-1](x))
         if self.attention_type == "self":
@@ -1084,7 +1084,7 @@ def build_semaim(
     out_dim: int | None = None,
     **semaim,
 ) -> SemAIM:
-    """Builds SemAIM, which predicts pixels, or FeatureSemAIM for any other `predict_feature` than
+    """Build SemAIM, which predicts pixels, or FeatureSemAIM for any other `predict_feature` than
     "none"."""
     if predict_feature == "none":
         check_no_target_model(target_model)
@@ -1096,14 +1096,14 @@ def build_semaim(
 
 
 def check_no_target_model(source: str | None) -> None:
-    """Raises an OptionError if a target model is given that nothing is predicted of."""
+    """Raise an OptionError if a target model is given that nothing is predicted of."""
     if source is not None:
         problem = f"is of no use without predict_feature {' or '.join(TEACHERS)}"
         raise OptionError("target_model", source, problem, "predict_feature")
 
 
 def order_noise_sizes(kind: str, patches: int) -> tuple[int, ...]:
-    """Returns how much noise an order takes for each image: for its patches, and for the row and
+    """Return how much noise an order takes for each image: for its patches, and for the row and
     column of its center."""
     if kind in ORDERS_WITHOUT_NOISE:
         return ()
@@ -1192,7 +1192,7 @@ class VisualTokenHead(nn.Linear):
     def forward(
         self, tokens: Tensor, targets: Tensor, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns mean loss and accuracy of tokens [B, M, C] against targets int64 [B, M]; those
+        """Return mean loss and accuracy of tokens [B, M, C] against targets int64 [B, M]; those
         count where `counts` bool [B, M] is True."""
         counts = torch.ones_like(targets, dtype=torch.float32) if counts is None else counts.float()
         loss, hits = VisualTokenLoss.apply(
@@ -1254,7 +1254,7 @@ class VisualTokenPredictor(PretrainMethod):
         return None if self.tokenizer is None else self.tokenizer.encoder
 
     def visual_tokens_at(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """Returns the visual tokens int64 [B, M] of the patches at these positions."""
+        """Return the visual tokens int64 [B, M] of the patches at these positions."""
         if "target_ids" in batch:
             return batch["target_ids"].flatten(1).gather(1, positions)
         return self.tokenizer(batch["image_second"], positions)
@@ -1266,7 +1266,7 @@ class VisualTokenPredictor(PretrainMethod):
         positions: Tensor,
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Returns the loss of tokens [B, M, C] of the patches at these positions."""
+        """Return the loss of tokens [B, M, C] of the patches at these positions."""
         loss, hits = self.lm_head(tokens, self.visual_tokens_at(batch, positions), counts)
         return {"loss": loss, "mlm_acc": hits}
 
@@ -1373,11 +1373,11 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
     def compare(
         self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
     ) -> dict[str, Tensor]:
-        """Returns the loss of tokens [B, M, C] of the patches at positions [B, M], and metrics."""
+        """Return the loss of tokens [B, M, C] of the patches at positions [B, M], and metrics."""
         raise NotImplementedError
 
     def patch_positions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns positions of the visible patches, int64 [B, V], and of those that are predicted,
+        """Return positions of the visible patches, int64 [B, V], and of those that are predicted,
         [B, M], in row-major order."""
         hidden, count = common_count(batch, "mask")
         visible, _ = masked_positions(~hidden, hidden.shape[1] - count)
@@ -1387,7 +1387,7 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return visible, predicted
 
     def encode(self, images: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
-        """Returns normed mask tokens [B, M, C] at the positions `predicted`, from the patches at
+        """Return normed mask tokens [B, M, C] at the positions `predicted`, from the patches at
         the positions `visible`."""
         patches = self.patch_embed.proj(take(self.patch_embed.cut(images), visible))
         x = self.embed(patches, positions_of(self.pos_embed, visible, self.num_prefix_tokens))
@@ -1397,7 +1397,7 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return self.norm(self.run_bottleneck(x, masked))
 
     def run_bottleneck(self, x: Tensor, masked: Tensor) -> Tensor:
-        """Returns the mask tokens [B, M, C] after the last block, of class and visible tokens [B, n
+        """Return the mask tokens [B, M, C] after the last block, of class and visible tokens [B, n
         + V, C] and mask tokens [B, M, C].
 
         Inside, the class tokens come last among the visible ones and first among the mask tokens,
@@ -1414,7 +1414,7 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
 
 
 def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
-    """Returns the mask bool [B, N] of this name, and of how many patches it is True in each image.
+    """Return the mask bool [B, N] of this name, and of how many patches it is True in each image.
 
     Raises an OptionError if that number is not the same in all images. The counts come with the
     batch from the host, where there is an engine.
@@ -1499,7 +1499,7 @@ class MaskFeat(SemanticMIM):
             self._init_token(module.weight)
 
     def _rescale(self, blocks: nn.ModuleList) -> None:
-        """Leaves the blocks as they are, unlike BEiT."""
+        """Leave the blocks as they are, unlike BEiT."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1582,7 +1582,7 @@ class SimMIM(PretrainMethod):
 
     @torch.no_grad()
     def check_place(self, name: str) -> None:
-        """Raises an OptionError if the features where the token goes in are not a map, as in some
+        """Raise an OptionError if the features where the token goes in are not a map, as in some
         of timm's networks."""
         if not is_listed_by_timm(self.backbone):
             return
@@ -1604,7 +1604,7 @@ class SimMIM(PretrainMethod):
 
     @property
     def finer_patches(self) -> str:
-        """Says how a CNN's patches, as large as the stride where the token goes in, get smaller."""
+        """Say how a CNN's patches, as large as the stride where the token goes in, get smaller."""
         side = self.inject.place.stride
         if isinstance(self.backbone, VisionTransformer) or side <= 8:
             return ""
@@ -1625,7 +1625,7 @@ class SimMIM(PretrainMethod):
         return family_of(self.backbone).feature_map(self.backbone, self.seen(images, mask))
 
     def seen(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns the images that the backbone gets."""
+        """Return the images that the backbone gets."""
         return mean_filled(images, mask) if self.fills_input and mask is not None else images
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:

@@ -459,7 +459,7 @@ class Teacher:
         self.mean_std = None if mean_std is None else torch.tensor(mean_std).view(2, 2, 3, 1, 1)
 
     def __deepcopy__(self, memo: dict) -> "Teacher":
-        """Returns itself: the copies of a method share its frozen teacher."""
+        """Return itself: the copies of a method share its frozen teacher."""
         return self
 
     @property
@@ -505,7 +505,7 @@ class Teacher:
 
     @torch.no_grad()
     def look(self, images: Tensor) -> TeacherFeatures:
-        """Returns the tokens of images [B, 3, H, W] and the class token's attention.
+        """Return the tokens of images [B, 3, H, W] and the class token's attention.
 
         Fused kernels show no probabilities, so they are computed again from the last block's input.
         """
@@ -521,7 +521,7 @@ class Teacher:
         return TeacherFeatures(tokens[:, 0], tokens[:, prefix:], seen)
 
     def _class_attention(self, x: Tensor) -> Tensor:
-        """Returns softmax(q k / sqrt(d) + bias) of the last block for the class token: [B, h, T]."""
+        """Return softmax(q k / sqrt(d) + bias) of the last block for the class token: [B, h, T]."""
         attn = self.tower.blocks[-1].attn
         if isinstance(self.tower, VisionTransformer):
             q, k, _ = attn.project(x)
@@ -577,7 +577,7 @@ def load_teacher(
 
 
 def vit_options(weights: StateDict) -> dict[str, Any]:
-    """Returns the options of the vision transformer whose tensors these are, in native names.
+    """Return the options of the vision transformer whose tensors these are, in native names.
 
     Heads have 64 channels, 80 in the huge sizes, unless a bias table tells their number.
     """

@@ -28,7 +28,7 @@ from unimim.logs import log
 
 
 def build_eval_loader(args: Namespace, transform):
-    """Returns a loader of every image once, shared among the ranks unless --no_dist_eval is
+    """Return a loader of every image once, shared among the ranks unless --no_dist_eval is
     given."""
     dataset = build_dataset(args, train=False, transform=transform, need_labels=True)
     rank, world_size = (args.rank, args.world_size) if args.dist_eval else (0, 1)
@@ -39,7 +39,7 @@ def build_eval_loader(args: Namespace, transform):
 
 
 def undecayed(args: Namespace, model: nn.Module) -> set[str]:
-    """Returns the names of the tables that --disable_weight_decay_on_rel_pos_bias exempts."""
+    """Return the names of the tables that --disable_weight_decay_on_rel_pos_bias exempts."""
     if not args.disable_weight_decay_on_rel_pos_bias:
         return set()
     return {
@@ -93,7 +93,7 @@ class ClassificationEvaluator:
 
 
 def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> None:
-    """Logs the accuracy of --resume (or of --finetune) in one line, for --eval."""
+    """Log the accuracy of --resume (or of --finetune) in one line, for --eval."""
     args = context.args
     if args.resume:
         Origin(Path(args.resume), load_checkpoint(args.resume)).load_weights(

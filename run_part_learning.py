@@ -30,7 +30,7 @@ STATISTICS_BATCHES = 50  # of optimizer steps, from which the features' mean and
 
 
 def train_learner(context: RunContext, task: PartLearning) -> None:
-    """Trains to the last epoch, from wherever an earlier run stopped."""
+    """Train to the last epoch, from wherever an earlier run stopped."""
     args = context.args
     loader = crop_loader(args)
     steps_in_epoch = steps_per_epoch(args, loader)

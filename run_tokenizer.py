@@ -28,7 +28,7 @@ from unimim.tokenizer.training import (
 
 
 def train_vae(context: RunContext, loader: DataLoader) -> None:
-    """Trains a discrete VAE to the last epoch, from wherever an earlier run stopped."""
+    """Train a discrete VAE to the last epoch, from wherever an earlier run stopped."""
     args = context.args
     vae = build_vae(args).to(context.device)
     steps = steps_per_epoch(args, loader)
@@ -47,7 +47,7 @@ def train_vae(context: RunContext, loader: DataLoader) -> None:
 
 
 def fit_clusters(context: RunContext, loader: DataLoader) -> None:
-    """Clusters patches; a repeated command does the same again."""
+    """Cluster patches; a repeated command does the same again."""
     args = context.args
     report(args, {"images": len(loader.dataset), "patches": args.kmeans_patches})
     if args.dry_run:

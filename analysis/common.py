@@ -55,7 +55,7 @@ _HEADS = ("head.", "fc.")
 def build_parser(
     description: str, name: str, *, images: int, batch_size: int = 32
 ) -> argparse.ArgumentParser:
-    """Returns a parser with the flags of every analysis; `name` is that of the files it writes."""
+    """Return a parser with the flags of every analysis; `name` is that of the files it writes."""
     parser = FlagParser(description=description)
     group = parser.add_argument_group("networks")
     group.add_argument(
@@ -113,7 +113,7 @@ def build_parser(
 def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None, *checks: Callable[[Namespace], None]
 ) -> argparse.Namespace:
-    """Returns the flags: defaults < --config < command line."""
+    """Return the flags: defaults < --config < command line."""
     return parse_flags(parser, argv, check_flags, *checks)
 
 
@@ -145,7 +145,7 @@ def check_positive(args: Namespace, name: str) -> None:
 
 
 def labels(args: Namespace) -> list[str]:
-    """Returns --labels, or the checkpoints' shortest names that differ, or the models' names."""
+    """Return --labels, or the checkpoints' shortest names that differ, or the models' names."""
     if args.labels:
         return args.labels
     for parts in range(2, 9):
@@ -161,7 +161,7 @@ def labels(args: Namespace) -> list[str]:
 
 
 def models(args: Namespace) -> list[str]:
-    """Returns a name for each checkpoint; empty: the name that its file carries."""
+    """Return a name for each checkpoint; empty: the name that its file carries."""
     return (
         args.model
         if len(args.model) == len(args.checkpoint)
@@ -194,18 +194,18 @@ class Network:
 
     @property
     def features(self) -> nn.Module:
-        """Returns the network that computes features; SimMIM's and A2MIM's is their backbone."""
+        """Return the network that computes features; SimMIM's and A2MIM's is their backbone."""
         return getattr(self.model, "backbone", self.model)
 
 
 def load_networks(args: Namespace, num_classes: int = 0) -> list[Network]:
-    """Returns all networks that the flags name; named models get `num_classes` classes."""
+    """Return all networks that the flags name; named models get `num_classes` classes."""
     rows = zip(labels(args), args.checkpoint, models(args), strict=True)
     return [load_network(args, *row, num_classes) for row in rows]
 
 
 def load_network(args: Namespace, label: str, path: str, name: str, num_classes: int) -> Network:
-    """Returns a network, built as in the checkpoint's own run unless it is named.
+    """Return a network, built as in the checkpoint's own run unless it is named.
 
     Raises:
         ValueError: the file carries no flags and no name is given; or its weights are of another
@@ -243,7 +243,7 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
 
 
 def named_model(name: str, options: dict[str, Any], num_classes: int) -> nn.Module:
-    """Returns a model of this repository, or else of timm; ValueError if there is none."""
+    """Return a model of this repository, or else of timm; ValueError if there is none."""
     entry = entry_of(name)
     if entry is None:
         raise ValueError(f"--model {name} is neither a model of this repository nor of timm")
@@ -252,7 +252,7 @@ def named_model(name: str, options: dict[str, Any], num_classes: int) -> nn.Modu
 
 
 def model_of_run(path: str, run: dict[str, Any], args: Namespace) -> nn.Module:
-    """Returns the method or classifier of a checkpoint; flags of the command line win over those of
+    """Return the method or classifier of a checkpoint; flags of the command line win over those of
     its run."""
     changes = given({"input_size": args.input_size, "patch_size": args.patch_size})
     changes["model_kwargs"] = [*run.get("model_kwargs", []), *args.model_kwargs]
@@ -279,7 +279,7 @@ def mean_std(args: Namespace, run: dict[str, Any]) -> str:
 
 
 def set_up(args: Namespace) -> torch.device:
-    """Starts the log and returns the device; an analysis runs in one process."""
+    """Start the log and return the device; an analysis runs in one process."""
     device = setup.set_up(args).device
     if args.world_size > 1:
         raise ValueError("this analysis runs in one process")
@@ -287,13 +287,13 @@ def set_up(args: Namespace) -> torch.device:
 
 
 def image_set(args: Namespace, network: Network, *, need_labels: bool = False) -> ImageDataset:
-    """Returns the validation images as the network sees them."""
+    """Return the validation images as the network sees them."""
     transform = EvalTransform(network.size, args.crop_pct)
     return build_dataset(args, train=False, transform=transform, need_labels=need_labels)
 
 
 def batches(args: Namespace, network: Network, device: torch.device) -> Iterator[Tensor]:
-    """Yields normalized images [B, 3, H, W], evenly spaced over the data set."""
+    """Yield normalized images [B, 3, H, W], evenly spaced over the data set."""
     dataset = image_set(args, network)
     chosen = (
         np.linspace(0, len(dataset) - 1, min(args.images, len(dataset)))
@@ -332,7 +332,7 @@ class Layer(NamedTuple):
     grid: tuple[int, int] | None = None
 
     def as_map(self, features: Tensor) -> Tensor:
-        """Returns [B, C, h, w] in float32, without the tokens before the patches."""
+        """Return [B, C, h, w] in float32, without the tokens before the patches."""
         if features.ndim == 3:
             features = features[:, -math.prod(self.grid) :].unflatten(1, self.grid)
             return features.movedim(-1, 1).float()
@@ -344,7 +344,7 @@ _CONVOLUTION_BLOCKS = (BasicBlock, Bottleneck, ConvNeXtBlock)
 
 
 def layers_of(network: nn.Module) -> list[Layer]:
-    """Returns the embedding or stem, then every block; transformers' after attention and MLP.
+    """Return the embedding or stem, then every block; transformers' after attention and MLP.
 
     Of an unknown network what timm lists as its features. ValueError: nothing is listed either.
     """
@@ -371,7 +371,7 @@ def layers_of(network: nn.Module) -> list[Layer]:
 
 @contextmanager
 def hooked(hooks: Sequence[tuple[nn.Module, bool, Callable[[Tensor], None]]]) -> Iterator[None]:
-    """Calls `see` with the input or the output of each module of (module, before, see)."""
+    """Call `see` with the input or the output of each module of (module, before, see)."""
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, see=see: see(inputs[0]))
         if before
@@ -389,7 +389,7 @@ def hooked(hooks: Sequence[tuple[nn.Module, bool, Callable[[Tensor], None]]]) ->
 def look(
     network: nn.Module, images: Tensor, layers: Sequence[Layer], reduce: Callable[[Tensor], Any]
 ) -> dict[str, Any]:
-    """Returns `reduce` of the map [B, C, h, w] of every layer, by name."""
+    """Return `reduce` of the map [B, C, h, w] of every layer, by name."""
     found: dict[str, Any] = {}
 
     def see(layer: Layer, features: Tensor) -> None:
@@ -406,7 +406,7 @@ def look(
 
 
 def depths(count: int) -> list[float]:
-    """Returns the relative depths of so many layers, from 0 to 1."""
+    """Return the relative depths of so many layers, from 0 to 1."""
     return np.linspace(0, 1, count).tolist()
 
 
@@ -415,7 +415,7 @@ def depths(count: int) -> list[float]:
 
 
 def by_network(rows: Sequence[Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Yields the rows of each network, and the style of its lines."""
+    """Yield the rows of each network, and the style of its lines."""
     for number, name in enumerate(dict.fromkeys(row.label for row in rows)):
         line = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
         style = {"label": name, "color": COLORS[number % len(COLORS)], "linestyle": line}
@@ -423,7 +423,7 @@ def by_network(rows: Sequence[Any]) -> Iterator[tuple[list[Any], dict[str, Any]]
 
 
 def draw_lines(axis: Axes, rows: Sequence[Any], x: str, y: str) -> None:
-    """Draws field `y` of the rows over field `x`, a line for each network."""
+    """Draw field `y` of the rows over field `x`, a line for each network."""
     for own, style in by_network(rows):
         axis.plot(
             [getattr(row, x) for row in own], [getattr(row, y) for row in own], marker=".", **style
@@ -431,7 +431,7 @@ def draw_lines(axis: Axes, rows: Sequence[Any], x: str, y: str) -> None:
 
 
 def save(args: Namespace, name: str, rows: Sequence[Any], figure: Figure) -> None:
-    """Writes name.csv and name.png in --output_dir."""
+    """Write name.csv and name.png in --output_dir."""
     folder = Path(args.output_dir)
     write_rows(folder / f"{name}.csv", rows)
     figure.savefig(folder / f"{name}.png", dpi=150)

@@ -53,11 +53,11 @@ class Checks:
     results: list[dict[str, Any]] = field(default_factory=list)
 
     def time_left(self) -> float:
-        """Returns the seconds that the running section still has."""
+        """Return the seconds that the running section still has."""
         return self.deadline - time.monotonic()
 
     def record(self, check: str, *, ok: bool | None = None, **values: Any) -> None:
-        """Appends one result to results.jsonl; `ok` is None for a measurement that cannot fail."""
+        """Append one result to results.jsonl; `ok` is None for a measurement that cannot fail."""
         row = {"section": self.section, "check": check, "ok": ok} | values
         self.results.append(row)
         with open(self.output / "results.jsonl", "a") as file:
@@ -69,14 +69,14 @@ class Checks:
         print(f"{self.section:6s} {check:44s} {verdict:6s} {text}", flush=True)
 
     def read_back(self) -> None:
-        """Takes the results that other processes have recorded."""
+        """Take the results that other processes have recorded."""
         lines = (self.output / "results.jsonl").read_text().splitlines()
         self.results = [json.loads(line) for line in lines if line.endswith("}")]
 
     def attempt(
         self, check: str, run: Callable[[], dict[str, Any] | None], *, seconds: float = 0.0
     ) -> bool:
-        """Runs one check and records what it returns; False if it raised, or had no time to begin.
+        """Run one check and records what it returns; False if it raised, or had no time to begin.
 
         `seconds` is what the check is expected to take. `run` returns the values to record, among
         them `ok` where there is something to pass; None records nothing.
@@ -100,19 +100,19 @@ class Checks:
 
 
 def short(value: Any) -> str:
-    """Returns a value as the terminal shows it."""
+    """Return a value as the terminal shows it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def section_functions() -> dict[str, Callable[[Checks], None]]:
-    """Returns what runs each section; imported late, so that --help needs no model code."""
+    """Return what runs each section; imported late, so that --help needs no model code."""
     from scripts.benchmarks import gpu_fast, gpu_learns, gpu_right
 
     return {"right": gpu_right.run, "fast": gpu_fast.run, "learns": gpu_learns.run}
 
 
 def describe_machine(checks: Checks) -> None:
-    """Records device, driver and versions."""
+    """Record device, driver and versions."""
     values: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
     if checks.device.type == "cuda":
         properties = torch.cuda.get_device_properties(checks.device)
@@ -129,7 +129,7 @@ def describe_machine(checks: Checks) -> None:
 
 
 def run_sections(checks: Checks, args: argparse.Namespace) -> None:
-    """Runs the sections within --minutes together, each in a process of its own: a crash ends one
+    """Run the sections within --minutes together, each in a process of its own: a crash ends one
     of them only."""
     end = time.monotonic() + 60 * args.minutes
     remaining = {name: part for name, part in SECTIONS.items() if name in args.only}
@@ -156,7 +156,7 @@ def run_sections(checks: Checks, args: argparse.Namespace) -> None:
 
 
 def run_section(checks: Checks, name: str, minutes: float) -> None:
-    """Runs one section in this process."""
+    """Run one section in this process."""
     checks.section = name
     checks.deadline = time.monotonic() + 60 * minutes
     function = section_functions()[name]
@@ -164,7 +164,7 @@ def run_section(checks: Checks, name: str, minutes: float) -> None:
 
 
 def show_table(checks: Checks) -> None:
-    """Prints how many checks each section passed, and what failed."""
+    """Print how many checks each section passed, and what failed."""
     print()
     for name in SECTIONS:
         rows = [row for row in checks.results if row["section"] == name]

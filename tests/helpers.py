@@ -95,14 +95,14 @@ METHODS = {  # flags over those of PRETRAIN
 
 
 def arguments(stage: str, folder: Path | str, *flags: str) -> Namespace:
-    """Returns the options of a tiny "pretrain" or "finetune" run that writes to `folder`."""
+    """Return the options of a tiny "pretrain" or "finetune" run that writes to `folder`."""
     base = {"pretrain": PRETRAIN, "finetune": FINETUNE}[stage]
     return parse(stage, [*base, "--output_dir", str(folder), *flags])
 
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """Gives pytest its signal handlers back after a run has set its own."""
+    """Give pytest its signal handlers back after a run has set its own."""
     before = {number: signal.getsignal(number) for number in (*StopSignal.signals, signal.SIGCHLD)}
     try:
         yield
@@ -112,7 +112,7 @@ def own_signals() -> Iterator[None]:
 
 
 def start(stage: str, folder: Path | str, *flags: str) -> tuple[Training, Position]:
-    """Returns a run as the script's main() has it before the first step, and its position."""
+    """Return a run as the script's main() has it before the first step, and its position."""
     args = arguments(stage, folder, *flags)
     args.nb_classes = 10
     with own_signals():
@@ -140,7 +140,7 @@ def _start_finetuning(args: Namespace) -> tuple[Training, Position]:
 def train_steps(
     run: Training, first: int, last: int, spoil: Callable[[int, list], None] | None = None
 ) -> list[dict]:
-    """Takes updates first ... last - 1 of epoch 0 and returns the metrics of each.
+    """Take updates first ... last - 1 of epoch 0 and returns the metrics of each.
 
     `spoil(update, micro_batches)` may damage a batch.
     """
@@ -162,7 +162,7 @@ def column(metrics: list[dict], name: str) -> list[float]:
 
 
 def whole_weights(run: Training) -> dict[str, Tensor]:
-    """Gathers the network's float32 weights and buffers on every rank; every rank must call it."""
+    """Gather the network's float32 weights and buffers on every rank; every rank must call it."""
     network = run.runner.network
     weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
     for name, parameter in network.named_parameters():
@@ -172,7 +172,7 @@ def whole_weights(run: Training) -> dict[str, Tensor]:
 
 
 def average_weights(run: Training) -> dict[str, Tensor]:
-    """Returns the weights of the teacher or of the ema; empty if there is none."""
+    """Return the weights of the teacher or of the ema; empty if there is none."""
     average = run.task.ema
     return (
         {}
@@ -182,7 +182,7 @@ def average_weights(run: Training) -> dict[str, Tensor]:
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Returns the largest absolute difference between the parameters of two networks.
+    """Return the largest absolute difference between the parameters of two networks.
 
     Left out are parameters whose gradient is rounding noise, which AdamW turns into whole steps:
     ConMIM's `norm.bias` (a constant added to every token cancels in the projector's batch norm,
@@ -231,7 +231,7 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
 
 
 def imagenet_stand_in(folder: Path) -> None:
-    """Writes thirty images in ImageNet's layout: map files beside train/ and val/."""
+    """Write thirty images in ImageNet's layout: map files beside train/ and val/."""
     source = digits_source(train=True)
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -241,8 +241,8 @@ def imagenet_stand_in(folder: Path) -> None:
 
 
 def in_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments) -> list[Any]:
-    """Calls function(folder, *arguments) in `ranks` fresh processes, under the variables that a
-    launcher sets, and returns what each returned."""
+    """Call function(folder, *arguments) in `ranks` fresh processes, under the variables that a
+    launcher sets, and return what each returned."""
     folder.mkdir(parents=True, exist_ok=True)
     mp.start_processes(
         _rank, (ranks, free_port(), function, folder, arguments), nprocs=ranks, start_method="spawn"
@@ -268,7 +268,7 @@ def _rank(
 
 
 def gloo_threads() -> int:
-    """Counts this process's gloo threads, which may abort it while the interpreter shuts down."""
+    """Count this process's gloo threads, which may abort it while the interpreter shuts down."""
     return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")].count(
         "pt_gloo_runloop"
     )
@@ -279,7 +279,7 @@ def gloo_threads() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Returns this process's environment without the variables of a launcher."""
+    """Return this process's environment without the variables of a launcher."""
     hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONUNBUFFERED": "1"}
 
@@ -287,7 +287,7 @@ def environment() -> dict[str, str]:
 def script(
     stage: str, folder: Path | str, *flags: str, launcher: tuple[str, ...] = (sys.executable,)
 ) -> list[str]:
-    """Returns the command line of a tiny run."""
+    """Return the command line of a tiny run."""
     name, base = {
         "pretrain": ("run_pretraining.py", PRETRAIN),
         "finetune": ("run_class_finetuning.py", FINETUNE),
@@ -308,7 +308,7 @@ def run_command(command: list[str], timeout: float = 300) -> subprocess.Complete
 
 
 def start_command(command: list[str]) -> subprocess.Popen:
-    """Starts a command in a session of its own: a signal to its group reaches its loader workers
+    """Start a command in a session of its own: a signal to its group reaches its loader workers
     and nothing else."""
     return subprocess.Popen(
         command,
@@ -322,14 +322,14 @@ def start_command(command: list[str]) -> subprocess.Popen:
 
 
 def launcher(processes: int) -> list[str]:
-    """Returns the command that starts a script of the repository on several processes here."""
+    """Return the command that starts a script of the repository on several processes here."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     where = [f"PATH={path}", f"NPROC={processes}", f"MASTER_PORT={free_port()}"]
     return ["env", *where, str(ROOT / "scripts/launch.sh")]
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 120) -> None:
-    """Waits until the condition holds; fails if the process ends first."""
+    """Wait until the condition holds; fails if the process ends first."""
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode}:\n{process.stdout.read()}"

@@ -23,7 +23,7 @@ def module_name(path: Path) -> str:
 
 
 def imported(path: Path, *, everywhere: bool) -> set[str]:
-    """Names of modules that a file imports, when it is loaded or, with `everywhere`, in functions
+    """Name of modules that a file imports, when it is loaded or, with `everywhere`, in functions
     too."""
     tree = ast.parse(path.read_text())
     found = set()

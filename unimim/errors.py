@@ -23,7 +23,7 @@ class OptionError(ValueError):
         return f"{option}: {problem}" if value is None else f"{option}={value} {problem}"
 
     def in_flags(self, flags: Mapping[str, str]) -> str:
-        """Returns the message with `flags[option]` in place of each option, as a command has it."""
+        """Return the message with `flags[option]` in place of each option, as a command has it."""
         option, value, problem, *others = self.args
         for other in others:
             problem = re.sub(rf"\b{other}\b", _spelled(other, flags), problem)
@@ -38,7 +38,7 @@ def _spelled(option: str, flags: Mapping[str, str]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean A or B?" with the names that are spelled like `name`, else ";"."""
+    """Return "; did you mean A or B?" with the names that are spelled like `name`, else ";"."""
     similar = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.75)
     return f"; did you mean {' or '.join(similar)}?" if similar else ";"
 

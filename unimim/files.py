@@ -30,7 +30,7 @@ _DRAFT = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces `path` by what `write(file)` writes.
+    """Replace `path` by what `write(file)` writes.
 
     At any moment it is the old file or the whole new one, on the disk.
 
@@ -53,17 +53,17 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replaces a text file, in UTF-8, in one step."""
+    """Replace a text file, in UTF-8, in one step."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def write_rows(path: str | Path, rows: Sequence[Any]) -> None:
-    """Replaces a CSV file by dataclass instances of one kind, under the names of their fields."""
+    """Replace a CSV file by dataclass instances of one kind, under the names of their fields."""
     write_table(path, [asdict(row) for row in rows])
 
 
 def write_table(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replaces a CSV file by rows with the same keys, under these keys."""
+    """Replace a CSV file by rows with the same keys, under these keys."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -72,7 +72,7 @@ def write_table(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_folder(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Makes the new (or empty) folder `path` of what `write(draft)` puts into a draft, all at
+    """Make the new (or empty) folder `path` of what `write(draft)` puts into a draft, all at
     once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def write_folder(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def check_output_folder(flag: str, folder: str | Path) -> None:
-    """Makes the folder that `flag` names; ValueError if it cannot be made or written to."""
+    """Make the folder that `flag` names; ValueError if it cannot be made or written to."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -101,7 +101,7 @@ def check_output_folder(flag: str, folder: str | Path) -> None:
 
 
 def fsync(path: str | Path) -> None:
-    """Returns when the file's bytes, or the folder's names, are on the disk."""
+    """Return when the file's bytes, or the folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,7 +110,7 @@ def fsync(path: str | Path) -> None:
 
 
 def remove_stale_drafts(folder: str | Path) -> None:
-    """Removes drafts of writers of this machine that have ended, and drafts older than a day."""
+    """Remove drafts of writers of this machine that have ended, and drafts older than a day."""
     for draft in Path(folder).glob(".*.tmp"):
         with suppress(OSError):  # its writer has just finished, or it is another user's
             if not _is_stale(draft):
@@ -134,7 +134,7 @@ def _is_stale(draft: Path) -> bool:
 
 @cache
 def _machine() -> str:
-    """Returns eight digits for the host and the container, in which process ids are unique."""
+    """Return eight digits for the host and the container, in which process ids are unique."""
     place = socket.gethostname()
     if os.path.exists("/proc/self/ns/pid"):
         place += os.readlink("/proc/self/ns/pid")
@@ -155,7 +155,7 @@ def _is_running(process: int) -> bool:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Returns the file's SHA-256 in hexadecimal; ValueError if it cannot be read."""
+    """Return the file's SHA-256 in hexadecimal; ValueError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -164,7 +164,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def is_intact_zip(path: str | Path) -> bool:
-    """Returns whether every member of a zip archive (torch's files are such) has its checksum."""
+    """Return whether every member of a zip archive (torch's files are such) has its checksum."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

@@ -41,5 +41,5 @@ class Flag:
     optional: bool = False
 
     def value(self, given: Any, facts: RunFacts) -> Any:
-        """Returns what the option gets when the flag is `given`; None: the model's own."""
+        """Return what the option gets when the flag is `given`; None: the model's own."""
         return given if given is None or self.convert is None else self.convert(given, facts)

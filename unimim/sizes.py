@@ -6,7 +6,7 @@ Pair = tuple[int, int]
 
 
 def to_pair(size: int | Sequence[int]) -> Pair:
-    """Returns (height, width) of a size that is given as one number or as two."""
+    """Return (height, width) of a size that is given as one number or as two."""
     if isinstance(size, int):
         return size, size
     height, width = size

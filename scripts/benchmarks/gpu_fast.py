@@ -199,7 +199,7 @@ class Bench:
 
 
 def run(checks: Checks) -> None:
-    """Runs the section: peak, FLOPs while kernels are compiled, then rows in the order of their
+    """Run the section: peak, FLOPs while kernels are compiled, then rows in the order of their
     worth."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -348,7 +348,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what the last model held: memory and compiled code."""
+    """Give back what the last model held: memory and compiled code."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -449,7 +449,7 @@ def batch_of(bench: Bench, case: Case) -> int:
 
 
 def measure_row(bench: Bench, case: Case, variant: str, seconds: float) -> None:
-    """Records a row of the main table."""
+    """Record a row of the main table."""
 
     def one() -> dict[str, Any]:
         steps = 1 if case.name in SLOW else 2
@@ -477,7 +477,7 @@ def measure_gemm(bench: Bench) -> dict[str, float]:
 
 
 def prepare(bench: Bench) -> None:
-    """Counts FLOPs and makes JPEGs while other processes fill the cache of compiled kernels."""
+    """Count FLOPs and make JPEGs while other processes fill the cache of compiled kernels."""
     checks, begin = bench.checks, time.monotonic()
     processes = {}
     if not bench.tiny and checks.time_left() > 5 * len(CASES):
@@ -512,7 +512,7 @@ def prepare(bench: Bench) -> None:
 
 
 def compile_ahead(bench: Bench, name: str, processes: int) -> subprocess.Popen:
-    """Starts a process that compiles one case's blocks."""
+    """Start a process that compiles one case's blocks."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     command = [
         sys.executable,
@@ -560,7 +560,7 @@ def count(bench: Bench, case: Case, plain: bool, tiny: bool | None = None) -> No
 
 
 def count_flops_of_rows(bench: Bench) -> None:
-    """Counts the rows' FLOPs and keeps them in OUTPUT/flops.json for other processes."""
+    """Count the rows' FLOPs and keep them in OUTPUT/flops.json for other processes."""
     path = bench.checks.output / "flops.json"
     for case in bench.of(tuple(CASES)):
         bench.checks.attempt(f"{case.name}, FLOPs", partial(count, bench, case, False), seconds=3)
@@ -674,7 +674,7 @@ def kind_of(kernel: str) -> str:
 
 
 def enlarge_batches(bench: Bench) -> None:
-    """Doubles batches as long as that gains something and the next one should fit the memory."""
+    """Double batches as long as that gains something and the next one should fit the memory."""
     variants = ("eager",) if bench.tiny else ("eager", "compiled")
     for case in bench.of(ENLARGED[:1] if bench.tiny else ENLARGED):
         for variant in variants:
@@ -682,7 +682,7 @@ def enlarge_batches(bench: Bench) -> None:
 
 
 def enlarge(bench: Bench, case: Case, variant: str) -> None:
-    """Records rows of one variant with twice the batch of the one before, from that of the main
+    """Record rows of one variant with twice the batch of the one before, from that of the main
     table on."""
     memory = float("inf")
     if bench.device.type == "cuda":
@@ -835,7 +835,7 @@ def jpeg_loader(root: Path, method: PretrainMethod, size: int, workers: int) -> 
 
 
 def write_tables(bench: Bench) -> None:
-    """Replaces OUTPUT/fast.md by what is known so far."""
+    """Replace OUTPUT/fast.md by what is known so far."""
     lines = [f"## {heading(bench.device)}", "", *main_table(bench)]
     for title, rows in bench.notes.items():
         lines += ["", f"### {title}", "", *table(rows)]
@@ -912,7 +912,7 @@ PHASES = {phase.__name__: phase for phase in STEPS}
 
 
 def compile_case(args: argparse.Namespace) -> None:
-    """Compiles one case: two steps of a model as short as it can be, whose blocks are those of the
+    """Compile one case: two steps of a model as short as it can be, whose blocks are those of the
     whole one."""
     device = torch.device(args.device)
     case = (CASES | {LAUNCHES.name: LAUNCHES})[args.case]
@@ -929,7 +929,7 @@ def compile_case(args: argparse.Namespace) -> None:
 
 
 def run_phases(args: argparse.Namespace) -> None:
-    """Runs phases by themselves, with the FLOPs that an earlier process counted."""
+    """Run phases by themselves, with the FLOPs that an earlier process counted."""
     device = torch.device(args.device)
     checks = Checks(
         device, args.output, deadline=0.0, tiny=device.type == "cpu", section="fast",
@@ -947,7 +947,7 @@ def run_phases(args: argparse.Namespace) -> None:
 
 
 def wait_for(gate: Path | None) -> None:
-    """Returns when the file `gate` exists: what is imported by then does not disturb what another
+    """Return when the file `gate` exists: what is imported by then does not disturb what another
     process measures."""
     while gate is not None and not gate.exists():
         time.sleep(0.05)

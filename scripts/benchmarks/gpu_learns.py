@@ -163,7 +163,7 @@ class Row(Result):
 
 
 def prepare(checks: Checks, folder: Path) -> Setting:
-    """Decodes both splits and writes them where every process can read them."""
+    """Decode both splits and write them where every process can read them."""
     path, device = checks.data_path, checks.device
     source_flags = f"--input_size {SIZE[0]} {COMMON} --device {device.type} "
     source_flags += (
@@ -212,7 +212,7 @@ class Images:
         return self.made[key]
 
     def part_maps(self, kind: str, job: Job, num_parts: int, grid: tuple[int, int]) -> Tensor:
-        """Returns the part of each place of the images to pre-train on, uint8 [N, rows,
+        """Return the part of each place of the images to pre-train on, uint8 [N, rows,
         columns]."""
         seed = job.seed
         if kind == "learned":
@@ -304,7 +304,7 @@ class Pretraining:
         )
 
     def step(self) -> Tensor:
-        """Takes one optimizer step and returns its loss, on the device."""
+        """Take one optimizer step and return its loss, on the device."""
         step, method = self.done, self.method
         if step % self.loader.steps_per_epoch == 0:
             method.before_epoch(step // self.loader.steps_per_epoch, self.args.epochs)
@@ -320,7 +320,7 @@ class Pretraining:
         return loss
 
     def run(self) -> tuple[float, float]:
-        """Trains to the end and returns the mean losses of the first and the last epoch."""
+        """Train to the end and return the mean losses of the first and the last epoch."""
         with own_stream(self.device):
             losses = torch.stack([self.step() for _ in range(self.steps)])
         length = self.loader.steps_per_epoch
@@ -337,11 +337,11 @@ class Steps:
         self.recorded: RecordedStep | None = None
 
     def forget(self) -> None:
-        """Makes the next step be recorded again."""
+        """Make the next step be recorded again."""
         self.recorded = None
 
     def __call__(self, batch: dict[str, Any], seed: int, step: int) -> Tensor:
-        """Leaves the gradients of a batch in the parameters and returns its loss."""
+        """Leave the gradients of a batch in the parameters and return its loss."""
         seed_step(seed, 0, step)
         if self.graphs and self.recorded is None and self.taken >= EAGER_STEPS:
             self.recorded = RecordedStep(self.runner, batch)
@@ -353,11 +353,11 @@ class Steps:
         return (self.recorded or self.launched)(batch)
 
     def launched(self, batch: dict[str, Any]) -> Tensor:
-        """Does so kernel by kernel."""
+        """Do so kernel by kernel."""
         return self.runner.micro_step(batch, last=True)["loss"].detach()
 
     def check(self, batch: dict[str, Any], seed: int, step: int) -> None:
-        """Compares a replayed step with the same one launched kernel by kernel.
+        """Compare a replayed step with the same one launched kernel by kernel.
 
         Raises:
             RuntimeError: they differ by more than rounding.
@@ -415,7 +415,7 @@ class RecordedStep:
         self.loss = self.runner.micro_step(self.inputs, last=True)["loss"].detach()
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """Leaves the gradients of a batch in the parameters and returns its loss."""
+        """Leave the gradients of a batch in the parameters and return its loss."""
         for name, value in self.inputs.items():
             if isinstance(value, Tensor):
                 value.copy_(batch[name])
@@ -429,7 +429,7 @@ class RecordedStep:
 
 
 def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
-    """Records the kernels that a function launches on the current stream; returns their replay."""
+    """Record the kernels that a function launches on the current stream; return their replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         run()
@@ -464,7 +464,7 @@ def teacher_file(setting: Setting, job: Job) -> Path:
 
 
 def learned_parts(images: Images, job: Job) -> Tensor:
-    """Learns parts as run_part_learning.py does; returns them, uint8 [N, rows, columns]."""
+    """Learn parts as run_part_learning.py does; return them, uint8 [N, rows, columns]."""
     setting, device = images.setting, images.device
     flags = f"{setting.source_flags} {SHAPES.parts} --precision {setting.precision} --seed {job.seed} --teacher"
     args = parse_parts([*shlex.split(flags), str(teacher_file(setting, job))])
@@ -677,7 +677,7 @@ def run_job(
     job: Job,
     trained: Callable[[dict[str, float]], None] = lambda figures: None,
 ) -> Row:
-    """Pre-trains and evaluates; `trained` is told the figures of pre-training as soon as there are
+    """Pre-train and evaluate; `trained` is told the figures of pre-training as soon as there are
     some."""
     begin, steps, encoder = time.perf_counter(), 0, None
     figures = dict.fromkeys(("lr", "first_loss", "loss", "step_ms"), math.nan)
@@ -731,7 +731,7 @@ def save_encoder(method: PretrainMethod, folder: Path) -> Path:
 
 
 def work(connection: Connection, device: str) -> None:
-    """Does what comes through the connection until that is closed, in a process of its own.
+    """Do what comes through the connection until that is closed, in a process of its own.
 
     The first thing is a `Setting`, every other a `Job`. Answers are (kind, job, value): ("trained",
     job, metrics), ("row", job, row), ("error", job, traceback). After an error on a GPU the process
@@ -788,7 +788,7 @@ class Pool:
             ours.send(self.setting)
 
     def start(self, setting: Setting) -> None:
-        """Tells all processes what they need to know."""
+        """Tell all processes what they need to know."""
         self.setting = setting
         for worker in self.workers:
             worker.send(setting)
@@ -801,8 +801,8 @@ class Pool:
         fits: Callable[[Job], bool] = lambda job: True,
         ready: Callable[[Job], bool] = lambda job: True,
     ) -> list[Job]:
-        """Hands out the jobs in their order until all are done or the deadline; tells what is
-        answered and returns the jobs that had no time to end.
+        """Hand out the jobs in their order until all are done or the deadline; tell what is
+        answered and return the jobs that had no time to end.
 
         A job that is not `ready` waits for others; one that does not `fit` any more is left out.
         One that failed with CUDA graphs is run again without, and so are later ones of its method.
@@ -836,7 +836,7 @@ class Pool:
         return [*self.busy.values(), *waiting, *left_out]
 
     def receive(self, worker: Connection, answered: Callable[[str, Job, Any], None]) -> None:
-        """Takes one answer of a process, or notices that it has died."""
+        """Take one answer of a process, or notices that it has died."""
         try:
             kind, job, value = worker.recv()
         except (EOFError, OSError):  # it has died
@@ -923,13 +923,13 @@ class Report:
         self.checks.record(name_of(Job(row.method, row.seed, row.epochs)), ok=ok, **known)
 
     def cut_off(self, jobs: Sequence[Job]) -> None:
-        """Names the jobs that the deadline ended, with what pre-training had come to."""
+        """Name the jobs that the deadline ended, with what pre-training had come to."""
         for job in jobs:
             figures = self.trained.get(job, {})
             self.checks.record(name_of(job), skipped="no time left", **figures)
 
     def finish(self) -> None:
-        """Writes a table for each length of pre-training, with random weights in all of them."""
+        """Write a table for each length of pre-training, with random weights in all of them."""
         texts = []
         for epochs in sorted({row.epochs for row in self.rows if row.steps}) or [0]:
             rows = [row for row in self.rows if row.epochs in (0, epochs)]
@@ -947,12 +947,12 @@ def name_of(job: Job) -> str:
 
 
 def run(checks: Checks) -> None:
-    """Runs the section."""
+    """Run the section."""
     run_all(checks, in_processes=not checks.tiny)
 
 
 def run_all(checks: Checks, *, in_processes: bool, size: int | None = None, **options: Any) -> None:
-    """Prepares the data while processes begin, runs the jobs, and writes the tables."""
+    """Prepare the data while processes begin, run the jobs, and write the tables."""
     folder = Path(tempfile.mkdtemp(prefix="learns"))
     report, pool = Report(checks), None
     deadline = time.monotonic() + checks.time_left() - RESERVE_SECONDS
@@ -988,7 +988,7 @@ def run_in_processes(
     random_keys: Sequence[str] = RANDOM, seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS,
     long_epochs: int = LONG_EPOCHS,
 ) -> None:  # fmt: skip
-    """Runs the jobs seed after seed, then long ones, until the deadline."""
+    """Run the jobs seed after seed, then long ones, until the deadline."""
     pool.start(setting)
     images = torch.load(setting.images_file, mmap=True)["train"][: setting.pretrain_images]
     steps_per_epoch = len(images) // setting.batch_size

@@ -182,7 +182,7 @@ def start(
 
 
 def updates(run: Training, first: int, last: int) -> Iterator[None]:
-    """Does updates first ... last - 1 of epoch 0, one at a time."""
+    """Do updates first ... last - 1 of epoch 0, one at a time."""
     run.loader.batch_sampler.set_position(0, first)
     for update, batch in zip(range(first, last), run.loader, strict=False):
         train_one_step(run, update, [batch])
@@ -205,7 +205,7 @@ def weights(run: Training) -> dict[str, Tensor]:
 
 
 def everything(run: Training) -> dict[str, Any]:
-    """Copies of weights, teacher and optimizer state."""
+    """Copy of weights, teacher and optimizer state."""
     teacher = {} if run.task.teacher is None else run.task.teacher.state_dict()
     state = [
         {key: value.clone() if isinstance(value, Tensor) else value for key, value in one.items()}
@@ -550,7 +550,7 @@ def zero(
 
 
 def take_scale(run: Training, scale: float = 2.0**7) -> None:
-    """Gives a plain run in fp16 the loss scale that DeepSpeed begins with, at which no step is
+    """Give a plain run in fp16 the loss scale that DeepSpeed begins with, at which no step is
     skipped."""
     if run.runner.scaler.is_enabled():
         run.runner.scaler = torch.amp.GradScaler(run.context.device.type, init_scale=scale)
@@ -652,7 +652,7 @@ def average_on_host(device: torch.device) -> dict[str, Any]:
 
 
 def on_host(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of a network's weights and buffers on the CPU."""
+    """Copy of a network's weights and buffers on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 
@@ -823,7 +823,7 @@ def two_ranks(name: str, device: torch.device, folder: Path) -> dict[str, Any]:
 def one_rank(
     rank: int, name: str, device: torch.device, path: Path, backend: str, port: int
 ) -> None:
-    """Trains as one of two; the first writes losses and weights to `path`."""
+    """Train as one of two; the first writes losses and weights to `path`."""
     local = rank if backend == "nccl" else 0
     place = {
         "RANK": rank,
@@ -907,13 +907,13 @@ class Group:
     folder: Path
 
     def stop(self) -> None:
-        """Ends it with its own children."""
+        """End it with its own children."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def report(self, checks: Checks) -> None:
-        """Records what the group recorded, and whether it ended badly."""
+        """Record what the group recorded, and whether it ended badly."""
         results = self.folder / "results.jsonl"
         lines = results.read_text().splitlines() if results.exists() else []
         for line in lines:
@@ -933,7 +933,7 @@ class Group:
 
 
 def start_group(name: str, checks: Checks) -> Group:
-    """Begins a group in a process of its own, with what deterministic products ask of the
+    """Begin a group in a process of its own, with what deterministic products ask of the
     environment."""
     folder = checks.output / "right" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -965,7 +965,7 @@ def attempt(
     *,
     seconds: float = 0.5,
 ) -> None:
-    """Checks one method in one comparison."""
+    """Check one method in one comparison."""
     about = {"comparison": comparison, "method": name}
     checks.attempt(f"{comparison}: {name}", lambda: about | run(), seconds=MARGIN + seconds)
 
@@ -974,7 +974,7 @@ def attempt(
 
 
 def comparisons(checks: Checks, methods: Sequence[str]) -> None:
-    """Compares devices, precisions and kernels: the most valuable first, each for every method."""
+    """Compare devices, precisions and kernels: the most valuable first, each for every method."""
     device = checks.device
     on_gpu = device.type == "cuda"
     for name in methods if on_gpu else ():
@@ -1003,7 +1003,7 @@ def comparisons(checks: Checks, methods: Sequence[str]) -> None:
 
 
 def frozen_features(checks: Checks) -> None:
-    """Compares k-NN and linear probing on the device with the CPU's."""
+    """Compare k-NN and linear probing on the device with the CPU's."""
     device = checks.device
     checks.attempt("k-NN on the device against CPU", partial(neighbors, device), seconds=MARGIN + 2)
     checks.attempt(
@@ -1012,7 +1012,7 @@ def frozen_features(checks: Checks) -> None:
 
 
 def cnn_checks(checks: Checks) -> None:
-    """Compares the one method without attention, whose kernels are other libraries'."""
+    """Compare the one method without attention, whose kernels are other libraries'."""
     comparisons(checks, [name for name in METHODS if name not in TRANSFORMERS])
 
 
@@ -1029,7 +1029,7 @@ GROUPS: dict[str, Callable[[Checks], None]] = {
 
 
 def run(checks: Checks) -> None:
-    """Runs the section."""
+    """Run the section."""
     names = [
         name for name in GROUPS if not checks.tiny or name not in ("ranks", "compile", "cases")
     ]

@@ -158,7 +158,7 @@ class Schedule:
     warmup_steps: int
 
     def flags(self, epochs: int | None = None) -> str:
-        """Returns the flags of this length, or of another one with the same part of warm-up."""
+        """Return the flags of this length, or of another one with the same part of warm-up."""
         epochs = self.epochs if epochs is None else epochs
         warmup_steps = max(1, round(self.warmup_steps * epochs / self.epochs))
         return f"--epochs {epochs} --warmup_steps {warmup_steps}"
@@ -262,7 +262,7 @@ class Comparison:
         self.common = f"--save_ckpt_freq 1000 --precision {precision} --seed {seed}"
 
     def run(self, command: str, folder: Path) -> Path:
-        """Runs a script of the repository unless it has finished in `folder`; its output goes to
+        """Run a script of the repository unless it has finished in `folder`; its output goes to
         output.txt there."""
         done = folder / "finished"
         if not done.is_file():

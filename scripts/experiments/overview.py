@@ -74,7 +74,7 @@ PARTS = "--num_parts 6 --decoder_widths 64 48 32 --batch_size 16 --epochs 2 --sp
 
 
 def write_photographs(folder: Path) -> None:
-    """Writes overlapping crops of each photograph to train/, the squares that are shown to val/."""
+    """Write overlapping crops of each photograph to train/, the squares that are shown to val/."""
     from matplotlib.cbook import get_sample_data
     from sklearn.datasets import load_sample_images
 
@@ -97,21 +97,21 @@ def write_photographs(folder: Path) -> None:
 def save_square(
     photograph: Image.Image, left: int, top: int, side: int, pixels: int, file: Path
 ) -> None:
-    """Writes a square of the photograph, `pixels` wide."""
+    """Write a square of the photograph, `pixels` wide."""
     file.parent.mkdir(parents=True, exist_ok=True)
     box = (left, top, left + side, top + side)
     photograph.crop(box).resize((pixels, pixels), Image.Resampling.LANCZOS).save(file)
 
 
 def run(command: str) -> None:
-    """Runs `python COMMAND` in the repository on one core."""
+    """Run `python COMMAND` in the repository on one core."""
     print(f"$ python {command}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=environment, check=True)
 
 
 def train(folder: Path, fast: bool) -> None:
-    """Pre-trains each method, and learns parts on the features of MAE."""
+    """Pre-train each method, and learn parts on the features of MAE."""
     data = f"--data_path {shlex.quote(str(folder / 'photographs'))} {DATA}"
     for name, (epochs, flags) in PRETRAIN.items():
         out = shlex.quote(str(folder / name))
@@ -126,7 +126,7 @@ def train(folder: Path, fast: bool) -> None:
 
 
 def latest(folder: Path) -> Path:
-    """Returns the newest checkpoint of a run."""
+    """Return the newest checkpoint of a run."""
     return max(folder.glob("checkpoint-*.pth"), key=lambda file: file.stat().st_mtime)
 
 
@@ -139,7 +139,7 @@ def smooth(picture: np.ndarray) -> np.ndarray:
 
 
 def blocks(picture: np.ndarray) -> np.ndarray:
-    """Enlarges a picture with one pixel for each patch, so that patches stay squares."""
+    """Enlarge a picture with one pixel for each patch, so that patches stay squares."""
     return np.asarray(Image.fromarray(picture).resize((SHOWN, SHOWN), Image.Resampling.NEAREST))
 
 
@@ -244,7 +244,7 @@ def columns_of(folder: Path) -> dict[str, list[np.ndarray]]:
 
 
 def draw_figure(columns: dict[str, list[np.ndarray]], file: Path) -> None:
-    """Writes the figure: a row for each photograph."""
+    """Write the figure: a row for each photograph."""
     rows = len(next(iter(columns.values())))
     figure = Figure(figsize=(1.5 * len(columns), 1.5 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)

@@ -57,7 +57,7 @@ Rows = Sequence[dict[str, str]]
 
 
 def read_rows(file: Path, data: str | None, epochs: Sequence[int] | None) -> list[dict[str, str]]:
-    """Returns the rows of one data set, those of some lengths of pre-training and of random weights.
+    """Return the rows of one data set, those of some lengths of pre-training and of random weights.
 
     Raises:
         ValueError: no such rows, or rows of several data sets and none is named.
@@ -82,23 +82,23 @@ def is_random(key: str) -> bool:
 
 
 def lengths(rows: Rows) -> list[str]:
-    """Returns the lengths of pre-training, the shortest first; [""] if the table names none."""
+    """Return the lengths of pre-training, the shortest first; [""] if the table names none."""
     found = {row.get("epochs", "") for row in rows if not is_random(row["method"])}
     return sorted(found, key=lambda text: (len(text), text))
 
 
 def of_length(rows: Rows, epochs: str) -> list[dict[str, str]]:
-    """Returns the rows of one length of pre-training and those of random weights."""
+    """Return the rows of one length of pre-training and those of random weights."""
     return [row for row in rows if is_random(row["method"]) or row.get("epochs", "") == epochs]
 
 
 def by_seed(rows: Rows, key: str, column: str) -> dict[str, float]:
-    """Returns a method's values by seed; `rows` are of one length."""
+    """Return a method's values by seed; `rows` are of one length."""
     return {row["seed"]: float(row[column]) for row in rows if row["method"] == key}
 
 
 def groups_of(rows: Rows) -> list[tuple[str | None, list[str]]]:
-    """Returns the methods of each network with the random weights of that network, or None."""
+    """Return the methods of each network with the random weights of that network, or None."""
     present = {row["method"] for row in rows}
     keys = [key for key in METHODS if key in present]
     groups = []
@@ -110,13 +110,13 @@ def groups_of(rows: Rows) -> list[tuple[str | None, list[str]]]:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and its standard error, which is 0 for a single value."""
+    """Return the mean and its standard error, which is 0 for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return statistics.fmean(values), error
 
 
 def differences(rows: Rows, key: str, other: str, column: str) -> list[float]:
-    """Returns by how much a method is above another, for each seed that both have."""
+    """Return by how much a method is above another, for each seed that both have."""
     ours, theirs = by_seed(rows, key, column), by_seed(rows, other, column)
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
@@ -126,14 +126,14 @@ def differences(rows: Rows, key: str, other: str, column: str) -> list[float]:
 
 
 def with_error(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
-    """Returns mean ± standard error, or a single value alone."""
+    """Return mean ± standard error, or a single value alone."""
     mean, error = mean_and_error(values)
     text = f"{mean:{sign}.{digits}f}"
     return f"{text} ± {error:.{digits}f}" if len(values) > 1 else text
 
 
 def accuracy_table(rows: Rows) -> str:
-    """Returns Markdown: for each network its random weights and the methods that train it."""
+    """Return Markdown: for each network its random weights and the methods that train it."""
     lines = [
         "| method | seeds | pre-training loss | k-NN, % | linear, % | fine-tuned, % |",
         "|---|---|---|---|---|---|",
@@ -150,7 +150,7 @@ def accuracy_table(rows: Rows) -> str:
 
 
 def difference_table(rows: Rows, pairs: Sequence[tuple[str, str]]) -> str:
-    """Returns Markdown: differences paired by seed, in bold above two standard errors."""
+    """Return Markdown: differences paired by seed, in bold above two standard errors."""
     lines = ["| | against | k-NN | linear | fine-tuned |", "|---|---|---|---|---|"]
     for key, other in pairs:
         cells = []
@@ -165,7 +165,7 @@ def difference_table(rows: Rows, pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def tables(rows: Rows) -> dict[str, str]:
-    """Returns every table by its name in a page."""
+    """Return every table by its name in a page."""
     found = {}
     for epochs in lengths(rows):
         own = of_length(rows, epochs)
@@ -181,7 +181,7 @@ def tables(rows: Rows) -> dict[str, str]:
 
 
 def fill_in(page: str, found: dict[str, str]) -> str:
-    """Returns a page with its tables replaced by new ones of the same names.
+    """Return a page with its tables replaced by new ones of the same names.
 
     Raises:
         ValueError: the page names a table that there is not.
@@ -201,7 +201,7 @@ def fill_in(page: str, found: dict[str, str]) -> str:
 
 
 def draw(axes: Axes, rows: Rows, column: str) -> dict[str, float]:
-    """Draws one kind of accuracy; returns the height of each method, from the top down."""
+    """Draw one kind of accuracy; return the height of each method, from the top down."""
     heights: dict[str, float] = {}
     top = 0.0
     for number, (random, keys) in enumerate(groups_of(rows)):
@@ -230,7 +230,7 @@ def draw(axes: Axes, rows: Rows, column: str) -> dict[str, float]:
 
 
 def legend_entries(rows: Rows) -> list[Line2D]:
-    """Returns a marker for each length of pre-training and a line for each network."""
+    """Return a marker for each length of pre-training and a line for each network."""
     entries = []
     for epochs, marker in zip(lengths(rows), MARKERS, strict=False):
         own = [row for row in of_length(rows, epochs) if not is_random(row["method"])]
@@ -250,7 +250,7 @@ def legend_entries(rows: Rows) -> list[Line2D]:
 
 
 def plot(rows: Rows, picture: Path) -> None:
-    """Writes a picture of all three kinds of accuracy."""
+    """Write a picture of all three kinds of accuracy."""
     groups = groups_of(rows)
     count = sum(len(keys) + GAP for _, keys in groups)
     # nine inches wide, so that letters keep their size where a page is about 900 pixels wide

@@ -12,7 +12,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)#\s]*)(#[^)\s]*)?\)")
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """Returns the page with its links out of docs/ rewritten."""
+    """Return the page with its links out of docs/ rewritten."""
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
     base = f"{config.repo_url.rstrip('/')}/{config.edit_uri or ''}" if config.repo_url else None
 

@@ -26,7 +26,7 @@ COUNTS = {"train": 2000, "val": 500}  # of each class
 
 
 def members(labels: list[int], classes: list[str], count: int) -> list[tuple[str, int, int]]:
-    """Returns (name, label, index in the data) of the first `count` images of each class: number 0
+    """Return (name, label, index in the data) of the first `count` images of each class: number 0
     of every class, then number 1.
 
     Raises:
@@ -46,14 +46,14 @@ def members(labels: list[int], classes: list[str], count: int) -> list[tuple[str
 
 
 def jpeg(image: np.ndarray) -> bytes:
-    """Encodes an image [H, W, 3]."""
+    """Encode an image [H, W, 3]."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 def write_split(data: CIFAR10, output: Path, split: str, count: int) -> int:
-    """Writes the zip and the map file of a split, and returns its number of images."""
+    """Write the zip and the map file of a split, and return its number of images."""
     chosen = members(data.targets, data.classes, count)
 
     def write(draft: BinaryIO) -> None:

@@ -222,7 +222,7 @@ def test_recipe_of_a_model() -> None:
 
 
 def recipe_sh(tmp_path: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs scripts/recipe.sh with a torchrun that only prints its arguments, one a line."""
+    """Run scripts/recipe.sh with a torchrun that only prints its arguments, one a line."""
     torchrun = tmp_path / "bin" / "torchrun"
     torchrun.parent.mkdir(exist_ok=True)
     torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")

@@ -73,7 +73,7 @@ def digits(tmp_path_factory) -> tuple[Setting, Images]:
 
 @pytest.mark.parametrize("key", [*(key for key in PRETRAINED if key != "semmae"), "semmae_kmeans"])
 def test_every_method_gets_what_the_cpu_would_give_it(key, digits):
-    """Names, shapes, types, and the counts that come with masks."""
+    """Name, shapes, types, and the counts that come with masks."""
     setting, images = digits
     run = Pretraining(setting, images, Job(key, seed=0, epochs=1))
     args, method = run.args, run.method

@@ -34,7 +34,7 @@ def changed(tmp_path_factory) -> Path:
 
 
 def put_into(file: Path, block: str) -> None:
-    """Appends a block to its file or writes a new one; in a package's __init__ it replaces the
+    """Append a block to its file or write a new one; in a package's __init__ it replaces the
     statements that begin like its lines."""
     if not file.exists():
         file.write_text(block)

@@ -132,7 +132,7 @@ def small(command: Command, folder: Path) -> list[str]:
 
 
 def save_weights(args: argparse.Namespace, trained: dict[str, argparse.Namespace]) -> None:
-    """Writes what a command reads: the checkpoint of the run before it, or one of its own kind."""
+    """Write what a command reads: the checkpoint of the run before it, or one of its own kind."""
     file = args.finetune or getattr(args, "resume", "")
     if not file:
         return

@@ -103,7 +103,7 @@ def written_beyond(folder: Path, epoch: int, step: int) -> bool:
 
 
 def stop_at(process: subprocess.Popen, epoch: int, step: int, number: signal.Signals) -> str:
-    """Sends the signal to the process and its workers when the log reaches the step; the rest of
+    """Send the signal to the process and its workers when the log reaches the step; the rest of
     the output."""
     for line in process.stdout:
         found = re.search(rf"epoch {epoch} \[ *(\d+)/", line)

@@ -25,7 +25,7 @@ CONMIM: tuple[str, ...] = ()
 
 @pytest.fixture
 def few_images(tmp_path) -> tuple[str, ...]:
-    """Returns the flags of a folder of 16 images."""
+    """Return the flags of a folder of 16 images."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
     (tmp_path / "images").mkdir()
     for number, pixels in enumerate(noise):
@@ -41,7 +41,7 @@ def run_of(folder: Path, *flags: str):
 
 
 def logged(folder: Path) -> dict[str, list[np.ndarray]]:
-    """Returns the images in a folder of tensorboard, by their names."""
+    """Return the images in a folder of tensorboard, by their names."""
     (file,) = folder.glob("events*")
     content, found, at = file.read_bytes(), {}, 0
     while at < len(content):

@@ -231,7 +231,7 @@ def test_an_exported_encoder_says_which_vit_it_is(tmp_path):
 
 
 def test_measures_against_pixels():
-    """Maps enlarged to pixels and compared one by one; some values are equal."""
+    """Map enlarged to pixels and compared one by one; some values are equal."""
     draws = torch.Generator().manual_seed(1)
     mask = torch.rand(3, 12, 8, generator=draws) < 0.4
     maps = torch.randint(0, 7, (3, 24), generator=draws).float()  # patches of 2 x 2

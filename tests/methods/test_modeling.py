@@ -442,7 +442,7 @@ def test_wrong_image_size_is_refused():
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Builds models without memory; the drop rates alone are numbers that construction reads."""
+    """Build models without memory; the drop rates alone are numbers that construction reads."""
     monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
     with torch.device("meta"):
         yield

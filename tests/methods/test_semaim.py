@@ -55,7 +55,7 @@ def pictures(count: int = 3, size: tuple[int, int] = (16, 24)) -> Tensor:
 
 
 def batch_for(model: SemAIM, count: int = 3) -> dict[str, Tensor]:
-    """Draws far enough apart that rounding makes no two order values equal."""
+    """Draw far enough apart that rounding makes no two order values equal."""
     generator = torch.Generator().manual_seed(2)
     noise = torch.rand(count, model.noise_size, generator=generator).argsort(1) / max(
         model.noise_size, 1

@@ -38,7 +38,7 @@ KMEANS = [
 
 
 def train(folder: Path, words: list[str]) -> Path:
-    """Runs the script in this process and returns the file that it writes."""
+    """Run the script in this process and return the file that it writes."""
     with own_signals():
         run_tokenizer.main(parse_tokenizer([*words, "--output_dir", str(folder)]))
     return folder / "tokenizer.safetensors"
@@ -253,7 +253,7 @@ def test_methods_ask_for_images_that_give_a_token_for_each_patch(files, tmp_path
 
 
 def rewritten(source: Path, target: Path, **changes: Any) -> Path:
-    """Copies a tokenizer with other metadata; None leaves one out."""
+    """Copy a tokenizer with other metadata; None leaves one out."""
     held = json.loads(load_metadata(source)["tokenizer"]) | changes
     kept = {name: value for name, value in held.items() if value is not None}
     save_file(load_file(source), target, {"tokenizer": json.dumps(kept)})

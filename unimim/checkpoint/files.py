@@ -32,7 +32,7 @@ _COMPLETE = "complete"
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes `state` so that `path` is at any moment the old file or the whole new one.
+    """Write `state` so that `path` is at any moment the old file or the whole new one.
 
     `state` holds tensors, dicts, lists, tuples, strings, numbers and None: what
     `torch.load(weights_only=True)` reads back. For anything else a ValueError names its place, and
@@ -48,7 +48,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def save_encoder(path: str | Path, state_dict: StateDict, metadata: dict[str, str]) -> None:
-    """Writes a clean encoder (native names) as safetensors in timm's names, atomically; see
+    """Write a clean encoder (native names) as safetensors in timm's names, atomically; see
     `to_timm`."""
     if not all(isinstance(text, str) for text in [*metadata, *metadata.values()]):
         raise ValueError(f"safetensors metadata are strings only, got {metadata}")
@@ -83,13 +83,13 @@ def _check_plain(value: Any, place: str) -> None:
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """Returns the training checkpoints in `folder`, oldest first; not checkpoint-best.pth."""
+    """Return the training checkpoints in `folder`, oldest first; not checkpoint-best.pth."""
     found = [path for path in Path(folder).glob("checkpoint-*.pth") if _NAME.fullmatch(path.name)]
     return sorted(found, key=_position)
 
 
 def latest_valid_checkpoint(folder: str | Path) -> Path | None:
-    """Returns the newest checkpoint that reads back whole, or None.
+    """Return the newest checkpoint that reads back whole, or None.
 
     Each newer one that does not is named in a warning.
     """
@@ -104,7 +104,7 @@ def latest_valid_checkpoint(folder: str | Path) -> Path | None:
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """Raises a ValueError unless the file is whole and its DeepSpeed folder, if any, is
+    """Raise a ValueError unless the file is whole and its DeepSpeed folder, if any, is
     complete."""
     path = Path(path)
     folder = deepspeed_folder(path)
@@ -118,7 +118,7 @@ def check_checkpoint(path: str | Path) -> None:
 def prune_checkpoints(
     folder: str | Path, keep_last: int | None, written: str | Path | None = None
 ) -> None:
-    """Deletes all but the newest `keep_last` checkpoints with their encoders and DeepSpeed folders.
+    """Delete all but the newest `keep_last` checkpoints with their encoders and DeepSpeed folders.
 
     None keeps all.
 
@@ -144,7 +144,7 @@ def prune_checkpoints(
 
 
 def _orphans(folder: Path) -> list[Path]:
-    """Returns DeepSpeed folders without a checkpoint, whose save was killed.
+    """Return DeepSpeed folders without a checkpoint, whose save was killed.
 
     They hold nothing but shards and markers.
     """
@@ -164,29 +164,29 @@ def _is_shard(name: str) -> bool:
 
 
 def deepspeed_folder(path: str | Path) -> Path:
-    """Returns the folder of DeepSpeed's shards that belongs to `checkpoint-*.pth`."""
+    """Return the folder of DeepSpeed's shards that belongs to `checkpoint-*.pth`."""
     return Path(path).with_suffix("")
 
 
 def encoder_file(path: str | Path) -> Path:
-    """Returns the exported encoder that belongs to `checkpoint-*.pth`."""
+    """Return the exported encoder that belongs to `checkpoint-*.pth`."""
     path = Path(path)
     return path.with_name(path.name.replace("checkpoint", "encoder", 1)).with_suffix(".safetensors")
 
 
 def begin_deepspeed_folder(folder: str | Path) -> None:
-    """Marks a folder as incomplete, before DeepSpeed writes its shards."""
+    """Mark a folder as incomplete, before DeepSpeed writes its shards."""
     (Path(folder) / _COMPLETE).unlink(missing_ok=True)
 
 
 def sync_deepspeed_folder(folder: str | Path) -> None:
-    """Waits until this rank's shards are on the disk, which DeepSpeed does not do."""
+    """Wait until this rank's shards are on the disk, which DeepSpeed does not do."""
     for shard in Path(folder).glob("*_states.pt"):
         files.fsync(shard)
 
 
 def finish_deepspeed_folder(folder: str | Path) -> None:
-    """Marks a folder as complete, after the shards of all ranks are on the disk."""
+    """Mark a folder as complete, after the shards of all ranks are on the disk."""
     files.fsync(folder)
     files.write_text(Path(folder) / _COMPLETE, "")
     files.fsync(Path(folder).parent)
@@ -212,7 +212,7 @@ def _delete_checkpoint(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU without running its code.
+    """Read a checkpoint onto the CPU without running its code.
 
     It is a file or an https address, in torch's formats or `.safetensors`.
 
@@ -238,7 +238,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """Returns the strings beside the tensors of a `.safetensors` file or address; empty for any
+    """Return the strings beside the tensors of a `.safetensors` file or address; empty for any
     other file."""
     path = _download(str(path)) if str(path).startswith("https://") else Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
@@ -279,7 +279,7 @@ def _read_pickle(path: Path, mmap: bool = False) -> Any:
 
 
 def metadata_of(path: str | Path) -> dict[str, str]:
-    """Returns what a safetensors file says beside its tensors; empty for any other file."""
+    """Return what a safetensors file says beside its tensors; empty for any other file."""
     if not str(path).endswith(".safetensors") or not Path(path).is_file():
         return {}
     try:
@@ -290,7 +290,7 @@ def metadata_of(path: str | Path) -> dict[str, str]:
 
 
 def model_named_in(path: str | Path) -> str:
-    """Returns the name of the model that a file of this repository holds; "" if it does not
+    """Return the name of the model that a file of this repository holds; "" if it does not
     say."""
     if str(path).endswith(".safetensors"):
         return metadata_of(path).get("model", "")
@@ -299,14 +299,14 @@ def model_named_in(path: str | Path) -> str:
 
 
 def timm_arguments_of(path: str | Path) -> dict[str, Any]:
-    """Returns the arguments with which `timm.create_model` gives an exported encoder with its
+    """Return the arguments with which `timm.create_model` gives an exported encoder with its
     weights; empty for a file that does not say."""
     arguments = metadata_of(path).get("timm")
     return json.loads(arguments) | {"checkpoint_path": str(path)} if arguments else {}
 
 
 def load_module_state(path: str | Path) -> StateDict:
-    """Returns the tensors of a file, or of a pickled module, by their names in it.
+    """Return the tensors of a file, or of a pickled module, by their names in it.
 
     Nothing of a pickled module is executed: of what its pickle names, only tensors are made,
     everything else becomes an inert record. Raises ValueError for a file that is missing or
@@ -381,7 +381,7 @@ class _InertPickle:
 
 
 def _tensors(value: Any, name: str = "") -> StateDict:
-    """Returns every tensor in nested dicts and modules' records, by the names of a state dict."""
+    """Return every tensor in nested dicts and modules' records, by the names of a state dict."""
     if isinstance(value, Tensor):
         return {name: value.detach()}
     parts = value.items if isinstance(value, _Record) else value
@@ -397,7 +397,7 @@ def _tensors(value: Any, name: str = "") -> StateDict:
 
 
 def _download(url: str) -> Path:
-    """Returns the file at `url`, fetched once into torch.hub's cache.
+    """Return the file at `url`, fetched once into torch.hub's cache.
 
     A name like x-0123abcd.pth states its SHA-256.
     """

@@ -64,7 +64,7 @@ def load_pretrained(
     min_matched: float = 0.9,
     new: Collection[str] = (),
 ) -> LoadReport:
-    """Copies the pre-trained weights of a file, https address or loaded dict into `model`.
+    """Copy the pre-trained weights of a file, https address or loaded dict into `model`.
 
     Which weights: the first key of `model_key` (split at "|") that the checkpoint has, else the
     checkpoint itself. With the default key a checkpoint of this repository that has a `teacher`
@@ -111,7 +111,7 @@ def load_pretrained(
 def class_tokens(
     path_or_state: str | Path | dict[str, Any], *, model_key: str = PUBLISHED_KEYS, prefix: str = ""
 ) -> int | None:
-    """Returns how many class tokens these weights have, for a model that is to load them.
+    """Return how many class tokens these weights have, for a model that is to load them.
 
     None: one, as usual, or none.
 
@@ -129,7 +129,7 @@ def class_tokens(
 def unwrapped(
     checkpoint: dict[str, Any], keys: Sequence[str], prefixes: Sequence[str] = ()
 ) -> StateDict:
-    """Returns the tensors of a loaded checkpoint by their names, without what is around them.
+    """Return the tensors of a loaded checkpoint by their names, without what is around them.
 
     The state dict lies under the first of `keys` that holds one, else it is the checkpoint itself.
     Where names begin with one of `prefixes`, only those names stay, without the prefix; this is
@@ -151,7 +151,7 @@ def unwrapped(
 def _select_weights(
     checkpoint: dict[str, Any], model_key: str, name: str
 ) -> tuple[str, dict[str, Any]]:
-    """Returns the key of the weights that --model_key names, "" for a bare state dict, and them."""
+    """Return the key of the weights that --model_key names, "" for a bare state dict, and them."""
     keys = model_key.split("|")
     if model_key == PUBLISHED_KEYS:
         # a teacher is what the published recipe fine-tunes; SemAIM's files say state_dict
@@ -168,7 +168,7 @@ def _select_weights(
 def backbone_weights(
     checkpoint: dict[str, Any], name: str, model_key: str = PUBLISHED_KEYS
 ) -> StateDict:
-    """Returns a loaded checkpoint's backbone under native names: no classifier, neck or decoder.
+    """Return a loaded checkpoint's backbone under native names: no classifier, neck or decoder.
 
     Of OpenMixup's files and of classifiers; of a pre-training method's it is what the method
     exports itself. ValueError: there is nothing else.
@@ -190,7 +190,7 @@ def backbone_weights(
 
 
 def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
-    """Returns the tensors whose names begin with `prefix`, without it."""
+    """Return the tensors whose names begin with `prefix`, without it."""
     inside = [
         key for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)
     ]
@@ -201,7 +201,7 @@ def _below(state: dict[str, Any], prefix: str, report: LoadReport) -> StateDict:
 
 
 def _expand_to_blocks(state: StateDict, target: StateDict, report: LoadReport) -> StateDict:
-    """Puts the shared bias table into every block of a model that has one table a block."""
+    """Put the shared bias table into every block of a model that has one table a block."""
     tables = [key for key in target if key.startswith("blocks.") and key.endswith(_TABLE)]
     if _SHARED_TABLE not in state or _SHARED_TABLE in target or not tables:
         return state
@@ -210,7 +210,7 @@ def _expand_to_blocks(state: StateDict, target: StateDict, report: LoadReport) -
 
 
 def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadReport) -> StateDict:
-    """Returns the tensors that the model has a place for, in its shapes; fills the report's
+    """Return the tensors that the model has a place for, in its shapes; fill the report's
     lists."""
     fitted = {}
     for key, value in state.items():
@@ -271,13 +271,13 @@ def _examples(names: list[str], limit: int = 4) -> str:
 
 
 def _counted(names: Collection[str]) -> list[str]:
-    """Returns the modules that the names begin with, each with the number of its tensors."""
+    """Return the modules that the names begin with, each with the number of its tensors."""
     counts = Counter(re.match(r"(?:backbone\.)?[^.]+", name)[0] for name in names)
     return [f"{start} ({count})" if count > 1 else start for start, count in counts.items()]
 
 
 def _fold_blocks(names: Collection[str]) -> list[str]:
-    """Turns blocks.0.x, blocks.1.x, blocks.2.x, blocks.5.x into blocks.0-2,5.x."""
+    """Turn blocks.0.x, blocks.1.x, blocks.2.x, blocks.5.x into blocks.0-2,5.x."""
     numbers: dict[str, list[int]] = {}
     for name in names:
         found = re.search(r"blocks\.(\d+)\.", name)

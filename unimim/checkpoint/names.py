@@ -13,7 +13,7 @@ _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 
 
 def to_timm(state_dict: StateDict) -> StateDict:
-    """Returns an encoder in native names under timm's names; timm loads it strictly.
+    """Return an encoder in native names under timm's names; timm loads it strictly.
 
     The BEiT variant is timm's `Beit`, any other its `VisionTransformer`.
 
@@ -47,7 +47,7 @@ def to_timm(state_dict: StateDict) -> StateDict:
 def timm_vit_arguments(
     state: StateDict, image_size: tuple[int, int], num_heads: int
 ) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` for a ViT's encoder in timm's names.
+    """Return the arguments of `timm.create_model` for a ViT's encoder in timm's names.
 
     `state` is what `to_timm` returns; the model loads it strictly. The rest of what is needed can
     be seen in its shapes.
@@ -89,7 +89,7 @@ _TIMM_VIT = _TIMM_SHARED | {"init_values": None, "pos_embed": "learn", "reg_toke
 
 
 def _to_native(state: StateDict, target: Collection[str]) -> StateDict:
-    """Returns the state under the model's names.
+    """Return the state under the model's names.
 
     Every converter that recognizes the names it meets is applied, in order.
     """
@@ -118,7 +118,7 @@ def _rename(state: StateDict, pattern: str, replacement: str) -> StateDict:
 
 
 def _expand_shared_table(state: StateDict, depth: int) -> StateDict:
-    """Gives each block the shared bias table, added to the block's own table if it has one."""
+    """Give each block the shared bias table, added to the block's own table if it has one."""
     state = dict(state)
     shared = state.pop(_SHARED_TABLE, None)
     if shared is not None:
@@ -129,7 +129,7 @@ def _expand_shared_table(state: StateDict, depth: int) -> StateDict:
 
 
 def _split_qkv_bias(state: StateDict) -> StateDict:
-    """Splits qkv biases into query and value biases.
+    """Split qkv biases into query and value biases.
 
     A key bias adds the same to all scores of a query, and softmax drops it.
     """
@@ -144,13 +144,13 @@ def _split_qkv_bias(state: StateDict) -> StateDict:
 
 
 def _join_registers(state: StateDict) -> StateDict:
-    """Joins timm's class token and registers as class tokens."""
+    """Join timm's class token and registers as class tokens."""
     joined = {key: value for key, value in state.items() if key != "reg_token"}
     return joined | {"cls_token": torch.cat((state["cls_token"], state["reg_token"]), dim=1)}
 
 
 def _fuse_qkv_bias(state: StateDict) -> StateDict:
-    """Joins query and value biases as whole qkv biases, with zeros for the keys."""
+    """Join query and value biases as whole qkv biases, with zeros for the keys."""
     fused = {key: value for key, value in state.items() if not key.endswith((".q_bias", ".v_bias"))}
     for key, query in state.items():
         if key.endswith(".q_bias"):
@@ -162,7 +162,7 @@ def _fuse_qkv_bias(state: StateDict) -> StateDict:
 
 
 def fuse_qkv(state: StateDict) -> StateDict:
-    """Joins SAIM's separate projections to queries, keys and values of the encoder's blocks."""
+    """Join SAIM's separate projections to queries, keys and values of the encoder's blocks."""
     fused = {}
     for key, value in state.items():
         found = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", key)
@@ -176,7 +176,7 @@ def fuse_qkv(state: StateDict) -> StateDict:
 
 
 def from_mmpretrain(state: StateDict) -> StateDict:
-    """Returns OpenMMLab's ViT, or SemanticMIM's, under native names."""
+    """Return OpenMMLab's ViT, or SemanticMIM's, under native names."""
     native: StateDict = {}
     for name, value in state.items():
         # neck.fc is MaskFeat's head
@@ -198,7 +198,7 @@ _MMPRETRAIN_NAMES = (
 
 
 def _join_key_values(state: StateDict) -> StateDict:
-    """Joins a projection to queries and one to keys and values (`q` and `kv`, or `q_proj` and
+    """Join a projection to queries and one to keys and values (`q` and `kv`, or `q_proj` and
     `kv_proj`)."""
     joined = {}
     for name, value in state.items():
@@ -238,13 +238,13 @@ _OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], .
 def openmixup_rules(
     names: Collection[str],
 ) -> tuple[tuple[str, str | Callable[[re.Match], str]], ...]:
-    """Returns the rules for a model of these names, without "backbone."; none for another
+    """Return the rules for a model of these names, without "backbone."; none for another
     naming."""
     return next((rules for mark, rules in _OPENMIXUP_NAMES.items() if _has(names, mark)), ())
 
 
 def from_openmixup(state: StateDict) -> StateDict:
-    """Returns OpenMixup's ViT, Swin, ConvNeXt or ResNet, "backbone." or not, under timm's names.
+    """Return OpenMixup's ViT, Swin, ConvNeXt or ResNet, "backbone." or not, under timm's names.
 
     A neck, averages, indices and masks are left out, a classifier is kept. Swin's patch merging is
     brought into timm's order of columns.
@@ -272,7 +272,7 @@ def _is_openmixup_extra(name: str) -> bool:
 
 
 def _columns_first(value: Tensor) -> Tensor:
-    """Reorders the last axis of patch merging from (C, row, column) to (column, row, C)."""
+    """Reorder the last axis of patch merging from (C, row, column) to (column, row, C)."""
     return value.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
 
 

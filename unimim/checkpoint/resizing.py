@@ -17,7 +17,7 @@ def interpolate_rel_pos_bias(
     dst_window: int | tuple[int, int],
     num_extra: int = 3,
 ) -> Tensor:
-    """Resizes a relative position table for another window, at BEiT's geometric positions.
+    """Resize a relative position table for another window, at BEiT's geometric positions.
 
     `table` is [(2 h - 1) (2 w - 1) + num_extra, heads] for a window of h x w patches; an int means
     a square. Along each axis the rows are put at the geometrically spaced `source_coordinates`, a
@@ -36,7 +36,7 @@ def interpolate_rel_pos_bias(
 
 
 def geometric_ratio(src_window: int, dst_window: int) -> float:
-    """Returns the ratio q in [1.01, 1.5] for which 1 + q + q^2 + ... comes nearest to dst_window -
+    """Return the ratio q in [1.01, 1.5] for which 1 + q + q^2 + ... comes nearest to dst_window -
     1.
 
     The sum has src_window - 1 terms.
@@ -54,7 +54,7 @@ def geometric_ratio(src_window: int, dst_window: int) -> float:
 
 
 def source_coordinates(src_window: int, ratio: float) -> np.ndarray:
-    """Returns 0, +-1, +-(1 + q), +-(1 + q + q^2), ... in ascending order: float64 [2 * src_window -
+    """Return 0, +-1, +-(1 + q), +-(1 + q + q^2), ... in ascending order: float64 [2 * src_window -
     1]."""
     positive = np.cumsum(ratio ** np.arange(src_window - 1))
     return np.concatenate([-positive[::-1], [0.0], positive])
@@ -63,7 +63,7 @@ def source_coordinates(src_window: int, ratio: float) -> np.ndarray:
 def interpolate_pos_embed(
     pos_embed: Tensor, dst_grid: int | tuple[int, int], num_prefix: int
 ) -> Tensor:
-    """Resizes absolute positions [1, num_prefix + g * g, C] to a grid of patches, bicubic.
+    """Resize absolute positions [1, num_prefix + g * g, C] to a grid of patches, bicubic.
 
     The prefix rows (class token) are copied. Returns [1, num_prefix + dst_h * dst_w, C] in the
     dtype of `pos_embed`.
@@ -83,7 +83,7 @@ def interpolate_pos_embed(
 
 
 def resample(values: np.ndarray, axis: int, src_window: int, dst_window: int) -> np.ndarray:
-    """Reads one axis of offsets, 2 * src_window - 1, at those of another window; linear in
+    """Read one axis of offsets, 2 * src_window - 1, at those of another window; linear in
     `values`."""
     if src_window == dst_window:
         return values

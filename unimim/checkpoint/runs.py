@@ -22,12 +22,12 @@ from unimim.data.views import MEAN_STD
 
 
 def flags_of(path: str | Path) -> dict[str, Any]:
-    """Returns the flags that a checkpoint carries; empty for a file that carries none."""
+    """Return the flags that a checkpoint carries; empty for a file that carries none."""
     return load_checkpoint(path, mmap=True).get("args") or {}
 
 
 def flags_of_export(path: str | Path) -> dict[str, Any]:
-    """Returns the classifier and sizes of a ViT's exported encoder as flags; empty for other
+    """Return the classifier and sizes of a ViT's exported encoder as flags; empty for other
     files."""
     entry = entry_of(model_named_in(path)) if Path(path).suffix == ".safetensors" else None
     if entry is None or entry_of(entry.classifier) is None:
@@ -46,14 +46,14 @@ def flags_of_export(path: str | Path) -> dict[str, Any]:
 
 
 def is_pretraining(flags: dict[str, Any]) -> bool:
-    """Returns whether these are the flags of a pre-training run of this repository."""
+    """Return whether these are the flags of a pre-training run of this repository."""
     return "mask_type" in flags
 
 
 def rebuild(
     path: str | Path, argv: Sequence[str] = (), *, model_key: str = PUBLISHED_KEYS, **changes: Any
 ) -> tuple[nn.Module, Namespace]:
-    """Returns the method or classifier of a checkpoint, with random weights, and its run's flags.
+    """Return the method or classifier of a checkpoint, with random weights, and its run's flags.
 
     The flags in `argv` win over the saved ones, and `changes` win over both. A file without flags
     of its own is taken for a classifier that `argv` describes; an encoder's export tells what

@@ -29,7 +29,7 @@ _FLAGS_OF_OPTIONS = {
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
-    """Returns the parser of `stage`: "pretrain" or "finetune"."""
+    """Return the parser of `stage`: "pretrain" or "finetune"."""
     titles = {
         "pretrain": "Masked-image-modelling pre-training",
         "finetune": "Fine-tuning and evaluation for classification",
@@ -57,7 +57,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def options_as_flags() -> Iterator[None]:
-    """Raises a ValueError in the command line's words in place of a model's OptionError."""
+    """Raise a ValueError in the command line's words in place of a model's OptionError."""
     try:
         yield
     except OptionError as error:
@@ -125,7 +125,7 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_size_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds --input_size, for squares and others, --patch_size and --model_kwargs."""
+    """Add --input_size, for squares and others, --patch_size and --model_kwargs."""
     group.add_argument(
         "--input_size", action=ImageSize, default=None,
         help="size of the images in pixels: S, H W or HxW; None is the model's own",
@@ -143,7 +143,7 @@ def add_size_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Adds where the images come from and how they are read."""
+    """Add where the images come from and how they are read."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_set", default=None,
@@ -198,7 +198,7 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_loader_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds how images are normalized and read, and what becomes of unreadable ones."""
+    """Add how images are normalized and read, and what becomes of unreadable ones."""
     _switch(
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
         help="ImageNet mean and std instead of 0.5",
@@ -221,7 +221,7 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Adds the flags of batch, optimizer and schedules."""
+    """Add the flags of batch, optimizer and schedules."""
     pretrain = stage == "pretrain"
     group = parser.add_argument_group("optimizer and schedule")
     group.add_argument(
@@ -367,7 +367,7 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def _method_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that the classes of the registered methods list, in groups of those that the
+    """Add the flags that the classes of the registered methods list, in groups of those that the
     same classes take."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag, classes in registered_flags().items():
@@ -490,7 +490,7 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds the flags of device, precision and processes, all that a script without training needs
+    """Add the flags of device, precision and processes, all that a script without training needs
     of the engine."""
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -519,7 +519,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Adds the flags of device, precision, DeepSpeed and processes."""
+    """Add the flags of device, precision, DeepSpeed and processes."""
     group = add_process_flags(parser)
     group.add_argument(
         "--matmul_precision",
@@ -562,7 +562,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_default_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds --recipe and --config, whose values `parse` and `parse_flags` take as defaults."""
+    """Add --recipe and --config, whose values `parse` and `parse_flags` take as defaults."""
     group.add_argument(
         "--recipe", default=None, metavar="NAME",
         help="published settings, --model too; scripts/recipe.sh --list shows them. None: those of "
@@ -577,7 +577,7 @@ def add_default_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Adds the flags of output, log, checkpoints and resuming."""
+    """Add the flags of output, log, checkpoints and resuming."""
     group = parser.add_argument_group("run")
     add_default_flags(group)
     group.add_argument("--output_dir", default="", help="empty: nothing is saved")

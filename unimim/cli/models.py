@@ -18,7 +18,7 @@ from unimim.logs import log
 
 
 def build_method(args: Namespace) -> nn.Module:
-    """Returns the method that --model names, with the flags that were given."""
+    """Return the method that --model names, with the flags that were given."""
     entry = entry_of(args.model)
     if entry and entry.kind != "method":
         methods = [name for name in list_models() if entry_of(name).classifier == args.model]
@@ -37,7 +37,7 @@ def build_method(args: Namespace) -> nn.Module:
 
 
 def build_classifier(args: Namespace) -> nn.Module:
-    """Returns the classifier that --model names."""
+    """Return the classifier that --model names."""
     check_is_classifier(args.model)
     options = {
         "num_classes": args.nb_classes,
@@ -51,7 +51,7 @@ def build_classifier(args: Namespace) -> nn.Module:
 
 
 def check_is_classifier(model: str) -> None:
-    """Raises a ValueError that names the classifier if the model is a pre-training method."""
+    """Raise a ValueError that names the classifier if the model is a pre-training method."""
     entry = entry_of(model)
     if entry and entry.kind == "method":
         raise ValueError(
@@ -61,7 +61,7 @@ def check_is_classifier(model: str) -> None:
 
 
 def warn_of_other_variant(path: str, model: str) -> None:
-    """Logs which classifier takes a method's encoder whole, if `model` is of another variant."""
+    """Log which classifier takes a method's encoder whole, if `model` is of another variant."""
     held = model_named_in(path)
     entry = entry_of(held)
     if entry is None or entry.kind != "method":
@@ -75,7 +75,7 @@ def warn_of_other_variant(path: str, model: str) -> None:
 
 
 def shared_options(args: Namespace, bias: str) -> dict[str, Any]:
-    """Returns the options that pre-training and fine-tuning share; `bias` is the kind of relative
+    """Return the options that pre-training and fine-tuning share; `bias` is the kind of relative
     position bias that --rel_pos_bias switches on."""
     return {
         "init_values": args.layer_scale_init_value,
@@ -94,7 +94,7 @@ def _build(args: Namespace, options: dict[str, Any]) -> nn.Module:
 
 
 def weights_class_tokens(args: Namespace) -> int | None:
-    """Returns how many class tokens the model must have for the weights that it will get; None: its
+    """Return how many class tokens the model must have for the weights that it will get; None: its
     own number."""
     if args.resume:
         return class_tokens(args.resume)

@@ -21,7 +21,7 @@ from unimim.recipes import Recipe, by_name, names_for, recipe_for
 
 
 def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line with recipe and config file as defaults. Exits with argparse's message
+    """Read the command line with recipe and config file as defaults. Exits with argparse's message
     on bad flags."""
     parser = build_parser(stage)
     first, _ = parser.parse_known_args(argv)
@@ -52,7 +52,7 @@ def parse_flags(
     *checks: Callable[[argparse.Namespace], None],
     stage: str | None = None,
 ) -> argparse.Namespace:
-    """Reads the flags of a script whose model has no recipe by itself: defaults < --recipe <
+    """Read the flags of a script whose model has no recipe by itself: defaults < --recipe <
     --config < command line, then the checks.
 
     `stage` is that of the recipes which --recipe may name, None without that flag. Exits with
@@ -77,7 +77,7 @@ def parse_flags(
 
 
 def named_recipe(name: str | None, stage: str) -> Recipe | None:
-    """Returns the recipe of that name, which must be of this stage; None for None."""
+    """Return the recipe of that name, which must be of this stage; None for None."""
     recipe = by_name(name) if name else None
     if recipe and recipe.stage != stage:
         raise ValueError(f"--recipe {name} is not for this script; use it with {recipe.program}")
@@ -85,7 +85,7 @@ def named_recipe(name: str | None, stage: str) -> Recipe | None:
 
 
 def recipe_values(recipe: Recipe, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Returns the values that the recipe's model and flags have for this parser, as if they stood
+    """Return the values that the recipe's model and flags have for this parser, as if they stood
     on the command line."""
     bare = copy.deepcopy(parser)
     bare._defaults.clear()
@@ -98,7 +98,7 @@ def recipe_values(recipe: Recipe, parser: argparse.ArgumentParser) -> dict[str, 
 
 
 def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
-    """Returns the names of the flags that stand on the command line."""
+    """Return the names of the flags that stand on the command line."""
     parser = build_parser(stage)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -106,7 +106,7 @@ def explicit_flags(stage: str, argv: list[str] | None) -> set[str]:
 
 
 def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) -> None:
-    """Replaces defaults that do not fit what was asked for; what the user gave stays, and may be
+    """Replace defaults that do not fit what was asked for; what the user gave stays, and may be
     refused later."""
     entry = entry_of(args.model)
     # the defaults of these two are for ViTs; few other networks take them
@@ -126,7 +126,7 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Returns the values of a YAML file, which must all be flags of this script."""
+    """Return the values of a YAML file, which must all be flags of this script."""
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist")
     try:
@@ -153,7 +153,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Refuses combinations that cannot work, each in one sentence."""
+    """Refuse combinations that cannot work, each in one sentence."""
     for name in (
         "batch_size",
         "update_freq",
@@ -195,7 +195,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
+    """Return constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
     options = {
         name: getattr(args, name)
         for name in ("input_size", "patch_size")
@@ -212,18 +212,18 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
-    """Returns the flags that have a value; for the others the model's own holds."""
+    """Return the flags that have a value; for the others the model's own holds."""
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def resolve_lr(args: argparse.Namespace) -> None:
-    """Sets --lr by --blr, which is for 256 images a step and grows with the effective batch."""
+    """Set --lr by --blr, which is for 256 images a step and grows with the effective batch."""
     if "lr" in args and args.lr is None:
         args.lr = args.blr * effective_batch(args) / 256
 
 
 def resolve_workers(args: argparse.Namespace) -> None:
-    """Reduces the default --num_workers to this process's part of the CPUs; another number
+    """Reduce the default --num_workers to this process's part of the CPUs; another number
     stays."""
     if getattr(args, "num_workers", None) != NUM_WORKERS:
         return
@@ -238,21 +238,21 @@ def resolve_workers(args: argparse.Namespace) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Makes the folders that the flags name, before anything is read; ValueError if it fails."""
+    """Make the folders that the flags name, before anything is read; ValueError if it fails."""
     for name in ("output_dir", "log_dir"):
         if getattr(args, name, None):
             check_output_folder(f"--{name}", getattr(args, name))
 
 
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
-    """Settles --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only
+    """Settle --precision auto: bf16 on a GPU that has it, fp32 on a CPU (whose bf16 is only
     sometimes faster)."""
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" and has_bf16() else "fp32"
 
 
 def resolve_matmul_precision(args: argparse.Namespace, device: torch.device) -> str:
-    """Settles --matmul_precision auto. Scripts without training do not have the flag: they stay
+    """Settle --matmul_precision auto. Scripts without training do not have the flag: they stay
     exact."""
     if getattr(args, "matmul_precision", "highest") == "auto":
         args.matmul_precision = "high" if device.type == "cuda" else "highest"
@@ -260,7 +260,7 @@ def resolve_matmul_precision(args: argparse.Namespace, device: torch.device) -> 
 
 
 def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
-    """Prints the recipe and the derived quantities, and saves the whole configuration as
+    """Print the recipe and the derived quantities, and saves the whole configuration as
     config.yaml."""
     for name in LEFTOVERS["pretrain"] + LEFTOVERS["finetune"]:
         if getattr(args, name, None):
@@ -282,7 +282,7 @@ def report(args: argparse.Namespace, derived: dict[str, Any]) -> None:
 
 
 def as_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the effective configuration in plain types; it can be given to --config again."""
+    """Return the effective configuration in plain types; it can be given to --config again."""
     skipped = {
         "rank",
         "world_size",
@@ -299,23 +299,23 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def effective_batch(args: argparse.Namespace) -> int:
-    """Returns the images per optimizer step over all processes."""
+    """Return the images per optimizer step over all processes."""
     return args.batch_size * args.update_freq * args.world_size
 
 
 def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
-    """Returns the length of the warm-up: --warmup_steps if given, else --warmup_epochs."""
+    """Return the length of the warm-up: --warmup_steps if given, else --warmup_epochs."""
     return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
 
 
 def default_warmup(args: argparse.Namespace, steps: int) -> None:
-    """Warms up for a twentieth of a run of `steps`, unless the flags say for how long."""
+    """Warm up for a twentieth of a run of `steps`, unless the flags say for how long."""
     if args.warmup_steps < 0 and not args.warmup_epochs:
         args.warmup_steps = max(1, round(0.05 * steps))
 
 
 def derived(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, Any]:
-    """Returns the derived quantities of a run: effective batch, steps, warm-up, learning rates."""
+    """Return the derived quantities of a run: effective batch, steps, warm-up, learning rates."""
     warmup = warmup_steps(args, steps_per_epoch)
     scaled = (
         f"--blr {args.blr:g} x {effective_batch(args)} / 256"

@@ -31,7 +31,7 @@ class FlagParser(argparse.ArgumentParser):
         return values
 
     def format_help(self) -> str:
-        """Returns the help, whose first line need not say that --help exists."""
+        """Return the help, whose first line need not say that --help exists."""
         usage = self.usage
         self.usage = "%(prog)s [flags]"
         try:
@@ -40,7 +40,7 @@ class FlagParser(argparse.ArgumentParser):
             self.usage = usage
 
     def _meant(self, unknown: Sequence[str]) -> str:
-        """Returns a suggestion for the first unknown word that is a flag."""
+        """Return a suggestion for the first unknown word that is a flag."""
         known = self._option_string_actions
         for word in unknown:
             if word.startswith("--"):

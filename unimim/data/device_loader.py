@@ -178,7 +178,7 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turns the hue by a share of the full circle, in HSV."""
+    """Turn the hue by a share of the full circle, in HSV."""
     red, green, blue = images.split(1, dim=1)
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - low

@@ -72,7 +72,7 @@ def _table_of_spans(data: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Pat
 
 
 def _strip(data: np.ndarray, begin: np.ndarray, end: np.ndarray, bytes_: tuple[int, ...]) -> None:
-    """Narrows the spans, in place, as long as they begin or end with one of the bytes."""
+    """Narrow the spans, in place, as long as they begin or end with one of the bytes."""
     drop = np.zeros(256, dtype=bool)
     drop[list(bytes_)] = True
     for edge, offset, step in ((begin, 0, 1), (end, -1, -1)):
@@ -86,7 +86,7 @@ def _strip(data: np.ndarray, begin: np.ndarray, end: np.ndarray, bytes_: tuple[i
 
 
 def read_map_file(path: Path) -> tuple[PathTable, np.ndarray]:
-    """Names and int64 labels of a map file: one "path label" a line, separated by a tab or by the
+    """Name and int64 labels of a map file: one "path label" a line, separated by a tab or by the
     last white space.
 
     Paths may hold spaces; blank lines and lines that start with # are skipped, as is a byte order
@@ -344,7 +344,7 @@ def _zip64_field(directory: np.ndarray, at: int, length: int, needed: int) -> in
 
 
 def _decoded(names: PathTable, flags: np.ndarray) -> PathTable:
-    """Names as UTF-8: without the flag for it they are code page 437. A zero byte ends a name."""
+    """Name as UTF-8: without the flag for it they are code page 437. A zero byte ends a name."""
     unusual = np.flatnonzero((names.text >= 128) | (names.text == 0))
     rows = np.unique(np.searchsorted(names.ends, unusual, side="right"))
     starts, pieces, lengths, done = names.starts, [], np.diff(names.ends, prepend=0), 0

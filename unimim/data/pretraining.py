@@ -66,7 +66,7 @@ def build_data(args: Namespace, method: nn.Module) -> DataLoader:
 
 
 def part_readers(args: Namespace, method: nn.Module, source: Source) -> Maps:
-    """Returns what reads the part maps of the images in `source`, by the name of the view."""
+    """Return what reads the part maps of the images in `source`, by the name of the view."""
     parts = open_parts(args, source, method)
     readers = {"part_ids": parts.read, "part_scores": parts.read_scores}
     return {view: read for view, read in readers.items() if view in method.views}
@@ -154,5 +154,5 @@ def train_loader(args: Namespace, dataset: Dataset) -> DataLoader:
 
 
 def steps_per_epoch(args: Namespace, loader: DataLoader) -> int:
-    """Returns how many optimizer steps a loader of `train_loader` has batches for."""
+    """Return how many optimizer steps a loader of `train_loader` has batches for."""
     return len(loader) // args.update_freq

@@ -31,7 +31,7 @@ _ALIGNMENT = 64
 
 
 def shared_arrays(kind: str, sources: Sequence[Path], make: Callable[[], Arrays]) -> Arrays:
-    """Returns what `make()` does, which depends on nothing but the files `sources`.
+    """Return what `make()` does, which depends on nothing but the files `sources`.
 
     Among several ranks the first of a machine to come makes the arrays and writes them, the others
     wait for it and map the file. Each makes its own where the first source is a short list, or

@@ -53,7 +53,7 @@ Sample = dict[str, torch.Tensor]
 
 
 def image_mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the mean and std by color that --imagenet_default_mean_and_std chooses."""
+    """Return the mean and std by color that --imagenet_default_mean_and_std chooses."""
     return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
 
 

@@ -32,7 +32,7 @@ class BatchStatistics:
         self.kept = [buffer.clone() for buffer in self.buffers]
 
     def put_back_unless(self, applied: Tensor) -> None:
-        """Restores the statistics if `applied` is 0.
+        """Restore the statistics if `applied` is 0.
 
         A module on another device than the flag, such as an ema on the host, waits for it once.
         """
@@ -45,7 +45,7 @@ class BatchStatistics:
 
 @torch.no_grad()
 def average_batch_statistics(module: nn.Module, device: torch.device) -> None:
-    """Replaces the running statistics of each process by their mean over all processes.
+    """Replace the running statistics of each process by their mean over all processes.
 
     The mean is sent from `device`; all ranks call.
 
@@ -62,7 +62,7 @@ def average_batch_statistics(module: nn.Module, device: torch.device) -> None:
 
 
 def synchronize_batch_norm(network: nn.Module, device: torch.device) -> None:
-    """Makes batch normalization take its statistics from the batches of all processes.
+    """Make batch normalization take its statistics from the batches of all processes.
 
     On GPUs these are torch's modules, which know no CPU, where each norm gets a `forward` of ours.
     """
@@ -77,7 +77,7 @@ def synchronize_batch_norm(network: nn.Module, device: torch.device) -> None:
 
 
 def synchronized_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Normalizes x [B, C, ...] in float32 by its mean and variance over all processes."""
+    """Normalize x [B, C, ...] in float32 by its mean and variance over all processes."""
     if not norm.training:
         return activated(norm, batch_norm_in_float32(norm, x).to(x.dtype))
     values = x.float()
@@ -99,14 +99,14 @@ def synchronized_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 def activated(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Applies the dropout and the activation that some of timm's norms contain."""
+    """Apply the dropout and the activation that some of timm's norms contain."""
     for name in ("drop", "act"):
         x = getattr(norm, name, nn.Identity())(x)
     return x
 
 
 def batch_norm_in_float32(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Normalizes in float32: torch takes a norm's weights and statistics in one dtype only."""
+    """Normalize in float32: torch takes a norm's weights and statistics in one dtype only."""
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))

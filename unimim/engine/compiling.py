@@ -15,7 +15,7 @@ from unimim.logs import log
 
 
 def recompute_gelu(network: nn.Module, when: str) -> None:
-    """Sets --recompute_gelu in all blocks."""
+    """Set --recompute_gelu in all blocks."""
     for module in network.modules():
         if isinstance(module, ActivatedLinear):
             module.recompute = when
@@ -48,7 +48,7 @@ class SharedGraphs:
 
 
 def own_code(function: Callable, role: tuple[bool, bool]) -> Callable:
-    """Returns the same function with code of its own, by which torch keeps its graphs."""
+    """Return the same function with code of its own, by which torch keeps its graphs."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{'_'.join(map(str, role))}")
     copy = FunctionType(
         code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
@@ -58,7 +58,7 @@ def own_code(function: Callable, role: tuple[bool, bool]) -> Callable:
 
 
 def compile_blocks(*modules: nn.Module | None, backend: str | Callable = "inductor") -> None:
-    """Compiles the blocks of these networks; blocks of one list and one type share their graphs.
+    """Compile the blocks of these networks; blocks of one list and one type share their graphs.
 
     Hooks stay outside.
     """
@@ -77,7 +77,7 @@ def compile_blocks(*modules: nn.Module | None, backend: str | Callable = "induct
 
 
 def share_stochastic_depth(blocks: list[nn.Module]) -> None:
-    """Gives blocks that differ in their drop path rate alone equal graphs."""
+    """Give blocks that differ in their drop path rate alone equal graphs."""
     for block in blocks:
         for name, part in list(block.named_modules()):
             if isinstance(part, timm.layers.DropPath):

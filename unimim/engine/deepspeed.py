@@ -31,7 +31,7 @@ DEEPSPEED_KEYS = {
 
 
 def deepspeed_config(args: Namespace, parameters: int = 0) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration: that of the flags, over which --deepspeed_config wins.
+    """Return DeepSpeed's configuration: that of the flags, over which --deepspeed_config wins.
 
     `gradient_clipping` is always written: DeepSpeed's default clips at 1.0
     (docs/engine.md#gradient-clipping). bf16 takes the `torch_autocast` section: float32 weights and
@@ -61,7 +61,7 @@ def deepspeed_config(args: Namespace, parameters: int = 0) -> dict[str, Any]:
 
 
 def zero_section(args: Namespace, parameters: int) -> dict[str, Any]:
-    """Returns the zero_optimization section that the flags ask for.
+    """Return the zero_optimization section that the flags ask for.
 
     DeepSpeed's default buckets of 2 GB hold a whole ViT, so that nothing is sent before the
     backward pass ends; here they are an eighth of the parameters.
@@ -78,12 +78,12 @@ def zero_section(args: Namespace, parameters: int) -> dict[str, Any]:
 
 
 def offloads(zero_section: dict[str, Any]) -> bool:
-    """Returns whether the optimizer's state is kept outside the device."""
+    """Return whether the optimizer's state is kept outside the device."""
     return (zero_section.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def check_zero_section(section: dict[str, Any], args: Namespace) -> None:
-    """Raises a ValueError for settings that do not work with the ZeRO stage."""
+    """Raise a ValueError for settings that do not work with the ZeRO stage."""
     # probes and part learning have no --compile
     if getattr(args, "compile", False) and section["stage"] == 3:
         raise ValueError(
@@ -226,13 +226,13 @@ class DeepSpeedRunner(Runner):
         return {"grad_norm": norm.float(), "applied": applied}
 
     def _whole_norm(self) -> Tensor:
-        """Returns the gradients' norm for stage 0, which keeps whole gradients and reports none."""
+        """Return the gradients' norm for stage 0, which keeps whole gradients and reports none."""
         return torch.nn.utils.get_total_norm(
             [p.grad for p in self.network.parameters() if p.grad is not None]
         )
 
     def full_state_dict(self):
-        """Gathers one parameter at a time on every rank; rank 0 keeps them all, on the host."""
+        """Gather one parameter at a time on every rank; rank 0 keeps them all, on the host."""
         state = {}
         keeps = dist.get_rank() == 0
         for name, value in self.network.state_dict(keep_vars=True).items():
@@ -246,7 +246,7 @@ class DeepSpeedRunner(Runner):
 
     @contextmanager
     def whole(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Yields whole float32 values of the parameters, gathered in one exchange."""
+        """Yield whole float32 values of the parameters, gathered in one exchange."""
         rounded = [self.rounded and p.requires_grad for p in parameters]
         masters = iter(self._masters([p for p, r in zip(parameters, rounded, strict=True) if r]))
         others = [p for p, r in zip(parameters, rounded, strict=True) if not r]
@@ -254,13 +254,13 @@ class DeepSpeedRunner(Runner):
             yield [next(masters) if r else p for p, r in zip(parameters, rounded, strict=True)]
 
     def _masters(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Returns whole float32 values of parameters of which the engine trains rounded copies."""
+        """Return whole float32 values of parameters of which the engine trains rounded copies."""
         if not parameters:
             return []
         return _joined_partitions(parameters) if self.stage == 3 else _joined_fragments(parameters)
 
     def save(self, folder: str, tag: str) -> None:
-        """Writes the sharded state for an exact resume; all ranks call."""
+        """Write the sharded state for an exact resume; all ranks call."""
         self.model.save_checkpoint(folder, tag=tag, save_latest=False)
 
     def load(self, folder: str, tag: str) -> None:
@@ -268,7 +268,7 @@ class DeepSpeedRunner(Runner):
 
 
 def _joined_fragments(parameters: list[Tensor]) -> list[Tensor]:
-    """Returns the masters of stages 1 and 2, of which each rank holds a span or nothing."""
+    """Return the masters of stages 1 and 2, of which each rank holds a span or nothing."""
     sizes = [p.numel() for p in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
     for whole, p in zip(flat.split(sizes), parameters, strict=True):
@@ -280,7 +280,7 @@ def _joined_fragments(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _joined_partitions(parameters: list[Tensor]) -> list[Tensor]:
-    """Returns the masters of stage 3, of which each rank holds an equal part, padded at the end."""
+    """Return the masters of stage 3, of which each rank holds an equal part, padded at the end."""
     from deepspeed.utils import safe_get_local_fp32_param
 
     # copies, because a state that is swapped to disk lends its memory for a moment only
@@ -298,7 +298,7 @@ def _joined_partitions(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def run_with_rounded_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Lets a network whose weights DeepSpeed keeps in bf16 or fp16 take float32 images and
+    """Let a network whose weights DeepSpeed keeps in bf16 or fp16 take float32 images and
     norms."""
     # inside the network, because DeepSpeed ends an autocast around it
     network.forward = torch.autocast(device.type, dtype)(network.forward)
@@ -350,7 +350,7 @@ class StepGuard:
 
 
 def import_deepspeed(device: torch.device):
-    """Imports DeepSpeed so that it needs no compiler on a CPU
+    """Import DeepSpeed so that it needs no compiler on a CPU
     (docs/engine.md#no-compiler-on-a-cpu)."""
     # it takes a GPU unasked, also under --device cpu
     os.environ.setdefault("DS_ACCELERATOR", device.type)

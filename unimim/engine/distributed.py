@@ -38,7 +38,7 @@ class Place:
 
 
 def init_distributed(args: Namespace) -> torch.device:
-    """Joins the group of processes and sets args.rank, args.world_size and args.local_rank."""
+    """Join the group of processes and sets args.rank, args.world_size and args.local_rank."""
     if args.dist_on_itp:
         args.dist_url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     place = find_place(os.environ, openmpi=args.dist_on_itp, local_rank=args.local_rank)
@@ -54,7 +54,7 @@ def init_distributed(args: Namespace) -> torch.device:
 
 
 def find_place(env: Mapping[str, str], *, openmpi: bool = False, local_rank: int = -1) -> Place:
-    """Returns the rank that a launcher's variables give this process.
+    """Return the rank that a launcher's variables give this process.
 
     Order: OpenMPI with --dist_on_itp, torchrun and deepspeed (RANK), srun, else one process.
     `local_rank` is the flag.
@@ -71,7 +71,7 @@ def find_place(env: Mapping[str, str], *, openmpi: bool = False, local_rank: int
 
 
 def slurm_place(env: Mapping[str, str]) -> Place:
-    """Returns the rank of one of srun's tasks; a lone process outside of a job step, as in a batch
+    """Return the rank of one of srun's tasks; a lone process outside of a job step, as in a batch
     script.
 
     Without MASTER_ADDR the tasks meet on the step's first host, at a port that follows from the job
@@ -101,7 +101,7 @@ def slurm_place(env: Mapping[str, str]) -> Place:
 
 
 def first_host(hosts: str) -> str:
-    """Returns the first name of a host list in SLURM's notation: "gpu07" of
+    """Return the first name of a host list in SLURM's notation: "gpu07" of
     "gpu[07-12,15],login"."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)
     if first is None:
@@ -121,7 +121,7 @@ def choose_device(args: Namespace) -> torch.device:
 
 
 def join_process_group(args: Namespace, device: torch.device, place: Place) -> None:
-    """Joins the process group, which a lone process under DeepSpeed needs too.
+    """Join the process group, which a lone process under DeepSpeed needs too.
 
     On GPUs the group has a side for the host's tensors: what is agreed on there waits for no
     device.
@@ -159,7 +159,7 @@ def in_group() -> bool:
 
 
 def leave_process_group() -> None:
-    """Leaves the group and ends gloo's threads.
+    """Leave the group and ends gloo's threads.
 
     A thread that frees a tensor while the interpreter shuts down aborts the process.
 
@@ -171,12 +171,12 @@ def leave_process_group() -> None:
 
 
 def has_peers() -> bool:
-    """Returns whether other processes may wait for this one in a collective."""
+    """Return whether other processes may wait for this one in a collective."""
     return in_group() and dist.get_world_size() > 1
 
 
 def exit_at_once(code: int) -> None:
-    """Ends this process with what it has logged, without waiting for peers that may not answer.
+    """End this process with what it has logged, without waiting for peers that may not answer.
 
     They sit in a collective, where destroying the group would wait for them; a lost connection or
     the launcher ends them. Loader workers go with their parent.
@@ -195,19 +195,19 @@ def barrier() -> None:
 
 
 def reduce_sum(values: Tensor) -> Tensor:
-    """Returns the sum over all processes; `values` is changed in place."""
+    """Return the sum over all processes; `values` is changed in place."""
     if in_group():
         dist.all_reduce(values)
     return values
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Returns the mean over all processes in a new tensor."""
+    """Return the mean over all processes in a new tensor."""
     return reduce_sum(values.clone()) / (dist.get_world_size() if in_group() else 1)
 
 
 def from_first_rank(value):
-    """Returns rank 0's value of a plain object on every process."""
+    """Return rank 0's value of a plain object on every process."""
     if not in_group():
         return value
     box = [value]
@@ -216,7 +216,7 @@ def from_first_rank(value):
 
 
 def gathered(value: Any) -> list[Any]:
-    """Returns the plain objects of all processes, in the order of ranks, on every process."""
+    """Return the plain objects of all processes, in the order of ranks, on every process."""
     if not in_group():
         return [value]
     values = [None] * dist.get_world_size()
@@ -251,7 +251,7 @@ class StopSignal:
             self.may_interrupt.start()
 
     def agreed(self, *, last: bool = False) -> bool:
-        """Returns whether any rank has been asked to stop; all ranks call it once a step.
+        """Return whether any rank has been asked to stop; all ranks call it once a step.
 
         Among several ranks the answer is that to the votes of the step before, which have arrived
         meanwhile; in the `last` step of an epoch it is waited for. A lone process looks at its own
@@ -266,7 +266,7 @@ class StopSignal:
         return last and self._result()
 
     def _result(self) -> bool:
-        """Returns the outcome of the vote under way, False without one."""
+        """Return the outcome of the vote under way, False without one."""
         if self.voting is None:
             return False
         self.voting.wait()
@@ -275,7 +275,7 @@ class StopSignal:
 
 
 def _default_interrupt() -> None:
-    """Gives SIGINT its default action, which also ends a process that is stuck outside of Python.
+    """Give SIGINT its default action, which also ends a process that is stuck outside of Python.
 
     Python's `signal` would do so on the main thread only, and that one may be stuck.
     """
@@ -283,7 +283,7 @@ def _default_interrupt() -> None:
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:
-    """Makes all random numbers of this process from here on a function of (seed, rank, step).
+    """Make all random numbers of this process from here on a function of (seed, rank, step).
 
     Called before each optimizer step: a resumed run then draws what the uninterrupted one drew.
     """

@@ -30,7 +30,7 @@ class MovingAverage:
         self._read: Reader = nullcontext
 
     def read_by(self, reader: Reader) -> None:
-        """Lets `reader` turn lists of the source's parameters into whole float32 tensors.
+        """Let `reader` turn lists of the source's parameters into whole float32 tensors.
 
         An engine that shards or rounds the parameters needs it. It is called block by block, so
         that no more than one block is ever gathered.
@@ -39,7 +39,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, momentum: float, applied: float | Tensor = 1.0) -> None:
-        """Makes one update; `applied` 0, after a skipped optimizer step, changes nothing."""
+        """Make one update; `applied` 0, after a skipped optimizer step, changes nothing."""
         weight = (1.0 - momentum) * applied
         for mine, theirs in self._blocks:
             with self._read(theirs) as whole:
@@ -51,7 +51,7 @@ class MovingAverage:
 
 
 def _lerp(mine, theirs, weight: float | Tensor) -> None:
-    """Moves `mine` toward `theirs` by `weight`.
+    """Move `mine` toward `theirs` by `weight`.
 
     A weight on the device, where the host does not know yet whether the step was skipped, has no
     fused form of this call.
@@ -69,6 +69,6 @@ def _lerp(mine, theirs, weight: float | Tensor) -> None:
 
 
 def _block_of(name: str) -> str:
-    """Returns `blocks.3` of `blocks.3.attn.qkv.weight`, and "" for names outside a block."""
+    """Return `blocks.3` of `blocks.3.attn.qkv.weight`, and "" for names outside a block."""
     parts = name.split(".")
     return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else ""

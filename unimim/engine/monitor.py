@@ -45,7 +45,7 @@ class RunLog:
         self.wandb = _wandb(args, config) if main and args.wandb else None
 
     def forget_from(self, epoch: int) -> None:
-        """Drops lines of epochs that a resumed run will do again."""
+        """Drop lines of epochs that a resumed run will do again."""
         if self.file is None or not self.file.exists():
             return
         whole = [
@@ -67,7 +67,7 @@ class RunLog:
         return self.board is not None
 
     def images(self, name: str, images: Tensor, step: int) -> None:
-        """Sends one picture uint8 [3, H, W] to tensorboard."""
+        """Send one picture uint8 [3, H, W] to tensorboard."""
         self.board.add_image(name, images.numpy(), step)
 
     def epoch(self, metrics: dict, step: int) -> None:
@@ -104,7 +104,7 @@ def _wandb(args: Namespace, config: dict):
 
 
 def wandb_id(args: Namespace) -> str | None:
-    """Returns the run's id at W&B: kept in the output folder, new unless the run resumes."""
+    """Return the run's id at W&B: kept in the output folder, new unless the run resumes."""
     if not args.output_dir:
         return None
     file = Path(args.output_dir) / "wandb_id.txt"
@@ -147,7 +147,7 @@ class StepMonitor:
         self.streak = 0
 
     def push(self, step: int, indices: list[Tensor], metrics: dict[str, Tensor]) -> None:
-        """Adds a step.
+        """Add a step.
 
         `metrics` holds scalar tensors, among them loss, grad_norm and applied; `indices` are the
         images of the step.
@@ -155,7 +155,7 @@ class StepMonitor:
         self.pending.append((step, indices, metrics))
 
     def read(self) -> dict[str, float]:
-        """Moves what is pending to the host and returns the means of the applied steps; all ranks
+        """Move what is pending to the host and return the means of the applied steps; all ranks
         call."""
         if self.pending:
             names = list(self.pending[0][2])
@@ -181,7 +181,7 @@ class StepMonitor:
                 self.counts[name] = self.counts.get(name, 0) + 1
 
     def _check(self, rows: list[dict[str, float]], own: Tensor) -> None:
-        """Counts and reports steps that were not applied; `own` are the metrics of this rank."""
+        """Count and reports steps that were not applied; `own` are the metrics of this rank."""
         for (step, indices, _), row, values in zip(self.pending, rows, own, strict=True):
             overflow = self.scaled and math.isfinite(row["loss"])
             self.streak = 0 if row["applied"] else self.streak + 1
@@ -210,7 +210,7 @@ class StepMonitor:
             )
 
     def means(self) -> dict[str, float]:
-        """Returns the means since the last reset."""
+        """Return the means since the last reset."""
         return {
             name: self.sums[name] / self.counts[name] for name in self.sums if name != "applied"
         }
@@ -246,7 +246,7 @@ class Throughput:
         self.steps = 0
 
     def timed(self, loader: Iterable) -> Iterable:
-        """Passes batches on and adds up the time that they took to arrive."""
+        """Pass batches on and add up the time that they took to arrive."""
         batches = iter(loader)
         while True:
             begin = time.perf_counter()
@@ -258,7 +258,7 @@ class Throughput:
             yield batch
 
     def metrics(self) -> dict[str, float]:
-        """Returns what was measured since the last call.
+        """Return what was measured since the last call.
 
         images_per_s is over all ranks; data_wait and mfu are in percent, the latter only if the
         device's peak is known.
@@ -277,7 +277,7 @@ class Throughput:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Returns the device's dense peak in FLOP/s at this precision, None where it is not known."""
+    """Return the device's dense peak in FLOP/s at this precision, None where it is not known."""
     if device.type != "cuda" or precision == "fp32":
         return None
     tflops = peak_tflops(torch.cuda.get_device_name(device))
@@ -285,7 +285,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_tflops(name: str) -> float | None:
-    """Returns the entry of `PEAK_TFLOPS` with the most words in a device's name, None without
+    """Return the entry of `PEAK_TFLOPS` with the most words in a device's name, None without
     one."""
     words = set(re.split(r"[\s-]+", name.upper()))
     known = [key for key in PEAK_TFLOPS if set(key.upper().split()) <= words]
@@ -295,7 +295,7 @@ def peak_tflops(name: str) -> float | None:
 
 
 def count_flops(step, *args) -> float:
-    """Returns the FLOPs of step(*args) by torch's counter, two for each multiply-add.
+    """Return the FLOPs of step(*args) by torch's counter, two for each multiply-add.
 
     The counter does not know the fused attention of CPUs: it is given the products of the explicit
     form.
@@ -313,12 +313,12 @@ def count_flops(step, *args) -> float:
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
-    """Returns the FLOPs of q k^T and of its product with v; shapes [B, h, T, d]."""
+    """Return the FLOPs of q k^T and of its product with v; shapes [B, h, T, d]."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
 def memory_gib(device: torch.device) -> float:
-    """Returns the device's peak memory so far; on a CPU the process's peak resident size."""
+    """Return the device's peak memory so far; on a CPU the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -327,7 +327,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Lets glibc's malloc keep freed memory for the next step; `keep` False restores its default.
+    """Let glibc's malloc keep freed memory for the next step; `keep` False restores its default.
 
     By default large blocks go back to the kernel, which then hands out zeroed pages anew: a step on
     a CPU is 1.1 to 1.3 times as long (docs/benchmarks.md). What was kept in the heap's middle until
@@ -345,7 +345,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def clock(seconds: float) -> str:
-    """Returns 3723 seconds as 1:02:03."""
+    """Return 3723 seconds as 1:02:03."""
     if not math.isfinite(seconds):
         return "?"
     minutes, s = divmod(int(seconds), 60)

@@ -18,7 +18,7 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raises a ValueError if the hardware cannot compute in this precision."""
+    """Raise a ValueError if the hardware cannot compute in this precision."""
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not has_bf16():
@@ -26,7 +26,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def has_bf16() -> bool:
-    """Returns whether this GPU computes in bf16; older ones emulate it, slower than float32."""
+    """Return whether this GPU computes in bf16; older ones emulate it, slower than float32."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -46,16 +46,16 @@ class Runner:
         self.gradients = GradientCheck(network)
 
     def watch(self, *modules: nn.Module | None) -> None:
-        """Puts batch statistics of these modules back after a skipped step."""
+        """Put batch statistics of these modules back after a skipped step."""
         self.statistics = BatchStatistics(*modules)
 
     def micro_step(self, batch: dict[str, Tensor], *, last: bool) -> dict[str, Tensor]:
-        """Runs forward and backward of one micro-batch; `last` marks the last of an optimizer
+        """Run forward and backward of one micro-batch; `last` marks the last of an optimizer
         step."""
         raise NotImplementedError
 
     def step(self) -> dict[str, Tensor]:
-        """Applies the gradients.
+        """Apply the gradients.
 
         Returns {"grad_norm": 2-norm before clipping, "applied": 1.0, or 0.0 for a skipped step}.
         """
@@ -66,15 +66,15 @@ class Runner:
         return result
 
     def apply_gradients(self) -> dict[str, Tensor]:
-        """Changes the weights for `step`, and returns what `step` returns."""
+        """Change the weights for `step`, and return what `step` returns."""
         raise NotImplementedError
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Returns the state with whole float32 weights, on rank 0; all ranks call."""
+        """Return the state with whole float32 weights, on rank 0; all ranks call."""
         return self.network.state_dict()
 
     def whole(self, parameters: list[Tensor]):
-        """Returns a context that yields whole float32 values of the network's parameters."""
+        """Return a context that yields whole float32 values of the network's parameters."""
         return nullcontext(parameters)
 
 
@@ -104,13 +104,13 @@ class GradientCheck:
 
     @torch.no_grad()
     def _note(self, number: int, gradient: Tensor) -> None:
-        """Notes a gradient before reduction and sharding, where all engines look the same."""
+        """Note a gradient before reduction and sharding, where all engines look the same."""
         largest = torch.linalg.vector_norm(gradient.detach(), math.inf)
         self.seen[number] += ((largest > 0) & largest.isfinite()).to(self.seen)
 
     @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:
-        """Judges once, after enough applied steps; on a GPU one step later, when the counts have
+        """Judge once, after enough applied steps; on a GPU one step later, when the counts have
         long arrived on the host."""
         if not self.hooks:
             return
@@ -128,7 +128,7 @@ class GradientCheck:
             self._read_counts()
 
     def _read_counts(self) -> bool:
-        """Judges what the last step sent to the host; False if too few steps were applied."""
+        """Judge what the last step sent to the host; False if too few steps were applied."""
         if self.arrived is not None:
             self.arrived.synchronize()
         done, *counts = self.counts.tolist()
@@ -158,14 +158,14 @@ class GradientCheck:
 
 
 def spoil_if_nonfinite(loss: Tensor) -> Tensor:
-    """Returns the same loss; if it is not finite, neither are the gradients that come from it."""
+    """Return the same loss; if it is not finite, neither are the gradients that come from it."""
     return loss * (1.0 + 0.0 * loss.detach())
 
 
 def step_unless_nonfinite(
     optimizer: torch.optim.Optimizer, applied: Tensor, revocable: "RevocableStep | None" = None
 ) -> None:
-    """Steps where `applied` is 1, if possible without a wait for the device.
+    """Step where `applied` is 1, if possible without a wait for the device.
 
     There fused optimizers skip the step by themselves, and `revocable` takes back that of others.
     The host looks before a first step: it would leave state behind, and a fused SGD that skips it
@@ -182,7 +182,7 @@ def step_unless_nonfinite(
 
 
 def step_on_device(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
-    """Steps with fused kernels, which read the gradient scaler's flag and skip where it is set."""
+    """Step with fused kernels, which read the gradient scaler's flag and skip where it is set."""
     optimizer.grad_scale, optimizer.found_inf = None, 1.0 - applied
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
@@ -246,7 +246,7 @@ class RevocableStep:
         self.arrived = torch.cuda.current_stream().record_event() if applied.is_cuda else None
 
     def settle(self) -> None:
-        """Puts back what the last step did on the host, if it was not applied."""
+        """Put back what the last step did on the host, if it was not applied."""
         if self.arrived is not None:
             self.arrived.synchronize()
         if self.flag is not None and not self.flag:

@@ -15,13 +15,13 @@ MASKED_GRAY = 128
 
 
 def is_due(epoch: int, epochs: int) -> bool:
-    """Returns whether images are drawn after this epoch: some 20 times in a run, and at its end."""
+    """Return whether images are drawn after this epoch: some 20 times in a run, and at its end."""
     every = max(1, epochs // TIMES)
     return (epoch + 1) % every == 0 or epoch + 1 == epochs
 
 
 def sample_images(run: Training) -> Tensor | None:
-    """Returns rows of panels, uint8 [3, H, W]: image, visible patches, prediction, both combined.
+    """Return rows of panels, uint8 [3, H, W]: image, visible patches, prediction, both combined.
 
     A method that does not predict pixels has the image, what the student sees and the teacher's
     view, if any. None: a task without masks, or weights that are sharded (ZeRO stage 3).
@@ -50,7 +50,7 @@ def sample_images(run: Training) -> Tensor | None:
 
 @contextmanager
 def unchanged(task: nn.Module) -> Iterator[None]:
-    """Evaluates inside; gives the task's mode and torch's random state back."""
+    """Evaluate inside; give the task's mode and torch's random state back."""
     training = task.training
     with torch.random.fork_rng(), torch.no_grad():
         task.eval()
@@ -61,13 +61,13 @@ def unchanged(task: nn.Module) -> Iterator[None]:
 
 
 def masked_panels(batch: dict[str, Tensor]) -> list[Tensor]:
-    """Returns the images, what the student sees of them, and the teacher's view, if any."""
+    """Return the images, what the student sees of them, and the teacher's view, if any."""
     panels = [batch["image"], hide(batch["image"], batch["mask"])]
     return [*panels, batch["image_strong"]] if "image_strong" in batch else panels
 
 
 def hide(images: Tensor, mask: Tensor) -> Tensor:
-    """Returns images [B, 3, H, W] whose patches are gray where mask [B, gh, gw] is True."""
+    """Return images [B, 3, H, W] whose patches are gray where mask [B, gh, gw] is True."""
     height = images.shape[-2] // mask.shape[-2]
     width = images.shape[-1] // mask.shape[-1]
     pixels = mask.repeat_interleave(height, 1).repeat_interleave(width, 2)
@@ -75,11 +75,11 @@ def hide(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Returns normalized images as uint8."""
+    """Return normalized images as uint8."""
     return (images.float() * std + mean).clamp(0, 1).mul(255).round().byte()
 
 
 def grid(panels: Sequence[Tensor]) -> Tensor:
-    """Returns panels [B, 3, H, W] side by side, a row for each image: [3, B * H, panels * W]."""
+    """Return panels [B, 3, H, W] side by side, a row for each image: [3, B * H, panels * W]."""
     rows = torch.cat([panel.cpu() for panel in panels], dim=3)
     return torch.cat(list(rows), dim=1)

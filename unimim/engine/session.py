@@ -91,7 +91,7 @@ class Session:
     # -- saving
 
     def save(self, position: Position, *, finished: bool) -> None:
-        """Writes checkpoint-<epoch>.pth of a finished epoch, else checkpoint-<epoch>-<step>.pth.
+        """Write checkpoint-<epoch>.pth of a finished epoch, else checkpoint-<epoch>-<step>.pth.
 
         All ranks call.
         """
@@ -112,7 +112,7 @@ class Session:
         barrier()
 
     def save_best(self, position: Position, *, of_ema: bool) -> None:
-        """Writes checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the ema.
+        """Write checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the ema.
 
         All ranks call.
         """
@@ -143,7 +143,7 @@ class Session:
         }
 
     def _progress(self, position: Position) -> dict[str, Any]:
-        """Returns what only a resumed run needs.
+        """Return what only a resumed run needs.
 
         All random numbers are functions of the seed and the number of updates done.
         """
@@ -159,7 +159,7 @@ class Session:
 
     @cached_property
     def _data(self) -> dict[str, Any]:
-        """Describes which images an epoch goes through, in how many steps."""
+        """Describe which images an epoch goes through, in how many steps."""
         return {
             "images": len(self.dataset),
             "fingerprint": fingerprint(self.dataset),
@@ -167,7 +167,7 @@ class Session:
         }
 
     def _param_names(self) -> list[list[str]]:
-        """Returns the parameters' names of each group of the optimizer, in its order."""
+        """Return the parameters' names of each group of the optimizer, in its order."""
         prefix = self._prefix()
         names = {
             id(p): name.removeprefix(prefix) for name, p in self.runner.network.named_parameters()
@@ -178,7 +178,7 @@ class Session:
         return found
 
     def _prefix(self) -> str:
-        """Returns what the names in the wrapped task have before the network's own names."""
+        """Return what the names in the wrapped task have before the network's own names."""
         for name, module in self.runner.network.named_modules():
             if module is self.network:
                 return f"{name}." if name else ""
@@ -206,7 +206,7 @@ class Session:
             finish_deepspeed_folder(self.folder / stem)
 
     def _save_encoder(self, stem: str, weights: dict[str, Tensor]) -> None:
-        """Writes the clean encoder in `weights`, which are whole float32 ones."""
+        """Write the clean encoder in `weights`, which are whole float32 ones."""
         if hasattr(self.network, "encoder_state_dict"):
             path = encoder_file(self.folder / f"{stem}.pth")
             encoder = to_timm(self.network.encoder_state_dict(weights))
@@ -217,7 +217,7 @@ class Session:
             save_encoder(path, encoder, metadata)
 
     def log_encoder(self) -> None:
-        """Logs the line of Python that gives the newest encoder as timm's model."""
+        """Log the line of Python that gives the newest encoder as timm's model."""
         if self.folder is None or self.args.rank or not (found := list_checkpoints(self.folder)):
             return
         path = encoder_file(found[-1])
@@ -230,7 +230,7 @@ class Session:
     # -- resuming
 
     def resume(self, origin: "Origin | None") -> Position:
-        """Returns the position after `origin`, and restores optimizer and metrics.
+        """Return the position after `origin`, and restore optimizer and metrics.
 
         Its weights are in the network already.
         """
@@ -291,7 +291,7 @@ class Session:
         return position
 
     def _changes(self, state: dict[str, Any]) -> "Iterator[Change]":
-        """Yields what the run that wrote `state` did otherwise, as far as the file says."""
+        """Yield what the run that wrote `state` did otherwise, as far as the file says."""
         there, ours = state["args"], as_config(self.args)
         for name in sorted(there.keys() & ours.keys()):
             of_order = name in ("seed", "aug_repeats") or "mask" in name
@@ -315,7 +315,7 @@ class Session:
             yield Change("--epochs: a schedule of", *schedules, False)
 
     def _load_optimizer(self, origin: "Origin") -> None:
-        """Restores the optimizer's state where the file's engine is this run's.
+        """Restore the optimizer's state where the file's engine is this run's.
 
         Hyper-parameters are those of this run's flags, whatever the file says.
         """
@@ -362,7 +362,7 @@ class Session:
         self._put_back(settings, path)
 
     def _optimizer_state(self, origin: "Origin") -> dict[str, Any]:
-        """Returns the file's optimizer state in the order of this run's groups, in its own
+        """Return the file's optimizer state in the order of this run's groups, in its own
         memory."""
         saved = origin.state["optimizer"]
         there = origin.state.get("param_names")
@@ -380,7 +380,7 @@ class Session:
         return saved | {"state": in_own_memory(saved["state"])}
 
     def _put_back(self, settings: list[dict[str, Any]], path: Path) -> None:
-        """Gives the optimizer's groups this run's settings, and logs each that differs in the
+        """Give the optimizer's groups this run's settings, and log each that differs in the
         file."""
         differing: dict[str, str] = {}
         for group, ours in zip(self.runner.optimizer.param_groups, settings, strict=True):
@@ -411,7 +411,7 @@ class Change:
 
 
 def plain(value: Any) -> Any:
-    """Returns tuples as lists, for comparison and for the log."""
+    """Return tuples as lists, for comparison and for the log."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -421,7 +421,7 @@ def in_order_of(
     there: list[list[str]],
     groups: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Returns an optimizer's saved state, of groups of names `there`, in the order of groups
+    """Return an optimizer's saved state, of groups of names `there`, in the order of groups
     `ours`.
 
     A group gets what the optimizer keeps in that of its first known parameter, or in ours of
@@ -447,7 +447,7 @@ def in_order_of(
 
 
 def in_own_memory(value: Any) -> Any:
-    """Returns a copy of nested dicts and lists whose tensors are not mapped from a file."""
+    """Return a copy of nested dicts and lists whose tensors are not mapped from a file."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -464,7 +464,7 @@ class Origin:
 
     @classmethod
     def find(cls, args: Namespace) -> "Origin | None":
-        """Returns --resume, else with --auto_resume the newest whole checkpoint of the output
+        """Return --resume, else with --auto_resume the newest whole checkpoint of the output
         folder.
 
         None if there is neither.
@@ -484,7 +484,7 @@ class Origin:
     def load_weights(
         self, network: nn.Module, ema: MovingAverage | None, ema_key: str, copy: str = ""
     ) -> None:
-        """Puts the checkpoint's weights into the network and its ema.
+        """Put the checkpoint's weights into the network and its ema.
 
         A published file holds one network; the teacher is `copy` (--resume_copy), or the student
         where none is given. An ema that the file lacks starts from the weights.
@@ -501,7 +501,7 @@ class Origin:
 
 
 def fill(module: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Loads every tensor of the module by name; other names of the file are left out."""
+    """Load every tensor of the module by name; other names of the file are left out."""
     weights = unwrapped(state, ("model", "module"), ("module.",))
     own = module.state_dict()
     if wrong := [k for k in own if k not in weights or own[k].shape != weights[k].shape]:

@@ -74,7 +74,7 @@ OPTIONAL_FLAGS = {"compile": False, "recompute_gelu": "auto", "resume_copy": ""}
 def build_optimizer(
     args: Namespace, groups: list[dict], device: torch.device
 ) -> torch.optim.Optimizer:
-    """Returns the optimizer that the flags ask for; ValueError if the engine cannot run it."""
+    """Return the optimizer that the flags ask for; ValueError if the engine cannot run it."""
     optimizer = create_optimizer(args, groups, device)
     if needs_create_graph(optimizer):
         raise ValueError(
@@ -93,7 +93,7 @@ def build_optimizer(
 def build_runner(
     args: Namespace, network: nn.Module, groups: list[dict], device: torch.device
 ) -> Runner:
-    """Returns the plain, DDP or DeepSpeed runner; DeepSpeed's configuration is also written."""
+    """Return the plain, DDP or DeepSpeed runner; DeepSpeed's configuration is also written."""
     optimizer = build_optimizer(args, groups, device)
     if args.enable_deepspeed:
         config = deepspeed_config(args, count_parameters(network))
@@ -113,7 +113,7 @@ def build_runner(
 
 
 def schedules(args: Namespace, steps_per_epoch: int):
-    """Returns the learning rate and the weight decay of every step."""
+    """Return the learning rate and the weight decay of every step."""
     warmup = warmup_steps(args, steps_per_epoch)
     if args.lr_schedule == "mae":
         epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
@@ -134,13 +134,13 @@ def schedules(args: Namespace, steps_per_epoch: int):
 def dry_run(
     args: Namespace, groups: list[dict], steps_per_epoch: int, device: torch.device
 ) -> None:
-    """Raises what a run would raise when it starts."""
+    """Raise what a run would raise when it starts."""
     schedules(args, steps_per_epoch)
     build_optimizer(args, groups, device)
 
 
 def flops_per_image(task: Task, dataset: Dataset, normalize: Normalize) -> float:
-    """Counts the FLOPs of one training step on two images, and puts batch statistics back.
+    """Count the FLOPs of one training step on two images, and puts batch statistics back.
 
     --grad_checkpointing does not count: what is computed twice is needed once.
     """
@@ -156,7 +156,7 @@ def flops_per_image(task: Task, dataset: Dataset, normalize: Normalize) -> float
 
 @contextmanager
 def without_grad_checkpointing(task: nn.Module) -> Iterator[None]:
-    """Keeps all activations of a forward pass inside the context."""
+    """Keep all activations of a forward pass inside the context."""
     recomputing = [
         module for module in task.modules() if getattr(module, "grad_checkpointing", False)
     ]
@@ -172,7 +172,7 @@ def without_grad_checkpointing(task: nn.Module) -> Iterator[None]:
 def start_training(
     context: RunContext, task: Task, loader: DataLoader, groups: list[dict]
 ) -> tuple[Training, Position]:
-    """Returns the state of a run before its first step, and the position it goes on from.
+    """Return the state of a run before its first step, and the position it goes on from.
 
     Resumes the weights, wraps the task in its engine and resumes the rest. `groups` are those of
     the optimizer.
@@ -232,7 +232,7 @@ def start_training(
 
 
 def set_float32_products(precision: str, device: torch.device) -> None:
-    """Sets how exact float32 products and convolutions are.
+    """Set how exact float32 products and convolutions are.
 
     On a GPU cuDNN's kernels are also chosen by measuring them.
     """
@@ -243,7 +243,7 @@ def set_float32_products(precision: str, device: torch.device) -> None:
 
 
 def set_up(args: Namespace) -> RunContext:
-    """Joins the other processes, starts the log, settles device and precision."""
+    """Join the other processes, start the log, settle device and precision."""
     device = init_distributed(args)
     setup_logging(args.rank)
     if args.rank == 0:
@@ -259,7 +259,7 @@ def set_up(args: Namespace) -> RunContext:
 
 
 def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
-    """Runs a script; users' mistakes and orderly stops end in one line, not in a traceback.
+    """Run a script; users' mistakes and orderly stops end in one line, not in a traceback.
 
     Only orderly ends, of which all ranks know, leave the process group: after an error the others
     may be waiting in it.

@@ -53,7 +53,7 @@ class Normalize:
 
 
 def with_mask_counts(batch: Batch) -> Batch:
-    """Adds how many patches of an image are masked, the fewest and the most of the batch.
+    """Add how many patches of an image are masked, the fewest and the most of the batch.
 
     They are counted on the host, as the batch comes from the loader: no step waits for the device.
     "mask" [B, gh, gw] gives "mask_counts", a pair of ints, and "max_masked", the larger of them;
@@ -80,7 +80,7 @@ class RunContext:
 
     @cached_property
     def normalize(self) -> Normalize:
-        """Makes a batch of the loader what a network takes, by the mean and std of the flags."""
+        """Make a batch of the loader what a network takes, by the mean and std of the flags."""
         return Normalize(image_mean_std(self.args), self.device)
 
 
@@ -112,7 +112,7 @@ class Training:
         return self.args.epochs * self.steps_per_epoch
 
     def prepare(self, batch: Batch) -> Batch:
-        """Makes a batch of the loader what the task takes."""
+        """Make a batch of the loader what the task takes."""
         return self.normalize(with_mask_counts(batch))
 
 

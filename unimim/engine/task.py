@@ -34,7 +34,7 @@ class Task(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns {"loss": scalar, ...}; further entries are detached metrics for the log."""
+        """Return {"loss": scalar, ...}; further entries are detached metrics for the log."""
         raise NotImplementedError
 
     def before_epoch(self, epoch: int, epochs: int) -> None:

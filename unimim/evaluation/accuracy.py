@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def tally(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Returns sums over a batch's images that count (bool [B]), float64 [4]: loss, top-1 hits,
+    """Return sums over a batch's images that count (bool [B]), float64 [4]: loss, top-1 hits,
     top-5 hits, images."""
     # not row[counts], whose shape the host would have to wait for
     rows = [row.double().where(counts, 0.0).sum() for row in scores(logits, labels)]
@@ -14,13 +14,13 @@ def tally(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
 
 
 def averages(sums: Tensor) -> dict[str, float]:
-    """Returns {"loss", "acc1", "acc5"} (percent) from sums of `tally`."""
+    """Return {"loss", "acc1", "acc5"} (percent) from sums of `tally`."""
     loss, top1, top5, images = sums.tolist()
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns per image the cross entropy, and whether the label is first or among the first five;
+    """Return per image the cross entropy, and whether the label is first or among the first five;
     each [B]."""
     guesses = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     hits = guesses == labels[:, None]

@@ -13,7 +13,7 @@ Pair = tuple[int, int]
 
 
 def query_maps(attention: Tensor, num_cls: int, grid: Pair, rows: Sequence[int]) -> Tensor:
-    """Returns the attention of the tokens `rows` to the patches, [..., Q, h, gh, gw], from
+    """Return the attention of the tokens `rows` to the patches, [..., Q, h, gh, gw], from
     attention [..., h, T, T].
 
     The fraction that goes to class tokens is dropped and the rest not scaled up.
@@ -22,7 +22,7 @@ def query_maps(attention: Tensor, num_cls: int, grid: Pair, rows: Sequence[int])
 
 
 def class_maps(attention: Tensor, num_cls: int, grid: Pair) -> Tensor:
-    """Returns the attention of each class token to the patches, mean over heads: [..., n, gh,
+    """Return the attention of each class token to the patches, mean over heads: [..., n, gh,
     gw]."""
     return query_maps(attention, num_cls, grid, range(num_cls)).mean(-3)
 
@@ -30,7 +30,7 @@ def class_maps(attention: Tensor, num_cls: int, grid: Pair) -> Tensor:
 def patch_maps(
     attention: Tensor, num_cls: int, grid: Pair, cells: Sequence[int], *, reduce_mean: bool = False
 ) -> Tensor:
-    """Returns the attention of the patches in `cells` to all patches, mean over heads: [..., Q, gh,
+    """Return the attention of the patches in `cells` to all patches, mean over heads: [..., Q, gh,
     gw].
 
     `reduce_mean` takes away what the class tokens see on average. ValueError: a cell beyond the
@@ -44,7 +44,7 @@ def patch_maps(
 
 
 def check_cells(cells: Sequence[int], grid: Pair) -> None:
-    """Raises a ValueError for a patch index beyond the grid."""
+    """Raise a ValueError for a patch index beyond the grid."""
     if outside := [cell for cell in cells if not 0 <= cell < grid[0] * grid[1]]:
         raise ValueError(
             f"--token_indices {outside} lie beyond the grid of {grid[0]} x {grid[1]} patches"
@@ -59,7 +59,7 @@ def check_cells(cells: Sequence[int], grid: Pair) -> None:
 
 
 def patch_fractions(masks: Tensor, grid: Pair) -> Tensor:
-    """Returns the fraction of each patch's pixels that masks bool [..., H, W] cover: [..., N]."""
+    """Return the fraction of each patch's pixels that masks bool [..., H, W] cover: [..., N]."""
     height, width = (side // cells for side, cells in zip(masks.shape[-2:], grid, strict=True))
     cut = (
         masks.float().unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
@@ -68,7 +68,7 @@ def patch_fractions(masks: Tensor, grid: Pair) -> Tensor:
 
 
 def pixel_auc(maps: Tensor, fractions: Tensor) -> Tensor:
-    """Returns how often a pixel of the object has a larger value than one outside, ties counting
+    """Return how often a pixel of the object has a larger value than one outside, ties counting
     half; chance: 0.5.
 
     Maps and fractions [..., N] to [...]; nan where there are no pixels of either kind.
@@ -81,7 +81,7 @@ def pixel_auc(maps: Tensor, fractions: Tensor) -> Tensor:
 
 
 def best_iou(maps: Tensor, fractions: Tensor) -> Tensor:
-    """Returns the largest intersection over union that any threshold of maps [..., N] reaches:
+    """Return the largest intersection over union that any threshold of maps [..., N] reaches:
     [...].
 
     nan where there is no object.
@@ -94,7 +94,7 @@ def best_iou(maps: Tensor, fractions: Tensor) -> Tensor:
 
 
 def pointing(maps: Tensor, fractions: Tensor) -> Tensor:
-    """Returns the object's fraction of the patch with the largest value: [..., N] to [...].
+    """Return the object's fraction of the patch with the largest value: [..., N] to [...].
 
     Chance: the object's fraction of the image.
     """

@@ -86,7 +86,7 @@ class ViTBackbone(Backbone):
         return self.pooled(self.vit.forward_features(images))
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """Returns the feature [B, C] of the last block's tokens [B, T, C].
+        """Return the feature [B, C] of the last block's tokens [B, T, C].
 
         Norms without trained weights are identities here.
         """
@@ -114,7 +114,7 @@ class MapBackbone(Backbone):
 
 
 def build_backbone(args: Namespace) -> Backbone:
-    """Returns the network that the flags name, with the weights of --finetune, as a backbone."""
+    """Return the network that the flags name, with the weights of --finetune, as a backbone."""
     network = build_network(args)
     if isinstance(network, VisionTransformer):
         return ViTBackbone(network, args.pool, args.feature_norm)
@@ -124,7 +124,7 @@ def build_backbone(args: Namespace) -> Backbone:
 
 
 def build_vit(args: Namespace) -> VisionTransformer:
-    """Returns the ViT that the flags name, with the weights of --finetune.
+    """Return the ViT that the flags name, with the weights of --finetune.
 
     Raises:
         ValueError: --model is another network.
@@ -136,7 +136,7 @@ def build_vit(args: Namespace) -> VisionTransformer:
 
 
 def build_network(args: Namespace) -> nn.Module:
-    """Returns --model with the weights of --finetune and as many class tokens.
+    """Return --model with the weights of --finetune and as many class tokens.
 
     Norms that these weights lack are identities.
     """
@@ -158,7 +158,7 @@ def build_network(args: Namespace) -> nn.Module:
 
 
 def load_whole(args: Namespace, network: nn.Module) -> None:
-    """Loads every weight, and takes out norms that the file lacks.
+    """Load every weight, and take out norms that the file lacks.
 
     Unlike in fine-tuning nothing would repair weights that are missing.
     """
@@ -206,7 +206,7 @@ class FeatureDataset(Dataset):
 
 
 def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> ImageDataset:
-    """Returns the labeled images of a split, each transformed as for evaluation."""
+    """Return the labeled images of a split, each transformed as for evaluation."""
     transform = EvalTransform(backbone.image_size, args.crop_pct)
     return build_dataset(args, train=train, transform=transform, need_labels=True)
 
@@ -214,7 +214,7 @@ def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> Im
 def features_of(
     context: RunContext, dataset: ImageDataset, backbone: Backbone, name: str
 ) -> Features:
-    """Returns the features of all images on every rank, from --feature_cache where it has
+    """Return the features of all images on every rank, from --feature_cache where it has
     `name`."""
     args = context.args
     if not args.feature_cache:
@@ -234,7 +234,7 @@ def features_of(
 
 @torch.no_grad()
 def extract(context: RunContext, dataset: ImageDataset, backbone: Backbone, name: str) -> Features:
-    """Computes the features of all images, each rank a part of them.
+    """Compute the features of all images, each rank a part of them.
 
     A broken image has no feature; the image that replaced it counts once.
     """
@@ -286,7 +286,7 @@ def means_in_place(sums: Tensor, times: Tensor) -> Tensor | None:
 
 
 def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> dict[str, str]:
-    """Returns what cached features depend on."""
+    """Return what cached features depend on."""
     weights = hashlib.sha256()
     for value in backbone.state_dict().values():
         weights.update(value.cpu().contiguous().numpy().data)
@@ -310,7 +310,7 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
 
 
 def read_cache(path: Path, about: dict[str, str], device: torch.device) -> Features:
-    """Reads cached features; ValueError where the file holds those of something else."""
+    """Read cached features; ValueError where the file holds those of something else."""
     held = load_checkpoint(path)
     for key, value in about.items():
         if (there := held.get("about", {}).get(key)) != value:

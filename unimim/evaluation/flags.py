@@ -25,7 +25,7 @@ from unimim.evaluation.linear_probe import head_names
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds the flags of the frozen network and its weights."""
+    """Add the flags of the frozen network and its weights."""
     group = parser.add_argument_group("backbone")
     group.add_argument(
         "--model", default="vit_base_patch16_224", help="a registered model, as for fine-tuning"
@@ -48,7 +48,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the network, and of how its tokens become one vector."""
+    """Add the flags of the network, and of how its tokens become one vector."""
     group = add_network_flags(parser)
     pools = group.add_mutually_exclusive_group()
     pools.add_argument(
@@ -92,7 +92,7 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def knn_parser() -> argparse.ArgumentParser:
-    """Returns the parser of run_knn.py."""
+    """Return the parser of run_knn.py."""
     parser = FlagParser(
         description="k-NN accuracy of a pre-trained network's features",
     )
@@ -140,7 +140,7 @@ def _check_knn(args: Namespace) -> None:
 
 
 def parse_knn(argv: list[str] | None = None) -> Namespace:
-    """Returns the flags of run_knn.py: defaults < --recipe < --config < command line."""
+    """Return the flags of run_knn.py: defaults < --recipe < --config < command line."""
     return parse_flags(knn_parser(), argv, _check_knn, stage="knn")
 
 
@@ -148,7 +148,7 @@ def parse_knn(argv: list[str] | None = None) -> Namespace:
 
 
 def linear_parser() -> argparse.ArgumentParser:
-    """Returns the parser of run_linear_probing.py."""
+    """Return the parser of run_linear_probing.py."""
     parser = FlagParser(
         description="Linear probing of a frozen network, for one learning rate or several at once",
     )
@@ -204,7 +204,7 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_linear(argv: list[str] | None = None) -> Namespace:
-    """Returns the flags of run_linear_probing.py: defaults < --recipe < --config < command line."""
+    """Return the flags of run_linear_probing.py: defaults < --recipe < --config < command line."""
     args = parse_flags(linear_parser(), argv, options.validate, _check_linear, stage="linear")
     if args.lr_sweep:
         args.lr_sweep = sorted(args.lr_sweep)  # the optimizer's state goes by position

@@ -31,7 +31,7 @@ class Accuracy:
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Returns the k rows of bank [N, C] with the largest dot products with queries [m, C].
+    """Return the k rows of bank [N, C] with the largest dot products with queries [m, C].
 
     Similarity and index, both [m, k].
 
@@ -51,7 +51,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def votes(
     similarity: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, num_classes: int
 ) -> Iterator:
-    """Yields (k, scores float64 [m, num_classes]) for each k.
+    """Yield (k, scores float64 [m, num_classes]) for each k.
 
     The first k neighbors each add exp(similarity / T) to their class.
 
@@ -70,7 +70,7 @@ def votes(
 
 
 def hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """Returns whether the label [m] is first, and among the first five, by score [m, C]: bool [m,
+    """Return whether the label [m] is first, and among the first five, by score [m, C]: bool [m,
     2].
 
     Of equal scores the lower class comes first. A class without votes is not among the guesses.
@@ -91,7 +91,7 @@ def evaluate_knn(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Accuracy]:
-    """Returns an accuracy for each k and temperature.
+    """Return an accuracy for each k and temperature.
 
     Every rank holds all features and answers every world_size-th query.
     """
@@ -136,7 +136,7 @@ class KnnRow(Accuracy):
 
 
 def evaluate_features(args: Namespace) -> list[KnnRow]:
-    """Returns the k-NN accuracies that the flags of run_knn.py ask for, and writes knn.csv."""
+    """Return the k-NN accuracies that the flags of run_knn.py ask for, and write knn.csv."""
     context = set_up(args)
     backbone = build_backbone(args).to(context.device)
     images = {

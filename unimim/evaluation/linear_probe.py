@@ -32,7 +32,7 @@ class LinearHead(nn.Sequential):
 
 
 def head_names(lrs: Sequence[float]) -> list[str]:
-    """Returns `head`, as published, for a single lr, else a name for each lr."""
+    """Return `head`, as published, for a single lr, else a name for each lr."""
     if len(lrs) == 1:
         return ["head"]
     return [f"lr_{lr:g}".replace(".", "p") for lr in lrs]
@@ -41,7 +41,7 @@ def head_names(lrs: Sequence[float]) -> list[str]:
 def side_by_side(
     lrs: Sequence[float], dim: int, num_classes: int, seed: int, batch_norm: bool = True
 ) -> nn.ModuleDict:
-    """Returns a head for each lr; all start as a single one with this seed would."""
+    """Return a head for each lr; all start as a single one with this seed would."""
     heads = nn.ModuleDict()
     for name in head_names(lrs):
         torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def side_by_side(
 
 
 def head_groups(heads: Iterable[LinearHead], lrs: Sequence[float], weight_decay: float) -> Groups:
-    """Returns an optimizer group for each head, its lr as a fraction of the largest.
+    """Return an optimizer group for each head, its lr as a fraction of the largest.
 
     The bias decays too, as published, unless the optimizer leaves it out (LARS).
     """
@@ -83,11 +83,11 @@ class Probe(Task):
         return self.heads
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns the batch's features [B, C] if it has them, else the backbone's of its images."""
+        """Return the batch's features [B, C] if it has them, else the backbone's of its images."""
         return batch["features"] if "features" in batch else self._backbone[0](batch["image"])
 
     def logits(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Returns the logits of every head, float32 [B, classes]."""
+        """Return the logits of every head, float32 [B, classes]."""
         features = self.features(batch)
         with torch.autocast(features.device.type, enabled=False):
             return [head(features.float()) for head in self.heads.values()]
@@ -104,7 +104,7 @@ class Probe(Task):
         return metrics
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Makes the running statistics equal on all ranks, each of which normalizes its own
+        """Make the running statistics equal on all ranks, each of which normalizes its own
         batches."""
         average_batch_statistics(self.heads, next(self.heads.parameters()).device)
 
@@ -116,7 +116,7 @@ def evaluate_heads(
     context: RunContext,
     dtype: torch.dtype | None,
 ) -> list[dict[str, float]]:
-    """Returns {"loss", "acc1", "acc5"} of each head over a loader that the ranks share.
+    """Return {"loss", "acc1", "acc5"} of each head over a loader that the ranks share.
 
     Every image counts once.
     """

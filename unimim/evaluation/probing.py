@@ -97,7 +97,7 @@ class ProbeEvaluator:
 def evaluate_only(
     args: Namespace, heads: nn.ModuleDict, evaluator: ProbeEvaluator
 ) -> list[ProbeRow]:
-    """Returns the accuracies of --resume, or of the newest checkpoint of --output_dir, for
+    """Return the accuracies of --resume, or of the newest checkpoint of --output_dir, for
     --eval."""
     origin = Origin.find(args)
     if origin is None:
@@ -111,7 +111,7 @@ def evaluate_only(
 
 
 def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]:
-    """Returns {"train", "val"} and settles --nb_classes; with --no_aug both as for evaluation."""
+    """Return {"train", "val"} and settle --nb_classes; with --no_aug both as for evaluation."""
     augmented = ProbeTransform(
         backbone.image_size, args.train_interpolation, args.crop_scale, args.train_crop
     )
@@ -129,7 +129,7 @@ def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]
 def in_features(
     context: RunContext, images: dict[str, ImageDataset], backbone: Backbone
 ) -> dict[str, FeatureDataset]:
-    """Returns the features of the images, computed once for all epochs, for --no_aug."""
+    """Return the features of the images, computed once for all epochs, for --no_aug."""
     return {
         name: FeatureDataset(features_of(context, dataset, backbone, name))
         for name, dataset in images.items()
@@ -137,7 +137,7 @@ def in_features(
 
 
 def shared_loader(args: Namespace, dataset: Dataset) -> DataLoader:
-    """Returns a loader of every image once, shared among the ranks."""
+    """Return a loader of every image once, shared among the ranks."""
     sampler = EvalBatchSampler(
         len(dataset), args.batch_size, rank=args.rank, world_size=args.world_size
     )
@@ -150,7 +150,7 @@ def shared_loader(args: Namespace, dataset: Dataset) -> DataLoader:
 def run_probe(
     args: Namespace, train: Callable[[Training, Position, Callable], None]
 ) -> list[ProbeRow]:
-    """Trains and evaluates the heads that the flags of run_linear_probing.py ask for.
+    """Train and evaluate the heads that the flags of run_linear_probing.py ask for.
 
     `train` is the training loop of engine_for_pretraining.py. Returns a row for each head.
     """

@@ -82,7 +82,7 @@ def whole_images(args: Namespace, *, train: bool) -> ImageDataset:
 def batches_of(
     args: Namespace, dataset: ImageDataset, rows: list[int]
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields batches of the images `rows`, in this order."""
+    """Yield batches of the images `rows`, in this order."""
     keys = [(0, row) for row in rows]
     batches = [
         keys[first : first + args.batch_size] for first in range(0, len(keys), args.batch_size)
@@ -140,7 +140,7 @@ class MapMaker:
 def attention_scores(
     features: TeacherFeatures, teacher_grid: tuple[int, int], grid: tuple[int, int]
 ) -> np.ndarray:
-    """Returns the class token's attention on `grid`, mean over heads: float16 [B, Hp, Wp]."""
+    """Return the class token's attention on `grid`, mean over heads: float16 [B, Hp, Wp]."""
     attention = features.attention.mean(1, keepdim=True).unflatten(-1, teacher_grid)
     resized = F.interpolate(attention, size=grid, mode="bilinear", align_corners=False)
     return resized[:, 0].cpu().numpy().astype(np.float16)
@@ -150,7 +150,7 @@ def attention_scores(
 
 
 def extract(context: RunContext, task: PartLearning) -> None:
-    """Writes the part map of every image that has none yet into --extract.
+    """Write the part map of every image that has none yet into --extract.
 
     Each process makes its own rows.
     """
@@ -210,7 +210,7 @@ def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source
 
 
 def data_folder(args: Namespace) -> Path | None:
-    """Returns --data_path, or where the shapes are kept without one."""
+    """Return --data_path, or where the shapes are kept without one."""
     if args.data_set == "shapes":
         return cached_shapes(None if args.data_path is None else Path(args.data_path))
     return None if args.data_path is None else Path(args.data_path)
@@ -224,7 +224,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def report_maps(folder: Path, writer: PartMapWriter) -> None:
-    """Logs how the parts are used, and which images have no map because they cannot be read."""
+    """Log how the parts are used, and which images have no map because they cannot be read."""
     missing = writer.missing()
     written = np.setdiff1d(np.arange(writer.meta.num_images), missing)
     log.info("%s: %d part maps of %s patches", folder, len(written), writer.meta.grid)
@@ -248,7 +248,7 @@ def report_maps(folder: Path, writer: PartMapWriter) -> None:
 
 
 def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, float | str]]:
-    """Returns the agreement of every part source with the masks of the val split (`PartQuality`).
+    """Return the agreement of every part source with the masks of the val split (`PartQuality`).
 
     It is also logged and written as CSV.
 
@@ -282,7 +282,7 @@ def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, fl
 
 
 def read_mask(folder: Path, image_path: str) -> np.ndarray:
-    """Returns the mask that is named as the image, uint8 [H, W]; 0 is the background."""
+    """Return the mask that is named as the image, uint8 [H, W]; 0 is the background."""
     file = folder / f"{Path(image_path).stem}.png"
     try:
         return np.asarray(Image.open(file))
@@ -291,7 +291,7 @@ def read_mask(folder: Path, image_path: str) -> np.ndarray:
 
 
 def rounded(row: dict[str, float | str], digits: int) -> dict[str, str]:
-    """Returns a row as texts, its floats with so many digits after the point."""
+    """Return a row as texts, its floats with so many digits after the point."""
     return {
         name: f"{value:.{digits}f}" if isinstance(value, float) else str(value)
         for name, value in row.items()
@@ -302,7 +302,7 @@ def rounded(row: dict[str, float | str], digits: int) -> dict[str, str]:
 
 
 def contact_sheet(context: RunContext, task: PartLearning) -> None:
-    """Writes --visualize: for each image a row with itself, its parts, and the class token's
+    """Write --visualize: for each image a row with itself, its parts, and the class token's
     attention.
 
     For learned parts the image that the decoder makes of them comes last.
@@ -331,7 +331,7 @@ def contact_sheet(context: RunContext, task: PartLearning) -> None:
 
 
 def _panel(image: np.ndarray) -> np.ndarray:
-    """Enlarges an image without smoothing, so that patches stay visible."""
+    """Enlarge an image without smoothing, so that patches stay visible."""
     return np.asarray(Image.fromarray(image).resize((PANEL, PANEL), Image.Resampling.NEAREST))
 
 
@@ -340,7 +340,7 @@ def _blended(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def _grey(scores: np.ndarray) -> np.ndarray:
-    """Turns scores [B, H, W] into gray images [B, H, W, 3], the largest score of each white."""
+    """Turn scores [B, H, W] into gray images [B, H, W, 3], the largest score of each white."""
     scaled = 255 * scores.astype(np.float32) / scores.max(axis=(1, 2), keepdims=True)
     return scaled.astype(np.uint8)[..., None].repeat(3, axis=-1)
 

@@ -23,7 +23,7 @@ RECIPE = "semmae_parts"  # gives the defaults
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of run_part_learning.py."""
+    """Return the parser of run_part_learning.py."""
     parser = FlagParser(
         description="Learns SemMAE's semantic parts and writes part maps for a data set",
     )
@@ -138,7 +138,7 @@ def parse_parts(argv: list[str] | None = None) -> Namespace:
 
 
 def teacher_kwargs(args: Namespace) -> dict[str, Any]:
-    """Returns constructor options from --teacher_kwargs (YAML values)."""
+    """Return constructor options from --teacher_kwargs (YAML values)."""
     return model_kwargs(
         Namespace(model_kwargs=args.teacher_kwargs, input_size=None, patch_size=None)
     )
@@ -163,7 +163,7 @@ def validate(args: Namespace) -> None:
 
 
 def build_learner(args: Namespace, teacher: Teacher) -> PartLearner:
-    """Returns the learner that the flags describe, with random weights."""
+    """Return the learner that the flags describe, with random weights."""
     torch.manual_seed(args.seed)
     return PartLearner(
         teacher.width,

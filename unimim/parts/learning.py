@@ -46,7 +46,7 @@ def load_teacher(
     allow_random: bool = False,
     model_kwargs: dict[str, Any] | None = None,
 ) -> Teacher:
-    """Returns the teacher that --teacher names, for square images of `image_size` pixels.
+    """Return the teacher that --teacher names, for square images of `image_size` pixels.
 
     Positions are resized to its grid.
 
@@ -108,7 +108,7 @@ _BACKBONE = (
 
 
 def teacher_state(path: str) -> dict[str, Tensor]:
-    """Returns the backbone's tensors of a checkpoint, without heads, decoders and mask tokens.
+    """Return the backbone's tensors of a checkpoint, without heads, decoders and mask tokens.
 
     The state dict may be bare or lie under teacher, state_dict, model, student or module, in this
     order; its names may begin with module., _orig_mod. and backbone.
@@ -128,7 +128,7 @@ def teacher_state(path: str) -> dict[str, Tensor]:
 
 
 def vit_of(state: dict[str, Tensor], path: str, **options: Any) -> VisionTransformer:
-    """Returns the ViT whose tensors these are.
+    """Return the ViT whose tensors these are.
 
     Heads have 64 channels (80 in MAE's huge) unless a bias table tells their number.
     """
@@ -149,7 +149,7 @@ def vit_of(state: dict[str, Tensor], path: str, **options: Any) -> VisionTransfo
 
 
 def load_strictly(vit: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    """Loads every tensor; ValueError if one is left over on either side."""
+    """Load every tensor; ValueError if one is left over on either side."""
     report = load_pretrained(vit, state, min_matched=0.0)
     wrong = [f"{name} is missing" for name in report.missing] + [
         f"{name} has no place" for name in report.ignored
@@ -207,7 +207,7 @@ class PartLearner(nn.Module):
 
     @property
     def num_ids(self) -> int:
-        """Returns how many ids a map may hold: K."""
+        """Return how many ids a map may hold: K."""
         return self.embed.out_features // self.embed.in_features + (self.background != "none")
 
     def forward(self, features: TeacherFeatures, images: Tensor) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ class PartLearner(nn.Module):
         return {"loss": loss, **metrics, "confidence": maps.detach().amax(1).mean()}
 
     def soft_maps(self, features: TeacherFeatures) -> tuple[Tensor, Tensor]:
-        """Returns each patch's probabilities of parts [B, K, H, W], and the standardized class
+        """Return each patch's probabilities of parts [B, K, H, W], and the standardized class
         token [B, C]."""
         with torch.autocast(features.cls.device.type, enabled=False):
             cls = (features.cls - self.cls_mean) / self.cls_std
@@ -242,7 +242,7 @@ class PartLearner(nn.Module):
             return logits.softmax(1).unflatten(-1, self.grid), cls
 
     def part_tokens(self, cls: Tensor) -> Tensor:
-        """Returns part tokens [B, K, C] of class tokens [B, C], the background's first."""
+        """Return part tokens [B, K, C] of class tokens [B, C], the background's first."""
         tokens = self.embed(cls).unflatten(-1, (-1, cls.shape[-1]))
         if self.bg_token is None:
             return tokens
@@ -250,7 +250,7 @@ class PartLearner(nn.Module):
 
     @torch.no_grad()
     def maps(self, features: TeacherFeatures) -> Tensor:
-        """Returns blurred maps of all ids, [B, K, H, W], of which `hard_maps` takes the largest."""
+        """Return blurred maps of all ids, [B, K, H, W], of which `hard_maps` takes the largest."""
         blurred = blur(self.soft_maps(features)[0])
         return (
             on_foreground(blurred, features, self.grid)
@@ -260,13 +260,13 @@ class PartLearner(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, features: TeacherFeatures) -> Tensor:
-        """Returns what the decoder makes of the parts: [B, 3, S', S'] in [0, 1]."""
+        """Return what the decoder makes of the parts: [B, 3, S', S'] in [0, 1]."""
         maps, cls = self.soft_maps(features)
         return self.decoder(blur(maps), cls)
 
     @torch.no_grad()
     def standardize(self, batches: Iterable[TeacherFeatures]) -> None:
-        """Fixes mean and std of every channel to those of these features, over all processes."""
+        """Fix mean and std of every channel to those of these features, over all processes."""
         cls, feat = RunningMoments(self.cls_mean), RunningMoments(self.feat_mean)
         for features in batches:
             cls.add(features.cls)
@@ -327,7 +327,7 @@ class Decoder(nn.Module):
 
 
 def blur(maps: Tensor) -> Tensor:
-    """Blurs maps by a 3 x 3 binomial filter with repeated edges.
+    """Blur maps by a 3 x 3 binomial filter with repeated edges.
 
     So no fine detail can be passed to the decoder.
     """
@@ -337,7 +337,7 @@ def blur(maps: Tensor) -> Tensor:
 
 
 def diversity_loss(maps: Tensor) -> Tensor:
-    """Returns by how much the cosine of two parts' maps exceeds `SIMILAR`, mean over all pairs."""
+    """Return by how much the cosine of two parts' maps exceeds `SIMILAR`, mean over all pairs."""
     flat = F.normalize(maps.float().flatten(2), dim=-1)
     parts = flat.shape[1]
     excess = (flat @ flat.transpose(1, 2) - SIMILAR).clamp(min=0)
@@ -346,13 +346,13 @@ def diversity_loss(maps: Tensor) -> Tensor:
 
 
 def balance_loss(maps: Tensor) -> Tensor:
-    """Returns by how much a part's fraction of the batch falls below `LEAST_FRACTION`, mean over
+    """Return by how much a part's fraction of the batch falls below `LEAST_FRACTION`, mean over
     all parts, in units of it."""
     return ((LEAST_FRACTION - maps.mean((0, 2, 3))).clamp(min=0) / LEAST_FRACTION).mean()
 
 
 def temperature_at(progress: float, start: float, end: float) -> float:
-    """Returns the temperature: it falls geometrically over the first `ANNEALED` of the run."""
+    """Return the temperature: it falls geometrically over the first `ANNEALED` of the run."""
     return start * (end / start) ** min(progress / ANNEALED, 1.0)
 
 
@@ -391,7 +391,7 @@ class PartLearning(Task):
 
 
 def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> Tensor:
-    """Returns the id of the largest of maps [B, K, H, W] at every position of `grid`.
+    """Return the id of the largest of maps [B, K, H, W] at every position of `grid`.
 
     uint8 [B, Hp, Wp]; the default grid is H x W.
 
@@ -404,7 +404,7 @@ def hard_maps(maps: Tensor, grid: Grid | None = None, *, clean: bool = True) -> 
 
 
 def without_single_cells(parts: Tensor, num_parts: int) -> Tensor:
-    """Gives positions of int64 [B, H, W] that agree with none of 8 neighbors their most frequent
+    """Give positions of int64 [B, H, W] that agree with none of 8 neighbors their most frequent
     id."""
     one_hot = F.one_hot(parts, num_parts).permute(0, 3, 1, 2).float()
     ring = one_hot.new_ones(3, 3).index_put(
@@ -416,7 +416,7 @@ def without_single_cells(parts: Tensor, num_parts: int) -> Tensor:
 
 
 def foreground(attention: Tensor, grid: Grid) -> Tensor:
-    """Returns the fewest patches that hold `FOREGROUND_MASS` of attention [B, h, N]: bool [B, H,
+    """Return the fewest patches that hold `FOREGROUND_MASS` of attention [B, h, N]: bool [B, H,
     W].
 
     A 3 x 3 majority smooths them.
@@ -432,7 +432,7 @@ def foreground(attention: Tensor, grid: Grid) -> Tensor:
 
 
 def on_foreground(maps: Tensor, features: TeacherFeatures, grid: Grid) -> Tensor:
-    """Restricts maps [B, K - 1, H, W] to the foreground; part 0 is the background: [B, K, H, W]."""
+    """Restrict maps [B, K - 1, H, W] to the foreground; part 0 is the background: [B, K, H, W]."""
     inside = foreground(features.attention, grid)[:, None]
     return torch.cat(((~inside).float(), maps * inside), dim=1)
 
@@ -441,7 +441,7 @@ def on_foreground(maps: Tensor, features: TeacherFeatures, grid: Grid) -> Tensor
 
 
 def attention_head_maps(features: TeacherFeatures, grid: Grid) -> Tensor:
-    """Returns one part for each head of the class token's attention, on its foreground: [B, 1 + h,
+    """Return one part for each head of the class token's attention, on its foreground: [B, 1 + h,
     H, W]."""
     return on_foreground(features.attention.unflatten(-1, grid), features, grid)
 
@@ -449,7 +449,7 @@ def attention_head_maps(features: TeacherFeatures, grid: Grid) -> Tensor:
 def kmeans_maps(
     features: TeacherFeatures, grid: Grid, num_parts: int, iterations: int = 20
 ) -> Tensor:
-    """Clusters each image's normalized patch tokens by k-means.
+    """Cluster each image's normalized patch tokens by k-means.
 
     Returns minus the squared distances to the centers, [B, K, H, W].
 
@@ -469,7 +469,7 @@ def kmeans_maps(
 
 
 def _farthest_tokens(tokens: Tensor, count: int) -> Tensor:
-    """Returns the token farthest from the mean, then those farthest from the chosen: [B, count,
+    """Return the token farthest from the mean, then those farthest from the chosen: [B, count,
     C]."""
     chosen = []
     distance = torch.cdist(tokens, tokens.mean(1, keepdim=True))[..., 0]
@@ -482,7 +482,7 @@ def _farthest_tokens(tokens: Tensor, count: int) -> Tensor:
 
 
 def random_maps(indices: list[int], grid: Grid, num_parts: int, seed: int) -> Tensor:
-    """Returns noise [B, K, H, W] that depends on the seed and the image's number only."""
+    """Return noise [B, K, H, W] that depends on the seed and the image's number only."""
     noise = [
         np.random.default_rng((seed, index)).random((num_parts, *grid), dtype=np.float32)
         for index in indices

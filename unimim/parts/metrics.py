@@ -12,7 +12,7 @@ from unimim.data.part_maps import PartMaps
 
 
 def overlap(parts: np.ndarray, mask: np.ndarray, num_parts: int, num_objects: int) -> np.ndarray:
-    """Returns how many pixels part k and object c have in common, int64 [num_parts, num_objects].
+    """Return how many pixels part k and object c have in common, int64 [num_parts, num_objects].
 
     `parts` [Hp, Wp] covers the whole image of the `mask` [H, W]; each pixel takes the cell that
     its center lies in.
@@ -28,7 +28,7 @@ def overlap(parts: np.ndarray, mask: np.ndarray, num_parts: int, num_objects: in
 
 
 def best_union_iou(table: np.ndarray, wanted: int) -> float:
-    """Returns the largest intersection over union of any union of parts with object `wanted`.
+    """Return the largest intersection over union of any union of parts with object `wanted`.
 
     The best union consists of the parts that lie in the object to the largest fraction, so prefixes
     of that order do.
@@ -41,7 +41,7 @@ def best_union_iou(table: np.ndarray, wanted: int) -> float:
 
 
 def nmi(table: np.ndarray) -> float:
-    """Returns the normalized mutual information 2 I / (H + H') of parts and objects, in [0, 1].
+    """Return the normalized mutual information 2 I / (H + H') of parts and objects, in [0, 1].
 
     It is 1 if there is one of each.
     """
@@ -52,7 +52,7 @@ def nmi(table: np.ndarray) -> float:
 
 
 def entropy(fractions: np.ndarray) -> float:
-    """Returns the entropy in nats of fractions that sum to 1."""
+    """Return the entropy in nats of fractions that sum to 1."""
     fractions = fractions[fractions > 0]
     return float(-(fractions * np.log(fractions)).sum())
 
@@ -95,7 +95,7 @@ class PartQuality:
 
 
 def usage(maps: PartMaps, rows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each part's mean fraction of the patches, and the fraction of images that have it."""
+    """Return each part's mean fraction of the patches, and the fraction of images that have it."""
     counts = np.stack(
         [np.bincount(maps.read(row).ravel(), minlength=maps.num_parts) for row in rows]
     )

@@ -25,7 +25,7 @@ def cluster(
     loader: DataLoader,
     after_iteration: Callable[[PatchClusters], dict[str, float]],
 ) -> PatchClusters:
-    """Returns the clusters of patches of the loader's images, as the flags ask for them.
+    """Return the clusters of patches of the loader's images, as the flags ask for them.
 
     Each iteration is a line of log.txt: its loss is the squared error of a normalized pixel before
     it, and `after_iteration` measures the clusters after it.
@@ -49,7 +49,7 @@ def cluster(
 
 
 def sample_patches(context: RunContext, loader: DataLoader) -> Tensor:
-    """Returns this process's part of --kmeans_patches random patches of normalized images, float32
+    """Return this process's part of --kmeans_patches random patches of normalized images, float32
     [M, C] on the device; a function of --seed and the process's images."""
     args = context.args
     wanted = math.ceil(args.kmeans_patches / args.world_size)
@@ -83,7 +83,7 @@ def _of_batches(
 
 
 def quantization_error(patches: Tensor, clusters: PatchClusters) -> float:
-    """Returns the mean squared distance of a number of patches [M, C] to its nearest center's, over
+    """Return the mean squared distance of a number of patches [M, C] to its nearest center's, over
     all processes."""
     total = torch.zeros(2, dtype=torch.float64, device=patches.device)
     for some in patches.split(2**14):

@@ -25,7 +25,7 @@ class PatchClusters(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Returns ids int64 of images [N, 3, H, W]: [N, M] at `positions` int64 [N, M], of all
+        """Return ids int64 of images [N, 3, H, W]: [N, M] at `positions` int64 [N, M], of all
         patches without them."""
         patches = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
         if positions is not None:
@@ -33,11 +33,11 @@ class PatchClusters(nn.Module):
         return self.nearest(patches.flatten(0, 1)).view(patches.shape[:2])
 
     def nearest(self, patches: Tensor) -> Tensor:
-        """Returns ids int64 [M] of patches [M, C]."""
+        """Return ids int64 [M] of patches [M, C]."""
         return nearest_center(patches, self.centers)
 
     def reconstruct(self, ids: Tensor, grid: Pair) -> Tensor:
-        """Returns the normalized images [N, 3, H, W] that consist of the centers of ids [N, P]."""
+        """Return the normalized images [N, 3, H, W] that consist of the centers of ids [N, P]."""
         size = tuple(count * side for count, side in zip(grid, self.patch, strict=True))
         patches = self.centers[ids].transpose(1, 2)
         return F.fold(patches, size, self.patch, stride=self.patch)
@@ -52,7 +52,7 @@ def kmeans_tokens(
     patches: int = 200_000,
     iterations: int = 10,
 ) -> PatchClusters:
-    """Returns the clusters of a random sample of the patches of normalized images [N, 3, H, W]."""
+    """Return the clusters of a random sample of the patches of normalized images [N, 3, H, W]."""
     sample = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)
     rng = np.random.default_rng(seed)
     chosen = torch.from_numpy(rng.permutation(len(sample))[:patches]).to(sample.device)
@@ -64,7 +64,7 @@ def kmeans_tokens(
 
 
 def first_centers(patches: Tensor, count: int) -> Tensor:
-    """Returns the first `count` of patches [M, C] that differ from each other, those of rank 0.
+    """Return the first `count` of patches [M, C] that differ from each other, those of rank 0.
 
     Raises:
         ValueError: there are not so many.
@@ -83,7 +83,7 @@ def first_centers(patches: Tensor, count: int) -> Tensor:
 
 
 def lloyd_step(patches: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the means [K, C] of the patches [M, C] of all processes that are nearest to each
+    """Return the means [K, C] of the patches [M, C] of all processes that are nearest to each
     center, and their numbers [K]; a center without patches stays."""
     nearest = nearest_center(patches, centers)
     ones = torch.ones_like(patches[:, :1])
@@ -95,7 +95,7 @@ def lloyd_step(patches: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_center(patches: Tensor, centers: Tensor) -> Tensor:
-    """Returns the number of the nearest center [K, C] of each patch [M, C], int64 [M]."""
+    """Return the number of the nearest center [K, C] of each patch [M, C], int64 [M]."""
     found = []
     with torch.autocast(patches.device.type, enabled=False):
         lengths = centers.square().sum(1)

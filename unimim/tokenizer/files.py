@@ -39,12 +39,12 @@ class TokenizerInfo:
         return height // self.patch_size[0], width // self.patch_size[1]
 
     def as_metadata(self) -> dict[str, str]:
-        """Returns what `from_metadata` reads: one string, as safetensors keeps no order of many."""
+        """Return what `from_metadata` reads: one string, as safetensors keeps no order of many."""
         return {KEY: json.dumps(asdict(self))}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "TokenizerInfo | None":
-        """Returns None for a file that was not written here.
+        """Return None for a file that was not written here.
 
         Raises:
             ValueError: a kind that is unknown, or a value that is missing or damaged.
@@ -62,7 +62,7 @@ class TokenizerInfo:
 
 
 def save_tokenizer(path: str | Path, tensors: StateDict, info: TokenizerInfo) -> None:
-    """Replaces `path` by a file that `modeling_targets.load_tokenizer` reads, in one step."""
+    """Replace `path` by a file that `modeling_targets.load_tokenizer` reads, in one step."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     content = safetensors.torch.save(plain, info.as_metadata())
     files.write_atomically(path, lambda file: file.write(content))

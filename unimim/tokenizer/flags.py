@@ -15,7 +15,7 @@ DEFAULTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of run_tokenizer.py."""
+    """Return the parser of run_tokenizer.py."""
     parser = argparse.ArgumentParser(
         description="Trains a tokenizer of images for BEiT and SemanticMIM",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -81,7 +81,7 @@ def parse_tokenizer(argv: list[str] | None = None) -> Namespace:
 
 
 def validate(args: Namespace) -> None:
-    """Refuses values that cannot work, each in one sentence."""
+    """Refuse values that cannot work, each in one sentence."""
     for name in ("input_size", "patch_size", "blocks_per_group", "kmeans_iterations"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")

@@ -98,7 +98,7 @@ class DiscreteVAE(Task):
         return set()
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Sets temperature and weight of the divergence for the next step."""
+        """Set temperature and weight of the divergence for the next step."""
         self.tau = cosine_between(*self.tau_range, progress / self.tau_fraction)
         self.kl_weight = cosine_between(0.0, self.kl_peak, progress / self.kl_fraction)
 
@@ -118,58 +118,58 @@ class DiscreteVAE(Task):
         }
 
     def logits(self, images: Tensor) -> Tensor:
-        """Returns the logits, float32 [B, V, h, w], of the tokens of uint8 images [B, 3, H, W]."""
+        """Return the logits, float32 [B, V, h, w], of the tokens of uint8 images [B, 3, H, W]."""
         features = self.encoder(dalle_pixels(images))
         return self.encoder.blocks["output"]["conv"](features).float()
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Returns the most probable tokens, int64 [B, h * w], of uint8 images [B, 3, H, W]."""
+        """Return the most probable tokens, int64 [B, h * w], of uint8 images [B, 3, H, W]."""
         return self.logits(images).argmax(1).flatten(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Returns images in [0, 1], float32, of probabilities of tokens [B, V, h, w]."""
+        """Return images in [0, 1], float32, of probabilities of tokens [B, V, h, w]."""
         return (self.decoder(tokens).float() - 0.1) / 0.8
 
     def reconstruct(self, ids: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Returns images in [0, 1], float32, of tokens int64 [B, h * w]."""
+        """Return images in [0, 1], float32, of tokens int64 [B, h * w]."""
         one_hot = F.one_hot(ids, self.vocab_size).float().transpose(1, 2)
         return self.decode(one_hot.unflatten(2, grid)).clamp(0, 1)
 
 
 def init_convolution(module: nn.Module) -> None:
-    """Starts a convolution as DALL-E does: it keeps the variance of its input."""
+    """Start a convolution as DALL-E does: it keeps the variance of its input."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         nn.init.zeros_(module.bias)
 
 
 def cosine_between(start: float, end: float, progress: float) -> float:
-    """Returns `start` at progress 0, `end` from 1 on, half a cosine between them."""
+    """Return `start` at progress 0, `end` from 1 on, half a cosine between them."""
     return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def divergence_from_uniform(logits: Tensor) -> Tensor:
-    """Returns the mean over all positions of KL(softmax of logits [B, V, h, w] || uniform)."""
+    """Return the mean over all positions of KL(softmax of logits [B, V, h, w] || uniform)."""
     log_q = logits.log_softmax(1)
     return (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum(1).mean()
 
 
 def token_counts(ids: Tensor, vocab_size: int) -> Tensor:
-    """Returns how often each token occurs, float32 [V]."""
+    """Return how often each token occurs, float32 [V]."""
     ids = ids.flatten()
     counts = torch.zeros(vocab_size, device=ids.device)
     return counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Returns the exponential of the entropy of tokens with these counts [V]: how many are in use,
+    """Return the exponential of the entropy of tokens with these counts [V]: how many are in use,
     if all were used equally."""
     q = counts / counts.sum()
     return torch.special.entr(q).sum().exp()
 
 
 def openai_names(encoder: StateDict) -> StateDict:
-    """Returns the encoder's tensors under the names of OpenAI's file."""
+    """Return the encoder's tensors under the names of OpenAI's file."""
     return {
         name.replace(".weight", ".w").replace(".bias", ".b"): value
         for name, value in encoder.items()

@@ -24,7 +24,7 @@ DALLE_MEAN_STD = ((-0.125,) * 3, (1.25,) * 3)
 
 
 def scored_images(args: Namespace) -> Tensor:
-    """Returns the first images of the data set, uint8 [N, 3, H, W], without augmentation."""
+    """Return the first images of the data set, uint8 [N, 3, H, W], without augmentation."""
     transform = EvalTransform((args.input_size, args.input_size), None)
     dataset = build_dataset(args, train=True, transform=transform, need_labels=False)
     count = min(SCORED_IMAGES, len(dataset))
@@ -32,7 +32,7 @@ def scored_images(args: Namespace) -> Tensor:
 
 
 def build_vae(args: Namespace) -> DiscreteVAE:
-    """Returns the discrete VAE that the flags describe, with random weights."""
+    """Return the discrete VAE that the flags describe, with random weights."""
     torch.manual_seed(args.seed)
     return DiscreteVAE(
         vocab_size=args.vocab_size,
@@ -57,7 +57,7 @@ def score(
     vocab_size: int,
     grid: Pair,
 ) -> dict[str, float]:
-    """Returns how well hard tokens describe uint8 images [N, 3, H, W] on the device.
+    """Return how well hard tokens describe uint8 images [N, 3, H, W] on the device.
 
     `hard_mse` is the squared error of pixels in [0, 1], `hard_perplexity` and `used_tokens` say
     how many tokens are in use.
@@ -77,7 +77,7 @@ def score(
 
 
 def score_vae(run: Training, vae: DiscreteVAE, images: Tensor) -> dict[str, float]:
-    """Returns the `score` of a discrete VAE in training."""
+    """Return the `score` of a discrete VAE in training."""
     dtype = run.runner.dtype
     vae.eval()
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
@@ -87,7 +87,7 @@ def score_vae(run: Training, vae: DiscreteVAE, images: Tensor) -> dict[str, floa
 def score_clusters(
     context: RunContext, images: Tensor, clusters: PatchClusters
 ) -> dict[str, float]:
-    """Returns the `score` of clusters of normalized patches."""
+    """Return the `score` of clusters of normalized patches."""
     mean, std = context.normalize.mean, context.normalize.std
     return score(
         images,
@@ -99,7 +99,7 @@ def score_clusters(
 
 
 def grid_of(args: Namespace) -> Pair:
-    """Returns the tokens of an image along each side."""
+    """Return the tokens of an image along each side."""
     side = args.input_size // args.patch_size
     return side, side
 
@@ -108,7 +108,7 @@ def grid_of(args: Namespace) -> Pair:
 
 
 def export(args: Namespace, tensors: StateDict) -> None:
-    """Writes tokenizer.safetensors with centers, or with a discrete VAE's encoder in OpenAI's
+    """Write tokenizer.safetensors with centers, or with a discrete VAE's encoder in OpenAI's
     names."""
     if args.rank != 0:
         return
