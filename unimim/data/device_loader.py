@@ -66,7 +66,8 @@ def decoded(source: Source, size: Pair | None = None, threads: int = 1) -> Tenso
     sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:
         raise ValueError(
-            f"images of {len(sizes)} sizes, such as {sorted(sizes)[:2]}, are no single tensor; give a size"
+            f"images of {len(sizes)} sizes, such as {sorted(sizes)[:2]}, are no single tensor; "
+            "give a size"
         )
     return torch.stack(images)
 
@@ -391,11 +392,13 @@ class DeviceLoader:
             )
         if interpolation not in FILTERS:
             raise ValueError(
-                f"--train_interpolation {interpolation} is not made on the device; use bicubic or bilinear"
+                f"--train_interpolation {interpolation} is not made on the device; "
+                "use bicubic or bilinear"
             )
         if len(images) < batch_size:
             raise ValueError(
-                f"{len(images)} images do not fill a batch of {batch_size}; use a smaller --batch_size"
+                f"{len(images)} images do not fill a batch of {batch_size}; "
+                "use a smaller --batch_size"
             )
         assert "part_ids" not in views or part_maps is not None, "parts are looked up in maps"
         assert "target_ids" not in views or words is not None, "visual tokens need a tokenizer"

@@ -51,8 +51,8 @@ PANEL = 160  # pixels of a image on the contact sheet
 
 # one color for each id, the first ones easy to tell apart; part 0 is gray
 _FIRST_COLORS = [
-    (128, 128, 128), (230, 60, 60), (60, 180, 75), (60, 100, 230), (245, 190, 30), (150, 50, 190), (60, 210, 220),
-    (240, 130, 200),
+    (128, 128, 128), (230, 60, 60), (60, 180, 75), (60, 100, 230), (245, 190, 30), (150, 50, 190),
+    (60, 210, 220), (240, 130, 200),
 ]  # fmt: skip
 _MORE_COLORS = np.random.default_rng(0).integers(0, 256, (256 - len(_FIRST_COLORS), 3))
 PALETTE = np.concatenate((_FIRST_COLORS, _MORE_COLORS)).astype(np.uint8)
