@@ -158,6 +158,8 @@ def extract(context: RunContext, task: PartLearning) -> None:
     view = Viewer(context, task)
     make = MapMaker(args, args.part_source, task)
     dataset = whole_images(args, train=args.split == "train")
+
+    # the first rank makes the files, every rank fills the rows that are missing
     folder = Path(args.extract)
     if context.rank == 0:
         PartMapWriter.create(folder, map_meta(args, make, task, dataset.source))
@@ -264,6 +266,8 @@ def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, fl
     )
     makers = {source: MapMaker(args, source, task) for source in PART_SOURCES}
     qualities = {source: PartQuality(make.num_parts, MASK_IDS) for source, make in makers.items()}
+
+    # count, for each source, how the parts of an image lie on the objects of its mask
     for batch in batches_of(args, dataset, list(range(len(dataset)))):
         features, indices = view(batch), batch["index"].tolist()
         masks = [read_mask(folder, dataset.source.path(index)) for index in indices]
