@@ -15,7 +15,7 @@ from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import load_pretrained
 from unimim.cli.models import build_classifier, warn_of_other_variant
 from unimim.cli.options import derived, parse, report
-from unimim.data.classes import check_eval_size, settle_classes, settle_size
+from unimim.data.classes import check_classes, check_eval_size, settle_classes, settle_size
 from unimim.data.pretraining import steps_per_epoch, train_loader
 from unimim.data.views import build_finetune_transform
 from unimim.engine.batch_norm import average_batch_statistics
@@ -135,6 +135,7 @@ def main(args: Namespace) -> None:
         transform=build_finetune_transform(args, train=not args.no_aug),
         need_labels=True,
     )
+    check_classes(args, dataset)
     loader = train_loader(args, dataset)
     images = (
         f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, "
