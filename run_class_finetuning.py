@@ -1,5 +1,6 @@
 """Fine-tunes or evaluates a classifier; `--help` lists the flags, README.md has examples."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -106,6 +107,11 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
     model.to(context.device)
     dtype = AUTOCAST_DTYPES.get(args.precision)
     result = evaluate_classifier(model, loader, context, dtype=dtype, shared=args.dist_eval)
+    if not math.isfinite(result["loss"]):
+        raise ValueError(
+            f"the loss of {args.resume or args.finetune} is {result['loss']}: its weights, or what "
+            f"--precision {args.precision} makes of them, are not finite"
+        )
     log.info(
         "%s: acc1 %.3f  acc5 %.3f  loss %.4f",
         args.resume or args.finetune,
