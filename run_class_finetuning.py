@@ -1,5 +1,6 @@
 """Fine-tunes or evaluates a classifier; `--help` lists the flags, README.md has examples."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import load_pretrained
 from unimim.cli.models import build_classifier, warn_of_other_variant
 from unimim.cli.options import derived, parse, report
-from unimim.data.classes import check_eval_size, settle_classes, settle_size
+from unimim.data.classes import check_classes, check_eval_size, settle_classes, settle_size
 from unimim.data.pretraining import steps_per_epoch, train_loader
 from unimim.data.views import build_finetune_transform
 from unimim.engine.batch_norm import average_batch_statistics
@@ -106,6 +107,11 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
     model.to(context.device)
     dtype = AUTOCAST_DTYPES.get(args.precision)
     result = evaluate_classifier(model, loader, context, dtype=dtype, shared=args.dist_eval)
+    if not math.isfinite(result["loss"]):
+        raise ValueError(
+            f"the loss of {args.resume or args.finetune} is {result['loss']}: its weights, or what "
+            f"--precision {args.precision} makes of them, are not finite"
+        )
     log.info(
         "%s: acc1 %.3f  acc5 %.3f  loss %.4f",
         args.resume or args.finetune,
@@ -138,6 +144,7 @@ def main(args: Namespace) -> None:
         transform=build_finetune_transform(args, train=not args.no_aug),
         need_labels=True,
     )
+    check_classes(args, dataset)
     loader = train_loader(args, dataset)
     images = (
         f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, "
