@@ -27,6 +27,7 @@ from datasets import ImageDataset, build_dataset, build_loader
 from modeling_backbones import feature_places
 from modeling_finetune import Block, create_model, entry_of
 from modeling_pretrain import PretrainMethod
+from unimim.checkpoint.files import takes_imagenet_mean_std
 from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
 from unimim.checkpoint.runs import flags_of, rebuild
 from unimim.cli.flags import add_data_flags, add_process_flags, add_size_flags
@@ -232,7 +233,8 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
         and bool(num_classes or run)
         and not any(key.startswith(_HEADS) for key in missing)
     )
-    network = Network(label, model, image_size(model, args, run), mean_std(args, run), classifies)
+    said = None if path == RANDOM else takes_imagenet_mean_std(path)
+    network = Network(label, model, image_size(model, args, run), mean_std(args, said), classifies)
     log.info(
         "%s: images of %d x %d, normalized by the values of %s",
         label,
@@ -268,10 +270,12 @@ def image_size(model: nn.Module, args: Namespace, run: dict[str, Any]) -> tuple[
     return to_pair(args.input_size or run.get("input_size") or own[-2:])
 
 
-def mean_std(args: Namespace, run: dict[str, Any]) -> str:
-    flag = args.imagenet_default_mean_and_std
-    flag = run.get("imagenet_default_mean_and_std", True) if flag is None else flag
-    return "imagenet" if flag else "inception"
+def mean_std(args: Namespace, said: bool | None) -> str:
+    """Return the key in `MEAN_STD` by the flag, else by what the file `said`, else ImageNet's."""
+    for flag in (args.imagenet_default_mean_and_std, said):
+        if flag is not None:
+            return "imagenet" if flag else "inception"
+    return "imagenet"
 
 
 # --------------------------------------------------------------------------------------------------
