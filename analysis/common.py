@@ -28,7 +28,7 @@ from modeling_backbones import feature_places
 from modeling_finetune import Block, create_model, entry_of
 from modeling_pretrain import PretrainMethod
 from unimim.checkpoint.files import takes_imagenet_mean_std
-from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
+from unimim.checkpoint.loading import PUBLISHED_KEYS, class_tokens, load_pretrained
 from unimim.checkpoint.runs import flags_of, rebuild
 from unimim.cli.flags import add_data_flags, add_process_flags, add_size_flags
 from unimim.cli.options import given, model_kwargs, parse_flags
@@ -215,7 +215,8 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     run = {} if path == RANDOM else flags_of(path)
     torch.manual_seed(args.seed)
     if name:
-        model = named_model(name, model_kwargs(args), num_classes)
+        options = given({"num_cls_tokens": None if path == RANDOM else tokens_in(args, path)})
+        model = named_model(name, options | model_kwargs(args), num_classes)
     elif run:
         model = model_of_run(path, run, args)
     else:
@@ -242,6 +243,11 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
         network.mean_std,
     )
     return network
+
+
+def tokens_in(args: Namespace, path: str) -> int | None:
+    """Return how many class tokens the weights have, if several."""
+    return class_tokens(path, model_key=args.model_key, prefix=args.model_prefix)
 
 
 def named_model(name: str, options: dict[str, Any], num_classes: int) -> nn.Module:
