@@ -147,6 +147,8 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
 def main(args: Namespace) -> None:
     context = set_up(args)
     settle_size(args)
+
+    # validation images first: they settle the number of classes
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
@@ -156,6 +158,7 @@ def main(args: Namespace) -> None:
     if args.eval:
         return evaluate_only(context, model, eval_loader)
 
+    # training images, and what follows from their number
     dataset = build_dataset(
         args,
         train=True,
@@ -169,9 +172,13 @@ def main(args: Namespace) -> None:
     )
     steps = steps_per_epoch(args, loader)
     report(args, derived(args, steps) | {"images": images})
+
+    # an lr and a weight decay for each layer
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
     if args.dry_run:
         return dry_run(args, groups, steps, context.device)
+
+    # train, with an evaluation after each epoch
     task = Classification(model.to(context.device), args, context.device)
     run, position = start_training(context, task, loader, groups)
     evaluator = ClassificationEvaluator(run, eval_loader)

@@ -203,7 +203,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Return constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
+    """Return constructor options of --model_kwargs (YAML values), --input_size, --patch_size."""
     options = {
         name: getattr(args, name)
         for name in ("input_size", "patch_size")
