@@ -4,8 +4,8 @@
     python scripts/tools/extract_backbone.py CHECKPOINT OUTPUT.pkl
 
 CHECKPOINT is a checkpoint of this repository, from pre-training (its teacher, if it has one) or
-fine-tuning, or any published file (docs/checkpoints.md), whole or the backbone alone. timm reads the
-safetensors strictly, with timm.create_model("resnet50", num_classes=0,
+fine-tuning, or any published file (docs/engine.md#published-files), whole or the backbone alone.
+timm reads the safetensors strictly, with timm.create_model("resnet50", num_classes=0,
 checkpoint_path="OUTPUT.safetensors"). A .pkl holds a ResNet as NumPy arrays under detectron2's
 names.
 """
@@ -71,8 +71,11 @@ def parts_of_methods() -> tuple[str, ...]:
 def check_is_timms(weights: StateDict, path: str) -> None:
     """Raise ValueError if there are tensors that timm's network of this kind does not have, or, of
     a ViT, lacks."""
+    state = to_timm(weights)
+    has_positions = any("pos_embed" in name or "position" in name for name in state)
+    if "blocks.0.norm1.weight" in weights and not has_positions:
+        return  # rotary ones: timm's Eva, whose sizes the tensors do not tell
     if "blocks.0.norm1.weight" in weights:
-        state = to_timm(weights)
         with torch.device("meta"):
             arguments = timm_vit_arguments(state, (224, 224), 1)
             expected = timm.create_model(**arguments).state_dict().keys()

@@ -1,8 +1,8 @@
 """Every kind of published file in every script that reads one: the same weights, or one sentence.
 
 The files are synthetic: a tiny network of this repository, its weights under the published names
-(`KEYS`), wrapped and pickled as the project does. docs/checkpoints.md is made of `KINDS` and
-`CONSUMERS`: `python tests/checkpoint/test_published_files.py > docs/checkpoints.md`.
+(`KEYS`), wrapped and pickled as the project does. The table of docs/engine.md#published-files is
+made of `KINDS` and `CONSUMERS`: `python tests/checkpoint/test_published_files.py` prints it.
 """
 
 import copy
@@ -264,7 +264,7 @@ class Kind:
 
     @property
     def mean_std(self) -> str:
-        return "inception" if "_pt22k_ft22k" in self.title else "imagenet"
+        return "inception" if "_pt22k" in self.title else "imagenet"
 
     @property
     def is_vit(self) -> bool:
@@ -365,7 +365,8 @@ def a2mim_vit_classifier(state: State) -> dict[str, Any]:
 
 
 TO_CONVNEXT = (
-    (r"^stem\.", "downsample_layers.0."), (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
     (r"^stages\.(\d)\.blocks\.", r"stages.\1."), (r"\.conv_dw\.", ".depthwise_conv."),
     (r"\.mlp\.fc(\d)\.", r".pointwise_conv\1."), (r"^head\.norm\.", "norm3."),
 )  # fmt: skip
@@ -464,7 +465,7 @@ KINDS = {
     ),
     "mae_encoder": _of_vit(
         "MAE, encoder: `mae_pretrain_vit_base.pth`", "mae_tiny_patch16_224", MAE,
-        lambda s: {"model": {k: v for k, v in s.items() if "decoder" not in k and k != "mask_token"}},
+        lambda s: {"model": parted(s, "decoder", "mask_token")[1]},
         "", own=tuple(DECODER), keys="mae_encoder",
     ),
     "mae_classifier": _of_vit(
@@ -478,8 +479,9 @@ KINDS = {
     ),
     "semaim": _of_vit(
         "SemAIM, SAIM, pre-training: `aim_base.*.pth`", "semaim_tiny_patch16_224", MAE, semaim,
-        "reconstruct resume optimizer", own=("query_depth=2", "gaussian_kernel_size=9", "gaussian_sigma=1"), keys="semaim", under="module.",
-        optimizer="mae",
+        "reconstruct resume optimizer", keys="semaim",
+        own=("query_depth=2", "gaussian_kernel_size=9", "gaussian_sigma=1"),
+        under="module.", optimizer="mae",
     ),
     "beit": _of_vit(
         "BEiT, pre-training: `beit_base_patch16_224_pt22k.pth`",
@@ -767,6 +769,9 @@ def attention(sample: Sample, folder: Path) -> None:
     found, args = visualize.load_vit(sample.path, PUBLISHED_KEYS, flags)
     images = images_for(sample.kind)
     expected = sample.reference.attention_maps(images)
+    if entry_of(sample.kind.model).kind == "method":  # by the method's name, too
+        own, _ = visualize.load_vit(sample.path, PUBLISHED_KEYS, method_flags(sample.kind))
+        torch.testing.assert_close(own.eval().attention_maps(images), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.eval().attention_maps(images), expected, rtol=0, atol=1e-5)
     maps, wanted = (
         visualize.order_maps(found, images),
@@ -781,6 +786,9 @@ def method_flags(kind: Kind, *flags: str) -> list[str]:
     sizes = ["--model", model, *kind.size_flags(), "--data_set", "digits", *kind.flags, *flags]
     if not kind.is_vit or "mim_vit" in model:
         sizes += ["--mask_type", "random_mps32", "--mask_patch_size", str(kind.size() // 2)]
+    if not kind.is_vit:
+        sizes += ["--model_kwargs", "patch_size=null", *kind.sizes, *kind.own]
+        return sizes
     return [*sizes, "--model_kwargs", *kind.sizes, *kind.own]
 
 
@@ -1017,25 +1025,75 @@ def test_an_evaluation_uses_the_mean_and_std_of_the_training(tmp_path):
         assert given.imagenet_default_mean_and_std
 
 
+def test_pictures_say_by_what_images_are_normalized(tmp_path, capsys):
+    """By a file's own flags or metadata, else by the recipe of its model, else as ImageNet."""
+    run, position = start("pretrain", tmp_path, "--imagenet_default_mean_and_std")
+    run.session.save(position, finished=True)
+    vit = create_model("vit_tiny_patch16_224", **options_of(tuple(VIT), 16, True), num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "bare.pth")
+    sizes = [*SMALL, "--data_set", "digits", "--model_kwargs", *VIT]
+    bare = str(tmp_path / "bare.pth")
+    for path, flags, said in (
+        (str(tmp_path / "encoder-0.safetensors"), ["--data_set", "digits"], "the file's"),
+        (str(tmp_path / "checkpoint-0.pth"), [], "the file's"),
+        (
+            bare,
+            ["--model", "vit_tiny_patch16_224", *sizes],
+            "those of the recipe mae_tiny_finetune",
+        ),
+        (bare, ["--model", "vit_tiny_patch8_224", *sizes], "ImageNet's"),
+    ):
+        capsys.readouterr()
+        _, args = visualize.load_model(path, PUBLISHED_KEYS, flags)
+        lines = capsys.readouterr().out.splitlines()
+        line = next(line for line in lines if "images are normalized by mean (0.485," in line)
+        assert line.endswith(said) and args.imagenet_default_mean_and_std
+    with pytest.raises(ValueError, match="does not say which model it holds: name it with --model"):
+        visualize.load_model(bare, PUBLISHED_KEYS, [])
+
+
+def test_what_timm_would_refuse_is_not_written(tmp_path):
+    vit = create_model("vit_tiny_patch16_224", **options_of(tuple(VIT), 16, True), num_classes=0)
+    state = {k: v for k, v in vit.state_dict().items() if k != "blocks.1.mlp.fc2.bias"}
+    for more, said in (
+        ({}, "it has no blocks.1.mlp.fc2.bias"),
+        ({"adapter.weight": torch.ones(1)}, "whose network has no adapter.weight"),
+    ):
+        torch.save(state | more, tmp_path / "it.pth")
+        with pytest.raises(ValueError, match=f"cannot be written for timm.*{said}"):
+            extract(str(tmp_path / "it.pth"))
+
+
+def test_the_average_of_a_published_training_is_resumed_beside_its_weights(sample_of, tmp_path):
+    sample = sample_of("semaim")
+    content = load_checkpoint(sample.path)
+    average = {k.removeprefix("module."): v + 1 for k, v in content["state_dict"].items()}
+    torch.save(content | {"ema_state_dict": average}, tmp_path / "aim_base.temp.pth")
+    flags = ("--resume", str(tmp_path / "aim_base.temp.pth"), "--epochs", "9", "--use_ema_model")
+    run, _ = start("pretrain", tmp_path / "run", *method_flags(sample.kind, *flags))
+    theirs = sample.source.state_dict()
+    for name, value in run.task.ema.module.state_dict().items():
+        assert torch.equal(value, theirs[name] + 1)
+    assert torch.equal(run.task.cls_token, theirs["cls_token"])
+
+
 # --------------------------------------------------------------------------------------------------
-# The page
+# The table of docs/engine.md
 
 
-def markdown() -> str:
-    """Return docs/checkpoints.md."""
-    intro = Path(__file__).with_name("published_files.md").read_text()
+def table() -> str:
+    """Return the rows of docs/engine.md#published-files."""
     rows = [f"| file | {' | '.join(CONSUMERS.values())} |", "|---" * (len(CONSUMERS) + 1) + "|"]
     for kind in KINDS.values():
         cells = ["yes" if name in kind.takes.split() else "-" for name in CONSUMERS]
         rows.append(f"| {kind.title} | {' | '.join(cells)} |")
-    return intro.replace("TABLE\n", "\n".join(rows) + "\n")
+    return "\n".join(rows) + "\n"
 
 
-def test_the_page_is_made_of_these_lists():
-    page = (ROOT / "docs/checkpoints.md").read_text()
-    command = "python tests/checkpoint/test_published_files.py > docs/checkpoints.md"
-    assert page == markdown(), command
+def test_the_table_of_the_page_is_made_of_these_lists():
+    found = re.findall(r"(?:^\|.*\n)+", (ROOT / "docs/engine.md").read_text(), re.MULTILINE)
+    assert table() in found, "python tests/checkpoint/test_published_files.py prints the table"
 
 
 if __name__ == "__main__":
-    sys.stdout.write(markdown())
+    sys.stdout.write(table())

@@ -518,7 +518,8 @@ class Origin:
         ema_weights = self.state.get(ema_key) or weights
         if self.published:
             weights = self.state
-            ema_weights = load_checkpoint(copy) if copy else self.state
+            average = self.state.get("ema_state_dict")  # SemAIM's
+            ema_weights = load_checkpoint(copy) if copy else average or self.state
         if weights is not None:
             restore(network, weights, str(self.path), published=self.published)
         if ema is not None and ema_weights is not None:
