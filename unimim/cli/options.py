@@ -14,6 +14,7 @@ import yaml
 
 from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
+from unimim.checkpoint.files import takes_imagenet_mean_std
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.cli.published import translate
 from unimim.engine.runner import has_bf16
@@ -39,10 +40,11 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         values = recipe_values(recipe, parser) if recipe else {}
         parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
-        adapt_defaults(
-            args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None
-        )
+        explicit = explicit_flags(stage, argv) | overlay.keys()
+        adapt_defaults(args, explicit, has_recipe=recipe is not None)
         validate(args)
+        if getattr(args, "eval", False) and "imagenet_default_mean_and_std" not in explicit:
+            use_mean_std_of(args.resume or args.finetune, args)
     except ValueError as error:
         parser.error(str(error))
     args.notes = notes
@@ -140,6 +142,12 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
         and not takes_betas(args.opt, len(args.opt_betas))
     ):
         args.opt_betas = None
+
+
+def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
+    """Evaluate a file by the mean and std of its training, where it says which."""
+    if path and (said := takes_imagenet_mean_std(path)) is not None:
+        args.imagenet_default_mean_and_std = said
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
