@@ -38,6 +38,7 @@ from semantic_segmentation import voc_linear_probe as voc
 from unimim.checkpoint.files import load_checkpoint, save_encoder, takes_imagenet_mean_std
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.checkpoint.names import timm_vit_arguments
+from unimim.checkpoint.runs import rebuild
 from unimim.cli.models import build_classifier
 from unimim.cli.options import parse
 from unimim.engine.session import Origin
@@ -1081,6 +1082,27 @@ def test_pictures_say_by_what_images_are_normalized(tmp_path, capsys):
         assert line.endswith(said) and args.imagenet_default_mean_and_std
     with pytest.raises(ValueError, match="does not say which model it holds: name it with --model"):
         visualize.load_model(bare, PUBLISHED_KEYS, [])
+
+
+def test_a_published_name_of_a_model_is_known_in_files_and_flags(tmp_path):
+    state = {"w": torch.ones(1)}
+    path = tmp_path / "it.pth"
+    for content, flag, ours in (
+        (
+            mae(state) | {"args": Namespace(model="mae_vit_base_patch16")},
+            "",
+            "mae_base_patch16_224",
+        ),
+        ({"state_dict": state, "model": "aim_base"}, "", "semaim_base_patch16_224"),
+        ({"model": state}, "mae_vit_base_patch16", "mae_base_patch16_224"),
+        ({"model": state}, "vit_base_patch16", "vit_base_patch16_224"),
+    ):
+        torch.save(content, path)
+        words = ["--model", flag] if flag else []
+        depth = ["depth=1"] if ours.startswith("vit") else ["depth=1", "embed_dim=64"]
+        sizes = ["--model_kwargs", *depth, "num_heads=2"]
+        sizes += ["query_depth=1"] if "semaim" in ours else []
+        assert rebuild(path, [*words, *sizes])[1].model == ours
 
 
 def test_what_timm_would_refuse_is_not_written(tmp_path):

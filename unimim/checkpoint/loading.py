@@ -161,12 +161,16 @@ def restore(
     own = module.state_dict()
     if published:
         weights = to_native(weights, own)
-    if wrong := [k for k in own if k not in weights or own[k].shape != weights[k].shape]:
+    if wrong := [k for k in own if k not in weights or not _alike(own[k], weights[k])]:
         raise ValueError(
             f"{name} does not fit the model that these flags build: {len(wrong)} of its tensors "
-            f"are missing there or have another shape, among them {', '.join(wrong[:3])}"
+            f"are missing there or have another shape or type, among them {', '.join(wrong[:3])}"
         )
     module.load_state_dict({k: weights[k] for k in own})
+
+
+def _alike(own: Tensor, there: Tensor) -> bool:
+    return own.shape == there.shape and own.is_floating_point() == there.is_floating_point()
 
 
 def _select_weights(

@@ -318,11 +318,21 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
 def read_cache(path: Path, about: dict[str, str], device: torch.device) -> Features:
     """Read cached features; ValueError where the file holds those of something else."""
     held = load_checkpoint(path)
+    described = held.get("about")
+    described = described if isinstance(described, dict) else {}
     for key, value in about.items():
-        if (there := held.get("about", {}).get(key)) != value:
+        if (there := described.get(key)) != value:
             raise ValueError(
                 f"--feature_cache: {path} holds features of another run, with {key} {there} "
                 f"instead of {value}; use another folder"
             )
+    vectors, labels = held.get("vectors"), held.get("labels")
+    whole = isinstance(vectors, Tensor) and isinstance(labels, Tensor)
+    if not (whole and vectors.ndim == 2 and labels.shape == vectors.shape[:1]):
+        raise ValueError(
+            f"--feature_cache: {path} does not hold a vector and a label for each image; delete it"
+        )
+    if not vectors.isfinite().all():
+        raise ValueError(f"--feature_cache: {path} holds features that are not finite; delete it")
     log.info("read %s", path)
-    return Features(held["vectors"].to(device), held["labels"].to(device))
+    return Features(vectors.to(device), labels.to(device))

@@ -186,6 +186,7 @@ def extract(context: RunContext, task: PartLearning) -> None:
     writer.flush()
     barrier()
     if context.rank == 0:
+        writer.seal()
         report_maps(folder, writer)
 
 
