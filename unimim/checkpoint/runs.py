@@ -21,6 +21,7 @@ from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli.flags import build_parser
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import explicit_flags, recipe_values
+from unimim.cli.published import MODELS
 from unimim.data.views import MEAN_STD, image_mean_std
 from unimim.logs import log
 from unimim.recipes import recipe_for
@@ -83,16 +84,18 @@ def rebuild(
     """
     saved = flags_of(path) or flags_of_export(path)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--model", default=saved.get("model", ""))
-    model = finder.parse_known_args(argv)[0].model
+    finder.add_argument("--model", default="")
+    given = finder.parse_known_args(argv)[0].model
+    model = our_name(given or saved.get("model", "") or named_by_project(path))
     if not model:
         raise ValueError(f"{path} does not say which model it holds: name it with --model")
     stage = "pretrain" if is_pretraining({**saved, "model": model}) else "finetune"
     parser = build_parser(stage)
     parser.set_defaults(**saved or defaults_of(path, model, stage, parser))
-    args = parser.parse_args(list(argv))
+    words = [*argv, "--model", model]
+    args = parser.parse_args(words)
     vars(args).update(changes)
-    tell_mean_std(path, args, explicit_flags(stage, list(argv)))
+    tell_mean_std(path, args, explicit_flags(stage, words))
     if stage == "pretrain":
         args.discrete_vae_weight_path = None  # nothing is trained, so no tokenizer is needed
         return build_method(args), args
@@ -101,6 +104,20 @@ def rebuild(
     args.finetune = str(path)
     args.model_key = model_key
     return build_classifier(args), args
+
+
+def our_name(model: str) -> str:
+    """Return our name of a model that another project calls so; other names stay."""
+    names = MODELS["pretrain"] | MODELS["finetune"]
+    return names.get(model, model)
+
+
+def named_by_project(path: str | Path) -> str:
+    """Return the name of the model in another project's file, if it is known here; "" if not."""
+    checkpoint = load_checkpoint(path, mmap=True)
+    flags = checkpoint.get("args")
+    name = flags.get("model", "") if isinstance(flags, dict) else checkpoint.get("model")
+    return name if isinstance(name, str) and entry_of(our_name(name)) else ""
 
 
 def defaults_of(

@@ -145,8 +145,9 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
 
 
 def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
-    """Evaluate a file by the mean and std of its training, where it says which."""
-    if path and (said := takes_imagenet_mean_std(path)) is not None:
+    """Evaluate a file by the mean and std of its training, where it says which; one that is not
+    there is named later."""
+    if Path(path).is_file() and (said := takes_imagenet_mean_std(path)) is not None:
         args.imagenet_default_mean_and_std = said
 
 
