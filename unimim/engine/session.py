@@ -543,19 +543,25 @@ class Origin:
             weights = self.state
             ema_weights = load_checkpoint(copy) if copy else self.state
         if weights is not None:
-            fill(network, weights, self.path)
+            fill(network, weights, self.path, whole=not self.published)
         if ema is not None and ema_weights is not None:
             fill(ema.module, ema_weights, self.path)
 
 
-def fill(module: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Load every tensor of the module by name; other names of the file are left out."""
+def fill(module: nn.Module, state: dict[str, Any], path: Path, whole: bool = False) -> None:
+    """Load every tensor of the module by name; other names of the file are left out, or with
+    `whole` an error."""
     weights = unwrapped(state, ("model", "module"), ("module.",))
     own = module.state_dict()
     if wrong := [k for k in own if k not in weights or not _alike(own[k], weights[k])]:
         raise ValueError(
             f"{path} does not fit the model that these flags build: {len(wrong)} of its tensors "
             f"are missing there or have another shape or type, among them {', '.join(wrong[:3])}"
+        )
+    if whole and (left := [k for k in weights if k not in own]):
+        raise ValueError(
+            f"{path} does not fit the model that these flags build: {len(left)} of its tensors have "
+            f"no place in it, among them {', '.join(left[:3])}"
         )
     module.load_state_dict({k: weights[k] for k in own})
 
