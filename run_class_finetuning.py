@@ -25,6 +25,7 @@ from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
 from unimim.engine.state import RunContext, Training
+from unimim.evaluation.accuracy import published_lines
 from unimim.logs import log
 
 
@@ -60,13 +61,15 @@ class ClassificationEvaluator:
         self.loader = loader
         self.dtype = run.runner.dtype
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module, of: str = "network") -> dict[str, float]:
         device = next(model.parameters()).device
         model.to(self.context.device)
         result = evaluate_classifier(
             model, self.loader, self.context, dtype=self.dtype, shared=self.args.dist_eval
         )
         model.to(device)
+        for line in published_lines(result, len(self.loader.dataset), of):
+            log.info("%s", line)
         return result
 
     def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
@@ -86,7 +89,7 @@ class ClassificationEvaluator:
             position.best = metrics["test_acc1"]
             session.save_best(position, of_ema=False)
         if ema is not None:
-            metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema)).items()}
+            metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema, "ema")).items()}
             if metrics["test_ema_acc1"] > position.best_average:
                 position.best_average = metrics["test_ema_acc1"]
                 session.save_best(position, of_ema=True)
@@ -117,11 +120,15 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
         args.resume or args.finetune,
         *(result[k] for k in ("acc1", "acc5", "loss")),
     )
+    for line in published_lines(result, len(loader.dataset)):
+        log.info("%s", line)
 
 
 def main(args: Namespace) -> None:
     context = set_up(args)
     settle_size(args)
+
+    # validation images first: they settle the number of classes
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
@@ -135,6 +142,7 @@ def main(args: Namespace) -> None:
     if args.eval:
         return evaluate_only(context, model, eval_loader)
 
+    # training images, and what follows from their number
     dataset = build_dataset(
         args,
         train=True,
@@ -149,9 +157,13 @@ def main(args: Namespace) -> None:
     )
     steps = steps_per_epoch(args, loader)
     report(args, derived(args, steps) | {"images": images})
+
+    # an lr and a weight decay for each layer
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
     if args.dry_run:
         return dry_run(args, groups, steps, context.device)
+
+    # train, with an evaluation after each epoch
     task = Classification(model.to(context.device), args, context.device)
     run, position = start_training(context, task, loader, groups)
     evaluator = ClassificationEvaluator(run, eval_loader)

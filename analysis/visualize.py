@@ -120,6 +120,8 @@ def attention_grid(
         )
     model.eval()
     heads = heads or ("all" if (len(cells) or num_cls) == 1 else "mean")
+
+    # a column for each layer, query and head
     x = normalize({"image": images})["image"]
     columns = []
     for layer in layers:
@@ -129,6 +131,7 @@ def attention_grid(
         for name, maps, marks in queries:
             columns += split(f"{prefix}{name}", maps, marks, heads)
 
+    # a row for each image
     heat = [column.maps.numpy() for column in columns]
     rows = zip([to_hwc(image) for image in images], *heat, strict=True)
     titles = ["image", *(column.title for column in columns)]

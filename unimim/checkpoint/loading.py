@@ -250,6 +250,7 @@ def _check_matched(
     model: nn.Module, state: StateDict, min_matched: float, new: Collection[str], report: LoadReport
 ) -> None:
     outside = (*_HEADS, "fc_norm.", "norm.")
+    new = (*new, *getattr(model, "may_be_missing", ()))
     encoder = [key for key, _ in model.named_parameters() if not key.startswith(outside)]
     encoder = [
         key for key in encoder if key in report.loaded or not any(part in key for part in new)

@@ -15,7 +15,8 @@ _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 def to_timm(state_dict: StateDict) -> StateDict:
     """Return an encoder in native names under timm's names; timm loads it strictly.
 
-    The BEiT variant is timm's `Beit`, any other its `VisionTransformer`.
+    The BEiT variant is timm's `Beit`, a ViT with rotary positions its `Eva`, any other its
+    `VisionTransformer`.
 
     The BEiT variant (bias tables, or query and value biases with layer scale) gets one bias table a
     block; a plain ViT gets whole qkv biases and timm's layer-scale names, as does any with several
@@ -41,7 +42,10 @@ def to_timm(state_dict: StateDict) -> StateDict:
     ):
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         return _expand_shared_table(_split_qkv_bias(state), depth)
-    return _rename(_fuse_qkv_bias(state), r"\.gamma_(\d)$", r".ls\1.gamma")
+    state = _fuse_qkv_bias(state)
+    if "pos_embed" not in state:  # rotary positions: timm's `Eva`, whose names are native
+        return state
+    return _rename(state, r"\.gamma_(\d)$", r".ls\1.gamma")
 
 
 def timm_vit_arguments(
@@ -211,6 +215,29 @@ def _join_key_values(state: StateDict) -> StateDict:
     return joined
 
 
+def from_nepa(state: StateDict) -> StateDict:
+    """Return NEPA's published names under native ones, its three projections joined."""
+    gated = _has(state, ".intermediate.gate_proj.")
+    up = (r"\.intermediate\.up_proj\.", ".mlp.fc1_x." if gated else ".mlp.fc1.")
+    native: StateDict = {}
+    for name, value in state.items():
+        for pattern, replacement in (*_NEPA_NAMES, up):
+            name = re.sub(pattern, replacement, name)
+        native[name] = value
+    return fuse_qkv(native)
+
+
+_NEPA_NAMES = (
+    (r"^vit_nepa\.", ""), (r"^embeddings\.cls_token$", "cls_token"), (r"^classifier\.", "head."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."), (r"^layernorm\.", "norm."),
+    (r"^encoder\.layer\.", "blocks."), (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.([qk]_norm)\.", r".attn.\1."), (r"\.intermediate\.gate_proj\.", ".mlp.fc1_g."),
+    (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."), (r"\.output\.layer_scale\.lambda1$", ".gamma_2"),
+    (r"\.layer_scale\.lambda1$", ".gamma_1"), (r"\.output\.dense\.", ".mlp.fc2."),
+)  # fmt: skip
+
+
 # OpenMixup's names (docs/methods/simmim_a2mim.md#checkpoints-of-openmixup): what its ViT, Swin and
 # ConvNeXt are known by, and how their names change into timm's, one rule after another. Its ResNet
 # has timm's names but for the classifier.
@@ -294,6 +321,8 @@ _CONVERTERS: tuple[
         lambda names, _: any(re.match(r"(backbone\.)?layers\.0\.ln1\.", name) for name in names),
         from_mmpretrain,
     ),
+    # NEPA's files
+    (lambda names, _: _has(names, ".layer_scale.lambda1") or _has(names, "vit_nepa."), from_nepa),
     # SimMIM's own files: the encoder among others
     (
         lambda names, wanted: _has_encoder(names) and not _has_encoder(wanted),
