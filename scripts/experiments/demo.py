@@ -179,8 +179,8 @@ def pixel_accuracies(flags: str) -> dict[str, float]:
     few = first_of_each_class(labels[True], 0.1)
     fits = {
         "knn": (KNeighborsClassifier(min(10, len(labels[True]))), slice(None)),
-        "linear": (LogisticRegression(max_iter=200), slice(None)),
-        "linear10": (LogisticRegression(max_iter=200), few),
+        "linear": (LogisticRegression(max_iter=1000), slice(None)),
+        "linear10": (LogisticRegression(max_iter=1000), few),
     }
     accuracies = {}
     for column, (classifier, chosen) in fits.items():
@@ -490,9 +490,9 @@ def verdict(rows: Sequence[Row], seeds: int) -> str:
     return (
         f"Pre-trained without labels for {min(times):.0f} to {max(times):.0f} s on one core, "
         f"{len(ahead(rows, 'linear'))} of {len(systems)} systems beat random weights of their own "
-        f"network in the linear probe {each}{exceptions(rows, 'linear')}, by {min(means):+.1f} to "
-        f"{max(means):+.1f} points on average, and {len(ahead(rows, 'knn'))} in k-NN"
-        f"{exceptions(rows, 'knn')}; the best linear probe is {best.name}'s, "
+        f"network in the linear probe {each}{exceptions(rows, 'linear')} and "
+        f"{len(ahead(rows, 'knn'))} in k-NN{exceptions(rows, 'knn')}; the linear probe gains "
+        f"{min(means):+.1f} to {max(means):+.1f} points, and the best is {best.name}'s, "
         f"{np.mean(best.accuracies['linear']):.1f} % (pixels: {pixels:.1f} %)."
     )
 
