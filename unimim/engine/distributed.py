@@ -343,6 +343,10 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     Called before each optimizer step: a resumed run then draws what the uninterrupted one drew.
     """
     state = np.random.SeedSequence([seed, rank, step]).generate_state(3)
-    torch.manual_seed(int(state[0]))
+    # before CUDA has started, torch.manual_seed formats a traceback for it, a millisecond a step
+    seed_torch = (
+        torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed
+    )
+    seed_torch(int(state[0]))
     np.random.seed(int(state[1]))
     random.seed(int(state[2]))
