@@ -39,13 +39,14 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         values = recipe_values(recipe, parser) if recipe else {}
         parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
-        adapt_defaults(
-            args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None
-        )
+        given = explicit_flags(stage, argv) | overlay.keys()
+        adapt_defaults(args, given=given, has_recipe=recipe is not None)
         validate(args)
     except ValueError as error:
         parser.error(str(error))
     args.notes = notes
+    named = {"mean", "std", "imagenet_default_mean_and_std"}
+    args.mean_std_given = bool(first.recipe or named & (given | published.keys()))
     args.recipe = recipe.name if recipe else None
     args.other_recipes = () if first.recipe else names_for(args.model, stage, args.recipe)
     return args
@@ -212,16 +213,18 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Return constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
+    """Return constructor options from --model_kwargs (YAML values) and from the flags of sizes."""
     options = {
         name: getattr(args, name)
-        for name in ("input_size", "patch_size")
-        if getattr(args, name) is not None
+        for name in ("input_size", "patch_size", "in_chans")
+        if getattr(args, name, None) is not None
     }
     for item in args.model_kwargs:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--model_kwargs takes K=V pairs, not {item!r}")
+        if key == "in_chans":  # the data must know it, too
+            raise ValueError(f"--model_kwargs {item}: use --in_chans {value}")
         options[key] = yaml.safe_load(value)
         with contextlib.suppress(ValueError):  # YAML takes 1e-6 for a word
             options[key] = float(options[key]) if isinstance(options[key], str) else options[key]
@@ -316,6 +319,7 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
         "deepspeed",
         "other_recipes",
         "notes",
+        "mean_std_given",
     }
     leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
     values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}
