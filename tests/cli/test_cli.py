@@ -64,7 +64,8 @@ BOTH = {
     "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0, "keep_checkpoints": None,
     "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine", "recipe": None,
     "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
-    "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
+    "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0, "in_chans": None, "mean": None,
+    "std": None,
 }  # fmt: skip
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0),
@@ -95,6 +96,7 @@ FINETUNE_ONLY = {
     "mixup_mode": "batch", "model_ema": False, "no_model_ema": False, "model_ema_decay": 0.9999,
     "model_ema_force_cpu": False, "eval": False, "dist_eval": True, "no_dist_eval": True,
     "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,
+    "freeze_blocks": 0,
 }  # fmt: skip
 # What ConMIM's published commands pass (docs/coming_from.md#coming-from-conmim)
 PUBLISHED_PRETRAIN = """

@@ -332,17 +332,30 @@ def model_named_in(path: str | Path) -> str:
     return str(flags.get("model", "")) if isinstance(flags, dict) else ""
 
 
+# what a classifier of BEiT has, and no other file without flags
+BEIT_CLASSIFIER = {
+    "blocks.0.attn.q_bias",
+    "blocks.0.attn.relative_position_bias_table",
+    "fc_norm.weight",
+    "head.weight",
+}
+
+
 def takes_imagenet_mean_std(path: str | Path) -> bool | None:
     """Return whether a file's images were normalized by ImageNet's mean and std, not by 0.5.
 
     None: it does not say. The official classifiers of BEiT, which do not either, are known by
-    their names: they were trained with 0.5.
+    their tensors, its other files by their names: they were trained with 0.5.
     """
     if (mean := metadata_of(path).get("mean")) is not None:
         return tuple(json.loads(mean)) != (0.5, 0.5, 0.5)
-    flags = load_checkpoint(path, mmap=True).get("args")
+    checkpoint = load_checkpoint(path, mmap=True)
+    flags = checkpoint.get("args")
     if isinstance(flags, dict) and "imagenet_default_mean_and_std" in flags:
         return bool(flags["imagenet_default_mean_and_std"])
+    state = checkpoint.get("model")
+    if not flags and isinstance(state, dict) and state.keys() >= BEIT_CLASSIFIER:
+        return False
     return False if re.match(r"beitv?2?_.*(pt22k|ft22k|in22k)", Path(path).name) else None
 
 
