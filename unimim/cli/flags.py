@@ -8,6 +8,7 @@ from modeling_finetune import ATTENTION_KERNELS, registered_flags
 from optim_factory import LR_SCHEDULES
 from unimim.cli.parser import FlagParser, ImageSize
 from unimim.data.crops import INTERPOLATIONS
+from unimim.data.jpeg import MAX_IMAGE_PIXELS
 from unimim.data.sources import DATA_SETS
 from unimim.errors import OptionError
 from unimim.flag import Flag
@@ -172,6 +173,9 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             help="fraction of the area that a crop keeps",
         )
         group.add_argument(
+            "--hflip", type=float, default=0.5, help="probability that an image is mirrored"
+        )
+        group.add_argument(
             "--color_jitter", type=float, default=0.0,
             help="range of brightness, contrast and saturation of the whole image, before the "
             "crop; BEiT: 0.4",
@@ -228,6 +232,17 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--strict_data", action="store_true", help="stop at the first unreadable image"
+    )
+    group.add_argument(
+        "--max_image_pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        help="images of more pixels are unreadable, whatever their file's size",
+    )
+    group.add_argument(
+        "--allow_outside",
+        action="store_true",
+        help="read absolute paths and '..' in map files",
     )
 
 

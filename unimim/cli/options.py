@@ -14,12 +14,15 @@ import yaml
 
 from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
+from unimim.checkpoint.files import load_checkpoint, takes_imagenet_mean_std
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.cli.published import translate
 from unimim.engine.runner import has_bf16
 from unimim.files import check_output_folder, write_text
 from unimim.logs import log
 from unimim.recipes import Recipe, by_name, names_for, recipe_for
+
+MEAN_STD_FLAGS = ("imagenet_default_mean_and_std", "mean", "std")
 
 
 def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,14 +42,14 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         values = recipe_values(recipe, parser) if recipe else {}
         parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
-        given = explicit_flags(stage, argv) | overlay.keys()
-        adapt_defaults(args, given=given, has_recipe=recipe is not None)
+        explicit = explicit_flags(stage, argv) | overlay.keys()
+        adapt_defaults(args, explicit, has_recipe=recipe is not None)
         validate(args)
+        if getattr(args, "eval", False) and not explicit & set(MEAN_STD_FLAGS):
+            use_mean_std_of(args.resume or args.finetune, args)
     except ValueError as error:
         parser.error(str(error))
     args.notes = notes
-    named = {"mean", "std", "imagenet_default_mean_and_std"}
-    args.mean_std_given = bool(first.recipe or named & (given | published.keys()))
     args.recipe = recipe.name if recipe else None
     args.other_recipes = () if first.recipe else names_for(args.model, stage, args.recipe)
     return args
@@ -141,6 +144,17 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
         and not takes_betas(args.opt, len(args.opt_betas))
     ):
         args.opt_betas = None
+
+
+def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
+    """Evaluate a file by the mean and std of its training, where it says which; one that is not
+    there is named later."""
+    if Path(path).is_file() and (said := takes_imagenet_mean_std(path)) is not None:
+        args.imagenet_default_mean_and_std = said
+        flags = load_checkpoint(path, mmap=True).get("args")
+        if isinstance(flags, dict):
+            args.mean = flags.get("mean") or args.mean
+            args.std = flags.get("std") or args.std
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -319,7 +333,6 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
         "deepspeed",
         "other_recipes",
         "notes",
-        "mean_std_given",
     }
     leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
     values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}
