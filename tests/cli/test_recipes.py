@@ -600,10 +600,10 @@ def test_schedules_and_warm_ups_of_a2mims_classifiers() -> None:
         2048, 100, 160, 0.0,
     )  # fmt: skip
     tuned = ("epochs", "lr", "warmup_epochs", "layer_decay", "clip_grad", "layer_scale_init_value")
-    assert facts("a2mim_mae_base_finetune", *tuned) == (1024, 100, 4e-3, 5, 0.65, 5.0, None)
-    assert facts("a2mim_mae_large_finetune", *tuned) == (1024, 100, 2e-3, 5, 0.65, 5.0, None)
-    assert facts("a2mim_beit_base_finetune", *tuned)[1:3] == (100, 4e-3)
-    assert by_name("a2mim_mae_base_finetune").model == "vit_base_patch16_224"
+    assert facts("mae_base_finetune_a2mim", *tuned) == (1024, 100, 4e-3, 5, 0.65, 5.0, None)
+    assert facts("mae_large_finetune_a2mim", *tuned) == (1024, 100, 2e-3, 5, 0.65, 5.0, None)
+    assert facts("beit_base_finetune_a2mim", *tuned)[1:3] == (100, 4e-3)
+    assert by_name("mae_base_finetune_a2mim").starts_from == "mae_base_pretrain"
 
 
 def test_other_data_sets_of_mae() -> None:

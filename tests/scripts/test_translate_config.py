@@ -144,7 +144,7 @@ def translated(path: Path) -> tuple[Namespace, list[str]]:
     """Return the flags that the printed command gives, and the lines of what is left."""
     command, left = translate(read(path))
     text = shown(command, left, path.name)
-    python, script, *words = shlex.split(text, comments=True)
+    python, script, *words = shlex.split(text.replace("\\\n", ""), comments=True)
     assert python == "python"
     return PARSE[script](words), left
 

@@ -691,7 +691,7 @@ RECIPES = (
     ),
     *(
         Recipe(
-            name=f"a2mim_{name}_finetune",
+            name=f"{name}_finetune_a2mim",
             stage="finetune",
             model=model,
             gpus=8,
