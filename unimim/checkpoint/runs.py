@@ -70,6 +70,17 @@ def flags_of_export(path: str | Path) -> dict[str, Any]:
     return flags
 
 
+def mean_std_flags(path: str | Path) -> dict[str, Any]:
+    """Return the flags of mean and std that a classifier was trained with; empty if nothing tells
+    them."""
+    flags = load_checkpoint(path, mmap=True).get("args") or {}
+    names = ("imagenet_default_mean_and_std", "mean", "std")
+    if names[0] in flags:
+        return {name: flags.get(name) for name in names}
+    said = takes_imagenet_mean_std(path)
+    return {} if said is None else {names[0]: said}
+
+
 def is_pretraining(flags: dict[str, Any]) -> bool:
     """Return whether these are the flags of a pre-training run."""
     entry = entry_of(str(flags.get("model", "")))
