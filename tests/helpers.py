@@ -61,15 +61,19 @@ WITH_TOKENIZER = f"--discrete_vae_weight_path {TOKENIZER} --color_jitter 0.4"
 METHODS = {  # flags over those of PRETRAIN
     "mae": _flags("--model mae_tiny_patch16_224", *SIZE, *DECODER),
     "semmae": _flags(
-        "--model semmae_tiny_patch16_224 --part_source random --num_parts 3", *SIZE, *DECODER
+        "--model semmae_tiny_patch16_224 --mask_type parts --part_source random --num_parts 3",
+        *(*SIZE, *DECODER),
     ),
     "pixio": _flags(
         "--model pixio_tiny_patch16_256 --num_cls_tokens 2 --mask_grid 2", *SIZE, *DECODER
     ),
     "nepa": _flags("--model nepa_tiny_patch14_224 --use_ema_model", *SIZE),
-    "semaim": _flags("--model semaim_tiny_patch16_224 --use_ema_model", *SIZE, "query_depth=2"),
+    "semaim": _flags(
+        "--model semaim_tiny_patch16_224 --mask_type none --use_ema_model", *SIZE, "query_depth=2"
+    ),
     "saim": _flags(
-        "--model semaim_tiny_patch16_224 --permutation_type stochastic --share_weight",
+        "--model semaim_tiny_patch16_224 --mask_type none --permutation_type stochastic "
+        "--share_weight",
         *(*SIZE, "query_depth=2"),
     ),
     "a2mim_vit": _flags(

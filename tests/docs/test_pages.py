@@ -121,7 +121,9 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def test_every_difference_from_published_code_has_an_effect():
-    pages = [*sorted((ROOT / "docs/methods").glob("*.md")), ROOT / "docs/engine.md"]
+    methods = sorted((ROOT / "docs/methods").glob("*.md"))
+    # what stands between the methods has no published code
+    pages = [*(page for page in methods if page.name != "space.md"), ROOT / "docs/engine.md"]
     for page in pages:
         section = page.read_text().partition("## Differences from the published code")[2]
         (header, *rows) = tables(section)[0]

@@ -17,7 +17,7 @@ from unimim.checkpoint.files import (
 )
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli.flags import build_parser
-from unimim.cli.models import build_classifier, build_method
+from unimim.cli.models import build_classifier, build_method, fitting_mask
 from unimim.data.views import MEAN_STD
 
 
@@ -67,6 +67,7 @@ def rebuild(
     vars(args).update(changes)
     if stage == "pretrain":
         args.discrete_vae_weight_path = None  # nothing is trained, so no tokenizer is needed
+        args.mask_type = fitting_mask(args.model, args.mask_type)
         return build_method(args), args
     # as many class tokens as this file has, not the file that its run began with
     args.resume = ""
