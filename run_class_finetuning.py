@@ -12,7 +12,7 @@ from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate_classifier
 from engine_for_pretraining import train
 from optim_factory import param_groups
-from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.files import load_checkpoint, takes_imagenet_mean_std
 from unimim.checkpoint.loading import load_pretrained
 from unimim.cli.models import build_classifier, warn_of_other_variant
 from unimim.cli.options import derived, parse, report
@@ -96,6 +96,36 @@ class ClassificationEvaluator:
         return metrics | {"best_acc1": position.best}
 
 
+def load_finetune(args: Namespace, model: nn.Module) -> None:
+    """Load the weights of --finetune, of which --eval needs the classifier, too."""
+    warn_of_other_variant(args.finetune, args.model)
+    found = load_pretrained(
+        model, args.finetune, model_key=args.model_key, prefix=args.model_prefix
+    )
+    log.info("%s", found)
+    if args.eval and not args.resume and found.missing:
+        raise ValueError(
+            f"--eval --finetune {args.finetune} has no {', '.join(found.missing[:3])} of "
+            f"--model {args.model} with {args.nb_classes} classes, so its accuracy would be that "
+            "of a random classifier: fine-tune it first, or use run_knn.py or run_linear_probing.py"
+        )
+
+
+def tell_mean_std(args: Namespace) -> None:
+    """Warn where a file does not say how its images were normalized, or says otherwise."""
+    path = args.resume or args.finetune
+    said, ours = takes_imagenet_mean_std(path), args.imagenet_default_mean_and_std
+    names = {True: "ImageNet's mean and std", False: "mean and std 0.5"}
+    if said is None:
+        log.warning(
+            "%s does not say how its images were normalized: %s are taken; "
+            "--%simagenet_default_mean_and_std takes %s",
+            path, names[ours], "no_" if ours else "", names[not ours],
+        )  # fmt: skip
+    elif said != ours:
+        log.warning("%s was trained with %s, not with %s", path, names[said], names[ours])
+
+
 def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> None:
     """Log the accuracy of --resume (or of --finetune) in one line, for --eval."""
     args = context.args
@@ -105,6 +135,7 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
         )
     elif not args.finetune:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
+    tell_mean_std(args)
     if args.dry_run:
         return
     model.to(context.device)
@@ -133,11 +164,7 @@ def main(args: Namespace) -> None:
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
     if args.finetune:
-        warn_of_other_variant(args.finetune, args.model)
-        found = load_pretrained(
-            model, args.finetune, model_key=args.model_key, prefix=args.model_prefix
-        )
-        log.info("%s", found)
+        load_finetune(args, model)
     check_eval_size(args, model)
     if args.eval:
         return evaluate_only(context, model, eval_loader)

@@ -14,6 +14,7 @@ import yaml
 
 from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
+from unimim.checkpoint.files import takes_imagenet_mean_std
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.cli.published import translate
 from unimim.cli.space import table
@@ -43,12 +44,15 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         values = recipe_values(recipe, parser) if recipe else {}
         parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
-        explicit = explicit_flags(stage, argv)
-        adapt_defaults(args, given=explicit | overlay.keys(), has_recipe=recipe is not None)
+        typed = explicit_flags(stage, argv)
+        explicit = typed | overlay.keys()
+        adapt_defaults(args, explicit, has_recipe=recipe is not None)
         # a file may hold the default of a model that did not ask for it
-        if "mask_type" in args and args.mask_type == "block" and "mask_type" not in explicit:
+        if "mask_type" in args and args.mask_type == "block" and "mask_type" not in typed:
             args.mask_type = own_mask(args.model)
         validate(args)
+        if getattr(args, "eval", False) and "imagenet_default_mean_and_std" not in explicit:
+            use_mean_std_of(args.resume or args.finetune, args)
     except ValueError as error:
         parser.error(str(error))
     args.notes = notes
@@ -152,6 +156,13 @@ def own_mask(model: str) -> str:
     """Return the --mask_type that a model has by default."""
     entry = entry_of(model)
     return getattr(entry.classes[0], "own_mask", "block") if entry and entry.classes else "block"
+
+
+def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
+    """Evaluate a file by the mean and std of its training, where it says which; one that is not
+    there is named later."""
+    if Path(path).is_file() and (said := takes_imagenet_mean_std(path)) is not None:
+        args.imagenet_default_mean_and_std = said
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
