@@ -165,6 +165,42 @@ def test_published_flags_are_accepted(stage, command):
 # Which value wins
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("epochs: 1.5", r"--epochs: invalid int value: '1\.5'"),
+        ("epochs: true", "--epochs: invalid int value"),
+        ("batch_size: [8]", r"--batch_size: \[8\] is a list; it takes one value"),
+        ("crop_scale: null", "--crop_scale: it has no value"),
+        ("crop_scale: 3", "--crop_scale: 3 is not 2 values"),
+        ("crop_scale: [0.9, 0.1]", r"--crop_scale 0\.9 0\.1 must be the smallest"),
+        ("model: null", "--model: it has no value"),
+        ("model: {a: 1}", "--model: {'a': 1} is no text or number"),
+        ("model_kwargs: 5", "--model_kwargs takes K=V pairs, not '5'"),
+        ("strict_data: 3", "--strict_data: 3 is not true or false"),
+        ("mask_type: zigzag", "--mask_type: invalid choice: 'zigzag'"),
+        ("input_size: huge", "--input_size: huge is not a size"),
+        ("1: 2", "contains unknown options: 1"),
+        ("epochs: [", "is not YAML"),
+        (b"epochs: \xff\xfe", "is no text in UTF-8"),
+        ("[" * 3000, "is not YAML"),
+    ],
+)
+def test_what_a_config_file_may_not_say_is_named_with_the_file(tmp_path, capsys, line, says):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        build_method(parse("pretrain", ["--config", str(path)]))
+    said = str(raised.value) + capsys.readouterr().err
+    assert re.search(says, said), said
+    assert "config.yaml" in said or says.startswith(("--crop_scale 0", "--model_kwargs takes"))
+
+
+def test_model_kwargs_that_are_no_yaml_are_named():
+    with pytest.raises(ValueError, match=r"--model_kwargs 'depth=\[2' is not YAML"):
+        build_method(parse("pretrain", ["--model_kwargs", "depth=[2"]))
+
+
 def test_defaults_recipe_file_command_line(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("lr: 1e-2\nepochs: 7\nmask_ratio: 0.6\n")
@@ -649,7 +685,8 @@ def test_error_on_one_rank_ends_all(tmp_path):
     waiting, failing = (process.communicate(timeout=120)[0] for process in ranks)
     assert [process.returncode for process in ranks] == [1, 1]
     assert failing.rstrip().endswith("ZeroDivisionError: division by zero")
-    assert "barrier" in waiting and "ZeroDivisionError" not in waiting
+    assert "rank 1 (" in waiting and "has ended, so this one ends too" in waiting
+    assert "Traceback" not in waiting
 
 
 LAUNCHERS = {

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -29,7 +30,7 @@ from helpers import (
 )
 
 from unimim.checkpoint.files import latest_valid_checkpoint, load_checkpoint, save_checkpoint
-from unimim.engine.distributed import StopSignal
+from unimim.engine.distributed import StopSignal, seed_step
 from unimim.engine.monitor import RunLog
 
 WORKERS = ("--num_workers", "2", "--update_freq", "2")
@@ -608,3 +609,15 @@ def test_published_file_of_another_size_is_refused(tmp_path):
         ValueError, match=r"checkpoint-7\.pth does not fit the model that these flags build"
     ):
         start("pretrain", tmp_path / "run", "--resume", str(tmp_path / "checkpoint-7.pth"))
+
+
+def test_a_step_draws_what_its_seed_rank_and_number_say():
+    state = np.random.SeedSequence([3, 1, 7]).generate_state(3)
+    torch.manual_seed(int(state[0]))
+    expected = torch.rand(4)
+    np.random.seed(int(state[1]))
+    random.seed(int(state[2]))
+    others = np.random.rand(), random.random()
+    seed_step(3, 1, 7)
+    assert torch.equal(torch.rand(4), expected)
+    assert (np.random.rand(), random.random()) == others

@@ -150,12 +150,17 @@ def unwrapped(
 
 
 def restore(
-    module: nn.Module, state: dict[str, Any], name: str, *, published: bool = False
+    module: nn.Module,
+    state: dict[str, Any],
+    name: str,
+    *,
+    published: bool = False,
+    whole: bool = False,
 ) -> None:
     """Load every tensor of a module from a checkpoint or its weights; other names are left out.
 
     Names of `published` files become ours. Raises ValueError if a tensor is missing or has another
-    shape or type.
+    shape or type, or if with `whole` the file has more.
     """
     weights = unwrapped(state, RUN_KEYS, ("module.",))
     own = module.state_dict()
@@ -165,6 +170,11 @@ def restore(
         raise ValueError(
             f"{name} does not fit the model that these flags build: {len(wrong)} of its tensors "
             f"are missing there or have another shape or type, among them {', '.join(wrong[:3])}"
+        )
+    if whole and (left := [k for k in weights if k not in own]):
+        raise ValueError(
+            f"{name} does not fit the model that these flags build: {len(left)} of its tensors have "
+            f"no place in it, among them {', '.join(left[:3])}"
         )
     module.load_state_dict({k: weights[k] for k in own})
 

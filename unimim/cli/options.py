@@ -23,6 +23,9 @@ from unimim.files import check_output_folder, write_text
 from unimim.logs import log
 from unimim.recipes import Recipe, by_name, names_for, recipe_for
 
+# flags with a default that `adapt_defaults` takes away, so that config.yaml has them without one
+UNSETTABLE = ("opt_betas", "eval_input_size")
+
 
 def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line with recipe and config file as defaults. Exits with argparse's message
@@ -167,29 +170,65 @@ def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Return the values of a YAML file, which must all be flags of this script."""
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path} does not exist")
+    text = read_text("--config", path)
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold lines of the form flag: value")
     if ("lr" in values) != ("blr" in values):  # one of them replaces what the recipe says of either
         values = {"lr": None, "blr": None} | values
-    known = {action.dest for action in parser._actions}
-    if unknown := values.keys() - known:
-        raise ValueError(f"--config {path} contains unknown options: {', '.join(sorted(unknown))}")
-    for action in parser._actions:  # argparse checks types of defaults, not choices
-        if action.choices and values.get(action.dest, action.default) not in (
-            *action.choices,
-            action.default,
-        ):
-            raise ValueError(
-                f"--config {path}: --{action.dest} is not one of "
-                f"{', '.join(map(str, action.choices))}"
-            )
+    actions = {action.dest: action for action in parser._actions}
+    if unknown := values.keys() - actions.keys():
+        names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(f"--config {path} contains unknown options: {names}")
+    for name, value in values.items():
+        try:
+            values[name] = config_value(parser, actions[name], value)
+        except (argparse.ArgumentError, ValueError) as error:
+            reason = getattr(error, "message", None) or error
+            raise ValueError(f"--config {path}: --{name}: {reason}") from error
     return values
+
+
+def read_text(flag: str, path: str) -> str:
+    """Return a text file that a flag names; ValueError if there is none, or it is no text."""
+    if not Path(path).is_file():
+        raise ValueError(f"{flag} {path} does not exist")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path} is no text in UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be read: {error.strerror}") from error
+
+
+def config_value(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
+    """Return what the flag of `action` makes of a value in YAML, as of the same on a command line.
+
+    Raises argparse's error or ValueError where the flag does not take it.
+    """
+    if value is None:
+        if action.default is not None and action.dest not in UNSETTABLE:
+            raise ValueError("it has no value; leave the line out for the default")
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is not true or false")
+        return value
+    if isinstance(value, (list, tuple)) and action.nargs in (None, "?"):
+        raise ValueError(f"{value} is a list; it takes one value")
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(action.nargs, int) and len(items) != action.nargs:
+        raise ValueError(f"{value} is not {action.nargs} values")
+    if action.nargs == "+" and not items:
+        raise ValueError("it is an empty list")
+    if wrong := [item for item in items if not isinstance(item, (str, int, float))]:
+        raise ValueError(f"{wrong[0]!r} is no text or number")
+    found = argparse.Namespace()
+    action(parser, found, parser._get_values(action, [str(item) for item in items]))
+    return getattr(found, action.dest)
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -223,6 +262,12 @@ def validate(args: argparse.Namespace) -> None:
         raise ValueError(f"--keep_checkpoints must be at least 1, not {args.keep_checkpoints}")
     if getattr(args, "lr_schedule", "") == "step" and not args.lr_steps:
         raise ValueError("--lr_schedule step needs --lr_steps, the epochs after which the lr falls")
+    scale = getattr(args, "crop_scale", None)
+    if scale is not None and not 0 < scale[0] <= scale[-1]:
+        raise ValueError(
+            f"--crop_scale {' '.join(map(str, scale))} must be the smallest and the largest fraction "
+            "of an image's area, above 0"
+        )
     mixing = (
         getattr(args, "mixup", 0)
         or getattr(args, "cutmix", 0)
@@ -245,7 +290,11 @@ def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--model_kwargs takes K=V pairs, not {item!r}")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            reason = getattr(error, "problem", None) or type(error).__name__
+            raise ValueError(f"--model_kwargs {item!r} is not YAML: {reason}") from error
         with contextlib.suppress(ValueError):  # YAML takes 1e-6 for a word
             options[key] = float(options[key]) if isinstance(options[key], str) else options[key]
     return options

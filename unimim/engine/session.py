@@ -572,6 +572,7 @@ class Origin:
             average = self.state.get("ema_state_dict")  # SemAIM's
             ema_weights = load_checkpoint(copy) if copy else average or self.state
         if weights is not None:
-            restore(network, weights, str(self.path), published=self.published)
+            published = self.published
+            restore(network, weights, str(self.path), published=published, whole=not published)
         if ema is not None and ema_weights is not None:
             restore(ema.module, ema_weights, str(self.path), published=self.published)

@@ -200,7 +200,7 @@ class FeatureDataset(Dataset):
     """A data set of features in place of images, by the same keys (epoch, index); on the CPU."""
 
     def __init__(self, features: Features):
-        self.vectors, self.labels = features.vectors.cpu(), features.labels.cpu()
+        self.vectors, self.labels = features.vectors.cpu(), features.labels.cpu().numpy()
 
     def __len__(self) -> int:
         return len(self.labels)
