@@ -219,6 +219,9 @@ class Predictor(PretrainMethod):
         super().__init_subclass__(**options)
         own = options_of(cls.targets.get(cls.own_target)) | options_of(cls.masks[cls.own_mask])
         cls.chosen_options = {"target", "mask_type"} | own
+        heads = [part.head_name for part in cls.targets.values()] + [cls.head_name]
+        names = [f"{name}." for name in heads if name]
+        cls.not_exported = tuple(dict.fromkeys((*cls.not_exported, *names)))
 
     @classmethod
     def refusal(cls, mask_type: str, target: str | None) -> OptionError | None:
@@ -339,11 +342,6 @@ class Predictor(PretrainMethod):
     @property
     def raw_views(self) -> tuple[str, ...]:
         return self.target.raw_views if self.target else ()
-
-    def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        kept = super().encoder_state_dict(weights)
-        head = f"{self.head_name}."
-        return {name: value for name, value in kept.items() if not name.startswith(head)}
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
         self.masking.before_epoch(epoch, epochs)

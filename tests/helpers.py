@@ -19,7 +19,7 @@ from torch import Tensor
 from datasets import build_dataset
 from engine_for_finetuning import Classification
 from engine_for_pretraining import grouped, train_one_step
-from modeling_finetune import VisionTransformer
+from modeling_finetune import VisionTransformer, entry_of
 from optim_factory import param_groups
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
@@ -102,9 +102,19 @@ METHODS = {  # flags over those of PRETRAIN
 # Runs in this process
 
 
+def base_flags(stage: str, flags: tuple[str, ...]) -> list[str]:
+    """Return the flags that `flags` are given over; a method that hides parts, or nothing, keeps
+    its own masks."""
+    if stage == "finetune":
+        return FINETUNE
+    entry = entry_of(flags[flags.index("--model") + 1]) if "--model" in flags else None
+    own = getattr(entry.classes[0], "own_mask", "") if entry and entry.classes else ""
+    return [*PRETRAIN, "--mask_type", own] if own in ("none", "parts") else PRETRAIN
+
+
 def arguments(stage: str, folder: Path | str, *flags: str) -> Namespace:
     """Return the options of a tiny "pretrain" or "finetune" run that writes to `folder`."""
-    base = {"pretrain": PRETRAIN, "finetune": FINETUNE}[stage]
+    base = base_flags(stage, flags)
     return parse(stage, [*base, "--output_dir", str(folder), *flags])
 
 
@@ -296,10 +306,8 @@ def script(
     stage: str, folder: Path | str, *flags: str, launcher: tuple[str, ...] = (sys.executable,)
 ) -> list[str]:
     """Return the command line of a tiny run."""
-    name, base = {
-        "pretrain": ("run_pretraining.py", PRETRAIN),
-        "finetune": ("run_class_finetuning.py", FINETUNE),
-    }[stage]
+    name = {"pretrain": "run_pretraining.py", "finetune": "run_class_finetuning.py"}[stage]
+    base = base_flags(stage, flags)
     return [*launcher, str(ROOT / name), *base, "--output_dir", str(folder), *flags]
 
 
