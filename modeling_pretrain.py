@@ -74,6 +74,7 @@ from modeling_targets import (
     Pixels,
     Shape,
     Target,
+    check_rgb,
     load_teacher,
     put,
 )
@@ -276,9 +277,8 @@ class Predictor(PretrainMethod):
 
     def aim(self, width: int) -> None:
         """Make the target; `width` is that of the encoder's own features."""
-        self.target = self._make_target and self._make_target(
-            Shape(self.cell_grid, tuple(self.cell_size), width)
-        )
+        shape = Shape(self.cell_grid, tuple(self.cell_size), width, self.image_channels)
+        self.target = self._make_target and self._make_target(shape)
 
     def add_head(self, dim: int) -> nn.Module:
         """Add and return the head of the target on tokens [B, M, dim]."""
@@ -302,6 +302,7 @@ class Predictor(PretrainMethod):
             problem = "leaves patches out, which only a model with a decoder can; use 1"
             raise OptionError("token_share", None, problem)
         if self.masking.teacher is not None:
+            check_rgb(self.image_channels, "mask_teacher")
             self.masking.teacher = load_teacher(None, self.masking.teacher, self.cell_grid)
         own_views = ()
         parts = [self.masking]
@@ -326,6 +327,10 @@ class Predictor(PretrainMethod):
         return tuple(
             side // cell for side, cell in zip(self.image_size, self.cell_size, strict=True)
         )
+
+    @property
+    def image_channels(self) -> int:
+        return self.patch_embed.proj.in_channels
 
     @property
     def num_parts(self) -> int:
@@ -1519,6 +1524,7 @@ class SimMIM(Predictor):
         options = self.choose(options)
         super().__init__()
         self.token_lr, self.gamma_lr, self.input_size = token_lr, gamma_lr, to_pair(input_size)
+        self.channels = options.get("in_chans", 3)
         self.backbone = build_backbone(
             backbone,
             self.input_size,
@@ -1544,7 +1550,9 @@ class SimMIM(Predictor):
         self.aim(CellNeck.width_of(width, finer))
         self.predicts_pixels = isinstance(self.target, Pixels) and self.target.is_plain
         if self.predicts_pixels:
-            self.neck = PixelNeck(width, stride, kernel=kernel, decoder_kernel=decoder_kernel)
+            self.neck = PixelNeck(
+                width, stride, channels=self.channels, kernel=kernel, decoder_kernel=decoder_kernel
+            )
             self.loss = ReconstructionLoss(fft_weight=self.target.fft_weight)
         else:
             self.neck = CellNeck(width, finer)
@@ -1561,13 +1569,17 @@ class SimMIM(Predictor):
         mask = torch.ones(1, *(side // place.stride for side in self.input_size))
         problem = f"there is no place for a mask token after {place.module} of {name}"
         with refused(OptionError("backbone", None, problem)):
-            self.eval().features(torch.zeros(1, 3, *self.input_size), mask)
+            self.eval().features(torch.zeros(1, self.channels, *self.input_size), mask)
         self.train(training)
         self.inject.mask = None
 
     @property
     def image_size(self) -> tuple[int, int]:
         return self.input_size
+
+    @property
+    def image_channels(self) -> int:
+        return self.channels
 
     @property
     def cell_size(self) -> tuple[int, int]:

@@ -47,7 +47,7 @@ OWN_MEAN_STD: dict[str, MeanStd] = {  # of the images that the teachers were tra
 class GaussianBlur(nn.Module):
     """Blurs images [B, 3, H, W] with zeros around them (docs/methods/semaim.md#blur)."""
 
-    def __init__(self, kernel_size: int, sigma: float):
+    def __init__(self, kernel_size: int, sigma: float, channels: int = 3):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1 or sigma <= 0:
             raise OptionError(
@@ -59,14 +59,17 @@ class GaussianBlur(nn.Module):
         offsets = torch.arange(kernel_size) - kernel_size // 2
         row = torch.exp(-offsets.square() / (2 * sigma**2))
         kernel = torch.outer(row, row)
-        self.register_buffer("weight", (kernel / kernel.sum()).expand(3, 1, -1, -1).clone())
+        kernels = (kernel / kernel.sum()).expand(channels, 1, -1, -1)
+        self.register_buffer("weight", kernels.clone())
 
     def forward(self, images: Tensor) -> Tensor:
         weight = self.weight.to(images.dtype)
         return F.conv2d(images, weight, padding=weight.shape[-1] // 2, groups=len(weight))
 
 
-def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | None:
+def build_blur(
+    kernel_size: int | None, sigma: float | None, channels: int = 3
+) -> GaussianBlur | None:
     """None without a blur.
 
     Raises:
@@ -79,7 +82,7 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
             "give it together with gaussian_sigma, or neither",
             "gaussian_sigma",
         )
-    return None if kernel_size is None else GaussianBlur(kernel_size, sigma)
+    return None if kernel_size is None else GaussianBlur(kernel_size, sigma, channels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,6 +107,7 @@ class HOG:
         nbins: int = 9,
         pool: int = 8,
         window: int = 16,
+        channels: int = 3,
     ):
         if nbins < 1 or pool < 1 or any(side % pool for side in patch):
             raise OptionError(
@@ -118,11 +122,12 @@ class HOG:
             )
         self.grid, self.cells = grid, (patch[0] // pool, patch[1] // pool)
         self.nbins, self.pool, self.window = nbins, pool, window
+        self.channels = channels
 
     @property
     def width(self) -> int:
         """Numbers of a patch."""
-        return 3 * self.nbins * math.prod(self.cells)
+        return self.channels * self.nbins * math.prod(self.cells)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] to float32 [B, N, width], in the order color, bin, cell row, cell
@@ -768,11 +773,12 @@ PIXEL_LOSSES = ("L1", "L2")
 
 class Shape(NamedTuple):
     """What a target must know of an encoder: its grid of patches, their (height, width) in pixels,
-    and how many channels its own features have."""
+    and how many channels its own features and its images have."""
 
     grid: Pair
     patch: Pair
     width: int
+    channels: int = 3
 
 
 class Target:
@@ -878,12 +884,12 @@ class Pixels(Target):
         super().__init__(shape)
         check_choice("loss_type", loss_type, PIXEL_LOSSES)
         self.norm_pix_loss = norm_pix_loss
-        self.blur = build_blur(gaussian_kernel_size, gaussian_sigma)
+        self.blur = build_blur(gaussian_kernel_size, gaussian_sigma, shape.channels)
         self.loss_type = loss_type
         self.mean_by_patch = mean_by_patch
         self.fft_weight = fft_weight
         self.spectra = ReconstructionLoss()
-        self.width = 3 * math.prod(shape.patch)
+        self.width = shape.channels * math.prod(shape.patch)
 
     @property
     def is_plain(self) -> bool:
@@ -985,7 +991,7 @@ class Histograms(Target):
         side = shape.patch[0]
         pool = max(side // 2, 1) if hog_pool is None else hog_pool
         window = side if hog_window is None else hog_window
-        self.hog = HOG(shape.grid, shape.patch, hog_nbins, pool, window)
+        self.hog = HOG(shape.grid, shape.patch, hog_nbins, pool, window, shape.channels)
         self.width = self.hog.width
 
     def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
@@ -1187,6 +1193,7 @@ class TeacherTokens(Features):
         self.teacher = None
         self.width = out_dim
         if target_model is not None:
+            check_rgb(shape.channels, "target_model")
             self.teacher = load_teacher(
                 self.kind, target_model, shape.grid, target_precision, image_mean_std
             )
@@ -1202,6 +1209,13 @@ class TeacherTokens(Features):
     def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
         target = self.tokens(batch)[:, -math.prod(self.shape.grid) :]
         return target if positions is None else take(target, positions)
+
+
+def check_rgb(channels: int, option: str) -> None:
+    """Raise an OptionError if images of so many channels cannot be given to a frozen network."""
+    if channels != 3:
+        problem = f"is too few for {option}, a network of RGB images; use 3"
+        raise OptionError("in_chans", channels, problem, option)
 
 
 class ClipTokens(TeacherTokens):

@@ -57,6 +57,7 @@ BOTH = {
     "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005,
     "warmup_epochs": 5, "warmup_steps": -1, "device": "cuda", "precision": "auto",
     "enable_deepspeed": False, "zero_stage": 1, "deepspeed_config": None, "offload": None,
+    "deepspeed_shards": False,
     "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
     "dist_timeout": 60.0, "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None,
     "output_dir": "", "log_dir": None, "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0,
@@ -64,7 +65,8 @@ BOTH = {
     "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0, "keep_checkpoints": None,
     "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine", "recipe": None,
     "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
-    "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
+    "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0, "in_chans": None, "mean": None,
+    "std": None,
 }  # fmt: skip
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0),
@@ -96,6 +98,7 @@ FINETUNE_ONLY = {
     "mixup_mode": "batch", "model_ema": False, "no_model_ema": False, "model_ema_decay": 0.9999,
     "model_ema_force_cpu": False, "eval": False, "dist_eval": True, "no_dist_eval": True,
     "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,
+    "freeze_blocks": 0,
 }  # fmt: skip
 # What ConMIM's published commands pass (docs/coming_from.md#coming-from-conmim)
 PUBLISHED_PRETRAIN = """
@@ -383,6 +386,7 @@ MISTAKES = [
     ("pretrain", "--compile --enable_deepspeed --zero_stage 3 --dry_run", "use --zero_stage 2"),
     ("finetune", "--compile --enable_deepspeed --zero_stage 3", "use --zero_stage 2"),
     ("pretrain", "--offload optimizer", "--enable_deepspeed"),
+    ("pretrain", "--deepspeed_shards", "--deepspeed_shards needs --enable_deepspeed"),
     (
         "pretrain",
         "--offload optimizer --enable_deepspeed --zero_stage 0",

@@ -14,7 +14,6 @@ import yaml
 
 from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
-from unimim.checkpoint.files import takes_imagenet_mean_std
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.cli.published import translate
 from unimim.cli.space import table
@@ -48,17 +47,16 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
         typed = explicit_flags(stage, argv)
-        explicit = typed | overlay.keys()
-        adapt_defaults(args, explicit, has_recipe=recipe is not None)
+        adapt_defaults(args, given=typed | overlay.keys(), has_recipe=recipe is not None)
         # a file may hold the default of a model that did not ask for it
         if "mask_type" in args and args.mask_type == "block" and "mask_type" not in typed:
             args.mask_type = own_mask(args.model)
         validate(args)
-        if getattr(args, "eval", False) and "imagenet_default_mean_and_std" not in explicit:
-            use_mean_std_of(args.resume or args.finetune, args)
     except ValueError as error:
         parser.error(str(error))
     args.notes = notes
+    named = {"mean", "std", "imagenet_default_mean_and_std"}
+    args.mean_std_given = bool(first.recipe or named & (given | published.keys()))
     args.recipe = recipe.name if recipe else None
     args.other_recipes = () if first.recipe else names_for(args.model, stage, args.recipe)
     return args
@@ -161,13 +159,6 @@ def own_mask(model: str) -> str:
     return getattr(entry.classes[0], "own_mask", "block") if entry and entry.classes else "block"
 
 
-def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
-    """Evaluate a file by the mean and std of its training, where it says which; one that is not
-    there is named later."""
-    if Path(path).is_file() and (said := takes_imagenet_mean_std(path)) is not None:
-        args.imagenet_default_mean_and_std = said
-
-
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Return the values of a YAML file, which must all be flags of this script."""
     text = read_text("--config", path)
@@ -253,7 +244,7 @@ def validate(args: argparse.Namespace) -> None:
             f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random "
             "--mask_type"
         )
-    for name in ("deepspeed_config", "offload"):
+    for name in ("deepspeed_config", "offload", "deepspeed_shards"):
         if getattr(args, name) and not args.enable_deepspeed:
             raise ValueError(f"--{name} needs --enable_deepspeed")
     if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
@@ -280,16 +271,18 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Return constructor options of --model_kwargs (YAML values), --input_size, --patch_size."""
+    """Return constructor options from --model_kwargs (YAML values) and from the flags of sizes."""
     options = {
         name: getattr(args, name)
-        for name in ("input_size", "patch_size")
-        if getattr(args, name) is not None
+        for name in ("input_size", "patch_size", "in_chans")
+        if getattr(args, name, None) is not None
     }
     for item in args.model_kwargs:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--model_kwargs takes K=V pairs, not {item!r}")
+        if key == "in_chans":  # the data must know it, too
+            raise ValueError(f"--model_kwargs {item}: use --in_chans {value}")
         try:
             options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, RecursionError) as error:
@@ -389,6 +382,7 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
         "deepspeed",
         "other_recipes",
         "notes",
+        "mean_std_given",
     }
     leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
     values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}
