@@ -47,7 +47,8 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
         typed = explicit_flags(stage, argv)
-        adapt_defaults(args, given=typed | overlay.keys(), has_recipe=recipe is not None)
+        given = typed | overlay.keys()
+        adapt_defaults(args, given=given, has_recipe=recipe is not None)
         # a file may hold the default of a model that did not ask for it
         if "mask_type" in args and args.mask_type == "block" and "mask_type" not in typed:
             args.mask_type = own_mask(args.model)
