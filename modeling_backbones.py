@@ -404,9 +404,17 @@ class MaskToken(nn.Module):
         """From now on the backbone's features go through here."""
         module = backbone.get_submodule(self.place.module)
         if self.place.before:
-            module.register_forward_pre_hook(lambda _, inputs: (self(inputs[0]), *inputs[1:]))
+            module.register_forward_pre_hook(self.before)
         else:
-            module.register_forward_hook(lambda _, inputs, output: self(output))
+            module.register_forward_hook(self.after)
+
+    # bound methods: in a copy of the backbone they are those of the copied token
+
+    def before(self, _, inputs: tuple) -> tuple:
+        return self(inputs[0]), *inputs[1:]
+
+    def after(self, _, inputs: tuple, output: Tensor) -> Tensor:
+        return self(output)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, C, h, w], [B, h, w, C] or [B, T, C]; `mask` [B, rows, columns], 1 = masked,
@@ -477,6 +485,37 @@ class PixelNeck(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.pixel_shuffle(self.pred(self.decoder(features)), self.stride)
+
+
+class CellNeck(nn.Module):
+    """Makes of a map [B, C, h, w] a token of each patch that a mask hides or shows, [B, N, D].
+
+    These are `finer` times as many as the map's positions along each side; where they are as many,
+    the tokens are the map's features.
+    """
+
+    def __init__(self, width: int, finer: int):
+        super().__init__()
+        self.width = self.width_of(width, finer)
+        self.finer = finer
+        self.lift = nn.Identity() if finer == 1 else nn.Conv2d(width, self.width * finer**2, 1)
+        if finer > 1:
+            nn.init.trunc_normal_(self.lift.weight, std=0.02)
+            nn.init.zeros_(self.lift.bias)
+
+    @staticmethod
+    def ratio(stride: int, cell: int) -> int:
+        """Return how many patches of `cell` pixels there are along `stride` pixels."""
+        assert stride % cell == 0, (stride, cell)
+        return stride // cell
+
+    @staticmethod
+    def width_of(width: int, finer: int) -> int:
+        """Return D, the numbers of a token, of maps with `width` channels."""
+        return max(width // finer, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.lift(features), self.finer).flatten(2).transpose(1, 2)
 
 
 def depthwise_layer(width: int, kernel: int) -> nn.Sequential:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from unimim.recipes import beit, conmim, mae, mim, nepa, pixio, semaim, small
+from unimim.recipes import beit, conmim, mae, mim, neighbors, nepa, pixio, semaim, small
 from unimim.recipes.recipe import OURS, PROGRAMS, WITHOUT_LABELS, Recipe
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "recipe_for",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (conmim, mae, pixio, semaim, nepa, beit, mim, small)
+FAMILIES: tuple[ModuleType, ...] = (conmim, mae, pixio, semaim, nepa, beit, mim, neighbors, small)
 STAGES = ("pretrain", "finetune")  # their scripts use the model's recipe if none is named
 
 _RECIPES: tuple[Recipe, ...] = tuple(recipe for family in FAMILIES for recipe in family.RECIPES)
@@ -77,6 +77,8 @@ def recipe_for(model: str, stage: str) -> Recipe | None:
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     for recipe in _RECIPES:
+        if recipe in neighbors.RECIPES:  # of another target than the model's own
+            continue
         # a recipe that names a data set is taken by its own name only
         if (recipe.model, recipe.stage) == (model, stage) and "data_set" not in recipe.flags:
             return recipe
