@@ -170,6 +170,8 @@ def build_dataset(
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
     kind = args.data_set or _detect(path)
+
+    # images beside the training ones would be evaluated on in silence
     if (
         kind == "image_folder"
         and not train
@@ -182,6 +184,8 @@ def build_dataset(
     source = build_source(
         kind, path, train=train, need_labels=need_labels, train_path=args.data_path
     )
+
+    # low-shot training takes the first images of each class
     fraction = getattr(args, "label_fraction", 1.0)
     if train and fraction != 1.0:
         source = PartSource(source, first_of_each_class(source.labels, fraction))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -416,9 +416,7 @@ class Attention(nn.Module):
             x = self.fused(q, k, v, bias, causal)
         else:
             if causal:
-                bias = torch.full(q.shape[2:3] * 2, -math.inf, device=q.device, dtype=q.dtype).triu(
-                    1
-                )  # [T, T]
+                bias = causal_mask(q)
             x = (
                 F.dropout(self.probabilities(q, k, bias), self.attn_drop, self.training).to(v.dtype)
                 @ v
@@ -490,6 +488,11 @@ class Attention(nn.Module):
         [B, 1, T, T]."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(-1)
+
+
+def causal_mask(q: Tensor) -> Tensor:
+    """Return 0 where a query of [B, h, T, d] may see a key, else -inf: [T, T]."""
+    return torch.full(q.shape[2:3] * 2, -math.inf, device=q.device, dtype=q.dtype).triu(1)
 
 
 def flexible(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -839,9 +842,13 @@ class VisionTransformer(nn.Module):
         x = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         return self.pos_drop(x if positions is None else x + positions)
 
+    def position_bias(self) -> Any:
+        """What positions are to the attention of every block: a bias [h, T, T], or None."""
+        return None if self.rel_pos_bias is None else self.rel_pos_bias()
+
     def run_blocks(self, x: Tensor, **last_options) -> Tensor:
         """Tokens [B, T, C] after all blocks; the options are those of the last block's forward."""
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = self.position_bias()
         *blocks, last_block = self.blocks
         for block in blocks:
             x = self._run_block(block, x, bias)
@@ -869,7 +876,7 @@ class VisionTransformer(nn.Module):
                 layer,
                 f"is none of the {len(self.blocks)} blocks; count from 0 or, with -1, from the end",
             )
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = self.position_bias()
         layer %= len(self.blocks)
         x = self.embed(self.patch_embed(x), self.pos_embed)
         for block in self.blocks[:layer]:
@@ -883,6 +890,233 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise an OptionError if the value of a constructor option is none of the choices."""
     if value not in choices:
         raise OptionError(option, value, f"is unknown; take one of {', '.join(choices)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The model with rotary positions
+
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+QK_NORMS = ("none", "plain", "weight", "affine")
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine [1 or B, 1, N, d] of the angles by which queries and keys of N patches are
+    rotated."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate the last tokens of x [B, h, T, d], those of patches, in float32."""
+        count = min(x.shape[2], self.cos.shape[2])
+        cos, sin = self.cos[:, :, -count:], self.sin[:, :, -count:]
+        rest, patches = x.split((x.shape[2] - count, count), dim=2)
+        first, second = patches.float().chunk(2, dim=-1)
+        turned = patches.float() * cos + torch.cat((-second, first), dim=-1) * sin
+        return torch.cat((rest, turned.to(x.dtype)), dim=2)
+
+
+class PositionChanges(NamedTuple):
+    """What is done to the coordinates of each image's patches, in this order; None: nothing.
+
+    shift [B, 2] is added, jitter [B, 2] and rescale [B, 1] are factors; rows come first.
+    """
+
+    shift: Tensor | None = None
+    jitter: Tensor | None = None
+    rescale: Tensor | None = None
+
+
+class RotaryPositions(nn.Module):
+    """Rotary positions of the patches of a grid, those of DINOv3
+    (docs/methods/nepa.md#positions).
+
+    theta: the largest wave length of a coordinate, in halves of the image. shift, jitter, rescale:
+    ranges of random changes in training, see `draw`; None: no change.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        dim: int,
+        theta: float,
+        shift: float | None,
+        jitter: float | None,
+        rescale: float | None,
+    ):
+        super().__init__()
+        if dim % 4:
+            raise OptionError(
+                "num_heads", None, f"gives heads of {dim} channels; rotary positions need fours"
+            )
+        self.grid, self.dim, self.theta = grid, dim, theta
+        self.shift, self.jitter, self.rescale = shift, jitter, rescale
+        self.sizes = [0 if shift is None else 2, 0 if jitter is None else 2]
+        self.sizes.append(0 if rescale is None else 1)
+        self.noise_size = sum(self.sizes)
+
+    def draw(self, noise: Tensor) -> PositionChanges:
+        """Return the changes that noise [B, noise_size] in [0, 1) stands for: a shift of at most
+        `shift`, and factors between a number and its inverse, even in their logarithm."""
+        shift, jitter, rescale = (2 * noise.float() - 1).split(self.sizes, dim=1)
+        return PositionChanges(
+            None if self.shift is None else shift * self.shift,
+            None if self.jitter is None else (jitter * math.log(self.jitter)).exp(),
+            None if self.rescale is None else (rescale * math.log(self.rescale)).exp(),
+        )
+
+    def forward(self, device: torch.device, changes: PositionChanges | None = None) -> Rotation:
+        with torch.autocast(device.type, enabled=False):
+            axes = [
+                2 * (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side - 1
+                for side in self.grid
+            ]
+            places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)[None]
+            shift, jitter, rescale = changes or PositionChanges()
+            places = places if shift is None else places + shift[:, None]
+            for factor in (jitter, rescale):
+                places = places if factor is None else places * factor[:, None]
+            quarter = self.dim // 4
+            powers = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
+            angles = 2 * math.pi * places.unsqueeze(-1) * self.theta**-powers  # [1 or B, N, 2, d/4]
+            angles = angles.flatten(2).repeat(1, 1, 2).unsqueeze(1)
+            return Rotation(angles.cos(), angles.sin())
+
+
+class RotaryAttention(Attention):
+    """Attention of rotated queries and keys, each head normalized first unless `qk_norm` is "none".
+
+    qk_norm: "plain" is a layer norm without weights, "weight" one with, "affine" one with bias too.
+    causal: no token sees a later one.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: str, causal: bool, **options):
+        super().__init__(dim, num_heads, **options)
+        check_choice("qk_norm", qk_norm, QK_NORMS)
+        self.causal = causal
+        self.q_norm, self.k_norm = (self.head_norm(qk_norm, dim // num_heads) for _ in range(2))
+
+    def head_norm(self, kind: str, width: int) -> nn.Module:
+        """Return the norm of a head's queries or keys; what it does not train stays 1 or 0."""
+        if kind == "none":
+            return nn.Identity()
+        norm = nn.LayerNorm(width, eps=1e-6)
+        norm.weight.requires_grad_(kind != "plain")
+        norm.bias.requires_grad_(kind == "affine")
+        return norm
+
+    def project(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+        q, k, v = super().project(x, last)
+        return [self.q_norm(q), self.k_norm(k), v]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Rotation, causal: bool = False
+    ) -> Tensor:
+        q, k = bias(q), bias(k)
+        return super().attend(q, k, v, None, causal or self.causal)
+
+    def probabilities(self, q: Tensor, k: Tensor, bias: Rotation | Tensor | None) -> Tensor:
+        """As `Attention.probabilities`; with a rotation of queries and keys as they are
+        projected."""
+        if isinstance(bias, Rotation):
+            q, k, bias = bias(q), bias(k), causal_mask(q) if self.causal else None
+        return super().probabilities(q, k, bias)
+
+
+class GatedMlp(nn.Module):
+    """An activation of one linear layer times another, then a third: SwiGLU with "silu"."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float, act: str):
+        super().__init__()
+        self.act = ACTIVATIONS[act]
+        self.fc1_g = nn.Linear(dim, hidden_dim)
+        self.fc1_x = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.act(self.fc1_g(x)) * self.fc1_x(x)))
+
+
+class RotaryBlock(Block):
+    """A block of `RotaryAttention`, whose MLP has any activation and may be gated."""
+
+    attention = RotaryAttention
+
+    def __init__(self, dim, num_heads, *, mlp_ratio, drop, act, gated_mlp, **options):
+        super().__init__(dim, num_heads, mlp_ratio=mlp_ratio, drop=drop, **options)
+        check_choice("act", act, tuple(ACTIVATIONS))
+        if gated_mlp:
+            self.mlp = GatedMlp(dim, int(dim * mlp_ratio), drop, act)
+        else:
+            self.mlp.fc2.act = ACTIVATIONS[act]
+
+
+class RotaryViT(VisionTransformer):
+    """A ViT without position embeddings, whose attention rotates queries and keys of patches
+    (docs/methods/nepa.md).
+
+    qk_norm, causal: see `RotaryAttention`. act: "gelu", "silu" or "relu"; gated_mlp: see
+    `GatedMlp`. rope_theta, pos_shift, pos_jitter, pos_rescale: see `RotaryPositions`. The mean of
+    patch tokens is taken of normed ones. freeze_patch_embed: the projection of the patches is not
+    trained.
+    """
+
+    # published files leave norms without weights out
+    may_be_missing = (".q_norm.", ".k_norm.")
+
+    def __init__(
+        self,
+        *,
+        qk_norm: str = "none",
+        act: str = "gelu",
+        gated_mlp: bool = False,
+        causal: bool = False,
+        rope_theta: float = 100.0,
+        pos_shift: float | None = None,
+        pos_jitter: float | None = None,
+        pos_rescale: float | None = None,
+        freeze_patch_embed: bool = False,
+        **vit,
+    ):
+        self.block = partial(
+            RotaryBlock, qk_norm=qk_norm, act=act, gated_mlp=gated_mlp, causal=causal
+        )
+        super().__init__(**vit, k_bias=True, pos_embed="none", rel_pos_bias="none")
+        self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+        self.rope = RotaryPositions(
+            self.patch_embed.grid_size, self.embed_dim // self.blocks[0].attn.num_heads,
+            rope_theta, pos_shift, pos_jitter, pos_rescale,
+        )  # fmt: skip
+        self.patch_embed.requires_grad_(not freeze_patch_embed)
+
+    def position_bias(self) -> Rotation:
+        return self.rope(self.cls_token.device)
+
+    def run_blocks(self, x: Tensor, changes: PositionChanges | None = None) -> Tensor:
+        """Tokens [B, T, C] after all blocks. `changes` of the positions are drawn here in training
+        if they are not given."""
+        if changes is None and self.training and self.rope.noise_size:
+            changes = self.rope.draw(torch.rand(len(x), self.rope.noise_size, device=x.device))
+        rotation = self.rope(x.device, changes)
+        for block in self.blocks:
+            x = self._run_block(block, x, rotation)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        return super().pool(self.norm(x) if self.global_pool == "avg" else x)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()  # the class token is decayed
+
+    def _init_module(self, module: nn.Module) -> None:
+        super()._init_module(module)
+        if isinstance(module, nn.Conv2d):
+            self._init_token(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def _rescale(self, blocks: nn.ModuleList) -> None:
+        """Leave the blocks as they are, unlike BEiT."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -921,3 +1155,8 @@ for _size, _options in MIM_VIT_SIZES.items():
     # BEiT's with learned positions (docs/methods/simmim_a2mim.md#classifiers)
     _mim = {"rel_pos_bias": "per_block", "pos_embed": "learned", "init_values": 0.1}
     register(f"mim_{_size}_patch16_224", VisionTransformer, **_options, **_mim)
+
+for _size, _options in VIT_SIZES.items():
+    # NEPA's (docs/methods/nepa.md#fine-tuning)
+    _rotary = {"qk_norm": "weight", "init_values": 1e-5, "pos_rescale": 2.0}
+    register(f"rope_vit_{_size}_patch14_224", RotaryViT, **_options, **_rotary, patch_size=14)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ from modeling_finetune import (
     Attention,
     Block,
     Mlp,
+    RotaryViT,
     VisionTransformer,
     check_choice,
     drop_path_rates,
@@ -128,6 +129,16 @@ class PretrainMethod(Task):
         """Return images of what is predicted of a batch, by a method that `predicts_pixels`;
         `noise` as for `forward`."""
         raise NotImplementedError
+
+    def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the noise [B, noise_size] that came with the images, drawn here if there is
+        none."""
+        images = batch["image"]
+        return (
+            batch["noise"]
+            if "noise" in batch
+            else torch.rand(len(images), self.noise_size, device=images.device)
+        )
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -316,25 +327,11 @@ class PlainViT(PretrainMethod, VisionTransformer):
     """The form of MAE: fixed sine-cosine positions, keys with a bias, and its initialization
     (docs/methods/mae_semmae.md#initialization-and-weight-decay)."""
 
-    def __init__(self, **vit):
-        form = {
-            "pos_embed": "sincos",
-            "rel_pos_bias": "none",
-            "k_bias": True,
-            "global_pool": "token",
-            "num_classes": 0,
-        }
-        super().__init__(**vit, **form, num_cls_tokens=1)
+    form: ClassVar[dict[str, Any]] = {"pos_embed": "sincos", "num_cls_tokens": 1}
 
-    def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the noise [B, noise_size] that came with the images, drawn here if there is
-        none."""
-        images = batch["image"]
-        return (
-            batch["noise"]
-            if "noise" in batch
-            else torch.rand(len(images), self.noise_size, device=images.device)
-        )
+    def __init__(self, **vit):
+        shared = {"rel_pos_bias": "none", "k_bias": True, "global_pool": "token", "num_classes": 0}
+        super().__init__(**vit, **shared, **self.form)
 
     def panels(self, images: Tensor, known: Tensor, predicted: Tensor) -> Reconstruction:
         """Return the images of predicted patches [B, N, P], those at positions `known` [B, V]
@@ -406,8 +403,7 @@ class MAE(PlainViT):
         num_visible(self.patch_embed.num_patches, mask_ratio)  # refuses a ratio that cannot be
         self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        positions = sincos_pos_embed(decoder_embed_dim, self.patch_embed.grid_size)
-        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_pos_embed = self.decoder_positions(decoder_embed_dim)
         block = partial(
             Block, decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
             k_bias=True, kernel=attn, drop=0.0, attn_drop=0.0, drop_path=0.0, init_values=None,
@@ -418,6 +414,11 @@ class MAE(PlainViT):
         for decoder in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             decoder.apply(self._init_module)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def decoder_positions(self, width: int) -> nn.Parameter:
+        """Return the decoder's positions [1, n + N, width]."""
+        positions = sincos_pos_embed(width, self.patch_embed.grid_size)
+        return nn.Parameter(positions, requires_grad=False)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
         """`noise` replaces the random noise of `random_masking`."""
@@ -443,17 +444,17 @@ class MAE(PlainViT):
         return ascending(self.noise_of(batch) if noise is None else noise)
 
     def forward_encoder(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """Return normed tokens [B, 1 + V, C] of visible patches [B, V, P] at positions [B, V]."""
-        x = self.embed(self.patch_embed.proj(patches), positions_of(self.pos_embed, positions))
-        return self.norm(self.run_blocks(x))
+        """Return normed tokens [B, n + V, C] of visible patches [B, V, P] at positions [B, V]."""
+        rows = positions_of(self.pos_embed, positions, self.num_prefix_tokens)
+        return self.norm(self.run_blocks(self.embed(self.patch_embed.proj(patches), rows)))
 
     def forward_decoder(self, latent: Tensor, positions: Tensor, count: int) -> Tensor:
         """Return predictions [B, count, P] for the last `count` of the tokens at positions [B, L],
         the visible ones first."""
         x = self.decoder_embed(latent)
-        hidden = 1 + positions.shape[1] - x.shape[1]
-        masked = self.mask_token.to(x.dtype).expand(len(x), hidden, -1)
-        x = torch.cat((x, masked), dim=1) + positions_of(self.decoder_pos_embed, positions)
+        rows = positions_of(self.decoder_pos_embed, positions, self.num_prefix_tokens)
+        masked = self.mask_token.to(x.dtype).expand(len(x), rows.shape[1] - x.shape[1], -1)
+        x = torch.cat((x, masked), dim=1) + rows
         *blocks, last_block = self.decoder_blocks
         for block in blocks:
             x = self._run_block(block, x)
@@ -493,6 +494,81 @@ def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Return a copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
     `take`."""
     return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pixio
+
+NUM_CLS_TOKENS = Flag(
+    "num_cls_tokens", type=int, help="number of class tokens; of SemanticMIM: the bottleneck"
+)
+
+
+class Pixio(MAE):
+    """MAE with larger masked squares, several class tokens and a deep decoder (CVPR 2026,
+    arXiv 2512.15715).
+
+    Patches are masked in squares of `mask_grid` x `mask_grid`; each class token is trained, and
+    encoder and decoder see all of them; the positions of both are learned. Differences from the
+    published code, all without effect on the numbers: MAE's here; a grid need not be square.
+    """
+
+    form: ClassVar[dict[str, Any]] = {"pos_embed": "learned"}
+    flags = (
+        *MAE.flags,
+        Flag("mask_grid", type=int, help="side of a masked square in patches"),
+        NUM_CLS_TOKENS,
+    )
+
+    def __init__(
+        self,
+        *,
+        mask_grid: int = 4,
+        num_cls_tokens: int = 8,
+        norm_pix_loss: bool = True,
+        decoder_depth: int = 32,
+        **mae,
+    ):
+        super().__init__(
+            num_cls_tokens=num_cls_tokens, norm_pix_loss=norm_pix_loss,
+            decoder_depth=decoder_depth, **mae,
+        )  # fmt: skip
+        grid = self.patch_embed.grid_size
+        if mask_grid < 1 or any(side % mask_grid for side in grid):
+            problem = f"does not divide the grid of {grid[0]} x {grid[1]} patches; use a divisor"
+            raise OptionError("mask_grid", mask_grid, problem)
+        # [squares, patches of each]
+        self.register_buffer("squares", squares_of(grid, mask_grid), persistent=False)
+        self.noise_size, patches = self.squares.shape
+        self.visible = num_visible(self.noise_size, self.mask_ratio) * patches
+
+    def decoder_positions(self, width: int) -> nn.Parameter:
+        positions = nn.Parameter(torch.empty(1, self.pos_embed.shape[1], width))
+        self._init_token(positions)
+        return positions
+
+    def mask_patches(
+        self, batch: dict[str, Tensor], noise: Noise = None
+    ) -> tuple[Tensor, Tensor, int]:
+        return self.patch_embed.cut(batch["image"]), self.random_masking(batch, noise), self.visible
+
+    def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
+        """Return a random order of the patches, int64 [B, N]: square after square, these ascending
+        in noise [B, squares]."""
+        order = super().random_masking(batch, noise)
+        return self.squares[order].flatten(1)
+
+    def init_weights(self, init_scale: float) -> None:
+        super().init_weights(init_scale)
+        self._init_token(self.pos_embed)
+
+
+def squares_of(grid: tuple[int, int], side: int) -> Tensor:
+    """Return the patches of each square of side x side patches, int64 [squares, side * side];
+    squares and patches are in row-major order."""
+    rows, columns = (count // side for count in grid)
+    positions = torch.arange(math.prod(grid)).view(rows, side, columns, side)
+    return positions.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -658,6 +734,11 @@ class QueryBlock(Block):
         return self.add(x, self.attn(queries, keys, mask, causal=causal))
 
 
+USE_EMA_MODEL = Flag(
+    "use_ema_model",
+    off="no_use_ema_model",
+    help="keep an ema of the network; SemAIM's attention map comes from it",
+)
 TARGET_PRECISION = Flag(
     "target_precision",
     choices=TARGET_PRECISIONS,
@@ -782,10 +863,7 @@ class SemAIM(TwoStreams):
             "order_precision", choices=ORDER_PRECISIONS,
             help="precision of the pass for the attention map; auto: --precision",
         ),
-        Flag(
-            "use_ema_model", off="no_use_ema_model",
-            help="keep an ema of the network, which gives the attention map",
-        ),
+        USE_EMA_MODEL,
         *TwoStreams.flags,
         Flag("prediction_head_type", choices=PREDICTION_HEADS, help="a layer or an MLP"),
         Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
@@ -1183,6 +1261,94 @@ def is_random(network: nn.Module) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
+# NEPA
+
+
+class NEPA(PretrainMethod, RotaryViT):
+    """Next-embedding prediction (arXiv 2512.16922).
+
+    A causal ViT reads the class token and the patches row by row; what it returns at each token is
+    compared with the embedding of the next patch, as it enters the first block. There is no mask,
+    decoder, teacher or pixel target. use_ema_model: keep an ema of the network, which is exported.
+    Differences from the published code: docs/methods/nepa.md#differences-from-the-published-code.
+    """
+
+    flags = (USE_EMA_MODEL,)
+    ema_decay = 0.9999
+
+    def __init__(
+        self,
+        *,
+        use_ema_model: bool = False,
+        causal: bool = True,
+        init_values: float | None = 1e-5,
+        pos_rescale: float | None = 2.0,
+        **vit,
+    ):
+        form = {"num_classes": 0, "global_pool": "token"}
+        super().__init__(
+            causal=causal, init_values=init_values, pos_rescale=pos_rescale, **vit, **form
+        )
+        self.noise_size = self.rope.noise_size
+        self.views = ("image", "noise") if self.noise_size else ("image",)
+        self.ema = MovingAverage(self) if use_ema_model else None
+
+    def forward(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
+        """`noise` [B, noise_size] replaces that of the positions, which only training has."""
+        changes = None
+        if self.training and self.noise_size:
+            changes = self.rope.draw(self.noise_of(batch) if noise is None else noise)
+        embeddings = self.embed(self.patch_embed(batch["image"]), None)  # [B, 1 + N, C]
+        predicted = self.norm(self.run_blocks(embeddings, changes))
+        return self.compare(predicted[:, :-1], embeddings[:, 1:].detach())
+
+    def compare(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return minus the mean cosine of [B, N, C] with [B, N, C] in float32, and the mean cosine
+        of targets of different images: 1 after a collapse."""
+        with torch.autocast(predicted.device.type, enabled=False):
+            predicted, target = (
+                F.normalize(x.float(), dim=-1, eps=1e-12) for x in (predicted, target)
+            )
+            loss = -(predicted * target).sum(-1).mean()
+            images = len(target)
+            pairs = target.sum(0).square().sum(-1).mean() - images
+        return {"loss": loss, "target_cos": pairs / max(images * (images - 1), 1)}
+
+    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
+        """Update the ema, which begins as a copy after the first step."""
+        if self.ema is not None:
+            self.ema.update(self.ema_decay if progress > 0 else 0.0, applied)
+
+    def timm_arguments(self, encoder: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of `timm.create_model` for an exported encoder, which timm's `Eva`
+        loads strictly; it is not causal."""
+        block = self.blocks[0]
+        gated = hasattr(block.mlp, "fc1_g")
+        return {
+            "model_name": "eva_giant_patch14_224",
+            "img_size": list(self.patch_embed.img_size),
+            "patch_size": list(self.patch_embed.patch_size),
+            "embed_dim": self.embed_dim,
+            "depth": len(self.blocks),
+            "num_heads": block.attn.num_heads,
+            "num_classes": 0,
+            "global_pool": "token",
+            "mlp_ratio": (block.mlp.fc2.in_features + 0.5) / self.embed_dim,
+            "swiglu_mlp": gated,
+            "swiglu_align_to": int(gated),  # the form with separate layers
+            "qkv_bias": block.attn.qkv.bias is not None,
+            "qk_norm": isinstance(block.attn.q_norm, nn.LayerNorm),
+            "init_values": None if block.gamma_1 is None else 1e-5,
+            "attn_type": "rope",
+            "use_abs_pos_emb": False,
+            "use_rot_pos_emb": True,
+            "rope_type": "dinov3",
+            "rope_rotate_half": True,
+            "rope_temperature": self.rope.theta,
+        }
+
+
+# --------------------------------------------------------------------------------------------------
 # BEiT
 
 
@@ -1321,7 +1487,7 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
     views = ("image", "mask")
     flags = (
         Flag("separate_mask_ratio", "separate_mask", convert=lambda ratio, run: True),
-        Flag("num_cls_tokens", type=int, help="number of class tokens, the bottleneck"),
+        NUM_CLS_TOKENS,
         Flag(
             "use_bottleneck", off="no_bottleneck",
             help="mask tokens attend to the class tokens only; without, the baseline of "
@@ -1754,6 +1920,12 @@ for _size, _options in VIT_SIZES.items():
     register(f"semanticmim_maskfeat_{_size}_patch16_224", MaskFeat, **_vit, num_cls_tokens=8)
     register(f"maskfeat_{_size}_patch16_224", MaskFeat, **_vit, use_bottleneck=False)
     register(f"semmae_{_size}_patch16_224", SemMAE, **_vit, **_DECODERS.get(_size, {}))
+    # the norms of the published ViT-B's queries and keys have no weights, those of ViT-L have
+    register(
+        f"nepa_{_size}_patch14_224", NEPA, **_options, patch_size=14,
+        qk_norm="plain" if _size == "base" else "weight",
+        classifier=f"rope_vit_{_size}_patch14_224",
+    )  # fmt: skip
 
 for _size, _options in MAE_SIZES.items():
     _patch_size = 14 if _size == "huge" else 16
@@ -1765,6 +1937,14 @@ for _size, _options in MAE_SIZES.items():
         classifier=f"vit_{_size}_patch{_patch_size}_224",
         **_DECODERS.get(_size, {}),
     )
+
+    # the published decoder has 32 blocks; those of the small encoders are as many as theirs
+    _small = _DECODERS.get(_size, {})
+    register(
+        f"pixio_{_size}_patch16_256", Pixio, input_size=256, **_options,
+        **_small | ({"decoder_depth": _options["depth"]} if _small else {}),
+        classifier=f"vit_{_size}_patch16_224",
+    )  # fmt: skip
 
 # SemAIM, its ancestors, and its variant with CLIP's features as target
 for _size, _options in MAE_SIZES.items():

@@ -11,7 +11,7 @@ from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate_classifier
 from engine_for_pretraining import train
 from optim_factory import param_groups
-from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.files import load_checkpoint, takes_imagenet_mean_std
 from unimim.checkpoint.loading import load_pretrained
 from unimim.cli.models import build_classifier, warn_of_other_variant
 from unimim.cli.options import derived, parse, report
@@ -92,6 +92,36 @@ class ClassificationEvaluator:
         return metrics | {"best_acc1": position.best}
 
 
+def load_finetune(args: Namespace, model: nn.Module) -> None:
+    """Load the weights of --finetune, of which --eval needs the classifier, too."""
+    warn_of_other_variant(args.finetune, args.model)
+    found = load_pretrained(
+        model, args.finetune, model_key=args.model_key, prefix=args.model_prefix
+    )
+    log.info("%s", found)
+    if args.eval and not args.resume and found.missing:
+        raise ValueError(
+            f"--eval --finetune {args.finetune} has no {', '.join(found.missing[:3])} of "
+            f"--model {args.model} with {args.nb_classes} classes, so its accuracy would be that "
+            "of a random classifier: fine-tune it first, or use run_knn.py or run_linear_probing.py"
+        )
+
+
+def tell_mean_std(args: Namespace) -> None:
+    """Warn where a file does not say how its images were normalized, or says otherwise."""
+    path = args.resume or args.finetune
+    said, ours = takes_imagenet_mean_std(path), args.imagenet_default_mean_and_std
+    names = {True: "ImageNet's mean and std", False: "mean and std 0.5"}
+    if said is None:
+        log.warning(
+            "%s does not say how its images were normalized: %s are taken; "
+            "--%simagenet_default_mean_and_std takes %s",
+            path, names[ours], "no_" if ours else "", names[not ours],
+        )  # fmt: skip
+    elif said != ours:
+        log.warning("%s was trained with %s, not with %s", path, names[said], names[ours])
+
+
 def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> None:
     """Log the accuracy of --resume (or of --finetune) in one line, for --eval."""
     args = context.args
@@ -101,6 +131,7 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
         )
     elif not args.finetune:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
+    tell_mean_std(args)
     if args.dry_run:
         return
     model.to(context.device)
@@ -116,19 +147,18 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
 def main(args: Namespace) -> None:
     context = set_up(args)
     settle_size(args)
+
+    # validation images first: they settle the number of classes
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
     if args.finetune:
-        warn_of_other_variant(args.finetune, args.model)
-        found = load_pretrained(
-            model, args.finetune, model_key=args.model_key, prefix=args.model_prefix
-        )
-        log.info("%s", found)
+        load_finetune(args, model)
     check_eval_size(args, model)
     if args.eval:
         return evaluate_only(context, model, eval_loader)
 
+    # training images, and what follows from their number
     dataset = build_dataset(
         args,
         train=True,
@@ -142,9 +172,13 @@ def main(args: Namespace) -> None:
     )
     steps = steps_per_epoch(args, loader)
     report(args, derived(args, steps) | {"images": images})
+
+    # an lr and a weight decay for each layer
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
     if args.dry_run:
         return dry_run(args, groups, steps, context.device)
+
+    # train, with an evaluation after each epoch
     task = Classification(model.to(context.device), args, context.device)
     run, position = start_training(context, task, loader, groups)
     evaluator = ClassificationEvaluator(run, eval_loader)

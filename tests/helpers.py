@@ -63,6 +63,10 @@ METHODS = {  # flags over those of PRETRAIN
     "semmae": _flags(
         "--model semmae_tiny_patch16_224 --part_source random --num_parts 3", *SIZE, *DECODER
     ),
+    "pixio": _flags(
+        "--model pixio_tiny_patch16_256 --num_cls_tokens 2 --mask_grid 2", *SIZE, *DECODER
+    ),
+    "nepa": _flags("--model nepa_tiny_patch14_224 --use_ema_model", *SIZE),
     "semaim": _flags("--model semaim_tiny_patch16_224 --use_ema_model", *SIZE, "query_depth=2"),
     "saim": _flags(
         "--model semaim_tiny_patch16_224 --permutation_type stochastic --share_weight",

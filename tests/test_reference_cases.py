@@ -16,6 +16,7 @@ from reference import (
     conmim,
     evaluation,
     mae,
+    pixio_nepa,
     semaim,
     semmae,
     simmim_a2mim,
@@ -29,6 +30,7 @@ FOLDERS = sorted(file.parent for file in CASES.glob("*/*/case.json"))
 ADAPTERS = {
     **conmim.ADAPTERS,
     **mae.ADAPTERS,
+    **pixio_nepa.ADAPTERS,
     **semmae.ADAPTERS,
     **semaim.ADAPTERS,
     **beit_maskfeat_semanticmim.ADAPTERS,

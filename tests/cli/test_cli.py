@@ -80,7 +80,7 @@ PRETRAIN_ONLY = {
     "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
     "second_interpolation": "lanczos", "no_loss_masked": None, "color_jitter": 0.0,
     "separate_mask_ratio": None, "num_cls_tokens": None, "use_bottleneck": None,
-    "no_bottleneck": None,
+    "no_bottleneck": None, "hflip": 0.5, "mask_grid": None,
 }  # fmt: skip
 FINETUNE_ONLY = {
     "model": "beit_base_patch16_224", "drop_path": 0.1, "eval_data_path": None, "nb_classes": None,

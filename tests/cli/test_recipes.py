@@ -550,4 +550,5 @@ def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:
         for stage in (*STAGES, "linear")
     }
     semantic |= {"beit_abs_pos_base_pretrain", "maskfeat_base_finetune", "maskfeat_base_linear"}
-    assert verified == {"conmim_large_pretrain", "conmim_base_finetune"} | semaim | semantic
+    others = {"conmim_large_pretrain", "conmim_base_finetune", "pixio_huge_pretrain"}
+    assert verified == others | semaim | semantic

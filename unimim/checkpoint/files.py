@@ -211,14 +211,17 @@ def _delete_checkpoint(path: Path) -> None:
 # Reading
 
 
-def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running its code.
+def load_checkpoint(path: str | Path, *, mmap: bool = False, inert: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of any project onto the CPU without running its code.
 
     It is a file or an https address, in torch's formats or `.safetensors`.
 
-    `args` stored as an argparse.Namespace, as published files have it, becomes a dict. With `mmap`
-    tensors are read from the file when they are used, if its format allows: for a look at names and
-    shapes. Raises ValueError for a file that is missing, damaged, or would run code when unpickled.
+    `args` stored as an argparse.Namespace, as published files have it, becomes a dict. Objects of
+    other classes (mmengine's history, yacs' configuration, NumPy's scalars) become dicts of what
+    they hold or None, a pickled module its state dict; with `inert` False they are refused. With
+    `mmap` tensors are read from the file when they are used, if its format allows: for a look at
+    names and shapes. Raises ValueError for a file that is missing, damaged, or holds no tensors
+    but objects that would run code when unpickled.
     """
     if str(path).startswith("https://"):
         path = _download(str(path))
@@ -227,9 +230,15 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} does not exist or is not a file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    checkpoint = _read_pickle(
-        path, mmap=mmap and zipfile.is_zipfile(path)
-    )  # torch's old format cannot be mapped
+    mmap = mmap and zipfile.is_zipfile(path)  # torch's old format cannot be mapped
+    try:
+        checkpoint = _read_pickle(path, mmap=mmap)
+    except ValueError as error:
+        if not inert or not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        checkpoint = _read_inert(path, mmap=mmap)
+        if not _tensors(checkpoint):
+            raise
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
@@ -298,6 +307,20 @@ def model_named_in(path: str | Path) -> str:
     return str(flags.get("model", "")) if isinstance(flags, dict) else ""
 
 
+def takes_imagenet_mean_std(path: str | Path) -> bool | None:
+    """Return whether a file's images were normalized by ImageNet's mean and std, not by 0.5.
+
+    None: it does not say. The official classifiers of BEiT, which do not either, are known by
+    their names: they were trained with 0.5.
+    """
+    if (mean := metadata_of(path).get("mean")) is not None:
+        return tuple(json.loads(mean)) != (0.5, 0.5, 0.5)
+    flags = load_checkpoint(path, mmap=True).get("args")
+    if isinstance(flags, dict) and "imagenet_default_mean_and_std" in flags:
+        return bool(flags["imagenet_default_mean_and_std"])
+    return False if re.match(r"beitv?2?_.*(pt22k|ft22k|in22k)", Path(path).name) else None
+
+
 def timm_arguments_of(path: str | Path) -> dict[str, Any]:
     """Return the arguments with which `timm.create_model` gives an exported encoder with its
     weights; empty for a file that does not say."""
@@ -308,21 +331,21 @@ def timm_arguments_of(path: str | Path) -> dict[str, Any]:
 def load_module_state(path: str | Path) -> StateDict:
     """Return the tensors of a file, or of a pickled module, by their names in it.
 
-    Nothing of a pickled module is executed: of what its pickle names, only tensors are made,
-    everything else becomes an inert record. Raises ValueError for a file that is missing or
-    damaged.
+    Raises ValueError as `load_checkpoint` does.
     """
-    try:
-        return _tensors(load_checkpoint(path))
-    except ValueError as error:
-        if not isinstance(error.__cause__, pickle.UnpicklingError):
-            raise
-    path = _download(str(path)) if str(path).startswith("https://") else path
+    return _tensors(load_checkpoint(path))
+
+
+def _read_inert(path: Path, mmap: bool = False) -> Any:
+    """Return a pickle's tensors and plain values; of objects of other classes see `_plain`.
+
+    Nothing of the pickle is executed: of what it names, only tensors are made.
+    """
     try:
         with warnings.catch_warnings():  # that records are not the classes they stand for
             warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
             found = torch.load(
-                path, map_location="cpu", weights_only=False, pickle_module=_InertPickle
+                path, map_location="cpu", weights_only=False, pickle_module=_InertPickle, mmap=mmap
             )
     except MemoryError:
         raise
@@ -330,30 +353,58 @@ def load_module_state(path: str | Path) -> StateDict:
         raise ValueError(
             f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})"
         ) from error
-    return _tensors(found)
+    return _plain(found)
 
 
 class _Record:
-    """Stands for an object of any class in a pickle: keeps what it would be given, does nothing."""
+    """Stands for an object of any class in a pickle: keeps what it would be given, does nothing.
+
+    items: of a subclass of dict; state: its attributes.
+    """
 
     dump_patches = False  # torch's old format asks modules' classes
 
     def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
+        # here, as an object is not initialized where its class has a __reduce__ of its own
+        record = object.__new__(cls)
+        record.items = {}
+        record.state = {}
+        return record
 
     def __init__(self, *args, **kwargs):
-        self.items: dict[Any, Any] = {}
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        self.items = state if isinstance(state, dict) else {}
+        self.state = state if isinstance(state, dict) else {}
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items[key] = value
+
+    def __call__(self, *args, **kwargs) -> "_Record":
+        return _Record()  # what a pickled method of an object would be asked for
 
     def append(self, value: Any) -> None:
         pass
 
     extend = add = append
+
+
+def _plain(value: Any) -> Any:
+    """Return nested values with records as dicts: a module's is its state dict.
+
+    A record that holds nothing is None.
+    """
+    if isinstance(value, _Record):
+        if "_parameters" in value.state:
+            return _tensors(value)
+        value = value.items or value.state or None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if isinstance(key, str | int)}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    # of what the pickle names only tensors are objects: a class or function that stands alone is
+    # no value
+    return None if callable(value) and not isinstance(value, Tensor) else value
 
 
 _TENSOR_MAKERS = {
@@ -384,7 +435,7 @@ def _tensors(value: Any, name: str = "") -> StateDict:
     """Return every tensor in nested dicts and modules' records, by the names of a state dict."""
     if isinstance(value, Tensor):
         return {name: value.detach()}
-    parts = value.items if isinstance(value, _Record) else value
+    parts = (value.items or value.state) if isinstance(value, _Record) else value
     if not isinstance(parts, dict):
         return {}
     found: StateDict = {}

@@ -168,6 +168,9 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             help="fraction of the area that a crop keeps",
         )
         group.add_argument(
+            "--hflip", type=float, default=0.5, help="probability that an image is mirrored"
+        )
+        group.add_argument(
             "--color_jitter", type=float, default=0.0,
             help="range of brightness, contrast and saturation of the whole image, before the "
             "crop; BEiT: 0.4",

@@ -13,6 +13,7 @@ import yaml
 
 from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
+from unimim.checkpoint.files import takes_imagenet_mean_std
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.engine.runner import has_bf16
 from unimim.files import check_output_folder, write_text
@@ -35,10 +36,11 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         recipe = named_recipe(first.recipe, stage) or recipe_for(first.model, stage)
         parser.set_defaults(**{**(recipe_values(recipe, parser) if recipe else {}), **overlay})
         args = parser.parse_args(argv)
-        adapt_defaults(
-            args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None
-        )
+        explicit = explicit_flags(stage, argv) | overlay.keys()
+        adapt_defaults(args, explicit, has_recipe=recipe is not None)
         validate(args)
+        if getattr(args, "eval", False) and "imagenet_default_mean_and_std" not in explicit:
+            use_mean_std_of(args.resume or args.finetune, args)
     except ValueError as error:
         parser.error(str(error))
     args.recipe = recipe.name if recipe else None
@@ -125,6 +127,12 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
         args.opt_betas = None
 
 
+def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
+    """Evaluate a file by the mean and std of its training, where it says which."""
+    if path and (said := takes_imagenet_mean_std(path)) is not None:
+        args.imagenet_default_mean_and_std = said
+
+
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Return the values of a YAML file, which must all be flags of this script."""
     if not Path(path).is_file():
@@ -195,7 +203,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Return constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
+    """Return constructor options of --model_kwargs (YAML values), --input_size, --patch_size."""
     options = {
         name: getattr(args, name)
         for name in ("input_size", "patch_size")

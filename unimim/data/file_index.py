@@ -93,7 +93,8 @@ def read_map_file(path: Path) -> tuple[PathTable, np.ndarray]:
     mark.
 
     Raises:
-        ValueError: naming file and line: no file, no lines, not two columns, or a label that is no class number.
+        ValueError: naming file and line: no file, no lines, not two columns, or a label that is no
+            class number.
     """
     text, lengths, labels, line = bytearray(), [], [], 1
     try:

@@ -57,6 +57,7 @@ def build_data(args: Namespace, method: nn.Module) -> DataLoader:
         color_jitter=args.color_jitter,
         second_size=second_size(args, method),
         second_interpolation=args.second_interpolation,
+        hflip=args.hflip,
     )
     maps = None
     if "part_ids" in method.views:
@@ -123,6 +124,7 @@ def crop_loader(args: Namespace) -> DataLoader:
         pipeline=args.data_pipeline,
         crop_scale=tuple(args.crop_scale),
         color_jitter=args.color_jitter,
+        hflip=args.hflip,
     )
     return train_loader(
         args, build_dataset(args, train=True, transform=transform, need_labels=False)

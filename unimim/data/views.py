@@ -66,16 +66,17 @@ def draw_view(
     crop: Callable[..., tuple[int, int, int, int]] | None = None,
     jitter: float = 0.0,
     second: str = "lanczos",
+    hflip: float = 0.5,
 ) -> ViewDraws:
     """Draw the random parameters of an image's views: flip, crop, and colors if `strong`.
 
     `size` is the image's (height, width); `crop(rng, size, crop_scale)` draws the box and defaults
     to `draw_crop`; `jitter` is half the range of BEiT's jitter factors; `second` is the second
-    view's interpolation (docs/methods/conmim.md#views).
+    view's interpolation, `hflip` the probability of a flip (docs/methods/conmim.md#views).
     """
     # The order of the draws is part of a run's reproducibility: do not change it.
     steps = draw_jitter(rng, jitter) if jitter else ()
-    flip = bool(rng.random() < 0.5)
+    flip = bool(rng.random() < hflip)
     box = (crop or draw_crop)(rng, size, crop_scale)
     if interpolation == "random":
         interpolation = TORCH_FILTERS[rng.integers(2)]
@@ -117,6 +118,7 @@ class PretrainTransform:
         color_jitter: float,
         second_size: Pair | None,
         second_interpolation: str,
+        hflip: float,
     ):
         self.views = views
         self.size = size
@@ -129,6 +131,7 @@ class PretrainTransform:
         self.color_jitter = color_jitter
         self.second_size = second_size if "image_second" in views else None
         self.second_interpolation = second_interpolation
+        self.hflip = hflip
 
     def __call__(
         self,
@@ -145,6 +148,7 @@ class PretrainTransform:
             strong="image_strong" in self.views,
             jitter=self.color_jitter,
             second=self.second_interpolation,
+            hflip=self.hflip,
         )
         made = self.apply(raw, draw, self.size, self.second_size)
         sample = {}
@@ -232,17 +236,20 @@ def build_pretrain_transform(
     color_jitter: float = 0.0,
     second_size: Pair | None = None,
     second_interpolation: str = "lanczos",
+    hflip: float = 0.5,
 ) -> PretrainTransform:
     """Build the transform that makes a method's `views`, see `PretrainTransform`.
 
     Raises:
-        ValueError: an interpolation or pipeline is unknown, or the jitter is out of range.
+        ValueError: an interpolation or pipeline is unknown, or jitter or flip is out of range.
     """
     _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
     _check_choice("--second_interpolation", second_interpolation, INTERPOLATIONS)
     _check_choice("--data_pipeline", pipeline, PIPELINES)
     if not 0 <= color_jitter <= 1:
         raise ValueError(f"--color_jitter is {color_jitter}; it must lie between 0 and 1")
+    if not 0 <= hflip <= 1:
+        raise ValueError(f"--hflip is {hflip}; it must lie between 0 and 1")
     assert "image" in views and set(views) <= {*PLAIN_VIEWS, *MAP_VIEWS}, views
     assert grid is not None or not MAP_VIEWS.keys() & set(views), "maps are cropped to a grid"
     assert "image_second" not in views or second_size is not None, "a second view needs a size"
@@ -263,6 +270,7 @@ def build_pretrain_transform(
         color_jitter=color_jitter,
         second_size=second_size,
         second_interpolation=second_interpolation,
+        hflip=hflip,
     )
 
 

@@ -34,8 +34,9 @@ from unimim.checkpoint.files import (
     sync_deepspeed_folder,
     timm_arguments_of,
 )
-from unimim.checkpoint.loading import unwrapped
+from unimim.checkpoint.loading import restore
 from unimim.checkpoint.names import to_timm
+from unimim.checkpoint.published import finished_epochs, optimizer_names
 from unimim.cli.options import as_config, effective_batch
 from unimim.data.views import image_mean_std
 from unimim.engine.deepspeed import DeepSpeedRunner
@@ -237,9 +238,13 @@ class Session:
         if origin is None:
             return Position(epoch=self.args.start_epoch)
         if origin.published:
-            epoch = int(origin.state.get("epoch", -1)) + 1
+            epoch = finished_epochs(origin.state)
+            whole = self._load_published_optimizer(origin)
             log.warning(
-                "%s is a published checkpoint: weights only, from epoch %d", origin.path, epoch
+                "%s is a published checkpoint: %s, from epoch %d",
+                origin.path,
+                "weights and optimizer" if whole else "weights only, the optimizer begins afresh",
+                epoch,
             )
             return Position(epoch=epoch)
         position = self._position(origin)
@@ -360,6 +365,26 @@ class Session:
             )
             return
         self._put_back(settings, path)
+
+    def _load_published_optimizer(self, origin: "Origin") -> bool:
+        """Take the moments of a published AdamW, if this run has one and the parameters agree."""
+        if self.sharded or self.args.opt.lower() != "adamw":
+            return False
+        ours = self._param_names()
+        groups = self.runner.optimizer.param_groups
+        decayed = {}
+        for names, group in zip(ours, groups, strict=True):
+            decayed |= dict.fromkeys(names, group["decay"])
+        there = optimizer_names(origin.state, self.network.state_dict(), decayed)
+        if there is None:
+            return False
+        state = in_order_of(ours, origin.state["optimizer"], there, groups)
+        state["param_groups"] = [
+            {**own, "params": found["params"]}
+            for own, found in zip(groups, state["param_groups"], strict=True)
+        ]
+        self.runner.load_state_dict({"optimizer": in_own_memory(state)})
+        return True
 
     def _optimizer_state(self, origin: "Origin") -> dict[str, Any]:
         """Return the file's optimizer state in the order of this run's groups, in its own
@@ -493,20 +518,9 @@ class Origin:
         ema_weights = self.state.get(ema_key) or weights
         if self.published:
             weights = self.state
-            ema_weights = load_checkpoint(copy) if copy else self.state
+            average = self.state.get("ema_state_dict")  # SemAIM's
+            ema_weights = load_checkpoint(copy) if copy else average or self.state
         if weights is not None:
-            fill(network, weights, self.path)
+            restore(network, weights, str(self.path), published=self.published)
         if ema is not None and ema_weights is not None:
-            fill(ema.module, ema_weights, self.path)
-
-
-def fill(module: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Load every tensor of the module by name; other names of the file are left out."""
-    weights = unwrapped(state, ("model", "module"), ("module.",))
-    own = module.state_dict()
-    if wrong := [k for k in own if k not in weights or own[k].shape != weights[k].shape]:
-        raise ValueError(
-            f"{path} does not fit the model that these flags build: {len(wrong)} of its tensors "
-            f"are missing there or have another shape, among them {', '.join(wrong[:3])}"
-        )
-    module.load_state_dict({k: weights[k] for k in own})
+            restore(ema.module, ema_weights, str(self.path), published=self.published)

@@ -25,7 +25,7 @@ from modeling_finetune import (
     create_model,
     input_size_of,
 )
-from unimim.checkpoint.files import load_checkpoint, save_checkpoint
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint, takes_imagenet_mean_std
 from unimim.checkpoint.loading import class_tokens, load_pretrained
 from unimim.cli.models import check_is_classifier, warn_of_other_variant
 from unimim.cli.options import given, model_kwargs
@@ -167,6 +167,12 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
         network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
     )
     log.info("%s", found)
+    said, ours = takes_imagenet_mean_std(args.finetune), args.imagenet_default_mean_and_std
+    if said not in (None, ours):
+        log.warning(
+            "%s was trained with %s mean and std: give --%simagenet_default_mean_and_std",
+            args.finetune, "ImageNet's" if said else "0.5 as", "" if said else "no_",
+        )  # fmt: skip
     for name in ("norm", "fc_norm", "head.norm"):
         if f"{name}.weight" in found.missing:
             network.set_submodule(name, nn.Identity())

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from unimim.recipes import beit, conmim, mae, mim, semaim, small
+from unimim.recipes import beit, conmim, mae, mim, nepa, pixio, semaim, small
 from unimim.recipes.recipe import OURS, PROGRAMS, WITHOUT_LABELS, Recipe
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "recipe_for",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (conmim, mae, semaim, beit, mim, small)
+FAMILIES: tuple[ModuleType, ...] = (conmim, mae, pixio, semaim, nepa, beit, mim, small)
 STAGES = ("pretrain", "finetune")  # their scripts use the model's recipe if none is named
 
 _RECIPES: tuple[Recipe, ...] = tuple(recipe for family in FAMILIES for recipe in family.RECIPES)
@@ -38,6 +38,7 @@ GPUS_PER_MACHINE = 8
 # data set -> values of --data_set and --nb_classes, and what DATA_PATH must name
 _DATA_SETS = {
     "ImageNet-1K": ("IMNET", "1000", "the folder that holds {}"),
+    "ImageNet-21K": ("IMNET", None, "the folder that holds {}"),
     "ImageNet-100": ("IMNET", "100", "the folder that holds {}"),
     "CIFAR-100": ("CIFAR", "100", "the folder where torchvision keeps CIFAR-100"),
     "Pascal VOC": (None, None, "VOC's folder VOC2012"),
