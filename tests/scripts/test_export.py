@@ -10,6 +10,7 @@ import timm
 import torch
 from helpers import METHODS, ROOT, SIZE, arguments
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import nn
 
 from scripts.tools import export
@@ -232,7 +233,7 @@ def test_a_folder_has_a_config_a_preprocessor_and_a_card(tmp_path):
     (tmp_path / "knn.csv").write_text("k,top1\n20,33.25\n")
     folder = exported(path, "hf", "--full")
     assert AutoModelForImageClassification.from_pretrained(folder).config.num_labels == 10
-    photograph = Image.effect_noise((90, 70), 80).convert("RGB").resize((120, 100))
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
     found = AutoImageProcessor.from_pretrained(folder)(photograph, return_tensors="pt")
     ours = export.hugging_face.EvalTransform((64, 64), None)(np.asarray(photograph), None)["image"]
     expected = (ours.float() / 255 - 0.5) / 0.5
@@ -248,7 +249,7 @@ def test_what_transformers_lacks_is_a_timm_folder(tmp_path):
     path = checkpoint(tmp_path, "semanticmim_maskfeat")
     folder = exported(path, "hf")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert model.num_prefix_tokens == 8 and model.pretrained_cfg["mean"] == [0.5, 0.5, 0.5]
+    assert model.num_prefix_tokens == 8 and model.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
     assert "timm.create_model" in (folder / "README.md").read_text()
 
 
