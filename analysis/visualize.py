@@ -450,11 +450,12 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def same_data(args: Namespace, data: Namespace | None) -> Namespace:
-    """Return the flags with the data and the seed of another run."""
+    """Return the flags with the data, the crops and the seed of another run."""
+    names = ("data_set", "data_path", "eval_data_path", "seed", "crop_scale", "color_jitter")
     if data is not None:
-        for name in ("data_set", "data_path", "seed"):
-            setattr(args, name, getattr(data, name))
-        args.eval_data_path = getattr(data, "eval_data_path", None)
+        for name in names:
+            if hasattr(data, name):
+                setattr(args, name, getattr(data, name))
     return args
 
 

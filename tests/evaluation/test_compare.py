@@ -61,7 +61,7 @@ def drawn(kind: str, paths, *flags: str):
 
 
 def panels(figure) -> list[np.ndarray]:
-    return [axis.images[0].get_array() for axis in figure.axes]
+    return [np.asarray(axis.images[0].get_array()) for axis in figure.axes]
 
 
 @pytest.mark.parametrize("write", [moco, dino])
