@@ -11,7 +11,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unimim.data.class_lists import read_classes
 from unimim.data.files import Key
-from unimim.data.jpeg import BrokenImageError
+from unimim.data.jpeg import MAX_IMAGE_PIXELS, BrokenImageError, limit_pixels, pixel_limit
 from unimim.data.random import _ORDER_STREAM, _REPLACEMENT_STREAM, sample_rng
 from unimim.data.sources import (
     ArraySource,
@@ -163,13 +165,15 @@ def build_dataset(
 ) -> ImageDataset:
     """Build the data set that the flags describe.
 
-    Reads `data_set`, `data_path`, `eval_data_path`, `seed`, `max_bad_images` and `strict_data`. For
-    training, `label_fraction` and `label_list` (if the script has those flags) keep the first images
-    of each class, or those in a list. `class_map` lists the class folders of an image_folder.
+    Reads `data_set`, `data_path`, `eval_data_path`, `seed`, `max_bad_images` and `strict_data`, and
+    where a script has them `max_image_pixels` (a limit for the whole process), `allow_outside`,
+    `class_map`, which lists the class folders of an image_folder, and, for training,
+    `label_fraction` and `label_list`, which keep the first images of each class or those in a list.
     For evaluation, `eval_data_path` overrides `data_path`; an image_folder needs it unless it is
     divided into `train` and `val`.
     `maps` opens what else belongs to the images of a source.
     """
+    limit_pixels(getattr(args, "max_image_pixels", MAX_IMAGE_PIXELS))
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
     kind = args.data_set or _detect(path)
@@ -186,9 +190,14 @@ def build_dataset(
         )
     class_map = getattr(args, "class_map", None)
     source = build_source(
-        kind, path, train=train, need_labels=need_labels, train_path=args.data_path,
+        kind,
+        path,
+        train=train,
+        need_labels=need_labels,
+        train_path=args.data_path,
+        allow_outside=getattr(args, "allow_outside", False),
         classes=read_classes("--class_map", class_map) if class_map else None,
-    )  # fmt: skip
+    )
     if kind == "image_folder" and need_labels and not class_map:
         warn_of_few_classes(source, getattr(args, "nb_classes", None), path)
 
@@ -360,20 +369,37 @@ def build_loader(
 
     Workers stay alive between epochs and leave signals to the parent.
     """
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=num_workers,
         pin_memory=pin_mem and torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=partial(_start_worker, pixel_limit()),
         # without it every iteration would draw a base seed from the global generator
         generator=torch.Generator(),
     )
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
+class _Loader(DataLoader):
+    """Starts its workers with signals held back, which they do until they can leave them."""
+
+    def __iter__(self) -> Any:
+        numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(pixels: int, _worker: int) -> None:
+    limit_pixels(pixels)  # a spawned worker has Pillow's own
+    _leave_signals_to_the_parent()
+
+
+def _leave_signals_to_the_parent() -> None:
     """Ignore signals to the process group: the parent still needs batches to finish its step."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

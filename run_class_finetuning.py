@@ -1,5 +1,6 @@
 """Fine-tunes or evaluates a classifier; `--help` lists the flags, README.md has examples."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,20 +11,22 @@ import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate_classifier
 from engine_for_pretraining import train
-from optim_factory import param_groups
+from optim_factory import freeze_blocks, param_groups
 from unimim.checkpoint.files import load_checkpoint, takes_imagenet_mean_std
 from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.runs import mean_std_flags
 from unimim.cli.models import build_classifier, warn_of_other_variant
 from unimim.cli.options import derived, parse, report
-from unimim.data.classes import check_eval_size, settle_classes, settle_size
+from unimim.data.classes import check_classes, check_eval_size, settle_classes, settle_size
 from unimim.data.pretraining import steps_per_epoch, train_loader
-from unimim.data.views import build_finetune_transform
+from unimim.data.views import build_finetune_transform, image_mean_std
 from unimim.engine.batch_norm import average_batch_statistics
 from unimim.engine.distributed import from_first_rank
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
 from unimim.engine.state import RunContext, Training
+from unimim.evaluation.accuracy import published_lines
 from unimim.logs import log
 
 
@@ -49,6 +52,18 @@ def undecayed(args: Namespace, model: nn.Module) -> set[str]:
     }
 
 
+def settle_mean_std(args: Namespace) -> None:
+    """Set the mean and std to those that the checkpoint was trained with, where the file tells them
+    and the command does not."""
+    path = args.resume or args.finetune
+    if not path or args.mean_std_given:
+        return
+    found = {name: value for name, value in mean_std_flags(path).items() if value is not None}
+    if any(getattr(args, name) != value for name, value in found.items()):
+        vars(args).update(found)
+        log.info("images are normalized as %s was trained: %s", path, image_mean_std(args))
+
+
 class ClassificationEvaluator:
     """Evaluates the model and its ema after each epoch, and keeps the best of either."""
 
@@ -59,13 +74,15 @@ class ClassificationEvaluator:
         self.loader = loader
         self.dtype = run.runner.dtype
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module, of: str = "network") -> dict[str, float]:
         device = next(model.parameters()).device
         model.to(self.context.device)
         result = evaluate_classifier(
             model, self.loader, self.context, dtype=self.dtype, shared=self.args.dist_eval
         )
         model.to(device)
+        for line in published_lines(result, len(self.loader.dataset), of):
+            log.info("%s", line)
         return result
 
     def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
@@ -85,7 +102,7 @@ class ClassificationEvaluator:
             position.best = metrics["test_acc1"]
             session.save_best(position, of_ema=False)
         if ema is not None:
-            metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema)).items()}
+            metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema, "ema")).items()}
             if metrics["test_ema_acc1"] > position.best_average:
                 position.best_average = metrics["test_ema_acc1"]
                 session.save_best(position, of_ema=True)
@@ -137,16 +154,25 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
     model.to(context.device)
     dtype = AUTOCAST_DTYPES.get(args.precision)
     result = evaluate_classifier(model, loader, context, dtype=dtype, shared=args.dist_eval)
+    if not math.isfinite(result["loss"]):
+        raise ValueError(
+            f"the loss of {args.resume or args.finetune} is {result['loss']}: its weights, or what "
+            f"--precision {args.precision} makes of them, are not finite"
+        )
     log.info(
         "%s: acc1 %.3f  acc5 %.3f  loss %.4f",
         args.resume or args.finetune,
         *(result[k] for k in ("acc1", "acc5", "loss")),
     )
+    for line in published_lines(result, len(loader.dataset)):
+        log.info("%s", line)
 
 
 def main(args: Namespace) -> None:
     context = set_up(args)
     settle_size(args)
+    if args.eval:
+        settle_mean_std(args)
 
     # validation images first: they settle the number of classes
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
@@ -158,6 +184,11 @@ def main(args: Namespace) -> None:
     if args.eval:
         return evaluate_only(context, model, eval_loader)
 
+    if args.freeze_blocks:
+        freeze_blocks(model, args.freeze_blocks)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.info("--freeze_blocks %d: %s weights are trained", args.freeze_blocks, f"{trained:,}")
+
     # training images, and what follows from their number
     dataset = build_dataset(
         args,
@@ -165,6 +196,7 @@ def main(args: Namespace) -> None:
         transform=build_finetune_transform(args, train=not args.no_aug),
         need_labels=True,
     )
+    check_classes(args, dataset)
     loader = train_loader(args, dataset)
     images = (
         f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, "

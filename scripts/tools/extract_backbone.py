@@ -1,13 +1,15 @@
 """Write a checkpoint's backbone under timm's names as safetensors, or as a pickle for detectron2.
 
     python scripts/tools/extract_backbone.py CHECKPOINT OUTPUT.safetensors
+    python scripts/tools/extract_backbone.py CHECKPOINT OUTPUT.pth
     python scripts/tools/extract_backbone.py CHECKPOINT OUTPUT.pkl
 
 CHECKPOINT is a checkpoint of this repository, from pre-training (its teacher, if it has one) or
 fine-tuning, or any published file (docs/engine.md#published-files), whole or the backbone alone.
 timm reads the safetensors strictly, with timm.create_model("resnet50", num_classes=0,
 checkpoint_path="OUTPUT.safetensors"). A .pkl holds a ResNet as NumPy arrays under detectron2's
-names.
+names, a .pth the same as the safetensors under "state_dict", as OpenMixup's script of this purpose
+writes it.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import torch
 
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from modeling_finetune import entry_of, list_models
-from unimim.checkpoint.files import load_checkpoint, save_encoder
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint, save_encoder
 from unimim.checkpoint.loading import PUBLISHED_KEYS, backbone_weights
 from unimim.checkpoint.names import StateDict, timm_vit_arguments, to_timm
 from unimim.checkpoint.runs import is_pretraining, known_flags, rebuild
@@ -109,8 +111,10 @@ def write(path: Path, weights: StateDict, model: str) -> None:
     """Write the weights in the format of the suffix."""
     if path.suffix == ".safetensors":
         return save_encoder(path, weights, {"model": model, "format": "timm"})
+    if path.suffix == ".pth":
+        return save_checkpoint(path, {"state_dict": weights, "author": "UniMIM"})
     if path.suffix != ".pkl":
-        raise ValueError(f"{path} must end in .safetensors or .pkl")
+        raise ValueError(f"{path} must end in .safetensors, .pth or .pkl")
     arrays = {name: value.numpy() for name, value in to_detectron2(weights).items()}
     content = {"model": arrays, "__author__": "UniMIM", "matching_heuristics": True}
     write_atomically(path, lambda file: pickle.dump(content, file))

@@ -38,6 +38,7 @@ from semantic_segmentation import voc_linear_probe as voc
 from unimim.checkpoint.files import load_checkpoint, save_encoder, takes_imagenet_mean_std
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.checkpoint.names import timm_vit_arguments
+from unimim.checkpoint.runs import rebuild
 from unimim.cli.models import build_classifier
 from unimim.cli.options import parse
 from unimim.engine.session import Origin
@@ -245,8 +246,8 @@ class Kind:
     as which its encoder is fine-tuned. publish: our state dict under the published names, wrapped.
     sizes: of either network; own: of `model` alone. keys: the list of names; under: what all of
     them begin with. has_head: it is a classifier of 10 classes. takes: the consumers that take it,
-    the others refuse it. optimizer: how the published optimizer groups the parameters, if the file
-    has one that is resumed. flags: that its network needs.
+    the others refuse it. optimizer: how the published AdamW in the
+    file, if there is one, groups the parameters. flags: that its network needs.
     """
 
     title: str
@@ -537,18 +538,19 @@ KINDS = {
     ),
     "a2mim_swin": _of_network(
         "A2MIM, OpenMixup, pre-training of Swin", "swin_tiny", openmixup_swin,
-        "reconstruct resume",
+        "reconstruct resume", optimizer="mmcv",
     ),
     "semanticmim_beit": _of_vit(
         "SemanticMIM in BEiT's form: `epoch_300.pth`", "semanticmim_beit_tiny_patch16_224",
         SEMANTIC, semanticmim_beit, "resume", own=("vocab_size=64", "num_cls_tokens=3"),
+        optimizer="mmcv",
         keys="semanticmim_beit", under="backbone.",
         flags=("--mask_type", "random", "--discrete_vae_weight_path", str(
             ROOT / "tests/reference_cases/dalle_encoder/tiny_hid8/tensors.safetensors")),
     ),
     "semanticmim_maskfeat": _of_vit(
         "SemanticMIM in MaskFeat's form: `epoch_300.pth`", "semanticmim_maskfeat_tiny_patch16_224",
-        MAE, semanticmim_maskfeat, "resume", own=("num_cls_tokens=3",),
+        MAE, semanticmim_maskfeat, "resume", own=("num_cls_tokens=3",), optimizer="mmcv",
         keys="semanticmim_maskfeat", under="backbone.",
     ),
     "semanticmim_classifier": _of_vit(
@@ -900,7 +902,7 @@ def resume(sample: Sample, folder: Path) -> None:
     assert position.epoch == (8 if counts else 0)
     own, theirs = run.task.state_dict(), sample.source.state_dict()
     assert all(torch.equal(own[name], theirs[name]) for name in own)
-    carried = bool(sample.kind.optimizer)
+    carried = "optimizer" in sample.kind.takes.split()
     said = "weights and optimizer" if carried else "the optimizer begins afresh"
     assert said in sample.printed()
     moments = run.runner.optimizer.state
@@ -921,6 +923,11 @@ def mark_of(name: str) -> float:
     return float(sum(map(ord, name)) % 997)
 
 
+def has_moments(name: str, value: Tensor) -> bool:
+    constants = ("running_mean", "running_var", "target_generator.")
+    return value.is_floating_point() and not any(part in name for part in constants)
+
+
 def published_optimizer(kind: Kind, content: dict[str, Any], source: nn.Module) -> dict[str, Any]:
     """The state of AdamW as the project saves it: parameters in the file's order, in its groups."""
     weights = (
@@ -938,7 +945,7 @@ def published_optimizer(kind: Kind, content: dict[str, Any], source: nn.Module) 
         name = ours.get(value.data_ptr(), key)
         if name in trained:
             rows.append((name, value.shape, by_name[name]))
-        elif key.startswith("lm_head."):
+        elif key.startswith("lm_head.") or (kind.optimizer == "mmcv" and has_moments(key, value)):
             rows.append((key, value.shape, value.ndim > 1))
     if kind.optimizer == "mmcv":
         groups = [[row] for row in rows]
@@ -993,6 +1000,31 @@ def test_the_files_have_the_published_names(sample_of, kind):
     assert names == published_names(sample.kind.keys)
 
 
+class Payload:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_beside_the_weights_is_not_run(tmp_path, zipped):
+    content = {
+        "model": {"w": torch.ones(2)},
+        "epoch": 3,
+        "hook": Payload(tmp_path / "ran"),
+        "list": [Payload(tmp_path / "ran"), 1.5],
+        "whole": nn.Sequential(nn.Linear(2, 1)),
+    }
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    found = load_checkpoint(tmp_path / "x.pth")
+    assert not (tmp_path / "ran").exists()
+    assert found["hook"] is None and found["list"] == [None, 1.5] and found["epoch"] == 3
+    assert found["model"]["w"].tolist() == [1, 1]
+    assert found["whole"].keys() == {"0.weight", "0.bias"}  # a module is its state dict
+
+
 def test_nothing_in_a_file_is_executed_but_read_as_what_it_holds(sample_of):
     """Of yacs' configuration the values, of mmengine's buffers no more than names."""
     config = load_checkpoint(sample_of("simmim_swin").path)["config"]
@@ -1019,9 +1051,11 @@ def test_an_evaluation_uses_the_mean_and_std_of_the_training(tmp_path):
         torch.save(content, path)
         assert takes_imagenet_mean_std(path) is said
         flags = ["--model", "beit_base_patch16_224", "--eval", "--resume", str(path)]
-        taken = parse("finetune", flags).imagenet_default_mean_and_std
-        assert taken == (True if said is None else said)  # the recipe's
+        taken = parse("finetune", flags)
+        run_class_finetuning.settle_mean_std(taken)
+        assert taken.imagenet_default_mean_and_std == (said is None or said)  # the recipe's
         given = parse("finetune", [*flags, "--imagenet_default_mean_and_std"])
+        run_class_finetuning.settle_mean_std(given)
         assert given.imagenet_default_mean_and_std
 
 
@@ -1050,6 +1084,27 @@ def test_pictures_say_by_what_images_are_normalized(tmp_path, capsys):
         assert line.endswith(said) and args.imagenet_default_mean_and_std
     with pytest.raises(ValueError, match="does not say which model it holds: name it with --model"):
         visualize.load_model(bare, PUBLISHED_KEYS, [])
+
+
+def test_a_published_name_of_a_model_is_known_in_files_and_flags(tmp_path):
+    state = {"w": torch.ones(1)}
+    path = tmp_path / "it.pth"
+    for content, flag, ours in (
+        (
+            mae(state) | {"args": Namespace(model="mae_vit_base_patch16")},
+            "",
+            "mae_base_patch16_224",
+        ),
+        ({"state_dict": state, "model": "aim_base"}, "", "semaim_base_patch16_224"),
+        ({"model": state}, "mae_vit_base_patch16", "mae_base_patch16_224"),
+        ({"model": state}, "vit_base_patch16", "vit_base_patch16_224"),
+    ):
+        torch.save(content, path)
+        words = ["--model", flag] if flag else []
+        depth = ["depth=1"] if ours.startswith("vit") else ["depth=1", "embed_dim=64"]
+        sizes = ["--model_kwargs", *depth, "num_heads=2"]
+        sizes += ["query_depth=1"] if "semaim" in ours else []
+        assert rebuild(path, [*words, *sizes])[1].model == ours
 
 
 def test_what_timm_would_refuse_is_not_written(tmp_path):

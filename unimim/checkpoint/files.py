@@ -10,8 +10,8 @@ import pickle
 import re
 import shutil
 import warnings
-import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unimim import files
 from unimim.checkpoint.names import StateDict, to_timm
+from unimim.checkpoint.tensor_files import check_tensors, write_tensors
 
 log = logging.getLogger("unimim")
 
@@ -48,15 +49,15 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def save_encoder(path: str | Path, state_dict: StateDict, metadata: dict[str, str]) -> None:
-    """Write a clean encoder (native names) as safetensors in timm's names, atomically; see
-    `to_timm`."""
+    """Write a clean encoder (native names) as safetensors in timm's names, atomically and with a
+    checksum; see `to_timm`."""
     if not all(isinstance(text, str) for text in [*metadata, *metadata.values()]):
         raise ValueError(f"safetensors metadata are strings only, got {metadata}")
     # clones, because the blocks' tables share memory, which safetensors refuses
     tensors = {
         key: value.detach().cpu().contiguous().clone() for key, value in to_timm(state_dict).items()
     }
-    files.write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
+    write_tensors(path, tensors, metadata)
 
 
 def _check_plain(value: Any, place: str) -> None:
@@ -110,7 +111,7 @@ def check_checkpoint(path: str | Path) -> None:
     folder = deepspeed_folder(path)
     if folder.is_dir() and not (folder / _COMPLETE).exists():
         raise ValueError(f"the DeepSpeed folder {folder} is incomplete")
-    if not files.is_intact_zip(path):  # torch.load compares no checksums
+    if not files.begins_as_zip(path):  # this repository's are
         raise ValueError(f"{path} is damaged or incomplete")
     _read_pickle(path, mmap=True)
 
@@ -221,7 +222,8 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False, inert: bool = True)
     they hold or None, a pickled module its state dict; with `inert` False they are refused. With
     `mmap` tensors are read from the file when they are used, if its format allows: for a look at
     names and shapes. Raises ValueError for a file that is missing, damaged, or holds no tensors
-    but objects that would run code when unpickled.
+    but objects that would run code when unpickled; damaged is one whose bytes do not have their
+    checksums, which torch's zips and this repository's `.safetensors` files hold.
     """
     if str(path).startswith("https://"):
         path = _download(str(path))
@@ -230,7 +232,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False, inert: bool = True)
         raise ValueError(f"checkpoint {path} does not exist or is not a file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    mmap = mmap and zipfile.is_zipfile(path)  # torch's old format cannot be mapped
+    mmap = mmap and files.begins_as_zip(path)  # torch's old format cannot be mapped
     try:
         checkpoint = _read_pickle(path, mmap=mmap)
     except ValueError as error:
@@ -261,12 +263,35 @@ def load_metadata(path: str | Path) -> dict[str, str]:
 
 def _read_safetensors(path: Path) -> StateDict:
     try:
+        _check_once(path, check_tensors)
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({error})") from error
 
 
+def _check_zip(path: Path) -> None:
+    # torch.load compares no checksums
+    if files.begins_as_zip(path) and not files.is_intact_zip(path):
+        raise ValueError(f"{path} is damaged or incomplete: its bytes have other checksums")
+
+
+_checked: set[tuple[Any, ...]] = set()
+
+
+def _check_once(path: Path, check: Callable[[Path], None]) -> None:
+    """Call `check(path)` unless this process has done so since the file was written.
+
+    A look at a file's names or flags reads little of it; its checksums take a second a gigabyte.
+    """
+    found = path.stat()
+    state = (str(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if state not in _checked:
+        check(path)
+        _checked.add(state)
+
+
 def _read_pickle(path: Path, mmap: bool = False) -> Any:
+    _check_once(path, _check_zip)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -307,17 +332,30 @@ def model_named_in(path: str | Path) -> str:
     return str(flags.get("model", "")) if isinstance(flags, dict) else ""
 
 
+# what a classifier of BEiT has, and no other file without flags
+BEIT_CLASSIFIER = {
+    "blocks.0.attn.q_bias",
+    "blocks.0.attn.relative_position_bias_table",
+    "fc_norm.weight",
+    "head.weight",
+}
+
+
 def takes_imagenet_mean_std(path: str | Path) -> bool | None:
     """Return whether a file's images were normalized by ImageNet's mean and std, not by 0.5.
 
     None: it does not say. The official classifiers of BEiT, which do not either, are known by
-    their names: they were trained with 0.5.
+    their tensors, its other files by their names: they were trained with 0.5.
     """
     if (mean := metadata_of(path).get("mean")) is not None:
         return tuple(json.loads(mean)) != (0.5, 0.5, 0.5)
-    flags = load_checkpoint(path, mmap=True).get("args")
+    checkpoint = load_checkpoint(path, mmap=True)
+    flags = checkpoint.get("args")
     if isinstance(flags, dict) and "imagenet_default_mean_and_std" in flags:
         return bool(flags["imagenet_default_mean_and_std"])
+    state = checkpoint.get("model")
+    if not flags and isinstance(state, dict) and state.keys() >= BEIT_CLASSIFIER:
+        return False
     return False if re.match(r"beitv?2?_.*(pt22k|ft22k|in22k)", Path(path).name) else None
 
 

@@ -21,6 +21,7 @@ from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli.flags import build_parser
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import explicit_flags, recipe_values
+from unimim.cli.published import MODELS
 from unimim.data.views import MEAN_STD, image_mean_std
 from unimim.logs import log
 from unimim.recipes import recipe_for
@@ -56,14 +57,28 @@ def flags_of_export(path: str | Path) -> dict[str, Any]:
     flags: dict[str, Any] = {"model": entry.classifier}
     mean = metadata_of(path).get("mean")
     if mean is not None:
-        is_imagenet = tuple(json.loads(mean)) == MEAN_STD["imagenet"][0]
-        flags["imagenet_default_mean_and_std"] = is_imagenet
+        mean_std = tuple(tuple(json.loads(metadata_of(path)[name])) for name in ("mean", "std"))
+        flags["imagenet_default_mean_and_std"] = mean_std == MEAN_STD["imagenet"]
+        if mean_std not in MEAN_STD.values():
+            flags |= {"mean": list(mean_std[0]), "std": list(mean_std[1])}
+            flags["in_chans"] = len(mean_std[0])
     timm_arguments = timm_arguments_of(path)
     if entry_of(entry.classifier).kind == "classifier" and timm_arguments:
         sizes = ("embed_dim", "depth", "num_heads", "patch_size")
         flags["input_size"] = timm_arguments["img_size"]
         flags["model_kwargs"] = [f"{name}={timm_arguments[name]}" for name in sizes]
     return flags
+
+
+def mean_std_flags(path: str | Path) -> dict[str, Any]:
+    """Return the flags of mean and std that a classifier was trained with; empty if nothing tells
+    them."""
+    flags = load_checkpoint(path, mmap=True).get("args") or {}
+    names = ("imagenet_default_mean_and_std", "mean", "std")
+    if names[0] in flags:
+        return {name: flags.get(name) for name in names}
+    said = takes_imagenet_mean_std(path)
+    return {} if said is None else {names[0]: said}
 
 
 def is_pretraining(flags: dict[str, Any]) -> bool:
@@ -83,16 +98,18 @@ def rebuild(
     """
     saved = flags_of(path) or flags_of_export(path)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--model", default=saved.get("model", ""))
-    model = finder.parse_known_args(argv)[0].model
+    finder.add_argument("--model", default="")
+    given = finder.parse_known_args(argv)[0].model
+    model = our_name(given or saved.get("model", "") or named_by_project(path))
     if not model:
         raise ValueError(f"{path} does not say which model it holds: name it with --model")
     stage = "pretrain" if is_pretraining({**saved, "model": model}) else "finetune"
     parser = build_parser(stage)
     parser.set_defaults(**saved or defaults_of(path, model, stage, parser))
-    args = parser.parse_args(list(argv))
+    words = [*argv, "--model", model]
+    args = parser.parse_args(words)
     vars(args).update(changes)
-    tell_mean_std(path, args, explicit_flags(stage, list(argv)))
+    tell_mean_std(path, args, explicit_flags(stage, words))
     if stage == "pretrain":
         args.discrete_vae_weight_path = None  # nothing is trained, so no tokenizer is needed
         return build_method(args), args
@@ -101,6 +118,20 @@ def rebuild(
     args.finetune = str(path)
     args.model_key = model_key
     return build_classifier(args), args
+
+
+def our_name(model: str) -> str:
+    """Return our name of a model that another project calls so; other names stay."""
+    names = MODELS["pretrain"] | MODELS["finetune"]
+    return names.get(model, model)
+
+
+def named_by_project(path: str | Path) -> str:
+    """Return the name of the model in another project's file, if it is known here; "" if not."""
+    checkpoint = load_checkpoint(path, mmap=True)
+    flags = checkpoint.get("args")
+    name = flags.get("model", "") if isinstance(flags, dict) else checkpoint.get("model")
+    return name if isinstance(name, str) and entry_of(our_name(name)) else ""
 
 
 def defaults_of(

@@ -8,6 +8,7 @@ from modeling_finetune import ATTENTION_KERNELS, registered_flags
 from optim_factory import LR_SCHEDULES
 from unimim.cli.parser import FlagParser, ImageSize
 from unimim.data.crops import INTERPOLATIONS
+from unimim.data.jpeg import MAX_IMAGE_PIXELS
 from unimim.data.sources import DATA_SETS
 from unimim.errors import OptionError
 from unimim.flag import Flag
@@ -24,7 +25,7 @@ _FLAGS_OF_OPTIONS = {
     "model": "model", "backbone": "model", "input_size": "input_size", "patch_size": "patch_size",
     "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
     "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type",
-    "layer": "layer",
+    "layer": "layer", "in_chans": "in_chans",
 }  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_size_flags(group: argparse._ArgumentGroup) -> None:
-    """Add --input_size, for squares and others, --patch_size and --model_kwargs."""
+    """Add --input_size, for squares and others, --patch_size, --in_chans and --model_kwargs."""
     group.add_argument(
         "--input_size", action=ImageSize, default=None,
         help="size of the images in pixels: S, H W or HxW; None is the model's own",
@@ -133,6 +134,10 @@ def add_size_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
     )
+    group.add_argument(
+        "--in_chans", type=int, default=None, metavar="N",
+        help="channels of the images that the model sees; 1: gray ones; None is 3",
+    )  # fmt: skip
     group.add_argument(
         "--model_kwargs",
         nargs="*",
@@ -217,6 +222,13 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
         help="ImageNet mean and std instead of 0.5",
     )  # fmt: skip
     group.add_argument(
+        "--mean", type=float, nargs="+", default=None, metavar="R G B",
+        help="mean of each channel of images in [0, 1], in place of these two",
+    )  # fmt: skip
+    group.add_argument(
+        "--std", type=float, nargs="+", default=None, metavar="R G B", help="std of each channel"
+    )
+    group.add_argument(
         "--num_workers", type=int, default=NUM_WORKERS,
         help=f"processes that load images; the default is at most {NUM_WORKERS} and reduced to the "
         "CPUs",
@@ -230,6 +242,17 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--strict_data", action="store_true", help="stop at the first unreadable image"
+    )
+    group.add_argument(
+        "--max_image_pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        help="images of more pixels are unreadable, whatever their file's size",
+    )
+    group.add_argument(
+        "--allow_outside",
+        action="store_true",
+        help="read absolute paths and '..' in map files",
     )
 
 
@@ -414,6 +437,11 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--model_prefix", default="", help="prefix of the weights' names in that file"
     )
     group.add_argument("--init_scale", type=float, default=0.001, help="of the new head")
+    group.add_argument(
+        "--freeze_blocks", type=int, default=0, metavar="K",
+        help="partial fine-tuning: the embedding of the patches and the first K blocks stay as they "
+        "are",
+    )  # fmt: skip
     _switch(
         group, "use_mean_pooling", "use_cls", help="mean of patch tokens instead of the class token"
     )

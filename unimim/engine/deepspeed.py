@@ -125,8 +125,8 @@ def precision_section(precision: str) -> dict[str, Any]:
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
     try:
-        given = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        given = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # also for what is no UTF-8
         raise ValueError(f"--deepspeed_config {path} is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"--deepspeed_config {path} must hold one JSON object")

@@ -74,6 +74,7 @@ class RunLog:
         numbers = {f"epoch/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
         self.step(numbers, step)
         if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)  # the next save tells of its loss
             with self.file.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
 
@@ -361,7 +362,7 @@ class Progress:
         self.every = every
         self.rank = rank
         self.bar = None
-        if rank == 0 and sys.stdout.isatty():
+        if rank == 0 and sys.stdout is not None and sys.stdout.isatty():
             self.bar = tqdm(
                 total=total, initial=start, desc=title, dynamic_ncols=True, file=sys.stdout
             )

@@ -50,6 +50,18 @@ from unimim.logs import log
 # What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
 HYPER_PARAMETERS = ("betas", "eps", "momentum", "nesterov", "lr_scale")
 GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
+# Flags that may change at a resume without a word: they say where things are, how fast a run is or
+# what it writes, or their change is noticed otherwise. A change of any other is at least logged.
+UNNOTICED = {
+    "allow_outside", "attn", "auto_resume", "batch_size", "compile", "data_path", "data_set",
+    "deepspeed_config", "device", "dist_eval", "dist_on_itp", "dist_timeout", "dist_url",
+    "enable_deepspeed", "epochs", "eval", "eval_data_path", "evaluate", "extract", "feature_cache",
+    "finetune", "grad_checkpointing", "keep_checkpoints", "log_dir", "log_every", "max_bad_images",
+    "max_image_pixels", "max_nonfinite", "model", "momentum", "num_workers", "offload", "opt",
+    "opt_betas", "opt_eps", "output_dir", "pin_mem", "recipe", "recompute_gelu", "resume",
+    "resume_copy", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "strict_data",
+    "update_freq", "visualize", "visualize_images", "wandb", "zero_stage",
+}  # fmt: skip
 
 
 @dataclass
@@ -300,7 +312,7 @@ class Session:
         there, ours = state["args"], as_config(self.args)
         for name in sorted(there.keys() & ours.keys()):
             of_order = name in ("seed", "aug_repeats") or "mask" in name
-            if (of_order or name == "precision") and there[name] != ours[name]:
+            if there[name] != ours[name] and (of_order or name not in UNNOTICED):
                 yield Change(f"--{name}", there[name], ours[name], of_order)
         data = state.get("data", {})
         if data and data["images"] != self._data["images"]:
@@ -499,12 +511,48 @@ class Origin:
             path = latest_valid_checkpoint(args.output_dir) if args.rank == 0 else None
             # the others may see the folder at another time
             path = from_first_rank(path and str(path))
+        if not path:
+            return None
         # mapped: the processes of a node share the pages, and read only what they use
-        return cls(Path(path), load_checkpoint(path, mmap=True)) if path else None
+        origin = cls(Path(path), load_checkpoint(path, mmap=True))
+        origin.check(getattr(args, "model", ""))  # parts are learned without one
+        return origin
 
     @property
     def published(self) -> bool:
         return "engine" not in self.state
+
+    def check(self, model: str) -> None:
+        """Raise ValueError unless a file of this repository has all its parts and is of `model`."""
+        if self.published:
+            return
+        numbers = (int, float)
+        parts = {
+            "model": dict, "args": dict, "engine": dict, "epoch": int, "step": int,
+            "best": numbers, "best_average": numbers,
+        }  # fmt: skip
+        if "rng" in self.state:  # what only a resumed run needs
+            parts |= {"monitor": dict}
+        wrong = [name for name, kind in parts.items() if not isinstance(self.state.get(name), kind)]
+        if not wrong:
+            place = {"kind": str, "world_size": int, "global_batch": int}
+            engine = self.state["engine"]
+            wrong = [
+                f"engine {n}" for n, kind in place.items() if not isinstance(engine.get(n), kind)
+            ]
+        if not wrong:
+            wrong = [name for name in ("epoch", "step") if self.state[name] < 0]
+        if wrong:
+            raise ValueError(
+                f"{self.path} is no checkpoint that can be resumed: its {', '.join(wrong)} is "
+                "missing or damaged"
+            )
+        there = self.state["args"].get("model", model)
+        if there != model:
+            raise ValueError(
+                f"{self.path} was saved by --model {there}, this run has --model {model}: keep it, "
+                "or start from its weights with --finetune in a new --output_dir"
+            )
 
     def load_weights(
         self, network: nn.Module, ema: MovingAverage | None, ema_key: str, copy: str = ""
@@ -521,6 +569,7 @@ class Origin:
             average = self.state.get("ema_state_dict")  # SemAIM's
             ema_weights = load_checkpoint(copy) if copy else average or self.state
         if weights is not None:
-            restore(network, weights, str(self.path), published=self.published)
+            published = self.published
+            restore(network, weights, str(self.path), published=published, whole=not published)
         if ema is not None and ema_weights is not None:
             restore(ema.module, ema_weights, str(self.path), published=self.published)
