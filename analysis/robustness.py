@@ -206,7 +206,7 @@ def accuracy(
             images = hide_patches(images, batch["index"].tolist(), ratio, args.grid, args.seed)
         with common.autocast(args, device):
             logits = network.model(images).float()[:, list(counted)]
-        sums += tally(logits, labels, torch.ones_like(labels))
+        sums += tally(logits, labels, torch.ones_like(labels, dtype=torch.bool))
     return averages(sums) | {"images": int(sums[3])}
 
 

@@ -32,6 +32,12 @@ def classifier(tmp_path):
     return model, tmp_path / "checkpoint-best.pth", photos
 
 
+def predictions(text: str, photos) -> list[str]:
+    """The lines with classes, without those of the log."""
+    lines = [line for line in text.splitlines() if line.startswith(f"{photos}/")]
+    return [line for line in lines if "cannot be read" not in line]
+
+
 def run(*words: object) -> None:
     predict.main([str(word) for word in words])
 
@@ -62,7 +68,7 @@ def test_probabilities_are_those_of_the_model_on_the_images_of_evaluation(
     assert [int(row["index"]) for row in rows[:3]] == expected.indices.tolist()
     found = torch.tensor([float(row["probability"]) for row in rows[:3]])
     torch.testing.assert_close(found, expected.values, atol=1e-5, rtol=1e-4)
-    shown = capsys.readouterr().out.splitlines()
+    shown = predictions(capsys.readouterr().out, photos)
     assert len(shown) == 3 and shown[0].startswith(f"{photos / 'a.png'}: {rows[0]['name']} ")
 
 
@@ -91,7 +97,7 @@ def test_broken_images_are_named_and_the_others_classified(classifier, capsys, c
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:60])
     run("--checkpoint", path, photos)
     streams = capsys.readouterr()
-    assert len([line for line in streams.out.splitlines() if line.startswith(str(photos))]) == 3
+    assert len(predictions(streams.out, photos)) == 3
     assert f"{photos / 'broken.png'} cannot be read" in streams.out + streams.err + caplog.text
     with pytest.raises(SystemExit, match="none of the images can be read"):
         run("--checkpoint", path, photos / "broken.png")

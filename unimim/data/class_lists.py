@@ -1,6 +1,6 @@
 """Names of classes: ImageNet's WordNet ids, the subsets of its variants, and lists in files."""
 
-import pkgutil
+from importlib.resources import files
 from pathlib import Path
 
 from timm.data import ImageNetInfo
@@ -23,8 +23,7 @@ def subset_synsets(suite: str) -> list[str]:
     """Return the WordNet ids of imagenet_a or imagenet_r; of another suite all of ImageNet's."""
     if suite not in ("imagenet_a", "imagenet_r"):
         return imagenet_synsets()
-    text = pkgutil.get_data("timm.data._info", f"{suite}_synsets.txt")
-    return text.decode().split()
+    return files("timm.data").joinpath("_info", f"{suite}_synsets.txt").read_text().split()
 
 
 def read_classes(flag: str, path: str) -> list[str]:
