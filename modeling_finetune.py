@@ -539,7 +539,7 @@ class DropPath(nn.Module):
 
     def factor(self, x: Tensor) -> Tensor | None:
         """[B, 1, ...] for x [B, ...]; None where nothing is dropped."""
-        shape = (len(x), *(1,) * (x.ndim - 1))
+        shape = (x.shape[0], *(1,) * (x.ndim - 1))
         if torch.compiler.is_compiling() and self.keep is not None:
             if not self.training:
                 return None
@@ -845,7 +845,7 @@ class VisionTransformer(nn.Module):
     def embed(self, patches: Tensor, positions: Tensor | None) -> Tensor:
         """Put the class tokens in front of patch embeddings [B, M, C] and add positions [1 or B,
         n + M, C]."""
-        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
+        x = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         return self.pos_drop(x if positions is None else x + positions)
 
     def position_bias(self) -> Any:

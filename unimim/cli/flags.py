@@ -209,6 +209,16 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--nb_classes", type=int, default=None, help="number of classes; None is the data set's"
     )
     group.add_argument(
+        "--class_map", default=None, metavar="FILE",
+        help="class folders in the order of the model's classes, one a line; the word imagenet is "
+        "ImageNet's WordNet ids; None: sorted",
+    )  # fmt: skip
+    group.add_argument(
+        "--label_list", default=None, metavar="FILE",
+        help="train on the images that the file lists, one name a line; scripts/tools/make_subset.py "
+        "writes such files",
+    )  # fmt: skip
+    group.add_argument(
         "--label_fraction",
         type=float,
         default=1.0,
