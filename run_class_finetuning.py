@@ -100,12 +100,12 @@ class ClassificationEvaluator:
         metrics = {f"test_{k}": v for k, v in from_first_rank(self(self.task.model)).items()}
         if metrics["test_acc1"] > position.best:
             position.best = metrics["test_acc1"]
-            session.save_best(position, of_ema=False)
+            session.save_best(position, of_ema=False, wait=False)
         if ema is not None:
             metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema, "ema")).items()}
             if metrics["test_ema_acc1"] > position.best_average:
                 position.best_average = metrics["test_ema_acc1"]
-                session.save_best(position, of_ema=True)
+                session.save_best(position, of_ema=True, wait=False)
         return metrics | {"best_acc1": position.best}
 
 

@@ -57,6 +57,7 @@ BOTH = {
     "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005,
     "warmup_epochs": 5, "warmup_steps": -1, "device": "cuda", "precision": "auto",
     "enable_deepspeed": False, "zero_stage": 1, "deepspeed_config": None, "offload": None,
+    "deepspeed_shards": False,
     "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
     "dist_timeout": 60.0, "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None,
     "output_dir": "", "log_dir": None, "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0,
@@ -384,6 +385,7 @@ MISTAKES = [
     ("pretrain", "--compile --enable_deepspeed --zero_stage 3 --dry_run", "use --zero_stage 2"),
     ("finetune", "--compile --enable_deepspeed --zero_stage 3", "use --zero_stage 2"),
     ("pretrain", "--offload optimizer", "--enable_deepspeed"),
+    ("pretrain", "--deepspeed_shards", "--deepspeed_shards needs --enable_deepspeed"),
     (
         "pretrain",
         "--offload optimizer --enable_deepspeed --zero_stage 0",

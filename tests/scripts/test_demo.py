@@ -215,7 +215,7 @@ def test_attention_of_a_checkpoint_is_that_of_its_teacher(tmp_path):
     torch.nn.init.normal_(method.teacher.blocks[-1].attn.qkv.weight, std=0.3)
     flags = {
         "model": "conmim_tiny_patch16_224", "input_size": 16, "patch_size": 4,
-        "mask_type": "random",
+        "mask_type": "random", "imagenet_default_mean_and_std": False,
         "model_kwargs": ["embed_dim=32", "depth=2", "num_heads=2", "projector_hidden_dim=8"],
     }  # fmt: skip
     state = {"model": method.state_dict(), "teacher": method.teacher.state_dict(), "args": flags}
@@ -261,7 +261,8 @@ def test_reconstruction_keeps_the_visible_patches_and_predicts_the_others(tmp_pa
         method.decoder_pred.bias.view(-1, 3).copy_(torch.tensor([-1.0, 1.0, -1.0]))
     flags = {
         "model": "mae_tiny_patch16_224", "data_set": "digits", "input_size": 32, "patch_size": 8,
-        "mask_type": "random", "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
+        "mask_type": "random", "imagenet_default_mean_and_std": False,
+        "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
     }  # fmt: skip
     save_checkpoint(tmp_path / "checkpoint-0.pth", {"model": method.state_dict(), "args": flags})
     line = f"reconstruct --checkpoint {tmp_path}/checkpoint-0.pth --images 1 --output x"
@@ -350,9 +351,10 @@ def test_orders_of_a_classifier(tmp_path):
     ]
     shown = pictures(visualize.orders(*visualize.parse([*line, *flags, *place])))
     assert [picture.shape for picture in shown] == [(16, 16, 3)] + [(4, 4)] * 6
-    maps = visualize.order_maps(
-        model, (torch.from_numpy(shown[0]).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
-    )
+    # a file without flags is shown as ImageNet's images are
+    normalize = visualize.Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
+    x = normalize({"image": torch.from_numpy(shown[0]).permute(2, 0, 1)[None]})["image"]
+    maps = visualize.order_maps(model, x)
     np.testing.assert_allclose(shown[2], maps["cls"].view(4, 4), atol=1e-5)
 
 

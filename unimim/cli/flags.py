@@ -593,6 +593,12 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         default=None,
         help="keep the optimizer's state and step on the host",
     )
+    group.add_argument(
+        "--deepspeed_shards",
+        action="store_true",
+        help="save DeepSpeed's own shards beside a checkpoint, for very large models; only the same "
+        "--zero_stage and number of processes resume them",
+    )
     group.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     group.add_argument(
         "--max_nonfinite",

@@ -231,7 +231,7 @@ def validate(args: argparse.Namespace) -> None:
             f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random "
             "--mask_type"
         )
-    for name in ("deepspeed_config", "offload"):
+    for name in ("deepspeed_config", "offload", "deepspeed_shards"):
         if getattr(args, name) and not args.enable_deepspeed:
             raise ValueError(f"--{name} needs --enable_deepspeed")
     if args.deepspeed_config and not Path(args.deepspeed_config).is_file():

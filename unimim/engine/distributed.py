@@ -29,6 +29,9 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from unimim.engine.lock import release_all
+from unimim.engine.writing import wait_for_writers
+
+WRITE_SECONDS = 30  # for a checkpoint that is being written when a rank ends at once
 
 before_leaving: list[Callable[[], None]] = []  # what `leave_process_group` calls, once
 
@@ -165,6 +168,11 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0, as one without a group is."""
+    return not in_group() or dist.get_rank() == 0
+
+
 def leave_process_group() -> None:
     """Leave the group and ends gloo's threads.
 
@@ -187,9 +195,12 @@ def has_peers() -> bool:
 def exit_at_once(code: int) -> None:
     """End this process with what it has logged, without waiting for peers that may not answer.
 
+    A checkpoint that is being written is finished, if that takes no more than half a minute.
+
     They sit in a collective, where destroying the group would wait for them; a lost connection or
     the launcher ends them. Loader workers go with their parent.
     """
+    wait_for_writers(WRITE_SECONDS)
     release_all()
     with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or on a full disk
         logging.shutdown()

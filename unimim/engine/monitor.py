@@ -146,6 +146,7 @@ class StepMonitor:
         self.counts: dict[str, int] = {}
         self.recent: dict[str, float] = {}
         self.streak = 0
+        self.skipped = 0  # of the whole run
 
     def push(self, step: int, indices: list[Tensor], metrics: dict[str, Tensor]) -> None:
         """Add a step.
@@ -186,6 +187,7 @@ class StepMonitor:
         for (step, indices, _), row, values in zip(self.pending, rows, own, strict=True):
             overflow = self.scaled and math.isfinite(row["loss"])
             self.streak = 0 if row["applied"] else self.streak + 1
+            self.skipped += not row["applied"]
             if not row["applied"] and not overflow:
                 self._report(step, indices, dict(zip(row, values.tolist(), strict=True)))
             if self.streak > self.max_nonfinite + overflow * self.scaler_halvings:
