@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from unimim.errors import OptionError, did_you_mean
+from unimim.errors import OptionError, check_choice, did_you_mean
 from unimim.flag import Flag
 from unimim.sizes import to_pair
 
@@ -206,6 +206,7 @@ def own_options(*builders: type | Callable) -> set[str]:
     names: set[str] = set()
     for builder in builders:
         for cls in getattr(builder, "__mro__", (builder,)):
+            names |= set(vars(cls).get("chosen_options", ())) if isinstance(cls, type) else set()
             init = vars(cls).get("__init__") if isinstance(cls, type) else cls
             if init is None:
                 continue
@@ -889,12 +890,6 @@ class VisionTransformer(nn.Module):
         block = self.blocks[layer]
         q, k, _ = block.attn.project(block.norm1(x))
         return block.attn.probabilities(q, k, block.attn.position_bias(bias))
-
-
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise an OptionError if the value of a constructor option is none of the choices."""
-    if value not in choices:
-        raise OptionError(option, value, f"is unknown; take one of {', '.join(choices)}")
 
 
 # --------------------------------------------------------------------------------------------------

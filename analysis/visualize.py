@@ -21,9 +21,9 @@ from torch.utils.data import default_collate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import ImageDataset
-from masking_generator import PATCH_ORDERS, patch_order
+from masking_generator import PATCH_ORDERS, patch_order, stretched
 from modeling_finetune import VisionTransformer
-from modeling_pretrain import PretrainMethod, similarity, stretched
+from modeling_pretrain import PretrainMethod, similarity
 from unimim.checkpoint.loading import PUBLISHED_KEYS, RUN_KEYS, load_pretrained
 from unimim.checkpoint.runs import rebuild
 from unimim.cli import options
@@ -259,7 +259,7 @@ def order_maps(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
     """
     model.eval()
     prefix = model.num_prefix_tokens
-    target = getattr(model, "target", None)
+    target = getattr(getattr(model, "target", None), "teacher", None)
     attention = model.attention_maps(images)[:, :, 0, prefix:].mean(1)
     tokens = model.norm(model.forward_features(images)) if target is None else target(images)
     patches = tokens[:, prefix:]
