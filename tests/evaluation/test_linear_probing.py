@@ -292,7 +292,7 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, zero_stage, opt, more):
             "--lr_sweep 0.1 0.3 --clip_grad 3",
             "--clip_grad would clip the heads of --lr_sweep together",
         ),
-        ("--crop_scale 0.5 0.2", "--crop_scale takes MIN <= MAX"),
+        ("--crop_scale 0.5 0.2", "--crop_scale 0.5 0.2 must be the smallest"),
         (
             "--feature_cache out",
             "--feature_cache holds features of images without augmentation: give --no_aug too",

@@ -23,7 +23,7 @@ from unimim.logs import log
 from unimim.recipes import Recipe, by_name, names_for, recipe_for
 
 # flags with a default that `adapt_defaults` takes away, so that config.yaml has them without one
-UNSETTABLE = ("opt_betas", "eval_input_size")
+UNSETTABLE = ("opt_betas", "eval_input_size", "lr", "blr")
 
 
 def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -206,7 +206,12 @@ def config_value(parser: argparse.ArgumentParser, action: argparse.Action, value
             raise ValueError("it has no value; leave the line out for the default")
         return None
     if action.nargs == 0:
-        if not isinstance(value, bool):
+        # flags that each stand for a word, such as --global_pool, or a switch
+        words = [other.const for other in parser._actions if other.dest == action.dest]
+        words = [word for word in words if isinstance(word, str)]
+        if words and value not in words:
+            raise ValueError(f"{value!r} is not {' or '.join(words)}")
+        if not words and not isinstance(value, bool):
             raise ValueError(f"{value!r} is not true or false")
         return value
     if isinstance(value, (list, tuple)) and action.nargs in (None, "?"):

@@ -229,10 +229,6 @@ def _check_linear(args: Namespace) -> None:
             raise ValueError(
                 "--clip_grad would clip the heads of --lr_sweep together: run them one by one"
             )
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
-        raise ValueError(
-            f"--crop_scale takes MIN <= MAX, both above 0 and at most 1, not {args.crop_scale}"
-        )
     if args.feature_cache and not args.no_aug:
         raise ValueError(
             "--feature_cache holds features of images without augmentation: give --no_aug too"
