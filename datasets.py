@@ -25,9 +25,9 @@ from unimim.data.sources import (
     FileSource,
     PartSource,
     Source,
-    _detect,
     _split_folder,
     build_source,
+    detect,
     first_of_each_class,
     logger,
 )
@@ -169,7 +169,7 @@ def build_dataset(
     """
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
-    kind = args.data_set or _detect(path)
+    kind = args.data_set or detect(path)
     if (
         kind == "image_folder"
         and not train
@@ -271,7 +271,7 @@ class TrainBatchSampler:
         return self.batches
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = self._order(self.epoch)
+        order = self.order(self.epoch)
         for batch in range(self.start_batch, self.batches):
             positions = self._positions(batch * self.world_size + self.rank)
             # Repeats of an image differ in the epoch of their key, hence in their augmentation.
@@ -289,10 +289,13 @@ class TrainBatchSampler:
         first = step * self.step_batches * self.batch_size
         return first + turn + self.step_batches * np.arange(self.batch_size)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.n)
-        return np.random.default_rng((self.seed, epoch, 0, _ORDER_STREAM)).permutation(self.n)
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the images of an epoch in their order, [n]; 4 bytes an image as long as they
+        suffice. Only the process that trains holds it."""
+        numbers = np.arange(self.n, dtype=np.int32 if self.n < 2**31 else np.int64)
+        if self.shuffle:
+            np.random.default_rng((self.seed, epoch, 0, _ORDER_STREAM)).shuffle(numbers)
+        return numbers
 
 
 class EvalBatchSampler:

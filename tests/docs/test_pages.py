@@ -23,6 +23,7 @@ EFFECT = re.compile(r"crash|wrong number|speed|taste|missing part")
 FOREIGN = {
     "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr",
     "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size", "--ipc", "--help",
+    "--nodes", "--ntasks-per-node", "--gpus-per-node",
 }  # fmt: skip
 
 
