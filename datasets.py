@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from unimim.data.files import Key
-from unimim.data.jpeg import BrokenImageError
+from unimim.data.jpeg import MAX_IMAGE_PIXELS, BrokenImageError, limit_pixels, pixel_limit
 from unimim.data.random import _ORDER_STREAM, _REPLACEMENT_STREAM, sample_rng
 from unimim.data.sources import (
     ArraySource,
@@ -161,15 +162,19 @@ def build_dataset(
 ) -> ImageDataset:
     """Build the data set that the flags describe.
 
-    Reads `data_set`, `data_path`, `eval_data_path`, `seed`, `max_bad_images` and `strict_data`. For
-    training, `label_fraction` (if the script has that flag) keeps the first images of each class.
-    For evaluation, `eval_data_path` overrides `data_path`; an image_folder needs it unless it is
-    divided into `train` and `val`.
+    Reads `data_set`, `data_path`, `eval_data_path`, `seed`, `max_bad_images` and `strict_data`, and
+    where a script has them `max_image_pixels` (a limit for the whole process), `allow_outside` and,
+    for training, `label_fraction`, which keeps the first images of each class. For evaluation,
+    `eval_data_path` overrides `data_path`; an image_folder needs it unless it is divided into
+    `train` and `val`.
     `maps` opens what else belongs to the images of a source.
     """
+    limit_pixels(getattr(args, "max_image_pixels", MAX_IMAGE_PIXELS))
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
     kind = args.data_set or detect(path)
+
+    # images beside the training ones would be evaluated on in silence
     if (
         kind == "image_folder"
         and not train
@@ -180,8 +185,15 @@ def build_dataset(
             f"evaluation on image folders needs --eval_data_path, or a folder {path}/val"
         )
     source = build_source(
-        kind, path, train=train, need_labels=need_labels, train_path=args.data_path
+        kind,
+        path,
+        train=train,
+        need_labels=need_labels,
+        train_path=args.data_path,
+        allow_outside=getattr(args, "allow_outside", False),
     )
+
+    # low-shot training takes the first images of each class
     fraction = getattr(args, "label_fraction", 1.0)
     if train and fraction != 1.0:
         source = PartSource(source, first_of_each_class(source.labels, fraction))
@@ -342,13 +354,18 @@ def build_loader(
         pin_memory=pin_mem and torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=partial(_start_worker, pixel_limit()),
         # without it every iteration would draw a base seed from the global generator
         generator=torch.Generator(),
     )
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
+def _start_worker(pixels: int, _worker: int) -> None:
+    limit_pixels(pixels)  # a spawned worker has Pillow's own
+    _leave_signals_to_the_parent()
+
+
+def _leave_signals_to_the_parent() -> None:
     """Ignore signals to the process group: the parent still needs batches to finish its step."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -28,6 +28,8 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
     """
     args = run.args
     epoch = position.epoch
+
+    # the loader begins where a checkpoint stopped
     run.task.train()
     run.task.before_epoch(epoch, args.epochs)
     run.loader.batch_sampler.set_position(epoch, position.step * args.update_freq)
@@ -52,12 +54,15 @@ def train_one_epoch(run: Training, position: Position) -> dict[str, float]:
 
 def train_one_step(run: Training, update: int, micro_batches: list[dict[str, Tensor]]) -> None:
     """Make update number `update` of the run: schedules, micro-batches, optimizer, ema."""
+    # lr, weight decay and random numbers are functions of the update alone
     set_schedule(run.runner.optimizer, run.lr[update], run.weight_decay[update])
     seed_step(run.args.seed, run.args.rank, update)
     outs = [
         run.runner.micro_step(run.prepare(batch), last=k == len(micro_batches))
         for k, batch in enumerate(micro_batches, 1)
     ]
+
+    # a skipped step does not move the teacher
     result = run.runner.step()
     on_host = result["applied"].device.type == "cpu"
     run.task.after_step(
@@ -86,6 +91,8 @@ def show(run: Training, progress: Progress, position: Position) -> None:
     speed = run.throughput.metrics()
     if not recent:
         return
+
+    # the line on the screen
     lrs = [group["lr"] for group in run.runner.optimizer.param_groups]
     update = position.epoch * run.steps_per_epoch + position.step
     memory = memory_gib(run.context.device)
@@ -101,6 +108,8 @@ def show(run: Training, progress: Progress, position: Position) -> None:
     if "mfu" in speed:
         text["mfu"] = f"{speed['mfu']:.0f}%"
     progress.show(position.step, text)
+
+    # the curves
     decays = [g["weight_decay"] for g in run.runner.optimizer.param_groups if g["weight_decay"] > 0]
     optimizer = {
         "opt/lr": max(lrs),

@@ -254,15 +254,20 @@ class VisualTokenLoss(torch.autograd.Function):
             *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias)),
         ]
         for start in range(0, len(x), VisualTokenLoss.rows):
+            # logits [rows, vocabulary] of a few rows: those of a whole batch would not fit
             few = slice(start, start + VisualTokenLoss.rows)
             logits = F.linear(x[few], weight, bias)
             dtype = logits.dtype
             target = targets[few, None]
             count = counts[few, None]
             hits += ((logits.argmax(-1, keepdim=True) == target) * count).sum()
+
+            # cross-entropy
             slope = logits.float().log_softmax(-1)
             del logits
             total -= (slope.gather(1, target) * count).sum()
+
+            # its gradient is softmax - one_hot, made in place while the logits are here
             if wanted:
                 slope = (
                     slope.exp_()

@@ -1,5 +1,6 @@
 """Fine-tunes or evaluates a classifier; `--help` lists the flags, README.md has examples."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate_classifier
 from engine_for_pretraining import train
 from optim_factory import param_groups
-from unimim.checkpoint.files import load_checkpoint
+from unimim.checkpoint.files import load_checkpoint, takes_imagenet_mean_std
 from unimim.checkpoint.loading import load_pretrained
 from unimim.cli.models import build_classifier, warn_of_other_variant
 from unimim.cli.options import derived, parse, report
-from unimim.data.classes import check_eval_size, settle_classes, settle_size
+from unimim.data.classes import check_classes, check_eval_size, settle_classes, settle_size
 from unimim.data.pretraining import steps_per_epoch, train_loader
 from unimim.data.views import build_finetune_transform
 from unimim.engine.batch_norm import average_batch_statistics
@@ -24,6 +25,7 @@ from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
 from unimim.engine.state import RunContext, Training
+from unimim.evaluation.accuracy import published_lines
 from unimim.logs import log
 
 
@@ -59,13 +61,15 @@ class ClassificationEvaluator:
         self.loader = loader
         self.dtype = run.runner.dtype
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module, of: str = "network") -> dict[str, float]:
         device = next(model.parameters()).device
         model.to(self.context.device)
         result = evaluate_classifier(
             model, self.loader, self.context, dtype=self.dtype, shared=self.args.dist_eval
         )
         model.to(device)
+        for line in published_lines(result, len(self.loader.dataset), of):
+            log.info("%s", line)
         return result
 
     def after_epoch(self, position: Position, session: Session) -> dict[str, float]:
@@ -85,11 +89,41 @@ class ClassificationEvaluator:
             position.best = metrics["test_acc1"]
             session.save_best(position, of_ema=False)
         if ema is not None:
-            metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema)).items()}
+            metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema, "ema")).items()}
             if metrics["test_ema_acc1"] > position.best_average:
                 position.best_average = metrics["test_ema_acc1"]
                 session.save_best(position, of_ema=True)
         return metrics | {"best_acc1": position.best}
+
+
+def load_finetune(args: Namespace, model: nn.Module) -> None:
+    """Load the weights of --finetune, of which --eval needs the classifier, too."""
+    warn_of_other_variant(args.finetune, args.model)
+    found = load_pretrained(
+        model, args.finetune, model_key=args.model_key, prefix=args.model_prefix
+    )
+    log.info("%s", found)
+    if args.eval and not args.resume and found.missing:
+        raise ValueError(
+            f"--eval --finetune {args.finetune} has no {', '.join(found.missing[:3])} of "
+            f"--model {args.model} with {args.nb_classes} classes, so its accuracy would be that "
+            "of a random classifier: fine-tune it first, or use run_knn.py or run_linear_probing.py"
+        )
+
+
+def tell_mean_std(args: Namespace) -> None:
+    """Warn where a file does not say how its images were normalized, or says otherwise."""
+    path = args.resume or args.finetune
+    said, ours = takes_imagenet_mean_std(path), args.imagenet_default_mean_and_std
+    names = {True: "ImageNet's mean and std", False: "mean and std 0.5"}
+    if said is None:
+        log.warning(
+            "%s does not say how its images were normalized: %s are taken; "
+            "--%simagenet_default_mean_and_std takes %s",
+            path, names[ours], "no_" if ours else "", names[not ours],
+        )  # fmt: skip
+    elif said != ours:
+        log.warning("%s was trained with %s, not with %s", path, names[said], names[ours])
 
 
 def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> None:
@@ -101,40 +135,48 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
         )
     elif not args.finetune:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
+    tell_mean_std(args)
     if args.dry_run:
         return
     model.to(context.device)
     dtype = AUTOCAST_DTYPES.get(args.precision)
     result = evaluate_classifier(model, loader, context, dtype=dtype, shared=args.dist_eval)
+    if not math.isfinite(result["loss"]):
+        raise ValueError(
+            f"the loss of {args.resume or args.finetune} is {result['loss']}: its weights, or what "
+            f"--precision {args.precision} makes of them, are not finite"
+        )
     log.info(
         "%s: acc1 %.3f  acc5 %.3f  loss %.4f",
         args.resume or args.finetune,
         *(result[k] for k in ("acc1", "acc5", "loss")),
     )
+    for line in published_lines(result, len(loader.dataset)):
+        log.info("%s", line)
 
 
 def main(args: Namespace) -> None:
     context = set_up(args)
     settle_size(args)
+
+    # validation images first: they settle the number of classes
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
     settle_classes(args, eval_loader.dataset)
     model = build_classifier(args)
     if args.finetune:
-        warn_of_other_variant(args.finetune, args.model)
-        found = load_pretrained(
-            model, args.finetune, model_key=args.model_key, prefix=args.model_prefix
-        )
-        log.info("%s", found)
+        load_finetune(args, model)
     check_eval_size(args, model)
     if args.eval:
         return evaluate_only(context, model, eval_loader)
 
+    # training images, and what follows from their number
     dataset = build_dataset(
         args,
         train=True,
         transform=build_finetune_transform(args, train=not args.no_aug),
         need_labels=True,
     )
+    check_classes(args, dataset)
     loader = train_loader(args, dataset)
     images = (
         f"{len(dataset)} for training, {len(eval_loader.dataset)} for validation, "
@@ -142,9 +184,13 @@ def main(args: Namespace) -> None:
     )
     steps = steps_per_epoch(args, loader)
     report(args, derived(args, steps) | {"images": images})
+
+    # an lr and a weight decay for each layer
     groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
     if args.dry_run:
         return dry_run(args, groups, steps, context.device)
+
+    # train, with an evaluation after each epoch
     task = Classification(model.to(context.device), args, context.device)
     run, position = start_training(context, task, loader, groups)
     evaluator = ClassificationEvaluator(run, eval_loader)

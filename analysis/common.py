@@ -27,7 +27,8 @@ from datasets import ImageDataset, build_dataset, build_loader
 from modeling_backbones import feature_places
 from modeling_finetune import Block, create_model, entry_of
 from modeling_pretrain import PretrainMethod
-from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
+from unimim.checkpoint.files import takes_imagenet_mean_std
+from unimim.checkpoint.loading import PUBLISHED_KEYS, class_tokens, load_pretrained
 from unimim.checkpoint.runs import flags_of, rebuild
 from unimim.cli.flags import add_data_flags, add_process_flags, add_size_flags
 from unimim.cli.options import given, model_kwargs, parse_flags
@@ -214,7 +215,8 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
     run = {} if path == RANDOM else flags_of(path)
     torch.manual_seed(args.seed)
     if name:
-        model = named_model(name, model_kwargs(args), num_classes)
+        options = given({"num_cls_tokens": None if path == RANDOM else tokens_in(args, path)})
+        model = named_model(name, options | model_kwargs(args), num_classes)
     elif run:
         model = model_of_run(path, run, args)
     else:
@@ -232,7 +234,8 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
         and bool(num_classes or run)
         and not any(key.startswith(_HEADS) for key in missing)
     )
-    network = Network(label, model, image_size(model, args, run), mean_std(args, run), classifies)
+    said = None if path == RANDOM else takes_imagenet_mean_std(path)
+    network = Network(label, model, image_size(model, args, run), mean_std(args, said), classifies)
     log.info(
         "%s: images of %d x %d, normalized by the values of %s",
         label,
@@ -240,6 +243,11 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
         network.mean_std,
     )
     return network
+
+
+def tokens_in(args: Namespace, path: str) -> int | None:
+    """Return how many class tokens the weights have, if several."""
+    return class_tokens(path, model_key=args.model_key, prefix=args.model_prefix)
 
 
 def named_model(name: str, options: dict[str, Any], num_classes: int) -> nn.Module:
@@ -268,10 +276,12 @@ def image_size(model: nn.Module, args: Namespace, run: dict[str, Any]) -> tuple[
     return to_pair(args.input_size or run.get("input_size") or own[-2:])
 
 
-def mean_std(args: Namespace, run: dict[str, Any]) -> str:
-    flag = args.imagenet_default_mean_and_std
-    flag = run.get("imagenet_default_mean_and_std", True) if flag is None else flag
-    return "imagenet" if flag else "inception"
+def mean_std(args: Namespace, said: bool | None) -> str:
+    """Return the key in `MEAN_STD` by the flag, else by what the file `said`, else ImageNet's."""
+    for flag in (args.imagenet_default_mean_and_std, said):
+        if flag is not None:
+            return "imagenet" if flag else "inception"
+    return "imagenet"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from datasets import ImageDataset
 from masking_generator import PATCH_ORDERS, patch_order
 from modeling_finetune import VisionTransformer
 from modeling_pretrain import PretrainMethod, similarity, stretched
-from unimim.checkpoint.loading import PUBLISHED_KEYS, load_pretrained
+from unimim.checkpoint.loading import PUBLISHED_KEYS, RUN_KEYS, load_pretrained
 from unimim.checkpoint.runs import rebuild
 from unimim.cli import options
 from unimim.cli.flags import options_as_flags
@@ -120,6 +120,8 @@ def attention_grid(
         )
     model.eval()
     heads = heads or ("all" if (len(cells) or num_cls) == 1 else "mean")
+
+    # a column for each layer, query and head
     x = normalize({"image": images})["image"]
     columns = []
     for layer in layers:
@@ -129,6 +131,7 @@ def attention_grid(
         for name, maps, marks in queries:
             columns += split(f"{prefix}{name}", maps, marks, heads)
 
+    # a row for each image
     heat = [column.maps.numpy() for column in columns]
     rows = zip([to_hwc(image) for image in images], *heat, strict=True)
     titles = ["image", *(column.title for column in columns)]
@@ -178,13 +181,22 @@ def to_hwc(image: Tensor) -> np.ndarray:
 
 
 def load_model(path: str, model_key: str, flags: list[str]) -> tuple[nn.Module, Namespace]:
-    """Return a checkpoint's model with its weights, and the flags of its run.
+    """Return a checkpoint's model with the weights of its encoder, and the flags of its run.
 
-    `flags` override those of the run. A file without flags (an encoder export) is loaded into the
-    classifier that `flags` describe.
+    `flags` override those of the run. A file without flags is loaded into the method or the
+    classifier that `flags` describe; of a method only the encoder need be there. A classifier gets
+    the norm that was trained with its tokens, even where its features are normed after the mean.
     """
     model, args = rebuild(path, flags, model_key=model_key)
-    log.info("%s", load_pretrained(model, path, model_key=model_key))
+    has_no_norm = isinstance(model, VisionTransformer) and isinstance(model.norm, nn.Identity)
+    if has_no_norm:
+        model.norm = nn.LayerNorm(model.embed_dim, eps=1e-6)
+    found = load_pretrained(
+        model, path, model_key=model_key, new=getattr(model, "not_exported", ())
+    )
+    log.info("%s", found)
+    if has_no_norm and "norm.weight" in found.missing:
+        model.norm = nn.Identity()
     return model, args
 
 
@@ -353,13 +365,21 @@ def reconstruction_grid(
 
 def reconstruct(own: Namespace, flags: list[str]) -> Figure:
     """Return the figure of `visualize.py reconstruct`."""
-    method, args = load_model(own.checkpoint, "model", flags)
+    path, key = own.checkpoint, "|".join(RUN_KEYS)
+    method, args = rebuild(path, flags, model_key=key)
     if not getattr(method, "predicts_pixels", False):  # classifiers have no such attribute
+        raise ValueError(f"--checkpoint {path} holds {args.model}, which does not predict pixels")
+    found = load_pretrained(method, path, model_key=key, min_matched=0.0)
+    log.info("%s", found)
+    trained = {name for name, _ in method.named_parameters()}
+    if missing := [name for name in found.missing if name in trained]:
         raise ValueError(
-            f"--checkpoint {own.checkpoint} holds {args.model}, which does not predict pixels"
+            f"--checkpoint {path} has no {missing[0]} and {len(missing) - 1} other tensors of "
+            f"{args.model}, without which no pixels are predicted: use the file of the whole "
+            "pre-training network, not that of its encoder"
         )
     if method.teacher is not None:
-        log.info("%s", load_pretrained(method.teacher, own.checkpoint))
+        log.info("%s", load_pretrained(method.teacher, path))
     batch = default_collate(training_samples(args, method, own.images))
     return reconstruction_grid(method, batch, normalization(args))
 
@@ -448,7 +468,9 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         help="the pixels that a method predicts; further flags override those of the run",
     )
     reconstruct_flags.add_argument(
-        "--checkpoint", required=True, help="a checkpoint-<epoch>.pth of pre-training"
+        "--checkpoint",
+        required=True,
+        help="a checkpoint-<epoch>.pth of pre-training, or a published one with --model METHOD",
     )
     return parser.parse_known_args(argv)
 

@@ -163,6 +163,12 @@ def file_sha256(path: str | Path) -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def begins_as_zip(path: str | Path) -> bool:
+    """Return whether a file begins as a zip archive (torch's files are such), whole or not."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
 def is_intact_zip(path: str | Path) -> bool:
     """Return whether every member of a zip archive (torch's files are such) has its checksum."""
     try:

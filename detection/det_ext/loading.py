@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
+from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import backbone_weights, load_pretrained
 from unimim.checkpoint.names import StateDict
-from unimim.openmmlab.checkpoint import log, read
+from unimim.openmmlab.checkpoint import log
 
 TABLE = "relative_position_bias_table"
 _CLASS_ROWS = 3
@@ -24,7 +25,7 @@ def weights_without_class(path: str | Path, *, prefix: int = 0) -> StateDict:
     Bias tables [R, h] lose the rows of the class token; positions [1, n + N, C] keep `prefix` of
     the n rows of class tokens.
     """
-    state = backbone_weights(read(path), str(path))
+    state = backbone_weights(load_checkpoint(path), str(path))
     tokens = sum(state[name].shape[1] for name in ("cls_token", "reg_token") if name in state)
     for name, value in state.items():
         if name.endswith(TABLE):

@@ -127,6 +127,8 @@ class SampledViT(nn.Module):
         super().__init__()
         check_choice("pos_embed", pos_embed, ("sincos", "none"))
         check_choice("rel_pos_bias", rel_pos_bias, ("per_block", "none"))
+
+        # a convolutional stem takes the place of the patch embedding
         self.grid = (img_size // STRIDE, img_size // STRIDE)
         self.grad_checkpointing = grad_checkpointing
         self.patch_embed = ConvStem(embed_dim)
@@ -145,6 +147,8 @@ class SampledViT(nn.Module):
         )
         rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
+
+        # a table of its own for each block, for every offset between two patches
         if rel_pos_bias == "per_block":
             rows = (2 * self.grid[0] - 1) ** 2
             for block in self.blocks:

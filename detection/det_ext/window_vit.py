@@ -76,6 +76,8 @@ class WindowViT(nn.Module):
         dim, depth, heads = vit["embed_dim"], vit["depth"], vit["num_heads"]
         if depth % GROUPS:
             raise ValueError(f"depth {depth}: the blocks form {GROUPS} groups of one size")
+
+        # each group ends with a block of global attention; the others attend within windows
         self.patch_embed = PatchEmbed(input_size, patch_size, 3, dim)
         self.grid = self.patch_embed.grid_size
         self.window = window
@@ -85,6 +87,8 @@ class WindowViT(nn.Module):
                 f"window {window} does not divide the {self.grid[0]} tokens along the side of "
                 "input_size"
             )
+
+        # the blocks have the names and shapes of pre-training
         self.pos_embed = make_positions(pos_embed, dim, self.grid)
         block = partial(
             Block,
@@ -100,6 +104,8 @@ class WindowViT(nn.Module):
         )
         rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(block(drop_path=rate) for rate in rates)
+
+        # one bias for all windows, one for all global blocks
         self.window_bias = OffsetBias(window, heads) if rel_pos_bias and self.group > 1 else None
         self.global_bias = OffsetBias(self.grid[0], heads) if rel_pos_bias else None
         self.table_resize = table_resize

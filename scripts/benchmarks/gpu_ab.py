@@ -230,7 +230,7 @@ def flex(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def flex_steps(bench: Bench, args: argparse.Namespace) -> None:
-    """Training steps with `--attn flex` and `sdpa`; flex with the tiles that `flex` found fastest."""
+    """Measure steps with `--attn flex`, in the tiles that `flex` found fastest, and `sdpa`."""
     path = args.output / "flex.json"
     if path.exists():
         modeling_finetune.FLEX_OPTIONS = TILES[json.loads(path.read_text())["name"]]

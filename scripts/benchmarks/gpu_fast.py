@@ -139,7 +139,8 @@ CASES = {
 LAUNCHES = Case("MAE Ti, 32 px", "mae_tiny_patch16_224", 256, ())
 COMPILED = (
     "ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, HOG", "ConMIM L", "MAE L", "BEiT B",
-    "Fine-tuning MAE's ViT-B", "MaskFeat B", "Fine-tuning BEiT's ViT-B", "SimMIM ViT-B", "A2MIM ViT-B",
+    "Fine-tuning MAE's ViT-B", "MaskFeat B", "Fine-tuning BEiT's ViT-B", "SimMIM ViT-B",
+    "A2MIM ViT-B",
 )  # fmt: skip
 LATER = ("SemMAE L", "SemanticMIM L, visual tokens", "SemanticMIM L, HOG", "BEiT L", "MaskFeat L")
 PLAIN = ("ConMIM B", "MAE B", "SemAIM B", "SemanticMIM B, visual tokens", "A2MIM ResNet-50")
@@ -211,8 +212,9 @@ def run(checks: Checks) -> None:
             peak_flops(checks.device, PRECISION),
         )
         phases = (
-            measure_gemm, prepare, measure_eager, measure_compiled, profile_steps, measure_plain, measure_loading,
-            measure_matmul_precision, enlarge_batches, measure_later, measure_launches,
+            measure_gemm, prepare, measure_eager, measure_compiled, profile_steps, measure_plain,
+            measure_loading, measure_matmul_precision, enlarge_batches, measure_later,
+            measure_launches,
         )  # fmt: skip
         try:
             for phase in phases:
@@ -387,8 +389,8 @@ def measure_step(
     seconds = statistics.median(times)
     row = {
         "model": case.name, "variant": variant, "batch": size, "ms_per_step": 1e3 * seconds,
-        "spread": (max(times) - min(times)) / seconds, "images_per_s": size / seconds, "peak_gib": peak_gib,
-        "first_step_s": first,
+        "spread": (max(times) - min(times)) / seconds, "images_per_s": size / seconds,
+        "peak_gib": peak_gib, "first_step_s": first,
     }  # fmt: skip
     row |= rates(bench, bench.flops.get((case.name, variant == "plain")), row["images_per_s"])
     if variant in ("compiled", "graphs"):
@@ -806,8 +808,8 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
     del batches, loader  # ends the workers
     result = {
         "loading": "into MAE B's step" if train else "alone", "workers": workers, "batch": size,
-        "images_per_s": done * size / seconds, "images_per_s_per_worker": done * size / seconds / workers,
-        "model_eats": eaten,
+        "images_per_s": done * size / seconds,
+        "images_per_s_per_worker": done * size / seconds / workers, "model_eats": eaten,
     }  # fmt: skip
     bench.notes.setdefault("JPEGs of 500 x 375 pixels", []).append(result)
     return result

@@ -84,8 +84,9 @@ from unimim.tokenizer.clusters import PatchClusters, kmeans_tokens
 
 # the least proven first, but for MAE, on whose features SemMAE's parts are learned
 PRETRAINED = (
-    "maskfeat", "semanticmim_maskfeat", "conmim", "beit", "semanticmim_beit", "semaim", "mae", "saim", "igpt",
-    "a2mim_vit", "a2mim_resnet18", "simmim_vit", "simmim_resnet18", "semmae", "semaim_raster",
+    "maskfeat", "semanticmim_maskfeat", "conmim", "beit", "semanticmim_beit", "semaim", "mae",
+    "saim", "igpt", "a2mim_vit", "a2mim_resnet18", "simmim_vit", "simmim_resnet18", "semmae",
+    "semaim_raster",
 )  # fmt: skip
 RANDOM = (
     "random", "random_beit", "random_semanticmim_beit", "random_mim_vit", "random_resnet18",
@@ -244,7 +245,8 @@ def pretrain_args(setting: Setting, job: Job, steps_per_epoch: int) -> Namespace
     """The flags that run_pretraining.py would be given."""
     steps = job.epochs * steps_per_epoch
     common = (
-        f"{setting.source_flags} {SHAPES.pretrain} --epochs {job.epochs} --warmup_steps {round(WARMUP_SHARE * steps)} "
+        f"{setting.source_flags} {SHAPES.pretrain} --epochs {job.epochs} "
+        f"--warmup_steps {round(WARMUP_SHARE * steps)} "
         f"--warmup_epochs 0 --precision {setting.precision} --seed {job.seed}"
     )
     own = [*flags_of(METHODS[job.key].pretrain), "--batch_size", str(setting.batch_size)]
@@ -466,7 +468,10 @@ def teacher_file(setting: Setting, job: Job) -> Path:
 def learned_parts(images: Images, job: Job) -> Tensor:
     """Learn parts as run_part_learning.py does; return them, uint8 [N, rows, columns]."""
     setting, device = images.setting, images.device
-    flags = f"{setting.source_flags} {SHAPES.parts} --precision {setting.precision} --seed {job.seed} --teacher"
+    flags = (
+        f"{setting.source_flags} {SHAPES.parts} --precision {setting.precision} --seed {job.seed} "
+        "--teacher"
+    )
     args = parse_parts([*shlex.split(flags), str(teacher_file(setting, job))])
     args.epochs = setting.part_epochs
     args.batch_size = min(args.batch_size, len(images.pretrain))
@@ -984,9 +989,9 @@ def run_here(checks: Checks, setting: Setting, report: Report) -> None:
 
 
 def run_in_processes(
-    pool: Pool, setting: Setting, report: Report, deadline: float, *, keys: Sequence[str] = PRETRAINED,
-    random_keys: Sequence[str] = RANDOM, seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS,
-    long_epochs: int = LONG_EPOCHS,
+    pool: Pool, setting: Setting, report: Report, deadline: float, *,
+    keys: Sequence[str] = PRETRAINED, random_keys: Sequence[str] = RANDOM,
+    seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS, long_epochs: int = LONG_EPOCHS,
 ) -> None:  # fmt: skip
     """Run the jobs seed after seed, then long ones, until the deadline."""
     pool.start(setting)

@@ -82,7 +82,7 @@ STEADY = (
 )  # AdamW makes whole steps of gradients that are rounding noise otherwise
 MOVED = 1e-2  # how far apart two trainings may end, as a share of the way
 # Four steps of two engines, relative: of the losses, of the weights' way. In fp16 DeepSpeed rounds
-# weights, tokens and the residual stream, which autocast leaves in float32: two different roundings,
+# weights, tokens and the residual stream, which autocast leaves in float32: two other roundings,
 # as far apart as either is from float32, which ConMIM's batch statistics of a few images enlarge to
 # 0.03 of the loss within four steps. In bf16 both engines keep float32 weights.
 ENGINES_ALIKE = {"fp32": (1e-4, MOVED), "bf16": (5e-2, 0.3), "fp16": (5e-2, 0.1)}

@@ -1,13 +1,15 @@
 """Pre-training methods against each other and against random weights, on the same small data sets.
 
-    python scripts/experiments/compare_methods.py --data_path DATA [--data cifar10 shapes] [--methods mae semmae]
+    python scripts/experiments/compare_methods.py --data_path DATA [--methods mae semmae]
     python scripts/experiments/compare_methods.py --data_path DATA --quick
 
-DATA holds the images of "cifar10": zips and map files as scripts/tools/make_cifar10_subset.py writes them, or any
-others of 32 x 32 pixels. All methods are pre-trained for the same steps, on `shapes` for as long as their steps allow,
-with an encoder of the same size; its averaged tokens are classified by k-NN and a linear probe, and it is fine-tuned
-by the same recipe. Runs that are finished below --output are kept; interrupted ones go on. Writes results.csv there and
-prints a Markdown table for each data set; plot_comparison.py draws it. Another method is one more line of METHODS.
+DATA holds the images of "cifar10": zips and map files as scripts/tools/make_cifar10_subset.py
+writes them, or any others of 32 x 32 pixels. All methods are pre-trained for the same steps, on
+`shapes` for as long as their steps allow, with an encoder of the same size; its averaged tokens are
+classified by k-NN and a linear probe, and it is fine-tuned by the same recipe. Runs that are
+finished below --output are kept; interrupted ones go on. Writes results.csv there and prints a
+Markdown table for each data set; plot_comparison.py draws it. Another method is one more line of
+METHODS.
 """
 
 import argparse
@@ -51,32 +53,40 @@ class Method:
     words: bool = False
 
 
-MAE = f"--model_kwargs {ENCODER} {DECODER} --patch_size {{patch}} --norm_pix_loss --lr 2e-3 --opt_betas 0.9 0.95"
+MAE = (
+    f"--model_kwargs {ENCODER} {DECODER} --patch_size {{patch}} --norm_pix_loss --lr 2e-3 "
+    "--opt_betas 0.9 0.95"
+)
 SEMAIM = (
-    f"--model semaim_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --query_depth 6 --norm_pix_loss "
-    "--lr 5e-4 --opt_betas 0.9 0.95 --clip_grad 3 --permutation_type"
+    f"--model semaim_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} "
+    "--query_depth 6 --norm_pix_loss --lr 5e-4 --opt_betas 0.9 0.95 --clip_grad 3 "
+    "--permutation_type"
 )
 CONMIM = (
-    f"--model conmim_tiny_patch16_224 --model_kwargs {ENCODER} projector_hidden_dim=256 --patch_size {{patch}} "
-    "--layer_scale_init_value 0.1 --mask_type random --mask_ratio 0.5 --t_momentum 0.999 --lr 2e-3 --clip_grad 3"
+    f"--model conmim_tiny_patch16_224 --model_kwargs {ENCODER} projector_hidden_dim=256 "
+    "--patch_size {patch} --layer_scale_init_value 0.1 --mask_type random --mask_ratio 0.5 "
+    "--t_momentum 0.999 --lr 2e-3 --clip_grad 3"
 )
 CONMIM_CLASSIFIER = f"--model beit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
 MASKFEAT = (
-    f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} --mask_type random --lr 2e-3 "
-    "--opt_betas 0.9 0.95"
+    f"maskfeat_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}} "
+    "--mask_type random --lr 2e-3 --opt_betas 0.9 0.95"
 )
 # the visual tokens are as many as scripts/benchmarks/gpu_learns.py makes of patches; published are
 # 8192, of a network
 BEIT = (
-    f"--model_kwargs {ENCODER} vocab_size=512 --patch_size {{patch}} --color_jitter 0.4 --lr 1.5e-3 "
-    "--opt_betas 0.9 0.999 --clip_grad 3"
+    f"--model_kwargs {ENCODER} vocab_size=512 --patch_size {{patch}} --color_jitter 0.4 "
+    "--lr 1.5e-3 --opt_betas 0.9 0.999 --clip_grad 3"
 )
 ABS_POS_CLASSIFIER = (
     f"--model beit_tiny_patch16_224_abs_pos --model_kwargs {ENCODER} --patch_size {{patch}}"
 )
 # pixels are masked by the cells of {cell}, a quarter of the image's side; the ResNet's last map has
 # as many places
-MIM = "--mask_type random_mps32 --mask_ratio 0.6 --mask_patch_size {cell} --lr 1e-3 --lr_schedule stepfix_cosine"
+MIM = (
+    "--mask_type random_mps32 --mask_ratio 0.6 --mask_patch_size {cell} --lr 1e-3 "
+    "--lr_schedule stepfix_cosine"
+)
 MIM_VIT = f"{MIM} --model_kwargs {ENCODER} --patch_size {{patch}}"
 MIM_CLASSIFIER = f"--model mim_vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
 MIM_RESNET = (
@@ -110,7 +120,8 @@ METHODS = {
     ),
     "semanticmim_beit": Method(
         "SemanticMIM in BEiT's form",
-        f"--model semanticmim_beit_tiny_patch16_224 {BEIT} --mask_type random --mask_ratio 0.6 --num_cls_tokens 1",
+        f"--model semanticmim_beit_tiny_patch16_224 {BEIT} --mask_type random --mask_ratio 0.6 "
+        "--num_cls_tokens 1",
         ABS_POS_CLASSIFIER,
         length="medium",
         words=True,
@@ -208,8 +219,8 @@ PROBE = "--global_pool --batch_size 256"
 LINEAR = "--no_aug --epochs 30 --warmup_epochs 0 --lr 0.1"
 QUICK_LINEAR, QUICK_STAGE = "--epochs 5", "--epochs 1 --warmup_epochs 0"  # of --quick
 FINETUNE = (
-    "--label_fraction 0.1 --lr 5e-4 --layer_decay 1 --drop_path 0 --init_scale 1e-3 --aa= --color_jitter 0 --reprob 0 "
-    "--smoothing 0 --weight_decay 0.05 --min_lr 1e-6"
+    "--label_fraction 0.1 --lr 5e-4 --layer_decay 1 --drop_path 0 --init_scale 1e-3 --aa= "
+    "--color_jitter 0 --reprob 0 --smoothing 0 --weight_decay 0.05 --min_lr 1e-6"
 )
 
 
@@ -251,13 +262,17 @@ class Comparison:
         path = shlex.quote(str(data_path))
         shapes = f"--data_path {shlex.quote(str(shapes_path))}" if shapes_path else ""
         self.data = replace(data, source=data.source.format(data_path=path, shapes=shapes))
-        self.name, self.seed, self.epochs, self.linear = name, seed, epochs, LINEAR
+        self.name = name
+        self.seed = seed
+        self.epochs = epochs
+        self.linear = LINEAR
         if quick:
             self.linear = f"{LINEAR} {QUICK_LINEAR}"
             finetune = f"{data.finetune} {QUICK_STAGE}"
             parts = f"{data.parts} {QUICK_STAGE}"
             self.data = replace(self.data, finetune=finetune, parts=parts)
-        self.folder, self.threads = output / name / f"seed{seed}", threads
+        self.folder = output / name / f"seed{seed}"
+        self.threads = threads
         self.precision = precision
         self.common = f"--save_ckpt_freq 1000 --precision {precision} --seed {seed}"
 
@@ -302,22 +317,25 @@ class Comparison:
         folder = self.folder / f"parts_{source}"
         teacher = shlex.quote(str(encoder_of(self.pretrain("mae"))))
         command = (
-            f"run_part_learning.py {self.data.source} {self.common} {self.data.parts} --teacher {teacher} "
-            f"--part_source {source} --extract {shlex.quote(str(folder / 'maps'))}"
+            f"run_part_learning.py {self.data.source} {self.common} {self.data.parts} "
+            f"--teacher {teacher} --part_source {source} "
+            f"--extract {shlex.quote(str(folder / 'maps'))}"
         )
         return self.run(command, folder)
 
     def evaluate(self, key: str) -> Result:
-        method, loss, start = METHODS[key], float("nan"), ""
+        method = METHODS[key]
+        loss = float("nan")
+        start = ""
         if method.pretrain:
             pretrained = self.pretrain(key)
             loss = report.read_log(pretrained)[-1]["train_loss"]
             start = f"--finetune {shlex.quote(str(encoder_of(pretrained)))}"
         network = f"{self.fitted(method.classifier)} {self.data.source} {start}"
-        return Result(
-            self.name, key, self.seed, loss, *self.probe(key, network),
-            self.accuracy(f"run_class_finetuning.py {network} {FINETUNE} {self.data.finetune}", key, "finetune"),
-        )  # fmt: skip
+        knn, linear = self.probe(key, network)
+        command = f"run_class_finetuning.py {network} {FINETUNE} {self.data.finetune}"
+        finetuned = self.accuracy(command, key, "finetune")
+        return Result(self.name, key, self.seed, loss, knn, linear, finetuned)
 
     def probe(self, key: str, network: str) -> tuple[float, float]:
         """k-NN and linear accuracy of the same features."""
@@ -331,10 +349,9 @@ class Comparison:
         )
 
     def accuracy(self, command: str, key: str, stage: str) -> float:
-        """Of the last epoch of a run."""
-        return report.read_log(self.run(f"{command} {self.common}", self.folder / key / stage))[-1][
-            "test_acc1"
-        ]
+        """Return the accuracy of a run's last epoch."""
+        folder = self.run(f"{command} {self.common}", self.folder / key / stage)
+        return report.read_log(folder)[-1]["test_acc1"]
 
     def results(self, keys: Iterable[str]) -> list[Result]:
         return [self.evaluate(key) for key in keys]

@@ -1,10 +1,10 @@
 """Draws docs/overview.jpg: the methods of the repository at work on three photographs.
 
-    python scripts/experiments/overview.py [--output output/overview] [--picture docs/overview.jpg] [--fast]
+    python scripts/experiments/overview.py [--picture docs/overview.jpg] [--fast]
 
-The photographs come with scikit-learn and matplotlib. Small networks are trained on crops of them by
-the run scripts, in minutes on a CPU; what is shown are crops of the same photographs.
-Runs that are finished below --output are kept. `--fast` shows in a minute that the parts fit together.
+The photographs come with scikit-learn and matplotlib. Small networks are trained on crops of them
+by the run scripts, in minutes on a CPU; what is shown are crops of the same photographs. Runs that
+are finished below --output are kept. `--fast` shows in a minute that the parts fit together.
 """
 
 import argparse

@@ -59,6 +59,7 @@ def convert(packed: Path, output: Path, *, num_parts: int, image_size: int) -> i
         write_image(output / "images" / names[index], sample)
         writer.write(index, sample.parts, sample.scores)
     writer.flush()
+    writer.seal()
     return len(files)
 
 

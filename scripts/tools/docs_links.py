@@ -1,4 +1,4 @@
-"""Hook of mkdocs.yml: links from docs/ to files of the repository, which a site of docs/ does not hold.
+"""Hook of mkdocs.yml: links from docs/ to files of the repository that a site of docs/ lacks.
 
 On a code host such a link opens the file. On the site it does so too if mkdocs.yml has a `repo_url`
 and a `edit_uri` such as `blob/main/`; without them it becomes the link's text.

@@ -1,4 +1,4 @@
-"""Write the 20,000 training and 5,000 validation images of CIFAR-10 that docs/results.md measures on.
+"""Write the 20,000 training and 5,000 validation images of CIFAR-10 of docs/results.md.
 
     python scripts/tools/make_cifar10_subset.py CIFAR_ROOT OUTPUT [--download]
 

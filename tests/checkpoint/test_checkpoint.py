@@ -35,6 +35,7 @@ from unimim.checkpoint.files import (
     latest_valid_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    metadata_of,
     prune_checkpoints,
     save_checkpoint,
     save_encoder,
@@ -316,14 +317,15 @@ def test_damaged_newer_checkpoints_are_skipped_and_named(tmp_path, caplog):
         tmp_path, "checkpoint-1.pth", "checkpoint-2-7.pth", "checkpoint-3.pth"
     )
     damage(flipped)  # one bit in a tensor, which torch.load does not notice
-    assert load_checkpoint(flipped)["name"] == "checkpoint-2-7.pth"
+    assert torch.load(flipped, weights_only=True)["name"] == "checkpoint-2-7.pth"
     empty.write_bytes(b"")
     assert latest_valid_checkpoint(tmp_path) == good
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "checkpoint-3.pth" in caplog.messages[0] and "checkpoint-2-7.pth" in caplog.messages[1]
 
 
-def test_any_changed_bit_is_either_noticed_or_harmless(tmp_path):
+@pytest.mark.parametrize("mmap", [False, True])
+def test_any_changed_bit_is_either_noticed_or_harmless(tmp_path, mmap):
     (path,) = write(tmp_path, "checkpoint-1.pth")
     whole, expected, noticed = path.read_bytes(), load_checkpoint(path), 0
     places = range(0, len(whole), 7)
@@ -331,13 +333,52 @@ def test_any_changed_bit_is_either_noticed_or_harmless(tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        if latest_valid_checkpoint(tmp_path) is None:
+        try:
+            found = load_checkpoint(path, mmap=mmap)
+        except ValueError as error:
+            assert str(path) in str(error)
+            assert latest_valid_checkpoint(tmp_path) is None
             noticed += 1
         else:
-            torch.testing.assert_close(
-                load_checkpoint(path)["model"], expected["model"], rtol=0, atol=0
-            )
+            torch.testing.assert_close(found["model"], expected["model"], rtol=0, atol=0)
     assert noticed > len(places) / 2  # the rest is padding and time stamps
+
+
+def test_any_changed_bit_of_an_encoder_is_noticed(tmp_path):
+    path = tmp_path / "encoder-1.safetensors"
+    about = {"model": "tiny", "mean": "[0.5]", "näme": 'a "b"'}
+    save_encoder(path, {"b": torch.randn(40), "a.weight": torch.zeros(2, 3).half()}, about)
+    whole, expected = path.read_bytes(), load_checkpoint(path)
+    metadata = metadata_of(path)
+    assert about.items() <= metadata.items()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            found = load_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:  # the name "sha256" itself, or the spaces after the header
+            assert metadata_of(path).keys() != metadata.keys() or metadata_of(path) == metadata
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_equal_encoders_are_equal_files(tmp_path):
+    tensors = {name: torch.full((3,), float(len(name))) for name in ("b", "a", "cc")}
+    about = {name: name for name in "qwertyuiop"}
+    command = (
+        "import sys, torch; from unimim.checkpoint.files import save_encoder; "
+        f"save_encoder(sys.argv[1], {{n: torch.full((3,), float(len(n))) for n in {list(tensors)}}}, "
+        f"{dict(reversed(about.items()))})"
+    )
+    save_encoder(tmp_path / "here.safetensors", dict(reversed(tensors.items())), about)
+    subprocess.run(
+        [sys.executable, "-c", command, tmp_path / "there.safetensors"], check=True, cwd=ROOT
+    )
+    here, there = (tmp_path / f"{name}.safetensors" for name in ("here", "there"))
+    assert here.read_bytes() == there.read_bytes()
+    assert safetensors.torch.load_file(here).keys() == tensors.keys()
 
 
 def test_a_deepspeed_folder_counts_only_with_its_marker(tmp_path, caplog):

@@ -52,6 +52,7 @@ BOTH = {
     "data_set": None, "data_path": None, "imagenet_default_mean_and_std": False,
     "no_imagenet_default_mean_and_std": False, "train_interpolation": "bicubic", "num_workers": 10,
     "pin_mem": True, "no_pin_mem": True, "max_bad_images": 100, "strict_data": False,
+    "max_image_pixels": 178_956_970, "allow_outside": False,
     "batch_size": 64, "update_freq": 1, "opt": "adamw", "opt_eps": 1e-08, "momentum": 0.9,
     "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005,
     "warmup_epochs": 5, "warmup_steps": -1, "device": "cuda", "precision": "auto",

@@ -95,8 +95,14 @@ def test_flags_of_one_name_are_one_flag():
 def test_entries_say_what_a_model_is():
     kinds = {
         name: entry_of(name).kind
-        for name in ("conmim_tiny_patch16_224", "a2mim_resnet10t", "beit_tiny_patch16_224", "resnet18", "vgg11")
-    }  # fmt: skip
+        for name in (
+            "conmim_tiny_patch16_224",
+            "a2mim_resnet10t",
+            "beit_tiny_patch16_224",
+            "resnet18",
+            "vgg11",
+        )
+    }
     assert list(kinds.values()) == ["method", "method", "classifier", "timm", "timm"]
     assert entry_of("beit_tiny_patch16_384").input_size == 384
     assert entry_of("a2mim_nothing") is None

@@ -142,6 +142,30 @@ def test_a_png_of_another_shape_or_kind_is_refused(tmp_path):
         maps.read(1)
 
 
+@pytest.mark.parametrize("name", ["parts.npy", "scores.npy", "parts.json", "checksums.json"])
+def test_any_changed_bit_of_an_array_is_noticed(tmp_path, name):
+    PartMapWriter.create(tmp_path, replace(META, scores=SCORES))
+    writer = PartMapWriter(tmp_path)
+    for index, parts in enumerate(some_maps()):
+        writer.write(index, parts, np.ones((3, 4), np.float16))
+    writer.flush()
+    PartMaps.open(tmp_path)  # may be read before it is finished
+    writer.seal()
+    PartMaps.open(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            PartMaps.open(tmp_path)
+    # what is written anew may change
+    (tmp_path / name).write_bytes(whole)
+    PartMapWriter.create(tmp_path, replace(META, scores=SCORES))
+    PartMapWriter(tmp_path).write(0, some_maps()[1], np.zeros((3, 4), np.float16))
+    PartMaps.open(tmp_path)
+
+
 def test_maps_of_other_images_are_refused(maps_path):
     with pytest.raises(ValueError, match="has 5 part maps, the data set has 6 images"):
         PartMaps.open(maps_path, paths=[*NAMES, "b/4.jpg"])

@@ -1,5 +1,5 @@
-"""Every command of README and docs: run scripts dry-run on small stand-ins for their data and checkpoints,
-other scripts parse their flags, recipes exist."""
+"""Every command of README and docs: run scripts dry-run on small stand-ins for their data and
+checkpoints, other scripts parse their flags, recipes exist."""
 
 import argparse
 import importlib
@@ -26,8 +26,8 @@ EXAMPLE = ROOT / "docs/adding_a_method.md"  # whose commands have a test of thei
 PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {EXAMPLE})]
 BLOCK = re.compile(r"^```(bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = {
-    "printf", "source", "exit", "if", "#!/bin/bash", "#SBATCH", "export", "df", "docker", "podman", "mount", "ulimit",
-    "uname", "echo",
+    "printf", "source", "exit", "if", "#!/bin/bash", "#SBATCH", "export", "df", "docker", "podman",
+    "mount", "ulimit", "uname", "echo",
 }  # lines that start nothing of ours  # fmt: skip
 LAUNCHERS = {"python", "torchrun", "deepspeed", "srun", "python3", "for"}
 STAGES = {

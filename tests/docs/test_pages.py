@@ -1,5 +1,5 @@
-"""What README and docs refer to is there: files, headings, recipes, flags; the site builds without a
-warning."""
+"""What README and docs refer to is there: files, headings, recipes, flags; the site builds without
+a warning."""
 
 import re
 import subprocess
@@ -21,8 +21,9 @@ CITATION = re.compile(r"docs/[\w/]+\.md(?:#[\w-]+)?")
 EFFECT = re.compile(r"crash|wrong number|speed|taste|missing part")
 # flags of programs that are not ours
 FOREIGN = {
-    "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr",
-    "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size", "--ipc", "--help",
+    "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank",
+    "--master_addr", "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size",
+    "--ipc", "--help",
     "--nodes", "--ntasks-per-node", "--gpus-per-node",
 }  # fmt: skip
 

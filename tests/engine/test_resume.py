@@ -294,6 +294,74 @@ def test_what_decides_the_samples_must_stay_in_mid_epoch(tmp_path, flags, messag
     )
 
 
+@pytest.mark.parametrize("finished", [False, True], ids=["mid-epoch", "epoch end"])
+def test_what_changes_the_computation_is_logged(saved, capsys, finished):
+    if finished:
+        edit(saved / "checkpoint-0-2.pth", lambda state: state)
+        (saved / "checkpoint-0-2.pth").rename(saved / "checkpoint-0.pth")
+    flags = {
+        "weight_decay": ("0.05", "0.2"), "layer_scale_init_value": ("0.1", "0.5"),
+        "drop_path": ("0.0", "0.1"), "clip_grad": ("3.0", "1.0"), "lr": ("0.001", "0.01"),
+        "precision": ("fp32", "bf16"),
+    }  # fmt: skip
+    capsys.readouterr()
+    changed = [word for name, (_, ours) in flags.items() for word in (f"--{name}", ours)]
+    quiet = (
+        "--num_workers",
+        "1",
+        "--log_every",
+        "3",
+        "--save_ckpt_freq",
+        "7",
+        "--max_nonfinite",
+        "2",
+    )
+    start("pretrain", saved, *changed, *quiet)
+    output = capsys.readouterr().out
+    for name, (there, ours) in flags.items():
+        assert f".pth was saved with --{name} {there}, this run has {ours}\n" in output
+    assert output.count("was saved with") == len(flags)
+
+
+def test_another_method_is_refused(saved):
+    """Its network might fit."""
+    path = saved / "checkpoint-0-2.pth"
+    edit(path, lambda state: state["args"].update(model="mae_tiny_patch16_224"))
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint-0-2\.pth was saved by --model mae_tiny_patch16_224, this run has "
+        r"--model conmim_tiny_patch16_224: keep it",
+    ):
+        start("pretrain", saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": None}, "model"),
+        ({"args": [1]}, "args"),
+        ({"engine": {}}, "engine kind, engine world_size, engine global_batch"),
+        ({"monitor": None}, "monitor"),
+        ({"epoch": 1.5}, "epoch"),
+        ({"step": -3}, "step"),
+        ({"best": "x"}, "best"),
+    ],
+)
+def test_a_file_that_lacks_a_part_is_refused(saved, change, named):
+    edit(saved / "checkpoint-0-2.pth", lambda state: state.update(change))
+    with pytest.raises(ValueError, match=rf"0-2\.pth is no checkpoint .*: its {named} is missing"):
+        start("pretrain", saved)
+
+
+def test_weights_of_another_type_are_refused(saved):
+    def change(state):
+        state["model"] = {name: value.long() for name, value in state["model"].items()}
+
+    edit(saved / "checkpoint-0-2.pth", change)
+    with pytest.raises(ValueError, match=r"does not fit the model .* another shape or type"):
+        start("pretrain", saved)
+
+
 def edit(path: Path, change) -> None:
     """Another run's file: `change(state)` of what this one wrote."""
     state = load_checkpoint(path)

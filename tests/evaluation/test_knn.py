@@ -290,7 +290,15 @@ def test_the_cache_gives_the_same_and_belongs_to_its_settings(tmp_path):
     stored["labels"] = stored["labels"].roll(1)  # to see whether it is read
     save_checkpoint(tmp_path / "cache/train.pth", stored)
     assert run_here(tmp_path / "c", "--finetune", file, *cache)[0].acc1 < fresh[0].acc1
+    for name, value, says in (
+        ("labels", stored["labels"][1:], "does not hold a vector and a label for each image"),
+        ("vectors", stored["vectors"] * float("nan"), "holds features that are not finite"),
+    ):
+        save_checkpoint(tmp_path / "cache/train.pth", {**stored, name: value})
+        with pytest.raises(ValueError, match=rf"--feature_cache: .*train\.pth {says}"):
+            run_here(tmp_path / "d", "--finetune", file, *cache)
     other = classifier_file(tmp_path / "b.pth", "avg")
+    save_checkpoint(tmp_path / "cache/train.pth", stored)
     for flags in (
         ["--global_pool"],
         ["--label_fraction", "0.5"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import METHODS, arguments, differing, own_signals, start
+from helpers import METHODS, arguments, differing, in_ranks, own_signals, start
 from PIL import Image
 
 import run_pretraining
@@ -142,3 +142,15 @@ def test_sharded_weights_are_refused(tmp_path):
     args = parse("pretrain", [*flags, "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="use --zero_stage 2 or less"):
         OnlineEvaluation(Namespace(args=args), torch.nn.Identity())
+
+
+def judged(folder: Path) -> dict[str, float]:
+    run, _ = start("pretrain", folder, "--eval_every", "1", "--eval_images", "101")
+    return OnlineEvaluation(run.context, run.task).metrics(run.task)
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_process_finds(tmp_path):
+    alone = judged(tmp_path / "alone")
+    for found in in_ranks(2, judged, tmp_path / "pair"):
+        assert found == pytest.approx(alone, rel=1e-4)

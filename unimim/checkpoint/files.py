@@ -10,8 +10,8 @@ import pickle
 import re
 import shutil
 import warnings
-import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unimim import files
 from unimim.checkpoint.names import StateDict, to_timm
+from unimim.checkpoint.tensor_files import check_tensors, write_tensors
 
 log = logging.getLogger("unimim")
 
@@ -48,15 +49,15 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def save_encoder(path: str | Path, state_dict: StateDict, metadata: dict[str, str]) -> None:
-    """Write a clean encoder (native names) as safetensors in timm's names, atomically; see
-    `to_timm`."""
+    """Write a clean encoder (native names) as safetensors in timm's names, atomically and with a
+    checksum; see `to_timm`."""
     if not all(isinstance(text, str) for text in [*metadata, *metadata.values()]):
         raise ValueError(f"safetensors metadata are strings only, got {metadata}")
     # clones, because the blocks' tables share memory, which safetensors refuses
     tensors = {
         key: value.detach().cpu().contiguous().clone() for key, value in to_timm(state_dict).items()
     }
-    files.write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
+    write_tensors(path, tensors, metadata)
 
 
 def _check_plain(value: Any, place: str) -> None:
@@ -110,7 +111,7 @@ def check_checkpoint(path: str | Path) -> None:
     folder = deepspeed_folder(path)
     if folder.is_dir() and not (folder / _COMPLETE).exists():
         raise ValueError(f"the DeepSpeed folder {folder} is incomplete")
-    if not files.is_intact_zip(path):  # torch.load compares no checksums
+    if not files.begins_as_zip(path):  # this repository's are
         raise ValueError(f"{path} is damaged or incomplete")
     _read_pickle(path, mmap=True)
 
@@ -211,14 +212,18 @@ def _delete_checkpoint(path: Path) -> None:
 # Reading
 
 
-def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running its code.
+def load_checkpoint(path: str | Path, *, mmap: bool = False, inert: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of any project onto the CPU without running its code.
 
     It is a file or an https address, in torch's formats or `.safetensors`.
 
-    `args` stored as an argparse.Namespace, as published files have it, becomes a dict. With `mmap`
-    tensors are read from the file when they are used, if its format allows: for a look at names and
-    shapes. Raises ValueError for a file that is missing, damaged, or would run code when unpickled.
+    `args` stored as an argparse.Namespace, as published files have it, becomes a dict. Objects of
+    other classes (mmengine's history, yacs' configuration, NumPy's scalars) become dicts of what
+    they hold or None, a pickled module its state dict; with `inert` False they are refused. With
+    `mmap` tensors are read from the file when they are used, if its format allows: for a look at
+    names and shapes. Raises ValueError for a file that is missing, damaged, or holds no tensors
+    but objects that would run code when unpickled; damaged is one whose bytes do not have their
+    checksums, which torch's zips and this repository's `.safetensors` files hold.
     """
     if str(path).startswith("https://"):
         path = _download(str(path))
@@ -227,9 +232,15 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} does not exist or is not a file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    checkpoint = _read_pickle(
-        path, mmap=mmap and zipfile.is_zipfile(path)
-    )  # torch's old format cannot be mapped
+    mmap = mmap and files.begins_as_zip(path)  # torch's old format cannot be mapped
+    try:
+        checkpoint = _read_pickle(path, mmap=mmap)
+    except ValueError as error:
+        if not inert or not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        checkpoint = _read_inert(path, mmap=mmap)
+        if not _tensors(checkpoint):
+            raise
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a dict")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
@@ -252,12 +263,35 @@ def load_metadata(path: str | Path) -> dict[str, str]:
 
 def _read_safetensors(path: Path) -> StateDict:
     try:
+        _check_once(path, check_tensors)
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({error})") from error
 
 
+def _check_zip(path: Path) -> None:
+    # torch.load compares no checksums
+    if files.begins_as_zip(path) and not files.is_intact_zip(path):
+        raise ValueError(f"{path} is damaged or incomplete: its bytes have other checksums")
+
+
+_checked: set[tuple[Any, ...]] = set()
+
+
+def _check_once(path: Path, check: Callable[[Path], None]) -> None:
+    """Call `check(path)` unless this process has done so since the file was written.
+
+    A look at a file's names or flags reads little of it; its checksums take a second a gigabyte.
+    """
+    found = path.stat()
+    state = (str(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if state not in _checked:
+        check(path)
+        _checked.add(state)
+
+
 def _read_pickle(path: Path, mmap: bool = False) -> Any:
+    _check_once(path, _check_zip)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -298,6 +332,20 @@ def model_named_in(path: str | Path) -> str:
     return str(flags.get("model", "")) if isinstance(flags, dict) else ""
 
 
+def takes_imagenet_mean_std(path: str | Path) -> bool | None:
+    """Return whether a file's images were normalized by ImageNet's mean and std, not by 0.5.
+
+    None: it does not say. The official classifiers of BEiT, which do not either, are known by
+    their names: they were trained with 0.5.
+    """
+    if (mean := metadata_of(path).get("mean")) is not None:
+        return tuple(json.loads(mean)) != (0.5, 0.5, 0.5)
+    flags = load_checkpoint(path, mmap=True).get("args")
+    if isinstance(flags, dict) and "imagenet_default_mean_and_std" in flags:
+        return bool(flags["imagenet_default_mean_and_std"])
+    return False if re.match(r"beitv?2?_.*(pt22k|ft22k|in22k)", Path(path).name) else None
+
+
 def timm_arguments_of(path: str | Path) -> dict[str, Any]:
     """Return the arguments with which `timm.create_model` gives an exported encoder with its
     weights; empty for a file that does not say."""
@@ -308,21 +356,21 @@ def timm_arguments_of(path: str | Path) -> dict[str, Any]:
 def load_module_state(path: str | Path) -> StateDict:
     """Return the tensors of a file, or of a pickled module, by their names in it.
 
-    Nothing of a pickled module is executed: of what its pickle names, only tensors are made,
-    everything else becomes an inert record. Raises ValueError for a file that is missing or
-    damaged.
+    Raises ValueError as `load_checkpoint` does.
     """
-    try:
-        return _tensors(load_checkpoint(path))
-    except ValueError as error:
-        if not isinstance(error.__cause__, pickle.UnpicklingError):
-            raise
-    path = _download(str(path)) if str(path).startswith("https://") else path
+    return _tensors(load_checkpoint(path))
+
+
+def _read_inert(path: Path, mmap: bool = False) -> Any:
+    """Return a pickle's tensors and plain values; of objects of other classes see `_plain`.
+
+    Nothing of the pickle is executed: of what it names, only tensors are made.
+    """
     try:
         with warnings.catch_warnings():  # that records are not the classes they stand for
             warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
             found = torch.load(
-                path, map_location="cpu", weights_only=False, pickle_module=_InertPickle
+                path, map_location="cpu", weights_only=False, pickle_module=_InertPickle, mmap=mmap
             )
     except MemoryError:
         raise
@@ -330,30 +378,58 @@ def load_module_state(path: str | Path) -> StateDict:
         raise ValueError(
             f"{path} is damaged, incomplete or no checkpoint ({type(error).__name__})"
         ) from error
-    return _tensors(found)
+    return _plain(found)
 
 
 class _Record:
-    """Stands for an object of any class in a pickle: keeps what it would be given, does nothing."""
+    """Stands for an object of any class in a pickle: keeps what it would be given, does nothing.
+
+    items: of a subclass of dict; state: its attributes.
+    """
 
     dump_patches = False  # torch's old format asks modules' classes
 
     def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
+        # here, as an object is not initialized where its class has a __reduce__ of its own
+        record = object.__new__(cls)
+        record.items = {}
+        record.state = {}
+        return record
 
     def __init__(self, *args, **kwargs):
-        self.items: dict[Any, Any] = {}
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        self.items = state if isinstance(state, dict) else {}
+        self.state = state if isinstance(state, dict) else {}
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items[key] = value
+
+    def __call__(self, *args, **kwargs) -> "_Record":
+        return _Record()  # what a pickled method of an object would be asked for
 
     def append(self, value: Any) -> None:
         pass
 
     extend = add = append
+
+
+def _plain(value: Any) -> Any:
+    """Return nested values with records as dicts: a module's is its state dict.
+
+    A record that holds nothing is None.
+    """
+    if isinstance(value, _Record):
+        if "_parameters" in value.state:
+            return _tensors(value)
+        value = value.items or value.state or None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if isinstance(key, str | int)}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    # of what the pickle names only tensors are objects: a class or function that stands alone is
+    # no value
+    return None if callable(value) and not isinstance(value, Tensor) else value
 
 
 _TENSOR_MAKERS = {
@@ -384,7 +460,7 @@ def _tensors(value: Any, name: str = "") -> StateDict:
     """Return every tensor in nested dicts and modules' records, by the names of a state dict."""
     if isinstance(value, Tensor):
         return {name: value.detach()}
-    parts = value.items if isinstance(value, _Record) else value
+    parts = (value.items or value.state) if isinstance(value, _Record) else value
     if not isinstance(parts, dict):
         return {}
     found: StateDict = {}

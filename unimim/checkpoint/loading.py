@@ -17,11 +17,12 @@ from unimim.checkpoint.names import (
     _TABLE,
     StateDict,
     _expand_shared_table,
-    _to_native,
+    to_native,
 )
 from unimim.checkpoint.resizing import interpolate_pos_embed, interpolate_rel_pos_bias
 
 PUBLISHED_KEYS = "model|module"  # the published default of --model_key
+RUN_KEYS = ("model", "module", "state_dict")  # of the network that was trained, not its average
 # head.norm is ConvNeXt's last norm, which pre-training trains too
 _HEADS = ("head.", "fc.", "classifier.")
 _NO_BACKBONE = (*_HEADS, "neck.", "ema_", "inject.", "mask_token", "mask_gamma")
@@ -84,7 +85,7 @@ def load_pretrained(
     key, state = _select_weights(checkpoint, model_key, name)
     report = LoadReport(source=f"{name}[{key}]" if key else name)
     target = model.state_dict()
-    state = _to_native(_below(state, prefix, report), target)
+    state = to_native(_below(state, prefix, report), target)
     if "pos_embed" in state and "pos_embed" not in target:
         log.warning(
             "the positions in %s are not used: this --model has none, --abs_pos_emb gives it some",
@@ -122,7 +123,7 @@ def class_tokens(
     name = str(path_or_state) if from_file else "a state dict"
     checkpoint = load_checkpoint(path_or_state, mmap=True) if from_file else path_or_state
     _, state = _select_weights(checkpoint, model_key, name)
-    token = _to_native(_below(state, prefix, LoadReport(name)), ()).get("cls_token")
+    token = to_native(_below(state, prefix, LoadReport(name)), ()).get("cls_token")
     return token.shape[1] if token is not None and token.ndim == 3 and token.shape[1] > 1 else None
 
 
@@ -146,6 +147,30 @@ def unwrapped(
             if name.startswith(prefix)
         }
     return tensors
+
+
+def restore(
+    module: nn.Module, state: dict[str, Any], name: str, *, published: bool = False
+) -> None:
+    """Load every tensor of a module from a checkpoint or its weights; other names are left out.
+
+    Names of `published` files become ours. Raises ValueError if a tensor is missing or has another
+    shape or type.
+    """
+    weights = unwrapped(state, RUN_KEYS, ("module.",))
+    own = module.state_dict()
+    if published:
+        weights = to_native(weights, own)
+    if wrong := [k for k in own if k not in weights or not _alike(own[k], weights[k])]:
+        raise ValueError(
+            f"{name} does not fit the model that these flags build: {len(wrong)} of its tensors "
+            f"are missing there or have another shape or type, among them {', '.join(wrong[:3])}"
+        )
+    module.load_state_dict({k: weights[k] for k in own})
+
+
+def _alike(own: Tensor, there: Tensor) -> bool:
+    return own.shape == there.shape and own.is_floating_point() == there.is_floating_point()
 
 
 def _select_weights(
@@ -178,7 +203,7 @@ def backbone_weights(
     inside = {
         key: value for key, value in tensors.items() if re.match(r"(module\.)?backbone\.", key)
     }
-    native = _to_native(inside or tensors, ())
+    native = to_native(inside or tensors, ())
     kept = {
         key: v
         for key, v in native.items()
@@ -231,6 +256,7 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
 
 
 def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Tensor:
+    model = model.backbone if key.startswith("backbone.") else model
     if key.endswith(_TABLE) and value.shape[0] != shape[0]:
         # rows of a ViT's class token; a Swin has none
         extra = 3 if hasattr(model, "cls_token") else 0

@@ -10,6 +10,7 @@ from torch import Tensor
 StateDict = dict[str, Tensor]
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
+_INDICES = ("relative_position_index", "attn_mask")  # constants in published files, no weights
 
 
 def to_timm(state_dict: StateDict) -> StateDict:
@@ -23,11 +24,7 @@ def to_timm(state_dict: StateDict) -> StateDict:
     class tokens, which are timm's class token and `reg_tokens` registers. The features are the
     same. A converted dict stays as it is.
     """
-    state = {
-        key: value
-        for key, value in state_dict.items()
-        if not key.endswith("relative_position_index")
-    }
+    state = {key: value for key, value in state_dict.items() if not key.endswith(_INDICES)}
     # no plain transformer: Swin, or a convolutional network
     if not any(key.startswith("blocks.") for key in state):
         return state
@@ -92,11 +89,16 @@ _TIMM_BEIT = _TIMM_SHARED | {
 _TIMM_VIT = _TIMM_SHARED | {"init_values": None, "pos_embed": "learn", "reg_tokens": 0}
 
 
-def _to_native(state: StateDict, target: Collection[str]) -> StateDict:
+def to_native(state: StateDict, target: Collection[str]) -> StateDict:
     """Return the state under the model's names.
 
     Every converter that recognizes the names it meets is applied, in order.
     """
+    for recognize, convert in _WRAPPERS:
+        if recognize(state, target):
+            state = convert(state)
+    if _is_whole_simmim(state, target):
+        return whole_simmim(state, target)
     for recognize, convert in _CONVERTERS:
         if recognize(state, target):
             state = convert(state)
@@ -262,6 +264,72 @@ _OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], .
 }  # fmt: skip
 
 
+# What SimMIM's and A2MIM's files have beside the backbone, by our names; `inject.` and `neck.` are
+# parts of the method, and so is what is in front of the backbone's own names.
+_PIXEL_NAMES = (
+    (r"^(?:encoder|backbone)\.(mask_token|mask_gamma)$", r"inject.\1"), (r"^neck\.decoder_pred\.0\.", "neck.pred."),
+    (r"^(?:neck\.)?decoder\.0\.", "neck.pred."), (r"^neck\.decoder\.conv\.0\.conv\.", "neck.decoder.conv."),
+    (r"^neck\.decoder\.conv\.0\.ln\.", "neck.decoder.ln."),
+)  # fmt: skip
+
+
+def whole_simmim(state: StateDict, target: Collection[str]) -> StateDict:
+    """Return SimMIM's or A2MIM's pre-training network under native names: backbone, token, neck.
+
+    A token or scale of another shape with as many numbers is brought into that of `target`, where
+    it is a state dict.
+    """
+    of_backbone = re.compile(r"(?:encoder|backbone)\.(?!mask_)")
+    inside = {of_backbone.sub("", k, 1): v for k, v in state.items() if of_backbone.match(k)}
+    own = {name.removeprefix("backbone.") for name in target if name.startswith("backbone.")}
+    converted = _in_form_of(to_native(inside, own), own, target)
+    native = {f"backbone.{name}": value for name, value in converted.items()}
+    for name, value in state.items():
+        if of_backbone.match(name):
+            continue
+        for pattern, replacement in _PIXEL_NAMES:
+            name = re.sub(pattern, replacement, name)
+        shape = target[name].shape if isinstance(target, dict) and name in target else value.shape
+        fits = name.startswith("inject.") and shape.numel() == value.numel()
+        native[name] = value.reshape(shape) if fits and shape != value.shape else value
+    return native
+
+
+def _in_form_of(state: StateDict, own: Collection[str], target: Collection[str]) -> StateDict:
+    """Give a ViT's backbone what stands for SimMIM's shared bias table and missing positions: a
+    table in each block, and positions that are 0; the features are the same."""
+    if not any(name.startswith("blocks.") for name in state):
+        return state
+    if _SHARED_TABLE not in own and _has(own, _TABLE):
+        depth = len({name.split(".")[1] for name in own if name.startswith("blocks.")})
+        state = _expand_shared_table(state, depth)
+    positions = target.get("backbone.pos_embed") if isinstance(target, dict) else None
+    if positions is not None and "pos_embed" not in state:
+        state = state | {"pos_embed": torch.zeros_like(positions)}
+    return state
+
+
+def _is_whole_simmim(names: Collection[str], wanted: Collection[str]) -> bool:
+    has_parts = any(
+        re.match(r"(encoder|backbone)\.mask_|neck\.decoder|decoder\.0\.", n) for n in names
+    )
+    return has_parts and _has(wanted, "inject.") and _has(wanted, "neck.pred.")
+
+
+def _renumber_merging(state: StateDict) -> StateDict:
+    """Put Swin's patch merging at the beginning of the next stage, as timm has it, in place of the
+    end of a stage; drop the constants."""
+    return {
+        re.sub(
+            r"^layers\.(\d+)\.downsample\.",
+            lambda found: f"layers.{int(found[1]) + 1}.downsample.",
+            name,
+        ): value
+        for name, value in state.items()
+        if not name.endswith(_INDICES)
+    }
+
+
 def openmixup_rules(
     names: Collection[str],
 ) -> tuple[tuple[str, str | Callable[[re.Match], str]], ...]:
@@ -294,8 +362,7 @@ def from_openmixup(state: StateDict) -> StateDict:
 
 
 def _is_openmixup_extra(name: str) -> bool:
-    is_index = name.endswith(("relative_position_index", "attn_mask"))
-    return is_index or name.startswith(("neck.", "ema_")) or "momentum" in name
+    return name.endswith(_INDICES) or name.startswith(("neck.", "ema_")) or "momentum" in name
 
 
 def _columns_first(value: Tensor) -> Tensor:
@@ -304,10 +371,11 @@ def _columns_first(value: Tensor) -> Tensor:
 
 
 # (recognize(names, names the model has), convert): a further naming is one more line
-_CONVERTERS: tuple[
+_Converters = tuple[
     tuple[Callable[[Collection[str], Collection[str]], bool], Callable[[StateDict], StateDict]], ...
-] = (
-    # DistributedDataParallel and torch.compile
+]
+# DistributedDataParallel and torch.compile
+_WRAPPERS: _Converters = (
     (
         lambda names, _: all(name.startswith("module.") for name in names),
         lambda s: _rename(s, r"^module\.", ""),
@@ -315,6 +383,17 @@ _CONVERTERS: tuple[
     (
         lambda names, _: all(name.startswith("_orig_mod.") for name in names),
         lambda s: _rename(s, r"^_orig_mod\.", ""),
+    ),
+)
+_CONVERTERS: _Converters = (
+    # MoCo: the encoder that is trained
+    (
+        lambda names, _: any(name.startswith("base_encoder.") for name in names),
+        lambda s: _inside(s, "base_encoder."),
+    ),
+    (
+        lambda names, _: any(name.startswith("encoder_q.") for name in names),
+        lambda s: _inside(s, "encoder_q."),
     ),
     # OpenMMLab's ViTs
     (
@@ -338,6 +417,13 @@ _CONVERTERS: tuple[
             )
         ),
         from_openmixup,
+    ),
+    # the published Swin, SimMIM's among them
+    (lambda names, _: _has(names, "layers.0.downsample."), _renumber_merging),
+    # timm's Swin has its classifier one module deeper
+    (
+        lambda names, wanted: "head.fc.weight" in wanted and "head.weight" in names,
+        lambda s: _rename(s, r"^head\.(weight|bias)$", r"head.fc.\1"),
     ),
     # SAIM's blocks
     (

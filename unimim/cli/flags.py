@@ -8,6 +8,7 @@ from modeling_finetune import ATTENTION_KERNELS, registered_flags
 from optim_factory import LR_SCHEDULES
 from unimim.cli.parser import FlagParser, ImageSize
 from unimim.data.crops import INTERPOLATIONS
+from unimim.data.jpeg import MAX_IMAGE_PIXELS
 from unimim.data.sources import DATA_SETS
 from unimim.errors import OptionError
 from unimim.flag import Flag
@@ -220,6 +221,17 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--strict_data", action="store_true", help="stop at the first unreadable image"
+    )
+    group.add_argument(
+        "--max_image_pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        help="images of more pixels are unreadable, whatever their file's size",
+    )
+    group.add_argument(
+        "--allow_outside",
+        action="store_true",
+        help="read absolute paths and '..' in map files",
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import yaml
 
 from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
+from unimim.checkpoint.files import takes_imagenet_mean_std
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
+from unimim.cli.published import translate
 from unimim.engine.runner import has_bf16
 from unimim.files import check_output_folder, write_text
 from unimim.logs import log
@@ -24,6 +27,7 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line with recipe and config file as defaults. Exits with argparse's message
     on bad flags."""
     parser = build_parser(stage)
+    argv, notes, published = in_our_words(stage, argv, parser)
     first, _ = parser.parse_known_args(argv)
     if first.list_models:
         print(models_by_purpose())
@@ -33,14 +37,17 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**overlay)
         first, _ = parser.parse_known_args(argv)
         recipe = named_recipe(first.recipe, stage) or recipe_for(first.model, stage)
-        parser.set_defaults(**{**(recipe_values(recipe, parser) if recipe else {}), **overlay})
+        values = recipe_values(recipe, parser) if recipe else {}
+        parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
-        adapt_defaults(
-            args, given=explicit_flags(stage, argv) | overlay.keys(), has_recipe=recipe is not None
-        )
+        explicit = explicit_flags(stage, argv) | overlay.keys()
+        adapt_defaults(args, explicit, has_recipe=recipe is not None)
         validate(args)
+        if getattr(args, "eval", False) and "imagenet_default_mean_and_std" not in explicit:
+            use_mean_std_of(args.resume or args.finetune, args)
     except ValueError as error:
         parser.error(str(error))
+    args.notes = notes
     args.recipe = recipe.name if recipe else None
     args.other_recipes = () if first.recipe else names_for(args.model, stage, args.recipe)
     return args
@@ -58,10 +65,11 @@ def parse_flags(
     `stage` is that of the recipes which --recipe may name, None without that flag. Exits with
     argparse's message on bad flags.
     """
+    argv, notes, published = in_our_words(stage, argv, parser)
     config = parser.parse_known_args(argv)[0].config
     try:
         overlay = read_config(config, parser) if config else {}
-        parser.set_defaults(**overlay)
+        parser.set_defaults(**{**published, **overlay})
         first, _ = parser.parse_known_args(argv)
         recipe = named_recipe(first.recipe, stage) if stage else None
         if recipe:
@@ -71,9 +79,20 @@ def parse_flags(
             check(args)
     except ValueError as error:
         parser.error(str(error))
+    args.notes = notes
     if stage and recipe is None:
         args.other_recipes = names_for(getattr(args, "model", ""), stage)
     return args
+
+
+def in_our_words(
+    stage: str | None, argv: list[str] | None, parser: argparse.ArgumentParser
+) -> tuple[list[str], tuple[str, ...], dict[str, Any]]:
+    """Return the command line without published names, what the log says of them, and the defaults
+    of the script that has them."""
+    words = sys.argv[1:] if argv is None else argv
+    command = translate(stage, words, parser._option_string_actions)
+    return command.words, tuple(command.notes), command.defaults
 
 
 def named_recipe(name: str | None, stage: str) -> Recipe | None:
@@ -123,6 +142,13 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
         and not takes_betas(args.opt, len(args.opt_betas))
     ):
         args.opt_betas = None
+
+
+def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
+    """Evaluate a file by the mean and std of its training, where it says which; one that is not
+    there is named later."""
+    if Path(path).is_file() and (said := takes_imagenet_mean_std(path)) is not None:
+        args.imagenet_default_mean_and_std = said
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -196,7 +222,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Return constructor options from --model_kwargs (YAML values), --input_size and --patch_size."""
+    """Return constructor options of --model_kwargs (YAML values), --input_size, --patch_size."""
     options = {
         name: getattr(args, name)
         for name in ("input_size", "patch_size")
@@ -236,6 +262,12 @@ def resolve_workers(args: argparse.Namespace) -> None:
             "--num_workers %d: the default %d is reduced to this process's part of %d CPUs",
             args.num_workers, NUM_WORKERS, cpus,
         )  # fmt: skip
+
+
+def log_notes(args: argparse.Namespace) -> None:
+    """Log what the flags' published names became."""
+    for note in getattr(args, "notes", ()):
+        log.info("%s", note)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -293,6 +325,7 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
         "list_models",
         "deepspeed",
         "other_recipes",
+        "notes",
     }
     leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
     values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}

@@ -30,10 +30,18 @@ def check_eval_size(args: Namespace, model: nn.Module) -> None:
 
 def settle_classes(args: Namespace, dataset) -> None:
     """Set `args.nb_classes`, if not given, to the data set's; raise ValueError if too small."""
-    classes = len(dataset.source.classes)
     if args.nb_classes is None:
-        args.nb_classes = classes
+        args.nb_classes = len(dataset.source.classes)
+    check_classes(args, dataset)
+
+
+def check_classes(args: Namespace, dataset) -> None:
+    """Raise ValueError if the data set has labels of more classes than `args.nb_classes`."""
+    classes = len(dataset.source.classes)
     if classes > args.nb_classes:
+        first = dataset.source.path(int(dataset.source.labels.argmax()))
         raise ValueError(
-            f"--nb_classes {args.nb_classes} is too few: the data set has {classes} classes"
+            f"--nb_classes {args.nb_classes} is too few: the data set has {classes} classes (label "
+            f"{int(dataset.source.labels.max())} is that of {first}); without the flag the "
+            "validation images say how many"
         )

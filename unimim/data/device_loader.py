@@ -66,7 +66,8 @@ def decoded(source: Source, size: Pair | None = None, threads: int = 1) -> Tenso
     sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:
         raise ValueError(
-            f"images of {len(sizes)} sizes, such as {sorted(sizes)[:2]}, are no single tensor; give a size"
+            f"images of {len(sizes)} sizes, such as {sorted(sizes)[:2]}, are no single tensor; "
+            "give a size"
         )
     return torch.stack(images)
 
@@ -391,29 +392,33 @@ class DeviceLoader:
             )
         if interpolation not in FILTERS:
             raise ValueError(
-                f"--train_interpolation {interpolation} is not made on the device; use bicubic or bilinear"
+                f"--train_interpolation {interpolation} is not made on the device; "
+                "use bicubic or bilinear"
             )
         if len(images) < batch_size:
             raise ValueError(
-                f"{len(images)} images do not fill a batch of {batch_size}; use a smaller --batch_size"
+                f"{len(images)} images do not fill a batch of {batch_size}; "
+                "use a smaller --batch_size"
             )
         assert "part_ids" not in views or part_maps is not None, "parts are looked up in maps"
         assert "target_ids" not in views or words is not None, "visual tokens need a tokenizer"
-        self.images, self.views, self.batch_size, self.size, self.grid = (
-            images,
-            views,
-            batch_size,
-            size,
-            grid,
-        )
-        self.seed, self.interpolation, self.crop_scale = seed, interpolation, crop_scale
+        self.images = images
+        self.views = views
+        self.batch_size = batch_size
+        self.size = size
+        self.grid = grid
+        self.seed = seed
+
+        # how an image becomes its views
+        self.crop_scale = crop_scale
+        self.interpolation = interpolation
+        self.color_jitter = color_jitter
         self.normalize = Normalize(mean_std, images.device)
-        self.color_jitter, self.noise_size, self.part_maps, self.words = (
-            color_jitter,
-            noise_size,
-            part_maps,
-            words,
-        )
+
+        # what comes with the views
+        self.noise_size = noise_size
+        self.words = words
+        self.part_maps = part_maps
         self.num_parts = 0 if part_maps is None else int(part_maps.max()) + 1
         self.masks = {
             name: DeviceMasks(make, seed, images.device) for name, make in (masks or {}).items()
@@ -423,14 +428,20 @@ class DeviceLoader:
         )
         self.steps_per_epoch = len(images) // batch_size
         self.generator = torch.Generator(images.device)
-        self.epoch, self.order = -1, images.new_empty(0)
+
+        # the shuffled order is kept until the epoch changes
+        self.epoch = -1
+        self.order = images.new_empty(0)
 
     def batch(self, step: int) -> dict[str, Tensor | int | tuple[int, int]]:
         """Batch number `step`, from 0, a function of (seed, step)."""
+        # one stream for choices made once for the whole batch, one for those of each image
         chosen = self.chosen(step)
         rng = np.random.default_rng((self.seed, step, 1))
         draw = self.drawing(int(rng.integers(2**62)))
         picture = tuple(self.images.shape[2:])
+
+        # the crop that the network sees, and its distorted copy
         boxes = random_boxes(draw, self.batch_size, picture, self.crop_scale)
         flip = draw(self.batch_size) < 0.5
         images = self.images[chosen].float()
@@ -441,6 +452,8 @@ class DeviceLoader:
         if "image_strong" in self.views:
             strong = strong_view(crops, draw, rng.permutation(len(JITTER_RANGES)))
             batch["image_strong"] = self.normalized(strong.round())
+
+        # masks and what else belongs to the crop
         for name, make in self.masks.items():
             batch |= {name: make(draw, self.batch_size), f"{name}_counts": make.counts}
         if "mask" in self.masks:

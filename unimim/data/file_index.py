@@ -19,9 +19,10 @@ import numpy as np
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 BLOCK_BYTES, BLOCK_ROWS = 2**24, 2**18  # what is worked on at a time
-LONGEST_LABEL = 18  # digits that fit into an int64 whatever they are
+LONGEST_LABEL = 6  # digits that are read quickly
+LARGEST_LABEL = 10**LONGEST_LABEL - 1  # a list of classes is made up to the largest
 _BOM = b"\xef\xbb\xbf"
-_TAB, _NEWLINE, _SPACE, _HASH, _ZERO, _SLASH = b"\t\n #0/"
+_TAB, _NEWLINE, _SPACE, _HASH, _ZERO, _SLASH, _DOT = b"\t\n #0/."
 _NONE32 = 0xFFFFFFFF  # a zip's field of 32 bits whose value is in the zip64 extra field
 
 
@@ -85,15 +86,16 @@ def _strip(data: np.ndarray, begin: np.ndarray, end: np.ndarray, bytes_: tuple[i
 # --- map files ------------------------------------------------------------------------------------
 
 
-def read_map_file(path: Path) -> tuple[PathTable, np.ndarray]:
-    """Name and int64 labels of a map file: one "path label" a line, separated by a tab or by the
-    last white space.
+def read_map_file(path: Path, allow_outside: bool = False) -> tuple[PathTable, np.ndarray]:
+    """Return the names and int64 labels of a map file: one "path label" a line, separated by a tab
+    or by the last white space.
 
     Paths may hold spaces; blank lines and lines that start with # are skipped, as is a byte order
-    mark.
+    mark. Absolute paths and those with ".." are read only where `allow_outside` is set.
 
     Raises:
-        ValueError: naming file and line: no file, no lines, not two columns, or a label that is no class number.
+        ValueError: naming file and line: no file, no lines, not two columns, a label that is no
+            class number, or a path that leads out of the images' folder.
     """
     text, lengths, labels, line = bytearray(), [], [], 1
     try:
@@ -103,7 +105,7 @@ def read_map_file(path: Path) -> tuple[PathTable, np.ndarray]:
                 if b"\r" in block:
                     block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
                 data = np.frombuffer(block, dtype=np.uint8)
-                begin, end, numbers = _map_rows(block, data, path, line)
+                begin, end, numbers = _map_rows(block, data, path, line, allow_outside)
                 text += _cut_out(data, begin, end).data
                 lengths.append(end - begin)
                 labels.append(numbers)
@@ -117,9 +119,9 @@ def read_map_file(path: Path) -> tuple[PathTable, np.ndarray]:
 
 
 def _map_rows(
-    block: bytes, data: np.ndarray, path: Path, first_line: int
+    block: bytes, data: np.ndarray, path: Path, first_line: int, allow_outside: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the names of a block of lines begin and end, and their labels.
+    """Return where the names of a block of lines begin and end, and their labels.
 
     Lines of printable ASCII with one tab or with a space before their label are done together. All
     others, those with a mistake among them, are left to `_map_fields`.
@@ -130,10 +132,15 @@ def _map_rows(
     special = np.zeros(len(begin), dtype=bool)
     special[np.searchsorted(breaks, np.flatnonzero(odd))] = True
     del odd
+    if not allow_outside:
+        dots = np.flatnonzero((data[:-1] == _DOT) & (data[1:] == _DOT))
+        special[np.searchsorted(breaks, dots)] = True
     _strip(data, begin, end, (_SPACE, _TAB))
     lines = np.flatnonzero(begin < end)
     lines = lines[data[begin[lines]] != _HASH]
     begin, end, special = begin[lines], end[lines], special[lines]
+    if not allow_outside:
+        special |= data[begin] == _SLASH
 
     # the separator: a tab, else the last space
     tabs = np.append(np.flatnonzero(data == _TAB), len(data))
@@ -169,7 +176,7 @@ def _map_rows(
             used[row] = False
             continue
         try:
-            name, labels[row] = _map_fields(text.strip())
+            name, labels[row] = _map_fields(text.strip(), allow_outside)
         except ValueError as error:
             raise ValueError(f"{path}, line {first_line + lines[row]}: {error}") from error
         begin[row] += len(text[: len(text) - len(text.lstrip())].encode("utf-8", "surrogateescape"))
@@ -177,16 +184,28 @@ def _map_rows(
     return begin[used], name_end[used], labels[used]
 
 
-def _map_fields(line: str) -> tuple[str, int]:
+def _map_fields(line: str, allow_outside: bool = False) -> tuple[str, int]:
+    if "\0" in line:
+        raise ValueError("a zero byte; the file must be text in UTF-8 (UTF-16 has such bytes)")
     fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.rsplit(None, 1)
     if len(fields) == 1:
         raise ValueError(f"'{line}' has no label; write 'path label'")
     if len(fields) > 2 or _ends_in_number(fields[0]):
         raise ValueError(f"'{line}' has a third column; write 'path label'")
     name, label = fields
-    if not (label.isascii() and label.isdigit() and len(label) <= LONGEST_LABEL):
-        raise ValueError(f"label '{label}' of '{name}' is not an integer from 0 on")
-    return name, int(label)
+    digits = label.lstrip("0") or label[-1:]
+    if not (label.isascii() and label.isdigit()):
+        raise ValueError(f"label '{label[:40]}' of '{name}' is not an integer from 0 on")
+    if len(digits) > LONGEST_LABEL:
+        raise ValueError(
+            f"label {digits[:40]} of '{name}' is above {LARGEST_LABEL}; labels are class numbers"
+        )
+    if not allow_outside and (name.startswith("/") or ".." in name.split("/")):
+        raise ValueError(
+            f"'{name}' leads out of the folder of the images; write paths below it, or give "
+            "--allow_outside"
+        )
+    return name, int(digits)
 
 
 def _ends_in_number(name: str) -> bool:
@@ -238,6 +257,7 @@ class ZipMembers:
     packed_size: np.ndarray
     size: np.ndarray
     method: np.ndarray
+    crc: np.ndarray  # CRC-32 of the unpacked bytes
 
 
 def zip_members(archive: Path) -> ZipMembers:
@@ -310,7 +330,7 @@ def _read_directory(directory: np.ndarray, shift: int) -> ZipMembers:
         place[rows] += 8
     sizes["offset"] += shift
     names = _table_of_spans(directory, at + 46, at + 46 + name_length)
-    return ZipMembers(_decoded(names, field(8, 2)), method=field(10, 2), **sizes)
+    return ZipMembers(_decoded(names, field(8, 2)), method=field(10, 2), crc=field(16, 4), **sizes)
 
 
 def _entries(directory: np.ndarray) -> np.ndarray:

@@ -1,12 +1,13 @@
 """Read the files of a data set from folders, or from zip archives in place."""
 
-import mmap
 import os
+import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from unimim.data.file_index import PathTable, locate, zip_members
 from unimim.data.jpeg import BrokenImageError
 
 Key = tuple[int, int]  # (epoch, index); a negative index -1-i loads image i as padding
+
+LARGEST_FILE = 2**30  # bytes; whatever is larger is not one image
 
 
 class FolderFiles:
@@ -31,10 +34,25 @@ class FolderFiles:
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self.path(index), "rb") as file:
+            # a pipe that nobody writes to would otherwise be waited for
+            with open(self.path(index), "rb", opener=_open_at_once) as file:
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode):
+                    raise BrokenImageError("it is not a regular file")
+                _check_size(found.st_size)
                 return file.read()
-        except OSError as error:
-            raise BrokenImageError(error.strerror or str(error)) from error
+        except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
+            raise BrokenImageError(getattr(error, "strerror", None) or str(error)) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_size(size: int) -> None:
+    """Raise BrokenImageError for a size in bytes that no image has, before memory is taken."""
+    if size > LARGEST_FILE:
+        raise BrokenImageError(f"its {size} bytes are more than the {LARGEST_FILE} of an image")
 
 
 def locate_members(archive: Path, names: PathTable) -> dict[str, np.ndarray]:
@@ -57,6 +75,7 @@ def locate_members(archive: Path, names: PathTable) -> dict[str, np.ndarray]:
         "packed_size": members.packed_size[rows],
         "size": members.size[rows],
         "method": members.method[rows].astype(np.int16),
+        "crc": members.crc[rows].astype(np.uint32),
     }
 
 
@@ -64,8 +83,11 @@ class ZipFiles:
     """The members `names` of a zip archive, stored or deflated, read in place.
 
     Offsets are looked up once, unless `members` has the result of `locate_members`. Each process
-    opens the memory map when it first reads; the map is never inherited or pickled. A name that the
-    archive lacks is a broken image.
+    opens the archive when it first reads; a pickled one is opened anew. A name that the archive
+    lacks is a broken image, as is one whose bytes differ from the archive's checksum.
+
+    The archive is read rather than mapped: a mapped file that is cut while a run reads it kills
+    the process without a word.
 
     Raises:
         ValueError: the file is missing, is not a zip archive, or contains none of the names.
@@ -84,8 +106,8 @@ class ZipFiles:
         self.packed_size = members["packed_size"]
         self.size = members["size"]
         self.method = members["method"]
-        self._map = None
-        self._pid = None
+        self.crc = members["crc"]
+        self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,39 +116,36 @@ class ZipFiles:
         return f"{self.archive}@/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        """Return the bytes of member `index`.
-
-        Checksums are not compared: the image decoder notices most damage.
-        """
+        """Return the bytes of member `index`, which have the checksum of the directory."""
         if self.offset[index] < 0:
             raise BrokenImageError("not in the archive")
-        content = self._content()
-        start = self._data_start(content, int(self.offset[index]))
-        packed = content[start : start + int(self.packed_size[index])]
-        if len(packed) < self.packed_size[index]:
-            raise BrokenImageError("the archive ends inside this member")
-        return _unpack(packed, int(self.method[index]), int(self.size[index]))
+        try:
+            packed = self._packed(int(self.offset[index]), int(self.packed_size[index]))
+        except OSError as error:
+            raise BrokenImageError(error.strerror or str(error)) from error
+        data = _unpack(packed, int(self.method[index]), int(self.size[index]))
+        if zlib.crc32(data) != self.crc[index]:
+            raise BrokenImageError("its bytes do not have the checksum that the archive states")
+        return data
 
-    def _content(self) -> mmap.mmap:
-        """Return the archive's memory map, opened anew in a forked process."""
-        if self._pid != os.getpid():
-            with open(self.archive, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._pid = os.getpid()
-        return self._map
-
-    @staticmethod
-    def _data_start(content: mmap.mmap, offset: int) -> int:
-        """Return where a member's data begins, given the offset of its local header."""
-        # the local header's name and extra lengths may differ from the central directory's
-        header = content[offset : offset + 30]
+    def _packed(self, offset: int, size: int) -> bytes:
+        """Return the `size` bytes of the member whose local header lies at `offset`."""
+        _check_size(size)
+        if self._file is None:
+            self._file = open(self.archive, "rb", buffering=0)  # noqa: SIM115 (kept open)
+        file = self._file.fileno()
+        header = os.pread(file, 30, offset)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise BrokenImageError("no member starts where the archive's directory says")
-        name_length, extra_length = struct.unpack("<HH", header[26:])
-        return offset + 30 + name_length + extra_length
+        # the local header's name and extra lengths may differ from the central directory's
+        start = offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        packed = os.pread(file, size, start)
+        if len(packed) < size:
+            raise BrokenImageError("the archive ends inside this member")
+        return packed
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None, "_pid": None}
+        return {**self.__dict__, "_file": None}
 
 
 def _unpack(packed: bytes, method: int, size: int) -> bytes:
@@ -135,10 +154,13 @@ def _unpack(packed: bytes, method: int, size: int) -> bytes:
         return packed
     if method != zipfile.ZIP_DEFLATED:
         raise BrokenImageError(f"compression method {method} is not supported; store or deflate")
+    _check_size(size)
     try:
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed)
+        # one byte more than stated tells of too many, however many there are
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size + 1)
     except zlib.error as error:
         raise BrokenImageError(str(error)) from error
     if len(data) != size:
-        raise BrokenImageError(f"inflates to {len(data)} bytes instead of {size}")
+        more = "more" if len(data) > size else f"{len(data)}"
+        raise BrokenImageError(f"inflates to {more} bytes instead of the {size} that are stated")
     return data

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ RawImage = bytes | np.ndarray  # an encoded file, or decoded [H, W, 3] uint8
 # whatever Pillow's readers raise for damaged files
 PILLOW_ERRORS = (
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -43,10 +45,32 @@ JPEG_SCAN = 0xDA
 JPEG_SEQUENTIAL = b"\xc0\xc1"
 JPEG_OTHER_FRAMES = b"\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
 CHROMA_ROWS = 8  # rows below, on which a row's colors may depend
+MAX_IMAGE_PIXELS = 178_956_970  # above which Pillow refuses an image by default
 
 
 class BrokenImageError(Exception):
     """Signals that an image cannot be read or decoded; the message says why."""
+
+
+def limit_pixels(pixels: int) -> None:
+    """Let every decoder of this process refuse images of more pixels, from the header alone."""
+    if pixels < 1:
+        raise ValueError(f"--max_image_pixels must be at least 1, not {pixels}")
+    Image.MAX_IMAGE_PIXELS = pixels / 2  # Pillow warns from there on, and refuses twice as many
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def pixel_limit() -> int:
+    """Return the largest number of pixels that an image may have in this process."""
+    return int(2 * Image.MAX_IMAGE_PIXELS)
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > pixel_limit():
+        raise BrokenImageError(
+            f"its header says {width} x {height} pixels, more than --max_image_pixels "
+            f"{pixel_limit()}"
+        )
 
 
 def decode(raw: RawImage) -> np.ndarray:
@@ -56,13 +80,15 @@ def decode(raw: RawImage) -> np.ndarray:
     ignored. 16-bit gray becomes 8-bit by its range, as Pillow does for 16-bit colors only.
 
     Raises:
-        BrokenImageError: the bytes are empty, truncated, or not an image.
+        BrokenImageError: the bytes are empty, truncated, not an image, or one of too many pixels.
     """
     if isinstance(raw, np.ndarray):
         return raw
     if raw[:2] == JPEG_START:
         with contextlib.suppress(ValueError):  # damaged: Pillow tolerates it or names the reason
-            if simplejpeg.decode_jpeg_header(raw)[2] not in ("CMYK", "YCCK"):
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(raw)
+            _check_pixels(height, width)
+            if colors not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(raw)
     return np.array(decode_pillow(raw))
 
@@ -77,6 +103,7 @@ def open_picture(raw: RawImage) -> tuple[Pair, Callable[[int], np.ndarray]]:
         image = decode(raw)
         return image.shape[:2], lambda rows: image
     size = struct.unpack_from(">HH", raw, height_at)
+    _check_pixels(*size)
     return size, functools.partial(_decode_top, raw, height_at)
 
 
@@ -128,6 +155,9 @@ def decode_pillow(raw: RawImage) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(raw))
         return _gray8(image).convert("RGB") if image.mode[0] in "IF" else image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        reason = f"its header states more pixels than --max_image_pixels {pixel_limit()}"
+        raise BrokenImageError(reason) from error
     except PILLOW_ERRORS as error:
         raise BrokenImageError(str(error)) from error
 

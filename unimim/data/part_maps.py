@@ -29,6 +29,7 @@ from unimim.files import file_sha256
 
 MISSING = 255  # fills rows that have not been written
 ARRAY, ARRAY_META, SCORES, PNG_META = "parts.npy", "parts.json", "scores.npy", "parts_meta.json"
+CHECKSUMS = "checksums.json"  # SHA-256 of these files by their names, once all rows are written
 FULL_IMAGE = "full_image_square_resize"
 PUBLISHED_PARTS = 7  # of the packed samples
 PUBLISHED_SIDE = 224
@@ -177,6 +178,7 @@ class PartMaps:
 
     @classmethod
     def _open_array(cls, array: Path) -> "PartMaps":
+        check_sums(array.with_name(CHECKSUMS))
         meta_file = array.with_suffix(".json")
         meta = PartMeta.from_json(_read_file(meta_file), meta_file)
         shape = (meta.num_images, *meta.grid)
@@ -281,7 +283,9 @@ class _ArrayRows:
         try:
             # slices of an ndarray cost less than a memmap's
             return np.load(self.file, mmap_mode="r").view(np.ndarray)
-        except (OSError, ValueError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged headers raise anything
             raise ValueError(f"{self.file} cannot be read as an array: {error}") from error
 
     def path(self, index: int) -> str:
@@ -320,6 +324,26 @@ class _PngRows:
             raise ValueError(f"part map {self.path(index)} cannot be read: {error}") from error
 
 
+def check_sums(path: Path) -> None:
+    """Raise ValueError unless the files that `path` lists have the checksums that it states.
+
+    Maps that have not been finished have no such file, as those of older versions.
+    """
+    if not path.is_file():
+        return
+    try:
+        stated = json.loads(path.read_bytes())
+        pairs = [(str(name), str(digest)) for name, digest in stated.items()]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    for name, digest in pairs:
+        if file_sha256(path.with_name(Path(name).name)) != digest:
+            raise ValueError(
+                f"{path.with_name(name)} is damaged or was changed: its SHA-256 is not the one in "
+                f"{path}; extract the part maps again"
+            )
+
+
 def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -335,11 +359,13 @@ def _read_file(path: Path) -> bytes:
 class PartMapWriter:
     """Fill the array in `folder`: one process calls `create`, then each of several writes its rows.
 
-    Rows are kept when the folder is opened again, so an interrupted extraction can be resumed.
+    At the end each calls `flush` and one calls `seal`. Rows are kept when the folder is opened
+    again, so an interrupted extraction can be resumed.
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
+        folder = self.folder = Path(folder)
+        (folder / CHECKSUMS).unlink(missing_ok=True)  # what is written from here on changes them
         self.meta = PartMeta.from_json(_read_file(folder / ARRAY_META), folder / ARRAY_META)
         self._maps = np.lib.format.open_memmap(folder / ARRAY, mode="r+")
         self._scores = None
@@ -390,6 +416,12 @@ class PartMapWriter:
         for array in (self._scores, self._maps):
             if array is not None:
                 array.flush()
+
+    def seal(self) -> None:
+        """Write the checksums of the files; one process calls after all have flushed."""
+        names = filter(None, (ARRAY, ARRAY_META, self.meta.scores))
+        sums = {name: file_sha256(self.folder / name) for name in names}
+        files.write_text(self.folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
 def _check_same(stored: PartMeta, wanted: PartMeta, folder: Path) -> None:
@@ -499,7 +531,9 @@ def _load_packed(path: Path, num_parts: int) -> np.ndarray:
     """Return the array of a packed sample; raise ValueError if its shape is wrong."""
     try:
         table = np.load(path)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged headers raise anything
         raise ValueError(f"{path} cannot be read as an array: {error}") from error
     pixels = table.shape[-1] - 2 * num_parts - 1
     patch = round(max(pixels / 3, 0) ** 0.5)

@@ -1,7 +1,7 @@
 """Generate the `shapes` data set: scenes with class labels, semantic masks and instances.
 
 A scene's class is the outline of its largest object; color, size, angle and position do not depend
-on it. The files are the same bytes on every machine: only integers and single IEEE operations are used,
+on it. The files are the same bytes on every machine: only integers and single IEEE operations,
 numpy's frozen random streams (RandomState), and uncompressed PNGs, whose bytes do not depend on a
 library's version. Image i does not depend on how many images are written.
 """

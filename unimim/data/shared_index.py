@@ -25,7 +25,7 @@ from unimim.logs import log
 Arrays = dict[str, np.ndarray]
 
 SHARED_BYTES = 2**22  # a shorter list is parsed in a moment
-_FORMAT = "unimim arrays 1"
+_FORMAT = "unimim arrays 2"
 _HEADER_BYTES = 2**12
 _ALIGNMENT = 64
 

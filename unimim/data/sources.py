@@ -125,14 +125,15 @@ def first_of_each_class(labels: np.ndarray, fraction: float) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
-def map_source(root: Path, split: str) -> FileSource:
+def map_source(root: Path, split: str, allow_outside: bool = False) -> FileSource:
     """Return the images listed in `root/<split>_map.txt`.
 
     They are in the folder `root/<split>`, in `root/<split>.zip`, or in a zip that the map itself
-    names (`train.zip@/path`, as Swin does).
+    names (`train.zip@/path`, as Swin does). With `allow_outside` paths may lead out of there.
     """
     map_file = root / f"{split}_map.txt"
-    listed = shared_arrays("map file", [map_file], partial(_listed, map_file))
+    kind = "map file that may lead outside" if allow_outside else "map file"
+    listed = shared_arrays(kind, [map_file], partial(_listed, map_file, allow_outside))
     names, labels = PathTable.of_arrays(listed["text"], listed["ends"]), listed["labels"]
     archive = os.fsdecode(listed["archive"].tobytes())
     archive = map_file.parent / archive if archive else None
@@ -149,9 +150,9 @@ def map_source(root: Path, split: str) -> FileSource:
     return FileSource(files, labels, [str(label) for label in range(int(labels.max()) + 1)])
 
 
-def _listed(map_file: Path) -> dict[str, np.ndarray]:
-    """What a map file says, in arrays: names, labels and the bytes of an archive's name."""
-    names, labels = read_map_file(map_file)
+def _listed(map_file: Path, allow_outside: bool) -> dict[str, np.ndarray]:
+    """Return what a map file says, in arrays: names, labels and the bytes of an archive's name."""
+    names, labels = read_map_file(map_file, allow_outside)
     archive, names = split_archive(map_file, names)
     named = b"" if archive is None else os.fsencode(os.path.relpath(archive, map_file.parent))
     return {
@@ -233,16 +234,33 @@ def class_names(root: Path) -> list[str]:
 def images_below(root: Path, skipped: Counter[str] | None = None) -> Iterator[str]:
     """Yield the relative paths of all image files below `root`, in no particular order.
 
-    Links are followed; hidden folders and files are passed over. Other files are counted in
-    `skipped` by their suffix.
+    Links are followed, but not to a folder that they lie in, which would have no end; hidden
+    folders and files are passed over. Other files are counted in `skipped` by their suffix.
     """
+    above = {os.fspath(root): {_identity(root)}}  # folder -> those on the way to it
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        way = above.pop(folder)
+        for name in list(folders):
+            inside = os.path.join(folder, name)
+            identity = None if name.startswith(".") else _identity(inside)
+            if identity is None or identity in way:
+                folders.remove(name)
+            else:
+                above[inside] = way | {identity}
         for name in files:
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 yield os.path.relpath(os.path.join(folder, name), root)
             elif skipped is not None and not name.startswith("."):
                 skipped[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+
+
+def _identity(folder: str | Path) -> tuple[int, int] | None:
+    """Return what tells a folder from all others by whatever path; None for one that is gone."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def warn_of_skipped(root: Path, skipped: Counter[str], images: int) -> None:
@@ -328,12 +346,13 @@ def build_source(
     train: bool,
     need_labels: bool,
     train_path: str | None = None,
+    allow_outside: bool = False,
 ) -> Source:
     """Return the source of `--data_set` at `--data_path`.
 
     If `data_set` is None, the kind is inferred from the path; if both are None, it is digits. For
     the evaluation of an image_folder, `train_path` is the training folder, which sets the order of
-    the classes.
+    the classes. `allow_outside` is for a map file's paths.
 
     Raises:
         ValueError: the kind is unknown, or the path or the data is missing.
@@ -353,7 +372,7 @@ def build_source(
     if root is None:
         raise ValueError(f"--data_set {kind} needs --data_path")
     if kind == "IMNET":
-        return map_source(root, "train" if train else "val")
+        return map_source(root, "train" if train else "val", allow_outside)
     if kind == "tar":
         return tar_source(data_path, train=train, need_labels=need_labels)
     if kind == "image_folder":

@@ -28,9 +28,9 @@ from unimim.logs import log
 # Dense bf16/fp16 peak of a device in TFLOP/s, from the vendors' data sheets; keys are words of
 # torch's device names.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H200 NVL": 835, "GH200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835,
-    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "V100": 125,
-    "V100 PCIE": 112, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
+    "B200": 2250, "H200": 989, "H200 NVL": 835, "GH200": 989, "H100": 989, "H100 PCIe": 756,
+    "H100 NVL": 835, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70,
+    "A10": 125, "V100": 125, "V100 PCIE": 112, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 # words of a part or a variant of a device, which has another peak
 OTHER_DEVICES = {"MIG", "LAPTOP", "TI", "D"}

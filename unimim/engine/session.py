@@ -34,8 +34,9 @@ from unimim.checkpoint.files import (
     sync_deepspeed_folder,
     timm_arguments_of,
 )
-from unimim.checkpoint.loading import unwrapped
+from unimim.checkpoint.loading import restore
 from unimim.checkpoint.names import to_timm
+from unimim.checkpoint.published import finished_epochs, optimizer_names
 from unimim.cli.options import as_config, effective_batch
 from unimim.data.views import image_mean_std
 from unimim.engine.deepspeed import DeepSpeedRunner
@@ -49,6 +50,19 @@ from unimim.logs import log
 # What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
 HYPER_PARAMETERS = ("betas", "eps", "momentum", "nesterov", "lr_scale")
 GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
+# Flags that may change at a resume without a word: they say where things are, how fast a run is or
+# what it writes, or their change is noticed otherwise. A change of any other is at least logged.
+UNNOTICED = {
+    "allow_outside", "attn", "auto_resume", "batch_size", "compile", "data_path", "data_set",
+    "deepspeed_config", "device", "dist_eval", "dist_on_itp", "dist_timeout", "dist_url",
+    "enable_deepspeed", "epochs", "eval", "eval_data_path", "eval_every", "eval_images", "evaluate",
+    "extract", "feature_cache", "finetune", "grad_checkpointing", "init", "keep_checkpoints",
+    "log_dir", "log_every", "max_bad_images",
+    "max_image_pixels", "max_nonfinite", "model", "momentum", "num_workers", "offload", "opt",
+    "opt_betas", "opt_eps", "output_dir", "pin_mem", "recipe", "recompute_gelu", "resume",
+    "resume_copy", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "strict_data",
+    "tracker", "update_freq", "visualize", "visualize_images", "wandb", "zero_stage",
+}  # fmt: skip
 
 
 @dataclass
@@ -237,9 +251,13 @@ class Session:
         if origin is None:
             return Position(epoch=self.args.start_epoch)
         if origin.published:
-            epoch = int(origin.state.get("epoch", -1)) + 1
+            epoch = finished_epochs(origin.state)
+            whole = self._load_published_optimizer(origin)
             log.warning(
-                "%s is a published checkpoint: weights only, from epoch %d", origin.path, epoch
+                "%s is a published checkpoint: %s, from epoch %d",
+                origin.path,
+                "weights and optimizer" if whole else "weights only, the optimizer begins afresh",
+                epoch,
             )
             return Position(epoch=epoch)
         position = self._position(origin)
@@ -295,7 +313,7 @@ class Session:
         there, ours = state["args"], as_config(self.args)
         for name in sorted(there.keys() & ours.keys()):
             of_order = name in ("seed", "aug_repeats") or "mask" in name
-            if (of_order or name == "precision") and there[name] != ours[name]:
+            if there[name] != ours[name] and (of_order or name not in UNNOTICED):
                 yield Change(f"--{name}", there[name], ours[name], of_order)
         data = state.get("data", {})
         if data and data["images"] != self._data["images"]:
@@ -360,6 +378,26 @@ class Session:
             )
             return
         self._put_back(settings, path)
+
+    def _load_published_optimizer(self, origin: "Origin") -> bool:
+        """Take the moments of a published AdamW, if this run has one and the parameters agree."""
+        if self.sharded or self.args.opt.lower() != "adamw":
+            return False
+        ours = self._param_names()
+        groups = self.runner.optimizer.param_groups
+        decayed = {}
+        for names, group in zip(ours, groups, strict=True):
+            decayed |= dict.fromkeys(names, group["decay"])
+        there = optimizer_names(origin.state, self.network.state_dict(), decayed)
+        if there is None:
+            return False
+        state = in_order_of(ours, origin.state["optimizer"], there, groups)
+        state["param_groups"] = [
+            {**own, "params": found["params"]}
+            for own, found in zip(groups, state["param_groups"], strict=True)
+        ]
+        self.runner.load_state_dict({"optimizer": in_own_memory(state)})
+        return True
 
     def _optimizer_state(self, origin: "Origin") -> dict[str, Any]:
         """Return the file's optimizer state in the order of this run's groups, in its own
@@ -474,12 +512,48 @@ class Origin:
             path = latest_valid_checkpoint(args.output_dir) if args.rank == 0 else None
             # the others may see the folder at another time
             path = from_first_rank(path and str(path))
+        if not path:
+            return None
         # mapped: the processes of a node share the pages, and read only what they use
-        return cls(Path(path), load_checkpoint(path, mmap=True)) if path else None
+        origin = cls(Path(path), load_checkpoint(path, mmap=True))
+        origin.check(getattr(args, "model", ""))  # parts are learned without one
+        return origin
 
     @property
     def published(self) -> bool:
         return "engine" not in self.state
+
+    def check(self, model: str) -> None:
+        """Raise ValueError unless a file of this repository has all its parts and is of `model`."""
+        if self.published:
+            return
+        numbers = (int, float)
+        parts = {
+            "model": dict, "args": dict, "engine": dict, "epoch": int, "step": int,
+            "best": numbers, "best_average": numbers,
+        }  # fmt: skip
+        if "rng" in self.state:  # what only a resumed run needs
+            parts |= {"monitor": dict}
+        wrong = [name for name, kind in parts.items() if not isinstance(self.state.get(name), kind)]
+        if not wrong:
+            place = {"kind": str, "world_size": int, "global_batch": int}
+            engine = self.state["engine"]
+            wrong = [
+                f"engine {n}" for n, kind in place.items() if not isinstance(engine.get(n), kind)
+            ]
+        if not wrong:
+            wrong = [name for name in ("epoch", "step") if self.state[name] < 0]
+        if wrong:
+            raise ValueError(
+                f"{self.path} is no checkpoint that can be resumed: its {', '.join(wrong)} is "
+                "missing or damaged"
+            )
+        there = self.state["args"].get("model", model)
+        if there != model:
+            raise ValueError(
+                f"{self.path} was saved by --model {there}, this run has --model {model}: keep it, "
+                "or start from its weights with --finetune in a new --output_dir"
+            )
 
     def load_weights(
         self, network: nn.Module, ema: MovingAverage | None, ema_key: str, copy: str = ""
@@ -493,20 +567,9 @@ class Origin:
         ema_weights = self.state.get(ema_key) or weights
         if self.published:
             weights = self.state
-            ema_weights = load_checkpoint(copy) if copy else self.state
+            average = self.state.get("ema_state_dict")  # SemAIM's
+            ema_weights = load_checkpoint(copy) if copy else average or self.state
         if weights is not None:
-            fill(network, weights, self.path)
+            restore(network, weights, str(self.path), published=self.published)
         if ema is not None and ema_weights is not None:
-            fill(ema.module, ema_weights, self.path)
-
-
-def fill(module: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Load every tensor of the module by name; other names of the file are left out."""
-    weights = unwrapped(state, ("model", "module"), ("module.",))
-    own = module.state_dict()
-    if wrong := [k for k in own if k not in weights or own[k].shape != weights[k].shape]:
-        raise ValueError(
-            f"{path} does not fit the model that these flags build: {len(wrong)} of its tensors "
-            f"are missing there or have another shape, among them {', '.join(wrong[:3])}"
-        )
-    module.load_state_dict({k: weights[k] for k in own})
+            restore(ema.module, ema_weights, str(self.path), published=self.published)

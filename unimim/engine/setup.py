@@ -31,6 +31,7 @@ from unimim.cli.options import (
     as_config,
     check_outputs,
     effective_batch,
+    log_notes,
     resolve_lr,
     resolve_matmul_precision,
     resolve_precision,
@@ -249,6 +250,7 @@ def set_up(args: Namespace) -> RunContext:
     """Join the other processes, start the log, settle device and precision."""
     device = init_distributed(args)
     setup_logging(args.rank)
+    log_notes(args)
     if args.rank == 0:
         check_outputs(args)
     resolve_workers(args)

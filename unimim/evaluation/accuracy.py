@@ -1,5 +1,7 @@
 """Accuracy, counted over batches and ranks, each image once."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,16 @@ def averages(sums: Tensor) -> dict[str, float]:
     """Return {"loss", "acc1", "acc5"} (percent) from sums of `tally`."""
     loss, top1, top5, images = sums.tolist()
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
+
+
+def published_lines(accuracy: Mapping[str, float], images: int, of: str = "network") -> list[str]:
+    """Return the two lines that MAE's and BEiT's scripts print of an evaluation, which tools and
+    papers quote."""
+    acc1, acc5, loss = (accuracy[name] for name in ("acc1", "acc5", "loss"))
+    return [
+        f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}",
+        f"Accuracy of the {of} on the {images} test images: {acc1:.1f}%",
+    ]
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

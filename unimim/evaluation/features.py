@@ -25,7 +25,7 @@ from modeling_finetune import (
     create_model,
     input_size_of,
 )
-from unimim.checkpoint.files import load_checkpoint, save_checkpoint
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint, takes_imagenet_mean_std
 from unimim.checkpoint.loading import class_tokens, load_pretrained
 from unimim.cli.models import check_is_classifier, warn_of_other_variant
 from unimim.cli.options import given, model_kwargs
@@ -167,6 +167,12 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
         network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
     )
     log.info("%s", found)
+    said, ours = takes_imagenet_mean_std(args.finetune), args.imagenet_default_mean_and_std
+    if said not in (None, ours):
+        log.warning(
+            "%s was trained with %s mean and std: give --%simagenet_default_mean_and_std",
+            args.finetune, "ImageNet's" if said else "0.5 as", "" if said else "no_",
+        )  # fmt: skip
     for name in ("norm", "fc_norm", "head.norm"):
         if f"{name}.weight" in found.missing:
             network.set_submodule(name, nn.Identity())
@@ -317,11 +323,21 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
 def read_cache(path: Path, about: dict[str, str], device: torch.device) -> Features:
     """Read cached features; ValueError where the file holds those of something else."""
     held = load_checkpoint(path)
+    described = held.get("about")
+    described = described if isinstance(described, dict) else {}
     for key, value in about.items():
-        if (there := held.get("about", {}).get(key)) != value:
+        if (there := described.get(key)) != value:
             raise ValueError(
                 f"--feature_cache: {path} holds features of another run, with {key} {there} "
                 f"instead of {value}; use another folder"
             )
+    vectors, labels = held.get("vectors"), held.get("labels")
+    whole = isinstance(vectors, Tensor) and isinstance(labels, Tensor)
+    if not (whole and vectors.ndim == 2 and labels.shape == vectors.shape[:1]):
+        raise ValueError(
+            f"--feature_cache: {path} does not hold a vector and a label for each image; delete it"
+        )
+    if not vectors.isfinite().all():
+        raise ValueError(f"--feature_cache: {path} holds features that are not finite; delete it")
     log.info("read %s", path)
-    return Features(held["vectors"].to(device), held["labels"].to(device))
+    return Features(vectors.to(device), labels.to(device))

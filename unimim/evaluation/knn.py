@@ -99,20 +99,23 @@ def evaluate_knn(
         raise ValueError(f"--knn_k {max(ks)} is more than the {len(bank)} training images")
     settings = [(k, temperature) for k in ks for temperature in temperatures]
     counts = dict.fromkeys(settings, torch.zeros(2, dtype=torch.float64, device=bank.labels.device))
+
+    # cosine similarity is the product of unit vectors
     known = F.normalize(bank.vectors, dim=1)
-    vectors, labels = (
-        F.normalize(queries.vectors[rank::world_size], dim=1),
-        queries.labels[rank::world_size],
-    )
+    vectors = F.normalize(queries.vectors[rank::world_size], dim=1)
+    labels = queries.labels[rank::world_size]
+
+    # the nearest max(ks) serve every k
     rows = max(1, SIMILARITIES_AT_ONCE // len(bank))
     for part, truth in zip(vectors.split(rows), labels.split(rows), strict=True):
         similarity, index = nearest(part, known, max(ks))
         for temperature in temperatures:
             for k, scores in votes(similarity, bank.labels[index], ks, temperature, num_classes):
                 counts[k, temperature] = counts[k, temperature] + hits(scores, truth).sum(0)
-    fractions = (
-        100 * reduce_sum(torch.stack([counts[setting] for setting in settings])) / len(queries)
-    )
+
+    # add up the hits of all ranks
+    hits_of_all = reduce_sum(torch.stack([counts[setting] for setting in settings]))
+    fractions = 100 * hits_of_all / len(queries)
     return [
         Accuracy(*setting, *fraction)
         for setting, fraction in zip(settings, fractions.tolist(), strict=True)

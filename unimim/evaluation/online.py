@@ -46,7 +46,7 @@ class EncoderInTraining(Backbone):
         self.image_size = network.image_size
         with torch.no_grad(), evaluating(network):
             weight = next(network.parameters())
-            images = torch.zeros(1, 3, *self.image_size, device=weight.device)
+            images = torch.zeros(1, 3, *self.image_size, device=weight.device, dtype=weight.dtype)
             self.dim = self.features(images).shape[1]
 
     @property
@@ -181,10 +181,13 @@ def labeled_images(args: Namespace, size: tuple[int, int]) -> tuple[ImageDataset
     path = args.eval_data_path or args.data_path
     kind = None if args.eval_data_path else args.data_set
     kind = kind or detect(path)
+    outside = getattr(args, "allow_outside", False)
     try:
-        known = build_source(kind, path, train=True, need_labels=True)
+        known = build_source(kind, path, train=True, need_labels=True, allow_outside=outside)
         if is_divided(kind, path):
-            asked = build_source(kind, path, train=False, need_labels=True, train_path=path)
+            asked = build_source(
+                kind, path, train=False, need_labels=True, train_path=path, allow_outside=outside
+            )
         else:
             known, asked = held_out(known)
     except ValueError as error:

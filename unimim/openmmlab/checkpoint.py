@@ -1,31 +1,19 @@
 """Load pre-trained weights into a backbone, through the repository's one loader."""
 
 import logging
-import pickle
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from unimim.checkpoint import loading
-from unimim.checkpoint.files import load_checkpoint, load_module_state
+from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import LoadReport, load_pretrained, unwrapped
 
 log = logging.getLogger("unimim")
 
 KEYS = ("model", "module", "state_dict")
 NETWORK = "backbone.network."  # of a segmentor or detector whose backbone is one of timm's
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """Return a checkpoint's content; only its tensors if it would run code (mmengine's files)."""
-    try:
-        return load_checkpoint(path)
-    except ValueError as error:
-        if not isinstance(error.__cause__, pickle.UnpicklingError):
-            raise
-    return unwrapped(load_module_state(path), (), [f"{key}." for key in KEYS])
 
 
 def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = ()) -> LoadReport:
@@ -35,7 +23,7 @@ def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = 
         ValueError: less than 90 % of the parameter tensors are found, not counting those whose
             names contain one of `new`. The model is unchanged then.
     """
-    content = read(path)
+    content = load_checkpoint(path)
     names = unwrapped(content, KEYS)
     prefix = NETWORK if any(name.startswith(NETWORK) for name in names) else ""
     try:
@@ -49,4 +37,4 @@ def load_backbone(model: nn.Module, path: str | Path, *, new: Collection[str] = 
 
 def class_tokens(path: str | Path) -> int:
     """Return the number of class tokens in a file, 1 if it has none."""
-    return loading.class_tokens(read(path)) or 1
+    return loading.class_tokens(path) or 1

@@ -26,9 +26,12 @@ def layer_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        # heads and necks are not in the backbone
         inner = name.removeprefix("backbone.")
         layer = model.backbone.get_layer_id(inner) if inner != name else last
         decays = parameter.ndim > 1 and not name.endswith(".bias") and inner not in no_decay_names
+
+        # one group for each layer and kind
         key = f"layer_{layer}_{'decay' if decays else 'no_decay'}"
         scale = layer_decay ** (last - layer)
         new = {

@@ -19,7 +19,7 @@ from unimim.engine.distributed import leave_process_group
 from unimim.engine.monitor import keep_freed_memory
 from unimim.logs import setup_logging
 from unimim.openmmlab import compat
-from unimim.openmmlab.checkpoint import class_tokens, read
+from unimim.openmmlab.checkpoint import class_tokens
 
 log = logging.getLogger("unimim")
 
@@ -294,7 +294,7 @@ def check_loads(path: str, trusted: bool) -> None:
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
         return
     try:
-        load_checkpoint(path)
+        load_checkpoint(path, inert=False)
     except ValueError as error:
         pickled = isinstance(error.__cause__, pickle.UnpicklingError)
         hint = "; --trust-checkpoint runs it" if pickled else ""
@@ -391,7 +391,7 @@ def demo_network(task: Task, args: Namespace):
     use_class_tokens(cfg, args.checkpoint)
     init_default_scope(cfg.default_scope)
     network = revert_sync_batchnorm(MODELS.build(cfg.model))
-    state = read(args.checkpoint)
+    state = load_checkpoint(args.checkpoint)
     try:
         network.load_state_dict(state.get("state_dict", state))
     except RuntimeError as error:

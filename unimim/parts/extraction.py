@@ -51,8 +51,8 @@ PANEL = 160  # pixels of a image on the contact sheet
 
 # one color for each id, the first ones easy to tell apart; part 0 is gray
 _FIRST_COLORS = [
-    (128, 128, 128), (230, 60, 60), (60, 180, 75), (60, 100, 230), (245, 190, 30), (150, 50, 190), (60, 210, 220),
-    (240, 130, 200),
+    (128, 128, 128), (230, 60, 60), (60, 180, 75), (60, 100, 230), (245, 190, 30), (150, 50, 190),
+    (60, 210, 220), (240, 130, 200),
 ]  # fmt: skip
 _MORE_COLORS = np.random.default_rng(0).integers(0, 256, (256 - len(_FIRST_COLORS), 3))
 PALETTE = np.concatenate((_FIRST_COLORS, _MORE_COLORS)).astype(np.uint8)
@@ -158,6 +158,8 @@ def extract(context: RunContext, task: PartLearning) -> None:
     view = Viewer(context, task)
     make = MapMaker(args, args.part_source, task)
     dataset = whole_images(args, train=args.split == "train")
+
+    # the first rank makes the files, every rank fills the rows that are missing
     folder = Path(args.extract)
     if context.rank == 0:
         PartMapWriter.create(folder, map_meta(args, make, task, dataset.source))
@@ -184,6 +186,7 @@ def extract(context: RunContext, task: PartLearning) -> None:
     writer.flush()
     barrier()
     if context.rank == 0:
+        writer.seal()
         report_maps(folder, writer)
 
 
@@ -264,6 +267,8 @@ def evaluate_parts(context: RunContext, task: PartLearning) -> list[dict[str, fl
     )
     makers = {source: MapMaker(args, source, task) for source in PART_SOURCES}
     qualities = {source: PartQuality(make.num_parts, MASK_IDS) for source, make in makers.items()}
+
+    # count, for each source, how the parts of an image lie on the objects of its mask
     for batch in batches_of(args, dataset, list(range(len(dataset)))):
         features, indices = view(batch), batch["index"].tolist()
         masks = [read_mask(folder, dataset.source.path(index)) for index in indices]

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors.torch
-
-from unimim import files
 from unimim.checkpoint.names import StateDict
+from unimim.checkpoint.tensor_files import write_tensors
 from unimim.sizes import Pair
 
 KINDS = ("dvae", "kmeans")
@@ -62,7 +60,7 @@ class TokenizerInfo:
 
 
 def save_tokenizer(path: str | Path, tensors: StateDict, info: TokenizerInfo) -> None:
-    """Replace `path` by a file that `modeling_targets.load_tokenizer` reads, in one step."""
+    """Replace `path` by a file that `modeling_targets.load_tokenizer` reads, in one step, with a
+    checksum."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    content = safetensors.torch.save(plain, info.as_metadata())
-    files.write_atomically(path, lambda file: file.write(content))
+    write_tensors(path, plain, info.as_metadata())

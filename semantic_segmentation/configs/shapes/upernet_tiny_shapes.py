@@ -57,8 +57,8 @@ test_dataloader = val_dataloader
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(
-        embed_dim=192, depth=6, num_heads=3, input_size=64, patch_size=8, k_bias=True, pos_embed="sincos_trainable",
-        out_indices=[2, 3, 4, 5], drop_path=0.0,
+        embed_dim=192, depth=6, num_heads=3, input_size=64, patch_size=8, k_bias=True,
+        pos_embed="sincos_trainable", out_indices=[2, 3, 4, 5], drop_path=0.0,
     ),
     neck=dict(width=192, patch_size=8),
     decode_head=dict(in_channels=[192] * 4, channels=64, num_classes=len(classes)),
