@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -347,7 +348,7 @@ def build_loader(
 
     Workers stay alive between epochs and leave signals to the parent.
     """
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=num_workers,
@@ -358,6 +359,18 @@ def build_loader(
         # without it every iteration would draw a base seed from the global generator
         generator=torch.Generator(),
     )
+
+
+class _Loader(DataLoader):
+    """Starts its workers with signals held back, which they do until they can leave them."""
+
+    def __iter__(self) -> Any:
+        numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(pixels: int, _worker: int) -> None:

@@ -149,9 +149,10 @@ def save_if_due(run: Training, position: Position) -> None:
     args = run.args
     stop = run.stop.agreed(last=position.step == run.steps_per_epoch)
     due = args.save_ckpt_steps and position.step % args.save_ckpt_steps == 0
+    run.session.check()
     if stop or due:
         run.monitor.read()
-        run.session.save(position, finished=False)
+        run.session.save(position, finished=False, wait=stop)
     if stop:
         raise Stopped(
             f"{run.stop.received or 'a signal on another rank'} after step {position.step} of "
@@ -163,7 +164,7 @@ def save_at_epoch_end(run: Training, position: Position) -> None:
     """Save every --save_ckpt_freq epochs and at the end of the run."""
     done = position.epoch + 1
     if done % run.args.save_ckpt_freq == 0 or done == run.args.epochs:
-        run.session.save(position, finished=True)
+        run.session.save(position, finished=True, wait=done == run.args.epochs)
 
 
 def show_images(run: Training, position: Position) -> None:
@@ -190,6 +191,7 @@ def train(run: Training, position: Position, after_epoch) -> None:
             position.epoch, position.step = position.epoch + 1, 0
     finally:
         run.run_log.close()
+        run.session.finish()
 
 
 def train_and_report(run: Training, position: Position, after_epoch) -> None:

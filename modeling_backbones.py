@@ -243,7 +243,7 @@ def build_backbone(
             f"timm lists too few features of {name}; it has no place for a mask token",
         )
     if is_listed_by_timm(backbone):
-        freeze_unused(backbone, name, input_size)
+        freeze_unused(backbone, name, input_size, options.get("in_chans", 3))
     return backbone
 
 
@@ -319,12 +319,15 @@ def put_in_order(network: nn.Module, devices: tuple[str, ...]) -> None:
         next(network.children()).register_forward_pre_hook(reorder)
 
 
-def freeze_unused(backbone: nn.Module, name: str, input_size: tuple[int, int]) -> None:
+def freeze_unused(
+    backbone: nn.Module, name: str, input_size: tuple[int, int], channels: int = 3
+) -> None:
     """Engines wait for a gradient of every parameter: what the map does not come from is not
     trained."""
     training = backbone.training
     with refused(OptionError("input_size", input_size, f"does not suit timm's {name}")):
-        features = family_of(backbone).feature_map(backbone.eval(), torch.zeros(1, 3, *input_size))
+        images = torch.zeros(1, channels, *input_size)
+        features = family_of(backbone).feature_map(backbone.eval(), images)
     if (
         not isinstance(features, Tensor)
         or features.ndim != 4
@@ -438,21 +441,27 @@ class MaskToken(nn.Module):
 
 
 class PixelNeck(nn.Module):
-    """A map [B, C, h, w] to pixels [B, 3, h * stride, w * stride] by one convolution
+    """A map [B, C, h, w] to pixels [B, channels, h * stride, w * stride] by one convolution
     (docs/methods/simmim_a2mim.md#options).
 
     decoder_kernel: of a depth-wise convolution with norm and GELU in front of it; None is without.
     """
 
     def __init__(
-        self, width: int, stride: int, *, kernel: int = 1, decoder_kernel: int | None = None
+        self,
+        width: int,
+        stride: int,
+        *,
+        channels: int = 3,
+        kernel: int = 1,
+        decoder_kernel: int | None = None,
     ):
         super().__init__()
         self.stride = stride
         self.decoder = (
             nn.Identity() if decoder_kernel is None else depthwise_layer(width, decoder_kernel)
         )
-        self.pred = nn.Conv2d(width, 3 * stride**2, kernel, padding=kernel // 2)
+        self.pred = nn.Conv2d(width, channels * stride**2, kernel, padding=kernel // 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)

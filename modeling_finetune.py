@@ -286,6 +286,11 @@ class PatchEmbed(nn.Module):
         self.check(x)
         return self.proj(x).flatten(2).transpose(1, 2)
 
+    @property
+    def numbers(self) -> int:
+        """Numbers of a patch: its pixels times the images' channels."""
+        return self.proj.in_channels * math.prod(self.patch_size)
+
     def cut(self, x: Tensor) -> Tensor:
         """The patches themselves, [B, N, p * p * 3], which `proj` takes too."""
         self.check(x)

@@ -410,7 +410,7 @@ class MAE(PlainViT):
         )  # fmt: skip
         self.decoder_blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, 3 * math.prod(self.patch_embed.patch_size))
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_embed.numbers)
         for decoder in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             decoder.apply(self._init_module)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -918,8 +918,9 @@ class SemAIM(TwoStreams):
     def build_target(self, kernel_size: int | None, sigma: float | None) -> int:
         """Build what makes the target and return how many numbers of each patch are predicted;
         called by the constructor."""
-        self.gaussian_blur = build_blur(kernel_size, sigma)
-        return 3 * math.prod(self.patch_embed.patch_size)
+        channels = self.patch_embed.proj.in_channels
+        self.gaussian_blur = build_blur(kernel_size, sigma, channels)
+        return self.patch_embed.numbers
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
         """`noise` replaces the random noise of `order_values`."""
@@ -1126,6 +1127,10 @@ class FeatureSemAIM(SemAIM):
             return self.embed_dim
         if self.load_target.args[1] is None:
             return self.out_dim
+        channels = self.patch_embed.proj.in_channels
+        if channels != 3:
+            problem = f"is a network of RGB images: predict_feature {self.predict_feature} needs 3"
+            raise OptionError("in_chans", channels, problem, "predict_feature")
         self.target = self.load_target(grid=self.patch_embed.grid_size)
         return self.target.width
 
@@ -1331,6 +1336,7 @@ class NEPA(PretrainMethod, RotaryViT):
             "model_name": "eva_giant_patch14_224",
             "img_size": list(self.patch_embed.img_size),
             "patch_size": list(self.patch_embed.patch_size),
+            "in_chans": self.patch_embed.proj.in_channels,
             "embed_dim": self.embed_dim,
             "depth": len(self.blocks),
             "num_heads": block.attn.num_heads,
@@ -1649,7 +1655,8 @@ class MaskFeat(SemanticMIM):
         super().__init__(**semantic, k_bias=True)
         grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
         pool = max(patch[0] // 2, 1) if hog_pool is None else hog_pool
-        self.hog = HOG(grid, patch, hog_nbins, pool, patch[0] if hog_window is None else hog_window)
+        window = patch[0] if hog_window is None else hog_window
+        self.hog = HOG(grid, patch, hog_nbins, pool, window, self.patch_embed.proj.in_channels)
         self.hog_head = nn.Linear(self.embed_dim, self.hog.width).apply(self._init_module)
 
     def compare(
@@ -1725,6 +1732,7 @@ class SimMIM(PretrainMethod):
     ):
         super().__init__()
         self.token_lr, self.gamma_lr, self.input_size = token_lr, gamma_lr, to_pair(input_size)
+        self.channels = options.get("in_chans", 3)
         self.backbone = build_backbone(
             backbone,
             self.input_size,
@@ -1746,7 +1754,9 @@ class SimMIM(PretrainMethod):
         )  # fmt: skip
         self.inject.attach(self.backbone)
         self.check_place(backbone)
-        self.neck = PixelNeck(width, stride, kernel=kernel, decoder_kernel=decoder_kernel)
+        self.neck = PixelNeck(
+            width, stride, channels=self.channels, kernel=kernel, decoder_kernel=decoder_kernel
+        )
         self.loss = ReconstructionLoss()
 
     @torch.no_grad()
@@ -1759,7 +1769,7 @@ class SimMIM(PretrainMethod):
         mask = torch.ones(1, *(side // place.stride for side in self.input_size))
         problem = f"there is no place for a mask token after {place.module} of {name}"
         with refused(OptionError("backbone", None, problem)):
-            self.eval().features(torch.zeros(1, 3, *self.input_size), mask)
+            self.eval().features(torch.zeros(1, self.channels, *self.input_size), mask)
         self.train(training)
         self.inject.mask = None
 

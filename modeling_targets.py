@@ -41,7 +41,7 @@ OWN_MEAN_STD: dict[str, MeanStd] = {  # of the images that the teachers were tra
 class GaussianBlur(nn.Module):
     """Blurs images [B, 3, H, W] with zeros around them (docs/methods/semaim.md#blur)."""
 
-    def __init__(self, kernel_size: int, sigma: float):
+    def __init__(self, kernel_size: int, sigma: float, channels: int = 3):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1 or sigma <= 0:
             raise OptionError(
@@ -53,14 +53,17 @@ class GaussianBlur(nn.Module):
         offsets = torch.arange(kernel_size) - kernel_size // 2
         row = torch.exp(-offsets.square() / (2 * sigma**2))
         kernel = torch.outer(row, row)
-        self.register_buffer("weight", (kernel / kernel.sum()).expand(3, 1, -1, -1).clone())
+        kernels = (kernel / kernel.sum()).expand(channels, 1, -1, -1)
+        self.register_buffer("weight", kernels.clone())
 
     def forward(self, images: Tensor) -> Tensor:
         weight = self.weight.to(images.dtype)
         return F.conv2d(images, weight, padding=weight.shape[-1] // 2, groups=len(weight))
 
 
-def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | None:
+def build_blur(
+    kernel_size: int | None, sigma: float | None, channels: int = 3
+) -> GaussianBlur | None:
     """None without a blur.
 
     Raises:
@@ -73,7 +76,7 @@ def build_blur(kernel_size: int | None, sigma: float | None) -> GaussianBlur | N
             "give it together with gaussian_sigma, or neither",
             "gaussian_sigma",
         )
-    return None if kernel_size is None else GaussianBlur(kernel_size, sigma)
+    return None if kernel_size is None else GaussianBlur(kernel_size, sigma, channels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,6 +101,7 @@ class HOG:
         nbins: int = 9,
         pool: int = 8,
         window: int = 16,
+        channels: int = 3,
     ):
         if nbins < 1 or pool < 1 or any(side % pool for side in patch):
             raise OptionError(
@@ -112,11 +116,12 @@ class HOG:
             )
         self.grid, self.cells = grid, (patch[0] // pool, patch[1] // pool)
         self.nbins, self.pool, self.window = nbins, pool, window
+        self.channels = channels
 
     @property
     def width(self) -> int:
         """Numbers of a patch."""
-        return 3 * self.nbins * math.prod(self.cells)
+        return self.channels * self.nbins * math.prod(self.cells)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] to float32 [B, N, width], in the order color, bin, cell row, cell

@@ -20,6 +20,7 @@ ANNEALINGS = ("stepfix_cosine", "cosine_iters", "cosine_epochs", "step")
 LR_SCHEDULES = ("cosine", "mae", *ANNEALINGS)
 
 _EMBEDDING_NAMES = {"cls_token", "mask_token", "pos_embed"}
+_ONE_BLOCK = re.compile(r"(?:(?:layers|stages)\.\d+\.)?blocks\.\d+\.")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -140,6 +141,37 @@ def param_groups(
             group["lr_scale"] = float(layer_scales(layer_decay, last - 1)[layers[name]])
         groups.setdefault(group["group_name"], group)["params"].append(parameter)
     return list(groups.values())
+
+
+def freeze_blocks(model: nn.Module, blocks: int) -> None:
+    """Freeze the patch embedding, tokens and positions and the first `blocks` blocks of a ViT, Swin
+    or ConvNeXt; the other blocks, the norms after them and the head are trained.
+
+    A ConvNeXt's blocks are counted as for layer decay, three of its third stage as one. Frozen
+    blocks have neither stochastic depth nor dropout.
+
+    Raises:
+        ValueError: the network has fewer blocks, or is of another kind.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    try:
+        layers, last = layers_of(names)
+    except ValueError as error:
+        problem = "is for ViT, Swin and ConvNeXt, not for this network"
+        raise ValueError(f"--freeze_blocks {blocks} {problem}") from error
+    if not 0 < blocks < last:
+        raise ValueError(f"--freeze_blocks {blocks}: the model has {last - 1} blocks")
+    frozen = [name for name in names if layers[name] <= blocks]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    whole = {found[0] for name in frozen if (found := _ONE_BLOCK.match(name))}
+    for name, module in model.named_modules():
+        found = _ONE_BLOCK.match(f"{name}.")
+        if found and found[0] in whole:
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
 
 
 def by_rules(name: str, rules: Rules, lr: float, weight_decay: float) -> tuple[float, float]:

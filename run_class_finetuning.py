@@ -11,14 +11,15 @@ import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import EvalBatchSampler, build_dataset, build_loader
 from engine_for_finetuning import Classification, evaluate_classifier
 from engine_for_pretraining import train
-from optim_factory import param_groups
+from optim_factory import freeze_blocks, param_groups
 from unimim.checkpoint.files import load_checkpoint, takes_imagenet_mean_std
 from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.runs import mean_std_flags
 from unimim.cli.models import build_classifier, warn_of_other_variant
 from unimim.cli.options import derived, parse, report
 from unimim.data.classes import check_classes, check_eval_size, settle_classes, settle_size
 from unimim.data.pretraining import steps_per_epoch, train_loader
-from unimim.data.views import build_finetune_transform
+from unimim.data.views import build_finetune_transform, image_mean_std
 from unimim.engine.batch_norm import average_batch_statistics
 from unimim.engine.distributed import from_first_rank
 from unimim.engine.runner import AUTOCAST_DTYPES
@@ -49,6 +50,18 @@ def undecayed(args: Namespace, model: nn.Module) -> set[str]:
         for name, _ in model.named_parameters()
         if name.endswith("relative_position_bias_table")
     }
+
+
+def settle_mean_std(args: Namespace) -> None:
+    """Set the mean and std to those that the checkpoint was trained with, where the file tells them
+    and the command does not."""
+    path = args.resume or args.finetune
+    if not path or args.mean_std_given:
+        return
+    found = {name: value for name, value in mean_std_flags(path).items() if value is not None}
+    if any(getattr(args, name) != value for name, value in found.items()):
+        vars(args).update(found)
+        log.info("images are normalized as %s was trained: %s", path, image_mean_std(args))
 
 
 class ClassificationEvaluator:
@@ -87,12 +100,12 @@ class ClassificationEvaluator:
         metrics = {f"test_{k}": v for k, v in from_first_rank(self(self.task.model)).items()}
         if metrics["test_acc1"] > position.best:
             position.best = metrics["test_acc1"]
-            session.save_best(position, of_ema=False)
+            session.save_best(position, of_ema=False, wait=False)
         if ema is not None:
             metrics |= {f"test_ema_{k}": v for k, v in from_first_rank(self(ema, "ema")).items()}
             if metrics["test_ema_acc1"] > position.best_average:
                 position.best_average = metrics["test_ema_acc1"]
-                session.save_best(position, of_ema=True)
+                session.save_best(position, of_ema=True, wait=False)
         return metrics | {"best_acc1": position.best}
 
 
@@ -158,6 +171,8 @@ def evaluate_only(context: RunContext, model: nn.Module, loader: DataLoader) -> 
 def main(args: Namespace) -> None:
     context = set_up(args)
     settle_size(args)
+    if args.eval:
+        settle_mean_std(args)
 
     # validation images first: they settle the number of classes
     eval_loader = build_eval_loader(args, build_finetune_transform(args, train=False))
@@ -168,6 +183,11 @@ def main(args: Namespace) -> None:
     check_eval_size(args, model)
     if args.eval:
         return evaluate_only(context, model, eval_loader)
+
+    if args.freeze_blocks:
+        freeze_blocks(model, args.freeze_blocks)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.info("--freeze_blocks %d: %s weights are trained", args.freeze_blocks, f"{trained:,}")
 
     # training images, and what follows from their number
     dataset = build_dataset(

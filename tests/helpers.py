@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
 
+import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import build_dataset
 from engine_for_finetuning import Classification
 from engine_for_pretraining import grouped, train_one_step

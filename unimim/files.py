@@ -35,9 +35,19 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     At any moment it is the old file or the whole new one, on the disk.
 
     Several processes may write the same name: the last to finish wins. Where `write` raises,
-    nothing is left behind.
+    nothing is left behind. A folder that is gone is made, and `write` called again if it goes
+    meanwhile.
     """
     path = Path(path)
+    try:
+        _write_atomically(path, write)
+    except FileNotFoundError:
+        if path.parent.is_dir():
+            raise
+        _write_atomically(path, write)  # the folder went while it was written to
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_drafts(path.parent)
     draft = _draft_of(path)
@@ -122,18 +132,18 @@ def remove_stale_drafts(folder: str | Path) -> None:
 
 
 def _draft_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _is_stale(draft: Path) -> bool:
     owner = _DRAFT.fullmatch(draft.name)
-    if owner and owner[1] == _machine() and not _is_running(int(owner[2])):
+    if owner and owner[1] == machine() and not _is_running(int(owner[2])):
         return True
     return time.time() - draft.stat().st_mtime > STALE_SECONDS
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
     """Return eight digits for the host and the container, in which process ids are unique."""
     place = socket.gethostname()
     if os.path.exists("/proc/self/ns/pid"):

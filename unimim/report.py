@@ -18,7 +18,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222 }
 body { max-width: 56rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 }
 h2 { margin-top: 2.5rem }
-img { max-width: 100% }
+img { max-width: 100%; height: auto }
+.lead { font-size: 1.15rem }
 figure { margin: 1.2rem 0 }
 figcaption { font-size: .85rem; color: #555 }
 pre { background: #f5f5f5; padding: .8rem; font-size: .75rem }
@@ -27,9 +28,14 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere }
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc }
 th { text-align: left }
-td:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
+th:not(:first-child), td:not(:first-child) { text-align: right }
+td:not(:first-child) { font-variant-numeric: tabular-nums }
 @media print {
-  body { max-width: none; margin: 0; font-size: 10.5pt }
+  @page { margin: 15mm }
+  body { max-width: none; margin: 0; padding: 0; font-size: 10.5pt }
+  .wide { overflow: visible }
+  table { font-size: 9pt }
+  th, td { padding: .2rem .5rem }
   figure, table { break-inside: avoid }
   h2 { break-after: avoid }
 }
@@ -97,6 +103,11 @@ def picture(source: Figure | Path, caption: str) -> str:
     return f"<figure>{shown}<figcaption>{text}</figcaption></figure>"
 
 
+def lead(text: str) -> str:
+    """Return the opening HTML paragraph, in larger type."""
+    return f'<p class="lead">{html.escape(text)}</p>'
+
+
 def paragraph(text: str) -> str:
     """Return an HTML paragraph."""
     return f"<p>{html.escape(text)}</p>"
@@ -109,11 +120,14 @@ def listing(text: str) -> str:
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return an HTML table."""
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = ""
     for row in rows:
-        lines.append("".join(f"<td>{html.escape(cell)}</td>" for cell in row))
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<div class="wide"><table>{body}</table></div>'
+        body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,7 +142,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def page(title: str, parts: Iterable[str]) -> str:
     """Return a self-contained HTML document."""
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    )
     body = "\n".join(parts)
     heading = f"<h1>{html.escape(title)}</h1>"
     return (

@@ -81,6 +81,8 @@ def filled_in(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     shown = []
     for panel in (panels.masked, panels.pasted):
         unit = (panel * normalize.std + normalize.mean).clamp(0, 1)
+        if images.eq(images[:, :1]).all():  # of gray images the predictions are shown gray too
+            unit = unit.mean(1, keepdim=True).expand_as(unit)
         pixels = unit.mul(255).round().byte()
         shown.append(pixels)
     hidden = panels.masked.eq(0).all(1, keepdim=True)

@@ -46,7 +46,7 @@ def test_writers_of_one_folder_and_of_one_name_do_not_touch_each_other(tmp_path)
 
 
 def test_only_drafts_that_nobody_writes_any_more_are_removed(tmp_path):
-    here, gone, two_days_ago = files._machine(), ended_process(), time.time() - 2 * 24 * 3600
+    here, gone, two_days_ago = files.machine(), ended_process(), time.time() - 2 * 24 * 3600
     stay = [
         f".a.pth.{here}-{os.getpid()}-00000000.tmp",
         f".a.pth.00000000-{gone}-00000000.tmp",

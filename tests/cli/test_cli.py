@@ -57,6 +57,7 @@ BOTH = {
     "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005,
     "warmup_epochs": 5, "warmup_steps": -1, "device": "cuda", "precision": "auto",
     "enable_deepspeed": False, "zero_stage": 1, "deepspeed_config": None, "offload": None,
+    "deepspeed_shards": False,
     "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
     "dist_timeout": 60.0, "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None,
     "output_dir": "", "log_dir": None, "wandb": None, "tracker": None, "log_every": 50, "seed": 0, "start_epoch": 0,
@@ -64,7 +65,8 @@ BOTH = {
     "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0, "keep_checkpoints": None,
     "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine", "recipe": None,
     "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
-    "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0,
+    "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0, "in_chans": None, "mean": None,
+    "std": None,
 }  # fmt: skip
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0),
@@ -96,6 +98,7 @@ FINETUNE_ONLY = {
     "mixup_mode": "batch", "model_ema": False, "no_model_ema": False, "model_ema_decay": 0.9999,
     "model_ema_force_cpu": False, "eval": False, "dist_eval": True, "no_dist_eval": True,
     "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,
+    "freeze_blocks": 0,
 }  # fmt: skip
 # What ConMIM's published commands pass (docs/coming_from.md#coming-from-conmim)
 PUBLISHED_PRETRAIN = """
@@ -163,6 +166,42 @@ def test_published_flags_are_accepted(stage, command):
 
 # --------------------------------------------------------------------------------------------------
 # Which value wins
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("epochs: 1.5", r"--epochs: invalid int value: '1\.5'"),
+        ("epochs: true", "--epochs: invalid int value"),
+        ("batch_size: [8]", r"--batch_size: \[8\] is a list; it takes one value"),
+        ("crop_scale: null", "--crop_scale: it has no value"),
+        ("crop_scale: 3", "--crop_scale: 3 is not 2 values"),
+        ("crop_scale: [0.9, 0.1]", r"--crop_scale 0\.9 0\.1 must be the smallest"),
+        ("model: null", "--model: it has no value"),
+        ("model: {a: 1}", "--model: {'a': 1} is no text or number"),
+        ("model_kwargs: 5", "--model_kwargs takes K=V pairs, not '5'"),
+        ("strict_data: 3", "--strict_data: 3 is not true or false"),
+        ("mask_type: zigzag", "--mask_type: invalid choice: 'zigzag'"),
+        ("input_size: huge", "--input_size: huge is not a size"),
+        ("1: 2", "contains unknown options: 1"),
+        ("epochs: [", "is not YAML"),
+        (b"epochs: \xff\xfe", "is no text in UTF-8"),
+        ("[" * 3000, "is not YAML"),
+    ],
+)
+def test_what_a_config_file_may_not_say_is_named_with_the_file(tmp_path, capsys, line, says):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        build_method(parse("pretrain", ["--config", str(path)]))
+    said = str(raised.value) + capsys.readouterr().err
+    assert re.search(says, said), said
+    assert "config.yaml" in said or says.startswith(("--crop_scale 0", "--model_kwargs takes"))
+
+
+def test_model_kwargs_that_are_no_yaml_are_named():
+    with pytest.raises(ValueError, match=r"--model_kwargs 'depth=\[2' is not YAML"):
+        build_method(parse("pretrain", ["--model_kwargs", "depth=[2"]))
 
 
 def test_defaults_recipe_file_command_line(tmp_path):
@@ -347,6 +386,7 @@ MISTAKES = [
     ("pretrain", "--compile --enable_deepspeed --zero_stage 3 --dry_run", "use --zero_stage 2"),
     ("finetune", "--compile --enable_deepspeed --zero_stage 3", "use --zero_stage 2"),
     ("pretrain", "--offload optimizer", "--enable_deepspeed"),
+    ("pretrain", "--deepspeed_shards", "--deepspeed_shards needs --enable_deepspeed"),
     (
         "pretrain",
         "--offload optimizer --enable_deepspeed --zero_stage 0",
@@ -644,7 +684,8 @@ def test_error_on_one_rank_ends_all(tmp_path):
     waiting, failing = (process.communicate(timeout=120)[0] for process in ranks)
     assert [process.returncode for process in ranks] == [1, 1]
     assert failing.rstrip().endswith("ZeroDivisionError: division by zero")
-    assert "barrier" in waiting and "ZeroDivisionError" not in waiting
+    assert "rank 1 (" in waiting and "has ended, so this one ends too" in waiting
+    assert "Traceback" not in waiting
 
 
 LAUNCHERS = {

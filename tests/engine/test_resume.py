@@ -1,5 +1,6 @@
 """A run that was killed or asked to stop goes on as if nothing had happened, to the last bit."""
 
+import errno
 import json
 import os
 import random
@@ -7,16 +8,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
     METHODS,
     ROOT,
     arguments,
+    average_weights,
     differing,
     environment,
     launcher,
@@ -28,8 +32,10 @@ from helpers import (
     whole_weights,
 )
 
+from engine_for_pretraining import train
 from unimim.checkpoint.files import latest_valid_checkpoint, load_checkpoint, save_checkpoint
-from unimim.engine.distributed import StopSignal
+from unimim.engine import session
+from unimim.engine.distributed import StopSignal, seed_step
 from unimim.engine.monitor import RunLog
 
 WORKERS = ("--num_workers", "2", "--update_freq", "2")
@@ -183,6 +189,7 @@ def test_launch_script_stops_all_ranks_with_a_checkpoint(tmp_path):
 
 STUCK = """
 import ctypes, time
+from unimim.engine import session
 from unimim.engine.distributed import StopSignal
 stop = StopSignal()
 print("ready", flush=True)
@@ -431,22 +438,36 @@ def test_layer_decay_of_this_run_regroups_the_optimizer(tmp_path, capsys):
 
 def permute_groups(state: dict) -> None:
     """The same optimizer with its groups, and the parameters in them, in reverse order."""
-    names, saved = state["param_names"], state["optimizer"]
-    state["param_names"] = [group[::-1] for group in names[::-1]]
-    moved, groups = {}, []
-    for group in saved["param_groups"][::-1]:
-        numbers = range(len(moved), len(moved) + len(group["params"]))
-        moved |= dict(zip(numbers, (saved["state"][n] for n in group["params"][::-1]), strict=True))
-        groups.append({**group, "params": list(numbers)})
-    state["optimizer"] = {"state": moved, "param_groups": groups}
+    groups = state["optimizer"]["groups"]
+    for group in groups:
+        group["names"] = group["names"][::-1]
+    state["optimizer"]["groups"] = groups[::-1]
+
+
+def in_numbers(state: dict) -> None:
+    """As it was written before the state went by name: numbers, with the names beside them."""
+    named = state["optimizer"]
+    state["param_names"] = [group.pop("names") for group in named["groups"]]
+    numbered, groups = {}, []
+    for names, group in zip(state["param_names"], named["groups"], strict=True):
+        numbers = list(range(len(numbered), len(numbered) + len(names)))
+        numbered |= dict(zip(numbers, (named["state"][name] for name in names), strict=True))
+        groups.append({**group, "params": numbers})
+    state["optimizer"] = {"state": numbered, "param_groups": groups}
+
+
+def in_other_numbers(state: dict) -> None:
+    permute_groups(state)
+    in_numbers(state)
 
 
 def without_names(state: dict) -> None:
     """What was written before parameters had names in it."""
+    in_numbers(state)
     del state["param_names"], state["data"]
 
 
-@pytest.mark.parametrize("change", [permute_groups, without_names])
+@pytest.mark.parametrize("change", [permute_groups, in_numbers, in_other_numbers, without_names])
 def test_optimizer_state_of_other_order_and_of_old_files(saved, change):
     run, _ = start("pretrain", saved)
     expected = train_steps(run, 2, 5)
@@ -477,6 +498,16 @@ def test_a_resumed_run_does_not_need_its_file_any_more(saved):
     with path.open("r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
     assert differing(before[1], copies) == [] and differing(whole_weights(run), before[0]) == []
+
+
+def test_shards_that_a_killed_run_left_do_not_hide_a_new_checkpoint(saved):
+    left = saved / "checkpoint-0-4"
+    left.mkdir()
+    (left / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"half")
+    run, position = start("pretrain", saved)
+    position.step = 4
+    run.session.save(position, finished=False)
+    assert not left.exists() and latest_valid_checkpoint(saved).stem == "checkpoint-0-4"
 
 
 def test_flags_that_build_another_model_are_named(saved):
@@ -539,6 +570,141 @@ def test_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch):
     assert {how["resume"] for how in asked} == {"allow"} and min(
         map(len, (first, other, afresh))
     ) > 8
+
+
+def test_moments_of_another_shape_are_refused(saved):
+    def change(state):
+        own = state["optimizer"]["state"]["blocks.0.mlp.fc1.weight"]
+        own["exp_avg"] = own["exp_avg"].T.contiguous()
+
+    edit(saved / "checkpoint-0-2.pth", change)
+    with pytest.raises(
+        ValueError, match=r"exp_avg of blocks\.0\.mlp\.fc1\.weight has another shape"
+    ):
+        start("pretrain", saved)
+
+
+def test_skipped_steps_come_along(tmp_path):
+    def spoil(update, micro_batches):
+        if update == 1:
+            images = next(name for name in micro_batches[0] if name.startswith("image"))
+            micro_batches[0][images] = micro_batches[0][images].float() * float("nan")
+
+    run, position = start("pretrain", tmp_path, *METHODS["mae"])
+    train_steps(run, 0, 3, spoil)
+    position.step = 3
+    run.session.save(position, finished=False)
+    resumed, _ = start("pretrain", tmp_path, *METHODS["mae"])
+    assert run.monitor.skipped == resumed.monitor.skipped == 1
+
+
+def test_a_file_without_names_of_other_groups_is_refused(saved):
+    def with_less(state: dict) -> None:
+        without_names(state)
+        state["optimizer"]["param_groups"].pop()
+
+    edit(saved / "checkpoint-0-2.pth", with_less)
+    with pytest.raises(ValueError, match="does not say which parameters its optimizer had"):
+        start("pretrain", saved)
+
+
+# --------------------------------------------------------------------------------------------------
+# Saved while training goes on
+
+
+@pytest.fixture
+def slow_disk(monkeypatch) -> SimpleNamespace:
+    """Checkpoints are written when `go` is set; then `error` is raised, if there is one."""
+    disk = SimpleNamespace(go=threading.Event(), error=None)
+
+    def write(path: Path, state: dict) -> None:
+        assert disk.go.wait(60)
+        if disk.error is not None:
+            raise disk.error
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr(session, "save_checkpoint", write)
+    yield disk
+    disk.go.set()
+
+
+def test_what_is_saved_is_the_state_of_its_step(tmp_path, slow_disk):
+    """Training, which changes tensors in place, goes on before anything is written."""
+    run, position = start("pretrain", tmp_path)
+    train_steps(run, 0, 7)
+    position.step = 7
+    run.session.save(position, finished=False, wait=False)
+    metrics = train_steps(run, 7, 12)
+    assert not (tmp_path / "checkpoint-0-7.pth").exists()
+    slow_disk.go.set()
+    run.session.finish()
+    resumed, there = start("pretrain", tmp_path)
+    assert there.step == 7
+    assert differing(train_steps(resumed, 7, 12), metrics) == []
+    assert differing(whole_weights(resumed), whole_weights(run)) == []
+    assert differing(average_weights(resumed), average_weights(run)) == []
+
+
+def test_the_next_save_waits_for_the_last(tmp_path, slow_disk):
+    run, position = start("pretrain", tmp_path, "--keep_checkpoints", "1")
+    for position.step in (1, 2):
+        threading.Timer(0.2, slow_disk.go.set).start()
+        run.session.save(position, finished=False, wait=False)
+        assert len(list(tmp_path.glob("checkpoint-*.pth"))) == position.step - 1
+    run.session.finish()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-0-2.pth"]
+
+
+def test_a_run_that_ends_waits_for_what_is_being_written(tmp_path, slow_disk):
+    """Also one that ends with an error of its own."""
+    flags = ("--label_fraction", "0.02", "--epochs", "3", "--save_ckpt_freq", "1")
+    run, position = start("finetune", tmp_path, *flags)
+
+    def after_epoch(position):
+        if position.epoch == 1:
+            assert not (tmp_path / "checkpoint-0.pth").exists()
+            threading.Timer(0.2, slow_disk.go.set).start()
+            raise ValueError("evaluation failed")
+        return {}
+
+    with pytest.raises(ValueError, match="evaluation failed"):
+        train(run, position, after_epoch)
+    assert latest_valid_checkpoint(tmp_path).name == "checkpoint-0.pth"
+
+
+def test_a_process_that_ends_at_once_finishes_its_checkpoint(tmp_path):
+    """After an error among several ranks, where nothing else is waited for."""
+    program = (
+        "import time\n"
+        "from pathlib import Path\n"
+        "from unimim.engine.distributed import exit_at_once\n"
+        "from unimim.engine.writing import Writer\n"
+        f"path = Path({str(tmp_path / 'file')!r})\n"
+        "Writer().start('file', lambda: (time.sleep(0.5), path.touch()))\n"
+        "exit_at_once(3)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment())
+    assert ended.returncode == 3 and (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("when", ["next save", "next step", "end"])
+def test_what_goes_wrong_in_the_thread_is_one_sentence(tmp_path, slow_disk, when):
+    run, position = start("pretrain", tmp_path)
+    slow_disk.go.set()
+    position.step = 1
+    run.session.save(position, finished=False)
+    slow_disk.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    position.step = 2
+    run.session.save(position, finished=False, wait=False)
+    run.session.writer._thread.join()
+    calls = {
+        "next save": lambda: run.session.save(position, finished=True, wait=False),
+        "next step": run.session.check,
+        "end": run.session.finish,
+    }
+    with pytest.raises(ValueError, match=r"checkpoint-0-2\.pth cannot be written: No space left"):
+        calls[when]()
+    assert latest_valid_checkpoint(tmp_path).name == "checkpoint-0-1.pth"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -608,3 +774,15 @@ def test_published_file_of_another_size_is_refused(tmp_path):
         ValueError, match=r"checkpoint-7\.pth does not fit the model that these flags build"
     ):
         start("pretrain", tmp_path / "run", "--resume", str(tmp_path / "checkpoint-7.pth"))
+
+
+def test_a_step_draws_what_its_seed_rank_and_number_say():
+    state = np.random.SeedSequence([3, 1, 7]).generate_state(3)
+    torch.manual_seed(int(state[0]))
+    expected = torch.rand(4)
+    np.random.seed(int(state[1]))
+    random.seed(int(state[2]))
+    others = np.random.rand(), random.random()
+    seed_step(3, 1, 7)
+    assert torch.equal(torch.rand(4), expected)
+    assert (np.random.rand(), random.random()) == others

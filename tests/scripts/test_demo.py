@@ -124,8 +124,7 @@ def test_the_parts_that_semmae_masks_are_learned_on_its_seeds_mae(demo):
 @pytest.mark.slow
 def test_runs_that_are_finished_are_kept_and_others_are_not(demo):
     folder = demo[0]
-    flags = demo_script.data_flags(folder / "data")
-    made = demo_script.Demo(folder, flags, demo_script.SEEDS[:1], fast=True)
+    made = demo_script.Demo(folder, folder / "data", demo_script.SEEDS[:1], fast=True)
     for job in made.jobs():
         for run, command in job.commands.items():
             assert demo_script.is_finished(run, command), command
@@ -145,21 +144,51 @@ def test_the_report_stands_alone(demo):
 
 
 def test_the_verdict_names_who_is_not_ahead():
-    def row(name, value, baseline=""):
-        return demo_script.Row(name, dict.fromkeys(demo_script.COLUMNS, value), 9, baseline)
+    def row(name, value, baseline="", **others):
+        accuracies = dict.fromkeys(demo_script.COLUMNS, value) | others
+        return demo_script.Row(name, accuracies, 9, baseline)
 
     rows = [
         row("pixels", [80.0]), row("random weights", [50.0, 52.0]),
-        row("A", [70.0, 72.0], "random weights"), row("B", [60.0, 51.0], "random weights"),
+        row("A", [70.0, 72.0], "random weights", knn=[49.0, 60.0]),
+        row("B", [60.0, 51.0], "random weights"),
     ]  # fmt: skip
     outcome = demo_script.verdict(rows, seeds=2)
-    assert "1 of 2 systems" in outcome and "B is not" in outcome
-    assert "A's, 71.0 % (pixels: 80.0 %)" in outcome
+    assert (
+        "1 of 2 systems" in outcome and "with each seed (not B) and 0 in k-NN (not A, B)" in outcome
+    )
+    assert "gains +4.5 to +20.0 points" in outcome and "A's, 71.0 % (pixels: 80.0 %)" in outcome
+
+
+def test_own_images_are_seen_as_often_as_the_digits(tmp_path):
+    demo_script.export_few_digits(tmp_path / "digits")
+    own = demo_script.Demo(tmp_path, tmp_path / "digits", (0,), fast=False)
+    usual = demo_script.Demo(tmp_path, None, (0,), fast=False)
+    for key, system in demo_script.SYSTEMS.items():
+        assert f"--epochs {system.epochs} " in "".join(usual.pretrain(key, 0).values())
+        epochs = system.epochs * 4000 // 100
+        assert f"--epochs {epochs} " in "".join(own.pretrain(key, 0).values())
+        assert own.encoder(key, 0).endswith(f"encoder-{epochs - 1}.safetensors")
+
+
+def test_class_folders_alone_are_split(tmp_path):
+    images = []
+    for name in ("a cat", "dog"):
+        for number in range(11):
+            images.append(tmp_path / "own" / name / "below" / f"{number:02d}.png")
+            images[-1].parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8)).save(images[-1])
+    split = demo_script.with_validation(tmp_path / "own", tmp_path / "split")
+    found = {part: sorted((split / part).rglob("*.png")) for part in ("train", "val")}
+    assert [len(found[part]) for part in ("train", "val")] == [18, 4]
+    assert sorted(link.resolve() for part in found.values() for link in part) == images
+    assert demo_script.with_validation(split, tmp_path / "again") == split
+    assert demo_script.data_flags(split).startswith("--data_set image_folder ")
 
 
 def test_images_without_a_validation_part_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has neither train_map"):
-        demo_script.data_flags(tmp_path)
+        demo_script.data_flags(demo_script.with_validation(tmp_path, tmp_path / "split"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,7 +215,7 @@ def test_attention_of_a_checkpoint_is_that_of_its_teacher(tmp_path):
     torch.nn.init.normal_(method.teacher.blocks[-1].attn.qkv.weight, std=0.3)
     flags = {
         "model": "conmim_tiny_patch16_224", "input_size": 16, "patch_size": 4,
-        "mask_type": "random",
+        "mask_type": "random", "imagenet_default_mean_and_std": False,
         "model_kwargs": ["embed_dim=32", "depth=2", "num_heads=2", "projector_hidden_dim=8"],
     }  # fmt: skip
     state = {"model": method.state_dict(), "teacher": method.teacher.state_dict(), "args": flags}
@@ -232,7 +261,8 @@ def test_reconstruction_keeps_the_visible_patches_and_predicts_the_others(tmp_pa
         method.decoder_pred.bias.view(-1, 3).copy_(torch.tensor([-1.0, 1.0, -1.0]))
     flags = {
         "model": "mae_tiny_patch16_224", "data_set": "digits", "input_size": 32, "patch_size": 8,
-        "mask_type": "random", "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
+        "mask_type": "random", "imagenet_default_mean_and_std": False,
+        "model_kwargs": ["embed_dim=32", "depth=1", "num_heads=2"],
     }  # fmt: skip
     save_checkpoint(tmp_path / "checkpoint-0.pth", {"model": method.state_dict(), "args": flags})
     line = f"reconstruct --checkpoint {tmp_path}/checkpoint-0.pth --images 1 --output x"
@@ -321,9 +351,10 @@ def test_orders_of_a_classifier(tmp_path):
     ]
     shown = pictures(visualize.orders(*visualize.parse([*line, *flags, *place])))
     assert [picture.shape for picture in shown] == [(16, 16, 3)] + [(4, 4)] * 6
-    maps = visualize.order_maps(
-        model, (torch.from_numpy(shown[0]).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
-    )
+    # a file without flags is shown as ImageNet's images are
+    normalize = visualize.Normalize(MEAN_STD["imagenet"], torch.device("cpu"))
+    x = normalize({"image": torch.from_numpy(shown[0]).permute(2, 0, 1)[None]})["image"]
+    maps = visualize.order_maps(model, x)
     np.testing.assert_allclose(shown[2], maps["cls"].view(4, 4), atol=1e-5)
 
 

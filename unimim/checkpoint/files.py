@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,19 @@ def finish_deepspeed_folder(folder: str | Path) -> None:
     files.fsync(Path(folder).parent)
 
 
+def shard_checksums(folder: str | Path, *, rank: int = 0, ranks: int = 1) -> dict[str, str]:
+    """Return the SHA-256 of DeepSpeed's shards by file name, of those that fall to this rank."""
+    shards = sorted(Path(folder).glob("*_states.pt"))
+    return {shard.name: files.file_sha256(shard) for shard in shards[rank::ranks]}
+
+
+def remove_deepspeed_folder(folder: str | Path) -> None:
+    """Remove what an earlier run left under the name of a checkpoint that has no shards."""
+    folder = Path(folder)
+    if folder.is_dir() and all(_is_shard(part.name) for part in folder.iterdir()):
+        shutil.rmtree(folder)
+
+
 def _position(path: Path) -> tuple[int, float]:
     epoch, step = _NAME.fullmatch(path.name).groups()
     return int(epoch), math.inf if step is None else int(step)
@@ -269,6 +282,15 @@ def _read_safetensors(path: Path) -> StateDict:
         raise ValueError(f"{path} is damaged or incomplete ({error})") from error
 
 
+def load_plain(path: str | Path, classes: Sequence[type] = ()) -> Any:
+    """Read what torch saved onto the CPU, without running its code.
+
+    It may hold objects of `classes` beside tensors and plain values. Raises ValueError for a file
+    that is missing, damaged, or would run code when unpickled.
+    """
+    return _read_pickle(Path(path), classes=classes)
+
+
 def _check_zip(path: Path) -> None:
     # torch.load compares no checksums
     if files.begins_as_zip(path) and not files.is_intact_zip(path):
@@ -290,10 +312,10 @@ def _check_once(path: Path, check: Callable[[Path], None]) -> None:
         _checked.add(state)
 
 
-def _read_pickle(path: Path, mmap: bool = False) -> Any:
+def _read_pickle(path: Path, mmap: bool = False, classes: Sequence[type] = ()) -> Any:
     _check_once(path, _check_zip)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *classes]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
         raise
@@ -332,17 +354,30 @@ def model_named_in(path: str | Path) -> str:
     return str(flags.get("model", "")) if isinstance(flags, dict) else ""
 
 
+# what a classifier of BEiT has, and no other file without flags
+BEIT_CLASSIFIER = {
+    "blocks.0.attn.q_bias",
+    "blocks.0.attn.relative_position_bias_table",
+    "fc_norm.weight",
+    "head.weight",
+}
+
+
 def takes_imagenet_mean_std(path: str | Path) -> bool | None:
     """Return whether a file's images were normalized by ImageNet's mean and std, not by 0.5.
 
     None: it does not say. The official classifiers of BEiT, which do not either, are known by
-    their names: they were trained with 0.5.
+    their tensors, its other files by their names: they were trained with 0.5.
     """
     if (mean := metadata_of(path).get("mean")) is not None:
         return tuple(json.loads(mean)) != (0.5, 0.5, 0.5)
-    flags = load_checkpoint(path, mmap=True).get("args")
+    checkpoint = load_checkpoint(path, mmap=True)
+    flags = checkpoint.get("args")
     if isinstance(flags, dict) and "imagenet_default_mean_and_std" in flags:
         return bool(flags["imagenet_default_mean_and_std"])
+    state = checkpoint.get("model")
+    if not flags and isinstance(state, dict) and state.keys() >= BEIT_CLASSIFIER:
+        return False
     return False if re.match(r"beitv?2?_.*(pt22k|ft22k|in22k)", Path(path).name) else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import _examples, _expand_to_blocks, _resize, unwrapped
-from unimim.checkpoint.names import _TABLE, StateDict, _to_native
+from unimim.checkpoint.names import _TABLE, StateDict, to_native
 from unimim.checkpoint.resizing import interpolate_pos_embed
 
 _KEYS = ("model", "module", "state_dict", "teacher")
@@ -91,9 +91,10 @@ def fill(network: nn.Module, weights: StateDict, report: InitialReport) -> None:
 def native(weights: StateDict, target: Collection[str]) -> StateDict:
     """Return the weights under the network's names, those of a backbone inside it too."""
     inside = {key.removeprefix(_BACKBONE): key for key in target if key.startswith(_BACKBONE)}
-    if not inside or any(key in target for key in weights if key.startswith(_BACKBONE)):
-        return _to_native(weights, target)
-    state = _to_native(weights, inside)
+    state = to_native(weights, target)
+    if not inside or any(key in target for key in state if key.startswith(_BACKBONE)):
+        return state
+    state = to_native(weights, inside)
     return {inside.get(key, key): value for key, value in state.items()}
 
 

@@ -33,7 +33,8 @@ class LoadReport:
     """What `load_pretrained` did; names are the model's, in `ignored` the checkpoint's.
 
     loaded: every tensor copied; expanded: those of them that came from the shared bias table;
-    interpolated: those resized; ignored: checkpoint tensors not used; missing: model tensors left
+    interpolated: those resized; rechanneled: a first layer made for another number of channels;
+    ignored: checkpoint tensors not used; missing: model tensors left
     as they were; matched: fraction of the encoder's parameter tensors that were loaded.
     """
 
@@ -41,13 +42,15 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     expanded: list[str] = field(default_factory=list)
     interpolated: list[str] = field(default_factory=list)
+    rechanneled: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     matched: float = 0.0
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {self.matched:.0%} of the encoder matched"]
-        for kind in ("loaded", "expanded", "interpolated", "ignored", "missing"):
+        kinds = ("loaded", "expanded", "interpolated", "rechanneled", "ignored", "missing")
+        for kind in kinds:
             names = getattr(self, kind)
             if names and kind == "loaded":
                 lines.append(f"  {kind} ({len(names)}): {', '.join(_counted(names))}")
@@ -150,12 +153,17 @@ def unwrapped(
 
 
 def restore(
-    module: nn.Module, state: dict[str, Any], name: str, *, published: bool = False
+    module: nn.Module,
+    state: dict[str, Any],
+    name: str,
+    *,
+    published: bool = False,
+    whole: bool = False,
 ) -> None:
     """Load every tensor of a module from a checkpoint or its weights; other names are left out.
 
     Names of `published` files become ours. Raises ValueError if a tensor is missing or has another
-    shape or type.
+    shape or type, or if with `whole` the file has more.
     """
     weights = unwrapped(state, RUN_KEYS, ("module.",))
     own = module.state_dict()
@@ -165,6 +173,11 @@ def restore(
         raise ValueError(
             f"{name} does not fit the model that these flags build: {len(wrong)} of its tensors "
             f"are missing there or have another shape or type, among them {', '.join(wrong[:3])}"
+        )
+    if whole and (left := [k for k in weights if k not in own]):
+        raise ValueError(
+            f"{name} does not fit the model that these flags build: {len(left)} of its tensors have "
+            f"no place in it, among them {', '.join(left[:3])}"
         )
     module.load_state_dict({k: weights[k] for k in own})
 
@@ -245,6 +258,12 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
         fitted[key] = _resize(key, value, target[key].shape, model)
         if fitted[key] is not value:
             report.interpolated.append(key)
+        channels = target[key].shape[1] if value.ndim == 4 and target[key].ndim == 4 else 0
+        if channels and value.shape[1] == 3 and channels != 3:
+            fitted[key] = with_channels(value, channels)
+            report.rechanneled.append(key)
+            way = "summed" if channels == 1 else "repeated, times 3 / the number of channels"
+            log.info("%s: %s of 3 channels is %s for %d", report.source, key, way, channels)
         if fitted[key].shape != target[key].shape:
             raise ValueError(
                 f"{report.source}: {key} has shape {tuple(value.shape)}, the model wants "
@@ -253,6 +272,17 @@ def _fit(state: StateDict, model: nn.Module, target: StateDict, report: LoadRepo
     report.loaded = list(fitted)
     report.missing = [key for key in target if key not in fitted]
     return fitted
+
+
+def with_channels(weight: Tensor, channels: int) -> Tensor:
+    """Return a first convolution's weight [O, 3, h, w] for images of `channels` channels.
+
+    That of one channel answers to a gray image as the whole weight answers to three equal channels;
+    of several channels, the three are repeated, times 3 / `channels`.
+    """
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
 
 
 def _resize(key: str, value: Tensor, shape: torch.Size, model: nn.Module) -> Tensor:

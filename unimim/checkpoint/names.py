@@ -67,6 +67,7 @@ def timm_vit_arguments(
         "global_pool": "avg" if "fc_norm.weight" in state else "token",
     }
     others = {
+        "in_chans": projection.shape[1],
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": _has(state, "attn.q_bias") or _has(state, "attn.qkv.bias"),
         "init_values": 0.1 if _has(state, ".gamma_1") or _has(state, ".ls1.gamma") else None,
@@ -82,7 +83,7 @@ def timm_vit_arguments(
 
 
 # defaults of timm's base models, which need not be told
-_TIMM_SHARED = {"mlp_ratio": 4.0, "qkv_bias": True}
+_TIMM_SHARED = {"in_chans": 3, "mlp_ratio": 4.0, "qkv_bias": True}
 _TIMM_BEIT = _TIMM_SHARED | {
     "init_values": 0.1, "use_abs_pos_emb": False, "use_rel_pos_bias": True,
 }  # fmt: skip

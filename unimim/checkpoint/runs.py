@@ -57,14 +57,28 @@ def flags_of_export(path: str | Path) -> dict[str, Any]:
     flags: dict[str, Any] = {"model": entry.classifier}
     mean = metadata_of(path).get("mean")
     if mean is not None:
-        is_imagenet = tuple(json.loads(mean)) == MEAN_STD["imagenet"][0]
-        flags["imagenet_default_mean_and_std"] = is_imagenet
+        mean_std = tuple(tuple(json.loads(metadata_of(path)[name])) for name in ("mean", "std"))
+        flags["imagenet_default_mean_and_std"] = mean_std == MEAN_STD["imagenet"]
+        if mean_std not in MEAN_STD.values():
+            flags |= {"mean": list(mean_std[0]), "std": list(mean_std[1])}
+            flags["in_chans"] = len(mean_std[0])
     timm_arguments = timm_arguments_of(path)
     if entry_of(entry.classifier).kind == "classifier" and timm_arguments:
         sizes = ("embed_dim", "depth", "num_heads", "patch_size")
         flags["input_size"] = timm_arguments["img_size"]
         flags["model_kwargs"] = [f"{name}={timm_arguments[name]}" for name in sizes]
     return flags
+
+
+def mean_std_flags(path: str | Path) -> dict[str, Any]:
+    """Return the flags of mean and std that a classifier was trained with; empty if nothing tells
+    them."""
+    flags = load_checkpoint(path, mmap=True).get("args") or {}
+    names = ("imagenet_default_mean_and_std", "mean", "std")
+    if names[0] in flags:
+        return {name: flags.get(name) for name in names}
+    said = takes_imagenet_mean_std(path)
+    return {} if said is None else {names[0]: said}
 
 
 def is_pretraining(flags: dict[str, Any]) -> bool:

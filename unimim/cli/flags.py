@@ -25,7 +25,7 @@ _FLAGS_OF_OPTIONS = {
     "model": "model", "backbone": "model", "input_size": "input_size", "patch_size": "patch_size",
     "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
     "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type",
-    "layer": "layer",
+    "layer": "layer", "in_chans": "in_chans",
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_size_flags(group: argparse._ArgumentGroup) -> None:
-    """Add --input_size, for squares and others, --patch_size and --model_kwargs."""
+    """Add --input_size, for squares and others, --patch_size, --in_chans and --model_kwargs."""
     group.add_argument(
         "--input_size", action=ImageSize, default=None,
         help="size of the images in pixels: S, H W or HxW; None is the model's own",
@@ -134,6 +134,10 @@ def add_size_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--patch_size", type=int, default=None, help="patch side in pixels; None is the model's own"
     )
+    group.add_argument(
+        "--in_chans", type=int, default=None, metavar="N",
+        help="channels of the images that the model sees; 1: gray ones; None is 3",
+    )  # fmt: skip
     group.add_argument(
         "--model_kwargs",
         nargs="*",
@@ -207,6 +211,13 @@ def add_loader_flags(group: argparse._ArgumentGroup) -> None:
         group, "imagenet_default_mean_and_std", "no_imagenet_default_mean_and_std", default=False,
         help="ImageNet mean and std instead of 0.5",
     )  # fmt: skip
+    group.add_argument(
+        "--mean", type=float, nargs="+", default=None, metavar="R G B",
+        help="mean of each channel of images in [0, 1], in place of these two",
+    )  # fmt: skip
+    group.add_argument(
+        "--std", type=float, nargs="+", default=None, metavar="R G B", help="std of each channel"
+    )
     group.add_argument(
         "--num_workers", type=int, default=NUM_WORKERS,
         help=f"processes that load images; the default is at most {NUM_WORKERS} and reduced to the "
@@ -433,6 +444,11 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--model_prefix", default="", help="prefix of the weights' names in that file"
     )
     group.add_argument("--init_scale", type=float, default=0.001, help="of the new head")
+    group.add_argument(
+        "--freeze_blocks", type=int, default=0, metavar="K",
+        help="partial fine-tuning: the embedding of the patches and the first K blocks stay as they "
+        "are",
+    )  # fmt: skip
     _switch(
         group, "use_mean_pooling", "use_cls", help="mean of patch tokens instead of the class token"
     )
@@ -583,6 +599,12 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         choices=("optimizer",),
         default=None,
         help="keep the optimizer's state and step on the host",
+    )
+    group.add_argument(
+        "--deepspeed_shards",
+        action="store_true",
+        help="save DeepSpeed's own shards beside a checkpoint, for very large models; only the same "
+        "--zero_stage and number of processes resume them",
     )
     group.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     group.add_argument(

@@ -14,13 +14,15 @@ import yaml
 
 from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
-from unimim.checkpoint.files import takes_imagenet_mean_std
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.cli.published import translate
 from unimim.engine.runner import has_bf16
 from unimim.files import check_output_folder, write_text
 from unimim.logs import log
 from unimim.recipes import Recipe, by_name, names_for, recipe_for
+
+# flags with a default that `adapt_defaults` takes away, so that config.yaml has them without one
+UNSETTABLE = ("opt_betas", "eval_input_size")
 
 
 def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,14 +42,14 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         values = recipe_values(recipe, parser) if recipe else {}
         parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
-        explicit = explicit_flags(stage, argv) | overlay.keys()
-        adapt_defaults(args, explicit, has_recipe=recipe is not None)
+        given = explicit_flags(stage, argv) | overlay.keys()
+        adapt_defaults(args, given=given, has_recipe=recipe is not None)
         validate(args)
-        if getattr(args, "eval", False) and "imagenet_default_mean_and_std" not in explicit:
-            use_mean_std_of(args.resume or args.finetune, args)
     except ValueError as error:
         parser.error(str(error))
     args.notes = notes
+    named = {"mean", "std", "imagenet_default_mean_and_std"}
+    args.mean_std_given = bool(first.recipe or named & (given | published.keys()))
     args.recipe = recipe.name if recipe else None
     args.other_recipes = () if first.recipe else names_for(args.model, stage, args.recipe)
     return args
@@ -144,38 +146,67 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
         args.opt_betas = None
 
 
-def use_mean_std_of(path: str, args: argparse.Namespace) -> None:
-    """Evaluate a file by the mean and std of its training, where it says which; one that is not
-    there is named later."""
-    if Path(path).is_file() and (said := takes_imagenet_mean_std(path)) is not None:
-        args.imagenet_default_mean_and_std = said
-
-
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Return the values of a YAML file, which must all be flags of this script."""
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path} does not exist")
+    text = read_text("--config", path)
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold lines of the form flag: value")
     if ("lr" in values) != ("blr" in values):  # one of them replaces what the recipe says of either
         values = {"lr": None, "blr": None} | values
-    known = {action.dest for action in parser._actions}
-    if unknown := values.keys() - known:
-        raise ValueError(f"--config {path} contains unknown options: {', '.join(sorted(unknown))}")
-    for action in parser._actions:  # argparse checks types of defaults, not choices
-        if action.choices and values.get(action.dest, action.default) not in (
-            *action.choices,
-            action.default,
-        ):
-            raise ValueError(
-                f"--config {path}: --{action.dest} is not one of "
-                f"{', '.join(map(str, action.choices))}"
-            )
+    actions = {action.dest: action for action in parser._actions}
+    if unknown := values.keys() - actions.keys():
+        names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(f"--config {path} contains unknown options: {names}")
+    for name, value in values.items():
+        try:
+            values[name] = config_value(parser, actions[name], value)
+        except (argparse.ArgumentError, ValueError) as error:
+            reason = getattr(error, "message", None) or error
+            raise ValueError(f"--config {path}: --{name}: {reason}") from error
     return values
+
+
+def read_text(flag: str, path: str) -> str:
+    """Return a text file that a flag names; ValueError if there is none, or it is no text."""
+    if not Path(path).is_file():
+        raise ValueError(f"{flag} {path} does not exist")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path} is no text in UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be read: {error.strerror}") from error
+
+
+def config_value(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
+    """Return what the flag of `action` makes of a value in YAML, as of the same on a command line.
+
+    Raises argparse's error or ValueError where the flag does not take it.
+    """
+    if value is None:
+        if action.default is not None and action.dest not in UNSETTABLE:
+            raise ValueError("it has no value; leave the line out for the default")
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is not true or false")
+        return value
+    if isinstance(value, (list, tuple)) and action.nargs in (None, "?"):
+        raise ValueError(f"{value} is a list; it takes one value")
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(action.nargs, int) and len(items) != action.nargs:
+        raise ValueError(f"{value} is not {action.nargs} values")
+    if action.nargs == "+" and not items:
+        raise ValueError("it is an empty list")
+    if wrong := [item for item in items if not isinstance(item, (str, int, float))]:
+        raise ValueError(f"{wrong[0]!r} is no text or number")
+    found = argparse.Namespace()
+    action(parser, found, parser._get_values(action, [str(item) for item in items]))
+    return getattr(found, action.dest)
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -201,7 +232,7 @@ def validate(args: argparse.Namespace) -> None:
             f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random "
             "--mask_type"
         )
-    for name in ("deepspeed_config", "offload"):
+    for name in ("deepspeed_config", "offload", "deepspeed_shards"):
         if getattr(args, name) and not args.enable_deepspeed:
             raise ValueError(f"--{name} needs --enable_deepspeed")
     if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
@@ -210,6 +241,12 @@ def validate(args: argparse.Namespace) -> None:
         raise ValueError(f"--keep_checkpoints must be at least 1, not {args.keep_checkpoints}")
     if getattr(args, "lr_schedule", "") == "step" and not args.lr_steps:
         raise ValueError("--lr_schedule step needs --lr_steps, the epochs after which the lr falls")
+    scale = getattr(args, "crop_scale", None)
+    if scale is not None and not 0 < scale[0] <= scale[-1]:
+        raise ValueError(
+            f"--crop_scale {' '.join(map(str, scale))} must be the smallest and the largest fraction "
+            "of an image's area, above 0"
+        )
     mixing = (
         getattr(args, "mixup", 0)
         or getattr(args, "cutmix", 0)
@@ -222,17 +259,23 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """Return constructor options of --model_kwargs (YAML values), --input_size, --patch_size."""
+    """Return constructor options from --model_kwargs (YAML values) and from the flags of sizes."""
     options = {
         name: getattr(args, name)
-        for name in ("input_size", "patch_size")
-        if getattr(args, name) is not None
+        for name in ("input_size", "patch_size", "in_chans")
+        if getattr(args, name, None) is not None
     }
     for item in args.model_kwargs:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--model_kwargs takes K=V pairs, not {item!r}")
-        options[key] = yaml.safe_load(value)
+        if key == "in_chans":  # the data must know it, too
+            raise ValueError(f"--model_kwargs {item}: use --in_chans {value}")
+        try:
+            options[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            reason = getattr(error, "problem", None) or type(error).__name__
+            raise ValueError(f"--model_kwargs {item!r} is not YAML: {reason}") from error
         with contextlib.suppress(ValueError):  # YAML takes 1e-6 for a word
             options[key] = float(options[key]) if isinstance(options[key], str) else options[key]
     return options
@@ -326,6 +369,7 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
         "deepspeed",
         "other_recipes",
         "notes",
+        "mean_std_given",
     }
     leftovers = {*LEFTOVERS["pretrain"], *LEFTOVERS["finetune"]}
     values = {k: v for k, v in vars(args).items() if k not in skipped | leftovers}

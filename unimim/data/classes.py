@@ -24,7 +24,7 @@ def check_eval_size(args: Namespace, model: nn.Module) -> None:
         with refused(
             f"--eval_input_size {size}: --model {args.model} is for --input_size {args.input_size}"
         ):
-            model.eval()(torch.zeros(1, 3, *to_pair(size)))
+            model.eval()(torch.zeros(1, args.in_chans or 3, *to_pair(size)))
         model.train()
 
 

@@ -470,7 +470,7 @@ class DeviceLoader:
 
     def normalized(self, images: Tensor) -> Tensor:
         """What networks see of images from 0 to 255."""
-        return images.div(255).sub_(self.normalize.mean).div_(self.normalize.std)
+        return self.normalize.normalized(images.div(255))
 
     def chosen(self, step: int) -> Tensor:
         """The images of batch number `step`, int64 [B]."""

@@ -21,7 +21,7 @@ from PIL import Image
 
 from unimim import files
 from unimim.data.files import FolderFiles, ZipFiles
-from unimim.data.jpeg import BrokenImageError
+from unimim.data.jpeg import PILLOW_ERRORS, BrokenImageError
 from unimim.data.random import _PARTS_STREAM
 from unimim.data.sources import FileSource, Source
 from unimim.data.views import MEAN_STD
@@ -320,7 +320,7 @@ class _PngRows:
             if image.mode not in ("L", "P"):  # palette indices are ids as well
                 raise ValueError(f"its pixels are {image.mode}, not 8-bit gray levels")
             return np.array(image)
-        except (OSError, SyntaxError, ValueError) as error:
+        except PILLOW_ERRORS as error:
             raise ValueError(f"part map {self.path(index)} cannot be read: {error}") from error
 
 

@@ -46,6 +46,7 @@ MEAN_STD = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue in gray, as in Pillow
 PIPELINES = ("fast", "reference")
 # images up to this size are not resized for evaluation and not cropped by area for training
 SMALL_IMAGE = 32
@@ -53,8 +54,27 @@ Sample = dict[str, torch.Tensor]
 
 
 def image_mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and std by color that --imagenet_default_mean_and_std chooses."""
-    return MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
+    """Return mean and std of the channels that the model sees: --mean and --std, else those that
+    --imagenet_default_mean_and_std chooses; of gray images one number each.
+
+    Raises:
+        ValueError: --mean or --std has another number of values, or --in_chans cannot be read.
+    """
+    channels = getattr(args, "in_chans", None) or 3
+    if channels not in (1, 3):
+        raise ValueError(
+            f"--in_chans {channels}: images are read as RGB; use 3, or 1 for gray ones"
+        )
+    chosen = []
+    default = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
+    for name, value in zip(("mean", "std"), default, strict=True):
+        given = tuple(getattr(args, name, None) or value)
+        if channels == 1 and len(given) == 3:  # of the gray images of a data set of colors
+            given = (sum(weight * x for weight, x in zip(LUMINANCE, given, strict=True)),)
+        if len(given) != channels:
+            raise ValueError(f"--{name} has {len(given)} values, --in_chans is {channels}")
+        chosen.append(given)
+    return chosen[0], chosen[1]
 
 
 def draw_view(
@@ -413,7 +433,7 @@ def build_finetune_transform(
         return EvalTransform(to_pair(size), args.crop_pct)
     size = to_pair(args.input_size)
     _check_choice("--train_interpolation", args.train_interpolation, INTERPOLATIONS)
-    mean, std = image_mean_std(args)
+    mean, std = (values * (3 // len(values)) for values in image_mean_std(args))
     augment = create_transform(
         input_size=size,
         is_training=True,

@@ -15,8 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unimim.checkpoint.files import load_plain
 from unimim.engine.batch_norm import batch_norm_in_float32, synchronized_batch_norm
-from unimim.engine.runner import AUTOCAST_DTYPES, Runner, spoil_if_nonfinite, step_unless_nonfinite
+from unimim.engine.runner import (
+    AUTOCAST_DTYPES,
+    Runner,
+    good_steps,
+    spoil_if_nonfinite,
+    step_unless_nonfinite,
+)
+from unimim.engine.shards import ZeroShards
+from unimim.files import file_sha256
 
 # What DeepSpeed reads at the top level; it ignores a misspelled key without a word, so we refuse it
 # (docs/engine.md#deepspeeds-configuration).
@@ -99,6 +108,12 @@ def check_zero_section(section: dict[str, Any], args: Namespace) -> None:
         raise ValueError(
             "--offload optimizer needs a sharded optimizer: use --zero_stage 1, 2 or 3"
         )
+    place = section.get("offload_optimizer") or {}
+    if not args.deepspeed_shards and (place.get("device") == "nvme" or place.get("ratio", 1) < 1):
+        raise ValueError(
+            f"--deepspeed_config {args.deepspeed_config} keeps the optimizer's state on a disk or "
+            "in two places, from where only DeepSpeed itself saves it: add --deepspeed_shards"
+        )
 
 
 def precision_section(precision: str) -> dict[str, Any]:
@@ -125,8 +140,8 @@ def precision_section(precision: str) -> dict[str, Any]:
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
     try:
-        given = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        given = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # also for what is no UTF-8
         raise ValueError(f"--deepspeed_config {path} is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"--deepspeed_config {path} must hold one JSON object")
@@ -165,6 +180,11 @@ def check_deepspeed_config(given: dict, ours: dict, args: Namespace) -> None:
             f"{name}: bf16 with ZeRO stage 0 takes a wrong first step in DeepSpeed; "
             "use stage 1 or more"
         )
+    if given.get("fp16", {}).get("enabled") and stage == 0:
+        raise ValueError(
+            f"{name}: fp16 with ZeRO stage 0 keeps its float32 weights to itself; use stage 1 or "
+            "more"
+        )
     if given.get("torch_autocast", {}).get("dtype") in ("fp16", "float16"):
         raise ValueError(
             f"{name}: torch_autocast with fp16 clips scaled gradients in DeepSpeed; "
@@ -178,13 +198,13 @@ class DeepSpeedRunner(Runner):
     def __init__(self, network, optimizer, *, config: dict[str, Any], device: torch.device):
         super().__init__(
             network,
+            optimizer,
             update_freq=config["gradient_accumulation_steps"],
             clip_grad=config["gradient_clipping"] or None,
         )
         deepspeed = import_deepspeed(device)
         self.config = config
         self.device = device
-        self.optimizer = optimizer
         self.guard = StepGuard(optimizer, device)
         reduced = [
             dtype for name, dtype in AUTOCAST_DTYPES.items() if config.get(name, {}).get("enabled")
@@ -195,6 +215,11 @@ class DeepSpeedRunner(Runner):
             model=network, optimizer=optimizer, config=dict(config)
         )
         self.stage = self.model.zero_optimization_stage()
+        self.engine = {"kind": "deepspeed", "zero_stage": self.stage}
+        # None where the optimizer steps the parameters themselves
+        self.shards = (
+            ZeroShards(self.model.optimizer, network, self.names, device) if self.stage else None
+        )
         self.gathered_parameters = deepspeed.zero.GatheredParameters
         autocast = (
             self.model.torch_autocast_dtype() if self.model.torch_autocast_enabled() else None
@@ -241,8 +266,47 @@ class DeepSpeedRunner(Runner):
                     if keeps:
                         state[name] = tensor.detach().to("cpu", torch.float32, copy=True)
             elif keeps:
-                state[name] = value.detach().clone()
+                state[name] = value.detach().to("cpu", copy=True)
         return state
+
+    def optimizer_state(self):
+        return super().optimizer_state() if self.shards is None else self.shards.whole_state()
+
+    def load_optimizer_state(self, saved):
+        if self.shards is None:
+            super().load_optimizer_state(saved)
+        else:
+            self.shards.load_state(saved)
+
+    def load_weights(self, weights):
+        if self.shards is not None:
+            self.shards.load_weights(weights)
+
+    def scaler_state(self):
+        scaler = getattr(self.model.optimizer, "loss_scaler", None)
+        if not getattr(scaler, "dynamic", False):
+            return {}
+        good = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {
+            "scale": float(scaler.cur_scale),
+            "good_steps": good,
+            "hysteresis": scaler.cur_hysteresis,
+        }
+
+    def load_scaler_state(self, saved):
+        scaler = getattr(self.model.optimizer, "loss_scaler", None)
+        if not saved or not getattr(scaler, "dynamic", False):
+            return
+        scaler.cur_scale = saved["scale"]
+        # it counts the good steps as those since the last overflow
+        scaler.last_overflow_iter = -1
+        scaler.cur_iter = good_steps(saved)
+        scaler.cur_hysteresis = saved.get("hysteresis", scaler.delayed_shift)
+
+    def count_steps(self, done, skipped):
+        self.model.global_steps = done
+        self.model.global_samples = done * self.model.train_batch_size()
+        self.model.skipped_steps = skipped
 
     @contextmanager
     def whole(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -264,7 +328,43 @@ class DeepSpeedRunner(Runner):
         self.model.save_checkpoint(folder, tag=tag, save_latest=False)
 
     def load(self, folder: str, tag: str) -> None:
-        self.model.load_checkpoint(folder, tag=tag)
+        """Go on from the sharded state; all ranks call.
+
+        DeepSpeed would unpickle its files: they are read here, and run no code.
+        """
+        self.model.checkpoint_engine.load = read_shard
+        try:
+            self.model.load_checkpoint(folder, tag=tag)
+        finally:
+            del self.model.checkpoint_engine.load
+
+
+def read_shard(path: str, map_location: Any = None) -> dict[str, Any]:
+    """Read one of DeepSpeed's files onto the CPU; ValueError for one that would run code."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return load_plain(path, (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address))
+
+
+def wrong_shard(folder: Path, checksums: dict[str, str], rank: int, ranks: int) -> str:
+    """Return what is wrong with one of the shards that fall to this rank; empty if all are whole.
+
+    `checksums` by file name are empty for an older checkpoint.
+    """
+    names = sorted(checksums or [shard.name for shard in folder.glob("*_states.pt")])
+    for name in names[rank::ranks]:
+        try:
+            if checksums and file_sha256(folder / name) != checksums[name]:
+                return (
+                    f"{folder / name} is not the file that was saved: it is damaged; resume from "
+                    "an older checkpoint"
+                )
+            read_shard(str(folder / name))
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def _joined_fragments(parameters: list[Tensor]) -> list[Tensor]:

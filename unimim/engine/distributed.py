@@ -1,5 +1,6 @@
 """Joins processes, exchanges values between ranks, handles signals, and seeds steps."""
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -11,10 +12,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,13 @@ import torch.distributed as dist
 # first imported inside a process group, its default arguments would hold the group for ever
 import torch.distributed.nn.functional
 from torch import Tensor
+
+from unimim.engine.lock import release_all
+from unimim.engine.writing import wait_for_writers
+
+WRITE_SECONDS = 30  # for a checkpoint that is being written when a rank ends at once
+
+before_leaving: list[Callable[[], None]] = []  # what `leave_process_group` calls, once
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,11 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0, as one without a group is."""
+    return not in_group() or dist.get_rank() == 0
+
+
 def leave_process_group() -> None:
     """Leave the group and ends gloo's threads.
 
@@ -165,6 +180,8 @@ def leave_process_group() -> None:
 
     DeepSpeed keeps its engine, and so the threads, until the process ends.
     """
+    while before_leaving:
+        before_leaving.pop()()
     if in_group():
         dist.destroy_process_group()
         gc.collect()  # DDP lies in reference cycles and holds the group
@@ -178,12 +195,17 @@ def has_peers() -> bool:
 def exit_at_once(code: int) -> None:
     """End this process with what it has logged, without waiting for peers that may not answer.
 
+    A checkpoint that is being written is finished, if that takes no more than half a minute.
+
     They sit in a collective, where destroying the group would wait for them; a lost connection or
     the launcher ends them. Loader workers go with their parent.
     """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    wait_for_writers(WRITE_SECONDS)
+    release_all()
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or on a full disk
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(code)
@@ -274,6 +296,50 @@ class StopSignal:
         return bool(self.votes > 0)
 
 
+def follow_launcher() -> None:
+    """Send this process a SIGTERM when the launcher that started it has ended without it.
+
+    `deepspeed` starts a launcher of its own, which starts the ranks: both are watched.
+    """
+    expected = {}
+    process = os.getpid()
+    while words := launcher_words(parent := parent_of(process)):
+        expected[process] = parent
+        process = parent
+        if "torchrun" in words or "torch.distributed" in words:
+            break
+    if expected and "RANK" in os.environ:
+        threading.Thread(target=_follow, args=(expected,), daemon=True).start()
+
+
+def _follow(expected: dict[int, int]) -> None:
+    while all(parent_of(process) == parent for process, parent in expected.items()):
+        time.sleep(1)
+    logging.getLogger("unimim").error("the launcher has ended; this process ends in order too")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def launcher_words(process: int) -> str:
+    """Return the command of a process if it is torchrun or deepspeed, else nothing."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    words = [os.path.basename(word) for word in os.fsdecode(command).split("\0")[:5]]
+    known = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed")
+    found = [w for w in words if w in known or w.startswith("deepspeed.launcher")]
+    return " ".join(found)
+
+
+def parent_of(process: int) -> int:
+    """Return the id of a process's parent, 0 if there is no such process."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[1])
+
+
 def _default_interrupt() -> None:
     """Give SIGINT its default action, which also ends a process that is stuck outside of Python.
 
@@ -288,6 +354,10 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     Called before each optimizer step: a resumed run then draws what the uninterrupted one drew.
     """
     state = np.random.SeedSequence([seed, rank, step]).generate_state(3)
-    torch.manual_seed(int(state[0]))
+    # before CUDA has started, torch.manual_seed formats a traceback for it, a millisecond a step
+    seed_torch = (
+        torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed
+    )
+    seed_torch(int(state[0]))
     np.random.seed(int(state[1]))
     random.seed(int(state[2]))

@@ -78,6 +78,7 @@ class RunLog:
         numbers = {f"epoch/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
         self.step(numbers, step)
         if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)  # the next save tells of its loss
             with self.file.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             self.record.epoch(metrics)
@@ -169,6 +170,7 @@ class StepMonitor:
         self.counts: dict[str, int] = {}
         self.recent: dict[str, float] = {}
         self.streak = 0
+        self.skipped = 0  # of the whole run
 
     def push(self, step: int, indices: list[Tensor], metrics: dict[str, Tensor]) -> None:
         """Add a step.
@@ -209,6 +211,7 @@ class StepMonitor:
         for (step, indices, _), row, values in zip(self.pending, rows, own, strict=True):
             overflow = self.scaled and math.isfinite(row["loss"])
             self.streak = 0 if row["applied"] else self.streak + 1
+            self.skipped += not row["applied"]
             if not row["applied"] and not overflow:
                 self._report(step, indices, dict(zip(row, values.tolist(), strict=True)))
             if self.streak > self.max_nonfinite + overflow * self.scaler_halvings:
@@ -385,7 +388,7 @@ class Progress:
         self.every = every
         self.rank = rank
         self.bar = None
-        if rank == 0 and sys.stdout.isatty():
+        if rank == 0 and sys.stdout is not None and sys.stdout.isatty():
             self.bar = tqdm(
                 total=total, initial=start, desc=title, dynamic_ncols=True, file=sys.stdout
             )

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unimim.engine.batch_norm import BatchStatistics
-from unimim.engine.distributed import in_group, reduce_sum
+from unimim.engine.distributed import in_group, is_first_rank, reduce_sum
+from unimim.engine.optimizer_state import Named, by_name, by_number, group_names
+from unimim.engine.writing import on_host
 from unimim.logs import log
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,10 +37,20 @@ class Runner:
     wrapper."""
 
     network: nn.Module
-    optimizer: torch.optim.Optimizer
+    engine: dict[str, Any]  # its kind, for the checkpoint
 
-    def __init__(self, network: nn.Module, *, update_freq: int, clip_grad: float | None):
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        update_freq: int,
+        clip_grad: float | None,
+    ):
         self.network = network
+        self.optimizer = optimizer
+        # before an engine puts shards into the groups
+        self.names = group_names(network, optimizer)
         self.update_freq = update_freq
         self.clip_grad = clip_grad
         self.statistics = BatchStatistics()
@@ -70,8 +82,42 @@ class Runner:
         raise NotImplementedError
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Return the state with whole float32 weights, on rank 0; all ranks call."""
-        return self.network.state_dict()
+        """Return a copy of the state with whole float32 weights on the host of rank 0.
+
+        All ranks call; the others get nothing.
+        """
+        return on_host(self.network.state_dict()) if is_first_rank() else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the optimizer's named state and of the loss scale on the host of rank 0.
+
+        All ranks call; the others get nothing.
+        """
+        return {"optimizer": self.optimizer_state(), "scaler": self.scaler_state()}
+
+    def optimizer_state(self) -> Named:
+        """Return the optimizer's named state, as `state_dict` does."""
+        if not is_first_rank():
+            return {}
+        return on_host(by_name(self.optimizer.state_dict(), self.names))
+
+    def load_optimizer_state(self, saved: Named) -> None:
+        """Go on from the optimizer's state that any engine saved."""
+        groups = self.optimizer.param_groups
+        self.optimizer.load_state_dict(by_number(saved, self.names, groups))
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Give the optimizer the float32 `weights` by name, where it has weights of its own."""
+
+    def scaler_state(self) -> dict[str, Any]:
+        """Return the loss scale and for how many steps it has been good; empty without one."""
+        return {}
+
+    def load_scaler_state(self, saved: dict[str, Any]) -> None:
+        """Go on with the loss scale that any engine saved, if both runs have one."""
+
+    def count_steps(self, done: int, skipped: int) -> None:
+        """Tell the engine how many steps the run has done before it was resumed."""
 
     def whole(self, parameters: list[Tensor]):
         """Return a context that yields whole float32 values of the network's parameters."""
@@ -275,8 +321,8 @@ class TorchRunner(Runner):
     """Runs steps in one process, or with DDP where there are several."""
 
     def __init__(self, network, optimizer, *, device, precision, update_freq, clip_grad):
-        super().__init__(network, update_freq=update_freq, clip_grad=clip_grad)
-        self.optimizer = optimizer
+        super().__init__(network, optimizer, update_freq=update_freq, clip_grad=clip_grad)
+        self.engine = {"kind": "torch"}
         self.device = device
         self.revocable = RevocableStep(optimizer)
         self.dtype = AUTOCAST_DTYPES.get(precision)
@@ -312,12 +358,28 @@ class TorchRunner(Runner):
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "applied": applied}
 
-    def state_dict(self) -> dict[str, Any]:
+    def optimizer_state(self):
         self.revocable.settle()
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return super().optimizer_state()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_optimizer_state(self, saved):
         self.revocable.settle()
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
+        super().load_optimizer_state(saved)
+
+    def scaler_state(self):
+        if not self.scaler.is_enabled():
+            return {}
+        state = self.scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
+
+    def load_scaler_state(self, saved):
+        if not saved or not self.scaler.is_enabled():
+            return
+        good = good_steps(saved) % self.scaler.get_growth_interval()
+        own = {"scale": saved["scale"], "_growth_tracker": good}
+        self.scaler.load_state_dict(self.scaler.state_dict() | own)
+
+
+def good_steps(saved: dict[str, Any]) -> int:
+    """Return for how many steps a saved loss scale was good; older files have torch's word."""
+    return int(saved.get("good_steps", saved.get("_growth_tracker", 0)))

@@ -75,8 +75,9 @@ def hide(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return normalized images as uint8."""
-    return (images.float() * std + mean).clamp(0, 1).mul(255).round().byte()
+    """Return normalized images [B, 3 or 1, H, W] as uint8 [B, 3, H, W]."""
+    pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round().byte()
+    return pixels.expand(-1, 3, -1, -1)
 
 
 def grid(panels: Sequence[Tensor]) -> Tensor:

@@ -1,10 +1,13 @@
 """Saves and resumes a run: its checkpoints, its position, and the clean encoder.
 
-A checkpoint holds plain tensors and dicts: model, teacher or averaged model, optimizer, scaler,
+A checkpoint holds plain tensors and dicts: model, teacher or averaged model, optimizer, loss scale,
 epoch and step (the position of schedules and data; all randomness follows from it and the seed),
-the meters of the epoch, the flags, and what tells whether another run sees the same images. The
-optimizer's state goes by the parameters' names. A DeepSpeed run keeps optimizer shards in the
-folder of the same name, for an exact resume on as many ranks.
+the meters of the epoch, the flags, and what tells whether another run sees the same images.
+Weights and the optimizer's state are whole, in float32, and go by the parameters' names, so that
+every engine resumes what any engine saved, on any number of ranks. It is written in a thread.
+
+With --deepspeed_shards DeepSpeed's own shards stand in for the optimizer's state, in the folder of
+the same name: for as many ranks and the same ZeRO stage only.
 """
 
 import json
@@ -15,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -29,8 +33,10 @@ from unimim.checkpoint.files import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
+    remove_deepspeed_folder,
     save_checkpoint,
     save_encoder,
+    shard_checksums,
     sync_deepspeed_folder,
     timm_arguments_of,
 )
@@ -39,12 +45,14 @@ from unimim.checkpoint.names import to_timm
 from unimim.checkpoint.published import finished_epochs, optimizer_names
 from unimim.cli.options import as_config, effective_batch
 from unimim.data.views import image_mean_std
-from unimim.engine.deepspeed import DeepSpeedRunner
-from unimim.engine.distributed import barrier, from_first_rank
+from unimim.engine.deepspeed import DeepSpeedRunner, wrong_shard
+from unimim.engine.distributed import barrier, from_first_rank, gathered
 from unimim.engine.ema import MovingAverage
 from unimim.engine.monitor import StepMonitor
+from unimim.engine.optimizer_state import Named, by_name, misshapen, renamed, without_params
 from unimim.engine.runner import Runner
 from unimim.engine.task import Task
+from unimim.engine.writing import Writer, on_host
 from unimim.logs import log
 
 # What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
@@ -54,13 +62,13 @@ GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
 # what it writes, or their change is noticed otherwise. A change of any other is at least logged.
 UNNOTICED = {
     "allow_outside", "attn", "auto_resume", "batch_size", "compile", "data_path", "data_set",
-    "deepspeed_config", "device", "dist_eval", "dist_on_itp", "dist_timeout", "dist_url",
-    "enable_deepspeed", "epochs", "eval", "eval_data_path", "eval_every", "eval_images", "evaluate",
-    "extract", "feature_cache", "finetune", "grad_checkpointing", "init", "keep_checkpoints",
-    "log_dir", "log_every", "max_bad_images",
-    "max_image_pixels", "max_nonfinite", "model", "momentum", "num_workers", "offload", "opt",
-    "opt_betas", "opt_eps", "output_dir", "pin_mem", "recipe", "recompute_gelu", "resume",
-    "resume_copy", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "strict_data",
+    "deepspeed_config", "deepspeed_shards", "device", "dist_eval", "dist_on_itp",
+    "dist_timeout", "dist_url", "enable_deepspeed", "epochs", "eval", "eval_data_path",
+    "eval_every", "eval_images", "evaluate", "extract", "feature_cache", "finetune", "grad_checkpointing", "init",
+    "keep_checkpoints", "log_dir", "log_every", "max_bad_images", "max_image_pixels",
+    "max_nonfinite", "model", "momentum", "num_workers", "offload", "opt", "opt_betas",
+    "opt_eps", "output_dir", "pin_mem", "recipe", "recompute_gelu", "resume", "resume_copy",
+    "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "strict_data",
     "tracker", "update_freq", "visualize", "visualize_images", "wandb", "zero_stage",
 }  # fmt: skip
 
@@ -100,57 +108,79 @@ class Session:
         self.steps_per_epoch = steps_per_epoch
         self.dataset = dataset
         self.folder = Path(args.output_dir) if args.output_dir and args.save_ckpt else None
-        self.sharded = isinstance(runner, DeepSpeedRunner)
+        self.keeps_shards = bool(args.deepspeed_shards)
+        self.writer = Writer()
 
     # -- saving
 
-    def save(self, position: Position, *, finished: bool) -> None:
+    def save(self, position: Position, *, finished: bool, wait: bool = True) -> None:
         """Write checkpoint-<epoch>.pth of a finished epoch, else checkpoint-<epoch>-<step>.pth.
 
-        All ranks call.
+        All ranks call. Without `wait` it returns when everything is copied to the host, and a
+        thread writes; DeepSpeed's shards are always waited for.
         """
         if self.folder is None:
             return
+        self.writer.wait()
         stem = (
             f"checkpoint-{position.epoch}"
             if finished
             else f"checkpoint-{position.epoch}-{position.step}"
         )
         state = self._state(position) | self._progress(position)
-        if self.sharded:
-            self._save_shards(stem)
+        if self.keeps_shards:
+            state["shards"] = self._save_shards(stem)
         if self.args.rank == 0:
-            self._save_encoder(stem, state[self.ema_key] or state["model"])
-            self._write(stem, state)
-            prune_checkpoints(self.folder, self.args.keep_checkpoints, self.folder / f"{stem}.pth")
-        barrier()
+            self.writer.start(str(self.folder / f"{stem}.pth"), lambda: self._write(stem, state))
+        if wait:
+            self.finish()
+            barrier()
 
-    def save_best(self, position: Position, *, of_ema: bool) -> None:
+    def save_best(self, position: Position, *, of_ema: bool, wait: bool = True) -> None:
         """Write checkpoint-best.pth, or checkpoint-best-ema.pth whose model is the ema.
 
-        All ranks call.
+        All ranks call; for `wait` see `save`.
         """
         if self.folder is None:
             return
+        self.writer.wait()
         state = self._state(position)
         if of_ema:
             state["model"] = state[self.ema_key]
         if self.args.rank == 0:
-            self._write(
-                "checkpoint-best-ema" if of_ema else "checkpoint-best",
-                state | {self.ema_key: None},
-            )
+            path = self.folder / ("checkpoint-best-ema.pth" if of_ema else "checkpoint-best.pth")
+            weights = state | {self.ema_key: None}
+            self.writer.start(str(path), lambda: _save_and_log(path, weights))
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until all that was saved is on the disk; ValueError if it could not be written."""
+        self.writer.wait()
+
+    def check(self) -> None:
+        """Raise the error of a thread that could not write, if there is one by now."""
+        self.writer.check()
 
     def _write(self, stem: str, state: dict[str, Any]) -> None:
-        save_checkpoint(self.folder / f"{stem}.pth", state)
-        log.info("saved %s", self.folder / f"{stem}.pth")
+        """Write a checkpoint and its encoder, then delete old ones."""
+        path = self.folder / f"{stem}.pth"
+        self._save_encoder(stem, state[self.ema_key] or state["model"])
+        _save_and_log(path, state)
+        if not self.keeps_shards:
+            remove_deepspeed_folder(deepspeed_folder(path))
+        prune_checkpoints(self.folder, self.args.keep_checkpoints, path)
 
     def _state(self, position: Position) -> dict[str, Any]:
+        """Return weights and position; the tensors are copies on the host of rank 0."""
         weights = self.runner.full_state_dict()
         prefix = self._prefix()
+        average = None
+        if self.ema is not None and self.args.rank == 0:
+            average = on_host(dict(self.ema.module.state_dict()))
         return {
             "model": {k.removeprefix(prefix): v for k, v in weights.items()},
-            self.ema_key: None if self.ema is None else dict(self.ema.module.state_dict()),
+            self.ema_key: average,
             "args": as_config(self.args),
             "engine": self._engine(),
             **vars(position),
@@ -161,15 +191,23 @@ class Session:
 
         All random numbers are functions of the seed and the number of updates done.
         """
-        updates = position.epoch * self.steps_per_epoch + position.step
         progress = {
-            "rng": {"seed": self.args.seed, "updates": updates},
+            "rng": {"seed": self.args.seed, "updates": self._updates(position)},
             "monitor": self.monitor.state(),
+            "skipped_steps": self.monitor.skipped,
+            "data": self._data,
         }
-        progress["data"] = self._data
-        if self.sharded:
+        if self.keeps_shards:
             return progress
-        return progress | self.runner.state_dict() | {"param_names": self._param_names()}
+        state = self.runner.state_dict()
+        if state["optimizer"]:
+            names = {name: short for short, name in self._full_names().items()}
+            state["optimizer"] = renamed(state["optimizer"], names)
+        return progress | state
+
+    def _updates(self, position: Position) -> int:
+        """Return how many steps of the optimizer are done, skipped ones included."""
+        return position.epoch * self.steps_per_epoch + position.step
 
     @cached_property
     def _data(self) -> dict[str, Any]:
@@ -180,17 +218,6 @@ class Session:
             "steps_per_epoch": self.steps_per_epoch,
         }
 
-    def _param_names(self) -> list[list[str]]:
-        """Return the parameters' names of each group of the optimizer, in its order."""
-        prefix = self._prefix()
-        names = {
-            id(p): name.removeprefix(prefix) for name, p in self.runner.network.named_parameters()
-        }
-        found = []
-        for group in self.runner.optimizer.param_groups:
-            found.append([names[id(p)] for p in group["params"]])
-        return found
-
     def _prefix(self) -> str:
         """Return what the names in the wrapped task have before the network's own names."""
         for name, module in self.runner.network.named_modules():
@@ -199,25 +226,32 @@ class Session:
         raise AssertionError("the network is a part of what the runner trains")
 
     def _engine(self) -> dict[str, Any]:
-        kind = (
-            {"kind": "deepspeed", "zero_stage": self.runner.stage}
-            if self.sharded
-            else {"kind": "torch"}
-        )
-        return kind | {
+        return self.runner.engine | {
             "world_size": self.args.world_size,
             "global_batch": effective_batch(self.args),
         }
 
-    def _save_shards(self, stem: str) -> None:
+    def _save_shards(self, stem: str) -> dict[str, str]:
+        """Write DeepSpeed's shards, and return their checksums by file name; all ranks call."""
+        folder = self.folder / stem
         if self.args.rank == 0:
-            begin_deepspeed_folder(self.folder / stem)
+            begin_deepspeed_folder(folder)
         barrier()
         self.runner.save(str(self.folder), stem)
-        sync_deepspeed_folder(self.folder / stem)
+        sync_deepspeed_folder(folder)
         barrier()
+        checksums = self._shard_checksums(folder)
         if self.args.rank == 0:
-            finish_deepspeed_folder(self.folder / stem)
+            finish_deepspeed_folder(folder)
+        return checksums
+
+    def _shard_checksums(self, folder: Path) -> dict[str, str]:
+        """Return the checksums of all shards, of which each rank reads some; all ranks call."""
+        own = shard_checksums(folder, rank=self.args.rank, ranks=self.args.world_size)
+        together = {}
+        for checksums in gathered(own):
+            together |= checksums
+        return dict(sorted(together.items()))
 
     def _save_encoder(self, stem: str, weights: dict[str, Tensor]) -> None:
         """Write the clean encoder in `weights`, which are whole float32 ones."""
@@ -262,6 +296,9 @@ class Session:
             return Position(epoch=epoch)
         position = self._position(origin)
         self._load_optimizer(origin)
+        if "skipped_steps" in origin.state:
+            self.monitor.skipped = origin.state["skipped_steps"]
+            self.runner.count_steps(self._updates(position), self.monitor.skipped)
         log.info(
             "resumed %s: at epoch %d, step %d of %d",
             origin.path,
@@ -333,89 +370,145 @@ class Session:
             yield Change("--epochs: a schedule of", *schedules, False)
 
     def _load_optimizer(self, origin: "Origin") -> None:
-        """Restore the optimizer's state where the file's engine is this run's.
+        """Restore the optimizer's state, which any engine may have saved.
 
         Hyper-parameters are those of this run's flags, whatever the file says.
         """
-        engine = origin.state["engine"]
+        state = origin.state
         path = origin.path
         ours = self.args.opt
+        there = state["args"].get("opt", ours)
+        in_shards = "optimizer" not in state
+        fits_shards = isinstance(self.runner, DeepSpeedRunner) and in_shards
         settings = [dict(group) for group in self.runner.optimizer.param_groups]
-        if (opt := origin.state["args"].get("opt", ours)).lower() != ours.lower():
-            if self.sharded and engine["kind"] == "deepspeed":
+        if there.lower() != ours.lower():
+            if fits_shards:
                 raise ValueError(
-                    f"{path} holds shards of --opt {opt}, which --opt {ours} cannot use: keep "
-                    f"--opt {opt}"
+                    f"{path} holds shards of --opt {there}, which --opt {ours} cannot use: keep "
+                    f"--opt {there}"
                 )
             log.warning(
-                "%s holds the state of --opt %s: that of --opt %s starts afresh", path, opt, ours
+                "%s holds the state of --opt %s: that of --opt %s starts afresh", path, there, ours
             )
+            self.runner.load_weights(self._inside(state.get("model") or {}))
             return
-        if self.sharded and engine["kind"] == "deepspeed":
-            for key, ours in (
-                ("zero_stage", self.runner.stage),
-                ("world_size", self.args.world_size),
-            ):
-                if engine[key] != ours:
-                    raise ValueError(
-                        f"{path} was written by DeepSpeed with {key} {engine[key]}, this run has "
-                        f"{ours}: its optimizer shards cannot be read. Run it the same way, or "
-                        "without --enable_deepspeed to take the weights"
-                    )
-            check_checkpoint(path)
-            if not deepspeed_folder(path).is_dir():
-                raise ValueError(
-                    f"{path} was written by DeepSpeed and needs the folder {path.stem} beside it"
-                )
-            self.runner.load(str(path.parent), path.stem)
-        elif not self.sharded and engine["kind"] == "torch":
-            self.runner.load_state_dict(origin.state | {"optimizer": self._optimizer_state(origin)})
-        else:
+        if fits_shards:
+            self._load_shards(origin)
+        elif in_shards:
             log.warning(
-                "%s was written by another engine: weights are resumed, the optimizer starts "
-                "afresh",
+                "%s holds DeepSpeed's shards, which --enable_deepspeed resumes: weights are "
+                "resumed, the optimizer starts afresh",
                 path,
             )
             return
+        else:
+            self.runner.load_weights(self._inside(state.get("model") or {}))
+            self.runner.load_optimizer_state(self._optimizer_state(origin))
+            self.runner.load_scaler_state(state.get("scaler") or {})
         self._put_back(settings, path)
 
     def _load_published_optimizer(self, origin: "Origin") -> bool:
         """Take the moments of a published AdamW, if this run has one and the parameters agree."""
-        if self.sharded or self.args.opt.lower() != "adamw":
+        if self.args.opt.lower() != "adamw":
             return False
-        ours = self._param_names()
         groups = self.runner.optimizer.param_groups
+        ours = self._full_names()
         decayed = {}
-        for names, group in zip(ours, groups, strict=True):
+        for names, group in zip(self.runner.names, groups, strict=True):
             decayed |= dict.fromkeys(names, group["decay"])
-        there = optimizer_names(origin.state, self.network.state_dict(), decayed)
+        decayed = {short: decayed[name] for short, name in ours.items()}
+        there = optimizer_names(origin.state, self._whole_shapes(), decayed)
         if there is None:
             return False
-        state = in_order_of(ours, origin.state["optimizer"], there, groups)
-        state["param_groups"] = [
-            {**own, "params": found["params"]}
-            for own, found in zip(groups, state["param_groups"], strict=True)
-        ]
-        self.runner.load_state_dict({"optimizer": in_own_memory(state)})
+
+        # its moments, this run's settings
+        found = by_name(origin.state["optimizer"], there)["state"]
+        state = {name: value for name, value in found.items() if name in decayed}
+        settings = []
+        for names, group in zip(self.runner.names, groups, strict=True):
+            settings.append({"names": names, **without_params(group)})
+        self.runner.load_optimizer_state(
+            {**renamed({"state": state, "groups": []}, ours), "groups": settings}
+        )
         return True
 
-    def _optimizer_state(self, origin: "Origin") -> dict[str, Any]:
-        """Return the file's optimizer state in the order of this run's groups, in its own
-        memory."""
+    def _whole_shapes(self) -> dict[str, Tensor]:
+        """Return the network's state with parameters of their whole shapes, whoever holds them."""
+        state = {}
+        for name, value in self.network.state_dict(keep_vars=True).items():
+            whole = getattr(value, "ds_shape", None)  # ZeRO stage 3 leaves parts in the network
+            state[name] = value if whole is None else torch.empty(whole, device="meta")
+        return state
+
+    def _full_names(self) -> dict[str, str]:
+        """Return the trained parameters' names in the wrapped task by those in the file."""
+        prefix = self._prefix()
+        names = [name for own in self.runner.names for name in own]
+        return {name.removeprefix(prefix): name for name in names}
+
+    def _inside(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights under the names that they have in the wrapped task."""
+        prefix = self._prefix()
+        return {prefix + name: value for name, value in weights.items()}
+
+    def _optimizer_state(self, origin: "Origin") -> Named:
+        """Return the file's optimizer state by the names in the wrapped task."""
         saved = origin.state["optimizer"]
-        there = origin.state.get("param_names")
-        ours = self._param_names()
-        if there is not None and there != ours:  # a file without names goes by position
-            saved = in_order_of(ours, saved, there, self.runner.optimizer.param_groups)
-            held = {name for names in there for name in names}
-            if new := [name for names in ours for name in names if name not in held]:
-                log.warning(
-                    "%s has no optimizer state of %d parameters, such as %s",
-                    origin.path,
-                    len(new),
-                    new[0],
+        ours = self._full_names()
+        if "groups" not in saved:  # an older file: in numbers, with names or by position
+            names = origin.state.get("param_names", self.runner.names)
+            sizes = [len(group["params"]) for group in saved["param_groups"]]
+            if sizes != [len(own) for own in names]:
+                raise ValueError(
+                    f"{origin.path} does not say which parameters its optimizer had, and this run "
+                    "has other ones: give the same flags of the model and --layer_decay"
                 )
-        return saved | {"state": in_own_memory(saved["state"])}
+            saved = by_name(saved, names)
+        saved = renamed(saved, ours)
+        parameters = self.runner.network.named_parameters()
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters}  # ZeRO 3's whole
+        if wrong := misshapen(saved, shapes):
+            raise ValueError(
+                f"{origin.path} does not fit the optimizer of these flags: {wrong} has another "
+                "shape than the parameter"
+            )
+        held = {name for group in saved["groups"] for name in group["names"]}
+        if new := [name for name in ours if ours[name] not in held]:
+            log.warning(
+                "%s has no optimizer state of %d parameters, such as %s",
+                origin.path,
+                len(new),
+                new[0],
+            )
+        return saved
+
+    def _load_shards(self, origin: "Origin") -> None:
+        """Restore DeepSpeed's shards, if they are whole and this run can use them."""
+        path = origin.path
+        engine = origin.state["engine"]
+        for key, ours in (
+            ("zero_stage", self.runner.stage),
+            ("world_size", self.args.world_size),
+        ):
+            if engine[key] != ours:
+                raise ValueError(
+                    f"{path} was written by DeepSpeed with {key} {engine[key]}, this run has "
+                    f"{ours}: its optimizer shards cannot be read. Run it the same way, or "
+                    "without --enable_deepspeed to take the weights"
+                )
+        folder = deepspeed_folder(path)
+        check_checkpoint(path)
+        if not folder.is_dir():
+            raise ValueError(
+                f"{path} was written by DeepSpeed and needs the folder {path.stem} beside it"
+            )
+        checksums = origin.state.get("shards") or {}
+        wrong = wrong_shard(folder, checksums, self.args.rank, self.args.world_size)
+        # on all ranks alike, before DeepSpeed lets them wait for each other
+        for text in gathered(wrong):
+            if text:
+                raise ValueError(text)
+        self.runner.load(str(path.parent), path.stem)
 
     def _put_back(self, settings: list[dict[str, Any]], path: Path) -> None:
         """Give the optimizer's groups this run's settings, and log each that differs in the
@@ -453,44 +546,9 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def in_order_of(
-    ours: list[list[str]],
-    saved: dict[str, Any],
-    there: list[list[str]],
-    groups: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Return an optimizer's saved state, of groups of names `there`, in the order of groups
-    `ours`.
-
-    A group gets what the optimizer keeps in that of its first known parameter, or in ours of
-    `groups` without one.
-    """
-    place = {}
-    for names, group in zip(there, saved["param_groups"], strict=True):
-        place |= {
-            name: (number, group) for name, number in zip(names, group["params"], strict=True)
-        }
-    state = {}
-    arranged = []
-    first = 0
-    for names, own in zip(ours, groups, strict=True):
-        numbers = list(range(first, first + len(names)))
-        base = next((place[name][1] for name in names if name in place), own)
-        arranged.append({**base, "params": numbers})
-        for name, number in zip(names, numbers, strict=True):
-            if name in place and place[name][0] in saved["state"]:
-                state[number] = saved["state"][place[name][0]]
-        first += len(names)
-    return {"state": state, "param_groups": arranged}
-
-
-def in_own_memory(value: Any) -> Any:
-    """Return a copy of nested dicts and lists whose tensors are not mapped from a file."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: in_own_memory(item) for key, item in value.items()}
-    return [in_own_memory(item) for item in value] if isinstance(value, list) else value
+def _save_and_log(path: Path, state: dict[str, Any]) -> None:
+    save_checkpoint(path, state)
+    log.info("saved %s", path)
 
 
 @dataclass
@@ -570,6 +628,7 @@ class Origin:
             average = self.state.get("ema_state_dict")  # SemAIM's
             ema_weights = load_checkpoint(copy) if copy else average or self.state
         if weights is not None:
-            restore(network, weights, str(self.path), published=self.published)
+            published = self.published
+            restore(network, weights, str(self.path), published=published, whole=not published)
         if ema is not None and ema_weights is not None:
             restore(ema.module, ema_weights, str(self.path), published=self.published)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -46,10 +48,13 @@ from unimim.engine.deepspeed import DeepSpeedRunner, deepspeed_config
 from unimim.engine.distributed import (
     StopSignal,
     exit_at_once,
+    follow_launcher,
+    from_first_rank,
     has_peers,
     init_distributed,
     leave_process_group,
 )
+from unimim.engine.lock import lock_folder, locks_allowed, lost_folder
 from unimim.engine.monitor import (
     NonFiniteError,
     RunLog,
@@ -60,10 +65,12 @@ from unimim.engine.monitor import (
     keep_freed_memory,
     peak_flops,
 )
+from unimim.engine.peers import leave_peers, wait_for_news, watch_peers
 from unimim.engine.runner import Runner, TorchRunner, check_precision
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.state import Normalize, RunContext, Stopped, Training, with_mask_counts
 from unimim.engine.task import Task
+from unimim.errors import explain
 from unimim.files import write_text
 from unimim.logs import log, setup_logging
 
@@ -251,8 +258,8 @@ def set_up(args: Namespace) -> RunContext:
     device = init_distributed(args)
     setup_logging(args.rank)
     log_notes(args)
-    if args.rank == 0:
-        check_outputs(args)
+    watch_peers()
+    claim_outputs(args)
     resolve_workers(args)
     if device.type == "cpu":
         keep_freed_memory()
@@ -263,31 +270,97 @@ def set_up(args: Namespace) -> RunContext:
     return RunContext(args, device, args.rank, args.world_size)
 
 
+def claim_outputs(args: Namespace) -> None:
+    """Make the output folders, and lock --output_dir where checkpoints are written to it.
+
+    ValueError on every rank if rank 0 cannot.
+    """
+    refusal = None
+    if args.rank == 0:
+        try:
+            check_outputs(args)
+            flags = vars(args)
+            only_reads = flags.get("eval") or flags.get("dry_run")
+            if flags.get("output_dir") and flags.get("save_ckpt") and not only_reads:
+                lock_folder(args.output_dir)
+        except ValueError as error:
+            refusal = str(error)
+    if refusal := from_first_rank(refusal):
+        raise ValueError(refusal)
+
+
 def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
-    """Run a script; users' mistakes and orderly stops end in one line, not in a traceback.
+    """Run a script; users' mistakes, full disks and orderly stops end in one line, not in a
+    traceback.
 
     Only orderly ends, of which all ranks know, leave the process group: after an error the others
     may be waiting in it.
     """
     code = 0
+    end_on_early_signals()
+    follow_launcher()
     try:
-        with options_as_flags():
-            main_function(args)
+        with options_as_flags(), locks_allowed():
+            try:
+                main_function(args)
+            except Stopped:
+                if lost_folder():
+                    code = 1  # said already
+                else:
+                    raise
     except Stopped as stopped:
         log.info("stopped by %s; run the same command to go on", stopped)
         code = STOPPED
     except (ValueError, NonFiniteError, BadImagesError) as error:
         # an error in a loader worker comes with the worker's traceback, its message comes last
-        log.error("error: %s", str(error).rstrip().rpartition("\n")[2])
-        code = 1
+        code = end_with(str(error).rstrip().rpartition("\n")[2])
+    except Exception as error:
         if has_peers():
-            exit_at_once(code)
-    except BaseException:
-        if has_peers():
+            wait_for_news()
+        if sentence := explain(error):
+            # half-made objects, such as a loader without all its workers, complain when freed
+            sys.unraisablehook = lambda _: None
+            code = end_with(sentence)
+        elif has_peers():
             traceback.print_exc()
             exit_at_once(1)
-        leave_process_group()
-        raise
+        else:
+            leave_process_group()
+            raise
     leave_process_group()
     if code:
         sys.exit(code)
+
+
+def end_on_early_signals() -> None:
+    """Let a signal end this process in one line until `StopSignal` takes over.
+
+    A thread does so, as the main thread may wait for other processes, where Python calls no handler.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in StopSignal.signals:
+        signal.signal(number, _early)
+    threading.Thread(target=_end_early, args=(reader,), daemon=True).start()
+
+
+def _early(_number: int, _frame: Any) -> None:
+    """Leave the signal to `_end_early`."""
+
+
+def _end_early(reader: int) -> None:
+    while number := os.read(reader, 1)[0]:
+        if number in StopSignal.signals and signal.getsignal(number) is _early:
+            log.error("stopped by %s before the first step", signal.Signals(number).name)
+            leave_peers("stopped")
+            exit_at_once(STOPPED)
+
+
+def end_with(sentence: str) -> int:
+    """Log what ends this process, and return its exit status; among several ranks end at once."""
+    log.error("error: %s", sentence)
+    if has_peers():
+        leave_peers("failed")
+        exit_at_once(1)
+    return 1

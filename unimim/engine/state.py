@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unimim.data.views import image_mean_std
+from unimim.data.views import LUMINANCE, image_mean_std
 from unimim.engine.distributed import StopSignal
 from unimim.engine.monitor import RunLog, StepMonitor, Throughput
 from unimim.engine.runner import Runner
@@ -24,8 +24,9 @@ Batch = dict[str, Any]  # tensors by their names, and numbers of the whole batch
 class Normalize:
     """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalized floats.
 
-    Images under the keys `raw` stay as they are: the network normalizes them itself. "index", the
-    numbers of the images, stays on the host.
+    With one mean and std they become gray images [B, 1, H, W]. Images under the keys `raw` stay as
+    they are: the network normalizes them itself. "index", the numbers of the images, stays on the
+    host.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Normalize:
         raw: Collection[str] = (),
     ):
         mean, std = mean_std
-        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
-        self.std = torch.tensor(std, device=device).view(3, 1, 1)
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+        self.luminance = torch.tensor(LUMINANCE, device=device).view(3, 1, 1)
         self.raw = raw
 
     def __call__(self, batch: Batch) -> Batch:
@@ -47,9 +49,15 @@ class Normalize:
             if isinstance(value, Tensor):
                 value = value.to(self.mean.device, non_blocking=True)
                 if value.dtype == torch.uint8 and value.ndim == 4 and name not in self.raw:
-                    value = value.float().div_(255).sub_(self.mean).div_(self.std)
+                    value = self.normalized(value.float().div_(255))
             prepared[name] = value
         return prepared
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return images in [0, 1] normalized; their memory is written to."""
+        if len(self.mean) == 1:
+            images = images.mul_(self.luminance).sum(1, keepdim=True)
+        return images.sub_(self.mean).div_(self.std)
 
 
 def with_mask_counts(batch: Batch) -> Batch:

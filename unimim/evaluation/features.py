@@ -30,7 +30,7 @@ from unimim.checkpoint.loading import class_tokens, load_pretrained
 from unimim.cli.models import check_is_classifier, warn_of_other_variant
 from unimim.cli.options import given, model_kwargs
 from unimim.data.files import Key
-from unimim.data.views import EvalTransform
+from unimim.data.views import EvalTransform, image_mean_std
 from unimim.engine.distributed import barrier, from_first_rank, reduce_sum
 from unimim.engine.monitor import Progress
 from unimim.engine.runner import AUTOCAST_DTYPES
@@ -101,12 +101,13 @@ class ViTBackbone(Backbone):
 class MapBackbone(Backbone):
     """Any other network; its feature is the mean of its last map, as it is pre-trained."""
 
-    def __init__(self, network: nn.Module, image_size: tuple[int, int]):
+    def __init__(self, network: nn.Module, image_size: tuple[int, int], channels: int = 3):
         super().__init__()
         self.network = network
         self.image_size = image_size
         self.feature_map = family_of(network).feature_map
-        self.dim = self.feature_map(network.eval(), torch.zeros(1, 3, *image_size)).shape[1]
+        images = torch.zeros(1, channels, *image_size)
+        self.dim = self.feature_map(network.eval(), images).shape[1]
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
@@ -120,7 +121,8 @@ def build_backbone(args: Namespace) -> Backbone:
         return ViTBackbone(network, args.pool, args.feature_norm)
     if args.feature_norm == "plain":
         raise ValueError(f"--feature_norm plain is for ViTs, not for --model {args.model}")
-    return MapBackbone(network, to_pair(args.input_size or input_size_of(args.model)))
+    size = to_pair(args.input_size or input_size_of(args.model))
+    return MapBackbone(network, size, args.in_chans or 3)
 
 
 def build_vit(args: Namespace) -> VisionTransformer:
@@ -204,7 +206,7 @@ class FeatureDataset(Dataset):
     """A data set of features in place of images, by the same keys (epoch, index); on the CPU."""
 
     def __init__(self, features: Features):
-        self.vectors, self.labels = features.vectors.cpu(), features.labels.cpu()
+        self.vectors, self.labels = features.vectors.cpu(), features.labels.cpu().numpy()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -317,6 +319,8 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
         "imagenet_default_mean_and_std",
         "precision",
     )
+    if args.mean or args.std or args.in_chans:
+        described["mean and std"] = str(image_mean_std(args))
     return described | {name: str(getattr(args, name)) for name in names}
 
 

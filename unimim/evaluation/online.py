@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets import ImageDataset
+from modeling_backbones import map_of
 from modeling_finetune import VisionTransformer
 from unimim.data.sources import PartSource, Source, build_source, detect, is_divided
 from unimim.data.views import EvalTransform
@@ -44,10 +45,8 @@ class EncoderInTraining(Backbone):
         super().__init__()
         self._network = (network,)
         self.image_size = network.image_size
-        with torch.no_grad(), evaluating(network):
-            weight = next(network.parameters())
-            images = torch.zeros(1, 3, *self.image_size, device=weight.device, dtype=weight.dtype)
-            self.dim = self.features(images).shape[1]
+        is_vit = isinstance(network, VisionTransformer)
+        self.dim = network.embed_dim if is_vit else map_of(network.backbone)[0]
 
     @property
     def network(self) -> nn.Module:

@@ -84,7 +84,7 @@ class ProbeEvaluator:
         best = max(results, key=lambda result: result.acc1)
         if best.acc1 > position.best:
             position.best = best.acc1
-            session.save_best(position, of_ema=False)
+            session.save_best(position, of_ema=False, wait=False)
         metrics = {f"test_{name}": getattr(best, name) for name in ("acc1", "acc5", "loss")}
         if len(results) > 1:
             metrics |= {

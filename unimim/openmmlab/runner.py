@@ -17,6 +17,7 @@ from torch.distributed import is_torchelastic_launched
 from unimim.checkpoint.files import load_checkpoint
 from unimim.engine.distributed import leave_process_group
 from unimim.engine.monitor import keep_freed_memory
+from unimim.errors import explain
 from unimim.logs import setup_logging
 from unimim.openmmlab import compat
 from unimim.openmmlab.checkpoint import class_tokens
@@ -430,5 +431,9 @@ def launch(main: Callable[[], Any]) -> None:
         main()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    except Exception as error:
+        if sentence := explain(error):
+            raise SystemExit(f"error: {sentence}") from error
+        raise
     finally:
         leave_process_group()

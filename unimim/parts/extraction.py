@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import ImageDataset, build_dataset, build_loader
-from unimim.data.jpeg import RawImage, decode
+from unimim.data.jpeg import PILLOW_ERRORS, RawImage, decode
 from unimim.data.part_maps import (
     SCORES,
     PartMaps,
@@ -291,7 +291,7 @@ def read_mask(folder: Path, image_path: str) -> np.ndarray:
     file = folder / f"{Path(image_path).stem}.png"
     try:
         return np.asarray(Image.open(file))
-    except OSError as error:
+    except PILLOW_ERRORS as error:
         raise ValueError(f"mask {file} of image {image_path} cannot be read: {error}") from error
 
 

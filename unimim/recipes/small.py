@@ -60,7 +60,7 @@ PRETRAIN_SEMANTICMIM = PRETRAIN_VIT | {
     "epochs": 4,
     "model_kwargs": ENCODER,
     "mask_type": "random",
-    "mask_ratio": 0.8,
+    "mask_ratio": 0.5,
     "num_cls_tokens": 4,
 }
 PRETRAIN_CONMIM = PRETRAIN | {
