@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from unimim.data.class_lists import read_classes
 from unimim.data.files import Key
 from unimim.data.jpeg import MAX_IMAGE_PIXELS, BrokenImageError, limit_pixels, pixel_limit
 from unimim.data.random import _ORDER_STREAM, _REPLACEMENT_STREAM, sample_rng
@@ -31,6 +32,7 @@ from unimim.data.sources import (
     build_source,
     detect,
     first_of_each_class,
+    listed_images,
     logger,
 )
 
@@ -164,10 +166,11 @@ def build_dataset(
     """Build the data set that the flags describe.
 
     Reads `data_set`, `data_path`, `eval_data_path`, `seed`, `max_bad_images` and `strict_data`, and
-    where a script has them `max_image_pixels` (a limit for the whole process), `allow_outside` and,
-    for training, `label_fraction`, which keeps the first images of each class. For evaluation,
-    `eval_data_path` overrides `data_path`; an image_folder needs it unless it is divided into
-    `train` and `val`.
+    where a script has them `max_image_pixels` (a limit for the whole process), `allow_outside`,
+    `class_map`, which lists the class folders of an image_folder, and, for training,
+    `label_fraction` and `label_list`, which keep the first images of each class or those in a list.
+    For evaluation, `eval_data_path` overrides `data_path`; an image_folder needs it unless it is
+    divided into `train` and `val`.
     `maps` opens what else belongs to the images of a source.
     """
     limit_pixels(getattr(args, "max_image_pixels", MAX_IMAGE_PIXELS))
@@ -185,6 +188,7 @@ def build_dataset(
         raise ValueError(
             f"evaluation on image folders needs --eval_data_path, or a folder {path}/val"
         )
+    class_map = getattr(args, "class_map", None)
     source = build_source(
         kind,
         path,
@@ -192,12 +196,20 @@ def build_dataset(
         need_labels=need_labels,
         train_path=args.data_path,
         allow_outside=getattr(args, "allow_outside", False),
+        classes=read_classes("--class_map", class_map) if class_map else None,
     )
+    if kind == "image_folder" and need_labels and not class_map:
+        warn_of_few_classes(source, getattr(args, "nb_classes", None), path)
 
-    # low-shot training takes the first images of each class
+    # low-shot training takes the first images of each class, or those of a list
     fraction = getattr(args, "label_fraction", 1.0)
+    label_list = getattr(args, "label_list", None)
     if train and fraction != 1.0:
+        if label_list:
+            raise ValueError(f"--label_list {label_list} says which images: leave --label_fraction")
         source = PartSource(source, first_of_each_class(source.labels, fraction))
+    elif train and label_list:
+        source = PartSource(source, listed_images(source, label_list))
     return ImageDataset(
         source,
         transform,
@@ -206,6 +218,18 @@ def build_dataset(
         strict=args.strict_data,
         maps=None if maps is None else maps(source),
     )
+
+
+def warn_of_few_classes(source: Source, nb_classes: int | None, path: str) -> None:
+    """Log that labels are positions in sorted order, where a model of more classes is asked for."""
+    found = len(source.classes)
+    if nb_classes is not None and found < nb_classes:
+        logger.warning(
+            "%s has %d class folders and --nb_classes is %d: labels are the positions of the sorted "
+            "folders, which are wrong for a model of other classes; --class_map FILE lists the "
+            "folders in the model's order",
+            path, found, nb_classes,
+        )  # fmt: skip
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -1,28 +1,32 @@
 """Choose which patches to hide, or in which order to predict them: pure functions of noise and a
 grid.
 
-Three kinds, in this order:
+Four kinds, in this order:
 
 1. Mask generators, which run in the data loader: called with a `np.random.Generator`, they return
    a bool array [grid_h, grid_w], True = masked (docs/methods/conmim.md#masks).
 2. Token orders [B, L] with the visible tokens first, which MAE and SemMAE draw on the device
    (docs/methods/mae_semmae.md#masks-from-parts).
-3. Prediction orders of autoregressive methods (docs/methods/semaim.md#orders).
+3. The masks that --mask_type names: objects with one contract, made of the two above.
+4. Prediction orders of autoregressive methods (docs/methods/semaim.md#orders).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimim.errors import OptionError, check_choice
+from unimim.flag import Flag
 from unimim.sizes import Pair, to_pair
 
-MASK_TYPES = ("block", "random", "random_mps32")
+LOADER_MASKS = ("block", "random", "random_mps32")
 BLOCK_MASK_FRACTION = 75 / 14**2  # BEiT hides 75 patches of a 14 x 14 grid
 LOG_BLOCK_ASPECT = math.log(1 / 0.3)  # aspect ratios are log-uniform in [0.3, 1 / 0.3]
 BLOCK_ATTEMPTS = 10
@@ -176,7 +180,7 @@ def build_mask_generator(
             target = int(grid[0] * grid[1] * BLOCK_MASK_FRACTION)
         smallest = min(min_mask_patches_per_block, target)
         return BlockwiseMask(grid, target, smallest, max_mask_patches_per_block)
-    raise ValueError(f"--mask_type is '{mask_type}'; it must be one of {', '.join(MASK_TYPES)}")
+    raise ValueError(f"--mask_type is '{mask_type}'; it must be one of {', '.join(LOADER_MASKS)}")
 
 
 def _grid(input_size: int | Pair, patch_size: int | Pair, flag: str) -> Pair:
@@ -459,6 +463,304 @@ def others_first(selected: Tensor) -> Tensor:
     rank = torch.where(selected, other_rank[:, -1:] + selected_rank, other_rank) - 1
     indices = torch.arange(rank.shape[1], device=rank.device).expand_as(rank)
     return torch.empty_like(rank).scatter_(1, rank, indices)
+
+
+# --------------------------------------------------------------------------------------------------
+# Masks of a method: one contract
+
+
+class LoaderMask:
+    """Masks that come with the batch as "mask", by a generator in the data loader.
+
+    This is also the contract of the masks that are made on the device. flags: command-line flags of
+    the constructor's options. views: keys of a batch that they read. noise_size: how much uniform
+    noise they take for each image. uses_ema: they follow the attention of the method's ema.
+    equal_counts: as many patches are hidden of every image.
+    """
+
+    flags: tuple[Flag, ...] = ()
+    views: tuple[str, ...] = ("mask",)
+    noise_size = 0
+    uses_ema = False
+    teacher = None
+    equal_counts = True
+
+    def __init__(self, grid: Pair, *, mask_ratio: float = 0.75):
+        self.mask_ratio = mask_ratio
+        self.num_tokens = math.prod(grid)
+
+    def __deepcopy__(self, memo: dict) -> "LoaderMask":
+        """Return itself: the copies of a method share its masks."""
+        return self
+
+    def num_visible(self, batch: dict[str, Tensor], tokens: int) -> int:
+        """Return how many of the `tokens` that take part are visible, in each image."""
+        return tokens - common_count(batch, "mask")[1]
+
+    def order(self, batch: dict[str, Tensor], noise: Tensor | None, attention: None) -> Tensor:
+        """Return the positions of the patches that take part, int64 [B, L], visible ones first."""
+        return batch["mask"].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
+
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        """Move a schedule of the masks to this epoch of a run of `epochs`."""
+
+    def metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return what the log shows beside the loss."""
+        return {}
+
+
+class BlockMask(LoaderMask):
+    """The loader's blocks, which hide more of one image than of another."""
+
+    equal_counts = False
+
+
+class NoMask(LoaderMask):
+    """Hides nothing: for prediction in an order."""
+
+    views = ()
+
+
+def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
+    """Return the mask bool [B, N] of this name, and of how many patches it is True in each image.
+
+    Raises an OptionError if that number is not the same in all images. The counts come with the
+    batch from the host, where there is an engine.
+    """
+    mask = batch[name].flatten(1)
+    known = batch.get(f"{name}_counts")
+    low, high = mask.sum(1).aminmax() if known is None else known
+    low = int(low)
+    high = int(high)
+    if low != high:
+        raise OptionError(
+            "mask_type", None,
+            f"{name} selects {low} patches of one image and {high} of another, but every image "
+            "needs the same number; use random or random_mps32",
+        )  # fmt: skip
+    return mask, low
+
+
+class NoiseMask(LoaderMask):
+    """Hides the patches with the most noise, which comes with the batch: MAE's masks."""
+
+    views = ("noise",)
+
+    def __init__(self, grid: Pair, *, mask_ratio: float = 0.75):
+        super().__init__(grid, mask_ratio=mask_ratio)
+        self.noise_size = self.num_tokens
+        num_visible(self.num_tokens, mask_ratio)  # refuses a ratio that cannot be
+
+    def num_visible(self, batch: dict[str, Tensor], tokens: int) -> int:
+        return num_visible(tokens, self.mask_ratio)
+
+    def order(self, batch: dict[str, Tensor], noise: Any, attention: Tensor | None) -> Tensor:
+        """Return the positions int64 [B, L] of the patches that take part, visible ones first, by
+        uniform noise [B, noise_size]; `attention`: how much each patch is attended to, [B, N]."""
+        return ascending(noise)
+
+
+class SquareMask(NoiseMask):
+    """Hides squares of `mask_grid` x `mask_grid` patches, those with the most noise: Pixio's
+    masks."""
+
+    flags = (Flag("mask_grid", type=int, help="side of a masked square in patches"),)
+
+    def __init__(self, grid: Pair, *, mask_ratio: float = 0.75, mask_grid: int = 4):
+        super().__init__(grid, mask_ratio=mask_ratio)
+        if mask_grid < 1 or any(side % mask_grid for side in grid):
+            problem = f"does not divide the grid of {grid[0]} x {grid[1]} patches; use a divisor"
+            raise OptionError("mask_grid", mask_grid, problem)
+        self.squares = squares_of(grid, mask_grid)  # [squares, patches of each]
+        self.noise_size, patches = self.squares.shape
+        self.visible = num_visible(self.noise_size, mask_ratio) * patches
+
+    def num_visible(self, batch: dict[str, Tensor], tokens: int) -> int:
+        return self.visible
+
+    def order(self, batch: dict[str, Tensor], noise: Any, attention: Tensor | None) -> Tensor:
+        if self.squares.device != noise.device:
+            self.squares = self.squares.to(noise.device)
+        return self.squares[ascending(noise)].flatten(1)
+
+
+def squares_of(grid: Pair, side: int) -> Tensor:
+    """Return the patches of each square of side x side patches, int64 [squares, side * side];
+    squares and patches are in row-major order."""
+    rows, columns = (count // side for count in grid)
+    positions = torch.arange(math.prod(grid)).view(rows, side, columns, side)
+    return positions.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+class AttentionMask(NoiseMask):
+    """Hides the patches that are attended to most, or with `high` False least: in the order of
+    attention, stretched to [0, 1) in each image, plus uniform noise up to `attention_noise`.
+
+    The attention is that of the class token of a frozen network, `mask_teacher`, or without one how
+    similar the patches' features are to their mean in the method's ema.
+    """
+
+    flags = (
+        Flag(
+            "attention_noise", type=float, group="masks by attention",
+            help="of --mask_type attention_high, attention_low: largest noise that is added to the "
+            "attention, which goes from 0 to 1",
+        ),
+        Flag(
+            "mask_teacher", metavar="PATH", group="masks by attention",
+            help="frozen network whose attention the masks follow: a file or its name in timm; "
+            "None: the method's own ema",
+        ),
+    )  # fmt: skip
+    high = True
+
+    def __init__(
+        self,
+        grid: Pair,
+        *,
+        mask_ratio: float = 0.75,
+        attention_noise: float = 0.5,
+        mask_teacher: str | None = None,
+        t_momentum: float = 0.996,
+    ):
+        super().__init__(grid, mask_ratio=mask_ratio)
+        if attention_noise < 0:
+            raise OptionError("attention_noise", attention_noise, "is negative; use 0 or more")
+        self.attention_noise = attention_noise
+        self.teacher = mask_teacher
+        self.uses_ema = mask_teacher is None
+        self.t_momentum = t_momentum
+
+    def order(self, batch: dict[str, Tensor], noise: Any, attention: Tensor | None) -> Tensor:
+        attention = stretched(attention)
+        score = attention if self.high else 1 - attention
+        return ascending(score + self.attention_noise * noise)
+
+
+class LowAttentionMask(AttentionMask):
+    high = False
+
+
+class PartMask(NoiseMask):
+    """Hides semantic parts, as SemMAE does (docs/methods/mae_semmae.md#masks-from-parts).
+
+    "part_ids" of a batch holds the part of each patch, integers [B, gh, gw] below `num_parts`.
+    `mask_lambda` goes from nearly 1, a ratio of every part, to 0, whole parts, as 1 - (fraction of
+    epochs begun) ** `mask_lambda_power`; a number given for it stays. `token_share` below 1 leaves
+    all but that ratio of the patches out of encoder and loss: chosen for each image at random, or
+    the best by `token_selection` "score"; a batch may also list them as "cells" [B, L].
+    `count_fix`: see `semantic_mask`.
+    """
+
+    flags = (
+        Flag(
+            "num_parts", type=int, group="masks from parts",
+            help="number of parts, the background among them",
+        ),
+        Flag(
+            "mask_lambda", type=float, group="masks from parts",
+            help="keep it constant: 1 masks a ratio of each part, 0 whole parts",
+        ),
+        Flag(
+            "mask_lambda_power", type=float, group="masks from parts",
+            help="let it fall from 1 to 0 as 1 - t ** POWER",
+        ),
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        grid: Pair,
+        *,
+        mask_ratio: float = 0.75,
+        num_parts: int = 7,
+        mask_lambda: float | None = None,
+        mask_lambda_power: float = 2.0,
+        lambda_schedule: str = "power",
+        count_fix: str = "parity",
+        token_share: float = 1.0,
+        token_selection: str = "random",
+    ):
+        super().__init__(grid, mask_ratio=mask_ratio)
+        check_choice("count_fix", count_fix, COUNT_FIXES)
+        check_choice("token_selection", token_selection, ("random", "score"))
+        if mask_lambda is not None and not 0 <= mask_lambda <= 1:
+            raise OptionError("mask_lambda", mask_lambda, "does not lie between 0 and 1")
+        patches = self.num_tokens
+        self.num_parts = num_parts
+        self.count_fix = count_fix
+        self.token_selection = token_selection
+        self.num_tokens = int(token_share * patches)
+        num_visible(self.num_tokens, self.mask_ratio)
+        self.choice_size = 0  # noise for the choice of tokens
+        self.views = ("part_ids", "noise")
+        self.chooses = self.num_tokens < patches
+        if token_selection == "score":
+            self.views = (*self.views, "part_scores")
+        elif self.chooses:
+            self.choice_size = patches
+        self.noise_size = self.num_tokens + num_parts + self.choice_size
+        self.mask_lambda = 1.0 if mask_lambda is None else mask_lambda
+        self.schedule = None
+        if mask_lambda is None:
+            self.schedule = partial(
+                mask_lambda_schedule, power=mask_lambda_power, kind=lambda_schedule
+            )
+            self.before_epoch(0, 1)  # refuses a schedule that cannot be
+
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        if self.schedule is not None:
+            self.mask_lambda = float(self.schedule(epoch, epochs))
+
+    def metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        return {"mask_lambda": torch.full_like(loss.detach(), self.mask_lambda)}
+
+    def order(self, batch: dict[str, Tensor], noise: Any, attention: Tensor | None) -> Tensor:
+        """`noise` holds the noise for the order of the tokens [B, L], of the parts [B, K], and,
+        where tokens are chosen at random, for their choice [B, N]: as a tuple or one after
+        another."""
+        if isinstance(noise, Tensor):
+            noise = noise.split((self.num_tokens, self.num_parts, self.choice_size), dim=1)
+        noise_tokens, noise_parts, noise_choice = (*noise, None)[:3]
+        chosen = self.choose_tokens(batch, noise_choice)
+        parts = batch["part_ids"].flatten(1).long()
+        if chosen is not None:
+            parts = parts.gather(1, chosen)
+        masks = semantic_mask(
+            parts, self.mask_ratio, self.mask_lambda, self.num_parts, noise_tokens, noise_parts,
+            count_fix=self.count_fix,
+        )  # fmt: skip
+        return masks.order if chosen is None else chosen.gather(1, masks.order)
+
+    def choose_tokens(self, batch: dict[str, Tensor], noise: Tensor | None) -> Tensor | None:
+        """Return positions of the tokens that take part, int64 [B, L]; None: all of them in
+        row-major order."""
+        if "cells" in batch:
+            return batch["cells"]
+        if not self.chooses:
+            return None
+        if self.token_selection == "score":
+            order = batch["part_scores"].flatten(1).argsort(dim=1, descending=True, stable=True)
+        else:
+            order = ascending(noise)
+        return order[:, : self.num_tokens]
+
+
+def stretched(x: Tensor) -> Tensor:
+    """Return each row of [B, N] moved and scaled to [0, 1)."""
+    low, high = x.aminmax(dim=1, keepdim=True)
+    return (x - low) / (high - low + 1e-6)
+
+
+# by the words of --mask_type
+MASKS: dict[str, type[LoaderMask]] = {
+    "block": BlockMask,
+    "random_mps32": LoaderMask,
+    "random": LoaderMask,
+    "parts": PartMask,
+    "attention_high": AttentionMask,
+    "attention_low": LowAttentionMask,
+    "none": NoMask,
+}
 
 
 # --------------------------------------------------------------------------------------------------

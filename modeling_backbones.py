@@ -19,6 +19,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from timm.models.regnet import Bottleneck as RegNetBlock
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from modeling_finetune import (
@@ -39,9 +40,13 @@ TIMM_BACKBONES = {
     **{f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 200)},
     **{f"convnext_{size}": f"convnext_{size}" for size in ("tiny", "small", "base")},
     **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "base")},
+    "swinv2_tiny": "swinv2_tiny_window8_256",
+    "swinv2_base": "swinv2_base_window12_192",
 }
 # what timm's networks repeat within a stage
-REPEATED_BLOCKS = (BasicBlock, Bottleneck, ConvNeXtBlock, SwinTransformerBlock, RegNetBlock)
+REPEATED_BLOCKS = (
+    BasicBlock, Bottleneck, ConvNeXtBlock, SwinTransformerBlock, SwinTransformerV2Block, RegNetBlock,
+)  # fmt: skip
 OUTPUT_STRIDES = (8, 16, 32)  # of timm's ResNets, RegNets and ConvNeXts
 MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")
 
@@ -105,7 +110,7 @@ def resnet_places(resnet: ResNet) -> list[Place]:
     ]
 
 
-def swin_places(swin: SwinTransformer) -> list[Place]:
+def swin_places(swin: SwinTransformer | SwinTransformerV2) -> list[Place]:
     """After the patch embedding, then before the blocks of each stage."""
     stages = [
         Place(f"layers.{k}.downsample", False, info["num_chs"], info["reduction"], -1)
@@ -170,6 +175,7 @@ _FAMILIES: dict[type[nn.Module], Family] = {
         ("cpu", "cuda"),
     ),
     SwinTransformer: Family(swin_places, features_last, "swin"),
+    SwinTransformerV2: Family(swin_places, features_last, "swin"),
     ConvNeXt: Family(
         convnext_places,
         lambda net, images: net.head.norm(net.forward_features(images)),
@@ -252,15 +258,17 @@ def timm_network(
 ) -> nn.Module:
     """timm's network of that name with random weights; `options` are its own.
 
-    Swin is told the images' size, and the published ones a window as large as their last map
-    (docs/methods/simmim_a2mim.md#places-of-the-token).
+    Swin is told the images' size, and those with recipes a window as large as their last map, of
+    version 2 twice as large (docs/methods/simmim_a2mim.md#places-of-the-token).
+
     Raises:
         ValueError: what the network does not have.
     """
-    if name.startswith("swin_"):
+    if name.startswith(("swin_", "swinv2_")):
         options = {"img_size": input_size, "drop_path_rate": drop_path} | options
         if name in TIMM_BACKBONES.values():
-            options = {"window_size": window_of(input_size)} | options
+            window = window_of(input_size) * (2 if name.startswith("swinv2_") else 1)
+            options = {"window_size": window} | options
     elif drop_path:  # not every network of timm takes it; Swin has a rate by default
         options["drop_path_rate"] = drop_path
     try:
@@ -396,9 +404,17 @@ class MaskToken(nn.Module):
         """From now on the backbone's features go through here."""
         module = backbone.get_submodule(self.place.module)
         if self.place.before:
-            module.register_forward_pre_hook(lambda _, inputs: (self(inputs[0]), *inputs[1:]))
+            module.register_forward_pre_hook(self.before)
         else:
-            module.register_forward_hook(lambda _, inputs, output: self(output))
+            module.register_forward_hook(self.after)
+
+    # bound methods: in a copy of the backbone they are those of the copied token
+
+    def before(self, _, inputs: tuple) -> tuple:
+        return self(inputs[0]), *inputs[1:]
+
+    def after(self, _, inputs: tuple, output: Tensor) -> Tensor:
+        return self(output)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, C, h, w], [B, h, w, C] or [B, T, C]; `mask` [B, rows, columns], 1 = masked,
@@ -469,6 +485,37 @@ class PixelNeck(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.pixel_shuffle(self.pred(self.decoder(features)), self.stride)
+
+
+class CellNeck(nn.Module):
+    """Makes of a map [B, C, h, w] a token of each patch that a mask hides or shows, [B, N, D].
+
+    These are `finer` times as many as the map's positions along each side; where they are as many,
+    the tokens are the map's features.
+    """
+
+    def __init__(self, width: int, finer: int):
+        super().__init__()
+        self.width = self.width_of(width, finer)
+        self.finer = finer
+        self.lift = nn.Identity() if finer == 1 else nn.Conv2d(width, self.width * finer**2, 1)
+        if finer > 1:
+            nn.init.trunc_normal_(self.lift.weight, std=0.02)
+            nn.init.zeros_(self.lift.bias)
+
+    @staticmethod
+    def ratio(stride: int, cell: int) -> int:
+        """Return how many patches of `cell` pixels there are along `stride` pixels."""
+        assert stride % cell == 0, (stride, cell)
+        return stride // cell
+
+    @staticmethod
+    def width_of(width: int, finer: int) -> int:
+        """Return D, the numbers of a token, of maps with `width` channels."""
+        return max(width // finer, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.lift(features), self.finer).flatten(2).transpose(1, 2)
 
 
 def depthwise_layer(width: int, kernel: int) -> nn.Sequential:

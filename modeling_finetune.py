@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from unimim.errors import OptionError, did_you_mean
+from unimim.errors import OptionError, check_choice, did_you_mean
 from unimim.flag import Flag
 from unimim.sizes import to_pair
 
@@ -206,6 +206,7 @@ def own_options(*builders: type | Callable) -> set[str]:
     names: set[str] = set()
     for builder in builders:
         for cls in getattr(builder, "__mro__", (builder,)):
+            names |= set(vars(cls).get("chosen_options", ())) if isinstance(cls, type) else set()
             init = vars(cls).get("__init__") if isinstance(cls, type) else cls
             if init is None:
                 continue
@@ -538,7 +539,7 @@ class DropPath(nn.Module):
 
     def factor(self, x: Tensor) -> Tensor | None:
         """[B, 1, ...] for x [B, ...]; None where nothing is dropped."""
-        shape = (len(x), *(1,) * (x.ndim - 1))
+        shape = (x.shape[0], *(1,) * (x.ndim - 1))
         if torch.compiler.is_compiling() and self.keep is not None:
             if not self.training:
                 return None
@@ -844,7 +845,7 @@ class VisionTransformer(nn.Module):
     def embed(self, patches: Tensor, positions: Tensor | None) -> Tensor:
         """Put the class tokens in front of patch embeddings [B, M, C] and add positions [1 or B,
         n + M, C]."""
-        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
+        x = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         return self.pos_drop(x if positions is None else x + positions)
 
     def position_bias(self) -> Any:
@@ -889,12 +890,6 @@ class VisionTransformer(nn.Module):
         block = self.blocks[layer]
         q, k, _ = block.attn.project(block.norm1(x))
         return block.attn.probabilities(q, k, block.attn.position_bias(bias))
-
-
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise an OptionError if the value of a constructor option is none of the choices."""
-    if value not in choices:
-        raise OptionError(option, value, f"is unknown; take one of {', '.join(choices)}")
 
 
 # --------------------------------------------------------------------------------------------------

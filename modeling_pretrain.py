@@ -10,7 +10,7 @@ patch width * 3 numbers of a patch; n class tokens, V visible patches, K visual 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,19 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masking_generator import (
-    COUNT_FIXES,
+    MASKS,
     ORDERS_WITH_TIES,
     ORDERS_WITHOUT_NOISE,
     PATCH_ORDERS,
-    ascending,
-    mask_lambda_schedule,
-    num_visible,
+    NoiseMask,
+    SquareMask,
+    common_count,
     patch_order,
-    semantic_mask,
+    stretched,
     visible_patches,
 )
 from modeling_backbones import (
     TIMM_BACKBONES,
+    CellNeck,
     MaskToken,
     PixelNeck,
     build_backbone,
@@ -50,6 +51,7 @@ from modeling_finetune import (
     VisionTransformer,
     check_choice,
     drop_path_rates,
+    own_options,
     positions_of,
     register,
     register_family,
@@ -61,19 +63,20 @@ from modeling_losses import (
     FocalFrequencyLoss,
     ReconstructionLoss,
     Regression,
-    VisualTokenLoss,
     enlarged,
     mean_filled,
 )
 from modeling_targets import (
-    HOG,
     PREDICTED_FEATURES,
-    TARGET_PRECISIONS,
+    TARGETS,
     TEACHERS,
-    MeanStd,
-    build_blur,
+    OwnFeatures,
+    Pixels,
+    Shape,
+    Target,
+    check_rgb,
     load_teacher,
-    load_tokenizer,
+    put,
 )
 from unimim.checkpoint.names import timm_vit_arguments
 from unimim.engine.ema import MovingAverage
@@ -166,16 +169,268 @@ class PretrainMethod(Task):
         return timm_vit_arguments(encoder, self.image_size, self.blocks[0].attn.num_heads)
 
 
-class MaskedImageModel(PretrainMethod, VisionTransformer):
+@cache
+def options_of(part: type | None) -> frozenset[str]:
+    """Return the names of the options of a target's or a mask's constructor; none for None."""
+    return frozenset() if part is None else frozenset(own_options(part) - {"shape", "grid"})
+
+
+_PARTS = (*TARGETS.values(), *MASKS.values())
+SPACE_FLAGS = (
+    Flag(
+        "target", choices=tuple(TARGETS), group="what is predicted",
+        help="what is predicted of the patches; docs/methods/space.md says what goes together",
+    ),
+    Flag("mask_type", optional=True),
+    Flag("mask_ratio", optional=True),
+    *dict.fromkeys(flag for part in _PARTS for flag in part.flags),
+)  # fmt: skip
+
+
+class Predictor(PretrainMethod):
+    """A form of the encoder in the space mask x form x target (docs/methods/space.md).
+
+    The constructor of a form passes its options through `choose`, which keeps those of mask and
+    target, builds its network, calls `aim` for the head and `settle` last. Its `forward` takes the
+    batch from `hide` and returns what `compare` does.
+
+    form_name: in the table. own_target, own_mask: those of the published method; without a target
+    of its own a subclass computes its loss itself. target_options: what the published method sets
+    of a target's options. targets, masks: what --target and --mask_type choose from. equal_counts:
+    as many patches must be hidden of every image. in_order: it predicts in an order and hides
+    nothing. leaves_out: patches may take no part at all. ignored: options that published commands
+    carry for other methods. head_name: the attribute that holds the head; by default the target's.
+    """
+
+    flags = SPACE_FLAGS
+    form_name = ""
+    own_target: str | None = None
+    own_mask = "block"
+    target_options: ClassVar[dict[str, Any]] = {}
+    targets = TARGETS
+    masks = MASKS
+    equal_counts = False
+    in_order = False
+    leaves_out = False
+    ignored = frozenset(("discrete_vae_weight_path", "mask_ratio"))
+    head_name = ""
+    t_momentum = 1.0
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        own = options_of(cls.targets.get(cls.own_target)) | options_of(cls.masks[cls.own_mask])
+        cls.chosen_options = {"target", "mask_type"} | own
+        heads = [part.head_name for part in cls.targets.values()] + [cls.head_name]
+        names = [f"{name}." for name in heads if name]
+        cls.not_exported = tuple(dict.fromkeys((*cls.not_exported, *names)))
+
+    @classmethod
+    def refusal(cls, mask_type: str, target: str | None) -> OptionError | None:
+        """Return why this form does not go with a mask and a target; None if it does."""
+        hides = cls.masks[mask_type] is not MASKS["none"]
+        problem = ""
+        if hides and cls.in_order:
+            problem = (
+                "hides patches, but this model predicts them in an order; use permutation_type"
+            )
+        elif not hides and not cls.in_order:
+            problem = "hides nothing, but this model predicts what is hidden; use random"
+        elif cls.equal_counts and not cls.masks[mask_type].equal_counts:
+            problem = (
+                "hides more patches of one image than of another, which this model cannot take; "
+                "use random or random_mps32"
+            )
+        others = ("model", "permutation_type")
+        return OptionError("mask_type", mask_type, problem, *others) if problem else None
+
+    def choose(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Keep the options of a constructor that are of mask and target and return the others.
+
+        Options of the published method's own mask and target are accepted with any other too, so
+        that its recipe goes with them.
+        """
+        target = options.get("target") or self.own_target
+        mask_type = options.get("mask_type") or self.own_mask
+        if target is not None:
+            check_choice("target", target, self.targets)
+        check_choice("mask_type", mask_type, self.masks)
+        if refusal := self.refusal(mask_type, target):
+            raise refusal
+        if options.get("fft_weight") and target != "pixels":
+            problem = "compares the spectra of pixels; use target pixels"
+            raise OptionError("fft_weight", options["fft_weight"], problem, "target")
+        parts = self.targets.get(target), self.masks[mask_type]
+        made = []
+        for part, own in zip(parts, (self.target_options, {}), strict=True):
+            values = {k: v for k, v in (own | options).items() if k in options_of(part)}
+            made.append(part and partial(part, **values))
+        self._make_target, self._make_mask = made
+        kept = self.chosen_options | self.ignored | options_of(parts[0]) | options_of(parts[1])
+        left = {name: value for name, value in options.items() if name not in kept}
+        axes = (("target", self.targets, target), ("mask_type", self.masks, mask_type))
+        for name, value in left.items():
+            for axis, known, chosen in axes:
+                if owners := [word for word, part in known.items() if name in options_of(part)]:
+                    problem = f"is not an option of {axis} {chosen}, but of {' and '.join(owners)}"
+                    raise OptionError(name, value, problem, axis)
+        return left
+
+    def aim(self, width: int) -> None:
+        """Make the target; `width` is that of the encoder's own features."""
+        shape = Shape(self.cell_grid, tuple(self.cell_size), width, self.image_channels)
+        self.target = self._make_target and self._make_target(shape)
+
+    def add_head(self, dim: int) -> nn.Module:
+        """Add and return the head of the target on tokens [B, M, dim]."""
+        self.head_name = self.head_name or self.target.head_name
+        self.add_module(self.head_name, self.build_head(dim))
+        return self.head_of_target
+
+    def build_head(self, dim: int) -> nn.Module:
+        return self.target.head(dim)
+
+    @property
+    def head_of_target(self) -> nn.Module:
+        return self.get_submodule(self.head_name)
+
+    def settle(self) -> None:
+        """Load what the target needs, make the masks and, where one of the two needs it, the ema:
+        the end of a form's constructor."""
+        self.masking = self._make_mask(self.cell_grid)
+        del self._make_target, self._make_mask
+        if getattr(self.masking, "chooses", False) and not self.leaves_out:
+            problem = "leaves patches out, which only a model with a decoder can; use 1"
+            raise OptionError("token_share", None, problem)
+        if self.masking.teacher is not None:
+            check_rgb(self.image_channels, "mask_teacher")
+            self.masking.teacher = load_teacher(None, self.masking.teacher, self.cell_grid)
+        own_views = ()
+        parts = [self.masking]
+        if self.target is not None:
+            self.target.load()
+            own_views = self.target.views
+            parts.append(self.target)
+        self.views = ("image", *own_views, *self.masking.views)
+        self.noise_size = self.masking.noise_size
+        for part in parts:
+            if part.uses_ema:
+                self.t_momentum = part.t_momentum
+        if any(part.uses_ema for part in parts):
+            self.ema = MovingAverage(self)
+            without_dropout(self.teacher)
+
+    # -- what engines, data and exporters ask
+
+    @property
+    def cell_grid(self) -> tuple[int, int]:
+        """(rows, columns) of masks, part maps and targets."""
+        return tuple(
+            side // cell for side, cell in zip(self.image_size, self.cell_size, strict=True)
+        )
+
+    @property
+    def image_channels(self) -> int:
+        return self.patch_embed.proj.in_channels
+
+    @property
+    def num_parts(self) -> int:
+        return self.masking.num_parts
+
+    @property
+    def second_size(self) -> tuple[int, int]:
+        return self.target.second_size
+
+    @property
+    def frozen(self) -> nn.Module | None:
+        return self.target and self.target.frozen
+
+    @property
+    def raw_views(self) -> tuple[str, ...]:
+        return self.target.raw_views if self.target else ()
+
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        self.masking.before_epoch(epoch, epochs)
+
+    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
+        """Update the ema by a momentum that goes from `t_momentum` to 1 as a cosine over the run
+        (docs/methods/conmim.md#teacher)."""
+        if self.ema is not None:
+            momentum = 1.0 + 0.5 * (self.t_momentum - 1.0) * (1.0 + math.cos(math.pi * progress))
+            self.ema.update(momentum, applied)
+
+    # -- masks and targets of a batch
+
+    def visible_first(self, batch: dict[str, Tensor], noise: Noise = None) -> tuple[Tensor, int]:
+        """Return positions of the patches that take part, int64 [B, L], visible ones first, and how
+        many those are. `noise` replaces the view "noise"."""
+        if noise is None and self.noise_size:
+            noise = self.noise_of(batch)
+        order = self.masking.order(batch, noise, self.attention_to_patches(batch))
+        return order, self.masking.num_visible(batch, order.shape[1])
+
+    @torch.no_grad()
+    def attention_to_patches(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Return how much each patch is attended to, [B, N]; None where masks do not ask."""
+        if self.masking.teacher is not None:
+            return self.masking.teacher.look(batch["image"]).attention.mean(1)
+        if not self.masking.uses_ema:
+            return None
+        patches = self.teacher.whole(batch["image"])[:, -math.prod(self.cell_grid) :]
+        return similarity(patches.mean(1, keepdim=True), patches)
+
+    def hide(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
+        """Return the batch with "mask" [B, gh, gw], where it does not come with it, and how many
+        patches that hides."""
+        if "mask" in batch or "mask" in self.masking.views:
+            return batch
+        order, visible = self.visible_first(batch, noise)
+        mask = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, visible:], True)
+        count = order.shape[1] - visible
+        counts = {"mask_counts": (count, count), "max_masked": count}
+        return {**batch, "mask": mask.unflatten(1, self.cell_grid), **counts}
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Return normed tokens [B, T, C] of images of which nothing is hidden."""
+        return self.norm(self.run_blocks(self.embed(self.patch_embed(images), self.pos_embed)))
+
+    def compare(
+        self,
+        tokens: Tensor,
+        batch: dict[str, Tensor],
+        positions: Tensor,
+        counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the loss of tokens [B, M, C] of the patches at positions [B, M], and metrics."""
+        with torch.no_grad():
+            target = self.target.of(batch, positions, self)
+        out = self.target.score(self.head_of_target, tokens, target, positions, counts)
+        return out | self.masking.metrics(out["loss"])
+
+
+class MaskedImageModel(Predictor, VisionTransformer):
     """The form of BEiT: a ViT that sees every patch, the masked ones as a learned token."""
 
-    views = ("image", "mask")
+    form_name = "mask tokens"
     not_exported = ("mask_token",)
 
-    def __init__(self, **vit):
+    def __init__(self, **options):
+        vit = self.choose(options)
         super().__init__(**{**vit, "num_classes": 0, "global_pool": "token"})
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self._init_token(self.mask_token)
+        self.aim(self.embed_dim)
+        if self.target is not None:
+            self.add_head(self.embed_dim).apply(self._init_module)
+        self.settle()
+
+    def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
+        """`noise` replaces the view "noise" of masks that are made here."""
+        batch = self.hide(batch, noise)
+        mask = batch["mask"].flatten(1)
+        positions, counts = masked_positions(mask, self.most_masked or batch.get("max_masked"))
+        rows = None if self.target.sees_all else positions + self.num_prefix_tokens
+        tokens = self.norm(self.run_blocks(self.embed_masked(batch["image"], mask), rows=rows))
+        return self.compare(tokens, batch, positions, counts)
 
     def encode_masked(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """Return normed tokens [B, T, C] of images [B, 3, H, W], with the mask token where mask
@@ -224,90 +479,18 @@ class ConMIM(MaskedImageModel):
 
     The student sees a weakly augmented image with masked patches, the teacher a strongly augmented
     one in full; each masked patch must pick its own teacher feature among all patches of the same
-    image. Differences from the published code: no unused `lm_head`; the teacher's dropout and
-    stochastic depth are off; only masked rows enter the similarity (same loss); the similarity and
-    softmax are in float32; any grid.
+    image: the target `Contrast`. Differences from the published code: no unused `lm_head`; the
+    teacher's dropout and stochastic depth are off; only masked rows enter the similarity (same
+    loss); the similarity and softmax are in float32; any grid.
     """
 
-    views = ("image", "image_strong", "mask")
-    flags = (
-        Flag("temp", "temperature", type=float, help="temperature of the contrast"),
-        Flag("t_momentum", type=float, help="teacher momentum at the first step; 1 at the last"),
-    )
-    not_exported = ("mask_token", "projectors.")
-
-    def __init__(
-        self,
-        *,
-        projector_hidden_dim: int = 4096,
-        projector_out_dim: int = 256,
-        temperature: float = 0.1,
-        t_momentum: float = 0.996,
-        **vit,
-    ):
-        super().__init__(**vit)
-        self.temperature = temperature
-        self.t_momentum = t_momentum
-        self.projectors = projector(self.embed_dim, projector_hidden_dim, projector_out_dim)
-        self.projectors.apply(self._init_module)
-        self.ema = MovingAverage(self)
-        without_dropout(self.teacher)
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = batch["mask"].flatten(1)  # [B, N]
-        with torch.no_grad():
-            keys = self.teacher.project(batch["image_strong"], None)  # [B, N, D]
-        queries = self.project(batch["image"], mask)  # [B, N, D]
-        positions, counts = masked_positions(mask, batch.get("max_masked"))
-        logits = self.similarity(take(queries, positions), keys)  # [B, M, N]
-        return self.contrast(logits, positions, counts)
+    own_target = "contrast"
 
     def project(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """Return projected patch tokens [B, N, D]. The class token passes through too: it counts
         in the batch statistics."""
-        tokens = self.encode_masked(images, mask)
-        return self.projectors(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)[
-            :, self.num_prefix_tokens :
-        ]
-
-    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return the cosine similarity over temperature [B, M, N] within each image, of [B, M, D]
-        and [B, N, D]."""
-        with torch.autocast(queries.device.type, enabled=False):
-            queries, keys = (F.normalize(x.float(), dim=-1) for x in (queries, keys))
-            return queries @ keys.transpose(1, 2) / self.temperature
-
-    def contrast(self, logits: Tensor, positions: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Return the cross entropy over the patches of the image, averaged over all masked patches
-        of the batch."""
-        total = counts.sum().clamp(min=1)
-        losses = F.cross_entropy(logits.flatten(0, 1), positions.flatten(), reduction="none")
-        hits = (logits.detach().argmax(-1) == positions) & counts
-        return {
-            "loss": (losses * counts.flatten()).sum() / total,
-            "contrast_acc": hits.sum() / total,
-        }
-
-    def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        """Update the teacher by a momentum that goes from `t_momentum` to 1 as a cosine over the
-        run (docs/methods/conmim.md#teacher)."""
-        momentum = 1.0 + 0.5 * (self.t_momentum - 1.0) * (1.0 + math.cos(math.pi * progress))
-        self.ema.update(momentum, applied)
-
-
-def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """Build three bias-free linear layers, each with batch normalization, the last without affine
-    (docs/methods/conmim.md#projector)."""
-    return nn.Sequential(
-        nn.Linear(dim, hidden_dim, bias=False),
-        nn.BatchNorm1d(hidden_dim),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden_dim, hidden_dim, bias=False),
-        nn.BatchNorm1d(hidden_dim),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden_dim, out_dim, bias=False),
-        nn.BatchNorm1d(out_dim, affine=False),
-    )
+        tokens = self.target.project(self.projectors, self.encode_masked(images, mask))
+        return tokens[:, self.num_prefix_tokens :]
 
 
 def without_dropout(module: nn.Module) -> None:
@@ -361,14 +544,13 @@ class PlainViT(PretrainMethod, VisionTransformer):
             nn.init.zeros_(module.bias)
 
 
-NORM_PIX_LOSS = Flag(
-    "norm_pix_loss",
-    off="no_norm_pix_loss",
-    help="predict each patch normalized by its own mean and std",
-)
+USE_BOTTLENECK = Flag(
+    "use_bottleneck", off="no_bottleneck",
+    help="mask tokens attend to the class tokens only; without, the baseline of SemanticMIM",
+)  # fmt: skip
 
 
-class MAE(PlainViT):
+class MAE(Predictor, PlainViT):
     """Masked autoencoder (CVPR 2022, arXiv 2111.06377).
 
     The encoder sees the visible patches only; a narrow decoder predicts the pixels of the others.
@@ -376,31 +558,37 @@ class MAE(PlainViT):
     projected; tokens carry their positions, so that the decoder takes them in the shuffled order
     and nothing is put back; its last block computes the masked tokens only, the others being keys
     and values; any grid, also one that is not square.
+
+    use_bottleneck: the decoder gets of the encoder's tokens the class token only, as SemanticMIM's
+    mask tokens do; this is ours.
     """
 
-    views = ("image", "noise")
-    flags = (Flag("mask_ratio", optional=True), NORM_PIX_LOSS)
+    form_name = "visible only + decoder"
+    flags = (*Predictor.flags, USE_BOTTLENECK)
+    own_target = "pixels"
+    own_mask = "random"
+    masks = MASKS | {"random": NoiseMask}
+    equal_counts = True
+    leaves_out = True
+    head_name = "decoder_pred"
     not_exported = ("mask_token", "decoder_")
     predicts_pixels = True
 
     def __init__(
         self,
         *,
-        mask_ratio: float = 0.75,
-        norm_pix_loss: bool = False,
+        use_bottleneck: bool = False,
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         attn: str = "auto",
-        **vit,
+        **options,
     ):
+        vit = self.choose(options)
         super().__init__(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, attn=attn, **vit)
-        self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
-        self.noise_size = self.patch_embed.num_patches
-        num_visible(self.patch_embed.num_patches, mask_ratio)  # refuses a ratio that cannot be
+        self.use_bottleneck = use_bottleneck
         self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = self.decoder_positions(decoder_embed_dim)
@@ -410,10 +598,14 @@ class MAE(PlainViT):
         )  # fmt: skip
         self.decoder_blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_embed.numbers)
+        self.aim(self.embed_dim)
+        self.add_head(decoder_embed_dim)
         for decoder in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             decoder.apply(self._init_module)
         nn.init.normal_(self.mask_token, std=0.02)
+        self.predicts_pixels = isinstance(self.target, Pixels)
+        self.settle()
+        self.mask_ratio = self.masking.mask_ratio
 
     def decoder_positions(self, width: int) -> nn.Parameter:
         """Return the decoder's positions [1, n + N, width]."""
@@ -424,24 +616,19 @@ class MAE(PlainViT):
         """`noise` replaces the random noise of `random_masking`."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
-        predicted = self.forward_decoder(latent, order, order.shape[1] - visible)
-        return {"loss": self.forward_loss(predicted, take(patches, order[:, visible:]))}
+        tokens = self.decode(latent, order, order.shape[1] - visible)
+        return self.compare(tokens, {**batch, "patches": patches}, order[:, visible:])
 
     def mask_patches(
         self, batch: dict[str, Tensor], noise: Noise = None
     ) -> tuple[Tensor, Tensor, int]:
         """Return patches [B, N, P], positions of the tokens that take part [B, L], visible ones
         first, and how many those are."""
-        order = self.random_masking(batch, noise)
-        return (
-            self.patch_embed.cut(batch["image"]),
-            order,
-            num_visible(order.shape[1], self.mask_ratio),
-        )
+        return self.patch_embed.cut(batch["image"]), *self.visible_first(batch, noise)
 
-    def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """Return a random order of the patches, int64 [B, N]: ascending in noise [B, N]."""
-        return ascending(self.noise_of(batch) if noise is None else noise)
+    def random_masking(self, batch: dict[str, Tensor], noise: Noise = None) -> Tensor:
+        """Return positions of the patches that take part, int64 [B, L], visible ones first."""
+        return self.visible_first(batch, noise)[0]
 
     def forward_encoder(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Return normed tokens [B, n + V, C] of visible patches [B, V, P] at positions [B, V]."""
@@ -451,6 +638,13 @@ class MAE(PlainViT):
     def forward_decoder(self, latent: Tensor, positions: Tensor, count: int) -> Tensor:
         """Return predictions [B, count, P] for the last `count` of the tokens at positions [B, L],
         the visible ones first."""
+        return self.decoder_pred(self.decode(latent, positions, count))
+
+    def decode(self, latent: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Return the tokens [B, count, D] that these predictions are made of."""
+        if self.use_bottleneck:
+            latent = latent[:, : self.num_prefix_tokens]
+            positions = positions[:, -count:]
         x = self.decoder_embed(latent)
         rows = positions_of(self.decoder_pos_embed, positions, self.num_prefix_tokens)
         masked = self.mask_token.to(x.dtype).expand(len(x), rows.shape[1] - x.shape[1], -1)
@@ -458,16 +652,7 @@ class MAE(PlainViT):
         *blocks, last_block = self.decoder_blocks
         for block in blocks:
             x = self._run_block(block, x)
-        return self.decoder_pred(self.decoder_norm(self._run_block(last_block, x, last=count)))
-
-    def forward_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Return the mean squared error over masked patches [B, M, P], in float32; every image has
-        as many of them."""
-        target = target.float()
-        if self.norm_pix_loss:
-            mean, std = pixel_statistics(target)
-            target = (target - mean) / std
-        return F.mse_loss(predicted.float(), target)
+        return self.decoder_norm(self._run_block(last_block, x, last=count))
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
@@ -476,24 +661,9 @@ class MAE(PlainViT):
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
         predicted = self.forward_decoder(latent, order, order.shape[1]).float()
-        if self.norm_pix_loss:
-            mean, std = pixel_statistics(take(patches, order))
-            predicted = predicted * std + mean
+        predicted = self.target.restored(predicted, self.target.patches(batch["image"], order))
         predicted = put(torch.zeros_like(patches), order, predicted)
         return self.panels(batch["image"], order[:, :visible], predicted)
-
-
-def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and std (of the unbiased variance + 1e-6) of each patch [B, M, P]: two tensors
-    [B, M, 1]."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return mean, (variance + 1e-6).sqrt()
-
-
-def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """Return a copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
-    `take`."""
-    return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -514,61 +684,21 @@ class Pixio(MAE):
     """
 
     form: ClassVar[dict[str, Any]] = {"pos_embed": "learned"}
-    flags = (
-        *MAE.flags,
-        Flag("mask_grid", type=int, help="side of a masked square in patches"),
-        NUM_CLS_TOKENS,
-    )
+    flags = (*MAE.flags, *SquareMask.flags, NUM_CLS_TOKENS)
+    masks = MAE.masks | {"random": SquareMask}
+    target_options: ClassVar[dict[str, Any]] = {"norm_pix_loss": True}
 
-    def __init__(
-        self,
-        *,
-        mask_grid: int = 4,
-        num_cls_tokens: int = 8,
-        norm_pix_loss: bool = True,
-        decoder_depth: int = 32,
-        **mae,
-    ):
-        super().__init__(
-            num_cls_tokens=num_cls_tokens, norm_pix_loss=norm_pix_loss,
-            decoder_depth=decoder_depth, **mae,
-        )  # fmt: skip
-        grid = self.patch_embed.grid_size
-        if mask_grid < 1 or any(side % mask_grid for side in grid):
-            problem = f"does not divide the grid of {grid[0]} x {grid[1]} patches; use a divisor"
-            raise OptionError("mask_grid", mask_grid, problem)
-        # [squares, patches of each]
-        self.register_buffer("squares", squares_of(grid, mask_grid), persistent=False)
-        self.noise_size, patches = self.squares.shape
-        self.visible = num_visible(self.noise_size, self.mask_ratio) * patches
+    def __init__(self, *, num_cls_tokens: int = 8, decoder_depth: int = 32, **mae):
+        super().__init__(num_cls_tokens=num_cls_tokens, decoder_depth=decoder_depth, **mae)
 
     def decoder_positions(self, width: int) -> nn.Parameter:
         positions = nn.Parameter(torch.empty(1, self.pos_embed.shape[1], width))
         self._init_token(positions)
         return positions
 
-    def mask_patches(
-        self, batch: dict[str, Tensor], noise: Noise = None
-    ) -> tuple[Tensor, Tensor, int]:
-        return self.patch_embed.cut(batch["image"]), self.random_masking(batch, noise), self.visible
-
-    def random_masking(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """Return a random order of the patches, int64 [B, N]: square after square, these ascending
-        in noise [B, squares]."""
-        order = super().random_masking(batch, noise)
-        return self.squares[order].flatten(1)
-
     def init_weights(self, init_scale: float) -> None:
         super().init_weights(init_scale)
         self._init_token(self.pos_embed)
-
-
-def squares_of(grid: tuple[int, int], side: int) -> Tensor:
-    """Return the patches of each square of side x side patches, int64 [squares, side * side];
-    squares and patches are in row-major order."""
-    rows, columns = (count // side for count in grid)
-    positions = torch.arange(math.prod(grid)).view(rows, side, columns, side)
-    return positions.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -576,111 +706,14 @@ def squares_of(grid: tuple[int, int], side: int) -> Tensor:
 
 
 class SemMAE(MAE):
-    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207).
+    """MAE with masks that follow semantic parts (NeurIPS 2022, arXiv 2206.10207): `PartMask`.
 
-    "part_ids" of a batch holds the part of each patch, integers [B, gh, gw] below `num_parts`.
-    `mask_lambda` goes from nearly 1, a ratio of every part, to 0, whole parts, as 1 - (fraction of
-    epochs begun) ** `mask_lambda_power`; a number given for it stays. `token_share` below 1 leaves
-    all but that ratio of the patches out of encoder and loss: chosen for each image at random, or
-    the best by `token_selection` "score"; a batch may also list them as "cells" [B, L]. Differences
-    from the published code: images and part maps in place of packed tokens, so that crops are
-    possible; any patch size and grid; the schedule's length is the run's, not 800; the sort that
-    mends the counts is stable; `count_fix` "apportion" needs no mending.
+    Differences from the published code: images and part maps in place of packed tokens, so that
+    crops are possible; any patch size and grid; the schedule's length is the run's, not 800; the
+    sort that mends the counts is stable; `count_fix` "apportion" needs no mending.
     """
 
-    views = ("image", "part_ids", "noise")
-    flags = (
-        *MAE.flags,
-        Flag("num_parts", type=int, help="number of parts, the background among them"),
-        Flag(
-            "mask_lambda",
-            type=float,
-            help="keep it constant: 1 masks a ratio of each part, 0 whole parts",
-        ),
-        Flag("mask_lambda_power", type=float, help="let it fall from 1 to 0 as 1 - t ** POWER"),
-    )
-
-    def __init__(
-        self,
-        *,
-        num_parts: int = 7,
-        mask_lambda: float | None = None,
-        mask_lambda_power: float = 2.0,
-        lambda_schedule: str = "power",
-        count_fix: str = "parity",
-        token_share: float = 1.0,
-        token_selection: str = "random",
-        **mae,
-    ):
-        super().__init__(**mae)
-        check_choice("count_fix", count_fix, COUNT_FIXES)
-        check_choice("token_selection", token_selection, ("random", "score"))
-        if mask_lambda is not None and not 0 <= mask_lambda <= 1:
-            raise OptionError("mask_lambda", mask_lambda, "does not lie between 0 and 1")
-        self.num_parts = num_parts
-        self.count_fix = count_fix
-        self.token_selection = token_selection
-        self.num_tokens = int(token_share * self.patch_embed.num_patches)
-        num_visible(self.num_tokens, self.mask_ratio)
-        self.choice_size = 0  # noise for the choice of tokens
-        if token_selection == "score":
-            self.views = (*self.views, "part_scores")
-        elif self.num_tokens < self.patch_embed.num_patches:
-            self.choice_size = self.patch_embed.num_patches
-        self.noise_size = self.num_tokens + num_parts + self.choice_size
-        self.mask_lambda = 1.0 if mask_lambda is None else mask_lambda
-        self.schedule = None
-        if mask_lambda is None:
-            self.schedule = partial(
-                mask_lambda_schedule, power=mask_lambda_power, kind=lambda_schedule
-            )
-            self.before_epoch(0, 1)  # refuses a schedule that cannot be
-
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        if self.schedule is not None:
-            self.mask_lambda = float(self.schedule(epoch, epochs))
-
-    def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random noise of `random_masking`."""
-        out = super().forward(batch, noise)
-        return out | {"mask_lambda": torch.full_like(out["loss"].detach(), self.mask_lambda)}
-
-    def random_masking(
-        self, batch: dict[str, Tensor], noise: tuple[Tensor | None, ...] | None = None
-    ) -> Tensor:
-        """Return positions of the tokens that take part, int64 [B, L], visible ones first.
-
-        `noise`: uniform noise for the order of the tokens [B, L], of the parts [B, K], and, where
-        tokens are chosen at random, for their choice [B, N]. The view "noise" holds them one after
-        another.
-        """
-        if noise is None:
-            noise = self.noise_of(batch).split(
-                (self.num_tokens, self.num_parts, self.choice_size), dim=1
-            )
-        noise_tokens, noise_parts, noise_choice = (*noise, None)[:3]
-        chosen = self.choose_tokens(batch, noise_choice)
-        parts = batch["part_ids"].flatten(1).long()
-        if chosen is not None:
-            parts = parts.gather(1, chosen)
-        masks = semantic_mask(
-            parts, self.mask_ratio, self.mask_lambda, self.num_parts, noise_tokens, noise_parts,
-            count_fix=self.count_fix,
-        )  # fmt: skip
-        return masks.order if chosen is None else chosen.gather(1, masks.order)
-
-    def choose_tokens(self, batch: dict[str, Tensor], noise: Tensor | None) -> Tensor | None:
-        """Return positions of the tokens that take part, int64 [B, L]; None: all of them in
-        row-major order."""
-        if "cells" in batch:
-            return batch["cells"]
-        if self.num_tokens == self.patch_embed.num_patches:
-            return None
-        if self.token_selection == "score":
-            order = batch["part_scores"].flatten(1).argsort(dim=1, descending=True, stable=True)
-        else:
-            order = ascending(noise)
-        return order[:, : self.num_tokens]
+    own_mask = "parts"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -689,7 +722,6 @@ class SemMAE(MAE):
 ATTENTION_MAPS = ("cls", "gap", "self")
 ORDER_PRECISIONS = ("fp32", "auto")
 PREDICTION_HEADS = ("MLP", "LINEAR")
-PIXEL_LOSSES = ("L1", "L2")
 
 
 class QueryAttention(Attention):
@@ -738,11 +770,6 @@ USE_EMA_MODEL = Flag(
     "use_ema_model",
     off="no_use_ema_model",
     help="keep an ema of the network; SemAIM's attention map comes from it",
-)
-TARGET_PRECISION = Flag(
-    "target_precision",
-    choices=TARGET_PRECISIONS,
-    help="precision of the frozen target model; auto: --precision",
 )
 
 
@@ -826,7 +853,7 @@ class TwoStreams(PlainViT):
         return h, g
 
 
-class SemAIM(TwoStreams):
+class SemAIM(Predictor, TwoStreams):
     """Semantic-aware autoregressive image modelling (AAAI 2024, arXiv 2312.10457).
 
     Each image has an order of its patches, and each patch is predicted from its position and all
@@ -839,9 +866,6 @@ class SemAIM(TwoStreams):
     order_precision: "fp32", or "auto", which lets the pass for the map be autocast.
     use_ema_model: keep an ema of the network; it gives the map.
     prediction_head_type: "MLP" or "LINEAR".
-    gaussian_kernel_size, gaussian_sigma: blur of the target pixels; None is without.
-    norm_pix_loss: normalize each target patch by its own mean and std.
-    loss_type: "L1" or "L2".
     attn: with "eager", and with orders in which ties are the rule, the streams run under explicit
         masks; otherwise tokens are sorted by the order, which makes the attention causal.
 
@@ -866,12 +890,16 @@ class SemAIM(TwoStreams):
         USE_EMA_MODEL,
         *TwoStreams.flags,
         Flag("prediction_head_type", choices=PREDICTION_HEADS, help="a layer or an MLP"),
-        Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
-        Flag("gaussian_sigma", type=float, help="std of the blur of the target pixels"),
-        Flag("loss_type", choices=PIXEL_LOSSES, help="loss of the pixels"),
-        NORM_PIX_LOSS,
+        *Predictor.flags,
     )  # fmt: skip
-    not_exported = (*TwoStreams.not_exported, "prediction_head.", "gaussian_blur.")
+    form_name = "two causal streams"
+    own_target = "pixels"
+    own_mask = "none"
+    in_order = True
+    target_options: ClassVar[dict[str, Any]] = {"norm_pix_loss": True, "mean_by_patch": True}
+    ignored = Predictor.ignored | {"target_precision", "image_mean_std", "out_dim"}
+    head_name = "prediction_head"
+    not_exported = (*TwoStreams.not_exported, "gaussian_blur.")
     predicts_pixels = True
     known_ratio = 0.25  # of the patches in `reconstruct`, as many as MAE's encoder sees
 
@@ -883,64 +911,58 @@ class SemAIM(TwoStreams):
         order_precision: str = "fp32",
         use_ema_model: bool = False,
         prediction_head_type: str = "MLP",
-        gaussian_kernel_size: int | None = None,
-        gaussian_sigma: float | None = None,
-        norm_pix_loss: bool = True,
-        loss_type: str = "L2",
         mlp_ratio: float = 4.0,
         attn: str = "auto",
-        **streams,
+        **options,
     ):
+        streams = self.choose(options)
         super().__init__(mlp_ratio=mlp_ratio, attn=attn, **streams)
         check_choice("permutation_type", permutation_type, PATCH_ORDERS)
         check_choice("attention_type", attention_type, ATTENTION_MAPS)
         check_choice("order_precision", order_precision, ORDER_PRECISIONS)
         check_choice("prediction_head_type", prediction_head_type, PREDICTION_HEADS)
-        check_choice("loss_type", loss_type, PIXEL_LOSSES)
         self.permutation_type = permutation_type
         self.attention_type = attention_type
         self.order_precision = order_precision
-        self.norm_pix_loss = norm_pix_loss
-        self.loss_type = loss_type
+        self.prediction_head_type = prediction_head_type
         self.explicit_masks = attn == "eager" or permutation_type in ORDERS_WITH_TIES
+        self.aim(self.embed_dim)
+        self.predicts_pixels = isinstance(self.target, Pixels)
+        self.gaussian_blur = self.target.blur if self.predicts_pixels else None
+        self.add_head(self.embed_dim).apply(self._init_module)
+        self.settle()
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
         self.noise_size = sum(self.noise_sizes)
-        self.views = ("image", "noise") if self.noise_size else ("image",)
-        width = self.build_target(gaussian_kernel_size, gaussian_sigma)
-        if prediction_head_type == "MLP":
-            head = Mlp(self.embed_dim, int(self.embed_dim * mlp_ratio), 0.0, width)
-        else:
-            head = nn.Linear(self.embed_dim, width)
-        self.prediction_head = head.apply(self._init_module)
-        self.ema = MovingAverage(self) if use_ema_model else None
+        self.views = (*self.views, "noise") if self.noise_size else self.views
+        if use_ema_model and self.ema is None:
+            self.ema = MovingAverage(self)
         self.before_epoch(0, 1)
 
-    def build_target(self, kernel_size: int | None, sigma: float | None) -> int:
-        """Build what makes the target and return how many numbers of each patch are predicted;
-        called by the constructor."""
-        channels = self.patch_embed.proj.in_channels
-        self.gaussian_blur = build_blur(kernel_size, sigma, channels)
-        return self.patch_embed.numbers
+    def build_head(self, dim: int) -> nn.Module:
+        """Build the target's head; where that is a linear layer, `prediction_head_type` counts."""
+        if self.prediction_head_type == "LINEAR" or type(self.target).head is not Target.head:
+            return self.target.head(dim)
+        return Mlp(dim, self.blocks[0].mlp.fc1.out_features, 0.0, self.target.width)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
         """`noise` replaces the random noise of `order_values`."""
         attention, target = self.attention_and_target(batch)
         order = self.order_values(batch, attention, noise)  # [B, N], smaller is earlier
-        predicted, positions = self.predict(batch["image"], order)
+        tokens, positions = self.predicting(batch["image"], order)
         if positions is not None:
-            target = take(target, positions)
-        return {"loss": self.loss_map(predicted, target).mean()}
+            target = self.target.at(target, positions)
+        return self.target.score(self.prediction_head, tokens, target, positions)
 
-    def predict(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return predictions [B, N, P] and the positions [B, N] that they are of, None for
-        row-major order."""
+    def predicting(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return normed tokens [B, N, C] that patches are predicted from, and the positions [B, N]
+        of these patches, None for row-major order."""
         if self.explicit_masks:
             positions = None
             g = self.masked_streams(images, order)[1][:, 1:]
         else:
             positions = order.argsort(dim=1, stable=True)
             g = self.causal_streams(images, positions)[1]
-        return self.prediction_head(self.norm(g)), positions
+        return self.norm(g), positions
 
     # -- the order
 
@@ -948,7 +970,7 @@ class SemAIM(TwoStreams):
     def attention_and_target(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
         """Return the attention map [B, N], None for orders without one, and the target [B, N, P],
         both of the unmasked image."""
-        return self.attention_map(batch["image"]), self.pixel_target(batch["image"])
+        return self.attention_map(batch["image"]), self.target.of(batch, None, self)
 
     @torch.no_grad()
     def attention_map(self, images: Tensor) -> Tensor | None:
@@ -1000,29 +1022,7 @@ class SemAIM(TwoStreams):
         )  # fmt: skip
         return order.to(images.device).expand(len(images), -1)
 
-    # -- target and loss
-
-    def pixel_target(self, images: Tensor) -> Tensor:
-        """Return the patches [B, N, P] of the blurred images, float32, each normalized by itself
-        with `norm_pix_loss`."""
-        patches = self.blurred_patches(images)
-        if not self.norm_pix_loss:
-            return patches
-        mean, std = pixel_statistics(patches)
-        return (patches - mean) / std
-
-    def blurred_patches(self, images: Tensor) -> Tensor:
-        """Return the patches [B, N, P] of the blurred images in float32."""
-        images = images.float()
-        if self.gaussian_blur is not None:
-            with disabled_autocast(images.device):
-                images = self.gaussian_blur(images)
-        return self.patch_embed.cut(images)
-
-    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each patch [B, N], in float32, of two tensors [B, N, P]."""
-        error = predicted.float() - target.float()
-        return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
+    # -- what is predicted
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
@@ -1035,13 +1035,11 @@ class SemAIM(TwoStreams):
         assert self.predicts_pixels, type(self).__name__
         images = batch["image"]
         order = self.order_values(batch, self.attention_map(images), noise)
-        predicted, positions = self.predict(images, order)
+        tokens, positions = self.predicting(images, order)
+        predicted = self.prediction_head(tokens).float()
         if positions is not None:
             predicted = put(torch.zeros_like(predicted), positions, predicted)
-        predicted = predicted.float()
-        if self.norm_pix_loss:
-            mean, std = pixel_statistics(self.blurred_patches(images))
-            predicted = predicted * std + mean
+        predicted = self.target.restored(predicted, self.target.patches(images))
         known = order.argsort(dim=1, stable=True)[:, : round(self.known_ratio * order.shape[1])]
         return self.panels(images, known, predicted)
 
@@ -1057,6 +1055,12 @@ class SemAIM(TwoStreams):
             self.ema.update(self.ema_decay, applied)
 
 
+class PresentFeatures(OwnFeatures):
+    """Features of the network itself, as it is."""
+
+    uses_ema = False
+
+
 class FeatureSemAIM(SemAIM):
     """SemAIM that predicts the features of an unmasked image in place of its pixels.
 
@@ -1064,12 +1068,7 @@ class FeatureSemAIM(SemAIM):
     that model's patch tokens to its class token, and `attention_type` has no effect.
 
     predict_feature: "inference" and "ema" are the normed tokens of the network or of its ema,
-        "dino" and "clip" those of `target_model`.
-    target_model: a file, or timm's name of the model; without it a batch brings "target_tokens" [B,
-        T, out_dim].
-    target_precision: the dtype of that model; "auto" leaves it to autocast.
-    image_mean_std: what images are normalized by; with it that model gets them normalized by its
-        own mean and std, without it as they are, which is as published.
+        "dino" and "clip" those of `target_model`; see `TeacherTokens` for its options.
     """
 
     flags = (
@@ -1079,66 +1078,29 @@ class FeatureSemAIM(SemAIM):
             help="predict features in place of pixels: of the network, its ema, a DINO or a CLIP "
             "model",
         ),
-        Flag("target_model", metavar="PATH", help="DINO or CLIP model: a file or its name in timm"),
-        TARGET_PRECISION,
-        Flag(
-            "target_mean_std", "image_mean_std", choices=("images", "own"), default="images",
-            convert=lambda choice, run: run.mean_std if choice == "own" else None,
-            help="normalize that model's images as all images, which is as published, or by its "
-            "own mean and std",
-        ),
     )  # fmt: skip
-    predicts_pixels = False
+    targets = TARGETS | {"inference": PresentFeatures}
+    target_options: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self,
-        *,
-        predict_feature: str,
-        target_model: str | None = None,
-        target_precision: str = "auto",
-        image_mean_std: MeanStd | None = None,
-        out_dim: int | None = None,
-        use_ema_model: bool = False,
-        **semaim,
-    ):
+    def __init__(self, *, predict_feature: str, use_ema_model: bool = False, **semaim):
         check_choice("predict_feature", predict_feature, PREDICTED_FEATURES)
         if predict_feature == "ema" and not use_ema_model:
             raise OptionError(
                 "predict_feature", "ema", "needs the ema that use_ema_model keeps", "use_ema_model"
             )
+        source = semaim.get("target_model")
         if predict_feature not in TEACHERS:
-            check_no_target_model(target_model)
-        elif target_model is None and out_dim is None:
+            check_no_target_model(semaim.pop("target_model", None))
+        elif source is None and semaim.get("out_dim") is None:
             problem = "needs target_model: a file or timm's name"
             raise OptionError("predict_feature", predict_feature, problem, "target_model")
-        # the constructor of SemAIM calls `build_target`, which needs these
         self.predict_feature = predict_feature
-        self.out_dim = out_dim
-        self.load_target = partial(
-            load_teacher, predict_feature, target_model, precision=target_precision,
-            image_mean_std=image_mean_std,
-        )  # fmt: skip
-        super().__init__(use_ema_model=use_ema_model, **semaim)
-
-    def build_target(self, kernel_size: int | None, sigma: float | None) -> int:
-        self.gaussian_blur = None
-        self.target = None
-        if self.predict_feature not in TEACHERS:
-            return self.embed_dim
-        if self.load_target.args[1] is None:
-            return self.out_dim
-        channels = self.patch_embed.proj.in_channels
-        if channels != 3:
-            problem = f"is a network of RGB images: predict_feature {self.predict_feature} needs 3"
-            raise OptionError("in_chans", channels, problem, "predict_feature")
-        self.target = self.load_target(grid=self.patch_embed.grid_size)
-        return self.target.width
+        super().__init__(use_ema_model=use_ema_model, **semaim | {"target": predict_feature})
 
     @torch.no_grad()
     def attention_and_target(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
         if self.predict_feature in TEACHERS:
-            given = self.target is None
-            tokens = batch["target_tokens"] if given else self.target(batch["image"])
+            tokens = self.target.tokens(batch)
             return stretched(similarity(tokens[:, :1], tokens[:, 1:])), tokens[:, 1:]
         network = self.teacher if self.predict_feature == "ema" else self
         with evaluating(network):
@@ -1153,29 +1115,18 @@ class FeatureSemAIM(SemAIM):
             return class_attention(self.blocks[-1], x), tokens
         return self.similarity_map(tokens), tokens
 
-    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
-        predicted = F.normalize(predicted.float(), dim=-1)
-        return (predicted - F.normalize(target.float(), dim=-1)).square().sum(-1)
 
-
-def build_semaim(
-    *,
-    predict_feature: str = "none",
-    target_model: str | None = None,
-    target_precision: str = "auto",
-    image_mean_std: MeanStd | None = None,
-    out_dim: int | None = None,
-    **semaim,
-) -> SemAIM:
-    """Build SemAIM, which predicts pixels, or FeatureSemAIM for any other `predict_feature` than
-    "none"."""
+def build_semaim(*, predict_feature: str = "none", target: str | None = None, **semaim) -> SemAIM:
+    """Build SemAIM, or FeatureSemAIM for any other `predict_feature` than "none", which says the
+    same as `target` for features."""
+    if target is not None:
+        predict_feature = target if target in PREDICTED_FEATURES else "none"
     if predict_feature == "none":
-        check_no_target_model(target_model)
-        return SemAIM(**semaim)
-    return FeatureSemAIM(
-        predict_feature=predict_feature, target_model=target_model,
-        target_precision=target_precision, image_mean_std=image_mean_std, out_dim=out_dim, **semaim,
-    )  # fmt: skip
+        check_no_target_model(semaim.pop("target_model", None))
+        return SemAIM(target=target, **semaim)
+    if target == "ema":
+        semaim["use_ema_model"] = True
+    return FeatureSemAIM(predict_feature=predict_feature, **semaim)
 
 
 def check_no_target_model(source: str | None) -> None:
@@ -1215,12 +1166,6 @@ def class_attention(block: Block, x: Tensor) -> Tensor:
 def similarity(query: Tensor, patches: Tensor) -> Tensor:
     """Cosine of [B, 1, C] with each of [B, N, C]: [B, N], in float32."""
     return (F.normalize(query.float(), dim=-1) * F.normalize(patches.float(), dim=-1)).sum(-1)
-
-
-def stretched(x: Tensor) -> Tensor:
-    """Each row of [B, N] moved and scaled to [0, 1)."""
-    low, high = x.aminmax(dim=1, keepdim=True)
-    return (x - low) / (high - low + 1e-6)
 
 
 def disabled_autocast(device: torch.device) -> torch.autocast:
@@ -1361,92 +1306,7 @@ class NEPA(PretrainMethod, RotaryViT):
 # BEiT
 
 
-class VisualTokenHead(nn.Linear):
-    """Predicts visual tokens and returns loss and accuracy."""
-
-    def forward(
-        self, tokens: Tensor, targets: Tensor, counts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean loss and accuracy of tokens [B, M, C] against targets int64 [B, M]; those
-        count where `counts` bool [B, M] is True."""
-        counts = torch.ones_like(targets, dtype=torch.float32) if counts is None else counts.float()
-        loss, hits = VisualTokenLoss.apply(
-            tokens.flatten(0, 1), self.weight, self.bias, targets.flatten(), counts.flatten()
-        )
-        total = counts.sum().clamp(min=1)
-        return loss / total, hits / total
-
-
-class VisualTokenPredictor(PretrainMethod):
-    """A method whose targets are the visual tokens of its patches.
-
-    They come from the tokenizer in `discrete_vae_weight_path`, which sees the same crop as
-    "image_second", or without one with the batch, as "target_ids" [B, N].
-    """
-
-    flags = (
-        Flag(
-            "discrete_vae_weight_path", metavar="FILE", optional=True,
-            help="the tokenizer, which gives the visual tokens: what run_tokenizer.py writes, or "
-            "DALL-E's encoder as OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
-        ),
-        TARGET_PRECISION,
-    )  # fmt: skip
-    not_exported = ("mask_token", "lm_head.")
-    raw_views = ("image_second",)
-
-    def build_visual_tokens(self, vocab_size: int, path: str | None, precision: str) -> None:
-        """Call at the end of the constructor."""
-        self.lm_head = VisualTokenHead(self.embed_dim, vocab_size)
-        self.lm_head.apply(self._init_module)
-        self.tokenizer = None if path is None else load_tokenizer(path, precision)
-        self.views = ("image", "target_ids" if path is None else "image_second", *self.views[1:])
-        if path is None:
-            return
-        grid = tuple(self.patch_embed.grid_size)
-        self.second_size = tuple(
-            side * count for side, count in zip(self.tokenizer.patch, grid, strict=True)
-        )
-        if self.tokenizer.grid not in (None, grid):
-            there = self.tokenizer.grid
-            raise OptionError(
-                "discrete_vae_weight_path", path,
-                f"was trained for {there[0]} x {there[1]} visual tokens of an image, the model has "
-                f"{grid[0]} x {grid[1]} patches; train one for as many with run_tokenizer.py, or "
-                "change input_size or patch_size",
-                "input_size", "patch_size",
-            )  # fmt: skip
-        if self.tokenizer.vocab_size != vocab_size:
-            count = self.tokenizer.vocab_size
-            raise OptionError(
-                "discrete_vae_weight_path", path,
-                f"has {count} visual tokens, the model {vocab_size}; use vocab_size={count}",
-                "vocab_size",
-            )  # fmt: skip
-
-    @property
-    def frozen(self) -> nn.Module | None:
-        return None if self.tokenizer is None else self.tokenizer.encoder
-
-    def visual_tokens_at(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """Return the visual tokens int64 [B, M] of the patches at these positions."""
-        if "target_ids" in batch:
-            return batch["target_ids"].flatten(1).gather(1, positions)
-        return self.tokenizer(batch["image_second"], positions)
-
-    def compare(
-        self,
-        tokens: Tensor,
-        batch: dict[str, Tensor],
-        positions: Tensor,
-        counts: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Return the loss of tokens [B, M, C] of the patches at these positions."""
-        loss, hits = self.lm_head(tokens, self.visual_tokens_at(batch, positions), counts)
-        return {"loss": loss, "mlm_acc": hits}
-
-
-class BEiT(VisualTokenPredictor, MaskedImageModel):
+class BEiT(MaskedImageModel):
     """BERT pre-training of image transformers (ICLR 2022, arXiv 2106.08254).
 
     Every patch passes the blocks, the masked ones as a mask token; of these the visual token is
@@ -1455,30 +1315,14 @@ class BEiT(VisualTokenPredictor, MaskedImageModel):
     layer.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 8192,
-        discrete_vae_weight_path: str | None = None,
-        target_precision: str = "auto",
-        **vit,
-    ):
-        super().__init__(**vit)
-        self.build_visual_tokens(vocab_size, discrete_vae_weight_path, target_precision)
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = batch["mask"].flatten(1)
-        positions, counts = masked_positions(mask, self.most_masked or batch.get("max_masked"))
-        x = self.embed_masked(batch["image"], mask)
-        tokens = self.norm(self.run_blocks(x, rows=positions + self.num_prefix_tokens))
-        return self.compare(tokens, batch, positions, counts)
+    own_target = "tokens"
 
 
 # --------------------------------------------------------------------------------------------------
 # SemanticMIM and its baselines
 
 
-class SemanticMIM(PretrainMethod, VisionTransformer):
+class SemanticMIM(Predictor, VisionTransformer):
     """Masked image modelling through a bottleneck (arXiv 2406.10673): what its two forms share
     (docs/methods/beit_maskfeat_semanticmim.md#two-forms).
 
@@ -1493,16 +1337,15 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
     grid.
     """
 
-    views = ("image", "mask")
+    form_name = "class-token bottleneck"
+    own_mask = "random"
+    equal_counts = True
     flags = (
+        *Predictor.flags,
         Flag("separate_mask_ratio", "separate_mask", convert=lambda ratio, run: True),
         NUM_CLS_TOKENS,
-        Flag(
-            "use_bottleneck", off="no_bottleneck",
-            help="mask tokens attend to the class tokens only; without, the baseline of "
-            "SemanticMIM",
-        ),
-    )  # fmt: skip
+        USE_BOTTLENECK,
+    )
     not_exported = ("mask_token", "mask_blocks.")
 
     def __init__(
@@ -1515,8 +1358,9 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         drop_path: float = 0.0,
         init_values: float | None = None,
         attn: str = "auto",
-        **vit,
+        **options,
     ):
+        vit = self.choose(options)
         form = {
             "pos_embed": "learned",
             "rel_pos_bias": "none",
@@ -1539,17 +1383,16 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
                 self._init_module
             )
             self._rescale(self.mask_blocks)
+        self.aim(self.embed_dim)
+        self.add_head(self.embed_dim).apply(self._init_module)
+        self.settle()
         self.views = (*self.views, "target_mask") if separate_mask else self.views
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
+        """`noise` replaces the view "noise" of masks that are made here."""
+        batch = self.hide(batch, noise)
         visible, predicted = self.patch_positions(batch)
         return self.compare(self.encode(batch["image"], visible, predicted), batch, predicted)
-
-    def compare(
-        self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
-    ) -> dict[str, Tensor]:
-        """Return the loss of tokens [B, M, C] of the patches at positions [B, M], and metrics."""
-        raise NotImplementedError
 
     def patch_positions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return positions of the visible patches, int64 [B, V], and of those that are predicted,
@@ -1588,43 +1431,11 @@ class SemanticMIM(PretrainMethod, VisionTransformer):
         return masked
 
 
-def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
-    """Return the mask bool [B, N] of this name, and of how many patches it is True in each image.
-
-    Raises an OptionError if that number is not the same in all images. The counts come with the
-    batch from the host, where there is an engine.
-    """
-    mask = batch[name].flatten(1)
-    known = batch.get(f"{name}_counts")
-    low, high = mask.sum(1).aminmax() if known is None else known
-    low = int(low)
-    high = int(high)
-    if low != high:
-        raise OptionError(
-            "mask_type", None,
-            f"{name} selects {low} patches of one image and {high} of another, but every image "
-            "needs the same number; use random or random_mps32",
-        )  # fmt: skip
-    return mask, low
-
-
-class SemanticBEiT(VisualTokenPredictor, SemanticMIM):
+class SemanticBEiT(SemanticMIM):
     """SemanticMIM and its baseline in BEiT's form: layer scale, keys without a bias, visual
     tokens."""
 
-    flags = (*SemanticMIM.flags, *VisualTokenPredictor.flags)
-    not_exported = (*SemanticMIM.not_exported, *VisualTokenPredictor.not_exported)
-
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 8192,
-        discrete_vae_weight_path: str | None = None,
-        target_precision: str = "auto",
-        **semantic,
-    ):
-        super().__init__(**semantic)
-        self.build_visual_tokens(vocab_size, discrete_vae_weight_path, target_precision)
+    own_target = "tokens"
 
     def _init_module(self, module: nn.Module) -> None:
         super()._init_module(module)
@@ -1642,29 +1453,10 @@ class MaskFeat(SemanticMIM):
     form: keys with a bias, no layer scale, histograms of oriented gradients of the normalized image
     (docs/methods/beit_maskfeat_semanticmim.md#hog)."""
 
-    not_exported = (*SemanticMIM.not_exported, "hog_head.")
+    own_target = "hog"
 
-    def __init__(
-        self,
-        *,
-        hog_nbins: int = 9,
-        hog_pool: int | None = None,
-        hog_window: int | None = None,
-        **semantic,
-    ):
+    def __init__(self, **semantic):
         super().__init__(**semantic, k_bias=True)
-        grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
-        pool = max(patch[0] // 2, 1) if hog_pool is None else hog_pool
-        window = patch[0] if hog_window is None else hog_window
-        self.hog = HOG(grid, patch, hog_nbins, pool, window, self.patch_embed.proj.in_channels)
-        self.hog_head = nn.Linear(self.embed_dim, self.hog.width).apply(self._init_module)
-
-    def compare(
-        self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
-    ) -> dict[str, Tensor]:
-        """Mean squared error in float32."""
-        target = take(self.hog(batch["image"]), positions)
-        return {"loss": F.mse_loss(self.hog_head(tokens).float(), target)}
 
     def no_weight_decay(self) -> set[str]:
         return {"mask_token"}  # class tokens and positions are decayed
@@ -1693,7 +1485,7 @@ _RULES = {
 }
 
 
-class SimMIM(PretrainMethod):
+class SimMIM(Predictor):
     """Predicts the pixels of masked squares from the other features of any backbone
     (docs/methods/simmim_a2mim.md).
 
@@ -1703,9 +1495,12 @@ class SimMIM(PretrainMethod):
     token_std: see `MaskToken`, and `Place` of the backbone. kernel, decoder_kernel: see
     `PixelNeck`. token_lr, gamma_lr: factors of the learning rate of token and gamma; with gamma_lr
     None gamma has no rule of its own, and is decayed unless the backbone's rules say otherwise.
+    Pixels as they are come from `PixelNeck`, under `ReconstructionLoss`; any other target is that
+    of each of the patches which a mask hides or shows, of tokens from `CellNeck`.
     """
 
-    views = ("image", "mask")
+    form_name = "token between stages"
+    own_target = "pixels"
     not_exported = ("inject.", "neck.")
     predicts_pixels = True
     fills_input = False
@@ -1730,6 +1525,7 @@ class SimMIM(PretrainMethod):
         grad_checkpointing: bool = False,
         **options,
     ):
+        options = self.choose(options)
         super().__init__()
         self.token_lr, self.gamma_lr, self.input_size = token_lr, gamma_lr, to_pair(input_size)
         self.channels = options.get("in_chans", 3)
@@ -1754,10 +1550,18 @@ class SimMIM(PretrainMethod):
         )  # fmt: skip
         self.inject.attach(self.backbone)
         self.check_place(backbone)
-        self.neck = PixelNeck(
-            width, stride, channels=self.channels, kernel=kernel, decoder_kernel=decoder_kernel
-        )
-        self.loss = ReconstructionLoss()
+        finer = CellNeck.ratio(stride, self.inject.place.stride)
+        self.aim(CellNeck.width_of(width, finer))
+        self.predicts_pixels = isinstance(self.target, Pixels) and self.target.is_plain
+        if self.predicts_pixels:
+            self.neck = PixelNeck(
+                width, stride, channels=self.channels, kernel=kernel, decoder_kernel=decoder_kernel
+            )
+            self.loss = ReconstructionLoss(fft_weight=self.target.fft_weight)
+        else:
+            self.neck = CellNeck(width, finer)
+            self.add_head(self.neck.width).apply(self._init_module)
+        self.settle()
 
     @torch.no_grad()
     def check_place(self, name: str) -> None:
@@ -1778,6 +1582,10 @@ class SimMIM(PretrainMethod):
         return self.input_size
 
     @property
+    def image_channels(self) -> int:
+        return self.channels
+
+    @property
     def cell_size(self) -> tuple[int, int]:
         return (self.inject.place.stride,) * 2
 
@@ -1793,9 +1601,29 @@ class SimMIM(PretrainMethod):
             "ConvNeXts, and --mask_patch_size can be 8 then"
         )
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        predicted = self.predict(self.features(batch["image"], batch["mask"]), batch["image"])
-        return self.loss(predicted, batch["image"], batch["mask"])
+    def _init_module(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+
+    def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
+        """`noise` replaces the view "noise" of masks that are made here."""
+        batch = self.hide(batch, noise)
+        images, mask = batch["image"], batch["mask"]
+        features = self.features(images, mask)
+        if self.predicts_pixels:
+            out = self.loss(self.predict(features, images), images, mask)
+            return out | self.masking.metrics(out["loss"])
+        positions, counts = masked_positions(
+            mask.flatten(1).bool(), self.most_masked or batch.get("max_masked")
+        )
+        return self.compare(take(self.neck(features), positions), batch, positions, counts)
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Return features [B, N, D] of each patch that a mask hides or shows."""
+        features = self.features(images, None)
+        if not self.predicts_pixels:
+            return self.neck(features)
+        return F.interpolate(features, self.cell_grid, mode="nearest").flatten(2).transpose(1, 2)
 
     def features(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """The last map [B, C, h, w] of images [B, 3, H, W] masked by [B, rows, columns], or whole
@@ -1812,7 +1640,8 @@ class SimMIM(PretrainMethod):
         return self.neck(features)
 
     @torch.no_grad()
-    def reconstruct(self, batch: dict[str, Tensor]) -> Reconstruction:
+    def reconstruct(self, batch: dict[str, Tensor], noise: Noise = None) -> Reconstruction:
+        batch = self.hide(batch, noise)
         images, mask = batch["image"], batch["mask"]
         predicted = self.predict(self.features(images, mask), images).float()
         hidden = enlarged(mask, images.shape[-2:]).bool().unsqueeze(1)

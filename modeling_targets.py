@@ -1,13 +1,15 @@
-"""What methods predict, as far as it is more than cutting an image into patches: blurred pixels,
-histograms of oriented gradients, the ids of a tokenizer, teachers' features.
+"""What methods predict: pixels, histograms of oriented gradients, the ids of a tokenizer, features
+of teachers, contrast. The end of the file holds the targets, which have one contract; the rest of
+it makes them.
 
 Shapes in comments: B images, T = 1 + N tokens (class token first), C channels of the tower, D of
-what it gives; M masked patches, G channels of the tokenizer's first layer.
+what it gives; M masked patches, P numbers of a patch, G channels of the tokenizer's first layer.
 """
 
 import math
 import re
 import zipfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_finetune import VisionTransformer, check_choice, take
+from modeling_backbones import family_of
+from modeling_finetune import VisionTransformer, check_choice, patchify, take, unpatchify
+from modeling_losses import ReconstructionLoss, VisualTokenLoss
 from unimim.checkpoint.files import load_checkpoint, load_metadata, load_module_state
 from unimim.checkpoint.loading import unwrapped
 from unimim.checkpoint.names import StateDict
 from unimim.checkpoint.resizing import interpolate_pos_embed
 from unimim.errors import OptionError, refused
+from unimim.flag import Flag
 from unimim.sizes import Pair
 from unimim.tokenizer.clusters import PatchClusters
 from unimim.tokenizer.files import TokenizerInfo
@@ -31,6 +36,7 @@ TEACHERS = ("dino", "clip")
 PREDICTED_FEATURES = ("none", "inference", "ema", *TEACHERS)
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TARGET_PRECISIONS = tuple(DTYPES)
+Batch = dict[str, Tensor]
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 OWN_MEAN_STD: dict[str, MeanStd] = {  # of the images that the teachers were trained on
     "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -354,14 +360,16 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer | Cl
 def clusters_of(found: StateDict, info: TokenizerInfo, source: str) -> ClusterTokenizer:
     """The tokenizer of a file's centers."""
     centers = found.get("centers", torch.empty(0))
-    expected = info.vocab_size, 3 * math.prod(info.patch_size)
+    features = teacher_features(info.teacher, info.grid) if info.teacher else None
+    width = centers.shape[-1] if info.teacher else 3 * math.prod(info.patch_size)
+    expected = info.vocab_size, width
     if tuple(centers.shape) != expected:
         raise OptionError(
             "discrete_vae_weight_path",
             source,
             f"is not whole: its centers have the shape {tuple(centers.shape)}, not {expected}",
         )
-    clusters = PatchClusters(centers.float(), info.patch_size)
+    clusters = PatchClusters(centers.float(), info.patch_size, features)
     return ClusterTokenizer(clusters, (info.mean, info.std), info.grid)
 
 
@@ -479,6 +487,11 @@ class Teacher:
         return tuple(self.tower.patch_embed.grid_size)
 
     @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images that it sees; None: as they are."""
+        return tuple(self.tower.patch_embed.img_size)
+
+    @property
     def num_heads(self) -> int:
         return self.tower.blocks[-1].attn.num_heads
 
@@ -493,8 +506,8 @@ class Teacher:
                 self.mean_std = self.mean_std.to(images.device)
             (mean, std), (own_mean, own_std) = self.mean_std
             images = (images * std + mean - own_mean) / own_std
-        size = tuple(self.tower.patch_embed.img_size)
-        if images.shape[-2:] != size:
+        size = self.image_size
+        if size is not None and images.shape[-2:] != size:
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
         if self.dtype is None:
             return self._tokens(images).float()
@@ -539,20 +552,55 @@ class Teacher:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].float()
 
 
+class MapTeacher(Teacher):
+    """A frozen network of timm that ends in a map, such as a CNN: a patch has the map's features at
+    its place, [B, N, D], and there is no class token."""
+
+    image_size = None
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        grid: tuple[int, int],
+        precision: str = "auto",
+        mean_std: tuple[MeanStd, MeanStd] | None = None,
+    ):
+        super().__init__(tower, precision, mean_std)
+        self.own_grid = grid
+
+    @property
+    def width(self) -> int:
+        return self.tower.num_features
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.own_grid
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        features = family_of(self.tower).feature_map(self.tower, images)
+        resized = F.interpolate(features.float(), self.grid, mode="bilinear")
+        return resized.flatten(2).transpose(1, 2)
+
+    def look(self, images: Tensor) -> TeacherFeatures:
+        problem = "has no class token whose attention masks could follow; use a vision transformer"
+        raise OptionError("mask_teacher", None, problem)
+
+
 def load_teacher(
-    kind: str,
+    kind: str | None,
     source: str,
     grid: tuple[int, int],
     precision: str = "auto",
     image_mean_std: MeanStd | None = None,
 ) -> Teacher:
-    """The `kind` ("clip" or "dino") of teacher in a file, or under timm's name, for images of
-    `grid` patches.
+    """The `kind` ("clip" or "dino", None for either) of teacher in a file, or under timm's name,
+    for images of `grid` patches.
 
     Files: OpenAI's archives and state dicts of CLIP, whole or the visual tower alone; DINO's
     checkpoints; the weights of timm's models of either. Positions are resized to the grid. In
-    timm's names the activation does not show: files and models tagged "openai" get OpenAI's. Given
-    the images' mean and std, they get the teacher's own.
+    timm's names the activation does not show: files and models tagged "openai" get OpenAI's. Any
+    other network of timm by its name, such as a CNN, is a `MapTeacher`. Given the images' mean and
+    std, they get the teacher's own.
 
     Raises:
         ValueError: no such file and no such name, or weights of another kind.
@@ -565,9 +613,14 @@ def load_teacher(
         key: value.float() for key, value in (from_openai(weights) if openai else weights).items()
     }
     if "pos_embed" not in weights or "blocks.0.attn.qkv.weight" not in weights:
+        if is_name and kind != "clip":
+            mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD["dino"])
+            tower = timm.create_model(source, pretrained=True, num_classes=0)
+            return MapTeacher(tower, grid, precision, mean_std)
         raise OptionError(
             "target_model", source, "holds no vision transformer in names of OpenAI, DINO or timm"
         )
+    kind = kind or ("clip" if "norm_pre.weight" in weights else "dino")
     if ("norm_pre.weight" in weights) != (kind == "clip"):
         raise OptionError(
             "target_model",
@@ -579,6 +632,17 @@ def load_teacher(
     return Teacher(
         build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision, mean_std
     )
+
+
+def teacher_features(source: str, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Return the function that gives images [B, 3, H, W] the features [B, N, D] of a frozen
+    network for their patches, each of length 1."""
+    teacher = load_teacher(None, source, grid, "fp32")
+
+    def features(images: Tensor) -> Tensor:
+        return F.normalize(teacher(images)[:, -math.prod(grid) :], dim=-1)
+
+    return features
 
 
 def vit_options(weights: StateDict) -> dict[str, Any]:
@@ -679,3 +743,604 @@ def from_openai(weights: StateDict) -> StateDict:
         "pos_embed": native["pos_embed"].view(1, -1, width),
         "head.weight": native["head.weight"].T,
     }
+
+
+# --------------------------------------------------------------------------------------------------
+# Targets: one contract
+
+
+TARGET_PRECISION = Flag(
+    "target_precision",
+    choices=TARGET_PRECISIONS,
+    help="precision of the frozen target model; auto: --precision",
+)
+NORM_PIX_LOSS = Flag(
+    "norm_pix_loss",
+    off="no_norm_pix_loss",
+    help="predict each patch normalized by its own mean and std",
+)
+T_MOMENTUM = Flag(
+    "t_momentum", type=float, group="ema that is a target or guides masks",
+    help="momentum of the ema at the first step; 1 at the last",
+)  # fmt: skip
+FEATURE_LOSSES = ("cosine", "smooth_l1")
+FEATURE_LOSS = Flag(
+    "feature_loss", choices=FEATURE_LOSSES, group="features as target",
+    help="squared distance of normalized features, or smooth L1 of features in layer norm",
+)  # fmt: skip
+PIXEL_LOSSES = ("L1", "L2")
+
+
+class Shape(NamedTuple):
+    """What a target must know of an encoder: its grid of patches, their (height, width) in pixels,
+    and how many channels its own features and its images have."""
+
+    grid: Pair
+    patch: Pair
+    width: int
+    channels: int = 3
+
+
+class Target:
+    """What is predicted of each patch. It is no submodule of a method: no engine wraps, saves or
+    trains it, and copies of a method share it.
+
+    A subclass sets `width`, how many numbers it is of a patch, and says in `of` what the target of
+    a batch is and in `loss_map`, or `score`, how far a prediction is from it. Options of its
+    constructor are options of every method that can have it as target.
+
+    flags: command-line flags of these options. views: keys of a batch that it reads besides
+    "image". raw_views: those of them whose images it normalizes itself. head_name: the method's
+    attribute that holds the head. uses_ema: it is made by the method's ema. sees_all: its head
+    wants every token of the encoder, not those of the predicted patches only. frozen: a network
+    that makes it, whose blocks may be compiled.
+    """
+
+    flags: tuple[Flag, ...] = ()
+    views: tuple[str, ...] = ()
+    raw_views: tuple[str, ...] = ()
+    head_name = "target_head"
+    uses_ema = False
+    sees_all = False
+    frozen: nn.Module | None = None
+    width: int
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+
+    def __deepcopy__(self, memo: dict) -> "Target":
+        """Return itself: the copies of a method share its target."""
+        return self
+
+    def load(self) -> None:
+        """Read the files that the target needs, after the method's weights are made."""
+
+    def head(self, dim: int) -> nn.Module:
+        """Build what predicts the target from tokens [B, M, dim]."""
+        return nn.Linear(dim, self.width)
+
+    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
+        """Return the target [B, M, D] of the patches at positions int64 [B, M], of all patches in
+        row-major order without them; `method` has the `teacher` of a target that `uses_ema`."""
+        raise NotImplementedError
+
+    def at(self, target: Tensor, positions: Tensor) -> Tensor:
+        """Return a target of all patches [B, N, D] at positions [B, M]."""
+        return take(target, positions)
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each patch [B, M], in float32, of two tensors [B, M, D]."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        head: nn.Module,
+        tokens: Tensor,
+        target: Tensor,
+        positions: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the loss and metrics of tokens [B, M, C] against the target of their patches;
+        those count where `counts` bool [B, M] is True."""
+        return {"loss": mean_where(self.loss_map(head(tokens), target), counts)}
+
+
+def mean_where(values: Tensor, counts: Tensor | None) -> Tensor:
+    """Return the mean of values [B, M] where `counts` is True, of all without it."""
+    if counts is None:
+        return values.mean()
+    return (values * counts).sum() / counts.sum().clamp(min=1)
+
+
+class Pixels(Target):
+    """The pixels of a patch in the order row, column, color.
+
+    norm_pix_loss: normalize each patch by its own mean and std. gaussian_kernel_size,
+    gaussian_sigma: blur of the images; None is without. loss_type: "L1" or "L2". mean_by_patch: a
+    mean of the patches' means, as SemAIM's code has it, which differs by rounding. fft_weight: of
+    A2MIM's loss of spectra, of the error in the units of the target, 0 where nothing is predicted.
+    """
+
+    flags = (
+        NORM_PIX_LOSS,
+        Flag("gaussian_kernel_size", type=int, help="side of the blur of the target pixels"),
+        Flag("gaussian_sigma", type=float, help="std of the blur of the target pixels"),
+        Flag("loss_type", choices=PIXEL_LOSSES, help="loss of the pixels"),
+        Flag("fft_weight", type=float, help="weight of A2MIM's loss of spectra; 0: none"),
+    )
+    head_name = "pixel_head"
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        norm_pix_loss: bool = False,
+        gaussian_kernel_size: int | None = None,
+        gaussian_sigma: float | None = None,
+        loss_type: str = "L2",
+        mean_by_patch: bool = False,
+        fft_weight: float = 0.0,
+    ):
+        super().__init__(shape)
+        check_choice("loss_type", loss_type, PIXEL_LOSSES)
+        self.norm_pix_loss = norm_pix_loss
+        self.blur = build_blur(gaussian_kernel_size, gaussian_sigma, shape.channels)
+        self.loss_type = loss_type
+        self.mean_by_patch = mean_by_patch
+        self.fft_weight = fft_weight
+        self.spectra = ReconstructionLoss()
+        self.width = shape.channels * math.prod(shape.patch)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether these are the images' pixels as they are."""
+        return not self.norm_pix_loss and self.blur is None
+
+    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
+        return self.normalized(self.patches(batch["image"], positions, batch.get("patches")))
+
+    def patches(
+        self, images: Tensor, positions: Tensor | None = None, cut: Tensor | None = None
+    ) -> Tensor:
+        """Return the patches [B, M, P] of the blurred images in float32; `cut` [B, N, P] are those
+        of the images as they are, where the method has them already."""
+        if self.blur is not None:
+            cut = None
+            with torch.autocast(images.device.type, enabled=False):
+                images = self.blur.to(images.device)(images.float())
+        patches = patchify(images, self.shape.patch) if cut is None else cut
+        return (patches if positions is None else take(patches, positions)).float()
+
+    def normalized(self, patches: Tensor) -> Tensor:
+        """Return patches [B, M, P] as they are predicted."""
+        if not self.norm_pix_loss:
+            return patches
+        mean, std = pixel_statistics(patches)
+        return (patches - mean) / std
+
+    def restored(self, predicted: Tensor, patches: Tensor) -> Tensor:
+        """Return predictions [B, M, P] as pixels, those of normalized ones with the mean and std of
+        the true patches [B, M, P]."""
+        if not self.norm_pix_loss:
+            return predicted
+        mean, std = pixel_statistics(patches)
+        return predicted * std + mean
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        error = predicted.float() - target.float()
+        return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
+
+    def score(
+        self,
+        head: nn.Module,
+        tokens: Tensor,
+        target: Tensor,
+        positions: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        predicted = head(tokens)
+        if counts is not None or self.mean_by_patch:
+            loss = mean_where(self.loss_map(predicted, target), counts)
+        else:
+            mean_error = F.mse_loss if self.loss_type == "L2" else F.l1_loss
+            loss = mean_error(predicted.float(), target)
+        if not self.fft_weight:
+            return {"loss": loss}
+        error = predicted.float() - target
+        error = error if counts is None else error * counts.unsqueeze(-1)
+        if positions is not None:
+            error = put(
+                error.new_zeros(len(error), math.prod(self.shape.grid), self.width),
+                positions,
+                error,
+            )
+        with torch.autocast(error.device.type, enabled=False):
+            spectra = self.spectra.frequency_loss(unpatchify(error, *self.shape[:2]))
+        loss = loss + self.fft_weight * spectra
+        return {"loss": loss, "loss_freq": spectra.detach()}
+
+
+def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and std (of the unbiased variance + 1e-6) of each patch [B, M, P]: two tensors
+    [B, M, 1]."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def put(canvas: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Return a copy of canvas [B, N, D] with tokens [B, M, D] at positions [B, M]: the inverse of
+    `take`."""
+    return canvas.scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
+
+
+class Histograms(Target):
+    """MaskFeat's histograms of oriented gradients, with cells of half a patch and a window of a
+    whole one unless their sides are given."""
+
+    head_name = "hog_head"
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        hog_nbins: int = 9,
+        hog_pool: int | None = None,
+        hog_window: int | None = None,
+    ):
+        super().__init__(shape)
+        side = shape.patch[0]
+        pool = max(side // 2, 1) if hog_pool is None else hog_pool
+        window = side if hog_window is None else hog_window
+        self.hog = HOG(shape.grid, shape.patch, hog_nbins, pool, window, shape.channels)
+        self.width = self.hog.width
+
+    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
+        target = self.hog(batch["image"])
+        return target if positions is None else take(target, positions)
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return (predicted.float() - target).square().mean(-1)
+
+    def score(
+        self,
+        head: nn.Module,
+        tokens: Tensor,
+        target: Tensor,
+        positions: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        if counts is not None:
+            return super().score(head, tokens, target, positions, counts)
+        return {"loss": F.mse_loss(head(tokens).float(), target)}
+
+
+class VisualTokenHead(nn.Linear):
+    """Predicts visual tokens and returns loss and accuracy."""
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean loss and accuracy of tokens [B, M, C] against targets int64 [B, M]; those
+        count where `counts` bool [B, M] is True."""
+        counts = torch.ones_like(targets, dtype=torch.float32) if counts is None else counts.float()
+        loss, hits = VisualTokenLoss.apply(
+            tokens.flatten(0, 1), self.weight, self.bias, targets.flatten(), counts.flatten()
+        )
+        total = counts.sum().clamp(min=1)
+        return loss / total, hits / total
+
+
+class VisualTokens(Target):
+    """The visual tokens of the patches.
+
+    They come from the tokenizer in `discrete_vae_weight_path`, which sees the same crop as
+    "image_second", or without one with the batch, as "target_ids" [B, N].
+    """
+
+    flags = (
+        Flag(
+            "discrete_vae_weight_path", metavar="FILE", optional=True,
+            help="the tokenizer, which gives the visual tokens: what run_tokenizer.py writes, or "
+            "DALL-E's encoder as OpenAI's encoder.pkl or OpenMMLab's dalle_encoder.pth",
+        ),
+        TARGET_PRECISION,
+    )  # fmt: skip
+    head_name = "lm_head"
+    raw_views = ("image_second",)
+    tokenizer: "VisualTokenizer | ClusterTokenizer | None" = None
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        vocab_size: int = 8192,
+        discrete_vae_weight_path: str | None = None,
+        target_precision: str = "auto",
+    ):
+        super().__init__(shape)
+        self.vocab_size = vocab_size
+        self.path = discrete_vae_weight_path
+        self.precision = target_precision
+        self.views = ("target_ids" if self.path is None else "image_second",)
+        self.width = vocab_size
+
+    def head(self, dim: int) -> nn.Module:
+        return VisualTokenHead(dim, self.vocab_size)
+
+    @property
+    def frozen(self) -> nn.Module | None:
+        return None if self.tokenizer is None else self.tokenizer.encoder
+
+    @property
+    def second_size(self) -> Pair:
+        """(height, width) of the tokenizer's images, which give one visual token for each patch."""
+        pairs = zip(self.tokenizer.patch, self.shape.grid, strict=True)
+        return tuple(side * count for side, count in pairs)
+
+    def load(self) -> None:
+        if self.path is None:
+            return
+        self.tokenizer = load_tokenizer(self.path, self.precision)
+        grid = tuple(self.shape.grid)
+        if self.tokenizer.grid not in (None, grid):
+            there = self.tokenizer.grid
+            raise OptionError(
+                "discrete_vae_weight_path", self.path,
+                f"was trained for {there[0]} x {there[1]} visual tokens of an image, the model has "
+                f"{grid[0]} x {grid[1]} patches; train one for as many with run_tokenizer.py, or "
+                "change input_size or patch_size",
+                "input_size", "patch_size",
+            )  # fmt: skip
+        if self.tokenizer.vocab_size != self.vocab_size:
+            count = self.tokenizer.vocab_size
+            raise OptionError(
+                "discrete_vae_weight_path", self.path,
+                f"has {count} visual tokens, the model {self.vocab_size}; use vocab_size={count}",
+                "vocab_size",
+            )  # fmt: skip
+
+    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
+        """Return visual tokens int64 [B, M]."""
+        if "target_ids" not in batch:
+            return self.tokenizer(batch["image_second"], positions)
+        ids = batch["target_ids"].flatten(1)
+        return ids if positions is None else self.at(ids, positions)
+
+    def at(self, target: Tensor, positions: Tensor) -> Tensor:
+        return target.gather(1, positions)
+
+    def score(
+        self,
+        head: nn.Module,
+        tokens: Tensor,
+        target: Tensor,
+        positions: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        loss, hits = head(tokens, target, counts)
+        return {"loss": loss, "mlm_acc": hits}
+
+
+class Features(Target):
+    """Features [B, N, D] of unmasked images; a subclass says whose."""
+
+    flags = (FEATURE_LOSS,)
+    head_name = "feature_head"
+
+    def __init__(self, shape: Shape, *, feature_loss: str = "cosine"):
+        super().__init__(shape)
+        check_choice("feature_loss", feature_loss, FEATURE_LOSSES)
+        self.feature_loss = feature_loss
+
+    def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
+        predicted, target = predicted.float(), target.float()
+        if self.feature_loss == "smooth_l1":
+            target = F.layer_norm(target, target.shape[-1:])
+            return F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
+        predicted = F.normalize(predicted, dim=-1)
+        return (predicted - F.normalize(target, dim=-1)).square().sum(-1)
+
+
+class OwnFeatures(Features):
+    """Features of the method's ema."""
+
+    flags = (FEATURE_LOSS, T_MOMENTUM)
+    uses_ema = True
+
+    def __init__(self, shape: Shape, *, t_momentum: float = 0.996, **features):
+        super().__init__(shape, **features)
+        self.t_momentum = t_momentum
+        self.width = shape.width
+
+    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
+        target = method.teacher.whole(batch["image"])[:, -math.prod(self.shape.grid) :]
+        return target if positions is None else take(target, positions)
+
+
+class TeacherTokens(Features):
+    """Features of a frozen network.
+
+    target_model: a file, or timm's name of the network; without it a batch brings "target_tokens"
+    [B, T, out_dim]. target_precision: its dtype; "auto" leaves it to autocast. image_mean_std: what
+    images are normalized by; with it that network gets them normalized by its own mean and std,
+    without it as they are, which is as published for SemAIM.
+    """
+
+    flags = (
+        FEATURE_LOSS,
+        Flag("target_model", metavar="PATH", help="DINO or CLIP model: a file or its name in timm"),
+        TARGET_PRECISION,
+        Flag(
+            "target_mean_std", "image_mean_std", choices=("images", "own"), default="images",
+            convert=lambda choice, run: run.mean_std if choice == "own" else None,
+            help="normalize that model's images as all images, which is as published, or by its "
+            "own mean and std",
+        ),
+    )  # fmt: skip
+    kind: str
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        target_model: str | None = None,
+        target_precision: str = "auto",
+        image_mean_std: MeanStd | None = None,
+        out_dim: int | None = None,
+        **features,
+    ):
+        super().__init__(shape, **features)
+        self.teacher = None
+        self.width = out_dim
+        if target_model is not None:
+            check_rgb(shape.channels, "target_model")
+            self.teacher = load_teacher(
+                self.kind, target_model, shape.grid, target_precision, image_mean_std
+            )
+            self.width = self.teacher.width
+        elif out_dim is None:
+            problem = "needs target_model: a file or timm's name"
+            raise OptionError("target", self.kind, problem, "target_model")
+
+    def tokens(self, batch: Batch) -> Tensor:
+        """Return the network's tokens [B, T, D]."""
+        return batch["target_tokens"] if self.teacher is None else self.teacher(batch["image"])
+
+    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
+        target = self.tokens(batch)[:, -math.prod(self.shape.grid) :]
+        return target if positions is None else take(target, positions)
+
+
+def check_rgb(channels: int, option: str) -> None:
+    """Raise an OptionError if images of so many channels cannot be given to a frozen network."""
+    if channels != 3:
+        problem = f"is too few for {option}, a network of RGB images; use 3"
+        raise OptionError("in_chans", channels, problem, option)
+
+
+class ClipTokens(TeacherTokens):
+    kind = "clip"
+
+
+class DinoTokens(TeacherTokens):
+    kind = "dino"
+
+
+PROJECTOR_LAYERS = 8
+
+
+class Contrast(Target):
+    """ConMIM's denoising contrast: each patch must pick its own feature among those that the
+    method's ema gives all patches of the same image, strongly augmented.
+
+    Only predicted rows enter the similarity; it and the softmax are in float32.
+    """
+
+    flags = (
+        Flag("temp", "temperature", type=float, help="temperature of the contrast"),
+        T_MOMENTUM,
+    )
+    views = ("image_strong",)
+    head_name = "projectors"
+    uses_ema = True
+    sees_all = True
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        projector_hidden_dim: int = 4096,
+        projector_out_dim: int = 256,
+        temperature: float = 0.1,
+        t_momentum: float = 0.996,
+    ):
+        super().__init__(shape)
+        self.hidden_dim = projector_hidden_dim
+        self.width = projector_out_dim
+        self.temperature = temperature
+        self.t_momentum = t_momentum
+
+    def head(self, dim: int) -> nn.Module:
+        """Build the projector of the encoder's features, behind a layer where tokens [B, M, dim]
+        are not as wide as these."""
+        layers = projector(self.shape.width, self.hidden_dim, self.width)
+        if dim == self.shape.width:
+            return layers
+        return nn.Sequential(nn.Linear(dim, self.shape.width, bias=False), *layers)
+
+    def project(self, head: nn.Module, tokens: Tensor) -> Tensor:
+        """Return projected tokens [B, T, D]. Class tokens count in the batch statistics."""
+        return head(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)
+
+    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
+        """Return the projected features [B, N, D] of all patches, whatever the positions."""
+        teacher = method.teacher
+        with torch.no_grad():
+            head = teacher.head_of_target
+            head = head if len(head) == PROJECTOR_LAYERS else head[-PROJECTOR_LAYERS:]
+            keys = self.project(head, teacher.whole(batch["image_strong"]))
+        return keys[:, -math.prod(self.shape.grid) :]
+
+    def at(self, target: Tensor, positions: Tensor) -> Tensor:
+        return target
+
+    def score(
+        self,
+        head: nn.Module,
+        tokens: Tensor,
+        target: Tensor,
+        positions: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        queries = self.project(head, tokens)
+        if positions is None:
+            positions = torch.arange(target.shape[1], device=target.device).expand(len(target), -1)
+        if tokens.shape[1] != positions.shape[1]:  # every token of the encoder
+            queries = take(queries[:, -target.shape[1] :], positions)
+        counts = torch.ones_like(positions, dtype=torch.bool) if counts is None else counts
+        return self.contrast(self.similarity(queries, target), positions, counts)
+
+    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the cosine similarity over temperature [B, M, N] within each image, of [B, M, D]
+        and [B, N, D]."""
+        with torch.autocast(queries.device.type, enabled=False):
+            queries, keys = (F.normalize(x.float(), dim=-1) for x in (queries, keys))
+            return queries @ keys.transpose(1, 2) / self.temperature
+
+    def contrast(self, logits: Tensor, positions: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """Return the cross entropy over the patches of the image, averaged over all masked patches
+        of the batch."""
+        total = counts.sum().clamp(min=1)
+        losses = F.cross_entropy(logits.flatten(0, 1), positions.flatten(), reduction="none")
+        hits = (logits.detach().argmax(-1) == positions) & counts
+        return {
+            "loss": (losses * counts.flatten()).sum() / total,
+            "contrast_acc": hits.sum() / total,
+        }
+
+
+def projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """Build three bias-free linear layers, each with batch normalization, the last without affine
+    (docs/methods/conmim.md#projector)."""
+    return nn.Sequential(
+        nn.Linear(dim, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, out_dim, bias=False),
+        nn.BatchNorm1d(out_dim, affine=False),
+    )
+
+
+# by the words of --target
+TARGETS: dict[str, type[Target]] = {
+    "pixels": Pixels,
+    "hog": Histograms,
+    "tokens": VisualTokens,
+    "clip": ClipTokens,
+    "dino": DinoTokens,
+    "ema": OwnFeatures,
+    "contrast": Contrast,
+}

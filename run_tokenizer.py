@@ -11,6 +11,7 @@ from functools import partial
 from torch.utils.data import DataLoader
 
 from engine_for_pretraining import train
+from modeling_targets import teacher_features
 from optim_factory import param_groups
 from unimim.cli.options import default_warmup, derived, report
 from unimim.data.pretraining import crop_loader, steps_per_epoch
@@ -21,6 +22,7 @@ from unimim.tokenizer.flags import parse_tokenizer
 from unimim.tokenizer.training import (
     build_vae,
     export,
+    grid_of,
     score_clusters,
     score_vae,
     scored_images,
@@ -53,7 +55,8 @@ def fit_clusters(context: RunContext, loader: DataLoader) -> None:
     if args.dry_run:
         return
     images = scored_images(args).to(context.device)
-    clusters = cluster(context, loader, partial(score_clusters, context, images))
+    features = args.kmeans_teacher and teacher_features(args.kmeans_teacher, grid_of(args))
+    clusters = cluster(context, loader, partial(score_clusters, context, images), features)
     export(args, clusters.state_dict())
 
 

@@ -1,7 +1,7 @@
 """Draw what a model sees, attends to and predicts: `python analysis/visualize.py KIND --help`.
 
-KIND is attention, orders, masks or reconstruct. A figure has one row per image and one column per
-kind of map.
+KIND is attention, orders, masks, reconstruct or compare. A figure has one row per image and one
+column per kind of map; `compare` has a row for each of several models and a column per image.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from torch.utils.data import default_collate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import ImageDataset
-from masking_generator import PATCH_ORDERS, patch_order
+from masking_generator import PATCH_ORDERS, patch_order, stretched
 from modeling_finetune import VisionTransformer
-from modeling_pretrain import PretrainMethod, similarity, stretched
+from modeling_pretrain import PretrainMethod, similarity
 from unimim.checkpoint.loading import PUBLISHED_KEYS, RUN_KEYS, load_pretrained
 from unimim.checkpoint.runs import rebuild
 from unimim.cli import options
@@ -50,12 +50,14 @@ def draw_grid(
     cell: float = 1.1,
     grid: Pair = (1, 1),
     marks: Sequence[Sequence[int]] = (),
+    labels: Sequence[str] = (),
 ) -> Figure:
     """Return a figure with a row of panels per entry of `rows` and a column per title.
 
     A panel is an image [H, W, 3] uint8 or a map [h, w] of floats. A map's colors range from 0, or
     its minimum if that is negative, to its maximum. `cell` is a panel's side in inches. `marks`
     lists, for each column, the indices of the patches of `grid` (rows, columns) to be framed.
+    `labels` are written beside the rows.
     """
     rows = list(rows)
     figure = Figure(figsize=(cell * len(titles), cell * (len(rows) + 0.25)), layout="constrained")
@@ -70,6 +72,9 @@ def draw_grid(
                 axis.add_patch(frame(index, grid, axis.images[0].get_array().shape[:2]))
     for title, axis in zip(titles, axes[0], strict=True):
         axis.set_title(title, fontsize=8)
+    beside = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8}
+    for label, axis in zip(labels, axes[:, 0], strict=False):
+        axis.text(-0.05, 0.5, label, transform=axis.transAxes, **beside)
     return figure
 
 
@@ -254,7 +259,7 @@ def order_maps(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
     """
     model.eval()
     prefix = model.num_prefix_tokens
-    target = getattr(model, "target", None)
+    target = getattr(getattr(model, "target", None), "teacher", None)
     attention = model.attention_maps(images)[:, :, 0, prefix:].mean(1)
     tokens = model.norm(model.forward_features(images)) if target is None else target(images)
     patches = tokens[:, prefix:]
@@ -363,9 +368,13 @@ def reconstruction_grid(
     return draw_grid(image_rows(pixels), titles)
 
 
-def reconstruct(own: Namespace, flags: list[str]) -> Figure:
-    """Return the figure of `visualize.py reconstruct`."""
-    path, key = own.checkpoint, "|".join(RUN_KEYS)
+def load_method(path: str, flags: list[str]) -> tuple[PretrainMethod, Namespace]:
+    """Return a whole pre-training network that predicts pixels, and the flags of its run.
+
+    Raises:
+        ValueError: it predicts no pixels, or the file holds only a part of it.
+    """
+    key = "|".join(RUN_KEYS)
     method, args = rebuild(path, flags, model_key=key)
     if not getattr(method, "predicts_pixels", False):  # classifiers have no such attribute
         raise ValueError(f"--checkpoint {path} holds {args.model}, which does not predict pixels")
@@ -380,8 +389,114 @@ def reconstruct(own: Namespace, flags: list[str]) -> Figure:
         )
     if method.teacher is not None:
         log.info("%s", load_pretrained(method.teacher, path))
+    return method, args
+
+
+def reconstruct(own: Namespace, flags: list[str]) -> Figure:
+    """Return the figure of `visualize.py reconstruct`."""
+    method, args = load_method(own.checkpoint, flags)
     batch = default_collate(training_samples(args, method, own.images))
     return reconstruction_grid(method, batch, normalization(args))
+
+
+# --------------------------------------------------------------------------------------------------
+# Several models
+
+COMPARED = ("attention", "orders", "reconstruct")
+
+
+class Compared(NamedTuple):
+    """What one model shows of each image: the images uint8 [B, 3, H, W] that it saw, and panels."""
+
+    images: Tensor
+    panels: list[np.ndarray]
+
+
+def compare(own: Namespace, flags: list[str]) -> Figure:
+    """Return the figure of `visualize.py compare`: the images, then a row for each model.
+
+    All models see the images of the first one's data, each at its own size. What reconstructions
+    leave visible is up to each method.
+    """
+    count = len(own.checkpoints)
+    for name in ("models", "labels"):
+        given = getattr(own, name)
+        if len(given) not in ((0, 1, count) if name == "models" else (0, count)):
+            raise ValueError(
+                f"--{name} takes one for each of the {count} --checkpoints, not {len(given)}"
+            )
+    names = own.models if len(own.models) == count else (own.models or [None]) * count
+    show = {"attention": attention_row, "orders": order_row, "reconstruct": reconstruct_row}
+    rows: list[Compared] = []
+    data: Namespace | None = None
+    for path, name in zip(own.checkpoints, names, strict=True):
+        words = [*flags, "--model", name] if name else flags
+        shown, args = show[own.show](own, path, words, data)
+        rows.append(shown)
+        data = data or args
+    shown_images = [to_hwc(image) for image in rows[0].images]
+    panels = [shown_images, *(row.panels for row in rows)]
+    labels = own.labels or short_names(own.checkpoints)
+    return draw_grid(panels, [""] * len(shown_images), labels=["image", *labels])
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the files' names, with as many folders as make them differ."""
+    for parts in range(1, 9):
+        names = ["/".join(Path(path).with_suffix("").parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def same_data(args: Namespace, data: Namespace | None) -> Namespace:
+    """Return the flags with the data, the crops and the seed of another run."""
+    names = ("data_set", "data_path", "eval_data_path", "seed", "crop_scale", "color_jitter")
+    if data is not None:
+        for name in names:
+            if hasattr(data, name):
+                setattr(args, name, getattr(data, name))
+    return args
+
+
+def attention_row(
+    own: Namespace, path: str, flags: list[str], data: Namespace | None
+) -> tuple[Compared, Namespace]:
+    """Return the attention of the class tokens in the last block, mean over them and the heads."""
+    model, args = load_vit(path, own.model_key, flags)
+    images = validation_images(same_data(args, data), model.patch_embed.img_size, own.images)
+    model.eval()
+    attention = model.attention_maps(normalization(args)({"image": images})["image"]).float()
+    maps = class_maps(attention, model.num_prefix_tokens, model.patch_embed.grid_size).mean(1)
+    return Compared(images, list(maps.numpy())), args
+
+
+def order_row(
+    own: Namespace, path: str, flags: list[str], data: Namespace | None
+) -> tuple[Compared, Namespace]:
+    """Return the ranks of the patches in SemAIM's order, earlier is brighter."""
+    model, args = load_vit(path, own.model_key, flags)
+    grid = model.patch_embed.grid_size
+    images = validation_images(same_data(args, data), model.patch_embed.img_size, own.images)
+    maps = order_maps(model, normalization(args)({"image": images})["image"])
+    has_target = getattr(model, "target", None) is not None
+    followed = "cls" if has_target else getattr(model, "attention_type", "cls")
+    found = ranks(own.order, grid, maps[followed], args.seed).unflatten(1, grid)
+    return Compared(images, list(found.float().numpy())), args
+
+
+def reconstruct_row(
+    own: Namespace, path: str, flags: list[str], data: Namespace | None
+) -> tuple[Compared, Namespace]:
+    """Return the images with what the method predicts in place of what it did not see."""
+    method, args = load_method(path, flags)
+    batch = default_collate(training_samples(same_data(args, data), method, own.images))
+    normalize = normalization(args)
+    method.eval()
+    pasted = method.reconstruct(normalize(batch)).pasted.float()
+    unit = (pasted * normalize.std + normalize.mean).clamp(0, 1)
+    pixels = unit.mul(255).round().byte()
+    return Compared(batch["image"], [to_hwc(image) for image in pixels]), args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -472,6 +587,31 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         required=True,
         help="a checkpoint-<epoch>.pth of pre-training, or a published one with --model METHOD",
     )
+
+    compare_flags = kinds.add_parser(
+        "compare",
+        parents=[shared],
+        help="one picture of several models; further flags override those of every run, e.g. "
+        "--data_path",
+    )
+    compare_flags.add_argument(
+        "--checkpoints", nargs="+", required=True, metavar="FILE",
+        help="this repository's and published ones, such as MoCo v3's and DINO's",
+    )  # fmt: skip
+    compare_flags.add_argument(
+        "--kind", dest="show", choices=COMPARED, default="attention", help="what is shown"
+    )
+    compare_flags.add_argument(
+        "--models", nargs="+", default=[], metavar="NAME",
+        help="models of files without flags of their run, one for all or one for each",
+    )  # fmt: skip
+    compare_flags.add_argument("--labels", nargs="+", default=[], help="names of the rows")
+    compare_flags.add_argument(
+        "--order", choices=PATCH_ORDERS, default="attention_center", help="orders: which one"
+    )
+    compare_flags.add_argument(
+        "--model_key", default=PUBLISHED_KEYS, help="entry of the checkpoints to load"
+    )
     return parser.parse_known_args(argv)
 
 
@@ -489,7 +629,13 @@ def check_output(path: Path) -> None:
     check_output_folder("--output: the folder", path.parent)
 
 
-KINDS = {"attention": attention, "orders": orders, "masks": masks, "reconstruct": reconstruct}
+KINDS = {
+    "attention": attention,
+    "orders": orders,
+    "masks": masks,
+    "reconstruct": reconstruct,
+    "compare": compare,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import build_dataset
 from engine_for_finetuning import Classification
 from engine_for_pretraining import grouped, train_one_step
-from modeling_finetune import VisionTransformer
+from modeling_finetune import VisionTransformer, entry_of
 from optim_factory import param_groups
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
@@ -62,15 +62,19 @@ WITH_TOKENIZER = f"--discrete_vae_weight_path {TOKENIZER} --color_jitter 0.4"
 METHODS = {  # flags over those of PRETRAIN
     "mae": _flags("--model mae_tiny_patch16_224", *SIZE, *DECODER),
     "semmae": _flags(
-        "--model semmae_tiny_patch16_224 --part_source random --num_parts 3", *SIZE, *DECODER
+        "--model semmae_tiny_patch16_224 --mask_type parts --part_source random --num_parts 3",
+        *(*SIZE, *DECODER),
     ),
     "pixio": _flags(
         "--model pixio_tiny_patch16_256 --num_cls_tokens 2 --mask_grid 2", *SIZE, *DECODER
     ),
     "nepa": _flags("--model nepa_tiny_patch14_224 --use_ema_model", *SIZE),
-    "semaim": _flags("--model semaim_tiny_patch16_224 --use_ema_model", *SIZE, "query_depth=2"),
+    "semaim": _flags(
+        "--model semaim_tiny_patch16_224 --mask_type none --use_ema_model", *SIZE, "query_depth=2"
+    ),
     "saim": _flags(
-        "--model semaim_tiny_patch16_224 --permutation_type stochastic --share_weight",
+        "--model semaim_tiny_patch16_224 --mask_type none --permutation_type stochastic "
+        "--share_weight",
         *(*SIZE, "query_depth=2"),
     ),
     "a2mim_vit": _flags(
@@ -99,9 +103,19 @@ METHODS = {  # flags over those of PRETRAIN
 # Runs in this process
 
 
+def base_flags(stage: str, flags: tuple[str, ...]) -> list[str]:
+    """Return the flags that `flags` are given over; a method that hides parts, or nothing, keeps
+    its own masks."""
+    if stage == "finetune":
+        return FINETUNE
+    entry = entry_of(flags[flags.index("--model") + 1]) if "--model" in flags else None
+    own = getattr(entry.classes[0], "own_mask", "") if entry and entry.classes else ""
+    return [*PRETRAIN, "--mask_type", own] if own in ("none", "parts") else PRETRAIN
+
+
 def arguments(stage: str, folder: Path | str, *flags: str) -> Namespace:
     """Return the options of a tiny "pretrain" or "finetune" run that writes to `folder`."""
-    base = {"pretrain": PRETRAIN, "finetune": FINETUNE}[stage]
+    base = base_flags(stage, flags)
     return parse(stage, [*base, "--output_dir", str(folder), *flags])
 
 
@@ -293,10 +307,8 @@ def script(
     stage: str, folder: Path | str, *flags: str, launcher: tuple[str, ...] = (sys.executable,)
 ) -> list[str]:
     """Return the command line of a tiny run."""
-    name, base = {
-        "pretrain": ("run_pretraining.py", PRETRAIN),
-        "finetune": ("run_class_finetuning.py", FINETUNE),
-    }[stage]
+    name = {"pretrain": "run_pretraining.py", "finetune": "run_class_finetuning.py"}[stage]
+    base = base_flags(stage, flags)
     return [*launcher, str(ROOT / name), *base, "--output_dir", str(folder), *flags]
 
 

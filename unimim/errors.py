@@ -3,7 +3,7 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,12 @@ class OptionError(ValueError):
         if value is None:
             return f"{spelled}: {problem}"
         return f"{spelled}{' ' if option in flags else '='}{value} {problem}"
+
+
+def check_choice(option: str, value: str, choices: Collection[str]) -> None:
+    """Raise an OptionError if the value of a constructor option is none of the choices."""
+    if value not in choices:
+        raise OptionError(option, value, f"is unknown; take one of {', '.join(choices)}")
 
 
 def _spelled(option: str, flags: Mapping[str, str]) -> str:

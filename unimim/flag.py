@@ -27,6 +27,7 @@ class Flag:
     off: the name of the flag that switches it off; the flag is a switch then.
     convert: makes the option of the flag's value and the run's facts; None leaves the model's own.
     optional: models that do not list the flag ignore it; they refuse any other that is given.
+    group: the title in --help; the names of the classes that list the flag, if it is empty.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Flag:
     off: str = ""
     convert: Callable[[Any, RunFacts], Any] | None = None
     optional: bool = False
+    group: str = ""
 
     def value(self, given: Any, facts: RunFacts) -> Any:
         """Return what the option gets when the flag is `given`; None: the model's own."""

@@ -44,8 +44,8 @@ from torch.utils.data import DataLoader
 from datasets import ImageDataset, TrainBatchSampler, build_loader
 from engine_for_finetuning import Classification
 from modeling_finetune import Block
-from modeling_pretrain import PretrainMethod, VisualTokenPredictor
-from modeling_targets import DalleEncoder, VisualTokenizer
+from modeling_pretrain import PretrainMethod
+from modeling_targets import DalleEncoder, VisualTokenizer, VisualTokens
 from optim_factory import param_groups
 from scripts.benchmarks.benchmark import gemm, make_variant, random_batch
 from scripts.benchmarks.data import write_stand_in
@@ -238,7 +238,7 @@ def build(case: Case, device: torch.device, args: Namespace, plain: bool = False
     )
     if case.stage == "finetune":
         return Classification(network, args, device)
-    if isinstance(network, VisualTokenPredictor):
+    if isinstance(getattr(network, "target", None), VisualTokens):
         give_tokenizer(network, device)
     if plain:
         make_straightforward(network)
@@ -261,14 +261,11 @@ def make_on(device: torch.device, make: Callable[[], nn.Module]) -> nn.Module:
     return module.to(device)
 
 
-def give_tokenizer(method: VisualTokenPredictor, device: torch.device) -> None:
+def give_tokenizer(method: PretrainMethod, device: torch.device) -> None:
     """A tokenizer as from a file, whose words mean nothing."""
     sizes = {"n_hid": 8 if device.type == "cpu" else 256, "vocab_size": method.lm_head.out_features}
-    method.tokenizer = VisualTokenizer(make_on(device, partial(DalleEncoder, **sizes)))
+    method.target.tokenizer = VisualTokenizer(make_on(device, partial(DalleEncoder, **sizes)))
     method.views = ("image", "image_second", *method.views[2:])
-    method.second_size = tuple(
-        method.tokenizer.encoder.stride * side for side in method.patch_embed.grid_size
-    )
 
 
 def make_batch(task: nn.Module, args: Namespace, size: int, device: torch.device) -> dict[str, Any]:

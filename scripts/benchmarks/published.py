@@ -38,7 +38,7 @@ class StraightforwardConMIM(ConMIM):
         queries = self.project(batch["image"], mask)
         queries = F.normalize(queries, dim=-1)
         keys = F.normalize(keys, dim=-1)
-        logits = queries @ keys.transpose(1, 2) / self.temperature
+        logits = queries @ keys.transpose(1, 2) / self.target.temperature
         labels = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         return {"loss": F.cross_entropy(logits[mask].float(), labels[mask])}
 
@@ -70,7 +70,7 @@ class StraightforwardMAE(MAE):
             x = block(x)
         predicted = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         target = patchify(images, self.patch_embed.patch_size)
-        if self.norm_pix_loss:
+        if self.target.norm_pix_loss:
             std = (target.var(-1, keepdim=True) + 1e-6).sqrt()
             target = (target - target.mean(-1, keepdim=True)) / std
         mask = torch.ones_like(noise).scatter_(1, keep, 0.0)
@@ -182,9 +182,10 @@ class StraightforwardMaskFeat(StraightforwardSemanticMIM, MaskFeat):
     def compare(
         self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
     ) -> dict[str, Tensor]:
-        target = one_hot_histograms(batch["image"], self.hog.nbins, self.hog.pool, self.hog.window)
-        (rows, columns), (height, width) = self.hog.grid, self.hog.cells
-        target = target.view(len(target), 3 * self.hog.nbins, rows, height, columns, width)
+        hog = self.target.hog
+        target = one_hot_histograms(batch["image"], hog.nbins, hog.pool, hog.window)
+        (rows, columns), (height, width) = hog.grid, hog.cells
+        target = target.view(len(target), 3 * hog.nbins, rows, height, columns, width)
         target = target.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         predicted = take(self.hog_head(tokens).float(), positions)
         return {"loss": F.mse_loss(predicted, take(target, positions).float())}
@@ -197,7 +198,7 @@ class StraightforwardSemanticBEiT(StraightforwardSemanticMIM, SemanticBEiT):
         self, tokens: Tensor, batch: dict[str, Tensor], positions: Tensor
     ) -> dict[str, Tensor]:
         logits = take(F.linear(tokens, self.lm_head.weight, self.lm_head.bias), positions)
-        target = self.visual_tokens_at(batch, positions).flatten()
+        target = self.target.of(batch, positions).flatten()
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), target)}
 
 

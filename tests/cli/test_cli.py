@@ -83,8 +83,9 @@ PRETRAIN_ONLY = {
     "discrete_vae_weight_path": None, "discrete_vae_type": None, "second_input_size": None,
     "second_interpolation": "lanczos", "no_loss_masked": None, "color_jitter": 0.0,
     "separate_mask_ratio": None, "num_cls_tokens": None, "use_bottleneck": None,
-    "no_bottleneck": None, "hflip": 0.5, "mask_grid": None, "init": "", "eval_every": 0,
-    "eval_data_path": None, "eval_images": 10000,
+    "no_bottleneck": None, "hflip": 0.5, "mask_grid": None, "list_space": False, "target": None,
+    "fft_weight": None, "feature_loss": None, "attention_noise": None, "mask_teacher": None,
+    "init": "", "eval_every": 0, "eval_data_path": None, "eval_images": 10000,
 }  # fmt: skip
 FINETUNE_ONLY = {
     "model": "beit_base_patch16_224", "drop_path": 0.1, "eval_data_path": None, "nb_classes": None,
@@ -407,15 +408,20 @@ MISTAKES = [
     ("pretrain", "--config {tmp}/type.yaml", "--opt_eps"),
     (
         "pretrain",
-        "--model semaim_tiny_patch16_224 --model_kwargs --predict_feature clip",
+        "--model semaim_tiny_patch16_224 --mask_type none --model_kwargs --predict_feature clip",
         "--target_model",
     ),
     (
         "pretrain",
-        "--model semaim_clip_tiny_patch16_224 --model_kwargs --target_model {tmp}/no.pt",
+        "--model semaim_clip_tiny_patch16_224 --mask_type none --model_kwargs "
+        "--target_model {tmp}/no.pt",
         "{tmp}/no.pt",
     ),
-    ("pretrain", "--model semaim_tiny_patch16_224 --model_kwargs --query_depth 5", "--query_depth"),
+    (
+        "pretrain",
+        "--model semaim_tiny_patch16_224 --mask_type none --model_kwargs --query_depth 5",
+        "--query_depth",
+    ),
     ("pretrain", "--model mae_tinny_patch16_224", "did you mean mae_tiny_patch16_224"),
     ("pretrain", "--model beit_tiny_patch16_224", "is a classifier, not a pre-training method"),
     ("finetune", "--model mae_tiny_patch16_224", "evaluated as --model vit_tiny_patch16_224"),

@@ -21,6 +21,7 @@ import run_tokenizer
 from semantic_segmentation import voc_linear_probe
 from unimim.cli.options import parse, report
 from unimim.data.shapes import write_shapes
+from unimim.data.views import image_mean_std
 from unimim.evaluation.flags import parse_knn, parse_linear
 from unimim.parts.flags import parse_parts
 from unimim.recipes import (
@@ -173,7 +174,8 @@ def test_recipe_sets_the_model_and_gives_way_to_file_and_flags(tmp_path: Path) -
 
 def test_recipes_that_were_not_taken_are_named(caplog) -> None:
     others = names_for("vit_base_patch16_224", "finetune", without="mae_base_finetune")
-    assert {"semmae_base_finetune", "maskfeat_base_finetune"} < set(others) and len(others) == 6
+    assert {"semmae_base_finetune", "maskfeat_base_finetune"} < set(others)
+    assert {"mae_base_finetune_inat18", "semmae_base_finetune"} < set(others)
     with caplog.at_level("INFO", logger="unimim"):
         for words in (["--model", "vit_base_patch16_224"], ["--recipe", "saim_base_finetune"]):
             report(parse("finetune", [*words, "--dry_run"]), {})
@@ -209,6 +211,7 @@ def test_recipe_of_a_model() -> None:
         "a2mim_resnet18": "a2mim_resnet200",
         "a2mim_regnety_008": "a2mim_convnext_tiny",
         "a2mim_swin_tiny": "simmim_swin_base",
+        "simmim_swinv2_base": "simmim_swin_base",
         "simmim_resnet34": "simmim_resnet50",
         "simmim_regnety_008": "simmim_convnext_tiny",
         "simmim_deit_small_patch16_224": "simmim_vit_base_patch16_224",
@@ -535,6 +538,83 @@ def test_what_is_published_of_simmim_and_a2mim() -> None:
             assert recipe.flags["input_size"] == (160 if recipe.name.endswith("_a3") else 224)
     assert facts("a2mim_resnet50_linear", "epochs", "lr", "lr_steps") == (256, 100, 30.0, (60, 80))
     assert facts("a2mim_vit_small_linear", "epochs", "lr", "batch_norm") == (1024, 90, 12.0, False)
+
+
+def test_configurations_for_cifar() -> None:
+    """OpenMixup's configs/selfsup/a2mim/cifar100 and their data sets."""
+    statistics = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201))
+    names = ("mean", "std", "crop_scale", "epochs", "warmup_ratio")
+    crops = (0.67, 1.0)
+    assert facts("a2mim_resnet50_cifar100_pretrain", *names) == (
+        2048,
+        *statistics,
+        crops,
+        1000,
+        None,
+    )
+    assert facts("a2mim_vit_small_cifar100_pretrain", *names) == (
+        2048, *statistics, crops, 1000, 4e-6,
+    )  # fmt: skip
+    for name in ("a2mim_resnet50_cifar100_pretrain", "simmim_swin_base_cifar10_pretrain"):
+        recipe = by_name(name)
+        assert "openmixup" in recipe.source and "mask_init=0" not in str(recipe.flags)
+        args = parse("pretrain", launch_command(recipe, PLACES)[1:])
+        assert image_mean_std(args) == statistics
+        assert args.data_set == ("CIFAR10" if name.endswith("10_pretrain") else "CIFAR")
+    assert "64 images for each GPU" in by_name("a2mim_resnet50_cifar100_pretrain").note
+
+
+def test_values_on_which_published_sources_disagree_are_noted() -> None:
+    for name, said in {
+        "semmae_base_pretrain": "8 machines x 8 GPUs x 128, which is 8192",
+        "simmim_convnext_base_pretrain": "which is 4096 images a step",
+        "a2mim_resnet152_pretrain": "0.1 in A2MIM's file and 0 in OpenMixup's",
+        "a2mim_resnet50_finetune_a3": "77.98 was reported in place of 78.9",
+        "mae_base_finetune_inat18": "adjusts lr and epochs to each data set",
+    }.items():
+        assert said in by_name(name).note
+    assert "256" not in by_name("simmim_convnext_small_pretrain").note
+
+
+def test_accuracy_of_deit_is_that_of_the_linked_file() -> None:
+    deep, shallow = (f"a2mim_deit_small_{token}in100" for token in ("l8_", ""))
+    for stage in ("pretrain", "finetune"):
+        assert by_name(f"{deep}_{stage}").published == 87.24
+        assert by_name(f"{shallow}_{stage}").published is None
+    assert by_name(f"{deep}_finetune").starts_from == f"{deep}_pretrain"
+
+
+def test_schedules_and_warm_ups_of_a2mims_classifiers() -> None:
+    names = ("lr_schedule", "warmup_ratio")
+    for name, expected in {
+        "a2mim_convnext_tiny_finetune_a3": ("cosine_iters", 1e-5),
+        "a2mim_resnet50_finetune_a3": ("cosine_epochs", 1e-5),
+        "a2mim_resnet50_finetune_swin": ("cosine_iters", 2e-4),
+        "a2mim_resnet50_finetune_plain": ("cosine_iters", 2e-4),
+        "a2mim_convnext_base_finetune": ("cosine_iters", 1e-5),
+        "simmim_swin_tiny_in100_pretrain": ("cosine_iters", 4e-6),
+        "simmim_resnet50_in100_pretrain": ("cosine_iters", None),
+    }.items():
+        assert facts(name, *names)[1:] == expected, name
+    assert facts("a2mim_resnet200_finetune_a3", "epochs", "input_size", "drop_path") == (
+        2048, 100, 160, 0.0,
+    )  # fmt: skip
+    tuned = ("epochs", "lr", "warmup_epochs", "layer_decay", "clip_grad", "layer_scale_init_value")
+    assert facts("mae_base_finetune_a2mim", *tuned) == (1024, 100, 4e-3, 5, 0.65, 5.0, None)
+    assert facts("mae_large_finetune_a2mim", *tuned) == (1024, 100, 2e-3, 5, 0.65, 5.0, None)
+    assert facts("beit_base_finetune_a2mim", *tuned)[1:3] == (100, 4e-3)
+    assert by_name("mae_base_finetune_a2mim").starts_from == "mae_base_pretrain"
+
+
+def test_other_data_sets_of_mae() -> None:
+    recipe = by_name("mae_huge_linear")
+    assert (recipe.model, recipe.published, recipe.epochs) == ("vit_huge_patch14_224", 77.2, 50)
+    words = launch_command(by_name("mae_large_finetune_inat18"), PLACES)
+    assert words[words.index("--nb_classes") + 1] == "8142"
+    assert by_name("mae_large_finetune_inat18").starts_from == "mae_large_pretrain"
+    own = by_name("semmae_base_patch8_finetune_cub")
+    assert not own.is_published and own.starts_from == "semmae_base_patch8_pretrain"
+    assert "86.5 on CUB" in own.note and "86.5" not in by_name("mae_base_finetune_cars").note
 
 
 def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:

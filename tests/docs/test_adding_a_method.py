@@ -1,5 +1,6 @@
 """The worked example of docs/adding_a_method.md, put into a copy of the repository and run."""
 
+import ast
 import os
 import re
 import shlex
@@ -42,9 +43,10 @@ def put_into(file: Path, block: str) -> None:
         file.write_text(f"{file.read_text()}\n\n{block}")
     else:
         text = file.read_text()
-        for line in filter(None, block.splitlines()):
-            begin = re.match(r"from \S+ import |\w+:", line)[0]
-            text, count = re.subn(f"^{re.escape(begin)}.*$", line, text, count=1, flags=re.M)
+        for node in ast.parse(block).body:
+            statement = ast.get_source_segment(block, node)
+            begin = re.match(r"from \S+ import |\w+:", statement)[0]
+            text, count = re.subn(f"^{re.escape(begin)}.*$", statement, text, count=1, flags=re.M)
             assert count == 1, f"{file} has no line {begin!r}"
         file.write_text(text)
 
@@ -60,8 +62,10 @@ def run(copy: Path, *words: str) -> str:
 
 
 def test_the_example_is_short():
-    example = "".join(block for kind, block in BLOCKS if kind == "python")
-    assert 40 <= len([line for line in example.splitlines() if line.strip()]) <= 70
+    blocks = [block for kind, block in BLOCKS if kind == "python"]
+    lines = [[line for line in block.splitlines() if line.strip()] for block in blocks]
+    assert lines[0][0] == "# modeling_targets.py" and len(lines[0]) - 1 <= 30
+    assert 40 <= sum(map(len, lines)) <= 75
 
 
 def test_the_class_takes_a_step(changed):
@@ -72,7 +76,26 @@ def test_the_class_takes_a_step(changed):
         f"import torch, modeling_pretrain\n{tried}\nassert method.mask_token.grad.any()",
     )
     help_text = run(changed, "run_pretraining.py", "--help")
-    assert "--color_loss" in help_text and "MeanColor" in help_text
+    assert "--color_loss" in help_text and "contrast,color}" in help_text
+    assert "| color |" in run(changed, "run_pretraining.py", "--list_space")
+
+
+def test_its_target_goes_with_every_form_of_the_encoder(changed):
+    """A CNN and MAE's decoder are trained to predict colors, under masks from noise."""
+    step = """
+import torch
+import modeling_pretrain
+from modeling_finetune import create_model
+vit = dict(input_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+for name, options in (
+    ("mae_tiny_patch16_224", vit), ("simmim_resnet18", dict(input_size=64, mask_layer=2)),
+):
+    method = create_model(name, target="color", mask_type="attention_low", **options)
+    assert method.head_of_target.out_features == 3
+    images = torch.randn(2, 3, *method.image_size)
+    method({"image": images})["loss"].backward()
+"""
+    run(changed, "-c", step)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ EFFECT = re.compile(r"crash|wrong number|speed|taste|missing part")
 FOREIGN = {
     "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank",
     "--master_addr", "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size",
-    "--ipc", "--help",
+    "--ipc", "--help", "--iters_per_epoch",
     "--nodes", "--ntasks-per-node", "--gpus-per-node",
 }  # fmt: skip
 
@@ -122,7 +122,9 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def test_every_difference_from_published_code_has_an_effect():
-    pages = [*sorted((ROOT / "docs/methods").glob("*.md")), ROOT / "docs/engine.md"]
+    methods = sorted((ROOT / "docs/methods").glob("*.md"))
+    # what stands between the methods has no published code
+    pages = [*(page for page in methods if page.name != "space.md"), ROOT / "docs/engine.md"]
     for page in pages:
         section = page.read_text().partition("## Differences from the published code")[2]
         (header, *rows) = tables(section)[0]

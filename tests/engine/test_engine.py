@@ -151,8 +151,8 @@ def test_nonfinite_step_leaves_no_trace(tmp_path, opt):
 def test_infinite_loss_with_finite_gradients_is_skipped(tmp_path):
     run, _ = start("pretrain", tmp_path)
     train_steps(run, 0, 1)
-    before, contrast = snapshot(run), run.task.contrast
-    run.task.contrast = lambda *args: {"loss": contrast(*args)["loss"] + math.inf}
+    before, compare = snapshot(run), run.task.compare
+    run.task.compare = lambda *args: {"loss": compare(*args)["loss"] + math.inf}
     train_steps(run, 1, 2)
     assert differing(before, snapshot(run)) == [] and run.monitor.streak == 1
 
@@ -272,7 +272,8 @@ def test_rounded_weights_leave_the_contrast_in_float32(tmp_path, dtype):
     of ConMIM stay in float32."""
     run, _ = start("pretrain", tmp_path)
     method, seen = run.task, {}
-    similarity, contrast = method.similarity, method.contrast
+    target = method.target
+    similarity, contrast = target.similarity, target.contrast
 
     def remember_inputs(queries, keys):
         seen["inputs"] = queries.detach().float(), keys.detach().float()
@@ -282,7 +283,7 @@ def test_rounded_weights_leave_the_contrast_in_float32(tmp_path, dtype):
         seen["logits"] = logits
         return contrast(logits, *rest)
 
-    method.similarity, method.contrast = remember_inputs, remember_logits
+    target.similarity, target.contrast = remember_inputs, remember_logits
     batch = run.normalize(next(iter(run.loader)))
     exact = method(batch)["loss"]
     for parameter in method.parameters():
@@ -291,7 +292,7 @@ def test_rounded_weights_leave_the_contrast_in_float32(tmp_path, dtype):
     loss = method(batch)["loss"]
     assert loss.dtype == seen["logits"].dtype == torch.float32
     queries, keys = (nn.functional.normalize(x, dim=-1) for x in seen["inputs"])
-    assert torch.equal(seen["logits"], queries @ keys.transpose(1, 2) / method.temperature)
+    assert torch.equal(seen["logits"], queries @ keys.transpose(1, 2) / target.temperature)
     assert {b.dtype for b in method.buffers() if b.is_floating_point()} == {torch.float32}
     assert loss.item() == pytest.approx(exact.item(), rel=8 * torch.finfo(dtype).eps)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from modeling_backbones import family_of
+from modeling_backbones import TIMM_BACKBONES, family_of
 from modeling_finetune import create_model
 from modeling_losses import (
     FocalFrequencyLoss,
@@ -40,6 +40,12 @@ TINY = {
         "num_heads": [1, 2, 2, 4],
         "input_size": 64,
     },
+    "swinv2_tiny": {
+        "depths": [1, 2, 1, 1],
+        "embed_dim": 8,
+        "num_heads": [1, 2, 2, 4],
+        "input_size": 64,
+    },
     "vit_tiny_patch16_224": {
         "embed_dim": 32,
         "depth": 3,
@@ -53,11 +59,13 @@ PLACES = {
     "resnet18": 4,
     "convnext_tiny": 4,
     "swin_tiny": 5,
+    "swinv2_tiny": 5,
     "vit_tiny_patch16_224": 3,
     "mobilenetv3_small_050": 4,
 }
 STRIDES = {  # of the masks (docs/methods/simmim_a2mim.md#masks)
     "resnet18": (4, 4, 8, 16), "convnext_tiny": (4, 8, 16, 32), "swin_tiny": (4, 4, 8, 16, 32),
+    "swinv2_tiny": (4, 4, 8, 16, 32),
     "vit_tiny_patch16_224": (8, 8, 8), "mobilenetv3_small_050": (2, 4, 8, 16),
 }  # fmt: skip
 PUBLISHED_NAMES = [  # weights under OpenMixup's names
@@ -199,6 +207,19 @@ def test_any_network_sees_visible_pixels_from_masked_places(name):
     features = model.features(images, mask)
     features[:, :, 1, 1].square().sum().backward()
     assert images.grad[~hidden].any()
+
+
+def test_other_swins_of_version_2_are_pretrained_and_finetuned():
+    """By timm's names, with their own windows, at sizes that these do not divide."""
+    tiny = {"depths": [1, 1, 1, 1], "embed_dim": 8, "num_heads": [1, 1, 2, 2]}
+    model = create_model("simmim_swinv2_tiny_window8_256", **tiny, input_size=96)
+    images, mask = images_of(model, 1), torch.ones(1, 24, 24)
+    loss = model({"image": images, "mask": mask})["loss"]
+    loss.backward()
+    assert model.inject.mask_token.grad.any()
+    classifier = create_model("swinv2_tiny_window8_256", **tiny, input_size=96, num_classes=3)
+    report = load_pretrained(classifier, {"model": model.encoder_state_dict()})
+    assert report.matched == 1.0 and classifier.eval()(images).shape == (1, 3)
 
 
 def test_swins_own_windows_stay():
@@ -343,10 +364,9 @@ def timm_model(name: str, model: nn.Module) -> nn.Module:
     if name.startswith("vit"):
         return timm_beit(model.image_size, model.cell_size[0], **sizes)
     if name.startswith("swin"):
-        sizes |= {"img_size": model.image_size, "window_size": 2}
-    return timm.create_model(
-        {"swin_tiny": "swin_tiny_patch4_window7_224"}.get(name, name), num_classes=0, **sizes
-    )
+        window = 4 if name.startswith("swinv2") else 2
+        sizes |= {"img_size": model.image_size, "window_size": window}
+    return timm.create_model(TIMM_BACKBONES.get(name, name), num_classes=0, **sizes)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from masking_generator import semantic_mask
 from modeling_finetune import create_model, list_models, patchify, take, unpatchify
-from modeling_pretrain import MAE, SemMAE, pixel_statistics
+from modeling_pretrain import MAE, SemMAE
+from modeling_targets import pixel_statistics
 from optim_factory import param_groups
 from scripts.benchmarks.published import StraightforwardMAE
 from unimim.checkpoint.files import load_checkpoint, save_encoder
@@ -219,13 +220,13 @@ def test_the_weight_falls_over_the_runs_own_epochs():
     weights = []
     for epoch in range(4):
         model.before_epoch(epoch, 4)
-        weights.append(model.mask_lambda)
+        weights.append(model.masking.mask_lambda)
     assert weights == pytest.approx([0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0.0])
     out = model({"image": pictures(), "part_ids": parts_of()})
     assert out["mask_lambda"] == 0 and not out["mask_lambda"].requires_grad
     constant = small(SemMAE, mask_lambda=0.3)
     constant.before_epoch(3, 4)
-    assert constant.mask_lambda == 0.3
+    assert constant.masking.mask_lambda == 0.3
 
 
 def test_choosing_tokens():
@@ -258,7 +259,7 @@ def test_choosing_tokens():
 def test_the_published_setting_of_small_patches():
     with torch.device("meta"):
         model = create_model("semmae_base_patch8_224")
-    assert (model.num_tokens, model.pos_embed.shape[1]) == (196, 785)
+    assert (model.masking.num_tokens, model.pos_embed.shape[1]) == (196, 785)
 
 
 @pytest.mark.parametrize(

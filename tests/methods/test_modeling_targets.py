@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling_backbones import family_of
 from modeling_pretrain import FeatureSemAIM, build_semaim
-from modeling_targets import GaussianBlur, Teacher, build_tower, load_teacher, near_gelu
+from modeling_targets import (
+    GaussianBlur,
+    MapTeacher,
+    Teacher,
+    build_tower,
+    load_teacher,
+    near_gelu,
+)
 
 GRID = (4, 4)
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -245,8 +253,22 @@ def test_a_method_with_a_teacher(tmp_path):
     assert model.order_values(batch, attention).argmin(1).tolist() == attention.argmax(1).tolist()
     given = FeatureSemAIM(**options, predict_feature="clip", out_dim=24)
     given.load_state_dict(model.state_dict())
-    batch["target_tokens"] = model.target(batch["image"])
+    batch["target_tokens"] = model.target.teacher(batch["image"])
     assert torch.equal(model(batch)["loss"], given(batch)["loss"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_a_network_that_ends_in_a_map_gives_each_patch_the_features_at_its_place(name):
+    torch.manual_seed(0)
+    teacher = MapTeacher(timm.create_model(name, num_classes=0), (7, 7))
+    images = torch.randn(1, 3, 224, 224)
+    tokens = teacher(images)
+    assert tokens.shape == (1, 49, teacher.width) and not tokens.requires_grad
+    features = family_of(teacher.tower).feature_map(teacher.tower, images)
+    torch.testing.assert_close(tokens, features.flatten(2).mT)
+    finer = MapTeacher(teacher.tower, (14, 14))(images)
+    corner = finer.unflatten(1, (14, 14))[:, 0, 0]
+    torch.testing.assert_close(corner, tokens[:, 0], msg="the corner of the map is its first patch")
 
 
 def test_what_is_refused(tmp_path):

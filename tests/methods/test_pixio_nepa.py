@@ -7,8 +7,9 @@ from helpers import METHODS, SIZE, arguments, start
 from reference.case import OWN_CASES, load
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 
+from masking_generator import squares_of
 from modeling_finetune import RotaryPositions, RotaryViT, create_model
-from modeling_pretrain import NEPA, Pixio, squares_of
+from modeling_pretrain import NEPA, Pixio
 from optim_factory import param_groups
 from unimim.checkpoint.files import encoder_file, list_checkpoints, timm_arguments_of
 from unimim.checkpoint.loading import load_pretrained

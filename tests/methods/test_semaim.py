@@ -12,7 +12,8 @@ from torch import Tensor
 from analysis import visualize
 from masking_generator import ORDERS_WITHOUT_NOISE, PATCH_ORDERS, patch_order, visible_patches
 from modeling_finetune import create_model, list_models, patchify, take, unpatchify
-from modeling_pretrain import SemAIM, build_semaim, pixel_statistics
+from modeling_pretrain import SemAIM, build_semaim
+from modeling_targets import pixel_statistics
 from scripts.benchmarks.published import make_straightforward
 from unimim.checkpoint.files import load_checkpoint, save_encoder
 from unimim.checkpoint.loading import load_pretrained
@@ -424,10 +425,12 @@ def test_the_error_of_a_reconstruction_is_the_loss(options):
     assert original is batch["image"]
     blurred = original if model.gaussian_blur is None else model.gaussian_blur(original)
     patches, target = patchify(predicted, (4, 4)), patchify(blurred, (4, 4))
-    if model.norm_pix_loss:
+    if model.target.norm_pix_loss:
         mean, deviation = pixel_statistics(target)
         patches, target = (patches - mean) / deviation, (target - mean) / deviation
-    error = (patches - target).abs() if model.loss_type == "L1" else (patches - target).square()
+    error = (
+        (patches - target).abs() if model.target.loss_type == "L1" else (patches - target).square()
+    )
     torch.testing.assert_close(error.mean(), model(batch)["loss"].detach(), rtol=1e-4, atol=1e-5)
     order = model.order_values(batch, model.attention_and_target(batch)[0])
     first = torch.zeros(3, 24, 48).scatter_(

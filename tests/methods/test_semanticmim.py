@@ -15,9 +15,8 @@ from modeling_pretrain import (
     MaskFeat,
     SemanticBEiT,
     SemanticMIM,
-    VisualTokenHead,
-    VisualTokenLoss,
 )
+from modeling_targets import VisualTokenHead, VisualTokenLoss
 from optim_factory import param_groups
 from scripts.benchmarks.benchmark import LivingBytes
 from scripts.benchmarks.published import make_straightforward
@@ -201,7 +200,7 @@ def test_masks_drawn_apart(form):
     assert visible.shape == (2, 6) and predicted.shape == (2, 7)
     tokens = model.encode(batch["image"], visible, predicted)
     if form == "maskfeat":
-        wanted = model.hog(batch["image"])[target.flatten(1)]
+        wanted = model.target.hog(batch["image"])[target.flatten(1)]
         expected = (model.hog_head(tokens).flatten(0, 1) - wanted).square().mean()
     else:
         logits = F.linear(tokens.flatten(0, 1), model.lm_head.weight, model.lm_head.bias)
@@ -398,7 +397,7 @@ def test_start_of_maskfeats_form():
         assert model.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.05), name
     assert model.patch_embed.proj.bias.any() and model.blocks[0].gamma_1 is None
     assert not model.blocks[0].mlp.fc1.bias.any() and not model.hog_head.bias.any()
-    assert model.num_prefix_tokens == 8 and model.hog.width == 108
+    assert model.num_prefix_tokens == 8 and model.target.width == 108
 
 
 def test_the_original_initialization_is_cut_at_one_std():
@@ -436,8 +435,8 @@ def test_registered_models():
 
 def test_the_tokenizer_is_no_part_of_the_network(tmp_path):
     method = build_method(arguments("pretrain", tmp_path, *METHODS["semanticmim_beit"]))
-    assert method.tokenizer.vocab_size == 64 and method.second_size == (32, 32)
-    assert method.frozen is method.tokenizer.encoder
+    assert method.target.tokenizer.vocab_size == 64 and method.second_size == (32, 32)
+    assert method.frozen is method.target.tokenizer.encoder
     assert not any(
         "conv" in name for name in [*method.state_dict(), *dict(method.named_parameters())]
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import SIZE, differing, in_ranks, own_signals, run_command, script, start
@@ -173,6 +174,29 @@ def test_tokens_of_clusters_are_the_nearest_centers(files):
         assert torch.equal(tokenizer(images()), found)
 
 
+def test_tokens_of_a_teachers_clusters_are_the_nearest_centers_of_its_features(tmp_path):
+    torch.manual_seed(0)
+    vit = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=64, depth=1, num_heads=1, num_classes=0
+    )
+    torch.save(vit.state_dict(), tmp_path / "dino.pth")
+    teacher = ["--kmeans_teacher", str(tmp_path / "dino.pth")]
+    path = train(tmp_path, [*KMEANS, *teacher, "--kmeans_iterations", "4"])
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    losses = [line["train_loss"] for line in lines]
+    assert losses == sorted(losses, reverse=True) and "hard_mse" not in lines[0]
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.encoder.centers.shape == (32, 64) and tokenizer.grid == (4, 4)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in MEAN_STD["imagenet"])
+    with torch.no_grad():
+        features = vit.eval().forward_features((images() / 255 - mean) / std)[:, 1:]
+    distances = torch.cdist(F.normalize(features, dim=-1), tokenizer.encoder.centers)
+    found = tokenizer(images())
+    assert (found == distances.argmin(2)).float().mean() > 0.99
+    positions = torch.tensor([[3, 15, 0]]).expand(len(found), -1)
+    assert torch.equal(tokenizer(images(), positions), found.gather(1, positions))
+
+
 def test_clustering_lowers_the_error_and_repeats_itself(files, tmp_path):
     log = files["kmeans"].parent / "log.txt"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -245,7 +269,7 @@ def test_methods_ask_for_images_that_give_a_token_for_each_patch(files, tmp_path
     assert batch["image_second"].shape[1:] == (3, 16, 16)
     expected = load_tokenizer(str(files[kind]))(batch["image_second"])
     positions = torch.arange(16).expand(len(expected), -1)
-    assert torch.equal(run.task.visual_tokens_at(run.prepare(batch), positions), expected)
+    assert torch.equal(run.task.target.of(run.prepare(batch), positions), expected)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from helpers import block_outputs
 from torch import Tensor, nn
 
 from modeling_finetune import VisionTransformer
-from modeling_pretrain import BEiT, MaskFeat, SemanticBEiT, SemanticMIM, take
+from modeling_pretrain import BEiT, MaskFeat, SemanticBEiT, SemanticMIM
 from modeling_targets import HOG, VisualTokenizer, dalle_pixels, load_tokenizer
 from reference.case import Case
 from reference.common import gradients, load_weights, position_options, set_norms, vit_options
@@ -156,9 +156,9 @@ def semanticmim_beit(case: Case) -> dict[str, Tensor]:
     computed = {}
     if "target_image" in inputs:
         with tempfile.TemporaryDirectory() as folder:
-            model.tokenizer = tokenizer_of(case.inputs("weights/"), Path(folder))
+            model.target.tokenizer = tokenizer_of(case.inputs("weights/"), Path(folder))
         batch["image_second"] = inputs["target_image"]
-        computed["target_ids"] = model.tokenizer(inputs["target_image"])
+        computed["target_ids"] = model.target.tokenizer(inputs["target_image"])
     else:
         batch["target_ids"] = inputs["target_ids"]
     computed |= semanticmim_outputs(model, batch)
@@ -172,7 +172,7 @@ def semanticmim_maskfeat(case: Case) -> dict[str, Tensor]:
     batch = semanticmim_batch(case.inputs())
     computed = semanticmim_outputs(model, batch)
     predicted = model.patch_positions(batch)[1]
-    target = take(model.hog(batch["image"]), predicted)
+    target = model.target.of(batch, predicted)
     return computed | {"pred": model.hog_head(computed["mask_features"]), "target": target}
 
 

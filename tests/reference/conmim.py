@@ -55,14 +55,17 @@ def conmim_loss(model: ConMIM, case: Case) -> dict[str, Tensor]:
     """One forward with everything in between kept; the running buffers must have seen exactly this
     forward."""
     seen: list[Tensor] = []
-    for network in (model.teacher, model):
-        network.project = lambda *args, call=network.project: seen.append(call(*args)) or seen[-1]
     batch = conmim_batch(case.inputs())
+    tokens = batch["mask"].flatten(1).shape[1] + 1
+    for network in (model.teacher, model):  # the class token is projected too
+        network.projectors.register_forward_hook(
+            lambda _, given, out: seen.append(out.unflatten(0, (-1, tokens))[:, 1:])
+        )
     loss = model(batch)["loss"]
     loss.backward()
     keys, queries = seen
     positions, counts = masked_positions(batch["mask"].flatten(1))
-    logits = model.similarity(take(queries, positions), keys)
+    logits = model.target.similarity(take(queries, positions), keys)
     computed = {"loss": loss, "student_features": queries, "teacher_features": keys}
     return computed | {"logits": logits[counts], "labels": positions[counts]} | gradients(model)
 

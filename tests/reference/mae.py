@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_finetune import sincos_pos_embed
-from modeling_pretrain import MAE, put, take
+from modeling_finetune import sincos_pos_embed, take
+from modeling_pretrain import MAE
+from modeling_targets import put
 from optim_factory import cosine_at, layers_of, param_groups, set_schedule
 from reference.case import Case
 from reference.common import (

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from masking_generator import patch_order, visible_patches
+from masking_generator import patch_order, stretched, visible_patches
 from modeling_finetune import patchify
-from modeling_pretrain import SemAIM, build_semaim, similarity, stretched
+from modeling_pretrain import SemAIM, build_semaim, similarity
 from modeling_targets import TEACHERS, Teacher, build_tower, from_openai, visual_weights
 from optim_factory import cosine_at, param_groups, set_schedule
 from reference.case import Case, check
@@ -75,7 +75,7 @@ def semaim(case: Case) -> dict[str, Tensor]:
     computed = {
         "permutation": order,
         "loss": loss,
-        "loss_map": model.loss_map(predicted[:, 1:], target),
+        "loss_map": model.target.loss_map(predicted[:, 1:], target),
         "h": h,
         "g_norm": g_norm,
         "pred": predicted,
@@ -260,7 +260,7 @@ def gaussian_blur(case: Case) -> dict[str, Tensor]:
         "kernel": model.gaussian_blur.weight,
         "blurred": blurred,
         "patches": patchify(blurred, model.patch_embed.patch_size),
-        "normalised_target": model.pixel_target(images),
+        "normalised_target": model.target.of({"image": images}),
     }
 
 

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masking_generator import mask_lambda_schedule, others_first, semantic_mask
-from modeling_finetune import patchify, unpatchify
-from modeling_pretrain import SemMAE, put, take
+from modeling_finetune import patchify, take, unpatchify
+from modeling_pretrain import SemMAE
+from modeling_targets import put
 from reference.case import Case
 from reference.common import gradients, load_weights, mae_classifier, normalized
 from reference.mae import autoencoder_parts, mae_options

@@ -198,9 +198,9 @@ def from_mmpretrain(state: StateDict) -> StateDict:
 _MMPRETRAIN_NAMES = (
     (r"^backbone\.", ""), (r"^extra_layers\.", "mask_blocks."), (r"^layers\.", "blocks."),
     (r"(blocks\.\d+)\.ln(\d)\.", r"\1.norm\2."), (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^ln1\.", "norm."),
-    (r"^ln2\.", "fc_norm."), (r"^head\.cls_head\.", "lm_head."), (r"^neck\.fc\.", "hog_head."),
-    (r"^head\.fc\.", "head."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^ln1\.", "norm."), (r"^ln2\.", "fc_norm."), (r"^head\.cls_head\.", "lm_head."),
+    (r"^neck\.fc\.", "hog_head."), (r"^head\.fc\.", "head."),
 )  # fmt: skip
 
 
@@ -232,12 +232,15 @@ def from_nepa(state: StateDict) -> StateDict:
 
 _NEPA_NAMES = (
     (r"^vit_nepa\.", ""), (r"^embeddings\.cls_token$", "cls_token"), (r"^classifier\.", "head."),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."), (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.", "blocks."), (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.attention\.([qk]_norm)\.", r".attn.\1."), (r"\.intermediate\.gate_proj\.", ".mlp.fc1_g."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."), (r"^encoder\.layer\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.([qk]_norm)\.", r".attn.\1."),
+    (r"\.intermediate\.gate_proj\.", ".mlp.fc1_g."),
     (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."), (r"\.output\.layer_scale\.lambda1$", ".gamma_2"),
-    (r"\.layer_scale\.lambda1$", ".gamma_1"), (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.output\.layer_scale\.lambda1$", ".gamma_2"), (r"\.layer_scale\.lambda1$", ".gamma_1"),
+    (r"\.output\.dense\.", ".mlp.fc2."),
 )  # fmt: skip
 
 
@@ -246,18 +249,20 @@ _NEPA_NAMES = (
 # has timm's names but for the classifier.
 _OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], ...]] = {
     ".ln1.weight": (
-        (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^layers\.", "blocks."), (r"\.ln(\d)\.", r".norm\1."),
-        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^ln1\.", "norm."),
-        (r"^head\.fc\.", "head."),
+        (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^layers\.", "blocks."),
+        (r"\.ln(\d)\.", r".norm\1."), (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+        (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^ln1\.", "norm."), (r"^head\.fc\.", "head."),
     ),
     ".w_msa.": (
         (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"\.attn\.w_msa\.", ".attn."),
-        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."), (r"^norm3\.", "norm."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+        (r"^norm3\.", "norm."),
         (r"^stages\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) + 1}.downsample."),
         (r"^stages\.", "layers."),
     ),
     ".depthwise_conv.": (
-        (r"^downsample_layers\.0\.", "stem."), (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+        (r"^downsample_layers\.0\.", "stem."),
+        (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
         (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."), (r"\.depthwise_conv\.", ".conv_dw."),
         (r"\.pointwise_conv(\d)\.", r".mlp.fc\1."), (r"^norm3\.", "head.norm."),
     ),
@@ -268,8 +273,9 @@ _OPENMIXUP_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], .
 # What SimMIM's and A2MIM's files have beside the backbone, by our names; `inject.` and `neck.` are
 # parts of the method, and so is what is in front of the backbone's own names.
 _PIXEL_NAMES = (
-    (r"^(?:encoder|backbone)\.(mask_token|mask_gamma)$", r"inject.\1"), (r"^neck\.decoder_pred\.0\.", "neck.pred."),
-    (r"^(?:neck\.)?decoder\.0\.", "neck.pred."), (r"^neck\.decoder\.conv\.0\.conv\.", "neck.decoder.conv."),
+    (r"^(?:encoder|backbone)\.(mask_token|mask_gamma)$", r"inject.\1"),
+    (r"^neck\.decoder_pred\.0\.", "neck.pred."), (r"^(?:neck\.)?decoder\.0\.", "neck.pred."),
+    (r"^neck\.decoder\.conv\.0\.conv\.", "neck.decoder.conv."),
     (r"^neck\.decoder\.conv\.0\.ln\.", "neck.decoder.ln."),
 )  # fmt: skip
 

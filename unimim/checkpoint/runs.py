@@ -19,7 +19,7 @@ from unimim.checkpoint.files import (
 )
 from unimim.checkpoint.loading import PUBLISHED_KEYS
 from unimim.cli.flags import build_parser
-from unimim.cli.models import build_classifier, build_method
+from unimim.cli.models import build_classifier, build_method, fitting_mask
 from unimim.cli.options import explicit_flags, recipe_values
 from unimim.cli.published import MODELS
 from unimim.data.views import MEAN_STD, image_mean_std
@@ -112,6 +112,7 @@ def rebuild(
     tell_mean_std(path, args, explicit_flags(stage, words))
     if stage == "pretrain":
         args.discrete_vae_weight_path = None  # nothing is trained, so no tokenizer is needed
+        args.mask_type = fitting_mask(args.model, args.mask_type)
         return build_method(args), args
     # as many class tokens as this file has, not the file that its run began with
     args.resume = ""

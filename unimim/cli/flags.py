@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from masking_generator import MASKS
 from modeling_finetune import ATTENTION_KERNELS, registered_flags
 from optim_factory import LR_SCHEDULES
 from unimim.cli.parser import FlagParser, ImageSize
@@ -25,7 +26,7 @@ _FLAGS_OF_OPTIONS = {
     "model": "model", "backbone": "model", "input_size": "input_size", "patch_size": "patch_size",
     "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
     "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type",
-    "layer": "layer", "in_chans": "in_chans",
+    "layer": "layer", "permutation_type": "permutation_type", "in_chans": "in_chans",
 }  # fmt: skip
 
 
@@ -62,8 +63,13 @@ def options_as_flags() -> Iterator[None]:
     try:
         yield
     except OptionError as error:
-        flags = {flag.option or flag.name: flag.name for flag in registered_flags()}
-        raise ValueError(error.in_flags(flags | _FLAGS_OF_OPTIONS)) from error
+        raise ValueError(in_flags(error)) from error
+
+
+def in_flags(error: OptionError) -> str:
+    """Return an error's message in the command line's words."""
+    flags = {flag.option or flag.name: flag.name for flag in registered_flags()}
+    return error.in_flags(flags | _FLAGS_OF_OPTIONS)
 
 
 class _LearningRate(argparse.Action):
@@ -89,6 +95,11 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--list_models", action="store_true",
         help="print the registered models, by what they are for, and exit",
     )  # fmt: skip
+    if stage == "pretrain":
+        group.add_argument(
+            "--list_space", action="store_true",
+            help="print which masks, encoder forms and targets go together, and exit",
+        )  # fmt: skip
     add_size_flags(group)
     group.add_argument(
         "--layer_scale_init_value",
@@ -197,6 +208,16 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--nb_classes", type=int, default=None, help="number of classes; None is the data set's"
     )
+    group.add_argument(
+        "--class_map", default=None, metavar="FILE",
+        help="class folders in the order of the model's classes, one a line; the word imagenet is "
+        "ImageNet's WordNet ids; None: sorted",
+    )  # fmt: skip
+    group.add_argument(
+        "--label_list", default=None, metavar="FILE",
+        help="train on the images that the file lists, one name a line; scripts/tools/make_subset.py "
+        "writes such files",
+    )  # fmt: skip
     group.add_argument(
         "--label_fraction",
         type=float,
@@ -339,10 +360,12 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group = parser.add_argument_group("masks")
     group.add_argument(
-        "--mask_type", choices=("block", "random_mps32", "random"), default="block",
-        help="blocks of patches (BEiT), coarse squares (SimMIM), or single patches",
+        "--mask_type", choices=tuple(MASKS), default="block",
+        help="blocks of patches (BEiT), coarse squares (SimMIM), single patches, semantic parts "
+        "(SemMAE), what is attended to most or least, or, for prediction in an order, none; the "
+        "default is the model's own",
     )  # fmt: skip
-    group.add_argument("--mask_ratio", type=float, default=0.75, help="of random and random_mps32")
+    group.add_argument("--mask_ratio", type=float, default=0.75, help="of all but block")
     group.add_argument(
         "--mask_patch_size",
         type=int,
@@ -416,7 +439,7 @@ def _method_flags(parser: argparse.ArgumentParser) -> None:
     for flag, classes in registered_flags().items():
         if f"--{flag.name}" in parser._option_string_actions:  # the data take it too
             continue
-        title = ", ".join(classes)
+        title = flag.group or ", ".join(classes)
         if title not in groups:
             groups[title] = parser.add_argument_group(title, "None: the model's own value")
         _add_flag(groups[title], flag)

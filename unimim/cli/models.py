@@ -36,6 +36,15 @@ def build_method(args: Namespace) -> nn.Module:
     return _build(args, shared_options(args, bias="shared") | options)
 
 
+def fitting_mask(model: str, mask_type: str) -> str:
+    """Return the --mask_type of a run's file, or the model's own in place of one that the model
+    refuses: older files hold the default of models that did not ask for it."""
+    entry = entry_of(model)
+    form = entry.classes[0] if entry and entry.classes else None
+    refuses = hasattr(form, "refusal") and form.refusal(mask_type, form.own_target)
+    return form.own_mask if refuses else mask_type
+
+
 def build_classifier(args: Namespace) -> nn.Module:
     """Return the classifier that --model names."""
     check_is_classifier(args.model)

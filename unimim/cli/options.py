@@ -16,6 +16,7 @@ from modeling_finetune import entry_of, models_by_purpose
 from optim_factory import takes_betas
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.cli.published import translate
+from unimim.cli.space import table
 from unimim.engine.runner import has_bf16
 from unimim.files import check_output_folder, write_text
 from unimim.logs import log
@@ -34,6 +35,9 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
     if first.list_models:
         print(models_by_purpose())
         parser.exit()
+    if getattr(first, "list_space", False):
+        print(table())
+        parser.exit()
     try:
         overlay = read_config(first.config, parser) if first.config else {}
         parser.set_defaults(**overlay)
@@ -42,8 +46,12 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         values = recipe_values(recipe, parser) if recipe else {}
         parser.set_defaults(**{**values, **published, **overlay})
         args = parser.parse_args(argv)
-        given = explicit_flags(stage, argv) | overlay.keys()
+        typed = explicit_flags(stage, argv)
+        given = typed | overlay.keys()
         adapt_defaults(args, given=given, has_recipe=recipe is not None)
+        # a file may hold the default of a model that did not ask for it
+        if "mask_type" in args and args.mask_type == "block" and "mask_type" not in typed:
+            args.mask_type = own_mask(args.model)
         validate(args)
     except ValueError as error:
         parser.error(str(error))
@@ -146,6 +154,12 @@ def adapt_defaults(args: argparse.Namespace, given: set[str], has_recipe: bool) 
         args.opt_betas = None
 
 
+def own_mask(model: str) -> str:
+    """Return the --mask_type that a model has by default."""
+    entry = entry_of(model)
+    return getattr(entry.classes[0], "own_mask", "block") if entry and entry.classes else "block"
+
+
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Return the values of a YAML file, which must all be flags of this script."""
     text = read_text("--config", path)
@@ -227,7 +241,7 @@ def validate(args: argparse.Namespace) -> None:
             "--enable_deepspeed writes its configuration and checkpoints: give --output_dir"
         )
     separate = getattr(args, "separate_mask_ratio", None)
-    if separate is not None and (not 0 < separate < 1 or args.mask_type == "block"):
+    if separate is not None and (not 0 < separate < 1 or not args.mask_type.startswith("random")):
         raise ValueError(
             f"--separate_mask_ratio {separate} must lie between 0 and 1 and needs a random "
             "--mask_type"
@@ -366,6 +380,7 @@ def as_config(args: argparse.Namespace) -> dict[str, Any]:
         "config",
         "dry_run",
         "list_models",
+        "list_space",
         "deepspeed",
         "other_recipes",
         "notes",

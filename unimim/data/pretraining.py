@@ -89,11 +89,9 @@ def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomP
     """Open the part maps of the images in `source`; raise ValueError if they do not fit."""
     if args.part_source == "random":
         log.warning("--part_source random: parts without meaning, for a control experiment")
-        return RandomParts(method.num_parts, method.patch_embed.grid_size, args.seed)
+        return RandomParts(method.num_parts, method.cell_grid, args.seed)
     if args.part_maps is None:
-        raise ValueError(
-            f"--model {args.model} needs --part_maps, which run_part_learning.py writes"
-        )
+        raise ValueError("--mask_type parts needs --part_maps, which run_part_learning.py writes")
     map_file = Path(args.data_path or "", "train_map.txt")
     parts = PartMaps.open(
         args.part_maps,

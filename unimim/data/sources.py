@@ -125,6 +125,37 @@ def first_of_each_class(labels: np.ndarray, fraction: float) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
+def listed_images(source: Source, path: str) -> np.ndarray:
+    """Return the ascending indices of the images that a file lists, one name a line.
+
+    A name is that of the file, or its folder and its name, as in the usual lists of 1 % and 10 % of
+    ImageNet.
+
+    Raises:
+        ValueError: the file is missing or empty, or an image is not there.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--label_list {path} does not exist; use a file with one image a line")
+    lines = (line.strip() for line in Path(path).read_text().splitlines())
+    names = {line for line in lines if line}
+    if not names:
+        raise ValueError(f"--label_list {path} is empty; write one image's name a line")
+    chosen, found = [], set()
+    for index in range(len(source)):
+        parts = source.path(index).replace(os.sep, "/").rsplit("/", 2)
+        known = names & {parts[-1], "/".join(parts[-2:])}
+        if known:
+            chosen.append(index)
+            found |= known
+    missing = sorted(names - found)
+    if missing:
+        raise ValueError(
+            f"--label_list {path} lists {len(missing)} images that the training data lack, such as "
+            f"'{missing[0]}'; use the list of this data set"
+        )
+    return np.array(chosen)
+
+
 def map_source(root: Path, split: str, allow_outside: bool = False) -> FileSource:
     """Return the images listed in `root/<split>_map.txt`.
 
@@ -176,7 +207,8 @@ def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = 
     unknown = set(class_names(root)) - set(classes)
     if need_labels and unknown:
         raise ValueError(
-            f"{root} has class folders that the training folder lacks, such as '{min(unknown)}'"
+            f"{root} has class folders that the training folder lacks, such as '{min(unknown)}', or "
+            "that --class_map does not list"
         )
     skipped: Counter[str] = Counter()
     names = sorted(images_below(root, skipped))
@@ -347,12 +379,14 @@ def build_source(
     need_labels: bool,
     train_path: str | None = None,
     allow_outside: bool = False,
+    classes: list[str] | None = None,
 ) -> Source:
     """Return the source of `--data_set` at `--data_path`.
 
     If `data_set` is None, the kind is inferred from the path; if both are None, it is digits. For
     the evaluation of an image_folder, `train_path` is the training folder, which sets the order of
-    the classes. `allow_outside` is for a map file's paths.
+    the classes; `classes` sets it for training and evaluation. `allow_outside` is for a map file's
+    paths.
 
     Raises:
         ValueError: the kind is unknown, or the path or the data is missing.
@@ -377,7 +411,8 @@ def build_source(
         return tar_source(data_path, train=train, need_labels=need_labels)
     if kind == "image_folder":
         class_root = _split_folder(Path(train_path or root), train=True)
-        classes = class_names(class_root) if need_labels and class_root.is_dir() else None
+        if classes is None and need_labels and class_root.is_dir():
+            classes = class_names(class_root)
         return folder_source(_split_folder(root, train), need_labels=need_labels, classes=classes)
     return cifar_source(root, 100 if kind == "CIFAR" else 10, train=train)
 

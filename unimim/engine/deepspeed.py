@@ -30,12 +30,14 @@ from unimim.files import file_sha256
 # What DeepSpeed reads at the top level; it ignores a misspelled key without a word, so we refuse it
 # (docs/engine.md#deepspeeds-configuration).
 DEEPSPEED_KEYS = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast", "bf16",
-    "fp16", "steps_per_print", "wall_clock_breakdown", "dump_state", "prescale_gradients", "gradient_predivide_factor",
-    "communication_data_type", "seq_parallel_communication_data_type", "activation_checkpointing", "aio",
-    "flops_profiler", "comms_logger", "checkpoint", "data_types", "tensorboard", "wandb", "csv_monitor", "autotuning",
-    "compile", "sparse_gradients", "disable_allgather", "memory_breakdown", "dataloader_drop_last",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "zero_optimization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "torch_autocast", "bf16", "fp16", "steps_per_print",
+    "wall_clock_breakdown", "dump_state", "prescale_gradients", "gradient_predivide_factor",
+    "communication_data_type", "seq_parallel_communication_data_type", "activation_checkpointing",
+    "aio", "flops_profiler", "comms_logger", "checkpoint", "data_types", "tensorboard", "wandb",
+    "csv_monitor", "autotuning", "compile", "sparse_gradients", "disable_allgather",
+    "memory_breakdown", "dataloader_drop_last",
 }  # fmt: skip
 
 

@@ -107,6 +107,7 @@ class Session:
         self.ema_key = task.ema_key
         self.steps_per_epoch = steps_per_epoch
         self.dataset = dataset
+        self.reads_masks = "mask" in getattr(task, "views", ())
         self.folder = Path(args.output_dir) if args.output_dir and args.save_ckpt else None
         self.keeps_shards = bool(args.deepspeed_shards)
         self.writer = Writer()
@@ -349,6 +350,8 @@ class Session:
         """Yield what the run that wrote `state` did otherwise, as far as the file says."""
         there, ours = state["args"], as_config(self.args)
         for name in sorted(there.keys() & ours.keys()):
+            if name == "mask_type" and not self.reads_masks:
+                continue  # it is made of the noise that comes with an image, or there is none
             of_order = name in ("seed", "aug_repeats") or "mask" in name
             if there[name] != ours[name] and (of_order or name not in UNNOTICED):
                 yield Change(f"--{name}", there[name], ours[name], of_order)

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from unimim.recipes import beit, conmim, mae, mim, nepa, pixio, semaim, small
+from unimim.recipes import beit, conmim, mae, mim, neighbors, nepa, pixio, semaim, small
 from unimim.recipes.recipe import OURS, PROGRAMS, WITHOUT_LABELS, Recipe
 
 __all__ = [
@@ -28,19 +28,28 @@ __all__ = [
     "recipe_for",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (conmim, mae, pixio, semaim, nepa, beit, mim, small)
+FAMILIES: tuple[ModuleType, ...] = (conmim, mae, pixio, semaim, nepa, beit, mim, neighbors, small)
 STAGES = ("pretrain", "finetune")  # their scripts use the model's recipe if none is named
 
 _RECIPES: tuple[Recipe, ...] = tuple(recipe for family in FAMILIES for recipe in family.RECIPES)
 _BY_NAME = {recipe.name: recipe for recipe in (*_RECIPES, *mim.RELATIVES)}
 
 GPUS_PER_MACHINE = 8
+_CLASS_FOLDERS = "the folder with train and val, each of class folders"
 # data set -> values of --data_set and --nb_classes, and what DATA_PATH must name
 _DATA_SETS = {
     "ImageNet-1K": ("IMNET", "1000", "the folder that holds {}"),
     "ImageNet-21K": ("IMNET", None, "the folder that holds {}"),
     "ImageNet-100": ("IMNET", "100", "the folder that holds {}"),
+    "CIFAR-10": ("CIFAR10", "10", "the folder where torchvision keeps CIFAR-10"),
     "CIFAR-100": ("CIFAR", "100", "the folder where torchvision keeps CIFAR-100"),
+    "iNaturalist 2017": ("image_folder", "5089", _CLASS_FOLDERS),
+    "iNaturalist 2018": ("image_folder", "8142", _CLASS_FOLDERS),
+    "iNaturalist 2019": ("image_folder", "1010", _CLASS_FOLDERS),
+    "Places205": ("image_folder", "205", _CLASS_FOLDERS),
+    "Places365": ("image_folder", "365", _CLASS_FOLDERS),
+    "CUB-200-2011": ("image_folder", "200", _CLASS_FOLDERS),
+    "Stanford Cars": ("image_folder", "196", _CLASS_FOLDERS),
     "Pascal VOC": (None, None, "VOC's folder VOC2012"),
 }
 
@@ -68,6 +77,8 @@ def recipe_for(model: str, stage: str) -> Recipe | None:
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     for recipe in _RECIPES:
+        if recipe in neighbors.RECIPES:  # of another target than the model's own
+            continue
         # a recipe that names a data set is taken by its own name only
         if (recipe.model, recipe.stage) == (model, stage) and "data_set" not in recipe.flags:
             return recipe

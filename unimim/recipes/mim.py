@@ -77,16 +77,28 @@ PRETRAIN_A2MIM_RESNET_L3 = PRETRAIN_A2MIM_RESNET | {"epochs": 100, "model_kwargs
 PRETRAIN_A2MIM_RESNET_L0 = PRETRAIN_A2MIM_RESNET_L3 | {
     "model_kwargs": ("mask_layer=0", "mask_init=0")
 }
-PRETRAIN_A2MIM_RESNET_CIFAR = PRETRAIN_A2MIM_RESNET_L3 | {"epochs": 1000}
-PRETRAIN_A2MIM_VIT_CIFAR = PRETRAIN_MIM_VIT | {
-    "epochs": 1000,
-    "lr": 8e-4,
-    "lr_schedule": "cosine_iters",
-    "lr_steps": None,
-    "min_lr": 4e-5,
-    "warmup_ratio": 0.0,
-    "model_kwargs": ("fft_weight=0",),
+CIFAR_MEAN_STD = {
+    "imagenet_default_mean_and_std": None,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2023, 0.1994, 0.201),
 }
+PRETRAIN_A2MIM_RESNET_CIFAR = (
+    PRETRAIN_A2MIM_RESNET | CIFAR_MEAN_STD | {"epochs": 1000, "crop_scale": (0.67, 1.0)}
+)
+PRETRAIN_A2MIM_VIT_CIFAR = (
+    PRETRAIN_MIM_VIT
+    | CIFAR_MEAN_STD
+    | {
+        "epochs": 1000,
+        "lr": 8e-4,
+        "lr_schedule": "cosine_iters",
+        "lr_steps": None,
+        "min_lr": 4e-5,
+        "warmup_ratio": 4e-6,
+        "model_kwargs": ("fft_weight=0",),
+    }
+)
+PRETRAIN_SIMMIM_SWIN_CIFAR = PRETRAIN_SIMMIM_SWIN_100 | CIFAR_MEAN_STD | {"epochs": 1000}
 PRETRAIN_SIMMIM_IN100 = PRETRAIN_MIM | {
     "epochs": 800,
     "input_size": 192,
@@ -94,6 +106,7 @@ PRETRAIN_SIMMIM_IN100 = PRETRAIN_MIM | {
     "min_lr": 4e-5,
     "clip_grad": 5.0,
 }
+PRETRAIN_SIMMIM_SWIN_IN100 = PRETRAIN_SIMMIM_IN100 | {"warmup_ratio": 4e-6}
 PRETRAIN_MIM_TINY = PRETRAIN_A2MIM_CNN | {"lr": 5e-4, "warmup_epochs": 5, "mask_patch_size": None}
 
 FINETUNE_MIM = FINETUNE_BASE | {
@@ -108,6 +121,15 @@ FINETUNE_MIM_AVERAGED = FINETUNE_MIM | {
     "model_ema_warmup_epochs": 20,
 }
 FINETUNE_MIM_LARGE = FINETUNE_MIM_AVERAGED | {"aug_repeats": 3}
+# A2MIM's fine-tuning of MAE's and BEiT's weights
+FINETUNE_MIM_MAE = FINETUNE_MIM | {
+    "lr": 4e-3,
+    "warmup_epochs": 5,
+    "layer_scale_init_value": None,
+    "disable_weight_decay_on_rel_pos_bias": None,
+}
+FINETUNE_MIM_MAE_LARGE = FINETUNE_MIM_MAE | {"lr": 2e-3}
+FINETUNE_MIM_BEIT = FINETUNE_MIM | {"lr": 4e-3, "lr_schedule": "cosine_iters"}
 FINETUNE_MIM_DEIT = FINETUNE_MIM | {"lr": 8e-3, "warmup_epochs": 5}
 FINETUNE_SWIN = FINETUNE_MIM | {
     "batch_size": 256,
@@ -124,6 +146,7 @@ FINETUNE_CONVNEXT = FINETUNE_BASE | {
     "epochs": 300,
     "warmup_epochs": 5,
     "lr_schedule": "cosine_iters",
+    "warmup_ratio": 1e-5,
     "layer_decay": 1.0,
     "layer_scale_init_value": None,
     "init_scale": 1.0,
@@ -182,7 +205,7 @@ FINETUNE_A2_AVERAGED = FINETUNE_A2 | {
 # ResNet-50 with Swin's fine-tuning, and with crops, flips and cross entropy alone
 FINETUNE_RESNET_AS_SWIN = FINETUNE_A3 | {
     "warmup_epochs": 20,
-    "warmup_ratio": 0.0,
+    "warmup_ratio": 2e-4,
     "input_size": 224,
     "crop_pct": 0.875,
     "opt": "adamw",
@@ -205,6 +228,7 @@ FINETUNE_RESNET_PLAIN = FINETUNE_RESNET_AS_SWIN | {
     "reprob": 0.0,
 }
 FINETUNE_CONVNEXT_TINY_A3 = FINETUNE_A3 | {
+    "lr_schedule": "cosine_iters",
     "drop_path": 0.1,
     "layer_scale_init_value": None,
     "model_ema": False,
@@ -240,7 +264,38 @@ MIM_SWIN_NOTE = f"{MIM_NOTE} Unverified: no stochastic depth."
 MIM_IN100_NOTE = f"For ImageNet-100, on which this is the accuracy. {MIM_NOTE}"
 MIM_OTHER_IN100_NOTE = f"For ImageNet-100. {MIM_NOTE}"
 MIM_SWIN_IN100_NOTE = f"{MIM_OTHER_IN100_NOTE} Unverified: no stochastic depth."
-MIM_CIFAR_NOTE = f"For CIFAR-100. {MIM_NOTE} Unverified: crops, mean and std."
+MIM_CIFAR_NOTE = f"For CIFAR-100. {MIM_NOTE}"
+MIM_CIFAR_RESNET_NOTE = (
+    "For CIFAR-100. The published file's name and comment say 4 GPUs x 256 images x 2, its data "
+    "say 64 images for each GPU; 2048 a step is what the name says. Unverified: that gamma has no "
+    "rule of lr and decay."
+)
+SIMMIM_CIFAR_NOTE = (
+    "Three of the four published files for CIFAR inherit one that is missing. Unverified: every "
+    "value; mean, std and 1000 epochs are A2MIM's for CIFAR-100, the rest is SimMIM's for "
+    "ImageNet-1K."
+)
+CONVNEXT_BASE_NOTE = (
+    f"{MIM_NOTE} The published file says both update_interval=2 under 8 GPUs x 256, which is 4096 "
+    "images a step, and in a comment 4 GPUs x 2, which is 2048."
+)
+RESNET152_NOTE = (
+    f"{MIM_NOTE} The weight of the spectra is 0.1 in A2MIM's file and 0 in OpenMixup's; here 0.1, "
+    "--model_kwargs fft_weight=0 gives the other."
+)
+A3_NOTE = (
+    "The authors call A3 unstable: 77.98 was reported in place of 78.9, and they advise A2 "
+    "(Westlake-AI/A2MIM, issue 2)."
+)
+MAE_STYLE_NOTE = (
+    "A2MIM's fine-tuning of weights of another method. Unverified: which weights it was run on, "
+    "and how the published effective batch of 1024 was divided among GPUs."
+)
+BEIT_STYLE_NOTE = f"{MAE_STYLE_NOTE} Unverified: lr and warm-up, which are BEiT's."
+DEIT_LINK_NOTE = (
+    "A2MIM's table links this file to the accuracy; the other file, with a decoder of "
+    "convolutions, has none."
+)
 MIM_FINETUNE_NOTE = "Unverified: how the published effective batch of 1024 was divided among GPUs."
 MIM_CNN_NOTE = (
     "Unverified: how the published effective batch of {} was divided among GPUs, "
@@ -357,7 +412,7 @@ def _own(name: str, stage: str, method: str, flags: Mapping[str, Any]) -> Recipe
 
 A3 = "as RSB A3, at 160 px"
 IN100 = {"data": "ImageNet-100"}
-CIFAR = {"data": "CIFAR-100", "note": MIM_CIFAR_NOTE}
+CIFAR = {"data": "CIFAR-100", "note": MIM_CIFAR_NOTE, "source": OPENMIXUP}
 
 RECIPES = (
     *_vit("a2mim", "small", 200, 82.1),
@@ -373,6 +428,7 @@ RECIPES = (
             f"ResNet-{depth}",
             published,
             PRETRAIN_A2MIM_RESNET,
+            RESNET152_NOTE if depth == 152 else MIM_NOTE,
         )
         for depth, published in ((50, 80.4), (101, 81.9), (152, 82.5), (200, 83.0))
     ),
@@ -413,7 +469,7 @@ RECIPES = (
         "ResNet-50 on CIFAR-100 at 224 px",
         None,
         PRETRAIN_A2MIM_RESNET_CIFAR,
-        **CIFAR,
+        **CIFAR | {"note": MIM_CIFAR_RESNET_NOTE},
     ),
     _pretrain(
         "a2mim_vit_small_cifar100",
@@ -437,18 +493,18 @@ RECIPES = (
         "a2mim_deit_small_in100",
         "a2mim_deit_small_patch16_224",
         "DeiT-S/16 on ImageNet-100",
-        87.24,
+        None,
         PRETRAIN_A2MIM_DEIT,
-        MIM_IN100_NOTE,
+        MIM_OTHER_IN100_NOTE,
         **IN100,
     ),
     _pretrain(
         "a2mim_deit_small_l8_in100",
         "a2mim_deit_small_patch16_224",
         "DeiT-S/16 on ImageNet-100 with the mask token before the eighth block",
-        None,
+        87.24,
         PRETRAIN_A2MIM_DEIT_DEEP,
-        MIM_OTHER_IN100_NOTE,
+        f"{MIM_IN100_NOTE} {DEIT_LINK_NOTE}",
         **IN100,
     ),
     *(
@@ -468,6 +524,7 @@ RECIPES = (
             f"ConvNeXt-{size[0].upper()}",
             published,
             PRETRAIN_MIM,
+            CONVNEXT_BASE_NOTE if size == "base" else MIM_NOTE,
         )
         for size, published in (("small", 83.2), ("base", 83.6), ("tiny", None))
     ),
@@ -502,10 +559,22 @@ RECIPES = (
         "simmim_swin_tiny",
         "Swin-T on ImageNet-100 at 192 px",
         None,
-        PRETRAIN_SIMMIM_IN100,
+        PRETRAIN_SIMMIM_SWIN_IN100,
         MIM_SWIN_IN100_NOTE,
         source=A2MIM_README,
         **IN100,
+    ),
+    *(
+        _pretrain(
+            f"simmim_swin_base_cifar{classes}",
+            "simmim_swin_base",
+            f"Swin-B on CIFAR-{classes} at 192 px",
+            None,
+            PRETRAIN_SIMMIM_SWIN_CIFAR,
+            SIMMIM_CIFAR_NOTE,
+            data=f"CIFAR-{classes}",
+        )
+        for classes in (10, 100)
     ),
     *(
         _finetune(
@@ -514,12 +583,14 @@ RECIPES = (
             f"ResNet-{depth} {A3}",
             published,
             FINETUNE_A3,
+            f"{MIM_CNN_NOTE.format(2048)} {A3_NOTE}",
         )
         for name, depth, published in (
             ("resnet50", 50, 78.9),
             ("resnet50_100", 50, 78.8),
             ("resnet101", 101, 80.3),
             ("resnet152", 152, 80.9),
+            ("resnet200", 200, None),
         )
     ),
     *(
@@ -599,18 +670,54 @@ RECIPES = (
     _finetune(
         "simmim_swin_base_100_finetune_224", "swin_base", "Swin-B at 224 px", 83.5, FINETUNE_SWIN
     ),
-    Recipe(
-        name="a2mim_deit_small_in100_finetune",
-        stage="finetune",
-        model="mim_deit_small_patch16_224",
-        gpus=8,
-        flags=FINETUNE_MIM_DEIT,
-        source=A2MIM_README,
-        published=87.24,
-        note=MIM_DEIT_NOTE,
-        method="A2MIM",
-        network="DeiT-S",
-        data="ImageNet-100",
+    *(
+        Recipe(
+            name=f"a2mim_deit_small_{token}in100_finetune",
+            stage="finetune",
+            model="mim_deit_small_patch16_224",
+            gpus=8,
+            flags=FINETUNE_MIM_DEIT,
+            source=A2MIM_README,
+            published=published,
+            note=note,
+            method="A2MIM",
+            network="DeiT-S",
+            data="ImageNet-100",
+        )
+        for token, published, note in (
+            ("", None, f"For ImageNet-100. {MIM_FINETUNE_NOTE} Unverified: 224 px."),
+            ("l8_", 87.24, MIM_DEIT_NOTE),
+        )
+    ),
+    *(
+        Recipe(
+            name=f"{name}_finetune_a2mim",
+            stage="finetune",
+            model=model,
+            gpus=8,
+            flags=flags,
+            source=A2MIM_README,
+            note=note,
+            method="A2MIM",
+            network=network,
+        )
+        for name, model, flags, network, note in (
+            ("mae_base", "vit_base_patch16_224", FINETUNE_MIM_MAE, "MAE's ViT-B", MAE_STYLE_NOTE),
+            (
+                "mae_large",
+                "vit_large_patch16_224",
+                FINETUNE_MIM_MAE_LARGE,
+                "MAE's ViT-L",
+                MAE_STYLE_NOTE,
+            ),
+            (
+                "beit_base",
+                "beit_base_patch16_224",
+                FINETUNE_MIM_BEIT,
+                "BEiT's ViT-B",
+                BEIT_STYLE_NOTE,
+            ),
+        )
     ),
     Recipe(
         name="a2mim_resnet50_linear",
@@ -645,11 +752,14 @@ RELATIVES = tuple(
     for stage, family, flags in (
         ("pretrain", "a2mim_resnet", PRETRAIN_A2MIM_RESNET),
         ("pretrain", "a2mim_swin_", PRETRAIN_SIMMIM_SWIN),
+        ("pretrain", "a2mim_swinv2_", PRETRAIN_SIMMIM_SWIN),
         ("pretrain", "a2mim_", PRETRAIN_A2MIM_CNN),
         ("pretrain", "simmim_resnet", PRETRAIN_SIMMIM_RESNET),
         ("pretrain", "simmim_swin_", PRETRAIN_SIMMIM_SWIN),
+        ("pretrain", "simmim_swinv2_", PRETRAIN_SIMMIM_SWIN),
         ("pretrain", "simmim_deit_", PRETRAIN_MIM_VIT),
         ("pretrain", "simmim_", PRETRAIN_MIM),
         ("finetune", "swin_", FINETUNE_SWIN),
+        ("finetune", "swinv2_", FINETUNE_SWIN),
     )
 )

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -13,8 +13,7 @@ from unimim.engine.distributed import reduce_sum
 from unimim.engine.monitor import RunLog
 from unimim.engine.state import RunContext
 from unimim.logs import log
-from unimim.sizes import Pair
-from unimim.tokenizer.clusters import PatchClusters, first_centers, lloyd_step
+from unimim.tokenizer.clusters import PatchClusters, first_centers, lloyd_step, pixels_of
 from unimim.tokenizer.learning import perplexity
 
 LEAST_OF_AN_IMAGE = 8  # patches, so that no more images are decoded than needed
@@ -24,15 +23,18 @@ def cluster(
     context: RunContext,
     loader: DataLoader,
     after_iteration: Callable[[PatchClusters], dict[str, float]],
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> PatchClusters:
-    """Return the clusters of patches of the loader's images, as the flags ask for them.
+    """Return the clusters of patches of the loader's images, as the flags ask for them, by their
+    `features` [B, P, C] if these are given.
 
-    Each iteration is a line of log.txt: its loss is the squared error of a normalized pixel before
-    it, and `after_iteration` measures the clusters after it.
+    Each iteration is a line of log.txt: its loss is the squared error of a normalized pixel, or a
+    feature, before it, and `after_iteration` measures the clusters after it.
     """
     args = context.args
     patch = (args.patch_size, args.patch_size)
-    patches = sample_patches(context, loader)
+    features = features or partial(pixels_of, patch=patch)
+    patches = sample_patches(context, loader, features)
     centers = first_centers(patches, args.vocab_size)
     run_log = RunLog(args, as_config(args))
     run_log.forget_from(0)
@@ -40,27 +42,28 @@ def cluster(
         loss = quantization_error(patches, PatchClusters(centers, patch))
         centers, sizes = lloyd_step(patches, centers)
         metrics = {"train_loss": loss, "train_perplexity": float(perplexity(sizes))}
-        metrics |= after_iteration(PatchClusters(centers, patch))
+        metrics |= after_iteration(PatchClusters(centers, patch, features))
         run_log.epoch(metrics | {"epoch": iteration}, iteration)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         log.info("iteration %d: %s", iteration, shown)
     run_log.close()
-    return PatchClusters(centers, patch)
+    return PatchClusters(centers, patch, features)
 
 
-def sample_patches(context: RunContext, loader: DataLoader) -> Tensor:
+def sample_patches(
+    context: RunContext, loader: DataLoader, features: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return this process's part of --kmeans_patches random patches of normalized images, float32
     [M, C] on the device; a function of --seed and the process's images."""
     args = context.args
     wanted = math.ceil(args.kmeans_patches / args.world_size)
     images = len(loader) * args.batch_size
     per_image = max(LEAST_OF_AN_IMAGE, math.ceil(wanted / images))
-    patch = (args.patch_size, args.patch_size)
     generator = torch.Generator().manual_seed(args.seed * args.world_size + args.rank)
     loader.batch_sampler.set_position(0)
     found: list[Tensor] = []
     count = 0
-    for some in _of_batches(context, loader, patch, per_image, generator):
+    for some in _of_batches(context, loader, features, per_image, generator):
         found.append(some)
         count += len(some)
         if count >= wanted:
@@ -72,11 +75,14 @@ def sample_patches(context: RunContext, loader: DataLoader) -> Tensor:
 
 
 def _of_batches(
-    context: RunContext, loader: DataLoader, patch: Pair, per_image: int, generator: torch.Generator
+    context: RunContext,
+    loader: DataLoader,
+    features: Callable[[Tensor], Tensor],
+    per_image: int,
+    generator: torch.Generator,
 ) -> Iterator[Tensor]:
     for batch in loader:
-        images = context.normalize(batch)["image"]
-        patches = F.unfold(images, patch, stride=patch).transpose(1, 2)  # [B, P, C]
+        patches = features(context.normalize(batch)["image"])  # [B, P, C]
         order = torch.rand(patches.shape[:2], generator=generator).argsort(1)[:, :per_image]
         order = order.to(patches.device)[..., None].expand(-1, -1, patches.shape[-1])
         yield patches.gather(1, order).flatten(0, 1)

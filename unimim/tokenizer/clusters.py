@@ -4,6 +4,9 @@ They stand in for the discrete VAE of BEiT (arXiv 2106.08254, section 2.1), whos
 than colors. Shapes in comments: N images of P patches, M patches of C numbers, K centers.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,18 +19,25 @@ PATCHES_AT_ONCE = 2**18
 
 
 class PatchClusters(nn.Module):
-    """Gives each patch of normalized images the number of the nearest of centers [K, C]."""
+    """Gives each patch of normalized images the number of the nearest of centers [K, C].
 
-    def __init__(self, centers: Tensor, patch: Pair):
+    features: what a patch is described by in place of its pixels: a function of normalized images
+    [N, 3, H, W] that returns [N, P, C].
+    """
+
+    def __init__(
+        self, centers: Tensor, patch: Pair, features: Callable[[Tensor], Tensor] | None = None
+    ):
         super().__init__()
         self.register_buffer("centers", centers)
         self.patch = patch
+        self.features = features or partial(pixels_of, patch=patch)
 
     @torch.no_grad()
     def forward(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return ids int64 of images [N, 3, H, W]: [N, M] at `positions` int64 [N, M], of all
         patches without them."""
-        patches = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
+        patches = self.features(images)
         if positions is not None:
             patches = patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[-1]))
         return self.nearest(patches.flatten(0, 1)).view(patches.shape[:2])
@@ -41,6 +51,11 @@ class PatchClusters(nn.Module):
         size = tuple(count * side for count, side in zip(grid, self.patch, strict=True))
         patches = self.centers[ids].transpose(1, 2)
         return F.fold(patches, size, self.patch, stride=self.patch)
+
+
+def pixels_of(images: Tensor, patch: Pair) -> Tensor:
+    """Return the pixels [N, P, C] of the patches of images [N, 3, H, W]."""
+    return F.unfold(images, patch, stride=patch).transpose(1, 2)
 
 
 def kmeans_tokens(

@@ -21,6 +21,7 @@ class TokenizerInfo:
     patch_size, image_size: (height, width) of what a token stands for, and of the images that the
         tokenizer was trained on.
     mean, std: what the network or the centers expect images in [0, 1] to be normalized by.
+    teacher: the frozen network whose features the centers are of; "" for centers of pixels.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class TokenizerInfo:
     image_size: Pair
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    teacher: str = ""
 
     @property
     def grid(self) -> Pair:
@@ -51,6 +53,7 @@ class TokenizerInfo:
             return None
         try:
             held = json.loads(metadata[KEY])
+            held = {"teacher": ""} | held  # older files have no such entry
             values = {name: held[name] for name in cls.__dataclass_fields__}
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"has metadata that cannot be read ({error})") from error

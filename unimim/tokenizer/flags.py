@@ -73,6 +73,11 @@ def _kmeans_flags(parser: argparse.ArgumentParser) -> None:
         "--kmeans_patches", type=int, default=200_000, help="patches to cluster, of all processes"
     )
     group.add_argument("--kmeans_iterations", type=int, default=10, help="Lloyd's iterations")
+    group.add_argument(
+        "--kmeans_teacher", metavar="PATH", default=None,
+        help="cluster the normalized features that this frozen DINO or CLIP model, a file or its "
+        "name in timm, gives the patches, in place of their pixels",
+    )  # fmt: skip
 
 
 def parse_tokenizer(argv: list[str] | None = None) -> Namespace:

@@ -53,24 +53,24 @@ def build_vae(args: Namespace) -> DiscreteVAE:
 def score(
     images: Tensor,
     tokens: Callable[[Tensor], Tensor],
-    reconstruct: Callable[[Tensor, Pair], Tensor],
+    reconstruct: Callable[[Tensor, Pair], Tensor] | None,
     vocab_size: int,
     grid: Pair,
 ) -> dict[str, float]:
     """Return how well hard tokens describe uint8 images [N, 3, H, W] on the device.
 
-    `hard_mse` is the squared error of pixels in [0, 1], `hard_perplexity` and `used_tokens` say
-    how many tokens are in use.
+    `hard_mse` is the squared error of pixels in [0, 1], where tokens can be reconstructed;
+    `hard_perplexity` and `used_tokens` say how many tokens are in use.
     """
     error = torch.zeros((), device=images.device)
     counts = torch.zeros(vocab_size, device=images.device)
     for some in images.split(32):
         ids = tokens(some)
-        apart = reconstruct(ids, grid) - some.float() / 255
-        error += apart.square().sum()
+        if reconstruct is not None:
+            error += (reconstruct(ids, grid) - some.float() / 255).square().sum()
         counts += token_counts(ids, vocab_size)
-    return {
-        "hard_mse": float(error / images.numel()),
+    metrics = {} if reconstruct is None else {"hard_mse": float(error / images.numel())}
+    return metrics | {
         "hard_perplexity": float(perplexity(counts)),
         "used_tokens": int((counts > 0).sum()),
     }
@@ -89,10 +89,14 @@ def score_clusters(
 ) -> dict[str, float]:
     """Return the `score` of clusters of normalized patches."""
     mean, std = context.normalize.mean, context.normalize.std
+
+    def reconstruct(ids: Tensor, grid: Pair) -> Tensor:
+        return (clusters.reconstruct(ids, grid) * std + mean).clamp(0, 1)
+
     return score(
         images,
         lambda some: clusters((some.float() / 255 - mean) / std),
-        lambda ids, grid: (clusters.reconstruct(ids, grid) * std + mean).clamp(0, 1),
+        None if context.args.kmeans_teacher else reconstruct,
         context.args.vocab_size,
         grid_of(context.args),
     )
@@ -123,6 +127,7 @@ def export(args: Namespace, tensors: StateDict) -> None:
         image_size=(args.input_size, args.input_size),
         mean=mean,
         std=std,
+        teacher=args.kmeans_teacher or "",
     )
     path = Path(args.output_dir) / NAME
     save_tokenizer(path, tensors, info)

@@ -1,5 +1,5 @@
 # A2MIM's ViT-B "giou 4conv1f" with positions and a pyramid before the FPN, which the released one
-# lacks (detection/README.md).
+# lacks (detection/README.md). It trains on 2000 proposals, as the released one.
 _base_ = "./mask_rcnn.py"
 
 model = {
@@ -23,4 +23,5 @@ model = {
             "loss_bbox": {"_delete_": True, "type": "GIoULoss", "loss_weight": 10.0},
         }
     },
+    "train_cfg": {"rpn_proposal": {"max_per_img": 2000}},
 }
