@@ -808,7 +808,8 @@ def reconstruct(sample: Sample, folder: Path) -> None:
     # the same settings of the loss and of what is drawn
     plain = {k: v for k, v in vars(method).items() if isinstance(v, bool | int | float)}
     vars(sample.source).update(plain)
-    sample.source.target = getattr(method, "target", None)
+    for part in ("target", "masking"):  # with the options that the flags have given them
+        setattr(sample.source, part, getattr(method, part, None))
     panels = []
     for network in (method, sample.source):
         torch.manual_seed(0)

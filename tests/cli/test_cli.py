@@ -89,7 +89,8 @@ PRETRAIN_ONLY = {
 }  # fmt: skip
 FINETUNE_ONLY = {
     "model": "beit_base_patch16_224", "drop_path": 0.1, "eval_data_path": None, "nb_classes": None,
-    "label_fraction": 1.0, "epochs": 30, "opt_betas": None, "min_lr": 1e-06, "layer_decay": 0.9,
+    "label_fraction": 1.0, "label_list": None, "class_map": None, "epochs": 30, "opt_betas": None,
+    "min_lr": 1e-06, "layer_decay": 0.9,
     "disable_weight_decay_on_rel_pos_bias": False, "finetune": "", "model_key": "model|module",
     "model_prefix": "", "init_scale": 0.001, "use_mean_pooling": True, "use_cls": True, "drop": 0.0,
     "attn_drop_rate": 0.0, "smoothing": 0.1, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1",

@@ -702,7 +702,9 @@ def test_what_goes_wrong_in_the_thread_is_one_sentence(tmp_path, slow_disk, when
         "next step": run.session.check,
         "end": run.session.finish,
     }
-    with pytest.raises(ValueError, match=r"checkpoint-0-2\.pth cannot be written: No space left"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-0-2\.pth cannot be written: the disk is full"
+    ):
         calls[when]()
     assert latest_valid_checkpoint(tmp_path).name == "checkpoint-0-1.pth"
 

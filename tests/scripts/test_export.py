@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -129,7 +130,6 @@ def test_classifiers_go_with_their_head_or_without(kind, tmp_path):
 def test_graphs_take_any_number_of_images(kind, stage, flags, tmp_path):
     path = checkpoint(tmp_path, kind, stage)
     program = torch.export.load(exported(path, "torch_export", *flags))
-    onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(exported(path, "onnx", *flags))
     (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
     assert inputs.name == "images" and isinstance(inputs.shape[0], str)

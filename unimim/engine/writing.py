@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unimim.errors import explain
 from unimim.logs import log
 
 
@@ -85,8 +86,7 @@ class Writer:
         error = self._error
         self._error = None
         if isinstance(error, OSError):
-            raise ValueError(
-                f"{self._what} cannot be written: {error.strerror or error}"
-            ) from error
+            reason = explain(error) or error.strerror or error
+            raise ValueError(f"{self._what} cannot be written: {reason}") from error
         if error is not None:
             raise error

@@ -217,7 +217,7 @@ def _mae_fit(source: Source) -> Fit:
         "decoder_num_hidden_layers": len(mae.decoder_blocks),
         "decoder_intermediate_size": mae.decoder_blocks[0].mlp.fc1.out_features,
         "mask_ratio": mae.mask_ratio,
-        "norm_pix_loss": mae.norm_pix_loss,
+        "norm_pix_loss": mae.target.norm_pix_loss,
     }
     return Fit("ViTMAEForPreTraining", config, named)
 
