@@ -28,9 +28,9 @@ from unimim.data.sources import (
     FileSource,
     PartSource,
     Source,
-    _detect,
     _split_folder,
     build_source,
+    detect,
     first_of_each_class,
     listed_images,
     logger,
@@ -176,7 +176,7 @@ def build_dataset(
     limit_pixels(getattr(args, "max_image_pixels", MAX_IMAGE_PIXELS))
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
-    kind = args.data_set or _detect(path)
+    kind = args.data_set or detect(path)
 
     # images beside the training ones would be evaluated on in silence
     if (
@@ -308,7 +308,7 @@ class TrainBatchSampler:
         return self.batches
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = self._order(self.epoch)
+        order = self.order(self.epoch)
         for batch in range(self.start_batch, self.batches):
             positions = self._positions(batch * self.world_size + self.rank)
             # Repeats of an image differ in the epoch of their key, hence in their augmentation.
@@ -326,10 +326,13 @@ class TrainBatchSampler:
         first = step * self.step_batches * self.batch_size
         return first + turn + self.step_batches * np.arange(self.batch_size)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.n)
-        return np.random.default_rng((self.seed, epoch, 0, _ORDER_STREAM)).permutation(self.n)
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the images of an epoch in their order, [n]; 4 bytes an image as long as they
+        suffice. Only the process that trains holds it."""
+        numbers = np.arange(self.n, dtype=np.int32 if self.n < 2**31 else np.int64)
+        if self.shuffle:
+            np.random.default_rng((self.seed, epoch, 0, _ORDER_STREAM)).shuffle(numbers)
+        return numbers
 
 
 class EvalBatchSampler:

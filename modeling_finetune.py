@@ -987,13 +987,11 @@ class RotaryAttention(Attention):
     """Attention of rotated queries and keys, each head normalized first unless `qk_norm` is "none".
 
     qk_norm: "plain" is a layer norm without weights, "weight" one with, "affine" one with bias too.
-    causal: no token sees a later one.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qk_norm: str, causal: bool, **options):
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: str, **options):
         super().__init__(dim, num_heads, **options)
         check_choice("qk_norm", qk_norm, QK_NORMS)
-        self.causal = causal
         self.q_norm, self.k_norm = (self.head_norm(qk_norm, dim // num_heads) for _ in range(2))
 
     def head_norm(self, kind: str, width: int) -> nn.Module:
@@ -1012,14 +1010,13 @@ class RotaryAttention(Attention):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Rotation, causal: bool = False
     ) -> Tensor:
-        q, k = bias(q), bias(k)
-        return super().attend(q, k, v, None, causal or self.causal)
+        return super().attend(bias(q), bias(k), v, None, causal)
 
     def probabilities(self, q: Tensor, k: Tensor, bias: Rotation | Tensor | None) -> Tensor:
         """As `Attention.probabilities`; with a rotation of queries and keys as they are
         projected."""
         if isinstance(bias, Rotation):
-            q, k, bias = bias(q), bias(k), causal_mask(q) if self.causal else None
+            q, k, bias = bias(q), bias(k), None
         return super().probabilities(q, k, bias)
 
 
@@ -1056,7 +1053,7 @@ class RotaryViT(VisionTransformer):
     """A ViT without position embeddings, whose attention rotates queries and keys of patches
     (docs/methods/nepa.md).
 
-    qk_norm, causal: see `RotaryAttention`. act: "gelu", "silu" or "relu"; gated_mlp: see
+    qk_norm: see `RotaryAttention`. act: "gelu", "silu" or "relu"; gated_mlp: see
     `GatedMlp`. rope_theta, pos_shift, pos_jitter, pos_rescale: see `RotaryPositions`. The mean of
     patch tokens is taken of normed ones. freeze_patch_embed: the projection of the patches is not
     trained.
@@ -1071,7 +1068,6 @@ class RotaryViT(VisionTransformer):
         qk_norm: str = "none",
         act: str = "gelu",
         gated_mlp: bool = False,
-        causal: bool = False,
         rope_theta: float = 100.0,
         pos_shift: float | None = None,
         pos_jitter: float | None = None,
@@ -1079,9 +1075,7 @@ class RotaryViT(VisionTransformer):
         freeze_patch_embed: bool = False,
         **vit,
     ):
-        self.block = partial(
-            RotaryBlock, qk_norm=qk_norm, act=act, gated_mlp=gated_mlp, causal=causal
-        )
+        self.block = partial(RotaryBlock, qk_norm=qk_norm, act=act, gated_mlp=gated_mlp)
         super().__init__(**vit, k_bias=True, pos_embed="none", rel_pos_bias="none")
         self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
         self.rope = RotaryPositions(
@@ -1093,14 +1087,16 @@ class RotaryViT(VisionTransformer):
     def position_bias(self) -> Rotation:
         return self.rope(self.cls_token.device)
 
-    def run_blocks(self, x: Tensor, changes: PositionChanges | None = None) -> Tensor:
-        """Tokens [B, T, C] after all blocks. `changes` of the positions are drawn here in training
-        if they are not given."""
+    def run_blocks(
+        self, x: Tensor, changes: PositionChanges | None = None, *, causal: bool = False
+    ) -> Tensor:
+        """Tokens [B, T, C] after all blocks; `causal`: no token sees a later one. `changes` of the
+        positions are drawn here in training if they are not given."""
         if changes is None and self.training and self.rope.noise_size:
             changes = self.rope.draw(torch.rand(len(x), self.rope.noise_size, device=x.device))
         rotation = self.rope(x.device, changes)
         for block in self.blocks:
-            x = self._run_block(block, x, rotation)
+            x = self._run_block(block, x, rotation, causal=causal)
         return x
 
     def pool(self, x: Tensor) -> Tensor:

@@ -1220,6 +1220,8 @@ class NEPA(PretrainMethod, RotaryViT):
     A causal ViT reads the class token and the patches row by row; what it returns at each token is
     compared with the embedding of the next patch, as it enters the first block. There is no mask,
     decoder, teacher or pixel target. use_ema_model: keep an ema of the network, which is exported.
+    causal: off, every token sees all. `forward_features` is that of the exported encoder, not
+    causal.
     Differences from the published code: docs/methods/nepa.md#differences-from-the-published-code.
     """
 
@@ -1236,12 +1238,13 @@ class NEPA(PretrainMethod, RotaryViT):
         **vit,
     ):
         form = {"num_classes": 0, "global_pool": "token"}
-        super().__init__(
-            causal=causal, init_values=init_values, pos_rescale=pos_rescale, **vit, **form
-        )
+        super().__init__(init_values=init_values, pos_rescale=pos_rescale, **vit, **form)
+        self.causal = causal
         self.noise_size = self.rope.noise_size
         self.views = ("image", "noise") if self.noise_size else ("image",)
         self.ema = MovingAverage(self) if use_ema_model else None
+        if self.ema is not None:
+            self.teacher.eval()
 
     def forward(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
         """`noise` [B, noise_size] replaces that of the positions, which only training has."""
@@ -1249,7 +1252,7 @@ class NEPA(PretrainMethod, RotaryViT):
         if self.training and self.noise_size:
             changes = self.rope.draw(self.noise_of(batch) if noise is None else noise)
         embeddings = self.embed(self.patch_embed(batch["image"]), None)  # [B, 1 + N, C]
-        predicted = self.norm(self.run_blocks(embeddings, changes))
+        predicted = self.norm(self.run_blocks(embeddings, changes, causal=self.causal))
         return self.compare(predicted[:, :-1], embeddings[:, 1:].detach())
 
     def compare(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -1278,6 +1281,7 @@ class NEPA(PretrainMethod, RotaryViT):
             "model_name": "eva_giant_patch14_224",
             "img_size": list(self.patch_embed.img_size),
             "patch_size": list(self.patch_embed.patch_size),
+            "in_chans": self.patch_embed.proj.in_channels,
             "embed_dim": self.embed_dim,
             "depth": len(self.blocks),
             "num_heads": block.attn.num_heads,

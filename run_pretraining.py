@@ -9,6 +9,7 @@ from unimim.cli.models import build_method
 from unimim.cli.options import derived, parse, report
 from unimim.data.pretraining import build_data, mask_generator, steps_per_epoch
 from unimim.engine.setup import dry_run, launch, set_up, start_training
+from unimim.evaluation.online import OnlineEvaluation
 
 
 def main(args: Namespace) -> None:
@@ -18,6 +19,7 @@ def main(args: Namespace) -> None:
     steps = steps_per_epoch(args, loader)
     report(args, derived(args, steps) | {"images": len(loader.dataset)})
     groups = param_groups(method, args.weight_decay)
+    evaluation = OnlineEvaluation(context, method) if args.eval_every else None
     if args.dry_run:
         return dry_run(args, groups, steps, context.device)
     if args.compile and (masks := mask_generator(args, method, "mask")) is not None:
@@ -26,7 +28,7 @@ def main(args: Namespace) -> None:
     if method.teacher is not None:
         method.teacher.to(context.device)
     run, position = start_training(context, method, loader, groups)
-    train(run, position, after_epoch=lambda position: {})
+    train(run, position, after_epoch=evaluation.after_epoch if evaluation else lambda position: {})
     run.session.log_encoder()
 
 

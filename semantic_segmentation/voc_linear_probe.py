@@ -1,4 +1,4 @@
-"""Segment Pascal VOC with a linear head on the frozen patch tokens of a ViT.
+"""Segment Pascal VOC or ADE20K with a linear head on the frozen patch tokens of a ViT.
 
     python semantic_segmentation/voc_linear_probe.py --data_path /data/VOC2012 \\
         --finetune FILE --output_dir out
@@ -7,7 +7,7 @@
 import argparse
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +54,7 @@ CLASSES = (
     "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+ADE_CLASSES = 150
 IGNORED = 255
 CROP_SCALE = (0.8, 1.0)
 
@@ -102,7 +103,7 @@ def class_iou(confusion: Tensor) -> Tensor:
 
 def voc_images(
     root: Path, split: str, mask_folders: tuple[str, ...], num_classes: int, args: Namespace
-):
+) -> ImageDataset:
     """Return the images and masks listed in ImageSets/Segmentation/`split`.txt, untransformed.
 
     An image is JPEGImages/NAME.jpg (or .png), its mask is NAME.png in the first of `mask_folders`
@@ -121,15 +122,50 @@ def voc_images(
         raise ValueError(f"{listed} lists no image")
     images = [existing(root, ("JPEGImages",), name, (".jpg", ".png")).name for name in names]
     masks = [existing(root, mask_folders, name, (".png",)) for name in names]
-    files = FolderFiles(root / "JPEGImages", images)
+    return with_masks(
+        FolderFiles(root / "JPEGImages", images),
+        lambda index: read_mask(masks[index], num_classes),
+        args,
+    )
+
+
+def is_ade20k(root: Path) -> bool:
+    """Return whether a folder is ADE20K's, as the challenge of 2016 packs it."""
+    return (root / "images" / "training").is_dir()
+
+
+def ade20k_images(root: Path, split: str, num_classes: int, args: Namespace) -> ImageDataset:
+    """Return the images and masks of ADE20K's "training" or "validation", untransformed.
+
+    An image is images/`split`/NAME.jpg (or .png), its mask annotations/`split`/NAME.png, whose 0 is
+    ignored and whose 1 is class 0. ValueError: there are no images, or one has no mask.
+    """
+    folder = root / "images" / split
+    images = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in (".jpg", ".png"))
+    if not images:
+        raise ValueError(f"--data_path {root}: {folder} holds no image")
+    annotations = (f"annotations/{split}",)
+    masks = [existing(root, annotations, Path(name).stem, (".png",)) for name in images]
+
+    def labels(index: int) -> np.ndarray:
+        mask = read_mask(masks[index], num_classes, first=1)
+        return np.where(mask == IGNORED, mask, mask - np.uint8(1))  # 0 becomes 255, ignored
+
+    return with_masks(FolderFiles(folder, images), labels, args)
+
+
+def with_masks(
+    files: FolderFiles, read: Callable[[int], np.ndarray], args: Namespace
+) -> ImageDataset:
+    """Return the images of some files, with the masks that `read` gives as "labels"."""
     dataset = ImageDataset(
-        FileSource(files, np.full(len(names), -1), []),
+        FileSource(files, np.full(len(files), -1), []),
         None,
         seed=args.seed,
         max_bad_images=args.max_bad_images,
         strict=args.strict_data,
     )
-    dataset.maps = {"labels": lambda index: read_mask(masks[index], num_classes)}
+    dataset.maps = {"labels": read}
     return dataset
 
 
@@ -144,8 +180,9 @@ def existing(root: Path, folders: tuple[str, ...], name: str, suffixes: tuple[st
     )
 
 
-def read_mask(path: Path, num_classes: int) -> np.ndarray:
-    """Return class numbers uint8 [H, W], 255 = ignored, from a palette or grayscale image."""
+def read_mask(path: Path, num_classes: int, first: int = 0) -> np.ndarray:
+    """Return class numbers uint8 [H, W] as they are, 255 = ignored, from a palette or grayscale
+    image; `first` is that of class 0."""
     try:
         image = Image.open(path)
         mask = np.array(image)
@@ -153,7 +190,7 @@ def read_mask(path: Path, num_classes: int) -> np.ndarray:
         raise BrokenImageError(f"mask {path}: {error}") from error
     if image.mode not in ("P", "L"):
         raise ValueError(f"mask {path} is not a palette or gray image, but of mode {image.mode}")
-    unknown = mask[(mask >= num_classes) & (mask != IGNORED)]
+    unknown = mask[(mask >= num_classes + first) & (mask != IGNORED)]
     if unknown.size:
         raise ValueError(
             f"mask {path} has class {unknown[0]}: --nb_classes {num_classes} is too few"
@@ -331,11 +368,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_network_flags(parser)
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data_path", default=None, help="VOC2012: JPEGImages, SegmentationClass(Aug), ImageSets"
-    )
+        "--data_path", default=None,
+        help="VOC2012 (JPEGImages, SegmentationClass(Aug), ImageSets) or ADEChallengeData2016 "
+        "(images, annotations)",
+    )  # fmt: skip
     group.add_argument(
-        "--nb_classes", type=int, default=len(CLASSES), help="classes, including the background"
-    )
+        "--nb_classes", type=int, default=None,
+        help=f"classes, VOC's background among them; None: {len(CLASSES)}, ADE20K {ADE_CLASSES}",
+    )  # fmt: skip
     add_loader_flags(group)
     group = parser.add_argument_group("segmentation probe")
     group.add_argument(
@@ -371,7 +411,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def validate(args: Namespace) -> None:
     if args.data_path is None:
-        raise ValueError("--data_path must name VOC's folder VOC2012")
+        raise ValueError("--data_path must name VOC's folder VOC2012, or ADE20K's")
+    if args.nb_classes is None:
+        args.nb_classes = ADE_CLASSES if is_ade20k(Path(args.data_path)) else len(CLASSES)
     for name in ("nb_classes", "train_mask_size", "eval_size", "val_batch_size", "val_freq"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -419,12 +461,21 @@ class SegmentationEvaluator:
 
 
 def build_data(args: Namespace, backbones: dict[str, Backbone]) -> dict[str, ImageDataset]:
-    """Return the data sets "train" (trainaug, with its augmented masks first) and "val"."""
-    load = partial(voc_images, Path(args.data_path), num_classes=args.nb_classes, args=args)
-    data = {
-        "train": load("trainaug", ("SegmentationClassAug", "SegmentationClass")),
-        "val": load("val", ("SegmentationClass",)),
-    }
+    """Return the data sets "train" (VOC's is trainaug, with its augmented masks first) and
+    "val"."""
+    root = Path(args.data_path)
+    if is_ade20k(root):
+        splits = {"train": "training", "val": "validation"}
+        data = {
+            name: ade20k_images(root, split, args.nb_classes, args)
+            for name, split in splits.items()
+        }
+    else:
+        load = partial(voc_images, root, num_classes=args.nb_classes, args=args)
+        data = {
+            "train": load("trainaug", ("SegmentationClassAug", "SegmentationClass")),
+            "val": load("val", ("SegmentationClass",)),
+        }
     for name, view in (("train", TrainView), ("val", EvalView)):
         data[name].transform = view(backbones[name].vit.patch_embed.img_size)
     return data

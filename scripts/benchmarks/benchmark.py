@@ -6,6 +6,7 @@
 - `targets`: HOG and the loss on visual tokens, with their memory;
 - `spectra`: A2MIM's frequency loss;
 - `data`: the loading of images;
+- `index`: a list of ten million images: seconds, bytes an image, memory of workers;
 - `attention`, `windows`, `roi_align`: what segmentation and detection add.
 """
 
@@ -34,6 +35,7 @@ from modeling_pretrain import PretrainMethod
 from modeling_targets import HOG, VisualTokenHead
 from optim_factory import param_groups
 from scripts.benchmarks import data as bench_data
+from scripts.benchmarks import index as bench_index
 from scripts.benchmarks import transfer as bench_transfer
 from scripts.benchmarks.published import (
     make_straightforward,
@@ -413,6 +415,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     bench_data.add_arguments(data)
     data.set_defaults(run=bench_data.run)
+    index = commands.add_parser(
+        "index", help="a long list of images", formatter_class=parser.formatter_class
+    )
+    bench_index.add_arguments(index)
+    index.set_defaults(run=bench_index.run)
     bench_transfer.add_parsers(commands, parser.formatter_class)
     args = parser.parse_args(argv)
     args.run(args)

@@ -60,7 +60,7 @@ BOTH = {
     "deepspeed_shards": False,
     "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
     "dist_timeout": 60.0, "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None,
-    "output_dir": "", "log_dir": None, "wandb": None, "log_every": 50, "seed": 0, "start_epoch": 0,
+    "output_dir": "", "log_dir": None, "wandb": None, "tracker": None, "log_every": 50, "seed": 0, "start_epoch": 0,
     "resume": "", "auto_resume": True, "no_auto_resume": True, "save_ckpt": True,
     "no_save_ckpt": True, "save_ckpt_freq": 20, "save_ckpt_steps": 0, "keep_checkpoints": None,
     "dry_run": False, "warmup_lr": None, "blr": None, "lr_schedule": "cosine", "recipe": None,
@@ -85,6 +85,7 @@ PRETRAIN_ONLY = {
     "separate_mask_ratio": None, "num_cls_tokens": None, "use_bottleneck": None,
     "no_bottleneck": None, "hflip": 0.5, "mask_grid": None, "list_space": False, "target": None,
     "fft_weight": None, "feature_loss": None, "attention_noise": None, "mask_teacher": None,
+    "init": "", "eval_every": 0, "eval_data_path": None, "eval_images": 10000,
 }  # fmt: skip
 FINETUNE_ONLY = {
     "model": "beit_base_patch16_224", "drop_path": 0.1, "eval_data_path": None, "nb_classes": None,

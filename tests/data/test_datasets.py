@@ -34,7 +34,7 @@ from masking_generator import build_mask_generator
 from scripts.tools import make_map_file, zip_dataset
 from unimim.data import file_index, files, shared_index, sources
 from unimim.data.file_index import PathTable, locate, read_map_file, split_archive, zip_members
-from unimim.data.random import sample_rng
+from unimim.data.random import _ORDER_STREAM, sample_rng
 from unimim.data.shapes import background
 from unimim.data.sources import ArraySource, build_source, map_source
 from unimim.data.views import build_finetune_transform, build_pretrain_transform
@@ -694,6 +694,13 @@ def test_epochs_differ_and_seeds_differ_and_both_repeat():
     assert order(0, 1) == order(0, 1)
     assert order(0, 0) != order(0, 1) != order(1, 1)
     assert sorted(order(3, 5)) == list(range(64))
+
+
+def test_the_order_is_numpys_permutation_in_half_the_memory():
+    """Runs of earlier versions resume with the same images."""
+    order = TrainBatchSampler(1001, 8, seed=3).order(2)
+    before = np.random.default_rng((3, 2, 0, _ORDER_STREAM)).permutation(1001)
+    assert order.dtype == np.int32 and (order == before).all()
 
 
 def test_resuming_in_mid_epoch_skips_batches_only():

@@ -70,7 +70,7 @@ def command_of(page: str, line: str) -> Command | None:
     if not words or words[0] in SHELL:
         return None
     for at, word in enumerate(words):
-        if word.endswith((".py", ".sh")):
+        if word.endswith((".py", ".sh")) and word != "scripts/slurm.sh":  # it starts the next word
             return Command(page, word, tuple(words[at + 1 :]))
     while "=" in words[0] and len(words) > 1:
         words = words[1:]

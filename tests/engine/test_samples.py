@@ -88,6 +88,7 @@ def test_images_come_some_twenty_times():
         (CONMIM, "beit_base_patch16_224"),
         (METHODS["mae"], "vit_base_patch16_224"),
         (METHODS["pixio"], "vit_base_patch16_224"),
+        (METHODS["nepa"], "eva_giant_patch14_224"),
         (METHODS["semanticmim_beit"], "vit_base_patch16_224"),
         (METHODS["a2mim_vit"], "beit_base_patch16_224"),
         (METHODS["a2mim_resnet"], "resnet18"),

@@ -107,17 +107,25 @@ def test_changes_of_positions_keep_their_ranges_and_follow_the_noise():
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_no_token_of_nepa_sees_a_later_one_and_the_classifier_sees_all(kernel):
+def test_no_token_of_nepa_sees_a_later_one_and_the_encoder_sees_all(kernel):
     images = torch.randn(1, 3, 16, 16)
     other = images.clone()
     other[:, :, 8:] += 1  # the last two rows of patches
+    model = NEPA(**NEPA_VIT, attn=kernel, init_values=1.0).eval()
+    tokens = [model.embed(model.patch_embed(x), None) for x in (images, other)]
     for causal in (True, False):
-        model = RotaryViT(**NEPA_VIT, causal=causal, attn=kernel, num_classes=0).eval()
-        moved = (model.forward_features(images) - model.forward_features(other)).abs().amax(-1)[0]
+        first, second = (model.run_blocks(x, causal=causal) for x in tokens)
+        moved = (first - second).abs().amax(-1)[0]
         assert (moved[:9] < 1e-6).all() == causal and (moved[9:] > 1e-6).all()
-        probabilities = model.attention_maps(images)
-        assert bool((probabilities.triu(1) == 0).all()) == causal
-        assert torch.allclose(probabilities.sum(-1), torch.ones(1))
+    assert torch.equal(model.forward_features(other), second)
+    probabilities = model.attention_maps(images)
+    assert (probabilities > 0).all() and torch.allclose(probabilities.sum(-1), torch.ones(1))
+    predictions = []
+    model.compare = lambda predicted, target: predictions.append(predicted) or {}
+    for x in (images, other):
+        model({"image": x})
+    moved = (predictions[0] - predictions[1]).abs().amax(-1)[0]
+    assert (moved[:9] < 1e-6).all() and (moved[9:] > 1e-6).all()
 
 
 def test_the_target_is_the_next_embedding_and_gets_no_gradient_itself():

@@ -477,3 +477,41 @@ def test_broken_masks_are_replaced_and_counted(tmp_path, caplog):
     data = voc.build_data(args, backbones)["val"]
     with pytest.raises(BadImagesError, match="2 of 4 images are broken"):
         [data[0, index] for index in range(4)]
+
+
+def write_ade20k(root: Path) -> Path:
+    """Two splits of shapes whose class is their color; 0 in the masks is no class."""
+    for split, count in (("training", 8), ("validation", 4)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            mask = np.zeros((20, 30), dtype=np.uint8)
+            mask[5:] = 1 + number % 3
+            image = np.zeros((20, 30, 3), dtype=np.uint8)
+            image[mask > 0, number % 3] = 200
+            Image.fromarray(image).save(root / f"images/{split}/ADE_{number}.jpg")
+            Image.fromarray(mask).save(root / f"annotations/{split}/ADE_{number}.png")
+    return root
+
+
+def test_ade20ks_folders_have_150_classes_and_ignore_the_masks_0(tmp_path):
+    root = write_ade20k(tmp_path / "ade")
+    args = parse(root, tmp_path)
+    args.nb_classes = None
+    voc.validate(args)
+    assert args.nb_classes == 150
+    data = voc.ade20k_images(root, "training", 150, args)
+    assert len(data) == 8
+    labels = data.maps["labels"](4)
+    assert set(np.unique(labels)) == {1, 255} and (labels[:5] == 255).all()
+    with pytest.raises(ValueError, match="--nb_classes 2 is too few"):
+        voc.ade20k_images(root, "validation", 2, args).maps["labels"](2)
+    (root / "annotations/validation/ADE_3.png").unlink()
+    with pytest.raises(ValueError, match=r"annotations/validation/ADE_3\.png exists"):
+        voc.ade20k_images(root, "validation", 150, args)
+
+
+def test_a_run_on_ade20ks_folders(tmp_path):
+    root = write_ade20k(tmp_path / "ade")
+    row = run_here(tmp_path / "out", root, "--nb_classes", "3", "--batch_size", "4")
+    assert 0 < row.miou <= 100

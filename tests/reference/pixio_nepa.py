@@ -68,7 +68,7 @@ def nepa(case: Case) -> dict[str, Tensor]:
         "rope_cos": rotation.cos[0, 0],
         "rope_sin": rotation.sin[0, 0],
         "input_embedding": embeddings,
-        "last_hidden_state": model.norm(model.run_blocks(embeddings, changes)),
+        "last_hidden_state": model.norm(model.run_blocks(embeddings, changes, causal=model.causal)),
         "loss": model({"image": images}, noise)["loss"].view(1),
     }
     return computed | published_gradients(model)

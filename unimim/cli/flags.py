@@ -164,8 +164,8 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--data_set", default=None,
         choices=DATA_SETS,
-        help="IMNET: map files beside folders or zips; None: inferred from --data_path; digits "
-        "without one",
+        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; None: inferred from "
+        "--data_path; digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
@@ -389,6 +389,23 @@ def _pretrain_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "--separate_mask_ratio", type=float, default=None, metavar="RATIO",
         help="SemanticMIM: predict this ratio of the patches, drawn separately; None: masked ones",
     )  # fmt: skip
+    group = parser.add_argument_group("evaluation of the encoder while it trains")
+    group.add_argument(
+        "--eval_every", type=int, default=0, metavar="EPOCHS",
+        help="k-NN, a linear probe, effective rank and attention entropy, every so many epochs and "
+        "after the last; 0: never",
+    )  # fmt: skip
+    group.add_argument(
+        "--eval_data_path",
+        default=None,
+        help="labeled images for --eval_every; None: those of the training data",
+    )
+    group.add_argument(
+        "--eval_images",
+        type=int,
+        default=10000,
+        help="most images of training and of validation for --eval_every",
+    )
     group = parser.add_argument_group("parts (SemMAE)")
     group.add_argument(
         "--part_maps",
@@ -643,6 +660,10 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--output_dir", default="", help="empty: nothing is saved")
     group.add_argument("--log_dir", default=None, help="tensorboard folder")
     group.add_argument("--wandb", default=None, metavar="PROJECT", help="log to Weights & Biases")
+    group.add_argument(
+        "--tracker", default=None, choices=("wandb", "trackio", "tensorboard"),
+        help="log there, to the project of --wandb or to the folder --log_dir; both have defaults",
+    )  # fmt: skip
     group.add_argument("--log_every", type=int, default=50, help="steps between lines of the log")
     group.add_argument(
         "--seed", type=int, default=0, help="of weights, order, augmentation, masks and dropout"
@@ -655,6 +676,13 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         "one and exits with 75",
     )
     if stage == "pretrain":
+        group.add_argument(
+            "--init",
+            default="",
+            metavar="FILE",
+            help="weights to begin a new run with, whole or an encoder alone, of any input size, "
+            "patch size and naming: what fits is loaded, the rest stays fresh",
+        )
         group.add_argument(
             "--resume_copy",
             default="",

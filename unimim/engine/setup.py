@@ -27,6 +27,7 @@ from optim_factory import (
     needs_create_graph,
     works_on_shards,
 )
+from unimim.checkpoint.initial import load_initial
 from unimim.cli.flags import options_as_flags
 from unimim.cli.options import (
     as_config,
@@ -76,7 +77,7 @@ from unimim.logs import log, setup_logging
 # The exit status of a run that a signal stopped and that the same command resumes: 75.
 STOPPED = os.EX_TEMPFAIL
 # Flags that not every script which trains has, with what the others run with.
-OPTIONAL_FLAGS = {"compile": False, "recompute_gelu": "auto", "resume_copy": ""}
+OPTIONAL_FLAGS = {"compile": False, "recompute_gelu": "auto", "resume_copy": "", "init": ""}
 
 
 def build_optimizer(
@@ -196,6 +197,8 @@ def start_training(
     origin = Origin.find(args)
     if origin is not None:
         origin.load_weights(task.network, task.ema, task.ema_key, flags["resume_copy"])
+    elif flags["init"]:
+        log.info("%s", load_initial(task.network, ema_module, flags["init"]))
 
     # FLOPs and parameters are those of the network as it was built
     peak = peak_flops(context.device, args.precision)

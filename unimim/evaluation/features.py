@@ -184,6 +184,10 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
 # Features of a data set
 
 
+class NotFiniteError(ValueError):
+    """A network gives features that are not finite."""
+
+
 @dataclass
 class Features:
     """The features of a data set, in the order of its images.
@@ -271,7 +275,8 @@ def extract(context: RunContext, dataset: ImageDataset, backbone: Backbone, name
     reduce_sum(times)
     vectors = means_in_place(sums, times)
     if vectors is None:
-        raise ValueError(f"--finetune {args.finetune} gives features that are not finite")
+        weights = f"--finetune {args.finetune}" if "finetune" in args else "the network"
+        raise NotFiniteError(f"{weights} gives features that are not finite")
     labels = torch.as_tensor(dataset.source.labels, dtype=torch.int64).to(device)
     return Features(vectors, labels[times > 0])
 

@@ -1,0 +1,66 @@
+"""Measure mean and std of each channel of a data set's training images, for --mean and --std.
+
+    python scripts/tools/measure_mean_std.py --data_path /data/images [--images 10000]
+
+Images are read as a run reads them and resized to --size, so that each counts alike; values are
+those of images in [0, 1].
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from unimim.data.jpeg import BrokenImageError, decode
+from unimim.data.sources import DATA_SETS, Source, build_source
+
+
+def measure(source: Source, images: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and std, float64 [channels], of at most `images` images spread over the source.
+
+    Unreadable images are left out; ValueError: no image can be read.
+    """
+    chosen = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
+    count, total, squares = 0, 0.0, 0.0
+    for index in tqdm(np.unique(chosen).tolist(), unit="image", disable=None):
+        try:
+            pixels = decode(source.read(index))
+        except BrokenImageError:
+            continue
+        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+        values = pixels.reshape(size * size, -1).astype(np.float64) / 255
+        count += len(values)
+        total = total + values.sum(0)
+        squares = squares + np.square(values).sum(0)
+    if not count:
+        raise ValueError("no image can be read")
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_path", default=None, help="as for training")
+    parser.add_argument("--data_set", default=None, choices=DATA_SETS, help="as for training")
+    parser.add_argument("--images", type=int, default=10000, help="most images that are read")
+    parser.add_argument("--size", type=int, default=64, help="side to which images are resized")
+    args = parser.parse_args(argv)
+    if args.images < 1 or args.size < 1:
+        parser.error("--images and --size must be at least 1")
+    try:
+        source = build_source(args.data_set, args.data_path, train=True, need_labels=False)
+        mean, std = measure(source, args.images, args.size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"--mean {' '.join(f'{value:.4f}' for value in mean)}", end=" ")
+    print(f"--std {' '.join(f'{value:.4f}' for value in std)}")
+
+
+if __name__ == "__main__":
+    main()

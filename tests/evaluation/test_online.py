@@ -1,0 +1,156 @@
+"""--eval_every: the encoder is judged while it trains, and training does not notice."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import METHODS, arguments, differing, in_ranks, own_signals, start
+from PIL import Image
+
+import run_pretraining
+from unimim.checkpoint.files import list_checkpoints, load_checkpoint
+from unimim.cli.options import parse
+from unimim.data.sources import digits_source
+from unimim.engine.session import Position
+from unimim.evaluation.features import Features
+from unimim.evaluation.online import (
+    OnlineEvaluation,
+    held_out,
+    labeled_images,
+    linear_accuracy,
+    spread,
+)
+
+FEW = ["--eval_images", "300", "--batch_size", "256", "--epochs", "2", "--save_ckpt_freq", "1"]
+NAMES = {"knn_acc1", "linear_acc1", "effective_rank", "attention_entropy"}
+
+
+def run_of(folder: Path, *flags: str) -> list[dict]:
+    """Train through the script; returns the lines of log.txt."""
+    args = arguments("pretrain", folder, *flags, *FEW)
+    with own_signals():
+        run_pretraining.main(args)
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", [(), METHODS["nepa"], METHODS["a2mim_resnet"]])
+def test_the_loss_curve_and_the_weights_are_bit_equal_with_and_without(tmp_path, method):
+    """ConMIM with its teacher, dropout of paths, and noise that is drawn in the forward pass."""
+    flags = (*method, *(() if method else ("--drop_path", "0.3")))
+    plain = run_of(tmp_path / "plain", *flags)
+    judged = run_of(tmp_path / "judged", *flags, "--eval_every", "1")
+    assert len(plain) == len(judged) == 2
+    for without, row in zip(plain, judged, strict=True):
+        assert without == {name: row[name] for name in without}
+    files = [list_checkpoints(tmp_path / name)[-1] for name in ("plain", "judged")]
+    ours, theirs = (load_checkpoint(file) for file in files)
+    for key in ("model", "teacher", "optimizer", "rng", "monitor"):
+        assert differing(ours[key], theirs[key]) == [], key
+    names = NAMES - {"attention_entropy"} if "a2mim_resnet18" in method else NAMES
+    with_teacher = ours["teacher"] is not None
+    expected = names | {f"teacher_{name}" for name in names if with_teacher} | {"eval_seconds"}
+    assert judged[0].keys() - plain[0].keys() == expected
+    assert with_teacher == ("a2mim_resnet18" not in method)
+    for row in judged:
+        assert 10 < row["knn_acc1"] <= 100 and 10 < row["linear_acc1"] <= 100
+        assert row["effective_rank"] >= 1 and row["eval_seconds"] > 0
+        assert 0 < row.get("attention_entropy", 0.5) <= 1
+
+
+def test_it_comes_every_so_many_epochs_and_after_the_last(tmp_path):
+    run, _ = start(
+        "pretrain", tmp_path, "--eval_every", "2", "--eval_images", "50", "--epochs", "5"
+    )
+    evaluation = OnlineEvaluation(run.context, run.task)
+    evaluation.metrics = lambda network: {"seen": 1.0}
+    due = [bool(evaluation.after_epoch(Position(epoch=epoch))) for epoch in range(5)]
+    assert due == [False, True, False, True, True]
+
+
+def test_every_module_gets_its_mode_back(tmp_path):
+    run, _ = start("pretrain", tmp_path, "--eval_every", "1", "--eval_images", "50")
+    run.task.blocks[0].eval()
+    modes = [module.training for module in (*run.task.modules(), *run.task.teacher.modules())]
+    OnlineEvaluation(run.context, run.task).after_epoch(Position())
+    after = [module.training for module in (*run.task.modules(), *run.task.teacher.modules())]
+    assert modes == after
+    assert all(p.requires_grad for p in run.task.blocks.parameters())
+
+
+def test_the_probe_separates_what_a_line_separates():
+    torch.manual_seed(0)
+    centers = 4 * torch.randn(3, 8)
+    labels = torch.arange(300) % 3
+    vectors = centers[labels] + torch.randn(300, 8)
+    bank, queries = Features(vectors[:200], labels[:200]), Features(vectors[200:], labels[200:])
+    assert linear_accuracy(bank, queries, 3) > 95
+    state = torch.get_rng_state()
+    shuffled = Features(vectors[200:], labels[200:].roll(1))
+    assert linear_accuracy(bank, shuffled, 3) < 10
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def folder_of_digits(folder: Path, *, split: bool) -> None:
+    source = digits_source(train=True)
+    for index in range(60):
+        part = ("val" if index % 3 == 0 else "train") if split else ""
+        place = folder / part / f"class{source.labels[index]}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(source.read(index)).save(place / f"{index}.png")
+
+
+def test_labels_are_the_datas_own_or_those_of_another_folder(tmp_path):
+    folder_of_digits(tmp_path / "one", split=False)
+    folder_of_digits(tmp_path / "two", split=True)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (16, 16)).save(flat / "a.png")
+
+    def of(path: Path, **changes) -> tuple:
+        args = Namespace(data_set=None, data_path=str(path), eval_data_path=None, eval_images=40,
+                         seed=0, max_bad_images=1, strict_data=False)  # fmt: skip
+        vars(args).update(changes)
+        return labeled_images(args, (16, 16))
+
+    known, asked = of(tmp_path / "two")
+    assert (len(known), len(asked)) == (40, 20)
+    names = {known.source.path(k) for k in range(40)} & {asked.source.path(k) for k in range(20)}
+    assert not names and known[0, 0]["image"].shape == (3, 16, 16)
+    known, asked = of(tmp_path / "one")  # every fifth image of each class is held out
+    assert 0 < len(asked) <= 12 and len(known) == 40
+    known, asked = of(flat, data_set="image_folder", eval_data_path=str(tmp_path / "two"))
+    assert (len(known), len(asked)) == (40, 20)
+    with pytest.raises(ValueError, match="needs labeled images, which --eval_data_path can name"):
+        of(flat)
+
+
+def test_held_out_and_spread_images():
+    source = digits_source(train=True)
+    known, asked = held_out(source)
+    assert sorted([*known.chosen, *asked.chosen]) == list(range(len(source)))
+    assert (np.bincount(asked.labels) == np.bincount(source.labels) // 5).all()
+    few = spread(source, 7)
+    assert len(few) == 7 and few.chosen[0] == 0 and few.chosen[-1] == len(source) - 1
+    assert spread(source, len(source)) is source
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    flags = ["--eval_every", "1", "--enable_deepspeed", "--zero_stage", "3", "--data_set", "digits"]
+    args = parse("pretrain", [*flags, "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="use --zero_stage 2 or less"):
+        OnlineEvaluation(Namespace(args=args), torch.nn.Identity())
+
+
+def judged(folder: Path) -> dict[str, float]:
+    run, _ = start("pretrain", folder, "--eval_every", "1", "--eval_images", "101")
+    return OnlineEvaluation(run.context, run.task).metrics(run.task)
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_process_finds(tmp_path):
+    alone = judged(tmp_path / "alone")
+    for found in in_ranks(2, judged, tmp_path / "pair"):
+        assert found == pytest.approx(alone, rel=1e-4)

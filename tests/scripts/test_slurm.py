@@ -1,0 +1,60 @@
+"""scripts/slurm.sh with stand-ins for Slurm's programs, and the Dockerfile."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def slurm(folder: Path, status: int, *words: str, **environment: str):
+    """Run a copy of the script, as Slurm does; srun ends with `status`."""
+    program(folder / "bin/srun", f'echo "srun $PWD $@"; exit {status}')
+    program(folder / "bin/scontrol", 'echo "scontrol $@"')
+    (folder / "env/bin").mkdir(parents=True, exist_ok=True)
+    (folder / "env/bin/activate").write_text("echo activated\n")
+    copy = folder / "slurm_script"
+    copy.write_text((ROOT / "scripts/slurm.sh").read_text())
+    environment = {"PATH": f"{folder}/bin:{os.defpath}", "VENV": str(folder / "env")} | environment
+    command = ["bash", str(copy), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("status", "queued"), [(0, False), (1, False), (75, True)])
+def test_a_stopped_run_is_queued_again_and_no_other(tmp_path, status, queued):
+    job = {"SLURM_JOB_ID": "12", "SLURM_SUBMIT_DIR": str(ROOT)}
+    done = slurm(tmp_path, status, "run_pretraining.py", "--seed", "a b", **job)
+    lines = done.stdout.splitlines()
+    assert done.returncode == status, done.stderr
+    assert lines[:2] == [
+        "activated",
+        f"srun {ROOT} --kill-on-bad-exit=1 python run_pretraining.py --seed a b",
+    ]
+    assert lines[2:] == (["scontrol requeue 12"] if queued else [])
+
+
+def test_it_says_how_it_is_started(tmp_path):
+    assert "start this script by sbatch" in slurm(tmp_path, 0, "run_pretraining.py").stderr
+    job = {"SLURM_JOB_ID": "12", "SLURM_SUBMIT_DIR": str(ROOT)}
+    assert "name a script and its flags" in slurm(tmp_path, 0, **job).stderr
+
+
+def test_the_dockerfile_takes_the_versions_of_the_requirements():
+    """It cannot be built here: what it copies is there, and torch's version is what is required."""
+    text = (ROOT / "scripts/tools/Dockerfile").read_text()
+    copied = re.search(r"^COPY --chown=unimim (requirements.*) \./$", text, re.M)[1].split()
+    assert all((ROOT / name).is_file() for name in copied) and len(copied) == 3
+    found = re.findall(r'"(torch\w*)\$\((sed -n .*? requirements\.txt)\)"', text)
+    assert [name for name, _ in found] == ["torch", "torchvision"]
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    for name, command in found:
+        done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert f"{name}{done.stdout.strip()}" in required

@@ -1,0 +1,317 @@
+"""Read images from tar shards of WebDataset's kind, in place (--data_set tar).
+
+Shards are gone through once; the index, where each image begins and its label, lies beside them and
+serves as long as no shard changes. From then on an image is read like a member of a zip: any worker
+reads any image, in any order.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import tarfile
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from unimim.data.file_index import IMAGE_EXTENSIONS, PathTable
+from unimim.data.jpeg import BrokenImageError
+from unimim.data.shared_index import Arrays, own_folder, shared_arrays
+from unimim.files import write_atomically
+from unimim.logs import log
+
+LABEL_FIELD = "label"  # of a sample's json
+OPEN_SHARDS = 64  # of each process
+_FORMAT = "unimim tar index 1"
+_KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Which shards
+
+
+def shards_of(data_path: str, *, train: bool) -> list[Path]:
+    """Return the shards that --data_path names, in order: a file, a pattern with braces, or a
+    folder.
+
+    A folder may hold `train` and `val` folders, or shards whose names begin so; else all of its
+    shards are for training. ValueError: there are none, or one of a pattern is missing.
+    """
+    if not os.path.isdir(data_path):
+        shards = [Path(name) for name in expanded(data_path)]
+        missing = next((shard for shard in shards if not shard.is_file()), None)
+        if missing is not None:
+            raise ValueError(f"--data_path {data_path}: the shard {missing} does not exist")
+        return shards
+    split = "train" if train else "val"
+    root = Path(data_path)
+    folder = root / split if (root / "train").is_dir() and (root / split).is_dir() else root
+    shards = sorted(folder.glob("*.tar"))
+    if folder == root:
+        named = [shard for shard in shards if shard.name.startswith(split)]
+        if named or not train:
+            shards = named
+    if not shards:
+        use = "" if train else "; name some with --eval_data_path"
+        raise ValueError(f"--data_path {data_path} holds no {split} shards (*.tar){use}")
+    return shards
+
+
+def expanded(pattern: str) -> list[str]:
+    """Return what a pattern stands for: {000..127} is a range with as many digits, {a,b} a
+    choice."""
+    pieces = _BRACES.split(pattern)
+    choices = [
+        [piece] if number % 2 == 0 else _alternatives(piece, pattern)
+        for number, piece in enumerate(pieces)
+    ]
+    return ["".join(parts) for parts in product(*choices)]
+
+
+def _alternatives(text: str, pattern: str) -> list[str]:
+    found = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if found is None:
+        return text.split(",")
+    first, last = found.groups()
+    if int(first) > int(last):
+        raise ValueError(f"--data_path {pattern}: the range {{{text}}} goes down; swap its ends")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+
+
+# --------------------------------------------------------------------------------------------------
+# The index
+
+
+@dataclass
+class Members:
+    """The images of one shard, in order: names, where their bytes begin, how many, labels or -1."""
+
+    names: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+
+def samples_of(file: BinaryIO, shard: Path) -> Iterator[dict[str, tarfile.TarInfo]]:
+    """Yield the members of each sample by extension: consecutive ones of one key.
+
+    A shard that ends early is named, and what precedes is used. ValueError: this is no tar.
+    """
+    key, members = None, {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                archive.members = []  # it would keep them all
+                found = _KEY.fullmatch(member.name)
+                if not member.isfile() or found is None:
+                    continue
+                if found[1] != key and members:
+                    yield members
+                    members = {}
+                key = found[1]
+                members[found[2].lower()] = member
+    except tarfile.ReadError as error:
+        if key is None:
+            raise ValueError(
+                f"{shard} cannot be read as a tar: {error}; a compressed one must be unpacked first"
+            ) from error
+        log.warning("%s ends early: %s", shard, error)
+    if members:
+        yield members
+
+
+def read_shard(shard: Path) -> Members:
+    """Return the images of a shard; samples without one are left out and counted in the log."""
+    found, without = Members(), Counter()
+    try:
+        with open(shard, "rb") as file:
+            for sample in samples_of(file, shard):
+                image = next((sample[e[1:]] for e in IMAGE_EXTENSIONS if e[1:] in sample), None)
+                if image is None:
+                    without[" ".join(sorted(sample))] += 1
+                    continue
+                found.names.append(image.name)
+                found.offsets.append(image.offset_data)
+                found.sizes.append(image.size)
+                found.labels.append(label_of(file, sample, shard))
+    except OSError as error:
+        raise ValueError(f"shard {shard} cannot be read: {error.strerror}") from error
+    if without:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in without.most_common(3))
+        log.warning("%s: samples without an image are left out: %s", shard, kinds)
+    return found
+
+
+def label_of(file: BinaryIO, sample: dict[str, tarfile.TarInfo], shard: Path) -> int:
+    """Return the class number in a sample's cls, or in the field "label" of its json; else -1."""
+    member = sample.get("cls") or sample.get("json")
+    if member is None:
+        return -1
+    position = file.tell()
+    file.seek(member.offset_data)
+    text = file.read(member.size)
+    file.seek(position)
+    try:
+        value = text.strip() if "cls" in sample else json.loads(text).get(LABEL_FIELD, -1)
+        label = int(value)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{shard}@/{member.name} holds no class number: {text[:40]!r}") from error
+    if label < -1:
+        raise ValueError(f"{shard}@/{member.name} holds the class number {label}; use 0 and above")
+    return label
+
+
+def state_of(shard: Path) -> list[Any]:
+    """Return what tells whether a shard has changed: name, size, time of the last change."""
+    found = shard.stat()
+    return [shard.name, found.st_size, found.st_mtime_ns]
+
+
+def index_of(shards: Sequence[Path]) -> Arrays:
+    """Return the index of the shards: the one beside them, after those that changed have been gone
+    through again.
+
+    Among several ranks of a machine one does so, and all map the result.
+    """
+    states = [state_of(shard) for shard in shards]
+    name = hashlib.sha256(repr([str(shard.resolve()) for shard in shards]).encode()).hexdigest()
+    file = f".unimim-{name[:16]}.tarindex"
+    places = [shards[0].parent / file]
+    try:
+        places.append(own_folder() / file)
+        lock = places[-1].with_suffix(".lock").open("w")
+    except OSError as error:  # each rank for itself
+        log.warning("the index of %s is not shared among ranks: %s", shards[0], error)
+        return up_to_date(shards, states, {})
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for place in places:
+            held = load_index(place)
+            if held and json.loads(bytes(held["about"]))["shards"] == states:
+                return shared_arrays("tar index", [place], partial(load_index, place))
+        held = next((held for held in map(load_index, places) if held), {})
+        index = up_to_date(shards, states, held)
+        for place in places:
+            try:
+                write_atomically(place, partial(np.savez, **index))
+            except OSError:  # a folder of somebody else, or a full disk
+                continue
+            log.info("the index of %d shards is in %s", len(shards), place)
+            return shared_arrays("tar index", [place], partial(load_index, place))
+    return index
+
+
+def load_index(place: Path) -> Arrays:
+    """Return the arrays of an index file; empty where there is no whole one."""
+    try:
+        with np.load(place) as held:
+            arrays = {name: held[name] for name in held.files}
+        whole = json.loads(bytes(arrays["about"]))["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return {}
+    return arrays if whole else {}
+
+
+def up_to_date(shards: Sequence[Path], states: list[list[Any]], held: Arrays) -> Arrays:
+    """Return the index of the shards; those that `held` has in this state are copied from it."""
+    known = {}
+    if held:
+        ends = np.append(0, np.cumsum(held["counts"]))
+        about = json.loads(bytes(held["about"]))
+        known = {tuple(state): (ends[k], ends[k + 1]) for k, state in enumerate(about["shards"])}
+        held_names = PathTable.of_arrays(held["text"], held["ends"])
+    pieces, counts, texts, lengths = [], [], [], []
+    new = [shard for shard, state in zip(shards, states, strict=True) if tuple(state) not in known]
+    bar = tqdm(total=len(new), desc="indexing tar shards", unit="shard", disable=None)
+    for shard, state in zip(shards, states, strict=True):
+        if tuple(state) in known:
+            first, last = known[tuple(state)]
+            names = PathTable(held_names[k] for k in range(first, last))
+            piece = [held[part][first:last] for part in ("offset", "size", "labels")]
+        else:
+            found = read_shard(shard)
+            names = PathTable(found.names)
+            piece = [found.offsets, found.sizes, found.labels]
+            bar.update()
+        dtypes = (np.int64, np.int64, np.int32)
+        pieces.append([np.asarray(p, dtype=d) for p, d in zip(piece, dtypes, strict=True)])
+        counts.append(len(names))
+        texts.append(names.text)
+        lengths.append(np.diff(names.ends, prepend=0))
+    bar.close()
+    offset, size, labels = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    about = json.dumps({"format": _FORMAT, "shards": states}).encode()
+    return {
+        "about": np.frombuffer(about, dtype=np.uint8),
+        "counts": np.asarray(counts, dtype=np.int64),
+        "text": np.concatenate(texts),
+        "ends": np.cumsum(np.concatenate(lengths), dtype=np.int64),
+        "offset": offset,
+        "size": size,
+        "labels": labels,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+class TarFiles:
+    """The images of tar shards by index, read in place.
+
+    Each process opens the shards that it reads, at most `OPEN_SHARDS` at a time; what is open is
+    never pickled.
+    """
+
+    def __init__(self, shards: Sequence[Path], index: Arrays):
+        self.shards = list(shards)
+        self.names = PathTable.of_arrays(index["text"], index["ends"])
+        self.first = np.append(0, np.cumsum(index["counts"]))
+        self.offset = index["offset"]
+        self.size = index["size"]
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def shard(self, index: int) -> int:
+        """Return the number of the shard that holds an image."""
+        return int(np.searchsorted(self.first, index, side="right")) - 1
+
+    def path(self, index: int) -> str:
+        return f"{self.shards[self.shard(index)]}@/{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        size = int(self.size[index])
+        try:
+            content = os.pread(self._file(self.shard(index)), size, int(self.offset[index]))
+        except OSError as error:
+            raise BrokenImageError(error.strerror or str(error)) from error
+        if len(content) < size:
+            raise BrokenImageError("the shard ends inside this member")
+        return content
+
+    def _file(self, shard: int) -> int:
+        """Return the descriptor of a shard, opened by this process."""
+        if self._pid != os.getpid():  # a forked worker: the parent's stay the parent's
+            self._open, self._pid = OrderedDict(), os.getpid()
+        if shard not in self._open:
+            self._open[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) > OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_pid": None}

@@ -1,0 +1,219 @@
+"""Judges the encoder while it is pre-trained (--eval_every): k-NN, a linear probe, effective rank,
+attention entropy. Training goes on as if nothing had happened: no random number is drawn from its
+stream, and every module gets its mode back.
+"""
+
+import math
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasets import ImageDataset
+from modeling_backbones import map_of
+from modeling_finetune import VisionTransformer
+from unimim.data.sources import PartSource, Source, build_source, detect, is_divided
+from unimim.data.views import EvalTransform
+from unimim.engine.session import Position
+from unimim.engine.state import RunContext
+from unimim.evaluation.features import Backbone, Features, NotFiniteError, extract
+from unimim.evaluation.knn import evaluate_knn
+from unimim.evaluation.rank import Moments, effective_rank
+from unimim.logs import log
+
+NEIGHBORS, TEMPERATURE = 20, 0.07
+HELD_OUT_EVERY = 5  # of each class, where there are no validation images
+ENTROPY_IMAGES = 128
+ENTROPY_BATCH = 16
+PROBE_STEPS = 100
+PROBE_DECAY = 1e-4  # of the sum of squared weights
+
+
+class EncoderInTraining(Backbone):
+    """The encoder of a pre-training method as it is now; not a submodule, and never frozen.
+
+    The feature of a ViT is the mean of its normed patch tokens, of any other network that of its
+    last map.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self._network = (network,)
+        self.image_size = network.image_size
+        is_vit = isinstance(network, VisionTransformer)
+        self.dim = network.embed_dim if is_vit else map_of(network.backbone)[0]
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network[0]
+
+    def features(self, images: Tensor) -> Tensor:
+        network = self.network
+        if isinstance(network, VisionTransformer):
+            tokens = network.norm(network.forward_features(images))
+            return tokens[:, network.num_prefix_tokens :].mean(1)
+        return network.features(images, None).mean((2, 3))
+
+
+class OnlineEvaluation:
+    """What training calls after each epoch; the metrics go where those of training go."""
+
+    def __init__(self, context: RunContext, method: nn.Module):
+        args = context.args
+        if args.enable_deepspeed and args.zero_stage == 3:
+            raise ValueError(
+                "--eval_every needs whole weights on every process: use --zero_stage 2 or less"
+            )
+        self.context, self.method = context, method
+        self.bank, self.queries = labeled_images(args, method.image_size)
+        self.classes = len(self.bank.source.classes)
+
+    def after_epoch(self, position: Position) -> dict[str, float]:
+        """Return the metrics of the encoder, and of its teacher, every --eval_every epochs and
+        after the last; else nothing."""
+        args = self.context.args
+        done = position.epoch + 1
+        if done % args.eval_every and done != args.epochs:
+            return {}
+        start = time.perf_counter()
+        metrics = self.metrics(self.method)
+        if self.method.teacher is not None:
+            found = self.metrics(self.method.teacher)
+            metrics |= {f"teacher_{name}": value for name, value in found.items()}
+        metrics["eval_seconds"] = time.perf_counter() - start
+        return metrics
+
+    def metrics(self, network: nn.Module) -> dict[str, float]:
+        """Return the metrics of one network; nothing where its features are not finite."""
+        context = self.context
+        with torch.no_grad(), evaluating(network), torch.random.fork_rng():
+            backbone = EncoderInTraining(network)
+            try:
+                bank = extract(context, self.bank, backbone, "training")
+                queries = extract(context, self.queries, backbone, "validation")
+            except NotFiniteError as error:
+                log.warning("--eval_every: %s", error)
+                return {}
+            found = evaluate_knn(
+                bank, queries, [min(NEIGHBORS, len(bank))], [TEMPERATURE], self.classes,
+                rank=context.rank, world_size=context.world_size,
+            )  # fmt: skip
+            moments = Moments()
+            moments.add(queries.vectors)
+            metrics = {
+                "knn_acc1": found[0].acc1,
+                "linear_acc1": linear_accuracy(bank, queries, self.classes),
+                "effective_rank": effective_rank(moments.spectrum()),
+            }
+            if isinstance(network, VisionTransformer):
+                metrics["attention_entropy"] = self.attention_entropy(network)
+        return metrics
+
+    def attention_entropy(self, network: VisionTransformer) -> float:
+        """Return the entropy of the last block's attention over that of even attention, mean over
+        tokens, heads and the first validation images: 1 looks everywhere, 0 at one token."""
+        count = min(ENTROPY_IMAGES, len(self.queries))
+        entropies = []
+        for first in range(0, count, ENTROPY_BATCH):
+            samples = [self.queries[0, k] for k in range(first, min(first + ENTROPY_BATCH, count))]
+            images = torch.stack([sample["image"] for sample in samples])
+            images = self.context.normalize({"image": images})["image"]
+            maps = network.attention_maps(images).float()
+            entropies.append(torch.special.entr(maps).sum(-1).mean((1, 2)))
+        return float(torch.cat(entropies).mean()) / math.log(maps.shape[-1])
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluate inside; give every module its mode back, of which a teacher's may differ."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.enable_grad()
+def linear_accuracy(bank: Features, queries: Features, classes: int) -> float:
+    """Return the top-1 accuracy in percent of a logistic regression on standardized features.
+
+    It is fitted to all of `bank` at once, from zeros, so that nothing is random.
+    """
+    mean, std = bank.vectors.mean(0), bank.vectors.std(0).clamp(min=1e-6)
+    known, asked = ((found.vectors - mean) / std for found in (bank, queries))
+    weight = torch.zeros(classes, known.shape[1], device=known.device, requires_grad=True)
+    bias = torch.zeros(classes, device=known.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=PROBE_STEPS, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(known, weight, bias), bank.labels)
+        value = value + PROBE_DECAY * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        hits = F.linear(asked, weight, bias).argmax(1) == queries.labels
+    return 100 * float(hits.float().mean())
+
+
+# --------------------------------------------------------------------------------------------------
+# The images
+
+
+def labeled_images(args: Namespace, size: tuple[int, int]) -> tuple[ImageDataset, ImageDataset]:
+    """Return the images that are known and those that are asked about, each as for evaluation.
+
+    They come from --eval_data_path, else from the data of training; without validation images every
+    fifth image of each class is asked about. Each has at most --eval_images, spread evenly.
+    """
+    path = args.eval_data_path or args.data_path
+    kind = None if args.eval_data_path else args.data_set
+    kind = kind or detect(path)
+    outside = getattr(args, "allow_outside", False)
+    try:
+        known = build_source(kind, path, train=True, need_labels=True, allow_outside=outside)
+        if is_divided(kind, path):
+            asked = build_source(
+                kind, path, train=False, need_labels=True, train_path=path, allow_outside=outside
+            )
+        else:
+            known, asked = held_out(known)
+    except ValueError as error:
+        raise ValueError(
+            f"--eval_every needs labeled images, which --eval_data_path can name: {error}"
+        ) from error
+    transform = EvalTransform(size, None)
+    limits = {"seed": args.seed, "max_bad_images": args.max_bad_images, "strict": args.strict_data}
+    return tuple(
+        ImageDataset(spread(source, args.eval_images), transform, **limits)
+        for source in (known, asked)
+    )
+
+
+def held_out(source: Source) -> tuple[PartSource, PartSource]:
+    """Return a source without, and with only, every fifth image of each class."""
+    labels = np.asarray(source.labels)
+    asked = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        asked[np.flatnonzero(labels == label)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]] = True
+    if not asked.any():
+        raise ValueError(f"no class has {HELD_OUT_EVERY} images")
+    return PartSource(source, np.flatnonzero(~asked)), PartSource(source, np.flatnonzero(asked))
+
+
+def spread(source: Source, most: int) -> Source:
+    """Return at most `most` images, evenly spread over the source."""
+    if len(source) <= most:
+        return source
+    return PartSource(source, np.linspace(0, len(source) - 1, most).round().astype(np.int64))
