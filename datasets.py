@@ -225,7 +225,7 @@ def warn_of_few_classes(source: Source, nb_classes: int | None, path: str) -> No
     found = len(source.classes)
     if nb_classes is not None and found < nb_classes:
         logger.warning(
-            "%s has %d class folders and --nb_classes is %d: labels are the positions of the sorted "
+            "%s has %d class folders and --nb_classes is %d: labels are positions of the sorted "
             "folders, which are wrong for a model of other classes; --class_map FILE lists the "
             "folders in the model's order",
             path, found, nb_classes,

@@ -45,7 +45,8 @@ TIMM_BACKBONES = {
 }
 # what timm's networks repeat within a stage
 REPEATED_BLOCKS = (
-    BasicBlock, Bottleneck, ConvNeXtBlock, SwinTransformerBlock, SwinTransformerV2Block, RegNetBlock,
+    BasicBlock, Bottleneck, ConvNeXtBlock, SwinTransformerBlock, SwinTransformerV2Block,
+    RegNetBlock,
 )  # fmt: skip
 OUTPUT_STRIDES = (8, 16, 32)  # of timm's ResNets, RegNets and ConvNeXts
 MASK_TOKENS = ("learnable", "randn", "zero", "mean", "instance_mean", "none")

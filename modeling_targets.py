@@ -113,8 +113,8 @@ class HOG:
             raise OptionError(
                 "hog_pool",
                 pool,
-                f"must divide patches of {patch[0]} x {patch[1]} pixels, and hog_nbins={nbins} must "
-                "be 1 or more",
+                f"must divide patches of {patch[0]} x {patch[1]} pixels, and hog_nbins={nbins} "
+                "must be 1 or more",
             )
         if window and any(count * side % window for count, side in zip(grid, patch, strict=True)):
             raise OptionError(
@@ -723,9 +723,10 @@ def visual_weights(found: dict[str, Any]) -> StateDict:
 
 
 _OPENAI_NAMES = (
-    (r"^transformer\.resblocks\.", "blocks."), (r"\.in_proj_", ".qkv."), (r"\.out_proj\.", ".proj."),
-    (r"\.ln_(\d)\.", r".norm\1."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."), (r"^ln_pre\.", "norm_pre."),
-    (r"^ln_post\.", "norm."), (r"^conv1\.", "patch_embed.proj."), (r"^class_embedding$", "cls_token"),
+    (r"^transformer\.resblocks\.", "blocks."), (r"\.in_proj_", ".qkv."),
+    (r"\.out_proj\.", ".proj."), (r"\.ln_(\d)\.", r".norm\1."), (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."), (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."),
+    (r"^conv1\.", "patch_embed.proj."), (r"^class_embedding$", "cls_token"),
     (r"^positional_embedding$", "pos_embed"), (r"^proj$", "head.weight"),
 )  # fmt: skip
 

@@ -109,8 +109,8 @@ def numbers_of(folders: Sequence[str], classes: Sequence[str], root: Path) -> li
     unknown = [name for name in folders if name not in by_name]
     if unknown:
         raise ValueError(
-            f"{root / unknown[0]} is not one of the model's {len(classes)} classes; use --class_map "
-            "with the model's classes in their order, one a line"
+            f"{root / unknown[0]} is not one of the model's {len(classes)} classes; use "
+            "--class_map with the model's classes in their order, one a line"
         )
     return [by_name[name] for name in folders]
 

@@ -81,8 +81,8 @@ _SURROUNDINGS = (
     ),
     (
         r"bus error|Bus error|shared memory|/dev/shm|[^.\w]torch_\d+_",
-        "there is not enough shared memory (/dev/shm) for the loader's workers: enlarge it, or lower "
-        f"--num_workers (0 needs none); see {SHARED_MEMORY}",
+        "there is not enough shared memory (/dev/shm) for the loader's workers: enlarge it, or "
+        f"lower --num_workers (0 needs none); see {SHARED_MEMORY}",
     ),
     (
         r"DataLoader worker|Pin memory thread exited",

@@ -137,7 +137,8 @@ def report_checksums(source: Source, images_per_s: float, images: int) -> None:
         zlib.crc32(raw)
     seconds = (time.process_time() - start) / len(raws)
     print(
-        f"  checksum of a zip's member: {1e3 * seconds:.3f} ms, {100 * seconds * images_per_s:.1f} %"
+        f"  checksum of a zip's member: {1e3 * seconds:.3f} ms, "
+        f"{100 * seconds * images_per_s:.1f} %"
     )
 
 

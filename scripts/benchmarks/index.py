@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write_map(root: Path, images: int) -> int:
-    """Write `train_map.txt` of names such as class0007/class0007_00001234.JPEG; return its bytes."""
+    """Write `train_map.txt` of names such as class0007/class0007_00001234.JPEG; return its size."""
     (root / "train").mkdir()
     file = root / "train_map.txt"
     with file.open("w") as lines:
@@ -56,7 +56,7 @@ def own_memory() -> int:
 
 
 def look_up(source: FileSource, count: int, seed: int, result: Connection) -> None:
-    """In a worker: look images up at random and send what that added to the process's own memory."""
+    """In a worker: look images up at random and send what that added to its private memory."""
     before = own_memory()
     for index in np.random.default_rng(seed).integers(len(source), size=count).tolist():
         source.path(index), int(source.labels[index])

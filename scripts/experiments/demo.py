@@ -151,8 +151,8 @@ def data_flags(path: Path | None) -> str:
     if (path / "train").is_dir() and (path / "val").is_dir():
         return f"--data_set image_folder --data_path {quoted} "
     raise ValueError(
-        f"--data_path {path} has neither train_map.txt and val_map.txt, nor train/ and val/, nor class "
-        "folders of five images or more; scripts/tools/make_map_file.py writes map files"
+        f"--data_path {path} has neither train_map.txt and val_map.txt, nor train/ and val/, nor "
+        "class folders of five images or more; scripts/tools/make_map_file.py writes map files"
     )
 
 
@@ -569,7 +569,7 @@ def page(demo: Demo, rows: Sequence[Row], outcome: str, seconds: float) -> str:
             report.paragraph(
                 f"Every system has the same budget, about {BUDGET} s of one core for 4,000 digits: "
                 "their epochs, which differ, were chosen for that on one machine, and with another "
-                "number of images they change in proportion. CPU s is the mean time that one pre-training "
+                "number of images they change in proportion. CPU s is the mean time a pre-training "
                 "took here; SemMAE's includes the learning of its parts, not that of MAE, on whose "
                 "features they are learned."
             ),

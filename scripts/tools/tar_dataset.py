@@ -1,4 +1,4 @@
-"""Pack the images of a folder into tar shards of WebDataset's kind, which the loaders read in place.
+"""Pack the images of a folder into tar shards of WebDataset's kind, which loaders read in place.
 
     python scripts/tools/tar_dataset.py FOLDER [PREFIX]
 

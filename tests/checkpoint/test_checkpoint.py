@@ -369,7 +369,8 @@ def test_equal_encoders_are_equal_files(tmp_path):
     about = {name: name for name in "qwertyuiop"}
     command = (
         "import sys, torch; from unimim.checkpoint.files import save_encoder; "
-        f"save_encoder(sys.argv[1], {{n: torch.full((3,), float(len(n))) for n in {list(tensors)}}}, "
+        "save_encoder(sys.argv[1], "
+        f"{{n: torch.full((3,), float(len(n))) for n in {list(tensors)}}}, "
         f"{dict(reversed(about.items()))})"
     )
     save_encoder(tmp_path / "here.safetensors", dict(reversed(tensors.items())), about)

@@ -1,4 +1,4 @@
-"""Lists of images and of classes: which images are trained on, and what a class folder's label is."""
+"""Lists of images and of classes: which images are trained on, and a class folder's label."""
 
 import logging
 import subprocess

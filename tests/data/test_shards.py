@@ -109,8 +109,8 @@ def test_samples_have_several_extensions_and_labels_of_two_kinds(tmp_path, caplo
     shard = write_tar(
         tmp_path / "a.tar",
         {
-            "x/1.cls": b"3\n", "x/1.png": png(1), "x/1.seg.png": png(9), "x/1.json": b'{"label": 7}',
-            "x/2.JPG": b"2", "x/2.json": b'{"label": 7, "other": 1}',
+            "x/1.cls": b"3\n", "x/1.png": png(1), "x/1.seg.png": png(9),
+            "x/1.json": b'{"label": 7}', "x/2.JPG": b"2", "x/2.json": b'{"label": 7, "other": 1}',
             "y.1.jpeg": b"", "3.png": png(3), "4.cls": b"1", "5.json": b'{"text": "no label"}',
             "5.png": png(5),
         },

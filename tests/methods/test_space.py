@@ -351,7 +351,8 @@ CELLS = {  # flags over those of PRETRAIN; one of each form, mask made here, and
     ),
     "simmim_contrast": (
         *METHODS["a2mim_resnet"],
-        *["--target", "contrast", "--mask_type", "attention_high", "--model_kwargs", "patch_size=null"],
+        *["--target", "contrast", "--mask_type", "attention_high"],
+        *["--model_kwargs", "patch_size=null"],
         "channels=[8,8,16,16]", "projector_hidden_dim=16", "projector_out_dim=8",
     ),
     "semaim_tokens": (

@@ -1,4 +1,4 @@
-"""Exports of tiny networks of every kind, read back by the libraries and under the projects' names."""
+"""Exports of tiny networks of every kind, read back by libraries and under projects' names."""
 
 import json
 import re
@@ -34,7 +34,10 @@ CLASSIFIERS = {
     "beit": (),
     "vit_token": ("--model", "vit_tiny_patch16_224", "--use_cls", "--model_kwargs", *SIZE),
     "vit_avg": ("--model", "vit_tiny_patch16_224", "--model_kwargs", *SIZE),
-    "resnet": ("--model", "resnet18", *BIG[:2], "--model_kwargs", "channels=[8,8,16,16]", "patch_size=null"),
+    "resnet": (
+        "--model", "resnet18", *BIG[:2],
+        "--model_kwargs", "channels=[8,8,16,16]", "patch_size=null",
+    ),
     "swin": ("--model", "swin_tiny", *BIG[:2], "--model_kwargs", *SWIN),
     "convnext": ("--model", "convnext_tiny", *BIG[:2], "--model_kwargs", *CONVNEXT),
 }  # fmt: skip
@@ -86,8 +89,8 @@ FITS = {  # kind -> targets of its encoder, targets of the whole network
     "a2mim_convnext": (OTHER, PIXELS), "simmim_swin": (OTHER | {"simmim"}, PIXELS | {"simmim"}),
 }  # fmt: skip
 CLASSIFIER_FITS = {
-    "beit": BEIT_FORM, "vit_token": PLAIN, "vit_avg": PLAIN, "resnet": OTHER, "swin": OTHER | {"simmim"},
-    "convnext": OTHER,
+    "beit": BEIT_FORM, "vit_token": PLAIN, "vit_avg": PLAIN, "resnet": OTHER,
+    "swin": OTHER | {"simmim"}, "convnext": OTHER,
 }  # fmt: skip
 TRACED = {"onnx", "torch_export"}
 

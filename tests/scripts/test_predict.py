@@ -1,4 +1,4 @@
-"""Classes of single photographs from a tiny classifier: as evaluation sees them, named, in a CSV."""
+"""Classes of photographs from a tiny classifier: as evaluation sees them, named, in a CSV."""
 
 import csv
 

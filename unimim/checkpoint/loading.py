@@ -176,8 +176,8 @@ def restore(
         )
     if whole and (left := [k for k in weights if k not in own]):
         raise ValueError(
-            f"{name} does not fit the model that these flags build: {len(left)} of its tensors have "
-            f"no place in it, among them {', '.join(left[:3])}"
+            f"{name} does not fit the model that these flags build: {len(left)} of its tensors "
+            f"have no place in it, among them {', '.join(left[:3])}"
         )
     module.load_state_dict({k: weights[k] for k in own})
 

@@ -77,7 +77,7 @@ def _digest(header: dict[str, Any], data: bytes | memoryview) -> Any:
 
 
 def _ordered(header: dict[str, Any]) -> dict[str, Any]:
-    """Return the header with sorted metadata first, then the tensors in the order of their bytes."""
+    """Return the header with sorted metadata first, then the tensors in their bytes' order."""
     tensors = [(name, entry) for name, entry in header.items() if name != _METADATA]
     tensors.sort(key=lambda item: (*item[1]["data_offsets"], item[0]))
     return {_METADATA: dict(sorted(header[_METADATA].items())), **dict(tensors)}

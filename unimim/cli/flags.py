@@ -164,8 +164,8 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--data_set", default=None,
         choices=DATA_SETS,
-        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; None: inferred from "
-        "--data_path; digits without one",
+        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; None: inferred "
+        "from --data_path; digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
@@ -215,8 +215,8 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     )  # fmt: skip
     group.add_argument(
         "--label_list", default=None, metavar="FILE",
-        help="train on the images that the file lists, one name a line; scripts/tools/make_subset.py "
-        "writes such files",
+        help="train on the images that the file lists, one name a line; "
+        "scripts/tools/make_subset.py writes such files",
     )  # fmt: skip
     group.add_argument(
         "--label_fraction",
@@ -469,8 +469,8 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument("--init_scale", type=float, default=0.001, help="of the new head")
     group.add_argument(
         "--freeze_blocks", type=int, default=0, metavar="K",
-        help="partial fine-tuning: the embedding of the patches and the first K blocks stay as they "
-        "are",
+        help="partial fine-tuning: the embedding of the patches and the first K blocks stay as "
+        "they are",
     )  # fmt: skip
     _switch(
         group, "use_mean_pooling", "use_cls", help="mean of patch tokens instead of the class token"
@@ -626,8 +626,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--deepspeed_shards",
         action="store_true",
-        help="save DeepSpeed's own shards beside a checkpoint, for very large models; only the same "
-        "--zero_stage and number of processes resume them",
+        help="save DeepSpeed's own shards beside a checkpoint, for very large models; only the "
+        "same --zero_stage and number of processes resume them",
     )
     group.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     group.add_argument(

@@ -263,8 +263,8 @@ def validate(args: argparse.Namespace) -> None:
     scale = getattr(args, "crop_scale", None)
     if scale is not None and not 0 < scale[0] <= scale[-1]:
         raise ValueError(
-            f"--crop_scale {' '.join(map(str, scale))} must be the smallest and the largest fraction "
-            "of an image's area, above 0"
+            f"--crop_scale {' '.join(map(str, scale))} must be the smallest and the largest "
+            "fraction of an image's area, above 0"
         )
     mixing = (
         getattr(args, "mixup", 0)

@@ -207,8 +207,8 @@ def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = 
     unknown = set(class_names(root)) - set(classes)
     if need_labels and unknown:
         raise ValueError(
-            f"{root} has class folders that the training folder lacks, such as '{min(unknown)}', or "
-            "that --class_map does not list"
+            f"{root} has class folders that the training folder lacks, such as '{min(unknown)}', "
+            "or that --class_map does not list"
         )
     skipped: Counter[str] = Counter()
     names = sorted(images_below(root, skipped))

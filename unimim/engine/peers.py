@@ -120,8 +120,8 @@ class PeerWatch:
         if not self.closing:
             self.on_death(
                 news["state"],
-                f"rank {news['rank']} ({self.names[news['rank']]}) {STATES[news['state']]}, so this "
-                "one ends too; what it said last tells why. The last checkpoint is whole",
+                f"rank {news['rank']} ({self.names[news['rank']]}) {STATES[news['state']]}, so "
+                "this one ends too; what it said last tells why. The last checkpoint is whole",
             )
 
     def _tell(self, news: dict) -> None:

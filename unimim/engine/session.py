@@ -64,11 +64,11 @@ UNNOTICED = {
     "allow_outside", "attn", "auto_resume", "batch_size", "compile", "data_path", "data_set",
     "deepspeed_config", "deepspeed_shards", "device", "dist_eval", "dist_on_itp",
     "dist_timeout", "dist_url", "enable_deepspeed", "epochs", "eval", "eval_data_path",
-    "eval_every", "eval_images", "evaluate", "extract", "feature_cache", "finetune", "grad_checkpointing", "init",
-    "keep_checkpoints", "log_dir", "log_every", "max_bad_images", "max_image_pixels",
-    "max_nonfinite", "model", "momentum", "num_workers", "offload", "opt", "opt_betas",
-    "opt_eps", "output_dir", "pin_mem", "recipe", "recompute_gelu", "resume", "resume_copy",
-    "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "strict_data",
+    "eval_every", "eval_images", "evaluate", "extract", "feature_cache", "finetune",
+    "grad_checkpointing", "init", "keep_checkpoints", "log_dir", "log_every", "max_bad_images",
+    "max_image_pixels", "max_nonfinite", "model", "momentum", "num_workers", "offload", "opt",
+    "opt_betas", "opt_eps", "output_dir", "pin_mem", "recipe", "recompute_gelu", "resume",
+    "resume_copy", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "strict_data",
     "tracker", "update_freq", "visualize", "visualize_images", "wandb", "zero_stage",
 }  # fmt: skip
 

@@ -335,7 +335,7 @@ def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
 def end_on_early_signals() -> None:
     """Let a signal end this process in one line until `StopSignal` takes over.
 
-    A thread does so, as the main thread may wait for other processes, where Python calls no handler.
+    A thread does so: the main thread may wait for other processes, where no handler is called.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -26,7 +26,8 @@ from unimim.files import write_text
 EPS = 1e-6  # of the norms of every ViT and ConvNeXt here
 
 _VIT_NAMES = (
-    (r"^(cls_token|mask_token)$", r"embeddings.\1"), (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^(cls_token|mask_token)$", r"embeddings.\1"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
     (r"^rel_pos_bias\.", "encoder.relative_position_bias."), (r"^blocks\.", "encoder.layer."),
     (r"\.norm1\.", ".layernorm_before."), (r"\.norm2\.", ".layernorm_after."),
@@ -38,9 +39,11 @@ _VIT_NAMES = (
     (r"^fc_norm\.", "pooler.layernorm."),
 )  # fmt: skip
 _RESNET_NAMES = (
-    (r"^conv1\.", "embedder.embedder.convolution."), (r"^bn1\.", "embedder.embedder.normalization."),
+    (r"^conv1\.", "embedder.embedder.convolution."),
+    (r"^bn1\.", "embedder.embedder.normalization."),
     (r"^layer(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}."),
-    (r"\.downsample\.0\.", ".shortcut.convolution."), (r"\.downsample\.1\.", ".shortcut.normalization."),
+    (r"\.downsample\.0\.", ".shortcut.convolution."),
+    (r"\.downsample\.1\.", ".shortcut.normalization."),
     (r"\.conv(\d)\.", lambda m: f".layer.{int(m[1]) - 1}.convolution."),
     (r"\.bn(\d)\.", lambda m: f".layer.{int(m[1]) - 1}.normalization."), (r"^fc\.", "head."),
 )  # fmt: skip
@@ -49,7 +52,8 @@ _CONVNEXT_NAMES = (
     (r"^stages\.(\d+)\.downsample\.", r"encoder.stages.\1.downsampling_layer."),
     (r"^stages\.(\d+)\.blocks\.", r"encoder.stages.\1.layers."), (r"\.conv_dw\.", ".dwconv."),
     (r"(\.layers\.\d+)\.norm\.", r"\1.layernorm."), (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
-    (r"\.gamma$", ".layer_scale_parameter"), (r"^head\.norm\.", "layernorm."), (r"^head\.fc\.", "head."),
+    (r"\.gamma$", ".layer_scale_parameter"), (r"^head\.norm\.", "layernorm."),
+    (r"^head\.fc\.", "head."),
 )  # fmt: skip
 _SWIN_NAMES = (
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),

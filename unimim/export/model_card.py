@@ -14,8 +14,9 @@ _PAGES = {  # beginnings of models' names -> page of the method
     "semanticmim": "beit_maskfeat_semanticmim", "simmim": "simmim_a2mim", "a2mim": "simmim_a2mim",
 }  # fmt: skip
 _SHOWN = (
-    "data_set", "data_path", "input_size", "epochs", "batch_size", "update_freq", "opt", "lr", "blr",
-    "weight_decay", "mask_type", "mask_ratio", "layer_decay", "drop_path", "nb_classes", "seed",
+    "data_set", "data_path", "input_size", "epochs", "batch_size", "update_freq", "opt", "lr",
+    "blr", "weight_decay", "mask_type", "mask_ratio", "layer_decay", "drop_path", "nb_classes",
+    "seed",
 )  # fmt: skip
 _METRICS = ("acc", "loss", "knn", "top")
 

@@ -1,4 +1,4 @@
-"""The network of a checkpoint as exporters see it: whole, its encoder, and the encoder's features."""
+"""The network of a checkpoint as exporters see it: whole, its encoder, the encoder's features."""
 
 from argparse import Namespace
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Files of the published projects, in their own names and layouts, from a network of this repository.
+"""Files of the published projects, in their own names and layouts, from a network of ours.
 
 A writer takes a `Source` and returns the contents of one file, or of several by what is added to
 the name of the file. What a project's code cannot hold is refused in one sentence.
@@ -34,7 +34,8 @@ _SWIN_TO_OPENMMLAB = (
     (r"^norm\.", "norm3."),
 )  # fmt: skip
 _CONVNEXT_TO_OPENMMLAB = (
-    (r"^stem\.", "downsample_layers.0."), (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
     (r"^stages\.(\d+)\.blocks\.", r"stages.\1."), (r"\.conv_dw\.", ".depthwise_conv."),
     (r"\.mlp\.fc(\d)\.", r".pointwise_conv\1."), (r"^head\.norm\.", "norm3."),
 )  # fmt: skip

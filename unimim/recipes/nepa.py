@@ -74,7 +74,7 @@ PRETRAIN_NOTE = (
     "the ema, as --use_ema_model is published."
 )
 FINETUNE_NOTE = (
-    "Unverified: the GPUs, and whether plain weights or the ema gave the published top-1. Published "
+    "Unverified: the GPUs, and whether weights or the ema gave the published top-1. Published "
     "are a fixed lr of 1e-3 for the head and the last norm, and a warm-up that is shorter the "
     "deeper a layer; here is one warm-up, and the head has the layers' lr."
 )
