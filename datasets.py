@@ -19,9 +19,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from unimim.data.channels import kept_channels, upright
 from unimim.data.class_lists import read_classes
 from unimim.data.files import Key
-from unimim.data.jpeg import MAX_IMAGE_PIXELS, BrokenImageError, limit_pixels, pixel_limit
+from unimim.data.jpeg import (
+    MAX_IMAGE_PIXELS,
+    BrokenImageError,
+    RawImage,
+    limit_pixels,
+    pixel_limit,
+)
 from unimim.data.random import _ORDER_STREAM, _REPLACEMENT_STREAM, sample_rng
 from unimim.data.sources import (
     ArraySource,
@@ -56,7 +63,8 @@ class ImageDataset(Dataset):
     used. A broken image is logged once and replaced by another, chosen by (seed, index) alone; all
     workers share the set of broken images. More than `max_bad_images` of them, or the first if
     `strict`, raise BadImagesError. `maps` holds, by the name of a view, a function that reads an
-    image's map (part ids, part scores), which the transform crops like the image.
+    image's map (part ids, part scores), which the transform crops like the image. `turn` makes
+    images upright before they are transformed.
     """
 
     def __init__(
@@ -68,7 +76,9 @@ class ImageDataset(Dataset):
         max_bad_images: int = 100,
         strict: bool = False,
         maps: Maps | None = None,
+        turn: Callable[[RawImage], RawImage] | None = None,
     ):
+        self.turn = turn
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -85,6 +95,7 @@ class ImageDataset(Dataset):
         for used in self._candidates(wanted):
             try:
                 raw = self.source.read(used)
+                raw = raw if self.turn is None else self.turn(raw)
                 rng = sample_rng(self.seed, epoch, wanted)
                 maps = {view: read(used) for view, read in self.maps.items()}
                 sample = self.transform(raw, rng, maps) if maps else self.transform(raw, rng)
@@ -217,7 +228,15 @@ def build_dataset(
         max_bad_images=args.max_bad_images,
         strict=args.strict_data,
         maps=None if maps is None else maps(source),
+        turn=turning(args),
     )
+
+
+def turning(args: argparse.Namespace) -> Callable[[RawImage], RawImage] | None:
+    """Return what makes images upright under --exif_orientation, None without it."""
+    if not getattr(args, "exif_orientation", False):
+        return None
+    return partial(upright, channels=kept_channels(args))
 
 
 def warn_of_few_classes(source: Source, nb_classes: int | None, path: str) -> None:

@@ -3,7 +3,8 @@
     python scripts/tools/measure_mean_std.py --data_path /data/images [--images 10000]
 
 Images are read as a run reads them and resized to --size, so that each counts alike; values are
-those of images in [0, 1].
+those of images in [0, 1]. Of images that are not 8-bit RGB the run's --in_chans, and its
+--keep_channels if it has that, are given too; floats count as the files have them.
 """
 
 import argparse
@@ -15,24 +16,34 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from unimim.data.channels import decode_channels, kept_channels
 from unimim.data.jpeg import BrokenImageError, decode
 from unimim.data.sources import DATA_SETS, Source, build_source
 
 
-def measure(source: Source, images: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def measure(
+    source: Source, images: int, size: int, channels: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and std, float64 [channels], of at most `images` images spread over the source.
 
-    Unreadable images are left out; ValueError: no image can be read.
+    `channels`: how many are kept at their own depth, None for 8-bit RGB. Unreadable images are left
+    out; ValueError: no image can be read.
     """
     chosen = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
     count, total, squares = 0, 0.0, 0.0
     for index in tqdm(np.unique(chosen).tolist(), unit="image", disable=None):
         try:
-            pixels = decode(source.read(index))
+            raw = source.read(index)
+            pixels = decode(raw) if channels is None else decode_channels(raw, channels)
         except BrokenImageError:
             continue
-        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
-        values = pixels.reshape(size * size, -1).astype(np.float64) / 255
+        # one channel after the other: OpenCV resizes at most four at once
+        planes = [
+            cv2.resize(np.ascontiguousarray(plane), (size, size), interpolation=cv2.INTER_AREA)
+            for plane in pixels.transpose(2, 0, 1)
+        ]
+        values = np.stack(planes, axis=-1).reshape(size * size, -1).astype(np.float64)
+        values = values / 255 if channels is None else values
         count += len(values)
         total = total + values.sum(0)
         squares = squares + np.square(values).sum(0)
@@ -50,12 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_set", default=None, choices=DATA_SETS, help="as for training")
     parser.add_argument("--images", type=int, default=10000, help="most images that are read")
     parser.add_argument("--size", type=int, default=64, help="side to which images are resized")
+    parser.add_argument("--in_chans", type=int, default=None, help="as for training")
+    parser.add_argument("--keep_channels", action="store_true", help="as for training")
     args = parser.parse_args(argv)
     if args.images < 1 or args.size < 1:
         parser.error("--images and --size must be at least 1")
     try:
         source = build_source(args.data_set, args.data_path, train=True, need_labels=False)
-        mean, std = measure(source, args.images, args.size)
+        mean, std = measure(source, args.images, args.size, kept_channels(args))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"--mean {' '.join(f'{value:.4f}' for value in mean)}", end=" ")

@@ -34,8 +34,9 @@ def test_mean_and_std_of_the_flags() -> None:
     assert mean_std("--in_chans", "1", "--mean", "0.5", "--std", "0.25") == ((0.5,), (0.25,))
     with pytest.raises(ValueError, match="--mean has 1 values, --in_chans is 3"):
         mean_std("--mean", "0.5")
-    with pytest.raises(ValueError, match="--in_chans 4: images are read as RGB; use 3, or 1"):
-        mean_std("--in_chans", "4")
+    assert mean_std("--in_chans", "4", "--no_imagenet_default_mean_and_std")[0] == (0.5,) * 4
+    with pytest.raises(ValueError, match="--in_chans 4: ImageNet's --mean is that of RGB; give 4"):
+        mean_std("--in_chans", "4", "--imagenet_default_mean_and_std")
     with pytest.raises(ValueError, match="use --in_chans 1"):
         build_method(parse("pretrain", [*PRETRAIN, "--model_kwargs", "in_chans=1"]))
 

@@ -137,7 +137,7 @@ def _model_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_size_flags(group: argparse._ArgumentGroup) -> None:
-    """Add --input_size, for squares and others, --patch_size, --in_chans and --model_kwargs."""
+    """Add the flags of sizes and channels, and --model_kwargs."""
     group.add_argument(
         "--input_size", action=ImageSize, default=None,
         help="size of the images in pixels: S, H W or HxW; None is the model's own",
@@ -147,8 +147,15 @@ def add_size_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--in_chans", type=int, default=None, metavar="N",
-        help="channels of the images that the model sees; 1: gray ones; None is 3",
+        help="channels of the images that the model sees; 1: gray ones; None is 3; others: kept "
+        "as the files have them",
     )  # fmt: skip
+    group.add_argument(
+        "--keep_channels",
+        action="store_true",
+        help="read every channel at its own depth (16 bits, .npy, TIFF) instead of 8-bit RGB; so "
+        "it is where --in_chans is neither 1 nor 3",
+    )
     group.add_argument(
         "--model_kwargs",
         nargs="*",
@@ -174,6 +181,9 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             help="how training crops are resized",
         )  # fmt: skip
     add_loader_flags(group)
+    group.add_argument(
+        "--exif_orientation", action="store_true", help="turn images as their EXIF data say"
+    )
     if stage == "pretrain":
         group.add_argument(
             "--crop_scale",

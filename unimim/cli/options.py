@@ -17,6 +17,7 @@ from optim_factory import takes_betas
 from unimim.cli.flags import LEFTOVERS, NUM_WORKERS, build_parser
 from unimim.cli.published import translate
 from unimim.cli.space import table
+from unimim.data.channels import leave_colors
 from unimim.engine.runner import has_bf16
 from unimim.files import check_output_folder, write_text
 from unimim.logs import log
@@ -49,6 +50,7 @@ def parse(stage: str, argv: list[str] | None = None) -> argparse.Namespace:
         typed = explicit_flags(stage, argv)
         given = typed | overlay.keys()
         adapt_defaults(args, given=given, has_recipe=recipe is not None)
+        leave_colors(args, given)
         # a file may hold the default of a model that did not ask for it
         if "mask_type" in args and args.mask_type == "block" and "mask_type" not in typed:
             args.mask_type = own_mask(args.model)

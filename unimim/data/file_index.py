@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ARRAY_EXTENSION = ".npy"  # images in a folder that has no others
 BLOCK_BYTES, BLOCK_ROWS = 2**24, 2**18  # what is worked on at a time
 LONGEST_LABEL = 6  # digits that are read quickly
 LARGEST_LABEL = 10**LONGEST_LABEL - 1  # a list of classes is made up to the largest

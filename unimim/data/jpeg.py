@@ -8,6 +8,7 @@ Decoding is most of a view's time, and a crop ends on average well above the ima
 import contextlib
 import functools
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -19,7 +20,7 @@ from PIL import Image
 
 from masking_generator import Pair
 
-RawImage = bytes | np.ndarray  # an encoded file, or decoded [H, W, 3] uint8
+RawImage = bytes | np.ndarray  # an encoded file, or decoded [H, W, 3] uint8 (or own channels)
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -65,7 +66,8 @@ def pixel_limit() -> int:
     return int(2 * Image.MAX_IMAGE_PIXELS)
 
 
-def _check_pixels(height: int, width: int) -> None:
+def check_pixels(height: int, width: int) -> None:
+    """Raise BrokenImageError for a size of more pixels than an image may have."""
     if height * width > pixel_limit():
         raise BrokenImageError(
             f"its header says {width} x {height} pixels, more than --max_image_pixels "
@@ -84,10 +86,12 @@ def decode(raw: RawImage) -> np.ndarray:
     """
     if isinstance(raw, np.ndarray):
         return raw
+    if is_array_file(raw):
+        return _rgb_of_array(read_array_file(raw))
     if raw[:2] == JPEG_START:
         with contextlib.suppress(ValueError):  # damaged: Pillow tolerates it or names the reason
             height, width, colors, _ = simplejpeg.decode_jpeg_header(raw)
-            _check_pixels(height, width)
+            check_pixels(height, width)
             if colors not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(raw)
     return np.array(decode_pillow(raw))
@@ -103,7 +107,7 @@ def open_picture(raw: RawImage) -> tuple[Pair, Callable[[int], np.ndarray]]:
         image = decode(raw)
         return image.shape[:2], lambda rows: image
     size = struct.unpack_from(">HH", raw, height_at)
-    _check_pixels(*size)
+    check_pixels(*size)
     return size, functools.partial(_decode_top, raw, height_at)
 
 
@@ -152,6 +156,8 @@ def decode_pillow(raw: RawImage) -> Image.Image:
         return Image.fromarray(raw)
     if not raw:
         raise BrokenImageError("the file is empty")
+    if is_array_file(raw):
+        return Image.fromarray(decode(raw))
     try:
         image = Image.open(io.BytesIO(raw))
         return _gray8(image).convert("RGB") if image.mode[0] in "IF" else image.convert("RGB")
@@ -179,3 +185,53 @@ def _gray8(image: Image.Image) -> Image.Image:
     raise BrokenImageError(
         f"its pixels (Pillow's mode {image.mode}) have no known range; convert it to 8 or 16 bits"
     )
+
+
+# --- NumPy's files --------------------------------------------------------------------------------
+
+
+def is_array_file(raw: bytes) -> bool:
+    """Return whether the bytes are a file that `numpy.save` writes."""
+    return raw[:6] == np.lib.format.MAGIC_PREFIX
+
+
+def read_array_file(raw: bytes) -> np.ndarray:
+    """Return the array of an .npy file; no memory is taken before its size is known to be right.
+
+    Raises:
+        BrokenImageError: the file is damaged, has Python objects, or too many pixels.
+    """
+    file = io.BytesIO(raw)
+    try:
+        version = np.lib.format.read_magic(file)
+        reads = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in reads:
+            raise BrokenImageError(f"version {version} of .npy files is unknown")
+        shape, fortran, dtype = reads[version](file)
+    except (ValueError, TypeError, SyntaxError, EOFError) as error:
+        raise BrokenImageError(str(error)) from error
+    if dtype.hasobject:
+        raise BrokenImageError("it has Python objects, which are not loaded")
+    if len(shape) >= 2:
+        check_pixels(*shape[:2])
+    stated = math.prod(shape) * dtype.itemsize
+    held = len(raw) - file.tell()
+    if stated != held:
+        raise BrokenImageError(f"its header states {stated} bytes, it has {held}")
+    order = "F" if fortran else "C"
+    return np.frombuffer(raw, dtype, offset=file.tell()).reshape(shape, order=order)
+
+
+def _rgb_of_array(pixels: np.ndarray) -> np.ndarray:
+    """Return an array of 8-bit gray or RGB as [H, W, 3] uint8."""
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        raise BrokenImageError(
+            f"its array {pixels.dtype} {list(pixels.shape)} is not 8-bit gray or RGB; "
+            "--keep_channels reads others"
+        )
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import Maps, TrainBatchSampler, build_dataset, build_loader
 from masking_generator import build_mask_generator
 from unimim.cli.options import effective_batch
+from unimim.data.channels import kept_channels
 from unimim.data.part_maps import PartMaps, RandomParts, image_names
 from unimim.data.sources import Source
 from unimim.data.views import build_pretrain_transform
@@ -58,9 +59,14 @@ def build_data(args: Namespace, method: nn.Module) -> DataLoader:
         second_size=second_size(args, method),
         second_interpolation=args.second_interpolation,
         hflip=args.hflip,
+        channels=kept_channels(args),
     )
     maps = None
     if "part_ids" in method.views:
+        if args.exif_orientation and args.part_source != "random":
+            raise ValueError(
+                "--exif_orientation turns images, but not their --part_maps; leave it out"
+            )
         maps = partial(part_readers, args, method)
     dataset = build_dataset(args, train=True, transform=transform, need_labels=False, maps=maps)
     return train_loader(args, dataset)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from unimim.data.file_index import IMAGE_EXTENSIONS, PathTable
+from unimim.data.file_index import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PathTable
 from unimim.data.jpeg import BrokenImageError
 from unimim.data.shared_index import Arrays, own_folder, shared_arrays
 from unimim.files import write_atomically
@@ -136,7 +136,8 @@ def read_shard(shard: Path) -> Members:
     try:
         with open(shard, "rb") as file:
             for sample in samples_of(file, shard):
-                image = next((sample[e[1:]] for e in IMAGE_EXTENSIONS if e[1:] in sample), None)
+                kinds = (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)
+                image = next((sample[e[1:]] for e in kinds if e[1:] in sample), None)
                 if image is None:
                     without[" ".join(sorted(sample))] += 1
                     continue

@@ -12,7 +12,13 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from unimim.data.file_index import IMAGE_EXTENSIONS, PathTable, read_map_file, split_archive
+from unimim.data.file_index import (
+    ARRAY_EXTENSION,
+    IMAGE_EXTENSIONS,
+    PathTable,
+    read_map_file,
+    split_archive,
+)
 from unimim.data.files import FolderFiles, ZipFiles, locate_members
 from unimim.data.jpeg import RawImage
 from unimim.data.shards import TarFiles, index_of, shards_of
@@ -212,6 +218,8 @@ def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = 
         )
     skipped: Counter[str] = Counter()
     names = sorted(images_below(root, skipped))
+    if not names and skipped.pop(ARRAY_EXTENSION, 0):
+        names = sorted(images_below(root, extensions=(ARRAY_EXTENSION,)))
     number = {name: label for label, name in enumerate(classes)}
     labels = [number.get(name.partition(os.sep)[0], -1) if os.sep in name else -1 for name in names]
     if need_labels:  # as in the published code, images outside every class folder are left out
@@ -263,7 +271,11 @@ def class_names(root: Path) -> list[str]:
     )
 
 
-def images_below(root: Path, skipped: Counter[str] | None = None) -> Iterator[str]:
+def images_below(
+    root: Path,
+    skipped: Counter[str] | None = None,
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
+) -> Iterator[str]:
     """Yield the relative paths of all image files below `root`, in no particular order.
 
     Links are followed, but not to a folder that they lie in, which would have no end; hidden
@@ -280,7 +292,7 @@ def images_below(root: Path, skipped: Counter[str] | None = None) -> Iterator[st
             else:
                 above[inside] = way | {identity}
         for name in files:
-            if name.lower().endswith(IMAGE_EXTENSIONS):
+            if name.lower().endswith(extensions):
                 yield os.path.relpath(os.path.join(folder, name), root)
             elif skipped is not None and not name.startswith("."):
                 skipped[os.path.splitext(name)[1].lower() or "without a suffix"] += 1

@@ -16,6 +16,12 @@ from timm.data import create_transform
 from torchvision.transforms import RandomCrop
 
 from masking_generator import MaskGenerator
+from unimim.data.channels import (
+    center_view,
+    check_channel_views,
+    draw_channel_view,
+    kept_channels,
+)
 from unimim.data.color import (
     draw_color,
     draw_jitter,
@@ -58,18 +64,22 @@ def image_mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[f
     --imagenet_default_mean_and_std chooses; of gray images one number each.
 
     Raises:
-        ValueError: --mean or --std has another number of values, or --in_chans cannot be read.
+        ValueError: --mean or --std has another number of values, or is needed and missing.
     """
+    kept = kept_channels(args)
     channels = getattr(args, "in_chans", None) or 3
-    if channels not in (1, 3):
-        raise ValueError(
-            f"--in_chans {channels}: images are read as RGB; use 3, or 1 for gray ones"
-        )
     chosen = []
     default = MEAN_STD["imagenet" if args.imagenet_default_mean_and_std else "inception"]
     for name, value in zip(("mean", "std"), default, strict=True):
-        given = tuple(getattr(args, name, None) or value)
-        if channels == 1 and len(given) == 3:  # of the gray images of a data set of colors
+        given = tuple(getattr(args, name, None) or ())
+        if not given and kept not in (None, 3) and args.imagenet_default_mean_and_std:
+            raise ValueError(
+                f"--in_chans {channels}: ImageNet's --{name} is that of RGB; give {channels} "
+                "values, which scripts/tools/measure_mean_std.py measures"
+            )
+        given = given or (value if kept in (None, 3) else value[:1] * channels)
+        if kept is None and channels == 1 and len(given) == 3:
+            # of the gray images of a data set of colors
             given = (sum(weight * x for weight, x in zip(LUMINANCE, given, strict=True)),)
         if len(given) != channels:
             raise ValueError(f"--{name} has {len(given)} values, --in_chans is {channels}")
@@ -123,6 +133,7 @@ class PretrainTransform:
     crop, uint8 [3, H, W]. "mask" and "target_mask" are bool; "noise" is `noise_size` uniform
     float32 numbers. "part_ids" (uint8) and "part_scores" (float32), both [rows, columns] of `grid`,
     come from the same crop and flip of `maps`, arrays of any size that cover the whole image.
+    With `channels` an image is float32 [channels, H, W] (unimim/data/channels.py).
     """
 
     def __init__(
@@ -139,11 +150,15 @@ class PretrainTransform:
         second_size: Pair | None,
         second_interpolation: str,
         hflip: float,
+        channels: int | None = None,
     ):
         self.views = views
         self.size = size
         self.interpolation = interpolation
-        self.apply = _apply_fast if pipeline == "fast" else _apply_reference
+        if channels is not None:
+            self.apply = functools.partial(_apply_channels, channels)
+        else:
+            self.apply = _apply_fast if pipeline == "fast" else _apply_reference
         self.masks = masks
         self.crop_scale = crop_scale
         self.grid = grid
@@ -237,6 +252,19 @@ def _apply_reference(
     return Views(image_size, params, _planes(weak), strong, second)
 
 
+def _apply_channels(
+    channels: int,
+    raw: RawImage,
+    draw: Callable[..., ViewDraws],
+    size: Pair,
+    second_size: Pair | None = None,
+) -> Views:
+    """Make the view of an image whose channels are kept."""
+    assert second_size is None
+    image_size, params, view = draw_channel_view(raw, draw, size, channels)
+    return Views(image_size, params, view, None, None)
+
+
 def _planes(image: Image.Image) -> np.ndarray:
     """Return the color planes [3, H, W] of a Pillow image."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -257,11 +285,13 @@ def build_pretrain_transform(
     second_size: Pair | None = None,
     second_interpolation: str = "lanczos",
     hflip: float = 0.5,
+    channels: int | None = None,
 ) -> PretrainTransform:
     """Build the transform that makes a method's `views`, see `PretrainTransform`.
 
     Raises:
-        ValueError: an interpolation or pipeline is unknown, or jitter or flip is out of range.
+        ValueError: an interpolation or pipeline is unknown, jitter or flip is out of range, or the
+            views need colors and `channels` are kept.
     """
     _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
     _check_choice("--second_interpolation", second_interpolation, INTERPOLATIONS)
@@ -270,6 +300,8 @@ def build_pretrain_transform(
         raise ValueError(f"--color_jitter is {color_jitter}; it must lie between 0 and 1")
     if not 0 <= hflip <= 1:
         raise ValueError(f"--hflip is {hflip}; it must lie between 0 and 1")
+    if channels is not None:
+        check_channel_views(views, interpolation, pipeline)
     assert "image" in views and set(views) <= {*PLAIN_VIEWS, *MAP_VIEWS}, views
     assert grid is not None or not MAP_VIEWS.keys() & set(views), "maps are cropped to a grid"
     assert "image_second" not in views or second_size is not None, "a second view needs a size"
@@ -291,6 +323,7 @@ def build_pretrain_transform(
         second_size=second_size,
         second_interpolation=second_interpolation,
         hflip=hflip,
+        channels=channels,
     )
 
 
@@ -317,12 +350,17 @@ class ProbeTransform:
         interpolation: str = "bicubic",
         crop_scale: Sequence[float] = (0.08, 1),
         crop: str = "area",
+        channels: int | None = None,
     ):
         _check_choice("--train_interpolation", interpolation, INTERPOLATIONS)
         _check_choice("--train_crop", crop, PROBE_CROPS)
         self.size = to_pair(input_size)
         self.interpolation = interpolation
         self.crop_scale = tuple(crop_scale)
+        self.apply = _apply_fast
+        if channels is not None:
+            check_channel_views(("image",), interpolation, "fast")
+            self.apply = functools.partial(_apply_channels, channels)
         short_side = functools.partial(draw_short_side_crop, target=self.size)
         self.crop = short_side if crop == "short_side" else draw_clipped_crop
 
@@ -335,7 +373,7 @@ class ProbeTransform:
             strong=False,
             crop=self.crop,
         )
-        return {"image": torch.from_numpy(_apply_fast(raw, draw, self.size).weak)}
+        return {"image": torch.from_numpy(self.apply(raw, draw, self.size).weak)}
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
@@ -364,26 +402,33 @@ class EvalTransform:
 
     `crop_pct` defaults to 224 / 256, or 1 from 384 pixels on. If `size` is 32 or less there is no
     crop: images of another size are resized to it, whereas the published code leaves them, so that
-    they cannot be stacked.
+    they cannot be stacked. `channels`: how many are kept, None for 8-bit RGB.
     """
 
-    def __init__(self, size: Pair, crop_pct: float | None):
+    def __init__(self, size: Pair, crop_pct: float | None, channels: int | None = None):
         self.size = size
+        self.channels = channels
         self.crop_pct = crop_pct or (224 / 256 if max(size) < 384 else 1.0)
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
-        image = Image.fromarray(decode(raw))
         small = max(self.size) <= SMALL_IMAGE
+        if self.channels is not None:
+            cover = None if small else functools.partial(_cover, area=self._area())
+            return {"image": center_view(raw, self.size, cover, self.channels)}
+        image = Image.fromarray(decode(raw))
         image = _exactly(image, self.size) if small else self._center_crop(image)
         return {"image": torch.from_numpy(_planes(image))}
 
     def _center_crop(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        area = int(height / self.crop_pct), int(width / self.crop_pct)
-        image = _exactly(image, _cover((image.height, image.width), area))
+        image = _exactly(image, _cover((image.height, image.width), self._area()))
         left = round((image.width - width) / 2)
         top = round((image.height - height) / 2)
         return image.crop((left, top, left + width, top + height))
+
+    def _area(self) -> Pair:
+        """Return the (height, width) that the resized image covers."""
+        return int(self.size[0] / self.crop_pct), int(self.size[1] / self.crop_pct)
 
 
 def _cover(size: Pair, area: Pair) -> Pair:
@@ -420,18 +465,26 @@ def seeded_globals(rng: np.random.Generator) -> Iterator[None]:
 
 def build_finetune_transform(
     args: argparse.Namespace, train: bool
-) -> TrainTransform | EvalTransform:
+) -> TrainTransform | EvalTransform | PretrainTransform:
     """Build the transform of classification: `transform(raw, rng)` -> {"image": uint8 [3, H, W]}.
 
     For training it reads `input_size`, `aa`, `color_jitter` (only used without `aa`),
     `train_interpolation` and `imagenet_default_mean_and_std` (the color that fills the border of
     shifted and rotated images); for evaluation `crop_pct`, and `eval_input_size` if given, else
-    `input_size`.
+    `input_size`. Images whose channels are kept are cropped and flipped, and float32.
     """
+    channels = kept_channels(args)
     if not train:
         size = getattr(args, "eval_input_size", None) or args.input_size
-        return EvalTransform(to_pair(size), args.crop_pct)
+        return EvalTransform(to_pair(size), args.crop_pct, channels)
     size = to_pair(args.input_size)
+    if channels is not None:
+        return build_pretrain_transform(
+            ("image",),
+            input_size=size,
+            interpolation=args.train_interpolation,
+            channels=channels,
+        )
     _check_choice("--train_interpolation", args.train_interpolation, INTERPOLATIONS)
     mean, std = (values * (3 // len(values)) for values in image_mean_std(args))
     augment = create_transform(

@@ -62,7 +62,10 @@ def unchanged(task: nn.Module) -> Iterator[None]:
 
 def masked_panels(batch: dict[str, Tensor]) -> list[Tensor]:
     """Return the images, what the student sees of them, and the teacher's view, if any."""
-    panels = [batch["image"], hide(batch["image"], batch["mask"])]
+    images = batch["image"]
+    if images.is_floating_point():
+        images = to_pixels(images, torch.zeros(1), torch.ones(1))
+    panels = [images, hide(images, batch["mask"])]
     return [*panels, batch["image_strong"]] if "image_strong" in batch else panels
 
 
@@ -75,8 +78,10 @@ def hide(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return normalized images [B, 3 or 1, H, W] as uint8 [B, 3, H, W]."""
+    """Return normalized images [B, N, H, W] as uint8 [B, 3, H, W]: the first three channels, or
+    the first as gray."""
     pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round().byte()
+    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
     return pixels.expand(-1, 3, -1, -1)
 
 

@@ -24,7 +24,8 @@ Batch = dict[str, Any]  # tensors by their names, and numbers of the whole batch
 class Normalize:
     """Moves a batch to the device and turns its uint8 images [B, 3, H, W] into normalized floats.
 
-    With one mean and std they become gray images [B, 1, H, W]. Images under the keys `raw` stay as
+    With one mean and std they become gray images [B, 1, H, W]. Views of images that are floats
+    already [B, N, H, W] are normalized as they are. Images under the keys `raw` stay as
     they are: the network normalizes them itself. "index", the numbers of the images, stays on the
     host.
     """
@@ -48,8 +49,11 @@ class Normalize:
                 continue
             if isinstance(value, Tensor):
                 value = value.to(self.mean.device, non_blocking=True)
-                if value.dtype == torch.uint8 and value.ndim == 4 and name not in self.raw:
+                is_image = value.ndim == 4 and name not in self.raw
+                if is_image and value.dtype == torch.uint8:
                     value = self.normalized(value.float().div_(255))
+                elif is_image and name == "image" and value.is_floating_point():
+                    value = value.sub(self.mean).div_(self.std)
             prepared[name] = value
         return prepared
 

@@ -29,6 +29,7 @@ from unimim.checkpoint.files import load_checkpoint, save_checkpoint, takes_imag
 from unimim.checkpoint.loading import class_tokens, load_pretrained
 from unimim.cli.models import check_is_classifier, warn_of_other_variant
 from unimim.cli.options import given, model_kwargs
+from unimim.data.channels import kept_channels
 from unimim.data.files import Key
 from unimim.data.views import EvalTransform, image_mean_std
 from unimim.engine.distributed import barrier, from_first_rank, reduce_sum
@@ -219,7 +220,7 @@ class FeatureDataset(Dataset):
 
 def evaluation_images(args: Namespace, backbone: Backbone, *, train: bool) -> ImageDataset:
     """Return the labeled images of a split, each transformed as for evaluation."""
-    transform = EvalTransform(backbone.image_size, args.crop_pct)
+    transform = EvalTransform(backbone.image_size, args.crop_pct, kept_channels(args))
     return build_dataset(args, train=train, transform=transform, need_labels=True)
 
 
@@ -321,6 +322,9 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
     )
     if args.mean or args.std or args.in_chans:
         described["mean and std"] = str(image_mean_std(args))
+    for flag in ("keep_channels", "exif_orientation"):
+        if getattr(args, flag, False):
+            described[flag] = "True"
     return described | {name: str(getattr(args, name)) for name in names}
 
 

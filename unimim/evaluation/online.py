@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets import ImageDataset
+from datasets import ImageDataset, turning
 from modeling_backbones import map_of
 from modeling_finetune import VisionTransformer
+from unimim.data.channels import kept_channels
 from unimim.data.sources import PartSource, Source, build_source, detect, is_divided
 from unimim.data.views import EvalTransform
 from unimim.engine.session import Position
@@ -193,8 +194,9 @@ def labeled_images(args: Namespace, size: tuple[int, int]) -> tuple[ImageDataset
         raise ValueError(
             f"--eval_every needs labeled images, which --eval_data_path can name: {error}"
         ) from error
-    transform = EvalTransform(size, None)
+    transform = EvalTransform(size, None, kept_channels(args))
     limits = {"seed": args.seed, "max_bad_images": args.max_bad_images, "strict": args.strict_data}
+    limits["turn"] = turning(args)
     return tuple(
         ImageDataset(spread(source, args.eval_images), transform, **limits)
         for source in (known, asked)

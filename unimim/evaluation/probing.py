@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
 from unimim.cli.options import derived, report
+from unimim.data.channels import kept_channels
 from unimim.data.classes import settle_classes
 from unimim.data.pretraining import steps_per_epoch, train_loader
 from unimim.data.views import ProbeTransform
@@ -113,7 +114,11 @@ def evaluate_only(
 def build_images(args: Namespace, backbone: Backbone) -> dict[str, ImageDataset]:
     """Return {"train", "val"} and settle --nb_classes; with --no_aug both as for evaluation."""
     augmented = ProbeTransform(
-        backbone.image_size, args.train_interpolation, args.crop_scale, args.train_crop
+        backbone.image_size,
+        args.train_interpolation,
+        args.crop_scale,
+        args.train_crop,
+        kept_channels(args),
     )
     images = {
         "train": evaluation_images(args, backbone, train=True)
