@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, own_signals, run_command
+from helpers import ROOT, own_signals, run_command, write_packed
 from torch.overrides import TorchFunctionMode
 
 import run_class_finetuning
@@ -206,11 +206,16 @@ def notes_of(args: Namespace) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
-    """Return a folder of class folders, and one like VOC's, by the commands' variables."""
+    """Return folders of images, of SemMAE's packed samples and like VOC's, by their variables."""
     folder = tmp_path_factory.mktemp("data")
     write_shapes(folder / "images", train=520, val=20)
     write_shapes(folder / "VOC2012", train=61, val=5, voc=True)
-    return {"DATA_PATH": str(folder / "images"), "VOC": str(folder / "VOC2012")}
+    write_packed(folder / "packed/train", [f"n01440764/{number}" for number in range(130)])
+    return {
+        "DATA_PATH": str(folder / "images"),
+        "PACKED": str(folder / "packed"),
+        "VOC": str(folder / "VOC2012"),
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -235,8 +240,9 @@ def test_command_dry_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stage, command, _ = COMMANDS[name]
+    if name == "SemMAE, pre-training":
+        data = data | {"DATA_PATH": data["PACKED"]}
     words = [*words_of(command, **data), "--device", "cpu", "--num_workers", "0", "--dry_run"]
-    words += ["--part_source", "random"] if name.startswith("SemMAE") else []
     # the checkpoint is not there
     if "${CKPT}" in command:
         words += ["--finetune", ""]
