@@ -472,9 +472,8 @@ def holds_shards(root: Path) -> bool:
 def holds_packed(root: Path) -> bool:
     """Return whether a folder, or its folder for training, holds `.npy` files and no images."""
     folder = _split_folder(root, train=True)
-    kinds = (IMAGE_EXTENSIONS, PACKED_SUFFIXES)
-    images, samples = (any(images_below(folder, suffixes=kind)) for kind in kinds)
-    return samples and not images
+    # the first image ends the search, so that a large folder of images is not listed for it
+    return not any(images_below(folder)) and any(images_below(folder, suffixes=PACKED_SUFFIXES))
 
 
 def is_divided(kind: str, data_path: str | None) -> bool:
