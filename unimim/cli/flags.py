@@ -33,7 +33,7 @@ _FLAGS_OF_OPTIONS = {
 def build_parser(stage: str) -> argparse.ArgumentParser:
     """Return the parser of `stage`: "pretrain" or "finetune"."""
     titles = {
-        "pretrain": "Masked-image-modelling pre-training",
+        "pretrain": "Masked-image-modeling pre-training",
         "finetune": "Fine-tuning and evaluation for classification",
     }
     parser = FlagParser(
