@@ -31,6 +31,7 @@ from unimim.data.jpeg import (
 )
 from unimim.data.random import _ORDER_STREAM, _REPLACEMENT_STREAM, sample_rng
 from unimim.data.sources import (
+    FOLDERS,
     ArraySource,
     FileSource,
     PartSource,
@@ -191,7 +192,7 @@ def build_dataset(
 
     # images beside the training ones would be evaluated on in silence
     if (
-        kind == "image_folder"
+        kind in FOLDERS
         and not train
         and not eval_path
         and _split_folder(Path(path), train) == Path(path)
@@ -209,7 +210,7 @@ def build_dataset(
         allow_outside=getattr(args, "allow_outside", False),
         classes=read_classes("--class_map", class_map) if class_map else None,
     )
-    if kind == "image_folder" and need_labels and not class_map:
+    if kind in FOLDERS and need_labels and not class_map:
         warn_of_few_classes(source, getattr(args, "nb_classes", None), path)
 
     # low-shot training takes the first images of each class, or those of a list

@@ -444,8 +444,7 @@ class MaskedImageModel(Predictor, VisionTransformer):
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         return self.embed(x, self.pos_embed)
 
-    # Pre-training cuts the normal distribution at one standard std, and the convolution
-    # follows it too.
+    # pre-training cuts the normal distribution at one standard deviation, the convolution's too
 
     def _init_module(self, module: nn.Module) -> None:
         super()._init_module(module)
@@ -475,7 +474,7 @@ def masked_positions(mask: Tensor, count: int | None = None) -> tuple[Tensor, Te
 
 
 class ConMIM(MaskedImageModel):
-    """Masked image modelling with denoising contrast (ICLR 2023, arXiv 2205.09616).
+    """Masked image modeling with denoising contrast (ICLR 2023, arXiv 2205.09616).
 
     The student sees a weakly augmented image with masked patches, the teacher a strongly augmented
     one in full; each masked patch must pick its own teacher feature among all patches of the same
@@ -538,9 +537,8 @@ class PlainViT(PretrainMethod, VisionTransformer):
     def _init_module(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        if (
-            isinstance(module, nn.Linear) and module.bias is not None
-        ):  # the convolution's keeps torch's default
+        # the bias of the convolution keeps torch's default
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 

@@ -1,4 +1,4 @@
-"""Pre-trains a masked-image-modelling method; `--help` lists the flags, README.md has examples."""
+"""Pre-train a masked-image-modeling method; `--help` lists the flags, README.md has examples."""
 
 from argparse import Namespace
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
@@ -26,7 +27,7 @@ from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
 from unimim.data.pretraining import build_data, train_loader
 from unimim.data.sources import digits_source
-from unimim.data.views import build_finetune_transform
+from unimim.data.views import MEAN_STD, build_finetune_transform
 from unimim.engine.distributed import StopSignal, free_port, leave_process_group
 from unimim.engine.session import Position
 from unimim.engine.setup import set_up, start_training
@@ -365,3 +366,28 @@ def block_outputs(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
     for hook in hooks:
         hook.remove()
     return outputs
+
+
+def packed_table(image: np.ndarray, parts: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """A packed sample of `image` [S, S, 3] uint8, made independently of the reader: row by row, by
+    its definition."""
+    side, patch = len(parts), len(image) // len(parts)
+    mean, std = MEAN_STD["imagenet"]
+    pixels = (image / 255 - mean) / std
+    sizes = np.bincount(parts.ravel()[cells], minlength=7)
+    rows = []
+    for cell in cells:
+        y, x = divmod(cell, side)
+        square = pixels[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].ravel()
+        rows.append(np.concatenate([sizes, np.eye(7)[parts[y, x]], [cell], square]))
+    return np.stack(rows).astype(np.float32)
+
+
+def write_packed(folder: Path, names: Sequence[str]) -> None:
+    """Write packed samples that list 3 of 14 x 14 patches, each of its own noise."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        image = rng.integers(0, 256, (224, 224, 3)).astype(np.uint8)
+        table = packed_table(image, rng.integers(0, 7, (14, 14)), rng.permutation(196)[:3])
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{name}.npy", table)

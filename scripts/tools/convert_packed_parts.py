@@ -2,6 +2,9 @@
 
     python scripts/tools/convert_packed_parts.py PACKED OUTPUT [--image_size 224] [--num_parts 7]
 
+Pre-training reads the published samples as they are (--data_set packed); this is for samples of
+other sizes or numbers of parts, and for programs that need images.
+
 Writes OUTPUT/images/CLASS/NAME.png and OUTPUT/parts (parts.npy, parts.json, scores.npy). Train with
 --data_set image_folder --data_path OUTPUT/images --part_maps OUTPUT/parts
 """
@@ -14,17 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from unimim.data.part_maps import (
-    PUBLISHED_PARTS,
-    PUBLISHED_SIDE,
-    SCORES,
-    PackedSample,
-    PartMapWriter,
-    PartMeta,
-    names_sha256,
-    png_names,
-    read_packed,
-)
+from unimim.data.packed import PUBLISHED_PARTS, PUBLISHED_SIDE, PackedSample, read_packed
+from unimim.data.part_maps import SCORES, PartMapWriter, PartMeta, names_sha256, png_names
 
 
 def convert(packed: Path, output: Path, *, num_parts: int, image_size: int) -> int:

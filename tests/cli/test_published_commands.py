@@ -1,6 +1,7 @@
 """The commands of the published READMEs, with nothing changed but the script's name."""
 
 import contextlib
+import json
 import re
 import sys
 from argparse import Namespace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, own_signals, run_command
+from helpers import ROOT, own_signals, run_command, write_packed
 from torch.overrides import TorchFunctionMode
 
 import run_class_finetuning
@@ -206,11 +207,16 @@ def notes_of(args: Namespace) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
-    """Return a folder of class folders, and one like VOC's, by the commands' variables."""
+    """Return folders of images, of SemMAE's packed samples and like VOC's, by their variables."""
     folder = tmp_path_factory.mktemp("data")
     write_shapes(folder / "images", train=520, val=20)
     write_shapes(folder / "VOC2012", train=61, val=5, voc=True)
-    return {"DATA_PATH": str(folder / "images"), "VOC": str(folder / "VOC2012")}
+    write_packed(folder / "packed/train", [f"n01440764/{number}" for number in range(130)])
+    return {
+        "DATA_PATH": str(folder / "images"),
+        "PACKED": str(folder / "packed"),
+        "VOC": str(folder / "VOC2012"),
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -235,8 +241,9 @@ def test_command_dry_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stage, command, _ = COMMANDS[name]
+    if name == "SemMAE, pre-training":
+        data = data | {"DATA_PATH": data["PACKED"]}
     words = [*words_of(command, **data), "--device", "cpu", "--num_workers", "0", "--dry_run"]
-    words += ["--part_source", "random"] if name.startswith("SemMAE") else []
     # the checkpoint is not there
     if "${CKPT}" in command:
         words += ["--finetune", ""]
@@ -376,6 +383,25 @@ def test_knn_gives_semaims_number(data: dict[str, str], tmp_path: Path) -> None:
         trained = run_knn.main(parse_knn(ours))
     assert published == same and [row.k for row in published] == [10, 20, 30]
     assert published[0].acc1 != trained[0].acc1 and trained[0].k == 10
+
+
+def test_command_of_semmae_trains_on_packed_samples(
+    data: dict[str, str], tmp_path: Path, capfd
+) -> None:
+    _, command, _ = COMMANDS["SemMAE, pre-training"]
+    words = words_of(command, OUTPUT_DIR=str(tmp_path), DATA_PATH=data["PACKED"])
+    words += [
+        "--device", "cpu", "--num_workers", "0", "--input_size", "16", "--patch_size", "4",
+        "--model_kwargs", "embed_dim=32", "depth=2", "num_heads=2", "--epochs", "1",
+        "--warmup_epochs", "0", "--no_save_ckpt",
+    ]  # fmt: skip
+    with own_signals():
+        run_pretraining.main(parse("pretrain", words))
+    said = capfd.readouterr().out
+    assert "130 packed samples of 14 x 14 patches are read in place" in said
+    assert "part maps: packed, 7 parts" in said
+    losses = [json.loads(line)["train_loss"] for line in (tmp_path / "log.txt").open()]
+    assert len(losses) == 1 and losses[0] > 0
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from unimim.cli.options import parse
 from unimim.data.channels import decode_channels, upright
 from unimim.data.jpeg import BrokenImageError, decode
 from unimim.data.random import sample_rng
+from unimim.data.sources import detect
 from unimim.data.views import EvalTransform, build_pretrain_transform, draw_view
 from unimim.engine.session import Position
 from unimim.evaluation.flags import parse_knn
@@ -168,19 +169,20 @@ def test_evaluation_sees_the_center() -> None:
 
 @pytest.mark.parametrize("name", ["mae", "a2mim_vit", "maskfeat", "semaim"])
 def test_methods_train_and_resume_on_five_channels(name: str, folder: Path, tmp_path: Path) -> None:
-    flags = [*METHODS[name], "--data_path", str(folder), *STATISTICS]
+    flags = [*METHODS[name], "--data_set", "image_folder", "--data_path", str(folder), *STATISTICS]
+    assert detect(str(folder)) == "image_folder"
     if name == "semaim":
         flags += ["--gaussian_kernel_size", "3", "--gaussian_sigma", "1"]
-    run, _ = start("pretrain", tmp_path / "whole", "--data_set", "image_folder", *flags)
+    run, _ = start("pretrain", tmp_path / "whole", *flags)
     metrics = train_steps(run, 0, 2)
     assert all(math.isfinite(row["loss"]) for row in metrics)
     assert next(p for p in run.task.parameters() if p.ndim == 4).shape[1] == CHANNELS
 
-    half, _ = start("pretrain", tmp_path / "half", "--data_set", "image_folder", *flags)
+    half, _ = start("pretrain", tmp_path / "half", *flags)
     train_steps(half, 0, 1)
     half.session.save(Position(epoch=0, step=1), finished=False)
     half.session.finish()
-    rest, position = start("pretrain", tmp_path / "half", "--data_set", "image_folder", *flags)
+    rest, position = start("pretrain", tmp_path / "half", *flags)
     assert (position.epoch, position.step) == (0, 1)
     assert train_steps(rest, 1, 2)[0]["loss"] == metrics[1]["loss"]
     expected = whole_weights(run)

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.tools.convert_packed_parts import convert
 from unimim.data.part_maps import (
-    MISSING,
     SCORES,
     MissingMapError,
     PartMaps,
@@ -22,10 +20,8 @@ from unimim.data.part_maps import (
     file_sha256,
     names_sha256,
     png_of,
-    read_packed,
     write_zip,
 )
-from unimim.data.views import MEAN_STD
 
 NAMES = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg", "b/3.jpg"]
 META = PartMeta(7, (3, 4), len(NAMES), background_id=0, names_sha256=names_sha256(NAMES))
@@ -269,69 +265,3 @@ def test_two_images_cannot_share_a_png(tmp_path):
             ["a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg", "b/3.jpg"],
         )
     assert not (tmp_path / "x.zip").exists()
-
-
-# --- packed samples -------------------------------------------------------------------------------
-
-
-def packed_table(image: np.ndarray, parts: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """A packed sample of `image` [S, S, 3] uint8, made independently of the reader: row by row, by
-    its definition."""
-    side, patch = len(parts), len(image) // len(parts)
-    mean, std = MEAN_STD["imagenet"]
-    pixels = (image / 255 - mean) / std
-    sizes = np.bincount(parts.ravel()[cells], minlength=7)
-    rows = []
-    for cell in cells:
-        y, x = divmod(cell, side)
-        square = pixels[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].ravel()
-        rows.append(np.concatenate([sizes, np.eye(7)[parts[y, x]], [cell], square]))
-    return np.stack(rows).astype(np.float32)
-
-
-def test_packed_samples_become_images_and_maps_again(tmp_path):
-    rng = np.random.default_rng(1)
-    image = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
-    parts, cells = rng.integers(0, 7, (4, 4)), rng.permutation(16)[:9]
-    np.save(tmp_path / "x.npy", packed_table(image, parts, cells))
-    sample = read_packed(tmp_path / "x.npy", image_size=16)
-    listed = np.isin(np.arange(16), cells).reshape(4, 4)
-    assert np.array_equal(sample.parts, np.where(listed, parts, 0))
-    assert np.array_equal(np.argsort(-sample.scores.ravel(), kind="stable")[:9], cells)
-    wanted = np.where(listed.repeat(4, 0).repeat(4, 1)[..., None], image, [124, 116, 104])
-    assert np.array_equal(sample.image, wanted)
-
-
-def test_packed_samples_that_contradict_themselves_are_refused(tmp_path):
-    file, image, parts = tmp_path / "x.npy", np.zeros((16, 16, 3)), np.ones((4, 4), dtype=int)
-    good = packed_table(image, parts, np.arange(8))
-    for column, message in (
-        (1, "must count the tokens"),
-        (7, "must be one-hot"),
-        (14, "distinct patch indices from 0 to 15"),
-    ):
-        bad = good.copy()
-        bad[0, column] += 1
-        np.save(file, bad)
-        with pytest.raises(ValueError, match=rf"x\.npy: .*{message}"):
-            read_packed(file, image_size=16)
-    np.save(file, good[:, :-1])
-    with pytest.raises(ValueError, match=r"x\.npy is \(8, 62\); a packed sample is"):
-        read_packed(file, image_size=16)
-
-
-def test_a_folder_of_packed_samples_becomes_a_data_set(tmp_path):
-    rng = np.random.default_rng(2)
-    maps = rng.integers(0, 7, (3, 4, 4))
-    for name, parts in zip(("b/2", "a/1", "a/10"), maps, strict=True):
-        file = tmp_path / "packed" / f"{name}.npy"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(
-            file,
-            packed_table(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8), parts, np.arange(16)),
-        )
-    assert convert(tmp_path / "packed", tmp_path / "out", num_parts=7, image_size=16) == 3
-    found = PartMaps.open(tmp_path / "out/parts", paths=["a/1.png", "a/10.png", "b/2.png"])
-    assert np.array_equal(np.stack([found.read(index) for index in range(3)]), maps[[1, 2, 0]])
-    assert np.asarray(Image.open(tmp_path / "out/images/a/10.png")).shape == (16, 16, 3)
-    assert MISSING not in found.read(0)

@@ -33,7 +33,7 @@ _FLAGS_OF_OPTIONS = {
 def build_parser(stage: str) -> argparse.ArgumentParser:
     """Return the parser of `stage`: "pretrain" or "finetune"."""
     titles = {
-        "pretrain": "Masked-image-modelling pre-training",
+        "pretrain": "Masked-image-modeling pre-training",
         "finetune": "Fine-tuning and evaluation for classification",
     }
     parser = FlagParser(
@@ -171,8 +171,8 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--data_set", default=None,
         choices=DATA_SETS,
-        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; None: inferred "
-        "from --data_path; digits without one",
+        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; packed: "
+        "SemMAE's .npy samples; None: inferred from --data_path; digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):

@@ -1,9 +1,8 @@
 """Read and write part maps: the semantic part of every patch of an image.
 
 The maps of a data set are stored as one memory-mapped array in the order of the images, as a folder
-of grayscale PNGs, or as a zip of PNGs. `PartMaps` reads all three, `PartMapWriter` fills the array
-from several processes, and `read_packed` reads the `.npy` samples of SemMAE's published
-pre-training (docs/methods/mae_semmae.md#part-maps-and-crops and #packed-samples).
+of grayscale PNGs, or as a zip of PNGs. `PartMaps` reads all three, and `PartMapWriter` fills the
+array from several processes (docs/methods/mae_semmae.md#part-maps-and-crops).
 """
 
 import hashlib
@@ -24,15 +23,12 @@ from unimim.data.files import FolderFiles, ZipFiles
 from unimim.data.jpeg import PILLOW_ERRORS, BrokenImageError
 from unimim.data.random import _PARTS_STREAM
 from unimim.data.sources import FileSource, Source
-from unimim.data.views import MEAN_STD
 from unimim.files import file_sha256
 
 MISSING = 255  # fills rows that have not been written
 ARRAY, ARRAY_META, SCORES, PNG_META = "parts.npy", "parts.json", "scores.npy", "parts_meta.json"
 CHECKSUMS = "checksums.json"  # SHA-256 of these files by their names, once all rows are written
 FULL_IMAGE = "full_image_square_resize"
-PUBLISHED_PARTS = 7  # of the packed samples
-PUBLISHED_SIDE = 224
 
 Grid = tuple[int, int]
 
@@ -215,6 +211,10 @@ class PartMaps:
             raise ValueError(
                 f"{path} was made for another map file than {map_file} (map_file_sha256)"
             )
+
+    @property
+    def kind(self) -> str:
+        return self.meta.part_source
 
     @property
     def num_parts(self) -> int:
@@ -467,92 +467,6 @@ def png_of(parts: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(parts.astype(np.uint8)).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-# --- the published packed samples -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PackedSample:
-    """One of SemMAE's packed `.npy` samples, rearranged on the grid of patches.
-
-    Attributes:
-        image: uint8 [S, S, 3], the mean color where no token is listed.
-        parts: uint8 [G, G], 0 where no token is listed.
-        scores: float16 [G, G], descending in the order of the list and 0 elsewhere, so that a
-            selection by score picks the listed tokens.
-    """
-
-    image: np.ndarray
-    parts: np.ndarray
-    scores: np.ndarray
-
-
-def read_packed(
-    path: str | Path, *, num_parts: int = PUBLISHED_PARTS, image_size: int = PUBLISHED_SIDE
-) -> PackedSample:
-    """Read a packed sample, a float array [tokens, 2 * num_parts + 1 + 3 * p * p].
-
-    Its columns are part sizes, one-hot part, patch index and the patch's pixels. The pixels are
-    assumed to be normalized with ImageNet's mean and std, as in the published code
-    (docs/methods/mae_semmae.md#packed-samples).
-
-    Raises:
-        ValueError: the shape is wrong, a patch index is outside the grid, or the parts are not
-            one-hot or disagree with the sizes. The message names the file.
-    """
-    table = _load_packed(Path(path), num_parts)
-    patch = round(((table.shape[1] - 2 * num_parts - 1) / 3) ** 0.5)
-    side = image_size // patch
-    columns = [num_parts, 2 * num_parts, 2 * num_parts + 1]
-    sizes, one_hot, indices, pixels = np.split(table, columns, axis=1)
-
-    indices = indices[:, 0].astype(np.int64)
-    distinct = len(np.unique(indices)) == len(indices)
-    if not distinct or indices.min() < 0 or indices.max() >= side * side:
-        raise ValueError(
-            f"{path}: column {2 * num_parts} must list distinct patch indices "
-            f"from 0 to {side * side - 1}"
-        )
-    if not ((one_hot == 0) | (one_hot == 1)).all() or (one_hot.sum(1) != 1).any():
-        raise ValueError(f"{path}: columns {num_parts} to {2 * num_parts - 1} must be one-hot")
-    if (sizes != one_hot.sum(0)).any():
-        raise ValueError(f"{path}: columns 0 to {num_parts - 1} must count the tokens of each part")
-
-    parts = np.zeros(side * side, dtype=np.uint8)
-    parts[indices] = one_hot.argmax(1)
-    scores = np.zeros(side * side, dtype=np.float16)
-    scores[indices] = np.linspace(1, 0, len(indices), endpoint=False)
-    image = _assemble_image(pixels.reshape(-1, patch, patch, 3), indices, side)
-    return PackedSample(image, parts.reshape(side, side), scores.reshape(side, side))
-
-
-def _load_packed(path: Path, num_parts: int) -> np.ndarray:
-    """Return the array of a packed sample; raise ValueError if its shape is wrong."""
-    try:
-        table = np.load(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged headers raise anything
-        raise ValueError(f"{path} cannot be read as an array: {error}") from error
-    pixels = table.shape[-1] - 2 * num_parts - 1
-    patch = round(max(pixels / 3, 0) ** 0.5)
-    if table.ndim != 2 or patch == 0 or 3 * patch * patch != pixels:
-        raise ValueError(
-            f"{path} is {table.shape}; a packed sample is [tokens, {2 * num_parts + 1} + 3 * p * p]"
-        )
-    return table
-
-
-def _assemble_image(patches: np.ndarray, indices: np.ndarray, side: int) -> np.ndarray:
-    """Return the uint8 image [side * p, side * p, 3] with normalized patches [n, p, p, 3]."""
-    patch = patches.shape[1]
-    canvas = np.zeros((side * side, patch, patch, 3))
-    canvas[indices] = patches
-    image = canvas.reshape(side, side, patch, patch, 3).swapaxes(1, 2)
-    image = image.reshape(side * patch, side * patch, 3)
-    mean, std = (np.array(values) for values in MEAN_STD["imagenet"])
-    return np.clip(np.rint((image * std + mean) * 255), 0, 255).astype(np.uint8)
 
 
 class RandomParts:

@@ -11,6 +11,7 @@ from datasets import Maps, TrainBatchSampler, build_dataset, build_loader
 from masking_generator import build_mask_generator
 from unimim.cli.options import effective_batch
 from unimim.data.channels import kept_channels
+from unimim.data.packed import PackedParts, PackedSource
 from unimim.data.part_maps import PartMaps, RandomParts, image_names
 from unimim.data.sources import Source
 from unimim.data.views import build_pretrain_transform
@@ -91,31 +92,35 @@ def second_size(args: Namespace, method: nn.Module) -> tuple[int, int] | None:
     return method.second_size
 
 
-def open_parts(args: Namespace, source, method: nn.Module) -> PartMaps | RandomParts:
+def open_parts(
+    args: Namespace, source: Source, method: nn.Module
+) -> PartMaps | PackedParts | RandomParts:
     """Open the part maps of the images in `source`; raise ValueError if they do not fit."""
     if args.part_source == "random":
         log.warning("--part_source random: parts without meaning, for a control experiment")
         return RandomParts(method.num_parts, method.cell_grid, args.seed)
-    if args.part_maps is None:
+    if args.part_maps is not None:
+        given = f"--part_maps {args.part_maps}"
+        map_file = Path(args.data_path or "", "train_map.txt")
+        parts = PartMaps.open(
+            args.part_maps,
+            paths=image_names(source),
+            map_file=map_file if args.data_path and map_file.is_file() else None,
+        )
+    elif isinstance(source, PackedSource):
+        given = f"--data_path {args.data_path}"
+        parts = PackedParts(source)
+    else:
         raise ValueError("--mask_type parts needs --part_maps, which run_part_learning.py writes")
-    map_file = Path(args.data_path or "", "train_map.txt")
-    parts = PartMaps.open(
-        args.part_maps,
-        paths=image_names(source),
-        map_file=map_file if args.data_path and map_file.is_file() else None,
-    )
-    if args.part_source not in ("maps", parts.meta.part_source):
+    if args.part_source not in ("maps", parts.kind):
         raise ValueError(
-            f"--part_maps {args.part_maps} holds {parts.meta.part_source} parts, not "
+            f"{given} holds {parts.kind} parts, not "
             f"{args.part_source}; make those with run_part_learning.py "
             f"--part_source {args.part_source} --extract FOLDER"
         )
-    log.info("part maps: %s, %d parts", parts.meta.part_source, parts.num_parts)
+    log.info("part maps: %s, %d parts", parts.kind, parts.num_parts)
     if parts.num_parts > method.num_parts:
-        raise ValueError(
-            f"--part_maps {args.part_maps} has {parts.num_parts} parts; "
-            f"use --num_parts {parts.num_parts}"
-        )
+        raise ValueError(f"{given} has {parts.num_parts} parts; use --num_parts {parts.num_parts}")
     return parts
 
 

