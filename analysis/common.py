@@ -33,6 +33,7 @@ from unimim.checkpoint.runs import flags_of, rebuild
 from unimim.cli.flags import add_data_flags, add_process_flags, add_size_flags
 from unimim.cli.options import given, model_kwargs, parse_flags
 from unimim.cli.parser import FlagParser
+from unimim.data.channels import kept_channels
 from unimim.data.views import MEAN_STD, EvalTransform
 from unimim.engine import setup
 from unimim.engine.runner import AUTOCAST_DTYPES
@@ -119,6 +120,8 @@ def parse(
 
 
 def check_flags(args: Namespace) -> None:
+    if kept_channels(args) is not None:
+        raise ValueError("analyses read 8-bit RGB: leave out --keep_channels, and other --in_chans")
     for name in ("images", "batch_size"):
         check_positive(args, name)
     count = len(args.checkpoint)

@@ -17,8 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from unimim.data.file_index import IMAGE_EXTENSIONS
-from unimim.data.sources import images_below, warn_of_skipped
+from unimim.data.file_index import ARRAY_EXTENSION, IMAGE_EXTENSIONS
+from unimim.data.sources import image_files, warn_of_skipped
 from unimim.files import write_atomically
 
 
@@ -31,7 +31,7 @@ def image_names(root: Path, split: str) -> list[str]:
     folder, archive = root / split, root / f"{split}.zip"
     skipped: Counter[str] = Counter()
     if folder.is_dir():
-        found = (name.replace(os.sep, "/") for name in images_below(folder, skipped))
+        found = (name.replace(os.sep, "/") for name in image_files(folder, skipped))
     elif archive.is_file():
         found = _zip_names(archive)
     else:
@@ -48,9 +48,11 @@ def image_names(root: Path, split: str) -> list[str]:
 def _zip_names(archive: Path) -> list[str]:
     try:
         with zipfile.ZipFile(archive) as file:
-            return [name for name in file.namelist() if name.lower().endswith(IMAGE_EXTENSIONS)]
+            names = file.namelist()
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive} is not a complete zip archive: {error}") from error
+    images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
+    return images or [name for name in names if name.lower().endswith(ARRAY_EXTENSION)]
 
 
 def class_of(name: str) -> str:

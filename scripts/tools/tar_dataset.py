@@ -19,7 +19,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from unimim.data.sources import class_names, images_below, warn_of_skipped
+from unimim.data.sources import class_names, image_files, warn_of_skipped
 from unimim.files import write_atomically
 
 
@@ -36,7 +36,7 @@ def pack_folder(folder: Path, prefix: Path, images_per_shard: int) -> int:
     if found := sorted(prefix.parent.glob(f"{prefix.name}-*.tar")):
         raise ValueError(f"{found[0]} exists; remove the shards of that prefix or use another")
     skipped: Counter[str] = Counter()
-    names = sorted(images_below(folder, skipped))
+    names = image_files(folder, skipped)
     if not names:
         raise ValueError(f"folder {folder} holds no images")
     warn_of_skipped(folder, skipped, len(names))

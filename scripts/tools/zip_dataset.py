@@ -16,7 +16,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from unimim.data.sources import images_below, warn_of_skipped
+from unimim.data.sources import image_files, warn_of_skipped
 from unimim.files import write_atomically
 
 
@@ -32,7 +32,7 @@ def zip_folder(folder: Path, archive: Path, *, overwrite: bool = False) -> int:
     if archive.exists() and not overwrite:
         raise ValueError(f"{archive} exists; remove it or use --overwrite")
     skipped: Counter[str] = Counter()
-    names = sorted(images_below(folder, skipped))
+    names = image_files(folder, skipped)
     if not names:
         raise ValueError(f"folder {folder} holds no images")
     warn_of_skipped(folder, skipped, len(names))

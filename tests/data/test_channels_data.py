@@ -23,12 +23,12 @@ from torch.nn.functional import interpolate
 
 import run_knn
 from datasets import BadImagesError, build_dataset
-from scripts.tools import measure_mean_std
+from scripts.tools import make_map_file, measure_mean_std, tar_dataset, zip_dataset
 from unimim.cli.options import parse
 from unimim.data.channels import decode_channels, upright
 from unimim.data.jpeg import BrokenImageError, decode
 from unimim.data.random import sample_rng
-from unimim.data.sources import detect
+from unimim.data.sources import build_source, detect
 from unimim.data.views import EvalTransform, build_pretrain_transform, draw_view
 from unimim.engine.session import Position
 from unimim.evaluation.flags import parse_knn
@@ -258,6 +258,22 @@ def test_statistics_are_measured(folder: Path, capsys) -> None:
     files = sorted((folder / "train").rglob("*.npy"))
     expected = np.mean([np.load(file) / 65535 for file in files], axis=(0, 1, 2))
     np.testing.assert_allclose([float(value) for value in printed[1:6]], expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_packed_arrays_are_those_of_the_files(kind: str, folder: Path, tmp_path: Path) -> None:
+    if kind == "tar":
+        tar_dataset.main([str(folder / "train"), str(tmp_path / "train")])
+        source = build_source("tar", str(tmp_path), train=True, need_labels=True)
+    else:
+        zip_dataset.main([str(folder / "train"), str(tmp_path / "train.zip")])
+        zip_dataset.main([str(folder / "val"), str(tmp_path / "val.zip")])
+        make_map_file.main([str(tmp_path)])
+        source = build_source("IMNET", str(tmp_path), train=True, need_labels=True)
+    files = build_source("image_folder", str(folder), train=True, need_labels=True)
+    assert len(source) == len(files) == 20
+    assert source.labels.tolist() == files.labels.tolist()
+    assert all(source.read(index) == files.read(index) for index in range(20))
 
 
 def test_own_depth_of_one_channel(tmp_path: Path) -> None:

@@ -227,9 +227,7 @@ def folder_source(
             "or that --class_map does not list"
         )
     skipped: Counter[str] = Counter()
-    names = sorted(images_below(root, skipped, suffixes))
-    if not names and suffixes == IMAGE_EXTENSIONS and skipped.pop(ARRAY_EXTENSION, 0):
-        names = sorted(images_below(root, suffixes=(ARRAY_EXTENSION,)))
+    names = image_files(root, skipped, suffixes)
     number = {name: label for label, name in enumerate(classes)}
     labels = [number.get(name.partition(os.sep)[0], -1) if os.sep in name else -1 for name in names]
     if need_labels:  # as in the published code, images outside every class folder are left out
@@ -279,6 +277,16 @@ def class_names(root: Path) -> list[str]:
         for entry in os.scandir(root)
         if entry.is_dir() and not entry.name.startswith(".")
     )
+
+
+def image_files(
+    root: Path, skipped: Counter[str], suffixes: tuple[str, ...] = IMAGE_EXTENSIONS
+) -> list[str]:
+    """Return the sorted relative paths of `images_below`; of arrays, where there are no others."""
+    names = sorted(images_below(root, skipped, suffixes))
+    if not names and suffixes == IMAGE_EXTENSIONS and skipped.pop(ARRAY_EXTENSION, 0):
+        names = sorted(images_below(root, suffixes=(ARRAY_EXTENSION,)))
+    return names
 
 
 def images_below(
