@@ -2,6 +2,9 @@
 
 import io
 import math
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +29,12 @@ from datasets import BadImagesError, build_dataset
 from scripts.tools import make_map_file, measure_mean_std, tar_dataset, zip_dataset
 from unimim.cli.options import parse
 from unimim.data.channels import decode_channels, upright
+from unimim.data.crops import draw_clipped_crop, draw_short_side_crop
 from unimim.data.jpeg import BrokenImageError, decode
 from unimim.data.random import sample_rng
 from unimim.data.sources import build_source, detect
-from unimim.data.views import EvalTransform, build_pretrain_transform, draw_view
+from unimim.data.views import EvalTransform, ProbeTransform, build_pretrain_transform, draw_view
+from unimim.engine.samples import sample_images
 from unimim.engine.session import Position
 from unimim.evaluation.flags import parse_knn
 
@@ -156,6 +161,22 @@ def test_views_are_the_crops_of_the_array(interpolation: str) -> None:
     assert flips == {True, False}
 
 
+@pytest.mark.parametrize(("name", "crop"), [("area", draw_clipped_crop), ("short_side", None)])
+def test_probes_see_the_same_crops(name: str, crop: Callable | None) -> None:
+    pixels = some(np.uint8, 30, 40, CHANNELS)
+    crop = crop or partial(draw_short_side_crop, target=(16, 16))
+    draws = draw_view(sample_rng(0, 1, 0), (30, 40), (0.08, 1), "bicubic", False, crop)
+    transform = ProbeTransform(16, crop=name, channels=CHANNELS)
+    image = transform(encoded(pixels), sample_rng(0, 1, 0))["image"]
+    top, left, height, width = draws.box
+    mirrored = pixels[:, ::-1] if draws.flip else pixels
+    box = mirrored[top : top + height, left : left + width].astype(np.float32) / 255
+    planes = torch.from_numpy(box).permute(2, 0, 1)
+    expected = interpolate(planes[None], (16, 16), mode="bicubic", antialias=True)[0]
+    low, high = planes.amin((1, 2), keepdim=True), planes.amax((1, 2), keepdim=True)
+    torch.testing.assert_close(image, expected.clamp(low, high), atol=1e-6, rtol=0)
+
+
 def test_evaluation_sees_the_center() -> None:
     pixels = some(np.uint16, 48, 80, CHANNELS)
     image = EvalTransform((48, 48), 1.0, CHANNELS)(encoded(pixels), None)["image"]
@@ -187,6 +208,9 @@ def test_methods_train_and_resume_on_five_channels(name: str, folder: Path, tmp_
     assert train_steps(rest, 1, 2)[0]["loss"] == metrics[1]["loss"]
     expected = whole_weights(run)
     assert all(torch.equal(value, expected[key]) for key, value in whole_weights(rest).items())
+    picture = sample_images(rest)
+    assert picture is None or (picture.dtype == torch.uint8 and len(picture) == 3)
+    assert picture is not None or name == "semaim"
 
 
 def test_normalization_and_broken_channels(folder: Path, tmp_path: Path) -> None:
@@ -261,7 +285,11 @@ def test_statistics_are_measured(folder: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_packed_arrays_are_those_of_the_files(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_packed_arrays_are_those_of_the_files(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     if kind == "tar":
         tar_dataset.main([str(folder / "train"), str(tmp_path / "train")])
         source = build_source("tar", str(tmp_path), train=True, need_labels=True)
