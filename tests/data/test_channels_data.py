@@ -81,6 +81,8 @@ def test_files_keep_their_channels_and_depth(tmp_path: Path) -> None:
     wide, narrow = some(np.uint16, 6, 7), some(np.uint8, 6, 7, 4)
     cases = {
         "npy": (encoded(some(np.uint16, 6, 7, 5)), some(np.uint16, 6, 7, 5) / 65535),
+        "big-endian npy": (encoded(some(np.uint16, 6, 7, 2).astype(">u2")),
+                           some(np.uint16, 6, 7, 2) / 65535),
         "columns first": (
             encoded(np.asfortranarray(some(np.uint8, 6, 7, 2))), some(np.uint8, 6, 7, 2) / 255
         ),
@@ -130,6 +132,7 @@ def test_broken_arrays_are_named(raw: bytes, reason: str) -> None:
 def test_arrays_of_colors_are_images_without_a_flag() -> None:
     colors = some(np.uint8, 4, 5, 3)
     np.testing.assert_array_equal(decode(encoded(colors)), colors)
+    assert decode(encoded(colors)).flags.writeable  # torch takes no other without a warning
     np.testing.assert_array_equal(decode(encoded(colors[..., 0])), colors[..., :1].repeat(3, 2))
     with pytest.raises(BrokenImageError, match="--keep_channels reads others"):
         decode(encoded(colors.astype(np.uint16)))

@@ -83,7 +83,7 @@ def decode_channels(raw: RawImage, channels: int) -> np.ndarray:
         raise BrokenImageError(f"its shape is {list(pixels.shape)}, not [H, W, N]")
     if pixels.shape[2] != channels:
         raise BrokenImageError(f"it has {pixels.shape[2]} channels, --in_chans is {channels}")
-    if pixels.dtype in (np.uint8, np.uint16):
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:  # of any byte order
         return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
     if pixels.dtype.kind != "f":
         raise BrokenImageError(

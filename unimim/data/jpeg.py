@@ -234,4 +234,4 @@ def _rgb_of_array(pixels: np.ndarray) -> np.ndarray:
             f"its array {pixels.dtype} {list(pixels.shape)} is not 8-bit gray or RGB; "
             "--keep_channels reads others"
         )
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
