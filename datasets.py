@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -48,6 +49,10 @@ from unimim.data.sources import (
 Transform = Callable[..., dict[str, torch.Tensor]]
 # by the name of a view: reads an image's map
 Maps = dict[str, Callable[[int], np.ndarray]]
+
+# how multiprocessing names a worker's socket below the temporary folder, and Linux' longest name
+SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"
+SOCKET_NAME_BYTES = 107
 
 
 # --- the data set ---------------------------------------------------------------------------------
@@ -391,7 +396,12 @@ def build_loader(
     """Return a loader whose batches depend on the sampler's keys only.
 
     Workers stay alive between epochs and leave signals to the parent.
+
+    Raises:
+        ValueError: the path of the temporary folder is too long for workers to send batches.
     """
+    if num_workers > 0:
+        _check_temporary_folder()
     return _Loader(
         dataset,
         batch_sampler=batch_sampler,
@@ -403,6 +413,19 @@ def build_loader(
         # without it every iteration would draw a base seed from the global generator
         generator=torch.Generator(),
     )
+
+
+def _check_temporary_folder() -> None:
+    """Raise ValueError where a worker's socket would have too long a name.
+
+    The worker would drop its batches with no more than a traceback, and training wait for ever.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) + len(SOCKET) > SOCKET_NAME_BYTES:
+        raise ValueError(
+            f"the temporary folder {folder} has too long a path for the workers of the loader; "
+            "set TMPDIR to a shorter one, or use --num_workers 0"
+        )
 
 
 class _Loader(DataLoader):

@@ -291,8 +291,8 @@ def test_statistics_are_measured(folder: Path, capsys) -> None:
 def test_packed_arrays_are_those_of_the_files(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
     if kind == "tar":
         tar_dataset.main([str(folder / "train"), str(tmp_path / "train")])
         source = build_source("tar", str(tmp_path), train=True, need_labels=True)

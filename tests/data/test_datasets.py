@@ -769,6 +769,18 @@ def test_batches_do_not_depend_on_the_workers(zip_root, num_workers, context):
     assert dataset.bad.sorted() == [4]  # what a worker found, all know
 
 
+def test_a_temporary_folder_too_long_for_workers_is_named(zip_root, monkeypatch):
+    """Their sockets lie there: batches would be lost, and training would wait for ever."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 71 * "t")
+    dataset = data(zip_root)
+    sampler = EvalBatchSampler(len(dataset), 2)
+    with pytest.raises(ValueError, match="tttt has too long a path for the workers.*TMPDIR"):
+        build_loader(dataset, sampler, num_workers=1, pin_mem=False)
+    build_loader(dataset, sampler, num_workers=0, pin_mem=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 70 * "t")
+    build_loader(dataset, sampler, num_workers=1, pin_mem=False)
+
+
 def test_workers_report_bad_images(zip_root):
     break_member(zip_root, "local header")
     with pytest.raises(BadImagesError, match=r"cat 4\.jpg"):

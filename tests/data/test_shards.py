@@ -28,10 +28,12 @@ MAE = ("--model", "mae_tiny_patch16_224", "--model_kwargs", *SIZE, *DECODER)
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path, monkeypatch):
-    """The index of these shards is not left in the machine's temporary folder."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+def own_temporary_folder(monkeypatch):
+    """The index of these shards is not left in the machine's temporary folder. Its path is short,
+    for the sockets of workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 def png(value: int) -> bytes:
