@@ -774,7 +774,7 @@ def test_a_temporary_folder_too_long_for_workers_is_named(zip_root, monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 71 * "t")
     dataset = data(zip_root)
     sampler = EvalBatchSampler(len(dataset), 2)
-    with pytest.raises(ValueError, match="tttt has too long a path for the workers.*TMPDIR"):
+    with pytest.raises(ValueError, match=r"tttt has too long a path for the workers.*TMPDIR"):
         build_loader(dataset, sampler, num_workers=1, pin_mem=False)
     build_loader(dataset, sampler, num_workers=0, pin_mem=False)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 70 * "t")
