@@ -173,7 +173,9 @@ def test_defaults_of_vits_give_way_for_networks_without_a_recipe():
 def test_a_size_to_evaluate_at_is_refused_before_training(name):
     sizes = TINY.get(name, {"embed_dim": 32, "depth": 1, "num_heads": 2, "input_size": 64})
     model = create_model(name, **sizes, num_classes=7)
-    args = Namespace(model=name, input_size=model.patch_embed.img_size[0], eval_input_size=96)
+    args = Namespace(
+        model=name, input_size=model.patch_embed.img_size[0], eval_input_size=96, in_chans=None
+    )
     with pytest.raises(
         ValueError, match=f"--eval_input_size 96: --model {name} is for --input_size"
     ):
