@@ -13,6 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -161,11 +162,9 @@ def batches(
 
 def lines(rows: Sequence[Guess]) -> Iterator[str]:
     """Yield a line for each image: its path and its classes with their probabilities."""
-    for row in rows:
-        if row.rank == 1:
-            guesses = [guess for guess in rows if guess.image == row.image]
-            shown = ", ".join(f"{guess.name} {guess.probability:.3f}" for guess in guesses)
-            yield f"{row.image}: {shown}"
+    for image, guesses in groupby(rows, key=lambda row: row.image):
+        shown = ", ".join(f"{guess.name} {guess.probability:.3f}" for guess in guesses)
+        yield f"{image}: {shown}"
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:

@@ -6,7 +6,6 @@ A run is a folder with run.json, which every training writes to --output_dir.
 """
 
 import argparse
-import csv
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from unimim.engine.monitor import clock
 from unimim.engine.run_record import FILE, is_better, read_record
+from unimim.files import write_table
 
 # the metrics that are shown where a run has them, in this order
 SHOWN = ("test_acc1", "test_acc1_ema", "knn_acc1", "linear_acc1", "teacher_knn_acc1",
@@ -89,12 +89,9 @@ def text_of(rows: list[dict[str, Any]]) -> str:
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write all columns of all runs."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write all columns of all runs; one that a run lacks is empty."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    write_table(file, [names | row for row in rows])
 
 
 def main(argv: list[str] | None = None) -> None:

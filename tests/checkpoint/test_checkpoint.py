@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from helpers import Payload
 from safetensors.torch import save_file
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -213,14 +214,6 @@ def test_others_may_read_what_the_user_lets_them(tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Reading
-
-
-class Payload:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

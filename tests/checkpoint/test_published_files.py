@@ -24,7 +24,7 @@ if __name__ == "__main__":  # pytest has these on its path
 import pytest
 import timm
 import torch
-from helpers import ROOT, start
+from helpers import ROOT, Payload, start
 from torch import Tensor, nn
 
 import modeling_pretrain  # noqa: F401  (registers the methods)
@@ -1000,14 +1000,6 @@ def test_the_files_have_the_published_names(sample_of, kind):
     under = sample.kind.under
     names = {name.removeprefix(under) for name in weights if name.startswith(under)}
     assert names == published_names(sample.kind.keys)
-
-
-class Payload:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

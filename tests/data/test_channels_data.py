@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -103,7 +104,6 @@ def test_files_keep_their_channels_and_depth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])
 def test_16_bit_colors_are_not_cut_to_8(kind: str) -> None:
-    cv2 = pytest.importorskip("cv2")
     colors = some(np.uint16, 5, 6, 3)
     raw = cv2.imencode(f".{kind}", colors[..., ::-1])[1].tobytes()
     np.testing.assert_allclose(decode_channels(raw, 3), colors / 65535, rtol=1e-6)
