@@ -22,6 +22,7 @@ from helpers import (
     average_weights,
     column,
     differing,
+    imagenet_stand_in,
     in_ranks,
     start,
     train_steps,
@@ -427,11 +428,14 @@ def train_and_resume_cell(folder: Path, flags: list[str]) -> str:
 
 def train_and_resume_cells(folder: Path, commands: dict[Cell, list[str]]) -> dict[Cell, str]:
     """Return what is wrong with each cell, an error included: the others are tried all the same."""
+    images = folder / "images"
+    imagenet_stand_in(images)
+    data = ["--data_set", "IMNET", "--data_path", str(images)]
     wrong = {}
     for cell, flags in commands.items():
         own = folder / "-".join(cell)
         try:
-            wrong[cell] = train_and_resume_cell(own, flags)
+            wrong[cell] = train_and_resume_cell(own, [*data, *flags])
         except Exception:
             wrong[cell] = traceback.format_exc()
         shutil.rmtree(own, ignore_errors=True)
