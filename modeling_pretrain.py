@@ -35,9 +35,11 @@ from modeling_backbones import (
     MaskToken,
     PixelNeck,
     build_backbone,
+    enlarged,
     family_of,
     is_listed_by_timm,
     map_of,
+    mean_filled,
     place_of,
 )
 from modeling_finetune import (
@@ -59,19 +61,15 @@ from modeling_finetune import (
     take,
     unpatchify,
 )
-from modeling_losses import (
-    FocalFrequencyLoss,
-    ReconstructionLoss,
-    Regression,
-    enlarged,
-    mean_filled,
-)
 from modeling_targets import (
     PREDICTED_FEATURES,
     TARGETS,
     TEACHERS,
+    FocalFrequencyLoss,
     OwnFeatures,
     Pixels,
+    ReconstructionLoss,
+    Regression,
     Shape,
     Target,
     check_rgb,

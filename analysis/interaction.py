@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from analysis import common
 from datasets import ImageDataset
-from modeling_losses import enlarged
+from modeling_backbones import enlarged
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
 from unimim.data.sources import build_source
 from unimim.data.views import MEAN_STD

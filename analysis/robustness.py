@@ -27,7 +27,7 @@ from torch import Tensor
 
 from analysis import common
 from datasets import ImageDataset, build_loader
-from modeling_losses import enlarged
+from modeling_backbones import enlarged
 from unimim.data.class_lists import IMAGENET, read_classes, subset_synsets
 from unimim.data.random import sample_rng
 from unimim.data.sources import class_names, folder_source
