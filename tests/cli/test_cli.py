@@ -57,7 +57,7 @@ BOTH = {
     "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005,
     "warmup_epochs": 5, "warmup_steps": -1, "device": "cuda", "precision": "auto",
     "enable_deepspeed": False, "zero_stage": 1, "deepspeed_config": None, "offload": None,
-    "deepspeed_shards": False,
+    "deepspeed_shards": False, "stop_status": 0,
     "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
     "dist_timeout": 60.0, "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None,
     "output_dir": "", "log_dir": None, "wandb": None, "tracker": None, "log_every": 50, "seed": 0,
