@@ -46,11 +46,11 @@ from unimim.data.part_maps import SCORES, PartMaps, PartMapWriter, PartMeta
 from unimim.data.sources import map_source
 from unimim.engine.deepspeed import read_deepspeed_config
 from unimim.engine.distributed import free_port
-from unimim.engine.setup import STOPPED
 from unimim.evaluation.features import read_cache
 
 HANG_SECONDS = 60  # of one damaged input; a run has ten times that
 MORE_MEMORY = 2**31  # bytes that a damaged input may take
+STOPPED = 75  # what runs end with that a signal stopped, as they are told
 
 
 def words(text: str) -> list[str]:
@@ -60,13 +60,14 @@ def words(text: str) -> list[str]:
 TINY = words(
     "--model mae_tiny_patch16_224 --data_set digits --input_size 16 --patch_size 4 --device cpu "
     "--batch_size 64 --epochs 2 --warmup_epochs 0 --save_ckpt_steps 4 --save_ckpt_freq 1 "
-    "--log_every 4 --model_kwargs embed_dim=32 depth=2 num_heads=2 decoder_embed_dim=24 "
-    "decoder_depth=1 decoder_num_heads=2"
+    f"--log_every 4 --stop_status {STOPPED} --model_kwargs embed_dim=32 depth=2 num_heads=2 "
+    "decoder_embed_dim=24 decoder_depth=1 decoder_num_heads=2"
 )
 FINETUNE = words(
     "--model beit_tiny_patch16_224 --data_set digits --input_size 16 --patch_size 4 --device cpu "
     "--batch_size 64 --epochs 2 --warmup_epochs 0 --save_ckpt_steps 4 --save_ckpt_freq 1 "
-    "--log_every 4 --model_ema --mixup 0.8 --model_kwargs embed_dim=32 depth=2 num_heads=2"
+    f"--log_every 4 --stop_status {STOPPED} --model_ema --mixup 0.8 "
+    "--model_kwargs embed_dim=32 depth=2 num_heads=2"
 )
 
 

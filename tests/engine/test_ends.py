@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 
@@ -89,12 +90,22 @@ def test_the_log_takes_any_name_and_a_closed_output(closed):
     assert result.stdout == (b"" if closed else b"\\udcff.jpg \\u4e2d\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_before_the_first_step_ends_in_order(number):
+@pytest.mark.parametrize(
+    ("number", "flags", "status"),
+    [
+        (signal.SIGTERM, {"stop_status": 0, "eval": False}, 0),
+        (signal.SIGINT, {"stop_status": 75}, 75),
+        (signal.SIGUSR1, {}, 75),
+        (signal.SIGTERM, {"stop_status": 0, "eval": True}, 75),
+    ],
+    ids=["training", "as told", "no training", "evaluation"],
+)
+def test_a_signal_before_the_first_step_ends_in_order(number, flags, status):
+    """What is left undone is begun anew by the same command, unless it trains: 75."""
     program = (
         "import time\nfrom argparse import Namespace\nfrom unimim.engine.setup import launch\n"
         "def main(args):\n    print('ready', flush=True)\n    time.sleep(60)\n"
-        "launch(main, Namespace())"
+        f"launch(main, Namespace(**{flags}))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -104,7 +115,21 @@ def test_a_signal_before_the_first_step_ends_in_order(number):
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert said == f"stopped by {number.name} before the first step\n"
-    assert process.returncode == os.EX_TEMPFAIL
+    assert process.returncode == status
+
+
+def test_a_script_leaves_the_signals_as_it_found_them():
+    """As do many in one process, in the demo and in tests; no thread waits for ever."""
+
+    def main(_):
+        seen.append((signal.getsignal(signal.SIGTERM), threading.active_count()))
+
+    seen = []
+    before = signal.getsignal(signal.SIGTERM), threading.active_count()
+    for _ in range(2):
+        launch(main, Namespace())
+        assert (signal.getsignal(signal.SIGTERM), threading.active_count()) == before
+    assert seen[0] == seen[1] and seen[0][0] != before[0] and seen[0][1] == before[1] + 1
 
 
 def test_a_signal_ends_a_rank_that_waits_for_the_others():

@@ -36,9 +36,19 @@ def test_a_stopped_run_is_queued_again_and_no_other(tmp_path, status, queued):
     assert done.returncode == status, done.stderr
     assert lines[:2] == [
         "activated",
-        f"srun {ROOT} --kill-on-bad-exit=1 python run_pretraining.py --seed a b",
+        f"srun {ROOT} --kill-on-bad-exit=1 python run_pretraining.py --seed a b --stop_status 75",
     ]
     assert lines[2:] == (["scontrol requeue 12"] if queued else [])
+
+
+def test_only_what_trains_is_told_a_status(tmp_path):
+    job = {"SLURM_JOB_ID": "12", "SLURM_SUBMIT_DIR": str(ROOT)}
+    trains = {path.name for path in ROOT.glob("run_*.py")} - {"run_knn.py"}
+    for script in (*trains, "semantic_segmentation/voc_linear_probe.py"):
+        done = slurm(tmp_path, 0, script, **job)
+        assert done.stdout.endswith(f"python {script} --stop_status 75\n")
+    for script in ("run_knn.py", "semantic_segmentation/train.py", "analysis/cka.py"):
+        assert slurm(tmp_path, 0, script, **job).stdout.endswith(f"python {script}\n")
 
 
 def test_it_says_how_it_is_started(tmp_path):

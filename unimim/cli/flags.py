@@ -80,6 +80,13 @@ class _LearningRate(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def exit_status(text: str) -> int:
+    """Return the number of an exit status; argparse's error for any other text."""
+    if not text.isdecimal() or int(text) > 255:
+        raise argparse.ArgumentTypeError(f"{text} is not an exit status; use 0 to 255")
+    return int(text)
+
+
 def _switch(group, name: str, off: str, *, default: bool | None = True, help: str) -> None:
     group.add_argument(f"--{name}", dest=name, action="store_true", default=default, help=help)
     group.add_argument(
@@ -171,8 +178,9 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--data_set", default=None,
         choices=DATA_SETS,
-        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; packed: "
-        "SemMAE's .npy samples; None: inferred from --data_path; digits without one",
+        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; hf: parquet files "
+        "of the Hugging Face hub; packed: SemMAE's .npy samples; None: inferred from --data_path; "
+        "digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
@@ -682,9 +690,13 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--resume",
         default="",
-        help="checkpoint to go on from; a run that SIGTERM, SIGINT or SIGUSR1 stopped has saved "
-        "one and exits with 75",
+        help="checkpoint to go on from; SIGTERM, SIGINT and SIGUSR1 let a run save one and end",
     )
+    group.add_argument(
+        "--stop_status", type=exit_status, default=0, metavar="N",
+        help="exit status of a run that a signal stopped, as its log's last line says; "
+        "75 keeps `pretrain && finetune` from going on, and lets scripts/slurm.sh requeue it",
+    )  # fmt: skip
     if stage == "pretrain":
         group.add_argument(
             "--init",
