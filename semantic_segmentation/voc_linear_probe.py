@@ -13,6 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from unimim.early import end_on_signals
+
+    end_on_signals()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,12 +26,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import EvalBatchSampler, ImageDataset, build_loader
 from engine_for_pretraining import train
 from modeling_finetune import VisionTransformer
-from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.loading import check_finite, load_pretrained
 from unimim.cli import options
 from unimim.cli.flags import add_engine_flags, add_loader_flags, add_optimizer_flags, add_run_flags
 from unimim.cli.options import derived, parse_flags, report
@@ -503,6 +508,7 @@ def main(args: Namespace) -> VocRow | None:
         if origin is None:
             raise ValueError("--eval needs a checkpoint: --resume FILE")
         origin.load_weights(head, None, "average")
+        check_finite(head, origin.path)
         return evaluator(origin.state["epoch"])
     loader = train_loader(args, data["train"])
     sizes = (

@@ -12,7 +12,8 @@ from argparse import Namespace
 import pytest
 from helpers import ROOT, own_signals
 
-from unimim.engine.distributed import free_port, launcher_words, parent_of
+from unimim.early import launcher_words, parent_of, status_among
+from unimim.engine.distributed import free_port
 from unimim.engine.setup import launch
 from unimim.errors import explain
 from unimim.logs import setup_logging
@@ -151,6 +152,27 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others():
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[0] == "stopped by SIGTERM before the first step\n"
     assert process.returncode == os.EX_TEMPFAIL
+
+
+@pytest.mark.parametrize(("words", "status"), [((), 0), (("--stop_status", "75"), 75)])
+def test_a_signal_during_the_imports_ends_in_order(tmp_path, words, status):
+    """The script hangs in its first heavy import."""
+    (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_pretraining.py"), *words],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[0] == "stopped by SIGINT before the first step\n"
+    assert process.returncode == status
+
+
+def test_the_status_is_read_before_the_flags_are():
+    assert status_among(["--epochs", "3"]) == status_among(["--stop_status", "x"]) == 0
+    assert status_among(["--stop_status", "1", "--stop_status=75", "--seed", "1"]) == 75
+    assert status_among(["--eval"]) == 75
 
 
 def test_launchers_are_told_from_other_parents():

@@ -42,13 +42,13 @@ from unimim.cli.options import (
 )
 from unimim.data.pretraining import steps_per_epoch
 from unimim.data.views import image_mean_std
+from unimim.early import UNFINISHED, follow_launcher
 from unimim.engine.batch_norm import BatchStatistics, synchronize_batch_norm
 from unimim.engine.compiling import compile_blocks, recompute_gelu
 from unimim.engine.deepspeed import DeepSpeedRunner, deepspeed_config
 from unimim.engine.distributed import (
     StopSignal,
     exit_at_once,
-    follow_launcher,
     from_first_rank,
     has_peers,
     init_distributed,
@@ -74,8 +74,6 @@ from unimim.errors import explain
 from unimim.files import write_text
 from unimim.logs import log, setup_logging
 
-# The exit status of a stopped script that has saved nothing to go on from: 75.
-UNFINISHED = os.EX_TEMPFAIL
 # Flags that not every script which trains has, with what the others run with.
 OPTIONAL_FLAGS = {"compile": False, "recompute_gelu": "auto", "resume_copy": "", "init": ""}
 
@@ -343,7 +341,8 @@ def stop_status(args: Namespace) -> int:
 
 @contextmanager
 def end_on_early_signals(status: int) -> Iterator[None]:
-    """Let a signal end this process in one line with `status` until `StopSignal` takes over.
+    """Let a signal end this process in one line with `status` before `StopSignal` takes over, and
+    after it is released.
 
     A thread does so: the main thread may wait for other processes, where no handler is called.
     """
@@ -373,7 +372,8 @@ def _early(_number: int, _frame: Any) -> None:
 def _end_early(reader: int, status: int) -> None:
     while number := os.read(reader, 1)[0]:
         if number in StopSignal.signals and signal.getsignal(number) is _early:
-            log.error("stopped by %s before the first step", signal.Signals(number).name)
+            when = "after the last step" if StopSignal.began else "before the first step"
+            log.error("stopped by %s %s", signal.Signals(number).name, when)
             leave_peers("stopped")
             exit_at_once(status)
 
