@@ -361,7 +361,11 @@ def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer | Cl
 def clusters_of(found: StateDict, info: TokenizerInfo, source: str) -> ClusterTokenizer:
     """The tokenizer of a file's centers."""
     centers = found.get("centers", torch.empty(0))
-    features = teacher_features(info.teacher, info.grid) if info.teacher else None
+    features = None
+    if info.teacher:
+        problem = "needs the network whose features it clusters"
+        with refused(OptionError("discrete_vae_weight_path", source, problem)):
+            features = teacher_features(info.teacher, info.grid)
     width = centers.shape[-1] if info.teacher else 3 * math.prod(info.patch_size)
     expected = info.vocab_size, width
     if tuple(centers.shape) != expected:
@@ -593,6 +597,7 @@ def load_teacher(
     grid: tuple[int, int],
     precision: str = "auto",
     image_mean_std: MeanStd | None = None,
+    option: str = "target_model",
 ) -> Teacher:
     """The `kind` ("clip" or "dino", None for either) of teacher in a file, or under timm's name,
     for images of `grid` patches.
@@ -601,12 +606,12 @@ def load_teacher(
     checkpoints; the weights of timm's models of either. Positions are resized to the grid. In
     timm's names the activation does not show: files and models tagged "openai" get OpenAI's. Any
     other network of timm by its name, such as a CNN, is a `MapTeacher`. Given the images' mean and
-    std, they get the teacher's own.
+    std, they get the teacher's own. Errors name `option`.
 
     Raises:
         ValueError: no such file and no such name, or weights of another kind.
     """
-    weights = visual_weights(read_weights(source))
+    weights = visual_weights(read_weights(source, option))
     openai = "conv1.weight" in weights
     is_name = not Path(source).is_file()
     quick = openai or not is_name or "openai" in source or "quickgelu" in source
@@ -619,16 +624,13 @@ def load_teacher(
             tower = timm.create_model(source, pretrained=True, num_classes=0)
             return MapTeacher(tower, grid, precision, mean_std)
         raise OptionError(
-            "target_model", source, "holds no vision transformer in names of OpenAI, DINO or timm"
+            option, source, "holds no vision transformer in names of OpenAI, DINO or timm"
         )
-    kind = kind or ("clip" if "norm_pre.weight" in weights else "dino")
-    if ("norm_pre.weight" in weights) != (kind == "clip"):
-        raise OptionError(
-            "target_model",
-            source,
-            f"is not of the kind that predict_feature {kind} needs",
-            "predict_feature",
-        )
+    found = "clip" if "norm_pre.weight" in weights else "dino"
+    kind = kind or found
+    if kind != found:
+        problem = f"is not of the kind that target {kind} needs; use target {found}"
+        raise OptionError(option, source, problem, "target")
     mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD[kind])
     return Teacher(
         build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision, mean_std
@@ -638,7 +640,7 @@ def load_teacher(
 def teacher_features(source: str, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
     """Return the function that gives images [B, 3, H, W] the features [B, N, D] of a frozen
     network for their patches, each of length 1."""
-    teacher = load_teacher(None, source, grid, "fp32")
+    teacher = load_teacher(None, source, grid, "fp32", option="kmeans_teacher")
 
     def features(images: Tensor) -> Tensor:
         return F.normalize(teacher(images)[:, -math.prod(grid) :], dim=-1)
@@ -689,8 +691,9 @@ def build_tower(
     return tower
 
 
-def read_weights(source: str) -> dict[str, Any]:
-    """What a file holds, or the weights of timm's model of that name."""
+def read_weights(source: str, option: str) -> dict[str, Any]:
+    """Return what a file holds, or the weights of timm's model of that name; errors name
+    `option`."""
     if Path(source).is_file() or str(source).startswith("https://"):
         return (
             torch.jit.load(source, "cpu").state_dict()
@@ -698,15 +701,12 @@ def read_weights(source: str) -> dict[str, Any]:
             else load_checkpoint(source)
         )
     if not timm.is_model(source.split(".")[0]):
-        raise OptionError(
-            "target_model", source, "is neither a file nor the name of a model of timm"
-        )
+        raise OptionError(option, source, "is neither a file nor the name of a model of timm")
     try:
         return timm.create_model(source, pretrained=True).state_dict()
     except Exception as error:  # whatever the hub, the network or the cache raise
-        raise OptionError(
-            "target_model", source, f"has no weights at timm that can be read here ({error})"
-        ) from error
+        problem = f"has no weights at timm that can be read here ({error})"
+        raise OptionError(option, source, problem) from error
 
 
 def is_archive(path: str) -> bool:
@@ -1165,8 +1165,8 @@ class Pixels(Target):
 
     @property
     def is_plain(self) -> bool:
-        """Whether these are the images' pixels as they are."""
-        return not self.norm_pix_loss and self.blur is None
+        """Whether these are the images' pixels as they are, under the L1 loss."""
+        return not self.norm_pix_loss and self.blur is None and self.loss_type == "L1"
 
     def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
         return self.normalized(self.patches(batch["image"], positions, batch.get("patches")))

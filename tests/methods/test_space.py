@@ -54,6 +54,7 @@ NETWORKS = {  # a tiny network of each form, and CNNs and Swin beside the ViT's
     "semaim": ("semaim_tiny_patch16_224", VIT | {"query_depth": 2}),
     "simmim_vit": ("simmim_vit_tiny_patch16_224", VIT),
     "simmim_resnet": ("simmim_resnet18", CNN),
+    "a2mim": ("a2mim_vit_tiny_patch16_224", VIT),
     "simmim_swin": (
         "simmim_swin_tiny",
         {"input_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
@@ -247,11 +248,14 @@ def test_the_bottleneck_of_a_decoder_lets_the_class_token_through_only(teachers)
         assert torch.equal(*outputs) is bottleneck
 
 
-@pytest.mark.parametrize("network", ["mae", "beit", "semanticmim", "semaim", "simmim_vit"])
-def test_spectra_of_any_pixels(network, teachers):
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("network", ["mae", "beit", "semanticmim", "semaim", "simmim_vit", "a2mim"])
+def test_spectra_of_any_pixels(network, normalized, teachers):
     mask = "none" if network == "semaim" else "random"
+    options = {"norm_pix_loss": normalized}
     plain, both = (
-        build(network, mask, "pixels", teachers, fft_weight=weight) for weight in (0.0, 0.5)
+        build(network, mask, "pixels", teachers, fft_weight=weight, **options)
+        for weight in (0.0, 0.5)
     )
     batch = batch_for(plain)
     ours, theirs = both(batch), plain(batch)
@@ -281,6 +285,24 @@ def test_spectra_are_those_of_the_error_where_patches_are_predicted():
     spectrum = torch.fft.fft2(error.mean(0), norm="ortho").abs()
     weights = spectrum.log1p() / spectrum.log1p().max()
     torch.testing.assert_close(out["loss_freq"], (weights * spectrum.square()).mean())
+
+
+def test_a_cnn_can_predict_pixels_under_another_loss_than_simmims(teachers):
+    method = build("simmim_resnet", "random", "pixels", teachers, loss_type="L2")
+    batch = batch_for(method)
+    predicted = method.pixel_head(method.neck(method.features(batch["image"], batch["mask"])))
+    errors = (predicted - method.target.of(batch)).square().mean(-1)
+    torch.testing.assert_close(method(batch)["loss"], errors[batch["mask"].flatten(1)].mean())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_ema_of_semaims_target_has_the_momentum_of_the_target_unless_it_is_kept(kept, teachers):
+    options = {"t_momentum": 0.0, "use_ema_model": kept}
+    method = build("semaim", "none", "contrast", teachers, **options)
+    with torch.no_grad():
+        method.cls_token += 1
+    method.after_step(0.0)
+    assert torch.equal(method.teacher.cls_token, method.cls_token) is not kept
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,6 +355,29 @@ def test_a_refused_cell_says_so_in_a_sentence_that_names_two_flags(cell, teacher
         build_method(args)
     assert len(set(re.findall(r"--\w+", str(error.value)))) >= 2
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--target clip --target_model {dino}",
+            r"^--target_model \S+ is not of the kind that --target clip needs; use --target dino$",
+        ),
+        (
+            "--target dino --target_model {clip}",
+            r"^--target_model \S+ is not of the kind that --target dino needs; use --target clip$",
+        ),
+        (
+            "--mask_type attention_low --mask_teacher no.pth",
+            r"^--mask_teacher no.pth is neither a file nor the name of a model of timm$",
+        ),
+    ],
+)
+def test_a_wrong_frozen_network_is_refused_by_the_flag_that_names_it(flags, said, teachers):
+    command = f"--model mae_tiny_patch16_224 {flags.format(**teachers)}"
+    with pytest.raises(ValueError, match=said):
+        build_method(parse("pretrain", command.split()))
 
 
 def test_flags_reach_target_and_mask(tmp_path):

@@ -27,6 +27,7 @@ _FLAGS_OF_OPTIONS = {
     "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
     "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type",
     "layer": "layer", "permutation_type": "permutation_type", "in_chans": "in_chans",
+    "kmeans_teacher": "kmeans_teacher",
 }  # fmt: skip
 
 
