@@ -67,6 +67,7 @@ BOTH = {
     "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
     "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0, "in_chans": None, "mean": None,
     "std": None, "keep_channels": False, "exif_orientation": False,
+    "alpha": "drop",
 }  # fmt: skip
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0),

@@ -10,6 +10,7 @@ from optim_factory import LR_SCHEDULES
 from unimim.cli.parser import FlagParser, ImageSize
 from unimim.data.crops import INTERPOLATIONS
 from unimim.data.jpeg import MAX_IMAGE_PIXELS
+from unimim.data.preparation import ALPHAS, DROP
 from unimim.data.sources import DATA_SETS
 from unimim.errors import OptionError
 from unimim.flag import Flag
@@ -193,6 +194,11 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--exif_orientation", action="store_true", help="turn images as their EXIF data say"
     )
+    group.add_argument(
+        "--alpha", choices=ALPHAS, default=DROP,
+        help="what becomes of an alpha channel: dropped, as in the published code, or the image is "
+        "composited over white or black",
+    )  # fmt: skip
     if stage == "pretrain":
         group.add_argument(
             "--crop_scale",

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets import ImageDataset, turning
+from datasets import ImageDataset
 from modeling_backbones import map_of
 from modeling_finetune import VisionTransformer
 from unimim.data.channels import kept_channels
+from unimim.data.preparation import preparation
 from unimim.data.sources import PartSource, Source, build_source, detect, is_divided
 from unimim.data.views import EvalTransform
 from unimim.engine.session import Position
@@ -196,7 +197,7 @@ def labeled_images(args: Namespace, size: tuple[int, int]) -> tuple[ImageDataset
         ) from error
     transform = EvalTransform(size, None, kept_channels(args))
     limits = {"seed": args.seed, "max_bad_images": args.max_bad_images, "strict": args.strict_data}
-    limits["turn"] = turning(args)
+    limits["prepare"] = preparation(args)
     return tuple(
         ImageDataset(spread(source, args.eval_images), transform, **limits)
         for source in (known, asked)
