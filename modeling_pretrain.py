@@ -131,6 +131,16 @@ class PretrainMethod(Task):
         `noise` as for `forward`."""
         raise NotImplementedError
 
+    def hide(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
+        """Return the batch with "mask" [B, gh, gw], if patches are hidden; `noise` as for
+        `forward`."""
+        return batch
+
+    def orders(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Return order values [B, N], smaller is earlier, in which the patches of each image are
+        predicted; None: all at once, or in one order for all images."""
+        return None
+
     def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the noise [B, noise_size] that came with the images, drawn here if there is
         none."""
@@ -1020,6 +1030,9 @@ class SemAIM(Predictor, TwoStreams):
             noise_center, images.device,
         )  # fmt: skip
         return order.to(images.device).expand(len(images), -1)
+
+    def orders(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.order_values(batch, self.attention_and_target(batch)[0])
 
     # -- what is predicted
 
