@@ -8,7 +8,8 @@ from scripts.experiments.compare_methods import METHODS
 
 PAGE = ROOT / "docs" / "results.md"
 TABLE = ROOT / "docs" / "results" / "cifar10.csv"
-PART_ABLATIONS = {"semmae_kmeans", "semmae_random"}  # SemMAE with parts that are not learned
+# SemMAE with parts that are not learned
+PART_ABLATIONS = {"semmae_kmeans", "semmae_random", "semmae_strong"}
 TO_BE_RUN = {"random_pixio", "pixio", "random_nepa", "nepa"}  # of which the table has no rows yet
 
 
