@@ -40,6 +40,7 @@ from unimim.cli.options import (
     resolve_workers,
     warmup_steps,
 )
+from unimim.data.device_decode import batch_decoder
 from unimim.data.pretraining import steps_per_epoch
 from unimim.data.views import image_mean_std
 from unimim.engine.batch_norm import BatchStatistics, synchronize_batch_norm
@@ -228,6 +229,7 @@ def start_training(
         runner=runner,
         task=task,
         normalize=normalize,
+        decode=batch_decoder(loader.dataset, context.device),
         loader=loader,
         steps_per_epoch=steps,
         n_parameters=n_parameters,
