@@ -102,6 +102,10 @@ class ImageDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> dict:
+        return self.load(key, self.transform)
+
+    def load(self, key: Key, transform: Transform) -> dict:
+        """Return the sample of `key` as `transform` makes it."""
         epoch, index = key
         wanted = -1 - index if index < 0 else index  # padding is loaded like any other image
         for used in self._candidates(wanted):
@@ -110,7 +114,7 @@ class ImageDataset(Dataset):
                 raw = raw if self.prepare is None else self.prepare(raw)
                 rng = sample_rng(self.seed, epoch, wanted)
                 maps = {view: read(used) for view, read in self.maps.items()}
-                sample = self.transform(raw, rng, maps) if maps else self.transform(raw, rng)
+                sample = transform(raw, rng, maps) if maps else transform(raw, rng)
             except BrokenImageError as error:
                 self._report(used, error)
                 continue
@@ -185,6 +189,7 @@ def build_dataset(
     transform: Transform,
     need_labels: bool,
     maps: Callable[[Source], Maps] | None = None,
+    dataset_class: type[ImageDataset] = ImageDataset,
 ) -> ImageDataset:
     """Build the data set that the flags describe.
 
@@ -233,7 +238,7 @@ def build_dataset(
         source = PartSource(source, first_of_each_class(source.labels, fraction))
     elif train and label_list:
         source = PartSource(source, listed_images(source, label_list))
-    return ImageDataset(
+    return dataset_class(
         source,
         transform,
         seed=args.seed,
@@ -411,6 +416,7 @@ def build_loader(
     return _Loader(
         dataset,
         batch_sampler=batch_sampler,
+        collate_fn=getattr(dataset, "collate", None),
         num_workers=num_workers,
         pin_memory=pin_mem and torch.cuda.is_available(),
         persistent_workers=num_workers > 0,

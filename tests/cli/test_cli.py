@@ -72,7 +72,8 @@ BOTH = {
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0),
     "data_pipeline": "fast", "epochs": 300, "opt_betas": (0.9, 0.98), "min_lr": 1e-05,
-    "mask_type": "block", "mask_ratio": 0.75, "mask_patch_size": None, "num_mask_patches": None,
+    "decode": "cpu", "mask_type": "block", "mask_ratio": 0.75, "mask_patch_size": None,
+    "num_mask_patches": None,
     "max_mask_patches_per_block": None, "min_mask_patches_per_block": 16, "temp": None,
     "t_momentum": None, "resume_copy": "", "norm_pix_loss": None, "no_norm_pix_loss": None,
     "part_maps": None, "part_source": "maps", "num_parts": None, "mask_lambda": None,

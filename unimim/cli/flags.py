@@ -222,6 +222,11 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             default="fast",
             help="reference: PIL, as published",
         )
+        group.add_argument(
+            "--decode", choices=("cpu", "gpu"), default="cpu",
+            help="where JPEGs are decoded, cropped, resized and colored; gpu: by nvJPEG, with the "
+            "same crops and masks",
+        )  # fmt: skip
         return
     group.add_argument(
         "--eval_data_path",

@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from datasets import Maps, TrainBatchSampler, build_dataset, build_loader
+from datasets import ImageDataset, Maps, TrainBatchSampler, build_dataset, build_loader
 from masking_generator import build_mask_generator
 from unimim.cli.options import effective_batch
 from unimim.data.channels import kept_channels
+from unimim.data.device_decode import UndecodedImages, check_device_decoding
 from unimim.data.packed import PackedParts, PackedSource
 from unimim.data.part_maps import PartMaps, RandomParts, image_names
 from unimim.data.sources import Source
@@ -65,8 +66,23 @@ def build_data(args: Namespace, method: nn.Module) -> DataLoader:
     maps = None
     if "part_ids" in method.views:
         maps = partial(part_readers, args, method)
-    dataset = build_dataset(args, train=True, transform=transform, need_labels=False, maps=maps)
+    dataset = build_dataset(
+        args,
+        train=True,
+        transform=transform,
+        need_labels=False,
+        maps=maps,
+        dataset_class=dataset_class(args),
+    )
     return train_loader(args, dataset)
+
+
+def dataset_class(args: Namespace) -> type[ImageDataset]:
+    """Return the class of data set that --decode asks for; ValueError if other flags forbid it."""
+    if args.decode == "cpu":
+        return ImageDataset
+    check_device_decoding(args)
+    return UndecodedImages
 
 
 def part_readers(args: Namespace, method: nn.Module, source: Source) -> Maps:
@@ -146,9 +162,14 @@ def crop_loader(args: Namespace) -> DataLoader:
         color_jitter=args.color_jitter,
         hflip=args.hflip,
     )
-    return train_loader(
-        args, build_dataset(args, train=True, transform=transform, need_labels=False)
+    dataset = build_dataset(
+        args,
+        train=True,
+        transform=transform,
+        need_labels=False,
+        dataset_class=dataset_class(args),
     )
+    return train_loader(args, dataset)
 
 
 def train_loader(args: Namespace, dataset: Dataset) -> DataLoader:
