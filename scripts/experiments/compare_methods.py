@@ -211,6 +211,11 @@ UNPUBLISHED = {
         "--norm_pix_loss",
         length="medium",
     ),
+    "semmae_hog": Method(
+        "SemMAE, k-means parts, HOG",
+        f"--model semmae_tiny_patch16_224 {MAE} --target hog",
+        parts="kmeans",
+    ),
     "conmim_parts": Method(
         "ConMIM, k-means parts",
         f"{CONMIM} --mask_type parts",
