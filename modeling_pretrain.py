@@ -35,9 +35,11 @@ from modeling_backbones import (
     MaskToken,
     PixelNeck,
     build_backbone,
+    enlarged,
     family_of,
     is_listed_by_timm,
     map_of,
+    mean_filled,
     place_of,
 )
 from modeling_finetune import (
@@ -59,19 +61,15 @@ from modeling_finetune import (
     take,
     unpatchify,
 )
-from modeling_losses import (
-    FocalFrequencyLoss,
-    ReconstructionLoss,
-    Regression,
-    enlarged,
-    mean_filled,
-)
 from modeling_targets import (
     PREDICTED_FEATURES,
     TARGETS,
     TEACHERS,
+    FocalFrequencyLoss,
     OwnFeatures,
     Pixels,
+    ReconstructionLoss,
+    Regression,
     Shape,
     Target,
     check_rgb,
@@ -132,6 +130,16 @@ class PretrainMethod(Task):
         """Return images of what is predicted of a batch, by a method that `predicts_pixels`;
         `noise` as for `forward`."""
         raise NotImplementedError
+
+    def hide(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
+        """Return the batch with "mask" [B, gh, gw], if patches are hidden; `noise` as for
+        `forward`."""
+        return batch
+
+    def orders(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Return order values [B, N], smaller is earlier, in which the patches of each image are
+        predicted; None: all at once, or in one order for all images."""
+        return None
 
     def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the noise [B, noise_size] that came with the images, drawn here if there is
@@ -1022,6 +1030,9 @@ class SemAIM(Predictor, TwoStreams):
             noise_center, images.device,
         )  # fmt: skip
         return order.to(images.device).expand(len(images), -1)
+
+    def orders(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.order_values(batch, self.attention_and_target(batch)[0])
 
     # -- what is predicted
 
