@@ -96,6 +96,26 @@ MIM_RESNET = (
     "--train_interpolation bicubic"
 )
 RESNET = "--model resnet18 --model_kwargs output_stride={cell}"
+# squares of 2 x 2 patches: an image of 8 x 8 patches has 16, as many as Pixio's of 256 px has of
+# 4 x 4; the paper pairs such squares with 4 class tokens. As published the decoder is as deep as
+# the encoder and images are never mirrored. lr, and a drop path of 0, are MAE's of this table
+PIXIO = (
+    f"--model pixio_tiny_patch16_256 --model_kwargs {ENCODER} decoder_embed_dim=96 decoder_depth=6 "
+    "decoder_num_heads=3 --patch_size {patch} --mask_grid 2 --num_cls_tokens 4 --norm_pix_loss "
+    "--hflip 0 --lr 2e-3 --opt_betas 0.9 0.95"
+)
+PIXIO_CLASSIFIER = (
+    f"--model vit_tiny_patch16_224 --model_kwargs {ENCODER} num_cls_tokens=4 pos_embed=learned "
+    "--patch_size {patch}"
+)
+# the ema of its recipe would still be the random weights after so few steps: 0.9999^546 is 0.95
+NEPA = (
+    f"--model nepa_tiny_patch14_224 --model_kwargs {ENCODER} --patch_size {{patch}} --lr 2e-3 "
+    "--opt_betas 0.9 0.95 --clip_grad 1 --train_interpolation bilinear"
+)
+NEPA_CLASSIFIER = (
+    f"--model rope_vit_tiny_patch14_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+)
 METHODS = {
     "random": Method("random weights"),
     "conmim": Method("ConMIM", CONMIM, CONMIM_CLASSIFIER, length="small_batches"),
@@ -163,6 +183,12 @@ METHODS = {
     "a2mim_resnet18": Method(
         "A2MIM, ResNet-18", f"--model a2mim_resnet18 {MIM_RESNET}", RESNET, length="mim"
     ),
+    "random_pixio": Method(
+        "random weights, Pixio's ViT of 4 class tokens", classifier=PIXIO_CLASSIFIER
+    ),
+    "pixio": Method("Pixio, squares of 2 x 2 patches", PIXIO, PIXIO_CLASSIFIER),
+    "random_nepa": Method("random weights, NEPA's rotary ViT", classifier=NEPA_CLASSIFIER),
+    "nepa": Method("NEPA", NEPA, NEPA_CLASSIFIER),
 }
 
 
@@ -184,6 +210,11 @@ UNPUBLISHED = {
         f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8 --target pixels "
         "--norm_pix_loss",
         length="medium",
+    ),
+    "semmae_hog": Method(
+        "SemMAE, k-means parts, HOG",
+        f"--model semmae_tiny_patch16_224 {MAE} --target hog",
+        parts="kmeans",
     ),
     "conmim_parts": Method(
         "ConMIM, k-means parts",

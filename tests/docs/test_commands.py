@@ -213,7 +213,9 @@ def test_every_other_command_is_there_and_takes_its_flags(command):
     elif program in LAUNCHERS:
         assert words[0] == "-m"
         importlib.import_module(words[1])
-    elif program.startswith(("analysis/", "semantic_segmentation/")) and program.endswith(".py"):
+    elif program == "run_robustness.py" or re.match(
+        "(analysis|semantic_segmentation)/.*py$", program
+    ):
         importlib.import_module(program.removesuffix(".py").replace("/", ".")).parse(words)
     else:
         text = (ROOT / program).read_text()

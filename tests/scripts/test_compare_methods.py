@@ -110,6 +110,22 @@ def test_tables_are_written_into_a_page_and_differences_are_paired(table, tmp_pa
     assert "no table is called 'nothing'; use accuracies 7 epochs" in capsys.readouterr().err
 
 
+def test_unpublished_points_stand_in_tables_of_their_own_beside_what_differs_in_one_choice(table):
+    rows = plot_comparison.read_rows(table, None, [7])
+    row = {"knn_acc1": "49", "linear_acc1": "46", "finetune_acc1": "47", "pretrain_loss": "0.5"}
+    rows.append({"data": "cifar10", "method": "mae_spectra", "seed": "0", "epochs": "7"} | row)
+    before = plot_comparison.tables(plot_comparison.published(rows))
+    found = plot_comparison.tables(rows)
+    assert found["unpublished 7 epochs"].splitlines()[2:] == [
+        "| MAE, spectra | 1 | 0.500 | 49.0 | 46.0 | 47.0 |"
+    ]
+    # the other seed of MAE has no partner
+    assert found["neighbors 7 epochs"].splitlines()[2:] == [
+        "| MAE, spectra | MAE | +2.0 | -1.0 | +0.0 |"
+    ]
+    assert {name: found[name] for name in before} == before
+
+
 def test_every_network_has_random_weights_to_compare_with():
     random = {method.classifier for method in METHODS.values() if not method.pretrain}
     assert {method.classifier for method in METHODS.values()} == random
