@@ -108,6 +108,8 @@ def small(command: Command, folder: Path) -> list[str]:
             words[at + 1] = str(folder / words[at + 1].lstrip("/$"))
         elif flag == "--discrete_vae_weight_path":
             words[at + 1] = str(TOKENIZER)
+        elif flag == "--teacher" and words[at + 1].endswith(".safetensors"):
+            words[at + 1] = "vit_small_patch14_dinov2"
         elif flag == "--part_maps":
             words[at : at + 2] = ["--part_source", "random"]
         elif flag in ("--num_parts", "--layer_indices"):
