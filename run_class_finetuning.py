@@ -64,6 +64,8 @@ def settle_mean_std(args: Namespace) -> None:
     if not path or args.mean_std_given:
         return
     found = {name: value for name, value in mean_std_flags(path).items() if value is not None}
+    if len(found.get("mean", (0, 0, 0))) not in (3, args.in_chans):
+        return  # the file's images have other channels
     if any(getattr(args, name) != value for name, value in found.items()):
         vars(args).update(found)
         log.info("images are normalized as %s was trained: %s", path, image_mean_std(args))

@@ -55,7 +55,8 @@ from unimim.sizes import Pair, to_pair
 
 cv2.setNumThreads(0)  # the loader's workers are the parallelism
 
-MEAN_STD = {
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+MEAN_STD: dict[str, MeanStd] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
@@ -66,7 +67,7 @@ SMALL_IMAGE = 32
 Sample = dict[str, torch.Tensor]
 
 
-def image_mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_mean_std(args: argparse.Namespace) -> MeanStd:
     """Return mean and std of the channels that the model sees: --mean and --std, else those that
     --imagenet_default_mean_and_std chooses; of gray images one number each.
 

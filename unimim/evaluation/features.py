@@ -25,14 +25,15 @@ from modeling_finetune import (
     create_model,
     input_size_of,
 )
-from unimim.checkpoint.files import load_checkpoint, save_checkpoint, takes_imagenet_mean_std
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint
 from unimim.checkpoint.loading import class_tokens, load_pretrained
+from unimim.checkpoint.runs import trained_mean_std
 from unimim.cli.models import check_is_classifier, warn_of_other_variant
 from unimim.cli.options import given, model_kwargs
 from unimim.data.channels import kept_channels
 from unimim.data.files import Key
 from unimim.data.preparation import DROP
-from unimim.data.views import EvalTransform, image_mean_std
+from unimim.data.views import MEAN_STD, EvalTransform, image_mean_std
 from unimim.engine.distributed import barrier, from_first_rank, reduce_sum
 from unimim.engine.monitor import Progress
 from unimim.engine.runner import AUTOCAST_DTYPES
@@ -171,15 +172,29 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
         network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
     )
     log.info("%s", found)
-    said, ours = takes_imagenet_mean_std(args.finetune), args.imagenet_default_mean_and_std
-    if said not in (None, ours):
-        log.warning(
-            "%s was trained with %s mean and std: give --%simagenet_default_mean_and_std",
-            args.finetune, "ImageNet's" if said else "0.5 as", "" if said else "no_",
-        )  # fmt: skip
+    warn_of_other_mean_std(args)
     for name in ("norm", "fc_norm", "head.norm"):
         if f"{name}.weight" in found.missing:
             network.set_submodule(name, nn.Identity())
+
+
+def warn_of_other_mean_std(args: Namespace) -> None:
+    """Log which flags normalize images as the checkpoint was trained, if these do not."""
+    said = trained_mean_std(args.finetune)
+    if said in (None, image_mean_std(args)):
+        return
+    if said in MEAN_STD.values():
+        imagenet = said == MEAN_STD["imagenet"]
+        log.warning(
+            "%s was trained with %s mean and std: give --%simagenet_default_mean_and_std",
+            args.finetune, "ImageNet's" if imagenet else "0.5 as", "" if imagenet else "no_",
+        )  # fmt: skip
+        return
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in said)
+    log.warning(
+        "%s was trained with its own mean and std: give --mean %s --std %s",
+        args.finetune, mean, std,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
