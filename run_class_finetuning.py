@@ -4,6 +4,11 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
+if __name__ == "__main__":
+    from unimim.early import end_on_signals
+
+    end_on_signals()
+
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -65,10 +65,6 @@ def build_data(args: Namespace, method: nn.Module) -> DataLoader:
     )
     maps = None
     if "part_ids" in method.views:
-        if args.exif_orientation and args.part_source != "random":
-            raise ValueError(
-                "--exif_orientation turns images, but not their --part_maps; leave it out"
-            )
         maps = partial(part_readers, args, method)
     dataset = build_dataset(
         args,
@@ -123,6 +119,7 @@ def open_parts(
             paths=image_names(source),
             map_file=map_file if args.data_path and map_file.is_file() else None,
         )
+        check_orientation(args, parts)
     elif isinstance(source, PackedSource):
         given = f"--data_path {args.data_path}"
         parts = PackedParts(source)
@@ -138,6 +135,20 @@ def open_parts(
     if parts.num_parts > method.num_parts:
         raise ValueError(f"{given} has {parts.num_parts} parts; use --num_parts {parts.num_parts}")
     return parts
+
+
+def check_orientation(args: Namespace, parts: PartMaps) -> None:
+    """Raise ValueError if either the images or those that the maps were made of are upright."""
+    ours, theirs = getattr(args, "exif_orientation", False), parts.meta.exif_orientation
+    if ours and not theirs:
+        raise ValueError(
+            f"--exif_orientation turns images, but --part_maps {args.part_maps} were made of "
+            "images as the files have them; leave it out, or extract maps with it"
+        )
+    if theirs and not ours:
+        raise ValueError(
+            f"--part_maps {args.part_maps} were made of upright images; use --exif_orientation"
+        )
 
 
 def crop_loader(args: Namespace) -> DataLoader:

@@ -68,8 +68,8 @@ UNNOTICED = {
     "grad_checkpointing", "init", "keep_checkpoints", "log_dir", "log_every", "max_bad_images",
     "max_image_pixels", "max_nonfinite", "model", "momentum", "num_workers", "offload", "opt",
     "opt_betas", "opt_eps", "output_dir", "pin_mem", "recipe", "recompute_gelu", "resume",
-    "resume_copy", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "strict_data",
-    "tracker", "update_freq", "visualize", "visualize_images", "wandb", "zero_stage",
+    "resume_copy", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "stop_status",
+    "strict_data", "tracker", "update_freq", "visualize", "visualize_images", "wandb", "zero_stage",
 }  # fmt: skip
 
 
