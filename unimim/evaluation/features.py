@@ -41,7 +41,7 @@ from unimim.engine.state import RunContext
 from unimim.logs import log
 from unimim.sizes import to_pair
 
-POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
+POOLS, NORMS = ("cls", "avg"), ("trained", "plain", "none")
 CHUNK_ROWS = 2**14  # of features that are worked on at a time
 
 # --------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class ViTBackbone(Backbone):
         check_choice("feature_norm", norm, NORMS)
         self.vit = vit
         self.pool = pool
-        self.plain = norm == "plain"
+        self.kind = norm
         self.dim = vit.embed_dim
         self.image_size = vit.patch_embed.img_size
         self.norms = f"{vit.norm}, {vit.fc_norm}"
@@ -93,12 +93,12 @@ class ViTBackbone(Backbone):
 
         Norms without trained weights are identities here.
         """
-        tokens = tokens if self.plain else self.vit.norm(tokens)
+        tokens = self.vit.norm(tokens) if self.kind == "trained" else tokens
         prefix = self.vit.num_prefix_tokens
         vector = (tokens[:, :prefix] if self.pool == "cls" else tokens[:, prefix:]).mean(1)
-        if self.plain:
+        if self.kind == "plain":
             return F.layer_norm(vector, vector.shape[-1:], eps=1e-6)
-        return vector if self.pool == "cls" else self.vit.fc_norm(vector)
+        return self.vit.fc_norm(vector) if (self.kind, self.pool) == ("trained", "avg") else vector
 
 
 class MapBackbone(Backbone):
@@ -122,8 +122,10 @@ def build_backbone(args: Namespace) -> Backbone:
     network = build_network(args)
     if isinstance(network, VisionTransformer):
         return ViTBackbone(network, args.pool, args.feature_norm)
-    if args.feature_norm == "plain":
-        raise ValueError(f"--feature_norm plain is for ViTs, not for --model {args.model}")
+    if args.feature_norm != "trained":
+        raise ValueError(
+            f"--feature_norm {args.feature_norm} is for ViTs, not for --model {args.model}"
+        )
     size = to_pair(args.input_size or input_size_of(args.model))
     return MapBackbone(network, size, args.in_chans or 3)
 
