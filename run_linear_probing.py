@@ -7,6 +7,11 @@ run is put together in unimim/evaluation/probing.py.
 
 from argparse import Namespace
 
+if __name__ == "__main__":
+    from unimim.early import end_on_signals
+
+    end_on_signals()
+
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from engine_for_pretraining import train
 from unimim.engine.setup import launch

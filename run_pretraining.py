@@ -2,6 +2,11 @@
 
 from argparse import Namespace
 
+if __name__ == "__main__":
+    from unimim.early import end_on_signals
+
+    end_on_signals()
+
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from engine_for_pretraining import train
 from optim_factory import param_groups
@@ -28,6 +33,8 @@ def main(args: Namespace) -> None:
     if method.teacher is not None:
         method.teacher.to(context.device)
     run, position = start_training(context, method, loader, groups)
+    if evaluation:
+        evaluation.follow(run)
     train(run, position, after_epoch=evaluation.after_epoch if evaluation else lambda position: {})
     run.session.log_encoder()
 

@@ -8,6 +8,11 @@ run_pretraining.py takes.
 from argparse import Namespace
 from functools import partial
 
+if __name__ == "__main__":
+    from unimim.early import end_on_signals
+
+    end_on_signals()
+
 from torch.utils.data import DataLoader
 
 from engine_for_pretraining import train

@@ -13,6 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from unimim.early import end_on_signals
+
+    end_on_signals()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,12 +26,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from datasets import EvalBatchSampler, ImageDataset, build_loader
 from engine_for_pretraining import train
 from modeling_finetune import VisionTransformer
-from unimim.checkpoint.loading import load_pretrained
+from unimim.checkpoint.loading import check_finite, load_pretrained
 from unimim.cli import options
 from unimim.cli.flags import add_engine_flags, add_loader_flags, add_optimizer_flags, add_run_flags
 from unimim.cli.options import derived, parse_flags, report
@@ -55,6 +60,7 @@ CLASSES = (
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 ADE_CLASSES = 150
+VOC = "data/VOCdevkit/VOC2012"  # where mmsegmentation, too, looks for it
 IGNORED = 255
 CROP_SCALE = (0.8, 1.0)
 
@@ -368,7 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_network_flags(parser)
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data_path", default=None,
+        "--data_path", default=VOC,
         help="VOC2012 (JPEGImages, SegmentationClass(Aug), ImageSets) or ADEChallengeData2016 "
         "(images, annotations)",
     )  # fmt: skip
@@ -410,8 +416,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def validate(args: Namespace) -> None:
-    if args.data_path is None:
-        raise ValueError("--data_path must name VOC's folder VOC2012, or ADE20K's")
     if args.nb_classes is None:
         args.nb_classes = ADE_CLASSES if is_ade20k(Path(args.data_path)) else len(CLASSES)
     for name in ("nb_classes", "train_mask_size", "eval_size", "val_batch_size", "val_freq"):
@@ -464,6 +468,10 @@ def build_data(args: Namespace, backbones: dict[str, Backbone]) -> dict[str, Ima
     """Return the data sets "train" (VOC's is trainaug, with its augmented masks first) and
     "val"."""
     root = Path(args.data_path)
+    if not root.is_dir():
+        raise ValueError(
+            f"--data_path {root} is not a folder; use VOC's folder VOC2012, or ADE20K's"
+        )
     if is_ade20k(root):
         splits = {"train": "training", "val": "validation"}
         data = {
@@ -500,6 +508,7 @@ def main(args: Namespace) -> VocRow | None:
         if origin is None:
             raise ValueError("--eval needs a checkpoint: --resume FILE")
         origin.load_weights(head, None, "average")
+        check_finite(head, origin.path)
         return evaluator(origin.state["epoch"])
     loader = train_loader(args, data["train"])
     sizes = (

@@ -12,7 +12,7 @@ python=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 common=(--data_set IMNET --data_path "$data" --input_size 32 --patch_size 4 --layer_scale_init_value 0.1
-  --imagenet_default_mean_and_std --batch_size 64 --precision bf16 --num_workers 0 --seed "$seed")
+  --imagenet_default_mean_and_std --batch_size 64 --precision bf16 --num_workers 0 --seed "$seed" --stop_status 75)
 size=(embed_dim=128 depth=4 num_heads=4)
 
 "$python" run_pretraining.py --model conmim_tiny_patch16_224 "${common[@]}" --model_kwargs "${size[@]}" \

@@ -104,10 +104,11 @@ def save_square(
 
 
 def run(command: str) -> None:
-    """Run `python COMMAND` in the repository on one core."""
+    """Train by `python COMMAND` in the repository on one core."""
     print(f"$ python {command}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=environment, check=True)
+    words = [*shlex.split(command), "--stop_status", "75"]  # a stopped run is no reason to go on
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
 
 
 def train(folder: Path, fast: bool) -> None:

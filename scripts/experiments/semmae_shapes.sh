@@ -13,7 +13,8 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-common=(--data_set shapes ${SHAPES:+--data_path "$SHAPES"} --input_size 64 --num_workers 0 --imagenet_default_mean_and_std)
+common=(--data_set shapes ${SHAPES:+--data_path "$SHAPES"} --input_size 64 --num_workers 0 --imagenet_default_mean_and_std
+  --stop_status 75)
 autoencoder=(--patch_size 8 --batch_size 64 --epochs 30 --warmup_epochs 3 --lr 2e-3 --norm_pix_loss --crop_scale 0.2 1.0
   --model_kwargs embed_dim=192 depth=6 num_heads=3 decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3
   --save_ckpt_freq 1000)

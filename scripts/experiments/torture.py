@@ -4,8 +4,9 @@
 
 Every kind of trial is described by a function below; what it must answer is in its docstring. Runs
 are the real commands in children of this interpreter, which has the imports done; launchers are
-started as a user starts them. All that is random follows from --seed. Prints a table: kind, tried,
-held, failed; the exit status is 1 if anything failed.
+started as a user starts them. What is random follows from --seed, but for the moments of kills,
+which depend on the machine's speed, too. Prints a table: kind, tried, held, failed; the exit status
+is 1 if anything failed.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -31,6 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import deepspeed  # noqa: F401  (runs are forked with it)
 import numpy as np
 import torch
 from PIL import Image
@@ -46,11 +49,11 @@ from unimim.data.part_maps import SCORES, PartMaps, PartMapWriter, PartMeta
 from unimim.data.sources import map_source
 from unimim.engine.deepspeed import read_deepspeed_config
 from unimim.engine.distributed import free_port
-from unimim.engine.setup import STOPPED
 from unimim.evaluation.features import read_cache
 
 HANG_SECONDS = 60  # of one damaged input; a run has ten times that
 MORE_MEMORY = 2**31  # bytes that a damaged input may take
+STOPPED = 75  # what runs end with that a signal stopped, as they are told
 
 
 def words(text: str) -> list[str]:
@@ -60,14 +63,57 @@ def words(text: str) -> list[str]:
 TINY = words(
     "--model mae_tiny_patch16_224 --data_set digits --input_size 16 --patch_size 4 --device cpu "
     "--batch_size 64 --epochs 2 --warmup_epochs 0 --save_ckpt_steps 4 --save_ckpt_freq 1 "
-    "--log_every 4 --model_kwargs embed_dim=32 depth=2 num_heads=2 decoder_embed_dim=24 "
-    "decoder_depth=1 decoder_num_heads=2"
+    f"--log_every 4 --stop_status {STOPPED} --model_kwargs embed_dim=32 depth=2 num_heads=2 "
+    "decoder_embed_dim=24 decoder_depth=1 decoder_num_heads=2"
+)
+TEACHER = words(
+    "--model conmim_tiny_patch16_224 --data_set digits --input_size 16 --patch_size 4 --device cpu "
+    "--batch_size 64 --epochs 2 --warmup_epochs 0 --save_ckpt_steps 4 --save_ckpt_freq 1 "
+    f"--log_every 4 --stop_status {STOPPED} --model_kwargs embed_dim=32 depth=2 num_heads=2 "
+    "projector_hidden_dim=32"
+)
+LINEAR = words(
+    "--model vit_tiny_patch16_224 --data_set digits --input_size 16 --patch_size 4 --device cpu "
+    "--batch_size 64 --epochs 2 --warmup_epochs 0 --save_ckpt_steps 4 --save_ckpt_freq 1 "
+    f"--log_every 4 --stop_status {STOPPED} --lr 0.1 "
+    "--model_kwargs embed_dim=32 depth=2 num_heads=2"
 )
 FINETUNE = words(
     "--model beit_tiny_patch16_224 --data_set digits --input_size 16 --patch_size 4 --device cpu "
     "--batch_size 64 --epochs 2 --warmup_epochs 0 --save_ckpt_steps 4 --save_ckpt_freq 1 "
-    "--log_every 4 --model_ema --mixup 0.8 --model_kwargs embed_dim=32 depth=2 num_heads=2"
+    f"--log_every 4 --stop_status {STOPPED} --model_ema --mixup 0.8 "
+    "--model_kwargs embed_dim=32 depth=2 num_heads=2"
 )
+
+
+# What a launcher starts: the script, which leaves its log and its exit status in files.
+RANK = """
+import os, runpy, sys
+rank, folder, own, end_at_once = os.environ["RANK"], {folder!r}, os.getpid(), os._exit
+
+def note(code):
+    with open(folder + f"/code-{{rank}}", "w") as file:
+        file.write(str(code))
+
+def end(code):
+    if os.getpid() == own:  # no worker
+        note(code)
+    end_at_once(code)
+
+log = os.open(folder + f"/rank-{{rank}}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(log, 1)
+os.dup2(log, 2)
+os._exit = end
+sys.argv[0] = {root!r} + "/run_pretraining.py"
+sys.path.insert(0, {root!r})
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    note(0)
+except SystemExit as found:
+    note(found.code or 0)
+    raise
+"""
+SAVED = "epoch 0 [ 8/"
 
 
 @dataclass
@@ -437,6 +483,12 @@ class Run:
         unborn = not self.output()
         return [STOPPED if code == -signal.SIGTERM and unborn else code for code in found]
 
+    def waits_for(self, happened: Callable[[], object], seconds: float) -> None:
+        """Wait until something has happened, a rank has ended, or the time is over."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not happened() and all(stat_of(pid) for pid in self.pids):
+            time.sleep(0.003)
+
     def reaches(self, text: str, seconds: float = 2 * HANG_SECONDS) -> bool:
         """Wait until the log has a text; return whether it came."""
         end = time.monotonic() + seconds
@@ -463,6 +515,15 @@ def unlike(ours: Path, theirs: Path) -> str | None:
     return f"left behind: {left}" if left else None
 
 
+def disorder(run: Run, codes: list[int | None], number: int) -> str | None:
+    """Return what was wrong with how a run ended after a signal, or None."""
+    if None in codes:
+        return "still there after 30 seconds"
+    if number == signal.SIGTERM and not set(codes) <= {0, STOPPED}:
+        return f"exit status {codes}: {run.output()[-300:]}"
+    return f"traceback: {run.output()[-600:]}" if "Traceback" in run.output() else None
+
+
 def in_one_sentence(run: Run, codes: list[int | None], *words: str) -> str | None:
     """Return why a run did not end with status 1 and one sentence that has the words, or None."""
     output = run.output()
@@ -487,8 +548,15 @@ class Laboratory:
         self.flags = {
             "pretrain": ("run_pretraining.py", [*TINY, "--num_workers", "0"], 1),
             "pretrain, 2 workers": ("run_pretraining.py", [*TINY, "--num_workers", "2"], 1),
+            "pretrain, a teacher": ("run_pretraining.py", [*TEACHER, "--num_workers", "0"], 1),
             "fine-tune": ("run_class_finetuning.py", [*FINETUNE, "--num_workers", "1"], 1),
+            "linear probe": ("run_linear_probing.py", [*LINEAR, "--num_workers", "0"], 1),
             "pretrain, 2 ranks": ("run_pretraining.py", [*TINY, "--num_workers", "0"], 2),
+            "pretrain, ZeRO 2 on 2 ranks": (
+                "run_pretraining.py",
+                [*TINY, "--num_workers", "0", "--enable_deepspeed", "--zero_stage", "2"],
+                2,
+            ),
         }
         self.data = folder / "data"
         self.data.mkdir()
@@ -518,26 +586,53 @@ class Laboratory:
 
     # -- kills and signals
 
-    def kills(self, kind: str, number: int = signal.SIGKILL) -> Iterator[str | None]:
-        """A run that is killed at random moments, or asked to stop, ends as one that was not."""
+    def kills(self, kind: str, count: int, number: int = signal.SIGKILL) -> Iterator[str | None]:
+        """A run that is killed up to four times, or asked to stop, ends as one that was not.
+
+        Yields an outcome for each signal that came before the end of its run, `count` in all.
+        """
         whole, seconds = self.uninterrupted(kind)
-        folder = self.new()
-        for _ in range(3):
-            run = self.start(kind, folder)
-            time.sleep(self.rng.uniform(0.1, seconds * 0.8))
-            run.kill(number)
-            codes = run.wait(30 if number == signal.SIGTERM else 10)
-            if None in codes:
-                yield "still there after 30 seconds"
-            elif number == signal.SIGTERM and not set(codes) <= {0, STOPPED}:
-                yield f"exit status {codes}: {run.output()[-300:]}"
-            elif "Traceback" in run.output():
-                yield f"traceback: {run.output()[-600:]}"
-            else:
-                yield None
-        run = self.start(kind, folder)
-        codes = run.wait()
-        yield unlike(folder, whole) if set(codes) == {0} else run.output()[-600:]
+        while count > 0:
+            folder = self.new()
+            hits = 0
+            problem = None
+            for _ in range(min(4, count)):
+                run = self.start(kind, folder)
+                self.await_moment(run, folder, seconds)
+                run.kill(number)
+                codes = run.wait(30)
+                problem = disorder(run, codes, number)
+                if problem or set(codes) == {0}:
+                    break
+                hits += 1
+            if not problem:
+                run = self.start(kind, folder)
+                codes = run.wait()
+                problem = unlike(folder, whole) if set(codes) == {0} else run.output()[-600:]
+            count -= max(hits, 1)
+            yield from [None] * (hits - 1)
+            if hits or problem:
+                yield problem
+            if not problem:
+                shutil.rmtree(folder)
+
+    def await_moment(self, run: Run, folder: Path, seconds: float) -> None:
+        """Wait for any moment of a run, or for one of those at which much happens."""
+        temporary = set(folder.glob(".*.tmp"))
+        saved = set(folder.glob("*.pth"))
+        last = r"\[ *(\d+)/\1[\] ]"
+        moments = {
+            "any": lambda: False,
+            "start": lambda: False,
+            "while saving": lambda: set(folder.glob(".*.tmp")) - temporary,
+            "after a save": lambda: set(folder.glob("*.pth")) - saved,
+            "end of an epoch": lambda: re.search(last, run.output()),
+        }
+        moment = self.rng.choice(list(moments))
+        shares = {"any": (0.0, 0.7), "start": (0.0, 0.3)}
+        limit = self.rng.uniform(*shares[moment]) if moment in shares else 2
+        run.waits_for(moments[moment], 0.02 + limit * seconds)
+        time.sleep(self.rng.choice((0, 0.002, 0.02)))
 
     def rank_killed(self) -> str | None:
         """When one of two ranks is killed, the other one says so and ends within 60 seconds."""
@@ -635,18 +730,33 @@ class Laboratory:
 
     # -- launchers
 
-    def launched(self, launcher: str, whom: str) -> str | None:
-        """SIGTERM to a launcher, to its group or to one rank: saved, and all gone in 30 seconds."""
+    def launched(
+        self, launcher: str, whom: str, number: int = signal.SIGTERM, *, at_start: bool = False
+    ) -> str | None:
+        """A signal to a launcher, to its group or to one rank: saved, the ranks end with 0, and all
+        processes are gone in 30 seconds.
+
+        At the start there is nothing to save. The status of the launcher's own command is printed.
+        """
         folder = self.new()
+        folder.mkdir()
+        program = folder / "rank.py"
+        program.write_text(RANK.format(root=str(ROOT), folder=str(folder)))
         flags = [*TINY, "--num_workers", "1", "--epochs", "500", "--output_dir", str(folder)]
+        flags += ["--stop_status", "0"]
         commands = {
             "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2"],
             "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
         }
         port = ["--master_port", str(free_port())]
         zero = ["--enable_deepspeed", "--zero_stage", "1"] if launcher == "deepspeed" else []
-        command = [sys.executable, *commands[launcher], *port, str(ROOT / "run_pretraining.py")]
+        command = [sys.executable, *commands[launcher], *port, str(program)]
         log = folder.with_name(f"{folder.name}.log")
+        logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+
+        def said() -> str:
+            return "".join(log.read_text(errors="replace") for log in logs if log.exists())
+
         bin_folder = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         with open(log, "w") as output:
             process = subprocess.Popen(
@@ -657,32 +767,41 @@ class Laboratory:
         tree = {}
         try:
             end = time.monotonic() + 180
-            while "epoch 0 [ 8/" not in log.read_text(errors="replace"):
+            began = (lambda: all(map(Path.exists, logs))) if at_start else lambda: SAVED in said()
+            while not began():
                 if process.poll() is not None or time.monotonic() > end:
-                    return f"did not start: {log.read_text(errors='replace')[-300:]}"
+                    return f"did not start: {log.read_text(errors='replace')[-300:]}{said()[-300:]}"
                 time.sleep(0.1)
+            time.sleep(self.rng.uniform(0, 4 if at_start else 0.5))
             tree = tree_of(process.pid)
             ranks = ranks_of(tree)
             if len(ranks) != 2:
                 return f"ranks {ranks} among {tree}"
             if whom == "launcher":
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
             elif whom == "group":
-                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, number)
             else:
-                os.kill(self.rng.choice(ranks), signal.SIGTERM)
+                os.kill(self.rng.choice(ranks), number)
             end = time.monotonic() + 30
             while left := left_of(tree):
                 process.poll()
                 if time.monotonic() > end:
-                    return f"still there: {left}"
+                    return f"still there: {left}: {said()[-300:]}"
                 time.sleep(0.1)
-            said = log.read_text(errors="replace")
-            if "stopped by" not in said or "after step" not in said:
-                return f"no orderly stop: {said[-600:]}"
-            if "Traceback" in said.partition("stopped by")[0]:
-                return f"traceback: {said[-600:]}"
-            return None if list(folder.glob("checkpoint-0-*.pth")) else "nothing was saved"
+            notes = [folder / f"code-{rank}" for rank in range(2)]
+            codes = [note.read_text() if note.exists() else "none" for note in notes]
+            print(
+                f"{launcher}, {signal.Signals(number).name} to the {whom}: ranks {codes}, "
+                f"the command {process.wait()}",
+                flush=True,
+            )
+            if ("stopped by" if at_start else "after step") not in said():
+                return f"no orderly stop: {said()[-600:]}"
+            if "Traceback" in said() or codes != ["0", "0"]:
+                return f"ranks end with {codes}: {said()[-600:]}"
+            saved = at_start or list(folder.glob("checkpoint-0-*.pth"))
+            return None if saved else "nothing was saved"
         finally:
             for pid in left_of(tree or tree_of(process.pid)):
                 os.kill(pid, signal.SIGKILL)
@@ -720,7 +839,7 @@ def ranks_of(tree: dict[int, str]) -> list[int]:
 
     def trains(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-        return any(word.endswith("run_pretraining.py") for word in words[1:4])
+        return any(word.endswith("rank.py") for word in words[1:4])
 
     return [pid for pid in left_of(tree) if trains(pid) and not trains(int(stat_of(pid)[1]))]
 
@@ -729,17 +848,20 @@ def ranks_of(tree: dict[int, str]) -> list[int]:
 # All of it
 
 
-def trials_of_runs(laboratory: Laboratory) -> dict[str, Callable[[], Iterator[str | None]]]:
+def trials_of_runs(
+    laboratory: Laboratory, kills: int
+) -> dict[str, Callable[[], Iterator[str | None]]]:
     """Return what gives the outcomes of a round of trials, by the kinds of the table."""
+    each = -(-kills // len(laboratory.flags))
 
-    def once(trial: Callable, *arguments: str) -> Callable[[], Iterator[str | None]]:
-        return lambda: iter([trial(*arguments)])
+    def once(trial: Callable, *arguments: object, **options: object) -> Callable:
+        return lambda: iter([trial(*arguments, **options)])
 
     found: dict[str, Callable[[], Iterator[str | None]]] = {}
     for kind in laboratory.flags:
-        found[f"SIGKILL: {kind}"] = lambda kind=kind: laboratory.kills(kind)
+        found[f"SIGKILL: {kind}"] = lambda kind=kind: laboratory.kills(kind, each)
     for kind in laboratory.flags:
-        found[f"SIGTERM: {kind}"] = lambda kind=kind: laboratory.kills(kind, signal.SIGTERM)
+        found[f"SIGTERM: {kind}"] = lambda kind=kind: laboratory.kills(kind, 3, signal.SIGTERM)
     found |= {
         "one of 2 ranks killed": once(laboratory.rank_killed),
         "a worker killed": once(laboratory.worker_killed),
@@ -754,6 +876,12 @@ def trials_of_runs(laboratory: Laboratory) -> dict[str, Callable[[], Iterator[st
         for whom in ("launcher", "group", "rank"):
             name = f"SIGTERM: {launcher}, to the {whom}"
             found[name] = once(laboratory.launched, launcher, whom)
+        found[f"SIGINT: {launcher}, to the group"] = once(
+            laboratory.launched, launcher, "group", signal.SIGINT
+        )
+        found[f"SIGTERM at the start: {launcher}, to the launcher"] = once(
+            laboratory.launched, launcher, "launcher", at_start=True
+        )
     return found
 
 
@@ -769,6 +897,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing new begins")
     parser.add_argument("--inputs", type=int, default=2000, help="damaged inputs, of all kinds")
+    parser.add_argument("--kills", type=int, default=28, help="of runs in a round, of all kinds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only",
@@ -801,7 +930,7 @@ def torture(args: Namespace, end: float) -> list[Tally]:
             if time.monotonic() < end:
                 try_inputs(tallies[kind], trial, args.seed, first, min(first + 100, each))
     with scratch() as folder:
-        runs = trials_of_runs(Laboratory(folder, args.seed))
+        runs = trials_of_runs(Laboratory(folder, args.seed), args.kills)
         runs = {kind: trials for kind, trials in runs.items() if chosen(kind)}
         for _ in range(args.rounds if runs else 0):
             for kind, trials in runs.items():
@@ -809,6 +938,8 @@ def torture(args: Namespace, end: float) -> list[Tally]:
                     return list(tallies.values())
                 for problem in trials():
                     tallies.setdefault(kind, Tally(kind)).add(problem)
+                    if time.monotonic() > end:
+                        break
     return list(tallies.values())
 
 

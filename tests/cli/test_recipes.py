@@ -661,6 +661,8 @@ def test_other_data_sets_of_mae() -> None:
     assert by_name("mae_large_finetune_inat18").starts_from == "mae_large_pretrain"
     own = by_name("semmae_base_patch8_finetune_cub")
     assert not own.is_published and own.starts_from == "semmae_base_patch8_pretrain"
+    small = by_name("finetune_small_dataset")
+    assert small.flags == own.flags and "--nb_classes" not in launch_command(small, PLACES)
     assert "86.5 on CUB" in own.note and "86.5" not in by_name("mae_base_finetune_cars").note
 
 
@@ -678,4 +680,7 @@ def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:
     }
     semantic |= {"beit_abs_pos_base_pretrain", "maskfeat_base_finetune", "maskfeat_base_linear"}
     others = {"conmim_large_pretrain", "conmim_base_finetune", "pixio_huge_pretrain"}
-    assert verified == others | semaim | semantic
+    mae = {
+        f"mae_{size}_{stage}" for size in ("base", "large", "huge") for stage in (*STAGES, "linear")
+    }
+    assert verified == others | mae | semaim | semantic

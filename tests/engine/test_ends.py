@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 
 import pytest
 from helpers import ROOT, own_signals
 
-from unimim.engine.distributed import free_port, launcher_words, parent_of
+from unimim.early import launcher_words, parent_of, status_among
+from unimim.engine.distributed import free_port
 from unimim.engine.setup import launch
 from unimim.errors import explain
 from unimim.logs import setup_logging
@@ -89,12 +91,22 @@ def test_the_log_takes_any_name_and_a_closed_output(closed):
     assert result.stdout == (b"" if closed else b"\\udcff.jpg \\u4e2d\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_before_the_first_step_ends_in_order(number):
+@pytest.mark.parametrize(
+    ("number", "flags", "status"),
+    [
+        (signal.SIGTERM, {"stop_status": 0, "eval": False}, 0),
+        (signal.SIGINT, {"stop_status": 75}, 75),
+        (signal.SIGUSR1, {}, 75),
+        (signal.SIGTERM, {"stop_status": 0, "eval": True}, 75),
+    ],
+    ids=["training", "as told", "no training", "evaluation"],
+)
+def test_a_signal_before_the_first_step_ends_in_order(number, flags, status):
+    """What is left undone is begun anew by the same command, unless it trains: 75."""
     program = (
         "import time\nfrom argparse import Namespace\nfrom unimim.engine.setup import launch\n"
         "def main(args):\n    print('ready', flush=True)\n    time.sleep(60)\n"
-        "launch(main, Namespace())"
+        f"launch(main, Namespace(**{flags}))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -104,7 +116,21 @@ def test_a_signal_before_the_first_step_ends_in_order(number):
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert said == f"stopped by {number.name} before the first step\n"
-    assert process.returncode == os.EX_TEMPFAIL
+    assert process.returncode == status
+
+
+def test_a_script_leaves_the_signals_as_it_found_them():
+    """As do many in one process, in the demo and in tests; no thread waits for ever."""
+
+    def main(_):
+        seen.append((signal.getsignal(signal.SIGTERM), threading.active_count()))
+
+    seen = []
+    before = signal.getsignal(signal.SIGTERM), threading.active_count()
+    for _ in range(2):
+        launch(main, Namespace())
+        assert (signal.getsignal(signal.SIGTERM), threading.active_count()) == before
+    assert seen[0] == seen[1] and seen[0][0] != before[0] and seen[0][1] == before[1] + 1
 
 
 def test_a_signal_ends_a_rank_that_waits_for_the_others():
@@ -126,6 +152,27 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others():
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[0] == "stopped by SIGTERM before the first step\n"
     assert process.returncode == os.EX_TEMPFAIL
+
+
+@pytest.mark.parametrize(("words", "status"), [((), 0), (("--stop_status", "75"), 75)])
+def test_a_signal_during_the_imports_ends_in_order(tmp_path, words, status):
+    """The script hangs in its first heavy import."""
+    (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_pretraining.py"), *words],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[0] == "stopped by SIGINT before the first step\n"
+    assert process.returncode == status
+
+
+def test_the_status_is_read_before_the_flags_are():
+    assert status_among(["--epochs", "3"]) == status_among(["--stop_status", "x"]) == 0
+    assert status_among(["--stop_status", "1", "--stop_status=75", "--seed", "1"]) == 75
+    assert status_among(["--eval"]) == 75
 
 
 def test_launchers_are_told_from_other_parents():

@@ -12,7 +12,7 @@ from helpers import ROOT, environment
 from unimim.engine.distributed import free_port
 
 RANK = """
-import os, sys, time
+import os, signal, sys, time
 from argparse import Namespace
 import torch.distributed as dist
 from unimim.engine import setup
@@ -23,11 +23,13 @@ from unimim.logs import setup_logging
 def main(args):
     dist.init_process_group("gloo")
     setup_logging(dist.get_rank())
-    watch_peers()
+    watch_peers(stop_status=0)
     print("ready", flush=True)
     if args.what == "error" and dist.get_rank() == 1:
         time.sleep(0.5)
         raise ValueError("a mistake of mine")
+    if args.what == "stop" and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
     if args.what == "leave":
         time.sleep(dist.get_rank() * 0.7)  # one after the other
         return
@@ -36,7 +38,7 @@ def main(args):
     while True:
         dist.barrier()
 
-setup.launch(main, Namespace(what=sys.argv[1]))
+setup.launch(main, Namespace(what=sys.argv[1], stop_status=0))
 """
 
 
@@ -83,6 +85,16 @@ def test_a_rank_with_a_mistake_of_its_own_says_so_and_ends_all():
     for output in (outputs[0], outputs[2]):
         assert "has ended with an error, so this one ends too" in output, output
     assert [process.returncode for process in ranks] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_before_its_first_step_stops_all():
+    ranks = start_ranks("stop")
+    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    assert outputs[1] == "[rank 1] stopped by SIGTERM before the first step\n"
+    said = "was stopped by a signal before its first step, so this one ends too"
+    assert said in outputs[0] and "error" not in outputs[0] and outputs[2] == ""
+    assert [process.returncode for process in ranks] == [0, 0, 0]
 
 
 @pytest.mark.slow

@@ -36,9 +36,19 @@ def test_a_stopped_run_is_queued_again_and_no_other(tmp_path, status, queued):
     assert done.returncode == status, done.stderr
     assert lines[:2] == [
         "activated",
-        f"srun {ROOT} --kill-on-bad-exit=1 python run_pretraining.py --seed a b",
+        f"srun {ROOT} --kill-on-bad-exit=1 python run_pretraining.py --seed a b --stop_status 75",
     ]
     assert lines[2:] == (["scontrol requeue 12"] if queued else [])
+
+
+def test_only_what_trains_is_told_a_status(tmp_path):
+    job = {"SLURM_JOB_ID": "12", "SLURM_SUBMIT_DIR": str(ROOT)}
+    trains = {path.name for path in ROOT.glob("run_*.py")} - {"run_knn.py"}
+    for script in (*trains, "semantic_segmentation/voc_linear_probe.py"):
+        done = slurm(tmp_path, 0, script, **job)
+        assert done.stdout.endswith(f"python {script} --stop_status 75\n")
+    for script in ("run_knn.py", "semantic_segmentation/train.py", "analysis/cka.py"):
+        assert slurm(tmp_path, 0, script, **job).stdout.endswith(f"python {script}\n")
 
 
 def test_it_says_how_it_is_started(tmp_path):
@@ -58,3 +68,24 @@ def test_the_dockerfile_takes_the_versions_of_the_requirements():
     for name, command in found:
         done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
         assert f"{name}{done.stdout.strip()}" in required
+    ignored = (ROOT / "scripts/tools/Dockerfile.dockerignore").read_text().splitlines()
+    assert ".venv" in ignored and not {"requirements.txt", "tests", ".git"} & set(ignored)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "asked"),
+    [("", "test JOBS=3"), ("not slow", "-m 'not slow' test JOBS=3"), ("none", "")],
+)
+def test_the_dockerfile_runs_make_test(chosen, asked, tmp_path):
+    """Its own command, with programs that only print what they are asked for."""
+    (tmp_path / ".venv").mkdir()
+    for name, line in (("make", 'echo "$PYTEST_ADDOPTS $*"'), ("nproc", "echo 3")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    text = (ROOT / "scripts/tools/Dockerfile").read_text()
+    command = re.search(r"^RUN (touch .*?fi)$", text, re.M | re.S)[1].replace("\\\n", " ")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TESTS": chosen}
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, asked), done.stderr

@@ -152,6 +152,16 @@ def unwrapped(
     return tensors
 
 
+def check_finite(network: nn.Module, name: str | Path) -> None:
+    """Raise ValueError if a weight that the file `name` gave a network is not finite."""
+    for key, value in network.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"{name} holds values that are not finite, such as in {key}: its training had "
+                "failed; take an earlier checkpoint"
+            )
+
+
 def restore(
     module: nn.Module,
     state: dict[str, Any],

@@ -10,6 +10,7 @@ from optim_factory import LR_SCHEDULES
 from unimim.cli.parser import FlagParser, ImageSize
 from unimim.data.crops import INTERPOLATIONS
 from unimim.data.jpeg import MAX_IMAGE_PIXELS
+from unimim.data.preparation import ALPHAS, DROP
 from unimim.data.sources import DATA_SETS
 from unimim.errors import OptionError
 from unimim.flag import Flag
@@ -27,6 +28,7 @@ _FLAGS_OF_OPTIONS = {
     "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
     "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type",
     "layer": "layer", "permutation_type": "permutation_type", "in_chans": "in_chans",
+    "kmeans_teacher": "kmeans_teacher",
 }  # fmt: skip
 
 
@@ -78,6 +80,13 @@ class _LearningRate(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         namespace.lr = namespace.blr = None
         setattr(namespace, self.dest, values)
+
+
+def exit_status(text: str) -> int:
+    """Return the number of an exit status; argparse's error for any other text."""
+    if not text.isdecimal() or int(text) > 255:
+        raise argparse.ArgumentTypeError(f"{text} is not an exit status; use 0 to 255")
+    return int(text)
 
 
 def _switch(group, name: str, off: str, *, default: bool | None = True, help: str) -> None:
@@ -171,8 +180,9 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--data_set", default=None,
         choices=DATA_SETS,
-        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; packed: "
-        "SemMAE's .npy samples; None: inferred from --data_path; digits without one",
+        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; hf: parquet files "
+        "of the Hugging Face hub; packed: SemMAE's .npy samples; None: inferred from --data_path; "
+        "digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
@@ -184,6 +194,11 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--exif_orientation", action="store_true", help="turn images as their EXIF data say"
     )
+    group.add_argument(
+        "--alpha", choices=ALPHAS, default=DROP,
+        help="what becomes of an alpha channel: dropped, as in the published code, or the image is "
+        "composited over white or black",
+    )  # fmt: skip
     if stage == "pretrain":
         group.add_argument(
             "--crop_scale",
@@ -207,6 +222,11 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             default="fast",
             help="reference: PIL, as published",
         )
+        group.add_argument(
+            "--decode", choices=("cpu", "gpu"), default="cpu",
+            help="where JPEGs are decoded, cropped, resized and colored; gpu: by nvJPEG, with the "
+            "same crops and masks",
+        )  # fmt: skip
         return
     group.add_argument(
         "--eval_data_path",
@@ -360,6 +380,19 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         group.add_argument(
             "--layer_decay", type=float, default=0.9,
             help="factor of the lr from a block to the one before it",
+        )  # fmt: skip
+        group.add_argument(
+            "--full_last_block", action="store_true",
+            help="--layer_decay begins with the last block but one; the last has the head's lr",
+        )  # fmt: skip
+        group.add_argument(
+            "--head_lr", type=float, default=None,
+            help="peak lr of the head and of the norm before it, never scaled; None: --lr",
+        )  # fmt: skip
+        group.add_argument(
+            "--layer_warmup", action="store_true",
+            help="each layer warms up by itself: one whose lr has the factor f in 1 - f of the "
+            "warm-up, at least one step",
         )  # fmt: skip
         group.add_argument(
             "--disable_weight_decay_on_rel_pos_bias", action="store_true",
@@ -563,6 +596,10 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
         help="fraction of the side that the central crop keeps; None: 0.875, 1 from 384 px",
     )  # fmt: skip
     group.add_argument(
+        "--squash", action="store_true",
+        help="before that crop images get its aspect ratio, in place of their own",
+    )  # fmt: skip
+    group.add_argument(
         "--eval_input_size",
         action=ImageSize,
         default=None,
@@ -682,9 +719,13 @@ def add_run_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--resume",
         default="",
-        help="checkpoint to go on from; a run that SIGTERM, SIGINT or SIGUSR1 stopped has saved "
-        "one and exits with 75",
+        help="checkpoint to go on from; SIGTERM, SIGINT and SIGUSR1 let a run save one and end",
     )
+    group.add_argument(
+        "--stop_status", type=exit_status, default=0, metavar="N",
+        help="exit status of a run that a signal stopped, as its log's last line says; "
+        "75 keeps `pretrain && finetune` from going on, and lets scripts/slurm.sh requeue it",
+    )  # fmt: skip
     if stage == "pretrain":
         group.add_argument(
             "--init",

@@ -6,7 +6,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -43,12 +43,20 @@ from unimim.data.crops import (
     mean_score,
     reference_crop,
 )
-from unimim.data.jpeg import RawImage, decode, decode_pillow, open_picture
+from unimim.data.jpeg import (
+    RawImage,
+    check_pixels,
+    decode,
+    decode_pillow,
+    open_picture,
+    usual_jpeg_size,
+)
 from unimim.sizes import Pair, to_pair
 
 cv2.setNumThreads(0)  # the loader's workers are the parallelism
 
-MEAN_STD = {
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+MEAN_STD: dict[str, MeanStd] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
@@ -59,7 +67,7 @@ SMALL_IMAGE = 32
 Sample = dict[str, torch.Tensor]
 
 
-def image_mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_mean_std(args: argparse.Namespace) -> MeanStd:
     """Return mean and std of the channels that the model sees: --mean and --std, else those that
     --imagenet_default_mean_and_std chooses; of gray images one number each.
 
@@ -174,6 +182,25 @@ class PretrainTransform:
         rng: np.random.Generator,
         maps: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> Sample:
+        return self._sample(self.apply, raw, rng, maps)
+
+    def leave_jpeg(
+        self,
+        raw: RawImage,
+        rng: np.random.Generator,
+        maps: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Return the same sample, of most JPEGs with "undecoded", an `UndecodedJpeg`, in place of
+        the images."""
+        return self._sample(_leave_jpeg, raw, rng, maps)
+
+    def _sample(
+        self,
+        apply: Callable[..., "Views"],
+        raw: RawImage,
+        rng: np.random.Generator,
+        maps: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
         # The image's views.
         draw = functools.partial(
             draw_view,
@@ -185,12 +212,14 @@ class PretrainTransform:
             second=self.second_interpolation,
             hflip=self.hflip,
         )
-        made = self.apply(raw, draw, self.size, self.second_size)
+        made = apply(raw, draw, self.size, self.second_size)
         sample = {}
         images = {"image": made.weak, "image_strong": made.strong, "image_second": made.second}
         for name, image in images.items():
-            if name in self.views:
+            if image is not None:
                 sample[name] = torch.from_numpy(image)
+        if not sample:
+            sample["undecoded"] = UndecodedJpeg(raw, made.image_size, made.params)
 
         # Masks and noise.
         for name, generate in self.masks.items():
@@ -206,12 +235,21 @@ class PretrainTransform:
         return sample
 
 
+class UndecodedJpeg(NamedTuple):
+    """A JPEG that the device decodes: its bytes, its (height, width), and what its views are."""
+
+    file: bytes
+    size: Pair
+    draws: ViewDraws
+
+
 class Views(NamedTuple):
-    """The image's size, the random parameters, and the views [3, H, W], None if not requested."""
+    """The image's size, the random parameters, and the views [3, H, W], None if not requested or
+    left to the device."""
 
     image_size: Pair
     params: ViewDraws
-    weak: np.ndarray
+    weak: np.ndarray | None
     strong: np.ndarray | None
     second: np.ndarray | None
 
@@ -233,6 +271,17 @@ def _apply_fast(
     strong = None if params.color is None else fast_color(weak, params.color)
     second = None if second_size is None else fast_crop(image, params, second_size, params.second)
     return Views(image_size, params, weak, strong, second)
+
+
+def _leave_jpeg(
+    raw: RawImage, draw: Callable[..., ViewDraws], size: Pair, second_size: Pair | None = None
+) -> Views:
+    """Draw, but make no views of what every decoder takes; make those of other images."""
+    image_size = usual_jpeg_size(raw)
+    if image_size is None:
+        return _apply_fast(raw, draw, size, second_size)
+    check_pixels(*image_size)
+    return Views(image_size, draw(size=image_size), None, None, None)
 
 
 def _apply_reference(
@@ -402,18 +451,27 @@ class EvalTransform:
 
     `crop_pct` defaults to 224 / 256, or 1 from 384 pixels on. If `size` is 32 or less there is no
     crop: images of another size are resized to it, whereas the published code leaves them, so that
-    they cannot be stacked. `channels`: how many are kept, None for 8-bit RGB.
+    they cannot be stacked. `channels`: how many are kept, None for 8-bit RGB. `squash`: the image
+    is resized to `size` / `crop_pct` whatever its aspect ratio.
     """
 
-    def __init__(self, size: Pair, crop_pct: float | None, channels: int | None = None):
+    def __init__(
+        self,
+        size: Pair,
+        crop_pct: float | None,
+        channels: int | None = None,
+        *,
+        squash: bool = False,
+    ):
         self.size = size
+        self.squash = squash
         self.channels = channels
         self.crop_pct = crop_pct or (224 / 256 if max(size) < 384 else 1.0)
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         small = max(self.size) <= SMALL_IMAGE
         if self.channels is not None:
-            cover = None if small else functools.partial(_cover, area=self._area())
+            cover = None if small else self._resized
             return {"image": center_view(raw, self.size, cover, self.channels)}
         image = Image.fromarray(decode(raw))
         image = _exactly(image, self.size) if small else self._center_crop(image)
@@ -421,14 +479,15 @@ class EvalTransform:
 
     def _center_crop(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        image = _exactly(image, _cover((image.height, image.width), self._area()))
+        image = _exactly(image, self._resized((image.height, image.width)))
         left = round((image.width - width) / 2)
         top = round((image.height - height) / 2)
         return image.crop((left, top, left + width, top + height))
 
-    def _area(self) -> Pair:
-        """Return the (height, width) that the resized image covers."""
-        return int(self.size[0] / self.crop_pct), int(self.size[1] / self.crop_pct)
+    def _resized(self, size: Pair) -> Pair:
+        """Return the (height, width) to which an image of `size` is resized before the crop."""
+        area = int(self.size[0] / self.crop_pct), int(self.size[1] / self.crop_pct)
+        return area if self.squash else _cover(size, area)
 
 
 def _cover(size: Pair, area: Pair) -> Pair:
@@ -470,13 +529,14 @@ def build_finetune_transform(
 
     For training it reads `input_size`, `aa`, `color_jitter` (only used without `aa`),
     `train_interpolation` and `imagenet_default_mean_and_std` (the color that fills the border of
-    shifted and rotated images); for evaluation `crop_pct`, and `eval_input_size` if given, else
-    `input_size`. Images whose channels are kept are cropped and flipped, and float32.
+    shifted and rotated images); for evaluation `crop_pct`, `squash`, and `eval_input_size` if
+    given, else `input_size`. Images whose channels are kept are cropped and flipped, and float32.
     """
     channels = kept_channels(args)
     if not train:
         size = getattr(args, "eval_input_size", None) or args.input_size
-        return EvalTransform(to_pair(size), args.crop_pct, channels)
+        squash = getattr(args, "squash", False)
+        return EvalTransform(to_pair(size), args.crop_pct, channels, squash=squash)
     size = to_pair(args.input_size)
     if channels is not None:
         return build_pretrain_transform(

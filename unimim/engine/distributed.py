@@ -12,12 +12,10 @@ import signal
 import socket
 import sys
 import threading
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -256,14 +254,23 @@ class StopSignal:
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     patience = 2.0
+    began = False  # in this process
 
     def __init__(self):
+        StopSignal.began = True
         self.received: str | None = None
         self.votes = torch.zeros(1)  # on the host: to ask there waits for no device
         self.voting: dist.Work | None = None
         self.may_interrupt: threading.Timer | None = None
-        for number in self.signals:
-            signal.signal(number, self._remember)
+        self.handlers = {number: signal.signal(number, self._remember) for number in self.signals}
+
+    def release(self) -> None:
+        """Give signals back to who had them before, with a request that came too late for a
+        step."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if self.received:
+            signal.raise_signal(signal.Signals[self.received])
 
     def _remember(self, number: int, _frame) -> None:
         self.received = self.received or signal.Signals(number).name
@@ -294,50 +301,6 @@ class StopSignal:
         self.voting.wait()
         self.voting = None
         return bool(self.votes > 0)
-
-
-def follow_launcher() -> None:
-    """Send this process a SIGTERM when the launcher that started it has ended without it.
-
-    `deepspeed` starts a launcher of its own, which starts the ranks: both are watched.
-    """
-    expected = {}
-    process = os.getpid()
-    while words := launcher_words(parent := parent_of(process)):
-        expected[process] = parent
-        process = parent
-        if "torchrun" in words or "torch.distributed" in words:
-            break
-    if expected and "RANK" in os.environ:
-        threading.Thread(target=_follow, args=(expected,), daemon=True).start()
-
-
-def _follow(expected: dict[int, int]) -> None:
-    while all(parent_of(process) == parent for process, parent in expected.items()):
-        time.sleep(1)
-    logging.getLogger("unimim").error("the launcher has ended; this process ends in order too")
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def launcher_words(process: int) -> str:
-    """Return the command of a process if it is torchrun or deepspeed, else nothing."""
-    try:
-        command = Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return ""
-    words = [os.path.basename(word) for word in os.fsdecode(command).split("\0")[:5]]
-    known = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed")
-    found = [w for w in words if w in known or w.startswith("deepspeed.launcher")]
-    return " ".join(found)
-
-
-def parent_of(process: int) -> int:
-    """Return the id of a process's parent, 0 if there is no such process."""
-    try:
-        text = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return 0
-    return int(text.rpartition(")")[2].split()[1])
 
 
 def _default_interrupt() -> None:

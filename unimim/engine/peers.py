@@ -152,17 +152,21 @@ def _line(link: socket.socket) -> bytes:
 _watch: PeerWatch | None = None
 
 
-def watch_peers() -> None:
-    """Let this process end with a sentence when another rank has ended."""
+def watch_peers(stop_status: int) -> None:
+    """Let this process end with a sentence when another rank has ended, with `stop_status` where a
+    signal has stopped that one."""
     global _watch
+
+    def end(state: str, sentence: str) -> None:
+        if state == "stopped":
+            log.info("%s", sentence)
+            exit_at_once(stop_status)
+        log.error("error: %s", sentence)
+        exit_at_once(1)
+
     if has_peers() and _watch is None:
-        _watch = PeerWatch(_end)
+        _watch = PeerWatch(end)
         before_leaving.append(leave_peers)
-
-
-def _end(state: str, sentence: str) -> None:
-    log.error("error: %s", sentence)
-    exit_at_once(os.EX_TEMPFAIL if state == "stopped" else 1)
 
 
 def leave_peers(state: str = "left") -> None:

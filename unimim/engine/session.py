@@ -56,7 +56,7 @@ from unimim.engine.writing import Writer, on_host
 from unimim.logs import log
 
 # What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
-HYPER_PARAMETERS = ("betas", "eps", "momentum", "nesterov", "lr_scale")
+HYPER_PARAMETERS = ("betas", "eps", "momentum", "nesterov", "lr_scale", "warmup_scale")
 GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
 # Flags that may change at a resume without a word: they say where things are, how fast a run is or
 # what it writes, or their change is noticed otherwise. A change of any other is at least logged.
@@ -68,8 +68,8 @@ UNNOTICED = {
     "grad_checkpointing", "init", "keep_checkpoints", "log_dir", "log_every", "max_bad_images",
     "max_image_pixels", "max_nonfinite", "model", "momentum", "num_workers", "offload", "opt",
     "opt_betas", "opt_eps", "output_dir", "pin_mem", "recipe", "recompute_gelu", "resume",
-    "resume_copy", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "strict_data",
-    "tracker", "update_freq", "visualize", "visualize_images", "wandb", "zero_stage",
+    "resume_copy", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "start_epoch", "stop_status",
+    "strict_data", "tracker", "update_freq", "visualize", "visualize_images", "wandb", "zero_stage",
 }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import sys
 import threading
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets import BadImagesError
 from optim_factory import (
     ANNEALINGS,
+    LayerWarmups,
     annealing,
     cosine_at,
     cosine_schedule,
@@ -40,15 +42,16 @@ from unimim.cli.options import (
     resolve_workers,
     warmup_steps,
 )
+from unimim.data.device_decode import batch_decoder
 from unimim.data.pretraining import steps_per_epoch
 from unimim.data.views import image_mean_std
+from unimim.early import UNFINISHED, follow_launcher
 from unimim.engine.batch_norm import BatchStatistics, synchronize_batch_norm
 from unimim.engine.compiling import compile_blocks, recompute_gelu
 from unimim.engine.deepspeed import DeepSpeedRunner, deepspeed_config
 from unimim.engine.distributed import (
     StopSignal,
     exit_at_once,
-    follow_launcher,
     from_first_rank,
     has_peers,
     init_distributed,
@@ -74,8 +77,6 @@ from unimim.errors import explain
 from unimim.files import write_text
 from unimim.logs import log, setup_logging
 
-# The exit status of a run that a signal stopped and that the same command resumes: 75.
-STOPPED = os.EX_TEMPFAIL
 # Flags that not every script which trains has, with what the others run with.
 OPTIONAL_FLAGS = {"compile": False, "recompute_gelu": "auto", "resume_copy": "", "init": ""}
 
@@ -121,21 +122,27 @@ def build_runner(
     )
 
 
-def schedules(args: Namespace, steps_per_epoch: int):
-    """Return the learning rate and the weight decay of every step."""
-    warmup = warmup_steps(args, steps_per_epoch)
+def lr_schedule(args: Namespace, steps_per_epoch: int, warmup: int) -> np.ndarray:
+    """Return the learning rate of every step, after a warm-up of so many steps."""
     if args.lr_schedule == "mae":
         epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
-        lr = cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup / steps_per_epoch)
-    elif args.lr_schedule in ANNEALINGS:
-        lr = annealing(
+        return cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup / steps_per_epoch)
+    if args.lr_schedule in ANNEALINGS:
+        return annealing(
             args.lr_schedule, args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup,
             warmup_ratio=args.warmup_ratio, milestones=args.lr_steps, gamma=args.lr_gamma,
         )  # fmt: skip
+    return cosine_schedule(args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup_steps=warmup)
+
+
+def schedules(args: Namespace, steps_per_epoch: int, groups: Sequence[dict] = ()):
+    """Return the learning rate and the weight decay of every step; `groups` of parameters warm up
+    by themselves with --layer_warmup."""
+    warmup = warmup_steps(args, steps_per_epoch)
+    if getattr(args, "layer_warmup", False):
+        lr = LayerWarmups(partial(lr_schedule, args, steps_per_epoch), warmup, groups)
     else:
-        lr = cosine_schedule(
-            args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup_steps=warmup
-        )
+        lr = lr_schedule(args, steps_per_epoch, warmup)
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return lr, cosine_schedule(args.weight_decay, end, args.epochs, steps_per_epoch)
 
@@ -144,7 +151,7 @@ def dry_run(
     args: Namespace, groups: list[dict], steps_per_epoch: int, device: torch.device
 ) -> None:
     """Raise what a run would raise when it starts."""
-    schedules(args, steps_per_epoch)
+    schedules(args, steps_per_epoch, groups)
     build_optimizer(args, groups, device)
 
 
@@ -190,7 +197,7 @@ def start_training(
     flags = OPTIONAL_FLAGS | vars(args)
     ema_module = None if task.ema is None else task.ema.module
     steps = steps_per_epoch(args, loader)
-    lr, weight_decay = schedules(args, steps)
+    lr, weight_decay = schedules(args, steps, groups)
     stop = StopSignal()
 
     # weights come first: an engine may shard or round the network's own
@@ -228,6 +235,7 @@ def start_training(
         runner=runner,
         task=task,
         normalize=normalize,
+        decode=batch_decoder(loader.dataset, context.device),
         loader=loader,
         steps_per_epoch=steps,
         n_parameters=n_parameters,
@@ -258,7 +266,7 @@ def set_up(args: Namespace) -> RunContext:
     device = init_distributed(args)
     setup_logging(args.rank)
     log_notes(args)
-    watch_peers()
+    watch_peers(stop_status(args))
     claim_outputs(args)
     resolve_workers(args)
     if device.type == "cpu":
@@ -297,10 +305,9 @@ def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
     may be waiting in it.
     """
     code = 0
-    end_on_early_signals()
     follow_launcher()
     try:
-        with options_as_flags(), locks_allowed():
+        with end_on_early_signals(stop_status(args)), options_as_flags(), locks_allowed():
             try:
                 main_function(args)
             except Stopped:
@@ -309,8 +316,10 @@ def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
                 else:
                     raise
     except Stopped as stopped:
-        log.info("stopped by %s; run the same command to go on", stopped)
-        code = STOPPED
+        saved = args.output_dir and args.save_ckpt
+        then = "run the same command to go on" if saved else "nothing was saved, as the flags say"
+        log.info("stopped by %s; %s", stopped, then)
+        code = stop_status(args)
     except (ValueError, NonFiniteError, BadImagesError) as error:
         # an error in a loader worker comes with the worker's traceback, its message comes last
         code = end_with(str(error).rstrip().rpartition("\n")[2])
@@ -332,29 +341,51 @@ def launch(main_function: Callable[[Namespace], Any], args: Namespace) -> None:
         sys.exit(code)
 
 
-def end_on_early_signals() -> None:
-    """Let a signal end this process in one line until `StopSignal` takes over.
+def stop_status(args: Namespace) -> int:
+    """Return the exit status of a script that a signal stops: --stop_status if it trains, else
+    75."""
+    flags = vars(args)
+    trains = "stop_status" in flags and not flags.get("eval")
+    return args.stop_status if trains else UNFINISHED
+
+
+@contextmanager
+def end_on_early_signals(status: int) -> Iterator[None]:
+    """Let a signal end this process in one line with `status` before `StopSignal` takes over, and
+    after it is released.
 
     A thread does so: the main thread may wait for other processes, where no handler is called.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in StopSignal.signals:
-        signal.signal(number, _early)
-    threading.Thread(target=_end_early, args=(reader,), daemon=True).start()
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _early) for number in StopSignal.signals}
+    thread = threading.Thread(target=_end_early, args=(reader, status), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is _early:
+                signal.signal(number, handler or signal.SIG_DFL)
+        os.write(writer, b"\0")  # ends the thread; workers may hold the pipe open
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 def _early(_number: int, _frame: Any) -> None:
     """Leave the signal to `_end_early`."""
 
 
-def _end_early(reader: int) -> None:
+def _end_early(reader: int, status: int) -> None:
     while number := os.read(reader, 1)[0]:
         if number in StopSignal.signals and signal.getsignal(number) is _early:
-            log.error("stopped by %s before the first step", signal.Signals(number).name)
+            when = "after the last step" if StopSignal.began else "before the first step"
+            log.error("stopped by %s %s", signal.Signals(number).name, when)
             leave_peers("stopped")
-            exit_at_once(STOPPED)
+            exit_at_once(status)
 
 
 def end_with(sentence: str) -> int:

@@ -1,7 +1,7 @@
 """What a run knows of its surroundings, and what one run of the training loop holds."""
 
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from optim_factory import LayerWarmups
 from unimim.data.views import LUMINANCE, image_mean_std
 from unimim.engine.distributed import StopSignal
 from unimim.engine.monitor import RunLog, StepMonitor, Throughput
@@ -104,10 +105,11 @@ class Training:
     runner: Runner
     task: Task
     normalize: Normalize
+    decode: Callable[[Batch], Batch]
     loader: DataLoader
     steps_per_epoch: int
     n_parameters: int
-    lr: np.ndarray
+    lr: np.ndarray | LayerWarmups
     weight_decay: np.ndarray
     monitor: StepMonitor
     throughput: Throughput
@@ -125,7 +127,7 @@ class Training:
 
     def prepare(self, batch: Batch) -> Batch:
         """Make a batch of the loader what the task takes."""
-        return self.normalize(with_mask_counts(batch))
+        return self.normalize(with_mask_counts(self.decode(batch)))
 
 
 class Stopped(Exception):
