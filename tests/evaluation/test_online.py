@@ -173,8 +173,8 @@ def test_two_ranks_find_what_one_process_finds(tmp_path):
 def with_engines(folder: Path) -> None:
     """Train with DDP, and then with weights that no rank has whole."""
     flags = ["--lr", "1e-2", "--eval_every", "2"]
-    partitioned = ROOT / "tests/engine/zero3_partitioned.json"
-    sharded = ["--enable_deepspeed", "--zero_stage", "3", "--deepspeed_config", str(partitioned)]
+    config = ROOT / "tests/engine/zero3_partitioned.json"
+    sharded = ["--enable_deepspeed", "--deepspeed_config", str(config)]
     run_of(folder / "ddp", *METHODS["mae"], *flags)
     run_of(folder / "zero3", *METHODS["mae"], *flags, *sharded)
 

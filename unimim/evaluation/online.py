@@ -22,6 +22,7 @@ from unimim.data.channels import kept_channels
 from unimim.data.preparation import preparation
 from unimim.data.sources import PartSource, Source, build_source, detect, is_divided
 from unimim.data.views import EvalTransform
+from unimim.engine.deepspeed import deepspeed_config
 from unimim.engine.ema import MovingAverage
 from unimim.engine.samples import PICTURES, is_evaluated, sample_images, unchanged
 from unimim.engine.session import Position
@@ -79,7 +80,8 @@ class OnlineEvaluation:
         self.classes = len(self.bank.source.classes)
         self.run: Training | None = None
         self.copy: MovingAverage | None = None  # whole weights, where the method's are sharded
-        if args.enable_deepspeed and args.zero_stage == 3:
+        # --deepspeed_config may name another stage than --zero_stage
+        if args.enable_deepspeed and deepspeed_config(args)["zero_optimization"]["stage"] == 3:
             self.copy = MovingAverage(method, copy_buffers=True)
             self.copy.module.ema = method.ema
 
