@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
+from unimim.checkpoint.loading import check_finite
 from unimim.cli.options import derived, report
 from unimim.data.channels import kept_channels
 from unimim.data.classes import settle_classes
@@ -104,6 +105,7 @@ def evaluate_only(
     if origin is None:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
     origin.load_weights(heads, None, "average")
+    check_finite(heads, origin.path)
     return evaluator(origin.state["epoch"])
 
 
