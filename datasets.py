@@ -20,17 +20,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from unimim.data.channels import kept_channels, upright
 from unimim.data.class_lists import read_classes
 from unimim.data.files import Key
 from unimim.data.jpeg import (
     MAX_IMAGE_PIXELS,
     BrokenImageError,
-    RawImage,
     limit_pixels,
     pixel_limit,
 )
-from unimim.data.random import _ORDER_STREAM, _REPLACEMENT_STREAM, sample_rng
+from unimim.data.preparation import Preparation, preparation
+from unimim.data.random import (
+    _ORDER_STREAM,
+    _REPLACEMENT_STREAM,
+    ImplicitOrder,
+    sample_rng,
+)
 from unimim.data.sources import (
     FOLDERS,
     ArraySource,
@@ -54,6 +58,8 @@ Maps = dict[str, Callable[[int], np.ndarray]]
 SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"
 SOCKET_NAME_BYTES = 107
 
+LISTED_ORDER = 2**26  # images, above which no process holds the order of an epoch
+
 
 # --- the data set ---------------------------------------------------------------------------------
 
@@ -69,8 +75,8 @@ class ImageDataset(Dataset):
     used. A broken image is logged once and replaced by another, chosen by (seed, index) alone; all
     workers share the set of broken images. More than `max_bad_images` of them, or the first if
     `strict`, raise BadImagesError. `maps` holds, by the name of a view, a function that reads an
-    image's map (part ids, part scores), which the transform crops like the image. `turn` makes
-    images upright before they are transformed.
+    image's map (part ids, part scores), which the transform crops like the image. `prepare` turns
+    or composites images before they are transformed.
     """
 
     def __init__(
@@ -82,9 +88,9 @@ class ImageDataset(Dataset):
         max_bad_images: int = 100,
         strict: bool = False,
         maps: Maps | None = None,
-        turn: Callable[[RawImage], RawImage] | None = None,
+        prepare: Preparation | None = None,
     ):
-        self.turn = turn
+        self.prepare = prepare
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -96,15 +102,19 @@ class ImageDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> dict:
+        return self.load(key, self.transform)
+
+    def load(self, key: Key, transform: Transform) -> dict:
+        """Return the sample of `key` as `transform` makes it."""
         epoch, index = key
         wanted = -1 - index if index < 0 else index  # padding is loaded like any other image
         for used in self._candidates(wanted):
             try:
                 raw = self.source.read(used)
-                raw = raw if self.turn is None else self.turn(raw)
+                raw = raw if self.prepare is None else self.prepare(raw)
                 rng = sample_rng(self.seed, epoch, wanted)
                 maps = {view: read(used) for view, read in self.maps.items()}
-                sample = self.transform(raw, rng, maps) if maps else self.transform(raw, rng)
+                sample = transform(raw, rng, maps) if maps else transform(raw, rng)
             except BrokenImageError as error:
                 self._report(used, error)
                 continue
@@ -179,6 +189,7 @@ def build_dataset(
     transform: Transform,
     need_labels: bool,
     maps: Callable[[Source], Maps] | None = None,
+    dataset_class: type[ImageDataset] = ImageDataset,
 ) -> ImageDataset:
     """Build the data set that the flags describe.
 
@@ -227,22 +238,15 @@ def build_dataset(
         source = PartSource(source, first_of_each_class(source.labels, fraction))
     elif train and label_list:
         source = PartSource(source, listed_images(source, label_list))
-    return ImageDataset(
+    return dataset_class(
         source,
         transform,
         seed=args.seed,
         max_bad_images=args.max_bad_images,
         strict=args.strict_data,
         maps=None if maps is None else maps(source),
-        turn=turning(args),
+        prepare=preparation(args),
     )
-
-
-def turning(args: argparse.Namespace) -> Callable[[RawImage], RawImage] | None:
-    """Return what makes images upright under --exif_orientation, None without it."""
-    if not getattr(args, "exif_orientation", False):
-        return None
-    return partial(upright, channels=kept_channels(args))
 
 
 def warn_of_few_classes(source: Source, nb_classes: int | None, path: str) -> None:
@@ -351,12 +355,18 @@ class TrainBatchSampler:
         first = step * self.step_batches * self.batch_size
         return first + turn + self.step_batches * np.arange(self.batch_size)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Return the images of an epoch in their order, [n]; 4 bytes an image as long as they
-        suffice. Only the process that trains holds it."""
+    def order(self, epoch: int) -> np.ndarray | ImplicitOrder:
+        """Return the images of an epoch in their order, to be indexed by arrays of positions.
+
+        It is an array [n] of 4 bytes an image, which only the process that trains holds; of more
+        than `LISTED_ORDER` images it is computed where it is needed.
+        """
+        rng = np.random.default_rng((self.seed, epoch, 0, _ORDER_STREAM))
+        if self.shuffle and self.n > LISTED_ORDER:
+            return ImplicitOrder(self.n, rng)
         numbers = np.arange(self.n, dtype=np.int32 if self.n < 2**31 else np.int64)
         if self.shuffle:
-            np.random.default_rng((self.seed, epoch, 0, _ORDER_STREAM)).shuffle(numbers)
+            rng.shuffle(numbers)
         return numbers
 
 
@@ -376,10 +386,11 @@ class EvalBatchSampler:
         return -(-self._per_rank() // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        indices = self.rank + self.world_size * np.arange(self._per_rank())
-        indices = np.where(indices < self.n, indices, -1 - indices % self.n).tolist()
-        for first in range(0, len(indices), self.batch_size):
-            yield [(0, index) for index in indices[first : first + self.batch_size]]
+        for first in range(0, self._per_rank(), self.batch_size):
+            turns = np.arange(first, min(first + self.batch_size, self._per_rank()))
+            indices = self.rank + self.world_size * turns
+            indices = np.where(indices < self.n, indices, -1 - indices % self.n)
+            yield [(0, index) for index in indices.tolist()]
 
     def _per_rank(self) -> int:
         return -(-self.n // self.world_size)
@@ -405,6 +416,7 @@ def build_loader(
     return _Loader(
         dataset,
         batch_sampler=batch_sampler,
+        collate_fn=getattr(dataset, "collate", None),
         num_workers=num_workers,
         pin_memory=pin_mem and torch.cuda.is_available(),
         persistent_workers=num_workers > 0,

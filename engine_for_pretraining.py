@@ -15,7 +15,7 @@ from datasets import BadImagesError, ImageDataset
 from optim_factory import set_schedule
 from unimim.engine.distributed import gathered, has_peers, seed_step
 from unimim.engine.monitor import Progress, clock, memory_gib
-from unimim.engine.samples import is_due, sample_images
+from unimim.engine.samples import PICTURES, is_due, is_evaluated, sample_images
 from unimim.engine.session import Position
 from unimim.engine.state import Stopped, Training
 from unimim.logs import log
@@ -168,13 +168,14 @@ def save_at_epoch_end(run: Training, position: Position) -> None:
 
 
 def show_images(run: Training, position: Position) -> None:
-    """Send images of masks and reconstructions to tensorboard, every few epochs."""
-    if not run.run_log.shows_images or not is_due(position.epoch, run.args.epochs):
+    """Send images of masks and reconstructions to the trackers, every few epochs; --eval_every
+    sends its own."""
+    is_shown = run.run_log.shows_images and is_due(position.epoch, run.args.epochs)
+    if not is_shown or is_evaluated(run.args, position.epoch):
         return
     images = sample_images(run)
     if images is not None:
-        step = (position.epoch + 1) * run.steps_per_epoch
-        run.run_log.images("masks and predictions", images, step)
+        run.run_log.images(PICTURES, images, (position.epoch + 1) * run.steps_per_epoch)
 
 
 def train(run: Training, position: Position, after_epoch) -> None:

@@ -31,7 +31,6 @@ from modeling_finetune import (
     register,
     register_family,
 )
-from modeling_losses import enlarged
 from unimim.errors import OptionError, refused
 from unimim.sizes import to_pair
 
@@ -361,6 +360,24 @@ def map_of(backbone: nn.Module) -> tuple[int, int]:
 
 # --------------------------------------------------------------------------------------------------
 # Mask token and neck
+
+
+def enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a mask [B, h, w] of any dtype at `size`, [B, H, W]: repeated, or by the nearest
+    element where the size is not a multiple."""
+    (rows, columns), (height, width) = mask.shape[-2:], size
+    if height % rows == 0 and width % columns == 0:
+        return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(
+            width // columns, dim=-1
+        )
+    return F.interpolate(mask.unsqueeze(1).float(), size, mode="nearest").squeeze(1).to(mask.dtype)
+
+
+def mean_filled(images: Tensor, mask: Tensor) -> Tensor:
+    """Return images [B, c, H, W] whose masked pixels have the mean of all pixels, of each image
+    and color by itself (docs/methods/simmim_a2mim.md#filling)."""
+    hidden = enlarged(mask, images.shape[-2:]).unsqueeze(1).bool()
+    return torch.where(hidden, images.mean((2, 3), keepdim=True), images)
 
 
 class MaskToken(nn.Module):

@@ -35,9 +35,11 @@ from modeling_backbones import (
     MaskToken,
     PixelNeck,
     build_backbone,
+    enlarged,
     family_of,
     is_listed_by_timm,
     map_of,
+    mean_filled,
     place_of,
 )
 from modeling_finetune import (
@@ -59,19 +61,15 @@ from modeling_finetune import (
     take,
     unpatchify,
 )
-from modeling_losses import (
-    FocalFrequencyLoss,
-    ReconstructionLoss,
-    Regression,
-    enlarged,
-    mean_filled,
-)
 from modeling_targets import (
     PREDICTED_FEATURES,
     TARGETS,
     TEACHERS,
+    FocalFrequencyLoss,
     OwnFeatures,
     Pixels,
+    ReconstructionLoss,
+    Regression,
     Shape,
     Target,
     check_rgb,
@@ -132,6 +130,16 @@ class PretrainMethod(Task):
         """Return images of what is predicted of a batch, by a method that `predicts_pixels`;
         `noise` as for `forward`."""
         raise NotImplementedError
+
+    def hide(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
+        """Return the batch with "mask" [B, gh, gw], if patches are hidden; `noise` as for
+        `forward`."""
+        return batch
+
+    def orders(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Return order values [B, N], smaller is earlier, in which the patches of each image are
+        predicted; None: all at once, or in one order for all images."""
+        return None
 
     def noise_of(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the noise [B, noise_size] that came with the images, drawn here if there is
@@ -303,7 +311,9 @@ class Predictor(PretrainMethod):
             raise OptionError("token_share", None, problem)
         if self.masking.teacher is not None:
             check_rgb(self.image_channels, "mask_teacher")
-            self.masking.teacher = load_teacher(None, self.masking.teacher, self.cell_grid)
+            self.masking.teacher = load_teacher(
+                None, self.masking.teacher, self.cell_grid, option="mask_teacher"
+            )
         own_views = ()
         parts = [self.masking]
         if self.target is not None:
@@ -929,6 +939,7 @@ class SemAIM(Predictor, TwoStreams):
         self.gaussian_blur = self.target.blur if self.predicts_pixels else None
         self.add_head(self.embed_dim).apply(self._init_module)
         self.settle()
+        self.use_ema_model = use_ema_model
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
         self.noise_size = sum(self.noise_sizes)
         self.views = (*self.views, "noise") if self.noise_size else self.views
@@ -1020,6 +1031,9 @@ class SemAIM(Predictor, TwoStreams):
         )  # fmt: skip
         return order.to(images.device).expand(len(images), -1)
 
+    def orders(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.order_values(batch, self.attention_and_target(batch)[0])
+
     # -- what is predicted
 
     @torch.no_grad()
@@ -1049,8 +1063,12 @@ class SemAIM(Predictor, TwoStreams):
         self.ema_decay = 0.999 + 0.0009 * min(epoch / 100, 1.0)
 
     def after_step(self, progress: float, applied: float | Tensor = 1.0) -> None:
-        if self.ema is not None:
+        """Update the ema that `use_ema_model` keeps by this decay, one of the target alone by its
+        own momentum."""
+        if self.use_ema_model:
             self.ema.update(self.ema_decay, applied)
+        else:
+            super().after_step(progress, applied)
 
 
 class PresentFeatures(OwnFeatures):
@@ -1493,12 +1511,14 @@ class SimMIM(Predictor):
     token_std: see `MaskToken`, and `Place` of the backbone. kernel, decoder_kernel: see
     `PixelNeck`. token_lr, gamma_lr: factors of the learning rate of token and gamma; with gamma_lr
     None gamma has no rule of its own, and is decayed unless the backbone's rules say otherwise.
-    Pixels as they are come from `PixelNeck`, under `ReconstructionLoss`; any other target is that
-    of each of the patches which a mask hides or shows, of tokens from `CellNeck`.
+    Pixels as they are, under the L1 loss, come from `PixelNeck` and pass `ReconstructionLoss`; any
+    other target is that of each of the patches which a mask hides or shows, of tokens from
+    `CellNeck`.
     """
 
     form_name = "token between stages"
     own_target = "pixels"
+    target_options: ClassVar[dict[str, Any]] = {"loss_type": "L1"}
     not_exported = ("inject.", "neck.")
     predicts_pixels = True
     fills_input = False
@@ -1707,7 +1727,9 @@ class A2MIM(SimMIM):
         mean_residual: bool = False,
         **simmim,
     ):
-        super().__init__(replace=replace, **simmim)
+        has_pixels = simmim.get("target") in (None, "pixels")
+        spectra = {"fft_weight": fft_weight} if has_pixels else {}
+        super().__init__(replace=replace, **spectra, **simmim)
         self.mean_residual = mean_residual
         self.loss = ReconstructionLoss(
             regression=Regression(

@@ -49,9 +49,7 @@ def train_learner(context: RunContext, task: PartLearning) -> None:
     if position == Position():
         loader.batch_sampler.set_position(0)
         first = islice(loader, STATISTICS_BATCHES * args.update_freq)
-        task.learner.standardize(
-            task.teacher.look(run.normalize(batch)["image"]) for batch in first
-        )
+        task.learner.standardize(task.teacher.look(run.prepare(batch)["image"]) for batch in first)
     done = position.epoch * steps_in_epoch + position.step
     task.after_step(max(done - 1, 0) / steps)  # the temperature that the last step left
     train(run, position, after_epoch=lambda position: {})

@@ -33,6 +33,8 @@ def main(args: Namespace) -> None:
     if method.teacher is not None:
         method.teacher.to(context.device)
     run, position = start_training(context, method, loader, groups)
+    if evaluation:
+        evaluation.follow(run)
     train(run, position, after_epoch=evaluation.after_epoch if evaluation else lambda position: {})
     run.session.log_encoder()
 

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from analysis import common
 from datasets import ImageDataset
-from modeling_losses import enlarged
+from modeling_backbones import enlarged
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
+from unimim.data.preparation import DROP
 from unimim.data.sources import build_source
 from unimim.data.views import MEAN_STD
 from unimim.engine.distributed import barrier
@@ -279,6 +280,8 @@ def description(args: Namespace, network: common.Network) -> dict[str, str]:
     for value in network.model.state_dict().values():
         weights.update(value.cpu().contiguous().numpy().data)
     about = {name: str(getattr(args, name)) for name in _SETTINGS}
+    if args.exif_orientation or args.alpha != DROP:
+        about["images"] = f"exif_orientation {args.exif_orientation}, alpha {args.alpha}"
     return about | {
         "weights": weights.hexdigest(),
         "size": str(network.size),

@@ -29,6 +29,7 @@ from unimim.checkpoint.runs import rebuild
 from unimim.cli import options
 from unimim.cli.flags import options_as_flags
 from unimim.cli.models import build_method
+from unimim.data.preparation import preparation
 from unimim.data.pretraining import build_data
 from unimim.data.sources import build_source
 from unimim.data.views import build_finetune_transform, image_mean_std
@@ -210,7 +211,7 @@ def validation_images(args: Namespace, size: tuple[int, int], count: int) -> Ten
     path = getattr(args, "eval_data_path", None) or args.data_path
     source = build_source(args.data_set, path, train=False, need_labels=False)
     transform = build_finetune_transform(Namespace(input_size=size, crop_pct=None), train=False)
-    dataset = ImageDataset(source, transform, seed=args.seed)
+    dataset = ImageDataset(source, transform, seed=args.seed, prepare=preparation(args))
     return torch.stack([dataset[0, index]["image"] for index in spread(len(dataset), count)])
 
 

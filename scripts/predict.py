@@ -27,6 +27,7 @@ from unimim.cli.flags import options_as_flags
 from unimim.data.class_lists import imagenet_names, read_classes
 from unimim.data.classes import settle_size
 from unimim.data.jpeg import BrokenImageError
+from unimim.data.preparation import preparation
 from unimim.data.sources import _split_folder, build_source, class_names, images_below
 from unimim.data.views import build_finetune_transform, image_mean_std
 from unimim.engine.state import Normalize
@@ -117,9 +118,10 @@ def names_of_data(args: Namespace) -> list[str]:
 def read_images(paths: Sequence[Path], args: Namespace) -> Iterator[tuple[Path, Tensor]]:
     """Yield each image as evaluation sees it, uint8 [3, H, W]; those that are broken are named."""
     transform = build_finetune_transform(args, train=False)
+    prepare = preparation(args) or (lambda raw: raw)
     for path in paths:
         try:
-            yield path, transform(path.read_bytes(), None)["image"]
+            yield path, transform(prepare(path.read_bytes()), None)["image"]
         except (BrokenImageError, OSError) as error:
             log.warning("%s cannot be read and is left out: %s", path, error)
 

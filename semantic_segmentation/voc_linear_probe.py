@@ -60,6 +60,7 @@ CLASSES = (
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 ADE_CLASSES = 150
+VOC = "data/VOCdevkit/VOC2012"  # where mmsegmentation, too, looks for it
 IGNORED = 255
 CROP_SCALE = (0.8, 1.0)
 
@@ -373,7 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_network_flags(parser)
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data_path", default=None,
+        "--data_path", default=VOC,
         help="VOC2012 (JPEGImages, SegmentationClass(Aug), ImageSets) or ADEChallengeData2016 "
         "(images, annotations)",
     )  # fmt: skip
@@ -415,8 +416,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def validate(args: Namespace) -> None:
-    if args.data_path is None:
-        raise ValueError("--data_path must name VOC's folder VOC2012, or ADE20K's")
     if args.nb_classes is None:
         args.nb_classes = ADE_CLASSES if is_ade20k(Path(args.data_path)) else len(CLASSES)
     for name in ("nb_classes", "train_mask_size", "eval_size", "val_batch_size", "val_freq"):
@@ -469,6 +468,10 @@ def build_data(args: Namespace, backbones: dict[str, Backbone]) -> dict[str, Ima
     """Return the data sets "train" (VOC's is trainaug, with its augmented masks first) and
     "val"."""
     root = Path(args.data_path)
+    if not root.is_dir():
+        raise ValueError(
+            f"--data_path {root} is not a folder; use VOC's folder VOC2012, or ADE20K's"
+        )
     if is_ade20k(root):
         splits = {"train": "training", "val": "validation"}
         data = {

@@ -1,7 +1,9 @@
 """Tiny runs for tests: in this process, in spawned ranks, or as subprocesses."""
 
+import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from tensorboardX.proto import event_pb2
 from torch import Tensor
 
 import modeling_pretrain  # noqa: F401  (registers the methods)
@@ -304,6 +307,22 @@ def gloo_threads() -> int:
     )
 
 
+def board(folder: Path) -> dict[str, list[Any]]:
+    """Return the images and scalars in a folder of tensorboard, by their names."""
+    (file,) = folder.glob("events*")
+    content, found, at = file.read_bytes(), {}, 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
+        for value in event.summary.value:
+            shown = value.simple_value
+            if value.HasField("image"):
+                shown = np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string)))
+            found.setdefault(value.tag, []).append(shown)
+        at += length + 16
+    return found
+
+
 # --------------------------------------------------------------------------------------------------
 # Subprocesses
 
@@ -335,7 +354,7 @@ def run_command(command: list[str], timeout: float = 300) -> subprocess.Complete
     )
 
 
-def start_command(command: list[str]) -> subprocess.Popen:
+def start_command(command: list[str], output: Any = subprocess.PIPE) -> subprocess.Popen:
     """Start a command in a session of its own: a signal to its group reaches its loader workers
     and nothing else."""
     return subprocess.Popen(
@@ -343,7 +362,7 @@ def start_command(command: list[str]) -> subprocess.Popen:
         cwd=ROOT,
         env=environment(),
         text=True,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
@@ -360,7 +379,9 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: f
     """Wait until the condition holds; fails if the process ends first."""
     end = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}:\n{process.stdout.read()}"
+        assert process.poll() is None, (
+            f"ended with {process.returncode}:\n{process.stdout and process.stdout.read()}"
+        )
         assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 

@@ -30,9 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine_for_finetuning import Classification
 from masking_generator import semantic_mask
 from modeling_finetune import create_model
-from modeling_losses import ReconstructionLoss
 from modeling_pretrain import PretrainMethod
-from modeling_targets import HOG, VisualTokenHead
+from modeling_targets import HOG, ReconstructionLoss, VisualTokenHead
 from optim_factory import param_groups
 from scripts.benchmarks import data as bench_data
 from scripts.benchmarks import index as bench_index

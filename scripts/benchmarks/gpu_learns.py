@@ -86,10 +86,11 @@ from unimim.tokenizer.clusters import PatchClusters, kmeans_tokens
 PRETRAINED = (
     "maskfeat", "semanticmim_maskfeat", "conmim", "beit", "semanticmim_beit", "semaim", "mae",
     "saim", "igpt", "a2mim_vit", "a2mim_resnet18", "simmim_vit", "simmim_resnet18", "semmae",
-    "semaim_raster",
+    "semaim_raster", "pixio", "nepa",
 )  # fmt: skip
 RANDOM = (
     "random", "random_beit", "random_semanticmim_beit", "random_mim_vit", "random_resnet18",
+    "random_pixio", "random_nepa",
 )  # fmt: skip
 NOTES = {
     "semmae": "parts: learned on the features of this seed's MAE",

@@ -20,11 +20,15 @@ from unimim.data.sources import FileSource, map_source
 
 BLOCK = 10**6  # lines that are written at a time
 CLASSES = 1000
+BATCH, ORDER_BATCHES = 256, 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=10**7, help="lines of the map file")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--order_images", type=int, default=10**8, help="of the order of an epoch, without a list"
+    )
     parser.add_argument("--lookups", type=int, default=10**5, help="of each worker")
 
 
@@ -89,12 +93,25 @@ def run(args: argparse.Namespace) -> None:
         found = workers_memory(source, args.workers, args.lookups)
         print(f"workers' own memory after {args.lookups:,} lookups: "
               + ", ".join(f"{extra / 2**20:.1f} MiB" for extra in found))  # fmt: skip
-    sampler = TrainBatchSampler(args.images, 256)
+    for images in (args.images, args.order_images):
+        measure_order(images)
+
+
+def measure_order(images: int) -> None:
+    """Print what the order of an epoch takes of the process that trains; no worker holds it."""
+    sampler = TrainBatchSampler(images, BATCH)
     begin = time.perf_counter()
     order = sampler.order(0)
+    made = time.perf_counter() - begin
+    batches = iter(sampler)
+    next(batches)  # makes the order again
+    begin = time.perf_counter()
+    for _ in range(ORDER_BATCHES):
+        next(batches)
+    seconds = (time.perf_counter() - begin) / ORDER_BATCHES
     print(
-        f"order of an epoch: {time.perf_counter() - begin:.1f} s, {order.nbytes / args.images:.0f} "
-        "bytes an image, in the process that trains; workers are sent the numbers of their batches"
+        f"order of {images:,} images: {made:.1f} s, {order.nbytes / 2**20:,.1f} MiB, "
+        f"{1e3 * seconds:.2f} ms a batch of {BATCH}"
     )
 
 

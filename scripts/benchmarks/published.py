@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masking_generator import num_visible
+from modeling_backbones import enlarged
 from modeling_finetune import ActivatedLinear, Block, patchify, take
-from modeling_losses import ReconstructionLoss, enlarged, spatial_loss
 from modeling_pretrain import (
     A2MIM,
     MAE,
@@ -25,7 +25,7 @@ from modeling_pretrain import (
     SemanticMIM,
     similarity,
 )
-from modeling_targets import gaussian_window
+from modeling_targets import ReconstructionLoss, gaussian_window, spatial_loss
 
 
 class StraightforwardConMIM(ConMIM):

@@ -9,7 +9,8 @@ writes them, or any others of 32 x 32 pixels. All methods are pre-trained for th
 classified by k-NN and a linear probe, and it is fine-tuned by the same recipe. Runs that are
 finished below --output are kept; interrupted ones go on. Writes results.csv there and prints a
 Markdown table for each data set; plot_comparison.py draws it. Another method is one more line of
-METHODS.
+METHODS. "semmae_strong" takes its parts from the frozen ViT of --teacher, as
+scripts/tools/teacher_from_onnx.py writes one.
 """
 
 import argparse
@@ -35,7 +36,7 @@ DECODER = "decoder_embed_dim=96 decoder_depth=2 decoder_num_heads=3"
 @dataclass(frozen=True)
 class Method:
     """What is trained first: no `pretrain` flags are random weights; `parts` names the source of
-    part maps.
+    part maps, which --teacher gives if `strong_teacher`, else MAE.
 
     `classifier` are the flags of the network that is evaluated. "{patch}" and "{cell}" in flags are
     the data set's. `length` is the name of a schedule below: on `shapes` methods whose step takes
@@ -49,6 +50,7 @@ class Method:
         f"--model vit_tiny_patch16_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
     )
     parts: str = ""
+    strong_teacher: bool = False
     length: str = "long"
     words: bool = False
 
@@ -94,6 +96,26 @@ MIM_RESNET = (
     "--train_interpolation bicubic"
 )
 RESNET = "--model resnet18 --model_kwargs output_stride={cell}"
+# squares of 2 x 2 patches: an image of 8 x 8 patches has 16, as many as Pixio's of 256 px has of
+# 4 x 4; the paper pairs such squares with 4 class tokens. As published the decoder is as deep as
+# the encoder and images are never mirrored. lr, and a drop path of 0, are MAE's of this table
+PIXIO = (
+    f"--model pixio_tiny_patch16_256 --model_kwargs {ENCODER} decoder_embed_dim=96 decoder_depth=6 "
+    "decoder_num_heads=3 --patch_size {patch} --mask_grid 2 --num_cls_tokens 4 --norm_pix_loss "
+    "--hflip 0 --lr 2e-3 --opt_betas 0.9 0.95"
+)
+PIXIO_CLASSIFIER = (
+    f"--model vit_tiny_patch16_224 --model_kwargs {ENCODER} num_cls_tokens=4 pos_embed=learned "
+    "--patch_size {patch}"
+)
+# the ema of its recipe would still be the random weights after so few steps: 0.9999^546 is 0.95
+NEPA = (
+    f"--model nepa_tiny_patch14_224 --model_kwargs {ENCODER} --patch_size {{patch}} --lr 2e-3 "
+    "--opt_betas 0.9 0.95 --clip_grad 1 --train_interpolation bilinear"
+)
+NEPA_CLASSIFIER = (
+    f"--model rope_vit_tiny_patch14_224 --model_kwargs {ENCODER} --patch_size {{patch}}"
+)
 METHODS = {
     "random": Method("random weights"),
     "conmim": Method("ConMIM", CONMIM, CONMIM_CLASSIFIER, length="small_batches"),
@@ -106,6 +128,12 @@ METHODS = {
     ),
     "semmae_random": Method(
         "SemMAE, random parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="random"
+    ),
+    "semmae_strong": Method(
+        "SemMAE, k-means parts of a strong teacher",
+        f"--model semmae_tiny_patch16_224 {MAE}",
+        parts="kmeans",
+        strong_teacher=True,
     ),
     "semaim": Method("SemAIM, semantic order", f"{SEMAIM} attention_center", length="short"),
     "semaim_raster": Method("SemAIM, raster order", f"{SEMAIM} raster", length="short"),
@@ -155,6 +183,12 @@ METHODS = {
     "a2mim_resnet18": Method(
         "A2MIM, ResNet-18", f"--model a2mim_resnet18 {MIM_RESNET}", RESNET, length="mim"
     ),
+    "random_pixio": Method(
+        "random weights, Pixio's ViT of 4 class tokens", classifier=PIXIO_CLASSIFIER
+    ),
+    "pixio": Method("Pixio, squares of 2 x 2 patches", PIXIO, PIXIO_CLASSIFIER),
+    "random_nepa": Method("random weights, NEPA's rotary ViT", classifier=NEPA_CLASSIFIER),
+    "nepa": Method("NEPA", NEPA, NEPA_CLASSIFIER),
 }
 
 
@@ -176,6 +210,11 @@ UNPUBLISHED = {
         f"--model semanticmim_{MASKFEAT} --mask_ratio 0.8 --num_cls_tokens 8 --target pixels "
         "--norm_pix_loss",
         length="medium",
+    ),
+    "semmae_hog": Method(
+        "SemMAE, k-means parts, HOG",
+        f"--model semmae_tiny_patch16_224 {MAE} --target hog",
+        parts="kmeans",
     ),
     "conmim_parts": Method(
         "ConMIM, k-means parts",
@@ -207,7 +246,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Data:
-    """Flags of a data set, and the length of each stage on it. "{data_path}" is the command's."""
+    """Flags of a data set, and the length of each stage on it. "{data_path}" is the command's.
+
+    `strong_parts` are those of parts from --teacher, over `parts`: enough patches of 14 pixels for
+    the grid of the method.
+    """
 
     source: str
     patch: int
@@ -216,6 +259,7 @@ class Data:
     schedules: dict[str, Schedule]
     finetune: str
     parts: str
+    strong_parts: str
 
 
 LENGTHS = ("long", "short", "medium", "mim", "small_batches")
@@ -228,6 +272,7 @@ DATA = {
         schedules=dict.fromkeys(LENGTHS, Schedule(7, 54)),
         finetune="--batch_size 64 --epochs 5 --warmup_epochs 1",
         parts="--batch_size 128 --epochs 3 --decoder_widths 64 48 32",
+        strong_parts="--input_size 112 --batch_size 50",
     ),
     "shapes": Data(
         source=f"--data_set shapes {{shapes}} --input_size 64 {COMMON}",
@@ -243,6 +288,7 @@ DATA = {
         },
         finetune="--batch_size 64 --epochs 6 --warmup_epochs 1 --label_fraction 1",
         parts="--batch_size 64 --epochs 3 --decoder_widths 64 48 32 24 --part_grid 16",
+        strong_parts="--input_size 224 --batch_size 16",
     ),
 }
 PROBE = "--global_pool --batch_size 256"
@@ -285,6 +331,7 @@ class Comparison:
         *,
         data_path: Path | None = None,
         shapes_path: Path | None = None,
+        teacher: Path | None = None,
         epochs: int | None = None,
         quick: bool = False,
     ):
@@ -294,6 +341,7 @@ class Comparison:
         self.data = replace(data, source=data.source.format(data_path=path, shapes=shapes))
         self.name = name
         self.seed = seed
+        self.teacher = teacher
         self.epochs = epochs
         self.linear = LINEAR
         if quick:
@@ -334,7 +382,7 @@ class Comparison:
         if method.parts == "random":
             command += " --part_source random"
         elif method.parts:
-            command += f" --part_maps {shlex.quote(str(self.part_maps(method.parts) / 'maps'))}"
+            command += f" --part_maps {shlex.quote(str(self.part_maps(method) / 'maps'))}"
             command += " --part_source kmeans" if method.parts == "kmeans" else ""
         return self.run(command, self.folder / key / "pretrain")
 
@@ -342,13 +390,14 @@ class Comparison:
         """A method's flags with this data set's sizes."""
         return flags.format(patch=self.data.patch, cell=self.data.cell)
 
-    def part_maps(self, source: str) -> Path:
-        """Stage 1 of SemMAE; its teacher is MAE, pre-trained with this seed."""
-        folder = self.folder / f"parts_{source}"
-        teacher = shlex.quote(str(encoder_of(self.pretrain("mae"))))
+    def part_maps(self, method: Method) -> Path:
+        """Stage 1 of SemMAE; its teacher is --teacher, or MAE, pre-trained with this seed."""
+        folder = self.folder / f"parts_{method.parts}{'_strong' * method.strong_teacher}"
+        teacher = self.teacher if method.strong_teacher else encoder_of(self.pretrain("mae"))
+        own = self.data.strong_parts if method.strong_teacher else ""
         command = (
-            f"run_part_learning.py {self.data.source} {self.common} {self.data.parts} "
-            f"--teacher {teacher} --part_source {source} "
+            f"run_part_learning.py {self.data.source} {self.common} {self.data.parts} {own} "
+            f"--teacher {shlex.quote(str(teacher))} --part_source {method.parts} "
             f"--extract {shlex.quote(str(folder / 'maps'))}"
         )
         return self.run(command, folder)
@@ -435,11 +484,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="folder of other shapes, as make_shapes.py --cluttered writes (default: the cache)",
     )
     without_visual_tokens = [key for key, method in METHODS.items() if not method.words]
+    strong = [key for key, method in METHODS.items() if method.strong_teacher]
     parser.add_argument(
         "--methods", nargs="+", choices=(*without_visual_tokens, *UNPUBLISHED),
-        default=without_visual_tokens,
-        help=f"default: the published ones; not published are {', '.join(UNPUBLISHED)}",
+        default=[key for key in without_visual_tokens if key not in strong],
+        help="default: the published ones that need no --teacher; not published are "
+        f"{', '.join(UNPUBLISHED)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--teacher", type=Path, help=f"frozen ViT with patches of 14 pixels, of {', '.join(strong)}"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: 0 1 2")
     parser.add_argument("--epochs", type=int, help="of every pre-training, in place of the table's")
     parser.add_argument(
@@ -459,12 +513,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--data_path is {found}; scripts/tools/make_cifar10_subset.py writes one, or use "
             "--data shapes"
         )
+    if not {*strong}.isdisjoint(args.methods) and not (args.teacher and args.teacher.is_file()):
+        parser.error(
+            f"--methods {' '.join(strong)} needs --teacher FILE; "
+            "scripts/tools/teacher_from_onnx.py writes one"
+        )
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     default_folder = "compare_quick" if args.quick else "compare"
     output = (args.output or ROOT / "output" / default_folder).resolve()
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     length = {"epochs": args.epochs or (1 if args.quick else None), "quick": args.quick}
     length["data_path"] = args.data_path and args.data_path.resolve()
+    length["teacher"] = args.teacher and args.teacher.resolve()
     length["shapes_path"] = args.shapes_path and args.shapes_path.resolve()
     chains = [
         Comparison(name, seed, output, args.precision, threads, **length)

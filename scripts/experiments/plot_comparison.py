@@ -27,7 +27,7 @@ from matplotlib.lines import Line2D
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from scripts.experiments.compare_methods import METHODS
+from scripts.experiments.compare_methods import ALL_METHODS, UNPUBLISHED
 from unimim.files import write_text
 
 COLUMNS = {
@@ -49,6 +49,18 @@ CLAIMS = (
     ("semanticmim_maskfeat", "maskfeat"),
     ("a2mim_vit", "simmim_vit"),
     ("a2mim_resnet18", "simmim_resnet18"),
+)
+# the published methods nearest to each point that nobody has published
+NEIGHBORS = (
+    ("mae_hog", "mae"),
+    ("mae_hog", "maskfeat"),
+    ("mae_contrast", "mae"),
+    ("mae_contrast", "conmim"),
+    ("mae_attention", "mae"),
+    ("mae_spectra", "mae"),
+    ("semanticmim_pixels", "semanticmim_maskfeat"),
+    ("semmae_hog", "semmae"),
+    ("semmae_hog", "mae_hog"),
 )
 Rows = Sequence[dict[str, str]]
 
@@ -78,7 +90,12 @@ def read_rows(file: Path, data: str | None, epochs: Sequence[int] | None) -> lis
 
 def is_random(key: str) -> bool:
     """Whether a method is the random weights of a network."""
-    return not METHODS[key].pretrain
+    return not ALL_METHODS[key].pretrain
+
+
+def published(rows: Rows) -> list[dict[str, str]]:
+    """Return the rows without the points of the space that nobody has published."""
+    return [row for row in rows if row["method"] not in UNPUBLISHED]
 
 
 def lengths(rows: Rows) -> list[str]:
@@ -100,10 +117,10 @@ def by_seed(rows: Rows, key: str, column: str) -> dict[str, float]:
 def groups_of(rows: Rows) -> list[tuple[str | None, list[str]]]:
     """Return the methods of each network with the random weights of that network, or None."""
     present = {row["method"] for row in rows}
-    keys = [key for key in METHODS if key in present]
+    keys = [key for key in ALL_METHODS if key in present]
     groups = []
-    for network in dict.fromkeys(METHODS[key].classifier for key in keys):
-        own = [key for key in keys if METHODS[key].classifier == network]
+    for network in dict.fromkeys(ALL_METHODS[key].classifier for key in keys):
+        own = [key for key in keys if ALL_METHODS[key].classifier == network]
         random = next((key for key in own if is_random(key)), None)
         groups.append((random, [key for key in own if not is_random(key)]))
     return [group for group in groups if group[1]]
@@ -144,7 +161,7 @@ def accuracy_table(rows: Rows) -> str:
             loss = list(by_seed(rows, key, "pretrain_loss").values())
             loss = "" if is_random(key) else with_error(loss, digits=3)
             cells = [with_error(list(by_seed(rows, key, column).values())) for column in COLUMNS]
-            label = f"*{METHODS[key].label}*" if is_random(key) else METHODS[key].label
+            label = f"*{ALL_METHODS[key].label}*" if is_random(key) else ALL_METHODS[key].label
             lines.append(f"| {label} | {seeds} | {loss} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -160,7 +177,9 @@ def difference_table(rows: Rows, pairs: Sequence[tuple[str, str]]) -> str:
             text = with_error(values, sign="+")
             clear = len(values) > 1 and abs(mean) > 2 * error
             cells.append(f"**{text}**" if clear else text)
-        lines.append(f"| {METHODS[key].label} | {METHODS[other].label} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {ALL_METHODS[key].label} | {ALL_METHODS[other].label} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -168,15 +187,20 @@ def tables(rows: Rows) -> dict[str, str]:
     """Return every table by its name in a page."""
     found = {}
     for epochs in lengths(rows):
-        own = of_length(rows, epochs)
-        present = {row["method"] for row in own}
+        every = of_length(rows, epochs)
+        own = published(every)
+        present = {row["method"] for row in every}
         name = f" {epochs} epochs" if epochs else ""
         found[f"accuracies{name}"] = accuracy_table(own)
         gains = [(key, random) for random, keys in groups_of(own) if random for key in keys]
         claims = [pair for pair in CLAIMS if present.issuperset(pair)]
-        for kind, pairs in (("gains", gains), ("claims", claims)):
+        neighbors = [pair for pair in NEIGHBORS if present.issuperset(pair)]
+        if present & UNPUBLISHED.keys():
+            others = [row for row in every if row["method"] in UNPUBLISHED]
+            found[f"unpublished{name}"] = accuracy_table(others)
+        for kind, pairs in (("gains", gains), ("claims", claims), ("neighbors", neighbors)):
             if pairs:
-                found[f"{kind}{name}"] = difference_table(own, pairs)
+                found[f"{kind}{name}"] = difference_table(every, pairs)
     return found
 
 
@@ -244,7 +268,7 @@ def legend_entries(rows: Rows) -> list[Line2D]:
         entries.append(Line2D([], [], marker=marker, label=label, **style))
     for number, (random, _) in enumerate(groups_of(rows)):
         if random is not None:
-            label = METHODS[random].label
+            label = ALL_METHODS[random].label
             entries.append(Line2D([], [], linestyle="--", color=f"C{number}", label=label))
     return entries
 
@@ -258,7 +282,7 @@ def plot(rows: Rows, picture: Path) -> None:
     figure, panels = plt.subplots(1, len(COLUMNS), sharey=True, figsize=size, layout="constrained")
     for axes, column in zip(panels, COLUMNS, strict=True):
         heights = draw(axes, rows, column)
-    labels = [METHODS[key].label for key in heights]
+    labels = [ALL_METHODS[key].label for key in heights]
     panels[0].set_yticks(list(heights.values()), labels)
     colors = [f"C{number}" for number, (_, keys) in enumerate(groups) for _ in keys]
     for label, color in zip(panels[0].get_yticklabels(), colors, strict=True):
@@ -285,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = read_rows(args.table, args.data, args.epochs)
         found = tables(rows)
         if args.picture is not None:
-            plot(rows, args.picture)
+            plot(published(rows), args.picture)
         if args.page is not None:
             write_text(args.page, fill_in(args.page.read_text(), found))
     except (OSError, ValueError) as error:

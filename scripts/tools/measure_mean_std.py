@@ -18,15 +18,21 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from unimim.data.channels import decode_channels, kept_channels
 from unimim.data.jpeg import BrokenImageError, decode
+from unimim.data.preparation import ALPHAS, DROP, Preparation, preparation
 from unimim.data.sources import DATA_SETS, Source, build_source
 
 
 def measure(
-    source: Source, images: int, size: int, channels: int | None = None
+    source: Source,
+    images: int,
+    size: int,
+    channels: int | None = None,
+    prepare: Preparation | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and std, float64 [channels], of at most `images` images spread over the source.
 
-    `channels`: how many are kept at their own depth, None for 8-bit RGB. Unreadable images are left
+    `channels`: how many are kept at their own depth, None for 8-bit RGB. `prepare` composites
+    images. Unreadable images are left
     out; ValueError: no image can be read.
     """
     chosen = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
@@ -34,6 +40,7 @@ def measure(
     for index in tqdm(np.unique(chosen).tolist(), unit="image", disable=None):
         try:
             raw = source.read(index)
+            raw = raw if prepare is None else prepare(raw)
             pixels = decode(raw) if channels is None else decode_channels(raw, channels)
         except BrokenImageError:
             continue
@@ -63,12 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=64, help="side to which images are resized")
     parser.add_argument("--in_chans", type=int, default=None, help="as for training")
     parser.add_argument("--keep_channels", action="store_true", help="as for training")
+    parser.add_argument("--alpha", choices=ALPHAS, default=DROP, help="as for training")
     args = parser.parse_args(argv)
     if args.images < 1 or args.size < 1:
         parser.error("--images and --size must be at least 1")
     try:
         source = build_source(args.data_set, args.data_path, train=True, need_labels=False)
-        mean, std = measure(source, args.images, args.size, kept_channels(args))
+        mean, std = measure(source, args.images, args.size, kept_channels(args), preparation(args))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"--mean {' '.join(f'{value:.4f}' for value in mean)}", end=" ")

@@ -57,7 +57,7 @@ BOTH = {
     "clip_grad": None, "weight_decay": 0.05, "weight_decay_end": None, "lr": 0.0005,
     "warmup_epochs": 5, "warmup_steps": -1, "device": "cuda", "precision": "auto",
     "enable_deepspeed": False, "zero_stage": 1, "deepspeed_config": None, "offload": None,
-    "deepspeed_shards": False,
+    "deepspeed_shards": False, "stop_status": 0,
     "deepspeed": False, "max_nonfinite": 3, "dist_on_itp": False, "dist_url": "env://",
     "dist_timeout": 60.0, "world_size": 1, "local_rank": -1, "local-rank": -1, "config": None,
     "output_dir": "", "log_dir": None, "wandb": None, "tracker": None, "log_every": 50, "seed": 0,
@@ -67,11 +67,13 @@ BOTH = {
     "sync_bn": False, "no_sync_bn": False, "matmul_precision": "auto", "recompute_gelu": "auto",
     "lr_steps": (), "lr_gamma": 0.1, "warmup_ratio": 0.0, "in_chans": None, "mean": None,
     "std": None, "keep_channels": False, "exif_orientation": False,
+    "alpha": "drop",
 }  # fmt: skip
 PRETRAIN_ONLY = {
     "model": "conmim_base_patch16_224", "drop_path": 0.0, "crop_scale": (0.08, 1.0),
     "data_pipeline": "fast", "epochs": 300, "opt_betas": (0.9, 0.98), "min_lr": 1e-05,
-    "mask_type": "block", "mask_ratio": 0.75, "mask_patch_size": None, "num_mask_patches": None,
+    "decode": "cpu", "mask_type": "block", "mask_ratio": 0.75, "mask_patch_size": None,
+    "num_mask_patches": None,
     "max_mask_patches_per_block": None, "min_mask_patches_per_block": 16, "temp": None,
     "t_momentum": None, "resume_copy": "", "norm_pix_loss": None, "no_norm_pix_loss": None,
     "part_maps": None, "part_source": "maps", "num_parts": None, "mask_lambda": None,

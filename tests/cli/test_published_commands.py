@@ -134,8 +134,11 @@ COMMANDS = {
     ),
     "SemanticMIM, segmentation probe": (
         "voc",
-        """--pretrained_weights ${CKPT} --output_dir ${OUTPUT_DIR} --data_path ${VOC}""",
-        {"batch_size": 60, "layer_indices": -5, "nb_classes": 21, "notes": ()},
+        """--pretrained_weights ${CKPT} --output_dir ${OUTPUT_DIR}""",
+        {
+            "batch_size": 60, "layer_indices": -5, "nb_classes": 21, "notes": (),
+            "data_path": "data/VOCdevkit/VOC2012",
+        },
     ),
     "SemanticMIM, segmentation probe with every flag": (
         "voc",
@@ -151,18 +154,44 @@ COMMANDS = {
         --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --data_path ${DATA_PATH}""",
         {"model": "mae_large_patch16_224", "output_dir": "out", "norm_pix_loss": True},
     ),
-    "MAE, fine-tuning of ViT-B": (
+    "MAE, pre-training of ViT-H": (
+        "pretrain",
+        """--job_dir ${OUTPUT_DIR} --nodes 8 --use_volta32 --batch_size 64
+        --model mae_vit_huge_patch14 --norm_pix_loss --mask_ratio 0.75 --epochs 800
+        --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --data_path ${DATA_PATH}""",
+        {"model": "mae_huge_patch14_224", "blr": 1.5e-4, "opt_betas": [0.9, 0.95]},
+    ),
+    "MAE, fine-tuning of ViT-B on one machine": (
         "finetune",
         """--accum_iter 4 --batch_size 32 --model vit_base_patch16 --finetune ${CKPT}
         --epochs 100 --blr 5e-4 --layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1
         --mixup 0.8 --cutmix 1.0 --reprob 0.25 --dist_eval --data_path ${DATA_PATH}""",
-        {"update_freq": 4, "blr": 5e-4, "epochs": 100, "warmup_epochs": 5, "min_lr": 1e-6},
+        {
+            "update_freq": 4, "blr": 5e-4, "epochs": 100, "warmup_epochs": 5, "min_lr": 1e-6,
+            "output_dir": "output_dir",
+        },
+    ),
+    "MAE, fine-tuning of ViT-B": (
+        "finetune",
+        """--job_dir ${OUTPUT_DIR} --nodes 4 --batch_size 32 --model vit_base_patch16
+        --finetune ${CKPT} --epochs 100 --blr 5e-4 --layer_decay 0.65 --weight_decay 0.05
+        --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval
+        --data_path ${DATA_PATH}""",
+        {"update_freq": 1, "output_dir": "out", "layer_decay": 0.65, "clip_grad": None},
+    ),
+    "MAE, fine-tuning of ViT-L": (
+        "finetune",
+        """--job_dir ${OUTPUT_DIR} --nodes 4 --use_volta32 --batch_size 32
+        --model vit_large_patch16 --finetune ${CKPT} --epochs 50 --blr 1e-3 --layer_decay 0.75
+        --weight_decay 0.05 --drop_path 0.2 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval
+        --data_path ${DATA_PATH}""",
+        {"model": "vit_large_patch16_224", "drop_path": 0.2, "warmup_epochs": 5},
     ),
     "MAE, fine-tuning of ViT-H": (
         "finetune",
-        """--job_dir ${OUTPUT_DIR} --nodes 4 --use_volta32 --batch_size 32
+        """--job_dir ${OUTPUT_DIR} --nodes 8 --use_volta32 --batch_size 16
         --model vit_huge_patch14 --finetune ${CKPT} --epochs 50 --blr 1e-3 --layer_decay 0.75
-        --weight_decay 0.05 --drop_path 0.3 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --dist_eval
+        --weight_decay 0.05 --drop_path 0.3 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval
         --data_path ${DATA_PATH}""",
         {"model": "vit_huge_patch14_224", "drop_path": 0.3, "layer_decay": 0.75},
     ),
@@ -170,7 +199,22 @@ COMMANDS = {
         "finetune",
         """--eval --resume ${CKPT} --model vit_base_patch16 --batch_size 16
         --data_path ${DATA_PATH}""",
-        {"model": "vit_base_patch16_224", "imagenet_default_mean_and_std": True},
+        {
+            "model": "vit_base_patch16_224", "imagenet_default_mean_and_std": True,
+            "output_dir": "",
+        },
+    ),
+    "MAE, evaluation of ViT-L": (
+        "finetune",
+        """--eval --resume ${CKPT} --model vit_large_patch16 --batch_size 16
+        --data_path ${DATA_PATH}""",
+        {"model": "vit_large_patch16_224", "use_mean_pooling": True},
+    ),
+    "MAE, evaluation of ViT-H": (
+        "finetune",
+        """--eval --resume ${CKPT} --model vit_huge_patch14 --batch_size 16
+        --data_path ${DATA_PATH}""",
+        {"model": "vit_huge_patch14_224", "use_mean_pooling": True},
     ),
     "MAE, linear probe of ViT-B": (
         "linear",
@@ -178,6 +222,44 @@ COMMANDS = {
         --cls_token --finetune ${CKPT} --epochs 90 --blr 0.1 --weight_decay 0.0 --dist_eval
         --data_path ${DATA_PATH}""",
         {"opt": "lars", "warmup_epochs": 10, "train_crop": "area", "pool": "cls"},
+    ),
+}  # fmt: skip
+# the flags that the published scripts have, whether their READMEs use them or not
+_RUN = """batch_size epochs accum_iter model weight_decay lr blr min_lr warmup_epochs data_path
+    output_dir log_dir device seed resume start_epoch num_workers pin_mem no_pin_mem world_size
+    local_rank dist_on_itp dist_url"""
+_SEMAIM = "saveckp_freq experiment dist_backend"
+_PROBE = "finetune global_pool cls_token nb_classes eval dist_eval"
+_TUNE = f"""{_PROBE} input_size drop_path clip_grad layer_decay color_jitter aa smoothing reprob
+    remode recount resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode"""
+_CLUSTER = "job_dir nodes ngpus timeout partition use_volta32 comment"
+SCRIPTS = {
+    "MAE's main_pretrain.py": (
+        "pretrain", f"{_RUN} {_CLUSTER} input_size mask_ratio norm_pix_loss",
+    ),
+    "MAE's main_finetune.py": ("finetune", f"{_RUN} {_CLUSTER} {_TUNE}"),
+    "MAE's main_linprobe.py": ("linear", f"{_RUN} {_CLUSTER} {_PROBE}"),
+    "SemMAE's main_pretrain_setting3.py": (
+        "pretrain", f"{_RUN} input_size mask_ratio norm_pix_loss mask_lambda setting",
+    ),
+    "SemAIM's main_pretrain.py": (
+        "pretrain",
+        f"""{_RUN} {_SEMAIM} input_size query_depth share_weight prediction_head_type
+        gaussian_kernel_size gaussian_sigma loss_type norm_pix_loss permutation_type use_ema_model
+        predict_feature attention_type clip_grad not_use_fp16""",
+    ),
+    "SemAIM's main_finetune.py": ("finetune", f"{_RUN} {_SEMAIM} {_TUNE}"),
+    "SemAIM's main_linprobe.py": ("linear", f"{_RUN} {_PROBE} experiment dist_backend"),
+    "SemAIM's main_knn.py": (
+        "knn",
+        """input_size batch_size_per_gpu nb_knn nb_classes temperature pretrained_weights use_cuda
+        model checkpoint_key patch_size avgpool_patchtokens global_pool dump_features
+        load_features num_workers dist_url dist_backend dist_on_itp local_rank data_path method""",
+    ),
+    "SemanticMIM's seg_linear_probing.py": (
+        "voc",
+        """pretrained_weights output_dir data_path num_cls_tokens layer_indices input_size eval_size
+        train_mask_size head_type val_freq batch_size_per_gpu num_classes evaluate""",
     ),
 }  # fmt: skip
 LAUNCHED = (sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=1")
@@ -234,12 +316,14 @@ def test_command_is_taken_as_it_is_published(name: str) -> None:
     "name",
     ["SemMAE, pre-training", "SemAIM, pre-training of ViT-B", "SemAIM, fine-tuning of ViT-B",
      "SemAIM, linear probe of ViT-B", "SemAIM, k-NN of ViT-L", "MAE, linear probe of ViT-B",
-     "SemanticMIM, segmentation probe with every flag"],
+     "SemanticMIM, segmentation probe", "SemanticMIM, segmentation probe with every flag"],
 )  # fmt: skip
 def test_command_dry_runs(
     name: str, data: dict[str, str], tmp_path: Path, monkeypatch, capfd
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("data/VOCdevkit").mkdir(parents=True)
+    Path("data/VOCdevkit/VOC2012").symlink_to(data["VOC"])
     stage, command, _ = COMMANDS[name]
     if name == "SemMAE, pre-training":
         data = data | {"DATA_PATH": data["PACKED"]}
@@ -273,6 +357,17 @@ def test_log_says_what_each_name_became() -> None:
 # The table
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_of_a_published_script_is_taken(script: str) -> None:
+    stage, flags = SCRIPTS[script]
+    known = PARSERS[stage]()._option_string_actions
+    refused = []
+    for flag in flags.split():
+        if f"--{flag}" not in known and (flag not in FLAGS or stage not in FLAGS[flag].stages):
+            refused.append(flag)
+    assert refused == []
+
+
 def test_every_name_leads_to_one_of_ours_and_none_is_shown() -> None:
     for stage, make in PARSERS.items():
         parser = make()
@@ -303,7 +398,7 @@ def test_values_that_look_like_flags_and_ours_stay() -> None:
 
 
 def test_lr_counts_accumulation() -> None:
-    args = parse("finetune", words_of(COMMANDS["MAE, fine-tuning of ViT-B"][1]))
+    args = parse("finetune", words_of(COMMANDS["MAE, fine-tuning of ViT-B on one machine"][1]))
     args.world_size = 8
     resolve_lr(args)
     assert args.lr == pytest.approx(5e-4 * 32 * 4 * 8 / 256)
@@ -316,6 +411,8 @@ def test_left_out_flags_are_those_of_the_published_script(tmp_path: Path) -> Non
     assert (args.lr, args.blr) == (0.1, None)
     args = parse("pretrain", ["--model", "mae_vit_base_patch16"])
     assert (args.epochs, args.norm_pix_loss) == (400, False)
+    args = parse("pretrain", ["--model", "mae_vit_base_patch16", "--setting", "3"])
+    assert (args.model, args.mask_ratio, args.batch_size) == ("semmae_base_patch16_224", 0.6, 32)
     args = parse("pretrain", ["--model", "saim_base"])
     assert (args.permutation_type, args.weight_decay, args.clip_grad) == ("stochastic", 0.05, None)
     # ours, and recipes and files that say otherwise, are left alone

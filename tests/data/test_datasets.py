@@ -22,6 +22,7 @@ import torch.distributed as dist
 from helpers import in_ranks
 from PIL import Image
 
+import datasets
 from datasets import (
     BadImagesError,
     EvalBatchSampler,
@@ -34,7 +35,7 @@ from masking_generator import build_mask_generator
 from scripts.tools import make_map_file, zip_dataset
 from unimim.data import file_index, files, shared_index, sources
 from unimim.data.file_index import PathTable, locate, read_map_file, split_archive, zip_members
-from unimim.data.random import _ORDER_STREAM, sample_rng
+from unimim.data.random import _ORDER_STREAM, ImplicitOrder, sample_rng
 from unimim.data.shapes import background
 from unimim.data.sources import ArraySource, build_source, map_source
 from unimim.data.views import build_finetune_transform, build_pretrain_transform
@@ -701,6 +702,51 @@ def test_the_order_is_numpys_permutation_in_half_the_memory():
     order = TrainBatchSampler(1001, 8, seed=3).order(2)
     before = np.random.default_rng((3, 2, 0, _ORDER_STREAM)).permutation(1001)
     assert order.dtype == np.int32 and (order == before).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
+def test_an_implicit_order_is_a_permutation(n):
+    order = ImplicitOrder(n, np.random.default_rng(n))
+    numbers = order[np.arange(n)]
+    assert sorted(numbers.tolist()) == list(range(n)) and len(order) == n
+    picked = np.random.default_rng(0).integers(n, size=7)
+    assert (order[picked] == numbers[picked]).all()
+
+
+def test_an_implicit_order_is_as_if_drawn():
+    """Images move far, neighbors part, few stay, and every image is as likely to come first."""
+    n = 10007
+    numbers = ImplicitOrder(n, np.random.default_rng(0))[np.arange(n)]
+    assert abs(np.abs(numbers - np.arange(n)).mean() / n - 1 / 3) < 0.01
+    assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.03
+    assert (numbers == np.arange(n)).sum() < 8 and (np.abs(np.diff(numbers)) == 1).sum() < 12
+    firsts = [ImplicitOrder(10, np.random.default_rng(seed))[np.arange(1)] for seed in range(2000)]
+    assert np.bincount(np.concatenate(firsts), minlength=10).min() > 150
+
+
+def test_orders_of_many_images_are_not_held(monkeypatch):
+    """Ranks share them out, epochs and seeds differ, mid-epoch resuming goes on as before."""
+    monkeypatch.setattr(datasets, "LISTED_ORDER", 100)
+
+    def batches(epoch: int, seed: int = 7, rank: int = 0, world_size: int = 1, first: int = 0):
+        sampler = TrainBatchSampler(103, 4, seed=seed, rank=rank, world_size=world_size)
+        sampler.set_position(epoch, first)
+        return list(sampler)
+
+    single = batches(2)
+    indices = [index for batch in single for _, index in batch]
+    assert len(set(indices)) == 100 and sorted(indices) != indices
+    ranks = [batches(2, rank=rank, world_size=2) for rank in range(2)]
+    shared = [batch for step in zip(*ranks, strict=True) for batch in step]
+    assert shared == single[: len(shared)] and len(shared) == 24
+    assert batches(2, first=9) == single[9:]
+    assert batches(2) == single != batches(3) and batches(2, seed=8) != single
+    assert isinstance(TrainBatchSampler(103, 4).order(0), ImplicitOrder)
+    assert isinstance(TrainBatchSampler(100, 4).order(0), np.ndarray)
+    huge = TrainBatchSampler(10**10, 4).order(0)
+    found = huge[np.arange(10**10 - 1000, 10**10)]
+    assert len(set(found.tolist())) == 1000 and found.min() >= 0 and found.max() < 10**10
+    assert huge.nbytes < 100 and found.max() > 2**32
 
 
 def test_resuming_in_mid_epoch_skips_batches_only():

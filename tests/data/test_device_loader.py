@@ -14,19 +14,15 @@ from unimim.data.crops import ViewDraws, crop_map, fast_crop, majority
 from unimim.data.device_loader import (
     DeviceLoader,
     DeviceMasks,
-    brightness,
     color_place_parts,
-    contrast,
     crop_maps,
     decoded,
-    hue,
     random_boxes,
-    resample,
-    saturation,
     strong_view,
 )
 from unimim.data.pretraining import mask_generator
 from unimim.data.sources import digits_source
+from unimim.data.tensor_views import brightness, contrast, hue, resample, saturation
 from unimim.data.views import MEAN_STD, build_pretrain_transform
 from unimim.engine.state import Normalize, with_mask_counts
 from unimim.tokenizer.clusters import kmeans_tokens

@@ -17,7 +17,7 @@ from PIL import Image
 from datasets import ImageDataset
 from engine_for_pretraining import grouped
 from scripts.tools.tar_dataset import main as pack
-from unimim.data import shards
+from unimim.data import shard_index, shards
 from unimim.data.jpeg import BrokenImageError
 from unimim.data.shards import TarFiles, expanded, index_of, read_shard, shards_of
 from unimim.data.sources import build_source, detect, digits_source, is_divided
@@ -28,7 +28,7 @@ MAE = ("--model", "mae_tiny_patch16_224", "--model_kwargs", *SIZE, *DECODER)
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_folder(monkeypatch):
+def own_temporary_folder(tmp_path, monkeypatch):
     """The index of these shards is not left in the machine's temporary folder. Its path is short,
     for the sockets of workers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -174,14 +174,14 @@ def test_a_damaged_index_is_made_again_and_a_read_only_folder_needs_none(packed,
     beside.write_bytes(beside.read_bytes()[:100])
     assert differing_arrays(first, index_of(paths)) == []
     beside.unlink()
-    original = shards.write_atomically
+    original = shard_index.write_atomically
 
     def refuse(path, write):
         if path.parent == paths[0].parent:
             raise PermissionError("read-only")
         original(path, write)
 
-    monkeypatch.setattr(shards, "write_atomically", refuse)
+    monkeypatch.setattr(shard_index, "write_atomically", refuse)
     assert differing_arrays(first, index_of(paths)) == [] and not beside.exists()
     read = []
     monkeypatch.setattr(shards, "read_shard", read.append)

@@ -108,6 +108,8 @@ def small(command: Command, folder: Path) -> list[str]:
             words[at + 1] = str(folder / words[at + 1].lstrip("/$"))
         elif flag == "--discrete_vae_weight_path":
             words[at + 1] = str(TOKENIZER)
+        elif flag == "--teacher" and words[at + 1].endswith(".safetensors"):
+            words[at + 1] = "vit_small_patch14_dinov2"
         elif flag == "--part_maps":
             words[at : at + 2] = ["--part_source", "random"]
         elif flag in ("--num_parts", "--layer_indices"):
@@ -211,7 +213,9 @@ def test_every_other_command_is_there_and_takes_its_flags(command):
     elif program in LAUNCHERS:
         assert words[0] == "-m"
         importlib.import_module(words[1])
-    elif program.startswith(("analysis/", "semantic_segmentation/")) and program.endswith(".py"):
+    elif program == "run_robustness.py" or re.match(
+        "(analysis|semantic_segmentation)/.*py$", program
+    ):
         importlib.import_module(program.removesuffix(".py").replace("/", ".")).parse(words)
     else:
         text = (ROOT / program).read_text()

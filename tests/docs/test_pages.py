@@ -24,7 +24,7 @@ FOREIGN = {
     "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank",
     "--master_addr", "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size",
     "--ipc", "--help", "--iters_per_epoch",
-    "--nodes", "--ntasks-per-node", "--gpus-per-node",
+    "--no-deps", "--nodes", "--ntasks-per-node", "--gpus-per-node",
 }  # fmt: skip
 
 

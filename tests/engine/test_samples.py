@@ -1,23 +1,20 @@
 """What a run leaves for the eye: images in tensorboard, and encoders that timm loads by
 themselves."""
 
-import io
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import METHODS, own_signals, start
+from helpers import METHODS, board, own_signals, start
 from PIL import Image
-from tensorboardX.proto import event_pb2
 
 import modeling_pretrain  # noqa: F401  (registers the methods)
 from engine_for_pretraining import train
 from unimim.checkpoint.files import encoder_file, list_checkpoints, timm_arguments_of
 from unimim.data.views import image_mean_std
-from unimim.engine.samples import is_due, sample_images
+from unimim.engine.samples import MASKED_GRAY, is_due, order_panel, sample_images
 from unimim.engine.session import Position
 
 CONMIM: tuple[str, ...] = ()
@@ -40,31 +37,16 @@ def run_of(folder: Path, *flags: str):
     return run
 
 
-def logged(folder: Path) -> dict[str, list[np.ndarray]]:
-    """Return the images in a folder of tensorboard, by their names."""
-    (file,) = folder.glob("events*")
-    content, found, at = file.read_bytes(), {}, 0
-    while at < len(content):
-        (length,) = struct.unpack_from("<Q", content, at)
-        event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
-        for value in event.summary.value:
-            if value.HasField("image"):
-                picture = Image.open(io.BytesIO(value.image.encoded_image_string))
-                found.setdefault(value.tag, []).append(np.asarray(picture))
-        at += length + 16
-    return found
-
-
 @pytest.mark.parametrize(
     ("flags", "panels"),
-    [(CONMIM, 3), (METHODS["mae"], 4), (METHODS["semaim"], 4), (METHODS["a2mim_resnet"], 4)],
+    [(CONMIM, 3), (METHODS["mae"], 4), (METHODS["semaim"], 5), (METHODS["a2mim_resnet"], 4)],
 )
 def test_images_in_tensorboard_leave_training_as_it_is(tmp_path, few_images, flags, panels):
     flags = (*flags, *few_images)
     run_of(tmp_path / "without", *flags)
     run = run_of(tmp_path / "with", *flags, "--log_dir", str(tmp_path / "board"))
     assert (tmp_path / "without/log.txt").read_text() == (tmp_path / "with/log.txt").read_text()
-    (images,) = logged(tmp_path / "board").values()
+    images = board(tmp_path / "board")["masks_and_predictions"]
     height, width = run.task.image_size
     assert len(images) == 2 and images[0].shape == (4 * height, panels * width, 3)
     first = run.loader.dataset[0, 0]["image"].permute(1, 2, 0).numpy()
@@ -74,6 +56,22 @@ def test_images_in_tensorboard_leave_training_as_it_is(tmp_path, few_images, fla
 
 def test_what_is_not_masked_has_no_images(tmp_path):
     assert sample_images(start("finetune", tmp_path)[0]) is None
+    assert sample_images(start("pretrain", tmp_path, *METHODS["nepa"])[0]) is None
+
+
+def test_masks_that_the_network_draws_are_shown_without_pixels_too(tmp_path):
+    run, _ = start("pretrain", tmp_path, *METHODS["mae"], "--target", "hog")
+    images = sample_images(run)
+    assert images.shape == (3, 4 * 16, 2 * 16)
+    gray = (images[:, :16, 16:] == MASKED_GRAY).all(0).unflatten(0, (4, 4)).unflatten(2, (4, 4))
+    assert gray.all(3).all(1).sum() == 8  # of 16 patches, --mask_ratio 0.5
+
+
+def test_the_order_of_patches_is_from_white_to_black():
+    panel = order_panel(torch.tensor([[0.5, 0.1, 0.9, 0.7]]), (2, 2), (4, 6))
+    assert panel.shape == (1, 3, 4, 6)
+    assert panel[0, 0, ::2, ::3].tolist() == [[170, 255], [0, 85]]
+    assert (panel[0, :, :2, :3] == 170).all()
 
 
 def test_images_come_some_twenty_times():

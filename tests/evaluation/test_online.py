@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import METHODS, arguments, differing, in_ranks, own_signals, start
+from helpers import METHODS, ROOT, arguments, board, differing, in_ranks, own_signals, start
 from PIL import Image
 
 import run_pretraining
 from unimim.checkpoint.files import list_checkpoints, load_checkpoint
-from unimim.cli.options import parse
 from unimim.data.sources import digits_source
 from unimim.engine.session import Position
 from unimim.evaluation.features import Features
@@ -36,12 +35,15 @@ def run_of(folder: Path, *flags: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", [(), METHODS["nepa"], METHODS["a2mim_resnet"]])
+@pytest.mark.parametrize(
+    "method", [(), METHODS["nepa"], METHODS["semaim"], METHODS["a2mim_resnet"]]
+)
 def test_the_loss_curve_and_the_weights_are_bit_equal_with_and_without(tmp_path, method):
     """ConMIM with its teacher, dropout of paths, and noise that is drawn in the forward pass."""
     flags = (*method, *(() if method else ("--drop_path", "0.3")))
     plain = run_of(tmp_path / "plain", *flags)
-    judged = run_of(tmp_path / "judged", *flags, "--eval_every", "1")
+    shown = ["--log_dir", str(tmp_path / "board")]
+    judged = run_of(tmp_path / "judged", *flags, "--eval_every", "1", *shown)
     assert len(plain) == len(judged) == 2
     for without, row in zip(plain, judged, strict=True):
         assert without == {name: row[name] for name in without}
@@ -58,6 +60,20 @@ def test_the_loss_curve_and_the_weights_are_bit_equal_with_and_without(tmp_path,
         assert 10 < row["knn_acc1"] <= 100 and 10 < row["linear_acc1"] <= 100
         assert row["effective_rank"] >= 1 and row["eval_seconds"] > 0
         assert 0 < row.get("attention_entropy", 0.5) <= 1
+    logged = board(tmp_path / "board")
+    for name in expected:
+        assert logged[f"epoch/{name}"] == pytest.approx([row[name] for row in judged]), name
+    check_pictures(tmp_path / "judged/pictures", logged, method)
+
+
+def check_pictures(folder: Path, logged: dict, method: tuple[str, ...]) -> None:
+    """Each evaluation has written what it has sent; NEPA, which hides nothing, has none."""
+    sent = logged.get("masks_and_predictions", [])
+    found = [np.asarray(Image.open(folder / f"epoch-{k}.png")) for k in range(len(sent))]
+    assert len(sent) == (0 if method == METHODS["nepa"] else 2)
+    for ours, theirs in zip(found, sent, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert len(list(folder.glob("*"))) == len(sent)
 
 
 def test_it_comes_every_so_many_epochs_and_after_the_last(tmp_path):
@@ -65,16 +81,21 @@ def test_it_comes_every_so_many_epochs_and_after_the_last(tmp_path):
         "pretrain", tmp_path, "--eval_every", "2", "--eval_images", "50", "--epochs", "5"
     )
     evaluation = OnlineEvaluation(run.context, run.task)
+    evaluation.follow(run)
     evaluation.metrics = lambda network: {"seen": 1.0}
     due = [bool(evaluation.after_epoch(Position(epoch=epoch))) for epoch in range(5)]
     assert due == [False, True, False, True, True]
+    written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert written == ["epoch-1.png", "epoch-3.png", "epoch-4.png"]
 
 
 def test_every_module_gets_its_mode_back(tmp_path):
     run, _ = start("pretrain", tmp_path, "--eval_every", "1", "--eval_images", "50")
     run.task.blocks[0].eval()
     modes = [module.training for module in (*run.task.modules(), *run.task.teacher.modules())]
-    OnlineEvaluation(run.context, run.task).after_epoch(Position())
+    evaluation = OnlineEvaluation(run.context, run.task)
+    evaluation.follow(run)
+    evaluation.after_epoch(Position())
     after = [module.training for module in (*run.task.modules(), *run.task.teacher.modules())]
     assert modes == after
     assert all(p.requires_grad for p in run.task.blocks.parameters())
@@ -137,13 +158,6 @@ def test_held_out_and_spread_images():
     assert spread(source, len(source)) is source
 
 
-def test_sharded_weights_are_refused(tmp_path):
-    flags = ["--eval_every", "1", "--enable_deepspeed", "--zero_stage", "3", "--data_set", "digits"]
-    args = parse("pretrain", [*flags, "--output_dir", str(tmp_path)])
-    with pytest.raises(ValueError, match="use --zero_stage 2 or less"):
-        OnlineEvaluation(Namespace(args=args), torch.nn.Identity())
-
-
 def judged(folder: Path) -> dict[str, float]:
     run, _ = start("pretrain", folder, "--eval_every", "1", "--eval_images", "101")
     return OnlineEvaluation(run.context, run.task).metrics(run.task)
@@ -154,3 +168,28 @@ def test_two_ranks_find_what_one_process_finds(tmp_path):
     alone = judged(tmp_path / "alone")
     for found in in_ranks(2, judged, tmp_path / "pair"):
         assert found == pytest.approx(alone, rel=1e-4)
+
+
+def with_engines(folder: Path) -> None:
+    """Train with DDP, and then with weights that no rank has whole."""
+    flags = ["--lr", "1e-2", "--eval_every", "2"]
+    partitioned = ROOT / "tests/engine/zero3_partitioned.json"
+    sharded = ["--enable_deepspeed", "--zero_stage", "3", "--deepspeed_config", str(partitioned)]
+    run_of(folder / "ddp", *METHODS["mae"], *flags)
+    run_of(folder / "zero3", *METHODS["mae"], *flags, *sharded)
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_judged_as_whole_ones(tmp_path):
+    in_ranks(2, with_engines, tmp_path)
+    ddp, zero3 = (
+        json.loads((tmp_path / name / "log.txt").read_text().splitlines()[-1])
+        for name in ("ddp", "zero3")
+    )
+    assert zero3["train_loss"] == pytest.approx(ddp["train_loss"], rel=1e-4)
+    assert zero3["knn_acc1"] == pytest.approx(ddp["knn_acc1"], abs=2)
+    for name in ("effective_rank", "attention_entropy"):
+        assert zero3[name] == pytest.approx(ddp[name], rel=1e-3), name
+    pictures = [Image.open(tmp_path / name / "pictures/epoch-1.png") for name in ("ddp", "zero3")]
+    ours, theirs = (np.asarray(picture).astype(int) for picture in pictures)
+    assert ours.shape == (4 * 16, 4 * 16, 3) and np.abs(ours - theirs).max() <= 2

@@ -9,11 +9,13 @@ import torch
 from helpers import arguments
 from PIL import Image
 
-from analysis import robustness
+import run_robustness
+from analysis.common import Network
 from modeling_finetune import create_model
 from unimim.checkpoint.files import save_checkpoint
 from unimim.cli.options import as_config
 from unimim.data.class_lists import imagenet_synsets, subset_synsets
+from unimim.evaluation import robustness
 
 CLASSES = ["n01", "n02", "n03", "n04"]
 GRAYS = [20, 90, 160, 230]
@@ -35,7 +37,7 @@ def gray_classifier() -> torch.nn.Module:
 
 @pytest.fixture
 def network():
-    return robustness.common.Network("gray", gray_classifier(), (16, 16), "inception", True)
+    return Network("gray", gray_classifier(), (16, 16), "inception", True)
 
 
 def write_images(folder, grays: dict[str, list[int]]) -> None:
@@ -47,7 +49,7 @@ def write_images(folder, grays: dict[str, list[int]]) -> None:
 
 def flags(root, *suite: str, **changes) -> Namespace:
     words = ["--suite", *suite, "--data_path", str(root), "--model", "x", "--num_workers", "0"]
-    args = robustness.parse([*words, "--grid", "4", "--ratios", "0", "0.5"])
+    args = run_robustness.parse([*words, "--grid", "4", "--ratios", "0", "0.5"])
     vars(args).update(changes)
     return args
 
@@ -132,11 +134,11 @@ def test_the_command_writes_a_table_and_a_picture_of_several_classifiers(tmp_pat
     ]
     words += ["--class_map", str(tmp_path / "classes.txt"), "--ratios", "0", "0.5", "--grid", "4"]
     words += ["--num_workers", "0", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
-    robustness.main(robustness.parse(words))
+    run_robustness.main(run_robustness.parse(words))
     with (tmp_path / "out/robustness.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = ["imagenet_a", "imagenet_c", "imagenet_c", "occlusion", "occlusion"]
     assert [row["suite"] for row in rows] == 2 * expected and rows[5]["label"] == "b"
     assert (tmp_path / "out/robustness.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="has 4 classes, --class_map imagenet lists 1000"):
-        robustness.main(robustness.parse([*words, "--class_map", "imagenet"]))
+        run_robustness.main(run_robustness.parse([*words, "--class_map", "imagenet"]))

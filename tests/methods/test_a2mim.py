@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from modeling_backbones import TIMM_BACKBONES, family_of
+from modeling_backbones import TIMM_BACKBONES, enlarged, family_of
 from modeling_finetune import create_model
-from modeling_losses import (
+from modeling_targets import (
     FocalFrequencyLoss,
     ReconstructionLoss,
     Regression,
-    enlarged,
     half_spectrum,
     whole_mean,
 )

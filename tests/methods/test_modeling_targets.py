@@ -281,9 +281,9 @@ def test_what_is_refused(tmp_path):
     path = tmp_path / "weights.pth"
     assert "neither a file nor the name of a model" in said("clip", str(tmp_path / "missing.pt"))
     torch.save(timm_dino().state_dict(), path)
-    assert "not of the kind that predict_feature clip needs" in said("clip", str(path))
+    assert "not of the kind that target clip needs; use target dino" in said("clip", str(path))
     torch.save(timm_clip().state_dict(), path)
-    assert "not of the kind that predict_feature dino needs" in said("dino", str(path))
+    assert "not of the kind that target dino needs; use target clip" in said("dino", str(path))
     torch.save({"conv.weight": torch.ones(3)}, path)
     assert "holds no vision transformer" in said("dino", str(path))
     path.write_bytes(b"no weights")

@@ -1,6 +1,12 @@
 """The space mask x encoder form x target: every cell trains a step or refuses in one sentence."""
 
+import json
 import math
+import re
+import shutil
+import traceback
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +16,13 @@ from helpers import (
     DECODER,
     METHODS,
     SIZE,
+    TOKENIZER,
     WITH_TOKENIZER,
     arguments,
     average_weights,
     column,
     differing,
+    imagenet_stand_in,
     in_ranks,
     start,
     train_steps,
@@ -25,10 +33,13 @@ from torch import Tensor
 from masking_generator import MASKS
 from modeling_finetune import create_model, entry_of
 from modeling_targets import TARGETS, Pixels, Shape
+from optim_factory import param_groups
 from scripts.benchmarks.benchmark import random_batch
 from unimim.cli.models import build_method
 from unimim.cli.options import parse
 from unimim.cli.space import forms, table
+from unimim.engine.setup import start_training
+from unimim.engine.state import Training
 from unimim.errors import OptionError
 
 CPU = torch.device("cpu")
@@ -43,15 +54,35 @@ NETWORKS = {  # a tiny network of each form, and CNNs and Swin beside the ViT's
     "semaim": ("semaim_tiny_patch16_224", VIT | {"query_depth": 2}),
     "simmim_vit": ("simmim_vit_tiny_patch16_224", VIT),
     "simmim_resnet": ("simmim_resnet18", CNN),
+    "a2mim": ("a2mim_vit_tiny_patch16_224", VIT),
     "simmim_swin": (
         "simmim_swin_tiny",
         {"input_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
     ),
 }
 TARGET_OPTIONS = {
-    "tokens": {"vocab_size": 16},
+    "tokens": {"vocab_size": 64},
     "contrast": {"projector_hidden_dim": 16, "projector_out_dim": 8},
 }
+Cell = tuple[str, str, str]  # network, mask, target
+
+
+def form_of(network: str) -> type:
+    return entry_of(NETWORKS[network][0]).classes[0]
+
+
+def cells(*, refused: bool) -> list[Cell]:
+    """Return the cells that run, or those that are refused: each of the table once, the networks
+    of a form taking turns."""
+    found = []
+    for form in forms():
+        networks = [name for name in NETWORKS if form_of(name).form_name == form]
+        for i, mask in enumerate(MASKS):
+            for j, target in enumerate(TARGETS):
+                network = networks[(i + j) % len(networks)]
+                if bool(form_of(network).refusal(mask, target)) is refused:
+                    found.append((network, mask, target))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +125,8 @@ def batch_for(method, mask: str = "random") -> dict[str, Tensor]:
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_cell_trains_a_step_or_refuses(network, target, teachers):
-    form = entry_of(NETWORKS[network][0]).classes[0]
     for mask in MASKS:
-        refusal = form.refusal(mask, target)
+        refusal = form_of(network).refusal(mask, target)
         if refusal:
             with pytest.raises(OptionError, match=f"^mask_type={mask} hides"):
                 build(network, mask, target, teachers)
@@ -218,11 +248,14 @@ def test_the_bottleneck_of_a_decoder_lets_the_class_token_through_only(teachers)
         assert torch.equal(*outputs) is bottleneck
 
 
-@pytest.mark.parametrize("network", ["mae", "beit", "semanticmim", "semaim", "simmim_vit"])
-def test_spectra_of_any_pixels(network, teachers):
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("network", ["mae", "beit", "semanticmim", "semaim", "simmim_vit", "a2mim"])
+def test_spectra_of_any_pixels(network, normalized, teachers):
     mask = "none" if network == "semaim" else "random"
+    options = {"norm_pix_loss": normalized}
     plain, both = (
-        build(network, mask, "pixels", teachers, fft_weight=weight) for weight in (0.0, 0.5)
+        build(network, mask, "pixels", teachers, fft_weight=weight, **options)
+        for weight in (0.0, 0.5)
     )
     batch = batch_for(plain)
     ours, theirs = both(batch), plain(batch)
@@ -252,6 +285,24 @@ def test_spectra_are_those_of_the_error_where_patches_are_predicted():
     spectrum = torch.fft.fft2(error.mean(0), norm="ortho").abs()
     weights = spectrum.log1p() / spectrum.log1p().max()
     torch.testing.assert_close(out["loss_freq"], (weights * spectrum.square()).mean())
+
+
+def test_a_cnn_can_predict_pixels_under_another_loss_than_simmims(teachers):
+    method = build("simmim_resnet", "random", "pixels", teachers, loss_type="L2")
+    batch = batch_for(method)
+    predicted = method.pixel_head(method.neck(method.features(batch["image"], batch["mask"])))
+    errors = (predicted - method.target.of(batch)).square().mean(-1)
+    torch.testing.assert_close(method(batch)["loss"], errors[batch["mask"].flatten(1)].mean())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_ema_of_semaims_target_has_the_momentum_of_the_target_unless_it_is_kept(kept, teachers):
+    options = {"t_momentum": 0.0, "use_ema_model": kept}
+    method = build("semaim", "none", "contrast", teachers, **options)
+    with torch.no_grad():
+        method.cls_token += 1
+    method.after_step(0.0)
+    assert torch.equal(method.teacher.cls_token, method.cls_token) is not kept
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,6 +348,38 @@ def test_what_does_not_go_together_is_said_in_one_sentence(flags, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("cell", cells(refused=True), ids="-".join)
+def test_a_refused_cell_says_so_in_a_sentence_that_names_two_flags(cell, teachers, tmp_path):
+    args = arguments("pretrain", tmp_path, *flags_of(cell, teachers))
+    with pytest.raises(ValueError, match=rf"^--mask_type {cell[1]} hides ") as error:
+        build_method(args)
+    assert len(set(re.findall(r"--\w+", str(error.value)))) >= 2
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--target clip --target_model {dino}",
+            r"^--target_model \S+ is not of the kind that --target clip needs; use --target dino$",
+        ),
+        (
+            "--target dino --target_model {clip}",
+            r"^--target_model \S+ is not of the kind that --target dino needs; use --target clip$",
+        ),
+        (
+            "--mask_type attention_low --mask_teacher no.pth",
+            r"^--mask_teacher no.pth is neither a file nor the name of a model of timm$",
+        ),
+    ],
+)
+def test_a_wrong_frozen_network_is_refused_by_the_flag_that_names_it(flags, said, teachers):
+    command = f"--model mae_tiny_patch16_224 {flags.format(**teachers)}"
+    with pytest.raises(ValueError, match=said):
+        build_method(parse("pretrain", command.split()))
+
+
 def test_flags_reach_target_and_mask(tmp_path):
     flags = "--target contrast --temp 0.2 --mask_type parts --num_parts 3 --part_source random"
     own = [
@@ -337,6 +420,90 @@ def test_the_table_is_the_pages():
 
 # --------------------------------------------------------------------------------------------------
 # Engines
+
+
+def flags_of(cell: Cell, teachers: dict[str, str]) -> list[str]:
+    """Return the command line of a cell; what is attended to least is that of a frozen network."""
+    network, mask, target = cell
+    model, options = NETWORKS[network]
+    options = {"patch_size": None} | options | TARGET_OPTIONS.get(target, {})
+    flags = ["--model", model, "--input_size", str(options.pop("input_size"))]
+    flags += ["--mask_type", mask, "--target", target]
+    if target == "tokens":
+        flags += ["--discrete_vae_weight_path", str(TOKENIZER)]
+    if target in teachers:
+        flags += ["--target_model", teachers[target]]
+    if mask == "parts":
+        flags += ["--part_source", "random", "--num_parts", "3"]
+    if mask == "attention_low":
+        flags += ["--mask_teacher", teachers["dino"]]
+    return [*flags, "--model_kwargs", *(f"{name}={json.dumps(v)}" for name, v in options.items())]
+
+
+def begun_again(run: Training, **flags) -> Training:
+    """Return the run as it starts from its folder, with some flags changed."""
+    args = Namespace(**vars(run.args) | flags)
+    method = build_method(args)
+    context = replace(run.context, args=args)
+    groups = param_groups(method, args.weight_decay)
+    return start_training(context, method, run.loader, groups)[0]
+
+
+def train_and_resume_cell(folder: Path, flags: list[str]) -> str:
+    """Train a cell under ZeRO 2, under plain torch, and from a checkpoint; return what is wrong."""
+    zero_2, position = start("pretrain", folder, *flags, *ENGINES["zero2"])
+    torch_only = begun_again(zero_2, enable_deepspeed=False)
+    losses = column(train_steps(zero_2, 0, 1), "loss")
+    position.step = 1
+    zero_2.session.save(position, finished=False)
+    losses += column(train_steps(zero_2, 1, 2), "loss")
+    resumed = begun_again(zero_2)
+    again = column(train_steps(resumed, 1, 2), "loss")
+    states = [(whole_weights(run), average_weights(run)) for run in (zero_2, resumed)]
+    wrong = [f"{name} differs after a resume" for name in differing(*states)]
+    if again != losses[1:]:
+        wrong.append(f"the second loss is {losses[1]}, after a resume {again[0]}")
+    plain = column(train_steps(torch_only, 0, 2), "loss")
+    if plain != pytest.approx(losses, rel=1e-4):
+        wrong.append(f"the losses are {losses}, under plain torch {plain}")
+    if not all(map(math.isfinite, losses)):
+        wrong.append(f"the losses are {losses}")
+    return "\n".join(wrong)
+
+
+def train_and_resume_cells(folder: Path, commands: dict[Cell, list[str]]) -> dict[Cell, str]:
+    """Return what is wrong with each cell, an error included: the others are tried all the same."""
+    images = folder / "images"
+    imagenet_stand_in(images)
+    data = ["--data_set", "IMNET", "--data_path", str(images)]
+    wrong = {}
+    for cell, flags in commands.items():
+        own = folder / "-".join(cell)
+        try:
+            wrong[cell] = train_and_resume_cell(own, [*data, *flags])
+        except Exception:
+            wrong[cell] = traceback.format_exc()
+        shutil.rmtree(own, ignore_errors=True)
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def wrong_of_cells(request, teachers, tmp_path_factory) -> dict[Cell, str]:
+    """What is wrong with each of the chosen cells, which go through one process."""
+    chosen = [
+        item.callspec.params["cell"]
+        for item in request.session.items
+        if request.fixturename in item.fixturenames
+    ]
+    commands = {cell: flags_of(cell, teachers) for cell in chosen}
+    return in_ranks(1, train_and_resume_cells, tmp_path_factory.mktemp("cells"), commands)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", cells(refused=False), ids="-".join)
+def test_every_cell_trains_under_both_engines_and_resumes(cell, wrong_of_cells):
+    assert wrong_of_cells[cell] == ""
+
 
 PARTS = "--mask_type parts --part_source random"
 CELLS = {  # flags over those of PRETRAIN; one of each form, mask made here, and target

@@ -430,7 +430,11 @@ def test_it_runs_from_the_command_line(root, tmp_path):
         ("--val_freq 0", "--val_freq must be at least 1, not 0"),
         (
             "--data_path nowhere",
-            "nowhere has no ImageSets/Segmentation/trainaug.txt: it must be VOC's folder VOC2012",
+            "--data_path nowhere is not a folder; use VOC's folder VOC2012, or ADE20K's",
+        ),
+        (
+            "--data_path .",
+            ". has no ImageSets/Segmentation/trainaug.txt: it must be VOC's folder VOC2012",
         ),
         ("--eval", "--eval needs a checkpoint: --resume FILE"),
         ("--nb_classes 2", "--nb_classes 2 is too few"),

@@ -3,6 +3,7 @@ whole runs."""
 
 import json
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ import run_part_learning
 from modeling_finetune import VisionTransformer
 from unimim.checkpoint.files import save_encoder
 from unimim.data.part_maps import MISSING, PartMaps, PartMapWriter
-from unimim.data.pretraining import crop_loader
+from unimim.data.pretraining import crop_loader, open_parts
 from unimim.data.shapes import cached_shapes, make_scene
+from unimim.data.sources import build_source
 from unimim.data.views import MEAN_STD
 from unimim.engine.distributed import StopSignal
 from unimim.engine.state import RunContext
@@ -593,9 +595,52 @@ def test_an_unreadable_image_has_no_map(data, tmp_path):
     assert PartMapWriter(folder).missing().tolist() == [3]
 
 
+def test_maps_of_turned_images_are_those_that_training_sees(data, tmp_path):
+    """Images that EXIF turns, with the flag, get the maps of the same images stored upright."""
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "upright").mkdir()
+    for index in range(4):
+        image = Image.open(data / f"images/training/{index:06d}.png")
+        image = image.crop((0, 0, 64, 40))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(tmp_path / f"stored/{index}.png", exif=exif)
+        image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / f"upright/{index}.png")
+
+    def maps(images: str, *flags: str) -> np.ndarray:
+        folder = tmp_path / f"{images}{len(flags)}"
+        flags = ("--data_set", "image_folder", "--data_path", str(tmp_path / images), *flags)
+        run(data, tmp_path, *flags, "--part_source", "kmeans", "--extract", str(folder))
+        return np.load(folder / "parts.npy")
+
+    turned, upright = maps("stored", "--exif_orientation"), maps("upright")
+    assert (turned == upright).all() and (turned != maps("stored")).any()
+
+    # Training takes the maps of images that it sees in the same way, and no others.
+    source = build_source("image_folder", str(tmp_path / "stored"), train=True, need_labels=False)
+    method = Namespace(num_parts=7)
+    for flag, folder, refusal in (
+        (True, "stored1", None),
+        (False, "stored0", None),
+        (True, "stored0", "--exif_orientation turns images, but --part_maps .* leave it out"),
+        (False, "stored1", "made of upright images; use --exif_orientation"),
+    ):
+        given = Namespace(
+            part_source="maps", part_maps=str(tmp_path / folder), data_path=None, seed=0,
+            exif_orientation=flag,
+        )  # fmt: skip
+        if refusal is None:
+            maps_there = np.load(tmp_path / folder / "parts.npy")
+            assert (open_parts(given, source, method).read(2) == maps_there[2]).all()
+        else:
+            with pytest.raises(ValueError, match=refusal):
+                open_parts(given, source, method)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--exif_orientation", "--evaluate", "q.csv"], "not the masks of --evaluate"),
         (["--num_parts", "0"], "--num_parts must be at least 1, not 0"),
         (["--tau_end", "0.5"], "--tau_end 0.5 must be positive and at most --tau_start 0.2"),
         (["--data_set", "digits", "--evaluate", "q.csv"], "give --mask_path, or --data_set shapes"),

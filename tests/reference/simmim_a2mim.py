@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from masking_generator import SimMIMMask
-from modeling_backbones import PixelNeck
+from modeling_backbones import PixelNeck, mean_filled
 from modeling_finetune import VisionTransformer
-from modeling_losses import ReconstructionLoss, mean_filled
 from modeling_pretrain import A2MIM, SimMIM
+from modeling_targets import ReconstructionLoss
 from optim_factory import annealing, by_rules, layer_scales, layers_of, set_schedule
 from reference.case import Case
 from reference.common import gradients, load_weights, mlp_ratio, position_options

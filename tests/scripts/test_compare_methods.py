@@ -23,6 +23,32 @@ def test_one_budget_on_cifar10_and_a_short_one_for_trying(tmp_path, monkeypatch)
     assert set(full.data.schedules.values()) == {Schedule(7, 54)}
 
 
+def test_parts_of_a_strong_teacher_come_from_its_file_at_its_size(tmp_path, monkeypatch):
+    teacher = tmp_path / "a vit.safetensors"
+    one = Comparison("cifar10", 0, tmp_path, "bf16", 1, data_path=tmp_path, teacher=teacher)
+    commands = []
+
+    def run(self, command, folder):
+        commands.append(command)
+        return folder
+
+    monkeypatch.setattr(Comparison, "run", run)
+    folder = one.pretrain("semmae_strong")
+    stage1, pretraining = commands  # no MAE comes before
+    assert f"--teacher '{teacher}' --part_source kmeans" in stage1
+    # 8 x 8 patches of 14 pixels, as many as the method's of 4; the last flag counts
+    assert stage1.split("--input_size ")[-1].startswith("112 ")
+    maps = folder.parent.parent / "parts_kmeans_strong" / "maps"
+    assert f"--extract {maps}" in stage1
+    assert f"--part_maps {maps} --part_source kmeans" in pretraining
+
+
+def test_a_strong_teacher_has_to_be_given(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare_methods.main(["--data_path", str(tmp_path), "--methods", "semmae_strong"])
+    assert "--methods semmae_strong needs --teacher FILE; scripts/" in capsys.readouterr().err
+
+
 def test_the_images_have_to_be_given(capsys):
     with pytest.raises(SystemExit):
         compare_methods.main([])
@@ -82,6 +108,22 @@ def test_tables_are_written_into_a_page_and_differences_are_paired(table, tmp_pa
     with pytest.raises(SystemExit):
         plot_comparison.main([str(table), "--page", str(page)])
     assert "no table is called 'nothing'; use accuracies 7 epochs" in capsys.readouterr().err
+
+
+def test_unpublished_points_stand_in_tables_of_their_own_beside_what_differs_in_one_choice(table):
+    rows = plot_comparison.read_rows(table, None, [7])
+    row = {"knn_acc1": "49", "linear_acc1": "46", "finetune_acc1": "47", "pretrain_loss": "0.5"}
+    rows.append({"data": "cifar10", "method": "mae_spectra", "seed": "0", "epochs": "7"} | row)
+    before = plot_comparison.tables(plot_comparison.published(rows))
+    found = plot_comparison.tables(rows)
+    assert found["unpublished 7 epochs"].splitlines()[2:] == [
+        "| MAE, spectra | 1 | 0.500 | 49.0 | 46.0 | 47.0 |"
+    ]
+    # the other seed of MAE has no partner
+    assert found["neighbors 7 epochs"].splitlines()[2:] == [
+        "| MAE, spectra | MAE | +2.0 | -1.0 | +0.0 |"
+    ]
+    assert {name: found[name] for name in before} == before
 
 
 def test_every_network_has_random_weights_to_compare_with():

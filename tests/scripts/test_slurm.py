@@ -68,3 +68,24 @@ def test_the_dockerfile_takes_the_versions_of_the_requirements():
     for name, command in found:
         done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
         assert f"{name}{done.stdout.strip()}" in required
+    ignored = (ROOT / "scripts/tools/Dockerfile.dockerignore").read_text().splitlines()
+    assert ".venv" in ignored and not {"requirements.txt", "tests", ".git"} & set(ignored)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "asked"),
+    [("", "test JOBS=3"), ("not slow", "-m 'not slow' test JOBS=3"), ("none", "")],
+)
+def test_the_dockerfile_runs_make_test(chosen, asked, tmp_path):
+    """Its own command, with programs that only print what they are asked for."""
+    (tmp_path / ".venv").mkdir()
+    for name, line in (("make", 'echo "$PYTEST_ADDOPTS $*"'), ("nproc", "echo 3")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    text = (ROOT / "scripts/tools/Dockerfile").read_text()
+    command = re.search(r"^RUN (touch .*?fi)$", text, re.M | re.S)[1].replace("\\\n", " ")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TESTS": chosen}
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, asked), done.stderr

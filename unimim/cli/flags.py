@@ -10,6 +10,7 @@ from optim_factory import LR_SCHEDULES
 from unimim.cli.parser import FlagParser, ImageSize
 from unimim.data.crops import INTERPOLATIONS
 from unimim.data.jpeg import MAX_IMAGE_PIXELS
+from unimim.data.preparation import ALPHAS, DROP
 from unimim.data.sources import DATA_SETS
 from unimim.errors import OptionError
 from unimim.flag import Flag
@@ -27,6 +28,7 @@ _FLAGS_OF_OPTIONS = {
     "num_classes": "nb_classes", "attn": "attn", "grad_checkpointing": "grad_checkpointing",
     "drop_path": "drop_path", "init_values": "layer_scale_init_value", "mask_type": "mask_type",
     "layer": "layer", "permutation_type": "permutation_type", "in_chans": "in_chans",
+    "kmeans_teacher": "kmeans_teacher",
 }  # fmt: skip
 
 
@@ -178,8 +180,9 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--data_set", default=None,
         choices=DATA_SETS,
-        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; packed: "
-        "SemMAE's .npy samples; None: inferred from --data_path; digits without one",
+        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; hf: parquet files "
+        "of the Hugging Face hub; packed: SemMAE's .npy samples; None: inferred from --data_path; "
+        "digits without one",
     )  # fmt: skip
     group.add_argument("--data_path", default=None, help="root folder of the data")
     if stage not in ("knn", "analysis"):
@@ -191,6 +194,11 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--exif_orientation", action="store_true", help="turn images as their EXIF data say"
     )
+    group.add_argument(
+        "--alpha", choices=ALPHAS, default=DROP,
+        help="what becomes of an alpha channel: dropped, as in the published code, or the image is "
+        "composited over white or black",
+    )  # fmt: skip
     if stage == "pretrain":
         group.add_argument(
             "--crop_scale",
@@ -214,6 +222,11 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             default="fast",
             help="reference: PIL, as published",
         )
+        group.add_argument(
+            "--decode", choices=("cpu", "gpu"), default="cpu",
+            help="where JPEGs are decoded, cropped, resized and colored; gpu: by nvJPEG, with the "
+            "same crops and masks",
+        )  # fmt: skip
         return
     group.add_argument(
         "--eval_data_path",

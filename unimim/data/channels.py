@@ -217,10 +217,14 @@ QUARTER_TURNS = {1: 0, 2: 0, 3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}  # counterclock
 MIRRORED = (2, 4, 5, 7)  # left to right, after the turns
 
 
-def upright(raw: RawImage, channels: int | None) -> RawImage:
+def upright(
+    raw: RawImage,
+    channels: int | None,
+    to_pixels: Callable[[RawImage], np.ndarray] = decode,
+) -> RawImage:
     """Return an image as its EXIF orientation says; one that need not be turned as it is.
 
-    `channels`: how many are kept, None for 8-bit RGB.
+    `channels`: how many are kept, None for 8-bit RGB, which `to_pixels` decodes.
     """
     if isinstance(raw, np.ndarray) or is_array_file(raw):
         return raw
@@ -230,7 +234,7 @@ def upright(raw: RawImage, channels: int | None) -> RawImage:
         return raw  # the decoder says what is wrong
     if orientation not in QUARTER_TURNS or orientation == 1:
         return raw
-    pixels = decode(raw) if channels is None else decode_channels(raw, channels)
+    pixels = to_pixels(raw) if channels is None else decode_channels(raw, channels)
     pixels = np.rot90(pixels, QUARTER_TURNS[orientation])
     if orientation in MIRRORED:
         pixels = pixels[:, ::-1]

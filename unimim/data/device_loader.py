@@ -29,12 +29,12 @@ from unimim.data.color import (
 from unimim.data.crops import CROP_ASPECT, CROP_ATTEMPTS, POINTS_PER_SIDE, TORCH_FILTERS
 from unimim.data.jpeg import decode
 from unimim.data.sources import Source
+from unimim.data.tensor_views import JITTER, gaussian_blur, luma, resample, solarize
 from unimim.data.views import EvalTransform
 from unimim.engine.state import Normalize
 from unimim.parts.learning import TeacherFeatures, hard_maps, kmeans_maps
 
 VIEWS = ("image", "image_strong", "mask", "target_mask", "noise", "part_ids", "target_ids")
-LUMA = (0.299, 0.587, 0.114)
 MASK_BANK = 4096  # masks of a generator that only the CPU knows
 MAPS_AT_ONCE = 2**11
 
@@ -104,98 +104,7 @@ def random_boxes(draw: Draws, count: int, size: Pair, scale: tuple[float, float]
     )
 
 
-def resample(
-    images: Tensor,
-    boxes: Tensor,
-    size: Pair,
-    interpolation: str = "bicubic",
-    flip: Tensor | None = None,
-) -> Tensor:
-    """The boxes [B, 4] of images [B, 3, H, W] resized to `size` with antialiasing, some mirrored:
-    whole float32.
-
-    As by Pillow: a box is cut out before it is resized, its width first, and each pass is rounded
-    to 8 bits.
-    """
-    rows = resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], interpolation)
-    columns = resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], interpolation)
-    if flip is not None:
-        columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    narrow = (images.float() @ columns.transpose(1, 2).unsqueeze(1)).round_().clamp_(0, 255)
-    return (rows.unsqueeze(1) @ narrow).round_().clamp_(0, 255)
-
-
-def resize_weights(
-    start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str
-) -> Tensor:
-    """How much each of `size` new pixels takes of each of the old ones, along one axis: float32 [B,
-    size, pixels]."""
-    start, scale = start.view(-1, 1, 1), length.view(-1, 1, 1) / size
-    stretch = scale.clamp(min=1.0)  # antialiasing: the filter covers what one new pixel does
-    center = start + (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * scale
-    places = torch.arange(pixels, device=start.device).view(1, 1, -1) + 0.5
-    weights = FILTERS[interpolation](((places - center) / stretch).abs())
-    inside = (places > start) & (places < start + length.view(-1, 1, 1))
-    weights = weights * inside
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def bicubic(distance: Tensor) -> Tensor:
-    """Keys' filter with a = -1/2, Pillow's, at distances of 0 and more."""
-    near = (1.5 * distance - 2.5) * distance**2 + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-
-
-def bilinear(distance: Tensor) -> Tensor:
-    """A triangle of width 2."""
-    return (1 - distance).clamp(min=0)
-
-
-FILTERS = {"bicubic": bicubic, "bilinear": bilinear}
-assert FILTERS.keys() == set(TORCH_FILTERS)
-
-
 # --- colors: float images [B, 3, H, W] from 0 to 255, factors [B, 1, 1, 1] ------------------------
-
-
-def luma(images: Tensor) -> Tensor:
-    """Gray [B, 1, H, W]."""
-    red, green, blue = images.split(1, dim=1)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-
-
-def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor).clamp_(0, 255)
-
-
-def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = luma(images).mean((2, 3), keepdim=True)
-    return (images * factor + mean * (1 - factor)).clamp_(0, 255)
-
-
-def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor + luma(images) * (1 - factor)).clamp_(0, 255)
-
-
-def hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue by a share of the full circle, in HSV."""
-    red, green, blue = images.split(1, dim=1)
-    value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
-    chroma = value - low
-    safe = chroma.clamp(min=1e-6)
-    angle = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    # each channel lacks a share of the chroma that follows from the angle, in sixths of the circle
-    angle = angle + 6 * turn
-    position = torch.cat((angle + 5, angle + 3, angle + 1), dim=1) % 6
-    return value - chroma * torch.minimum(position, 4 - position).clamp_(0, 1)
-
-
-JITTER = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
 
 
 def jittered(images: Tensor, strength: float, draw: Draws, order: np.ndarray) -> Tensor:
@@ -226,24 +135,14 @@ def strong_view(images: Tensor, draw: Draws, order: np.ndarray) -> Tensor:
     images = blurred(
         images, BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * draw(count, 1, 1), draw
     )
-    return torch.where(
-        draw(count, 1, 1, 1) < SOLARIZE_PROBABILITY, images.minimum(255 - images), images
-    )
+    return torch.where(draw(count, 1, 1, 1) < SOLARIZE_PROBABILITY, solarize(images), images)
 
 
 def blurred(images: Tensor, radius: Tensor, draw: Draws) -> Tensor:
     """A Gaussian of deviation radius [B, 1, 1] on a tenth of the images; the others are as they
     were."""
     radius = torch.where(draw(len(images), 1, 1) < BLUR_PROBABILITY, radius, 1e-2)
-    rows, columns = (gaussian_weights(radius, side) for side in images.shape[2:])
-    return rows.unsqueeze(1) @ (images @ columns.transpose(1, 2).unsqueeze(1))
-
-
-def gaussian_weights(radius: Tensor, side: int) -> Tensor:
-    """Of each pixel for each along one axis, [B, side, side]; pixels beyond the border have
-    none."""
-    place = torch.arange(side, device=radius.device, dtype=torch.float32)
-    return (-((place[:, None] - place) ** 2) / (2 * radius**2)).softmax(-1)
+    return gaussian_blur(images, radius)
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -390,7 +289,7 @@ class DeviceLoader:
             raise ValueError(
                 f"view '{min(unknown)}' is not made on the device; it makes {', '.join(VIEWS)}"
             )
-        if interpolation not in FILTERS:
+        if interpolation not in TORCH_FILTERS:
             raise ValueError(
                 f"--train_interpolation {interpolation} is not made on the device; "
                 "use bicubic or bilinear"

@@ -39,7 +39,7 @@ class FolderFiles:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise BrokenImageError("it is not a regular file")
-                _check_size(found.st_size)
+                check_size(found.st_size)
                 return file.read()
         except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
             raise BrokenImageError(getattr(error, "strerror", None) or str(error)) from error
@@ -49,7 +49,7 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
     """Raise BrokenImageError for a size in bytes that no image has, before memory is taken."""
     if size > LARGEST_FILE:
         raise BrokenImageError(f"its {size} bytes are more than the {LARGEST_FILE} of an image")
@@ -130,7 +130,7 @@ class ZipFiles:
 
     def _packed(self, offset: int, size: int) -> bytes:
         """Return the `size` bytes of the member whose local header lies at `offset`."""
-        _check_size(size)
+        check_size(size)
         if self._file is None:
             self._file = open(self.archive, "rb", buffering=0)  # noqa: SIM115 (kept open)
         file = self._file.fileno()
@@ -154,7 +154,7 @@ def _unpack(packed: bytes, method: int, size: int) -> bytes:
         return packed
     if method != zipfile.ZIP_DEFLATED:
         raise BrokenImageError(f"compression method {method} is not supported; store or deflate")
-    _check_size(size)
+    check_size(size)
     try:
         # one byte more than stated tells of too many, however many there are
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size + 1)

@@ -12,7 +12,7 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import simplejpeg
@@ -44,7 +44,9 @@ JPEG_END = b"\xff\xd9"
 JPEG_TAIL = 64  # bytes that some cameras write after the end marker
 JPEG_SCAN = 0xDA
 JPEG_SEQUENTIAL = b"\xc0\xc1"
+JPEG_PROGRESSIVE = b"\xc2"
 JPEG_OTHER_FRAMES = b"\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
+JPEG_ADOBE = 0xEE
 CHROMA_ROWS = 8  # rows below, on which a row's colors may depend
 MAX_IMAGE_PIXELS = 178_956_970  # above which Pillow refuses an image by default
 
@@ -119,12 +121,9 @@ def cuttable_height(raw: bytes) -> int | None:
     """
     if raw[:2] != JPEG_START or JPEG_END not in raw[-JPEG_TAIL:]:
         return None
-    at = 2
     height_at = None
     components = 0
-    # Walk through the markers up to the first scan.
-    while at + 10 < len(raw) and raw[at] == 0xFF:
-        marker = raw[at + 1]
+    for marker, at in _segments(raw):
         if marker in JPEG_SEQUENTIAL:
             height_at = at + 5
             components = raw[at + 9]
@@ -133,9 +132,46 @@ def cuttable_height(raw: bytes) -> int | None:
         elif marker == JPEG_SCAN:
             whole = components in (1, 3) and raw[at + 4] == components
             return height_at if whole and any(raw[height_at : height_at + 2]) else None
+    return None
+
+
+def usual_jpeg_size(raw: RawImage) -> Pair | None:
+    """Return (height, width) of a JPEG that any decoder turns into the same RGB, None for others.
+
+    It has an end marker, 8 bits, Huffman codes, and gray or YCbCr colors; it may be progressive.
+    """
+    if isinstance(raw, np.ndarray):
+        return None
+    if raw[:2] != JPEG_START or JPEG_END not in raw[-JPEG_TAIL:]:
+        return None
+    size = None
+    for marker, at in _segments(raw):
+        if marker in JPEG_SEQUENTIAL + JPEG_PROGRESSIVE:
+            bits, height, width, components = struct.unpack_from(">BHHB", raw, at + 4)
+            if bits != 8 or not height or not width or components not in (1, 3):
+                return None
+            if raw[at + 10 : at + 19 : 3] == b"RGB":  # the names of the components
+                return None
+            size = height, width
+        elif marker in JPEG_OTHER_FRAMES:
+            return None
+        elif marker == JPEG_ADOBE and raw[at + 4 : at + 9] == b"Adobe" and raw[at + 15] == 0:
+            return None  # RGB, or of an unknown kind
+        elif marker == JPEG_SCAN:
+            return size
+    return None
+
+
+def _segments(raw: bytes) -> Iterator[tuple[int, int]]:
+    """Yield marker and offset of a JPEG's segments up to the first scan."""
+    at = 2
+    while at + 10 < len(raw) and raw[at] == 0xFF:
+        marker = raw[at + 1]
+        yield marker, at
+        if marker == JPEG_SCAN:
+            return
         # 0xFF may pad a marker; every segment begins with its length
         at += 1 if marker == 0xFF else 2 + int.from_bytes(raw[at + 2 : at + 4])
-    return None
 
 
 def _decode_top(raw: bytes, height_at: int, rows: int) -> np.ndarray:

@@ -46,7 +46,8 @@ class PartMeta:
 
     Part ids are 0 ... `num_parts` - 1; `background_id` is one of them or None. `names_sha256` and
     `map_file_sha256` identify the images that the maps belong to; `scores` is the file name of the
-    token scores, if there are any.
+    token scores, if there are any; `exif_orientation` says whether the images were turned as their
+    EXIF data say before the maps were made.
     """
 
     num_parts: int
@@ -61,6 +62,7 @@ class PartMeta:
     scores: str | None = None
     coverage: str = FULL_IMAGE
     version: int = 1
+    exif_orientation: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from datasets import Maps, TrainBatchSampler, build_dataset, build_loader
+from datasets import ImageDataset, Maps, TrainBatchSampler, build_dataset, build_loader
 from masking_generator import build_mask_generator
 from unimim.cli.options import effective_batch
 from unimim.data.channels import kept_channels
+from unimim.data.device_decode import UndecodedImages, check_device_decoding
 from unimim.data.packed import PackedParts, PackedSource
 from unimim.data.part_maps import PartMaps, RandomParts, image_names
 from unimim.data.sources import Source
@@ -64,13 +65,24 @@ def build_data(args: Namespace, method: nn.Module) -> DataLoader:
     )
     maps = None
     if "part_ids" in method.views:
-        if args.exif_orientation and args.part_source != "random":
-            raise ValueError(
-                "--exif_orientation turns images, but not their --part_maps; leave it out"
-            )
         maps = partial(part_readers, args, method)
-    dataset = build_dataset(args, train=True, transform=transform, need_labels=False, maps=maps)
+    dataset = build_dataset(
+        args,
+        train=True,
+        transform=transform,
+        need_labels=False,
+        maps=maps,
+        dataset_class=dataset_class(args),
+    )
     return train_loader(args, dataset)
+
+
+def dataset_class(args: Namespace) -> type[ImageDataset]:
+    """Return the class of data set that --decode asks for; ValueError if other flags forbid it."""
+    if args.decode == "cpu":
+        return ImageDataset
+    check_device_decoding(args)
+    return UndecodedImages
 
 
 def part_readers(args: Namespace, method: nn.Module, source: Source) -> Maps:
@@ -107,6 +119,7 @@ def open_parts(
             paths=image_names(source),
             map_file=map_file if args.data_path and map_file.is_file() else None,
         )
+        check_orientation(args, parts)
     elif isinstance(source, PackedSource):
         given = f"--data_path {args.data_path}"
         parts = PackedParts(source)
@@ -124,6 +137,20 @@ def open_parts(
     return parts
 
 
+def check_orientation(args: Namespace, parts: PartMaps) -> None:
+    """Raise ValueError if either the images or those that the maps were made of are upright."""
+    ours, theirs = getattr(args, "exif_orientation", False), parts.meta.exif_orientation
+    if ours and not theirs:
+        raise ValueError(
+            f"--exif_orientation turns images, but --part_maps {args.part_maps} were made of "
+            "images as the files have them; leave it out, or extract maps with it"
+        )
+    if theirs and not ours:
+        raise ValueError(
+            f"--part_maps {args.part_maps} were made of upright images; use --exif_orientation"
+        )
+
+
 def crop_loader(args: Namespace) -> DataLoader:
     """Return the loader of augmented training crops, without masks or labels."""
     transform = build_pretrain_transform(
@@ -135,9 +162,14 @@ def crop_loader(args: Namespace) -> DataLoader:
         color_jitter=args.color_jitter,
         hflip=args.hflip,
     )
-    return train_loader(
-        args, build_dataset(args, train=True, transform=transform, need_labels=False)
+    dataset = build_dataset(
+        args,
+        train=True,
+        transform=transform,
+        need_labels=False,
+        dataset_class=dataset_class(args),
     )
+    return train_loader(args, dataset)
 
 
 def train_loader(args: Namespace, dataset: Dataset) -> DataLoader:

@@ -5,33 +5,27 @@ serves as long as no shard changes. From then on an image is read like a member 
 reads any image, in any order.
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import re
 import tarfile
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from unimim.data.file_index import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PathTable
 from unimim.data.jpeg import BrokenImageError
-from unimim.data.shared_index import Arrays, own_folder, shared_arrays
-from unimim.files import write_atomically
+from unimim.data.shard_index import ShardIndex
+from unimim.data.shared_index import Arrays
 from unimim.logs import log
 
 LABEL_FIELD = "label"  # of a sample's json
 OPEN_SHARDS = 64  # of each process
-_FORMAT = "unimim tar index 1"
 _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -172,95 +166,19 @@ def label_of(file: BinaryIO, sample: dict[str, tarfile.TarInfo], shard: Path) ->
     return label
 
 
-def state_of(shard: Path) -> list[Any]:
-    """Return what tells whether a shard has changed: name, size, time of the last change."""
-    found = shard.stat()
-    return [shard.name, found.st_size, found.st_mtime_ns]
-
-
 def index_of(shards: Sequence[Path]) -> Arrays:
-    """Return the index of the shards: the one beside them, after those that changed have been gone
-    through again.
-
-    Among several ranks of a machine one does so, and all map the result.
-    """
-    states = [state_of(shard) for shard in shards]
-    name = hashlib.sha256(repr([str(shard.resolve()) for shard in shards]).encode()).hexdigest()
-    file = f".unimim-{name[:16]}.tarindex"
-    places = [shards[0].parent / file]
-    try:
-        places.append(own_folder() / file)
-        lock = places[-1].with_suffix(".lock").open("w")
-    except OSError as error:  # each rank for itself
-        log.warning("the index of %s is not shared among ranks: %s", shards[0], error)
-        return up_to_date(shards, states, {})
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for place in places:
-            held = load_index(place)
-            if held and json.loads(bytes(held["about"]))["shards"] == states:
-                return shared_arrays("tar index", [place], partial(load_index, place))
-        held = next((held for held in map(load_index, places) if held), {})
-        index = up_to_date(shards, states, held)
-        for place in places:
-            try:
-                write_atomically(place, partial(np.savez, **index))
-            except OSError:  # a folder of somebody else, or a full disk
-                continue
-            log.info("the index of %d shards is in %s", len(shards), place)
-            return shared_arrays("tar index", [place], partial(load_index, place))
-    return index
+    """Return the index of the shards, whose arrays are "offset", "size" and "labels"."""
+    return ShardIndex("tar", 2, _read_arrays).of(shards)
 
 
-def load_index(place: Path) -> Arrays:
-    """Return the arrays of an index file; empty where there is no whole one."""
-    try:
-        with np.load(place) as held:
-            arrays = {name: held[name] for name in held.files}
-        whole = json.loads(bytes(arrays["about"]))["format"] == _FORMAT
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return {}
-    return arrays if whole else {}
-
-
-def up_to_date(shards: Sequence[Path], states: list[list[Any]], held: Arrays) -> Arrays:
-    """Return the index of the shards; those that `held` has in this state are copied from it."""
-    known = {}
-    if held:
-        ends = np.append(0, np.cumsum(held["counts"]))
-        about = json.loads(bytes(held["about"]))
-        known = {tuple(state): (ends[k], ends[k + 1]) for k, state in enumerate(about["shards"])}
-        held_names = PathTable.of_arrays(held["text"], held["ends"])
-    pieces, counts, texts, lengths = [], [], [], []
-    new = [shard for shard, state in zip(shards, states, strict=True) if tuple(state) not in known]
-    bar = tqdm(total=len(new), desc="indexing tar shards", unit="shard", disable=None)
-    for shard, state in zip(shards, states, strict=True):
-        if tuple(state) in known:
-            first, last = known[tuple(state)]
-            names = PathTable(held_names[k] for k in range(first, last))
-            piece = [held[part][first:last] for part in ("offset", "size", "labels")]
-        else:
-            found = read_shard(shard)
-            names = PathTable(found.names)
-            piece = [found.offsets, found.sizes, found.labels]
-            bar.update()
-        dtypes = (np.int64, np.int64, np.int32)
-        pieces.append([np.asarray(p, dtype=d) for p, d in zip(piece, dtypes, strict=True)])
-        counts.append(len(names))
-        texts.append(names.text)
-        lengths.append(np.diff(names.ends, prepend=0))
-    bar.close()
-    offset, size, labels = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    about = json.dumps({"format": _FORMAT, "shards": states}).encode()
-    return {
-        "about": np.frombuffer(about, dtype=np.uint8),
-        "counts": np.asarray(counts, dtype=np.int64),
-        "text": np.concatenate(texts),
-        "ends": np.cumsum(np.concatenate(lengths), dtype=np.int64),
-        "offset": offset,
-        "size": size,
-        "labels": labels,
+def _read_arrays(shard: Path) -> tuple[list[str], Arrays]:
+    found = read_shard(shard)
+    arrays = {
+        "offset": np.asarray(found.offsets, dtype=np.int64),
+        "size": np.asarray(found.sizes, dtype=np.int64),
+        "labels": np.asarray(found.labels, dtype=np.int32),
     }
+    return found.names, arrays
 
 
 # --------------------------------------------------------------------------------------------------

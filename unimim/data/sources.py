@@ -1,5 +1,5 @@
-"""List the images and labels of a data set: files, zips, tar shards, SemMAE's packed samples,
-CIFAR, digits, mnist5k or shapes."""
+"""List the images and labels of a data set: files, zips, tar shards, parquet files, SemMAE's packed
+samples, CIFAR, digits, mnist5k or shapes."""
 
 import logging
 import os
@@ -21,13 +21,16 @@ from unimim.data.file_index import (
 )
 from unimim.data.files import FolderFiles, ZipFiles, locate_members
 from unimim.data.jpeg import RawImage
+from unimim.data.parquet import ParquetFiles, check_classes, columns_in, files_of, holds_parquet
+from unimim.data.parquet import index_of as parquet_index_of
 from unimim.data.shards import TarFiles, index_of, shards_of
 from unimim.data.shared_index import shared_arrays
 
 logger = logging.getLogger("unimim")
 
 DATA_SETS = (
-    "IMNET", "image_folder", "tar", "packed", "CIFAR", "CIFAR10", "digits", "mnist5k", "shapes"
+    "IMNET", "image_folder", "tar", "hf", "packed", "CIFAR", "CIFAR10", "digits", "mnist5k",
+    "shapes",
 )  # fmt: skip
 FOLDERS = ("image_folder", "packed")  # class folders, perhaps below train and val
 PACKED_SUFFIXES = (".npy",)  # SemMAE's samples, unimim/data/packed.py
@@ -54,11 +57,11 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Labeled files in a folder, a zip or tar shards."""
+    """Labeled files in a folder, a zip, tar shards or parquet files."""
 
     def __init__(
         self,
-        files: FolderFiles | ZipFiles | TarFiles,
+        files: FolderFiles | ZipFiles | TarFiles | ParquetFiles,
         labels: list[int] | np.ndarray,
         classes: list[str],
     ):
@@ -256,16 +259,64 @@ def tar_source(data_path: str, *, train: bool, need_labels: bool) -> FileSource 
         raise ValueError(f"the shards of --data_path {data_path} hold no image")
     classes = [str(label) for label in range(int(labels.max()) + 1)]
     source = FileSource(TarFiles(shards, index), labels, classes)
-    chosen = np.flatnonzero(labels >= 0)
-    if not need_labels or len(chosen) == len(labels):
+    advice = "give each a .cls member with its class number, or a .json member with a field 'label'"
+    return _labeled(source, data_path, advice) if need_labels else source
+
+
+def hf_source(
+    data_path: str, *, train: bool, need_labels: bool, train_path: str | None = None
+) -> FileSource | PartSource:
+    """Return the images in the parquet files that --data_path names; with `need_labels`, those with
+    a label.
+
+    Raises:
+        ValueError: the files name other classes than each other or than those for training at
+            `train_path`, or there is a label that has no name.
+    """
+    files = files_of(data_path, train=train)
+    index = parquet_index_of(files)
+    labels = index["labels"].astype(np.int64)
+    if not len(labels):
+        raise ValueError(f"the files of --data_path {data_path} hold no image")
+    check_classes(files, index)
+    columns = columns_in(files[0])
+    classes = columns.classes or [str(label) for label in range(int(labels.max()) + 1)]
+    source = FileSource(ParquetFiles(files, index), labels, classes)
+    if labels.max() >= len(classes):
+        raise ValueError(
+            f"{source.path(int(labels.argmax()))} has the label {labels.max()}, but the file names "
+            f"{len(classes)} classes"
+        )
+    if not need_labels:
+        return source
+    if not train and train_path:
+        _check_trained_classes(files[0], columns.classes, train_path)
+    logger.info("%s: the labels are those of the column '%s'", data_path, columns.label)
+    return _labeled(source, data_path, "they need a column 'label' of class numbers")
+
+
+def _check_trained_classes(file: Path, classes: list[str] | None, train_path: str) -> None:
+    """Raise ValueError if a file names other classes than those for training, where both do."""
+    try:
+        trained = columns_in(files_of(train_path, train=True)[0]).classes
+    except ValueError:  # there are none, as where a model is only evaluated
+        return
+    if classes and trained and classes != trained:
+        raise ValueError(
+            f"{file} names other classes than the training files of --data_path {train_path}, or "
+            "in another order; use files of one data set"
+        )
+
+
+def _labeled(source: FileSource, data_path: str, advice: str) -> FileSource | PartSource:
+    """Return the images of a source that have labels; ValueError, with advice, if none has."""
+    chosen = np.flatnonzero(source.labels >= 0)
+    if len(chosen) == len(source):
         return source
     if not len(chosen):
-        raise ValueError(
-            f"the samples of --data_path {data_path} have no labels: give each a .cls member with "
-            "its class number, or a .json member with a field 'label'"
-        )
+        raise ValueError(f"the samples of --data_path {data_path} have no labels: {advice}")
     logger.warning(
-        "%s: %d samples have no label and are left out", data_path, len(labels) - len(chosen)
+        "%s: %d samples have no label and are left out", data_path, len(source) - len(chosen)
     )
     return PartSource(source, chosen)
 
@@ -444,6 +495,8 @@ def build_source(
         return map_source(root, "train" if train else "val", allow_outside)
     if kind == "tar":
         return tar_source(data_path, train=train, need_labels=need_labels)
+    if kind == "hf":
+        return hf_source(data_path, train=train, need_labels=need_labels, train_path=train_path)
     if kind in FOLDERS:
         # unimim/data/packed.py imports this module
         from unimim.data.packed import packed_source
@@ -465,6 +518,8 @@ def detect(data_path: str | None) -> str:
         return "digits"
     if data_path.endswith(".tar") and not os.path.isdir(data_path):
         return "tar"
+    if data_path.endswith(".parquet") and not os.path.isdir(data_path):
+        return "hf"
     if not os.path.exists(data_path):
         raise ValueError(f"--data_path {data_path} does not exist")
     map_files = [os.path.join(data_path, f"{split}_map.txt") for split in ("train", "val")]
@@ -472,6 +527,8 @@ def detect(data_path: str | None) -> str:
         kind, reason = "IMNET", "it holds a map file"
     elif holds_shards(Path(data_path)):
         kind, reason = "tar", "it holds tar shards"
+    elif holds_parquet(Path(data_path)):
+        kind, reason = "hf", "it holds parquet files, or others of the library datasets"
     elif holds_packed(Path(data_path)):
         kind, reason = "packed", "it holds .npy tables and no images"
     else:
@@ -506,9 +563,10 @@ def _is_image_array(file: Path) -> bool:
 
 def is_divided(kind: str, data_path: str | None) -> bool:
     """Return whether the data set has validation images of its own."""
-    if kind == "tar":
+    if kind in ("tar", "hf"):
+        list_split = shards_of if kind == "tar" else files_of
         try:
-            return bool(shards_of(data_path, train=False)) and os.path.isdir(data_path)
+            return bool(list_split(data_path, train=False)) and os.path.isdir(data_path)
         except ValueError:
             return False
     if kind == "IMNET":

@@ -6,7 +6,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -43,7 +43,14 @@ from unimim.data.crops import (
     mean_score,
     reference_crop,
 )
-from unimim.data.jpeg import RawImage, decode, decode_pillow, open_picture
+from unimim.data.jpeg import (
+    RawImage,
+    check_pixels,
+    decode,
+    decode_pillow,
+    open_picture,
+    usual_jpeg_size,
+)
 from unimim.sizes import Pair, to_pair
 
 cv2.setNumThreads(0)  # the loader's workers are the parallelism
@@ -174,6 +181,25 @@ class PretrainTransform:
         rng: np.random.Generator,
         maps: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> Sample:
+        return self._sample(self.apply, raw, rng, maps)
+
+    def leave_jpeg(
+        self,
+        raw: RawImage,
+        rng: np.random.Generator,
+        maps: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Return the same sample, of most JPEGs with "undecoded", an `UndecodedJpeg`, in place of
+        the images."""
+        return self._sample(_leave_jpeg, raw, rng, maps)
+
+    def _sample(
+        self,
+        apply: Callable[..., "Views"],
+        raw: RawImage,
+        rng: np.random.Generator,
+        maps: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
         # The image's views.
         draw = functools.partial(
             draw_view,
@@ -185,12 +211,14 @@ class PretrainTransform:
             second=self.second_interpolation,
             hflip=self.hflip,
         )
-        made = self.apply(raw, draw, self.size, self.second_size)
+        made = apply(raw, draw, self.size, self.second_size)
         sample = {}
         images = {"image": made.weak, "image_strong": made.strong, "image_second": made.second}
         for name, image in images.items():
-            if name in self.views:
+            if image is not None:
                 sample[name] = torch.from_numpy(image)
+        if not sample:
+            sample["undecoded"] = UndecodedJpeg(raw, made.image_size, made.params)
 
         # Masks and noise.
         for name, generate in self.masks.items():
@@ -206,12 +234,21 @@ class PretrainTransform:
         return sample
 
 
+class UndecodedJpeg(NamedTuple):
+    """A JPEG that the device decodes: its bytes, its (height, width), and what its views are."""
+
+    file: bytes
+    size: Pair
+    draws: ViewDraws
+
+
 class Views(NamedTuple):
-    """The image's size, the random parameters, and the views [3, H, W], None if not requested."""
+    """The image's size, the random parameters, and the views [3, H, W], None if not requested or
+    left to the device."""
 
     image_size: Pair
     params: ViewDraws
-    weak: np.ndarray
+    weak: np.ndarray | None
     strong: np.ndarray | None
     second: np.ndarray | None
 
@@ -233,6 +270,17 @@ def _apply_fast(
     strong = None if params.color is None else fast_color(weak, params.color)
     second = None if second_size is None else fast_crop(image, params, second_size, params.second)
     return Views(image_size, params, weak, strong, second)
+
+
+def _leave_jpeg(
+    raw: RawImage, draw: Callable[..., ViewDraws], size: Pair, second_size: Pair | None = None
+) -> Views:
+    """Draw, but make no views of what every decoder takes; make those of other images."""
+    image_size = usual_jpeg_size(raw)
+    if image_size is None:
+        return _apply_fast(raw, draw, size, second_size)
+    check_pixels(*image_size)
+    return Views(image_size, draw(size=image_size), None, None, None)
 
 
 def _apply_reference(

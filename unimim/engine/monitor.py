@@ -46,7 +46,9 @@ class RunLog:
         self.record = RunRecord(self.file.parent, args) if self.file is not None else None
         choose_tracker(args)
         self.board = _tensorboard(args.log_dir) if main and args.log_dir else None
-        self.wandb = _wandb(args, config) if main and args.wandb else None
+        self.wandb, self.package = None, None
+        if main and args.wandb:
+            self.wandb, self.package = _wandb(args, config)
 
     def forget_from(self, epoch: int) -> None:
         """Drop lines of epochs that a resumed run will do again."""
@@ -67,12 +69,16 @@ class RunLog:
 
     @property
     def shows_images(self) -> bool:
-        """Whether there is a place for images: tensorboard, on rank 0."""
-        return self.board is not None
+        """Whether there is a place for images, on rank 0: tensorboard, W&B or trackio."""
+        return self.board is not None or self.wandb is not None
 
     def images(self, name: str, images: Tensor, step: int) -> None:
-        """Send one picture uint8 [3, H, W] to tensorboard."""
-        self.board.add_image(name, images.numpy(), step)
+        """Send one picture uint8 [3, H, W] to tensorboard and W&B or trackio."""
+        if self.board is not None:
+            self.board.add_image(name, images.numpy(), step)
+        if self.wandb is not None:
+            picture = self.package.Image(images.permute(1, 2, 0).numpy())
+            self.wandb.log({name: picture}, step=step)
 
     def epoch(self, metrics: dict, step: int) -> None:
         numbers = {f"epoch/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
@@ -111,7 +117,7 @@ def choose_tracker(args: Namespace) -> None:
 
 
 def _wandb(args: Namespace, config: dict):
-    """Return a run of W&B, or of trackio, which is called alike."""
+    """Return a run of W&B, or of trackio, which is called alike, and that package."""
     package = "trackio" if getattr(args, "tracker", None) == "trackio" else "wandb"
     flag = "--tracker trackio" if package == "trackio" else "--wandb"
     try:
@@ -122,10 +128,12 @@ def _wandb(args: Namespace, config: dict):
         ) from error
     name = Path(args.output_dir).name or None
     if package == "trackio":
-        return tracker.init(project=args.wandb, name=name, config=config, resume="allow")
-    return tracker.init(
-        project=args.wandb, name=name, config=config, id=wandb_id(args), resume="allow"
-    )
+        run = tracker.init(project=args.wandb, name=name, config=config, resume="allow")
+    else:
+        run = tracker.init(
+            project=args.wandb, name=name, config=config, id=wandb_id(args), resume="allow"
+        )
+    return run, tracker
 
 
 def wandb_id(args: Namespace) -> str | None:

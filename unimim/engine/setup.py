@@ -40,6 +40,7 @@ from unimim.cli.options import (
     resolve_workers,
     warmup_steps,
 )
+from unimim.data.device_decode import batch_decoder
 from unimim.data.pretraining import steps_per_epoch
 from unimim.data.views import image_mean_std
 from unimim.early import UNFINISHED, follow_launcher
@@ -226,6 +227,7 @@ def start_training(
         runner=runner,
         task=task,
         normalize=normalize,
+        decode=batch_decoder(loader.dataset, context.device),
         loader=loader,
         steps_per_epoch=steps,
         n_parameters=n_parameters,

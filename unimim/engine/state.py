@@ -1,7 +1,7 @@
 """What a run knows of its surroundings, and what one run of the training loop holds."""
 
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -104,6 +104,7 @@ class Training:
     runner: Runner
     task: Task
     normalize: Normalize
+    decode: Callable[[Batch], Batch]
     loader: DataLoader
     steps_per_epoch: int
     n_parameters: int
@@ -125,7 +126,7 @@ class Training:
 
     def prepare(self, batch: Batch) -> Batch:
         """Make a batch of the loader what the task takes."""
-        return self.normalize(with_mask_counts(batch))
+        return self.normalize(with_mask_counts(self.decode(batch)))
 
 
 class Stopped(Exception):

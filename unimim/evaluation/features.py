@@ -31,6 +31,7 @@ from unimim.cli.models import check_is_classifier, warn_of_other_variant
 from unimim.cli.options import given, model_kwargs
 from unimim.data.channels import kept_channels
 from unimim.data.files import Key
+from unimim.data.preparation import DROP
 from unimim.data.views import EvalTransform, image_mean_std
 from unimim.engine.distributed import barrier, from_first_rank, reduce_sum
 from unimim.engine.monitor import Progress
@@ -325,6 +326,8 @@ def description(args: Namespace, dataset: ImageDataset, backbone: Backbone) -> d
     for flag in ("keep_channels", "exif_orientation"):
         if getattr(args, flag, False):
             described[flag] = "True"
+    if args.alpha != DROP:
+        described["alpha"] = args.alpha
     return described | {name: str(getattr(args, name)) for name in names}
 
 
@@ -333,8 +336,8 @@ def read_cache(path: Path, about: dict[str, str], device: torch.device) -> Featu
     held = load_checkpoint(path)
     described = held.get("about")
     described = described if isinstance(described, dict) else {}
-    for key, value in about.items():
-        if (there := described.get(key)) != value:
+    for key in dict.fromkeys((*about, *described)):
+        if (there := described.get(key)) != (value := about.get(key)):
             raise ValueError(
                 f"--feature_cache: {path} holds features of another run, with {key} {there} "
                 f"instead of {value}; use another folder"

@@ -1,30 +1,35 @@
 """Judges the encoder while it is pre-trained (--eval_every): k-NN, a linear probe, effective rank,
-attention entropy. Training goes on as if nothing had happened: no random number is drawn from its
-stream, and every module gets its mode back.
+attention entropy, and pictures. Training goes on as if nothing had happened: no random number is
+drawn from its stream, and every module gets its mode back.
 """
 
+import io
 import math
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from datasets import ImageDataset, turning
+from datasets import ImageDataset
 from modeling_backbones import map_of
 from modeling_finetune import VisionTransformer
 from unimim.data.channels import kept_channels
+from unimim.data.preparation import preparation
 from unimim.data.sources import PartSource, Source, build_source, detect, is_divided
 from unimim.data.views import EvalTransform
+from unimim.engine.ema import MovingAverage
+from unimim.engine.samples import PICTURES, is_evaluated, sample_images, unchanged
 from unimim.engine.session import Position
-from unimim.engine.state import RunContext
+from unimim.engine.state import RunContext, Training
 from unimim.evaluation.features import Backbone, Features, NotFiniteError, extract
 from unimim.evaluation.knn import evaluate_knn
 from unimim.evaluation.rank import Moments, effective_rank
+from unimim.files import write_atomically
 from unimim.logs import log
 
 NEIGHBORS, TEMPERATURE = 20, 0.07
@@ -62,37 +67,69 @@ class EncoderInTraining(Backbone):
 
 
 class OnlineEvaluation:
-    """What training calls after each epoch; the metrics go where those of training go."""
+    """What training calls after each epoch; the metrics go where those of training go.
+
+    It is built before an engine takes the method's weights, and `follow` tells it of the run.
+    """
 
     def __init__(self, context: RunContext, method: nn.Module):
         args = context.args
-        if args.enable_deepspeed and args.zero_stage == 3:
-            raise ValueError(
-                "--eval_every needs whole weights on every process: use --zero_stage 2 or less"
-            )
         self.context, self.method = context, method
         self.bank, self.queries = labeled_images(args, method.image_size)
         self.classes = len(self.bank.source.classes)
+        self.run: Training | None = None
+        self.copy: MovingAverage | None = None  # whole weights, where the method's are sharded
+        if args.enable_deepspeed and args.zero_stage == 3:
+            self.copy = MovingAverage(method, copy_buffers=True)
+            self.copy.module.ema = method.ema
+
+    def follow(self, run: Training) -> None:
+        """Judge the method of this run, whose engine has its weights now."""
+        self.run = run
+        if self.copy is not None:
+            self.copy.module.to(self.context.device)
+            self.copy.read_by(run.runner.whole)
 
     def after_epoch(self, position: Position) -> dict[str, float]:
         """Return the metrics of the encoder, and of its teacher, every --eval_every epochs and
-        after the last; else nothing."""
-        args = self.context.args
-        done = position.epoch + 1
-        if done % args.eval_every and done != args.epochs:
+        after the last; else nothing. Pictures are drawn at the same time."""
+        if not is_evaluated(self.context.args, position.epoch):
             return {}
         start = time.perf_counter()
-        metrics = self.metrics(self.method)
+        network = self.method
+        if self.copy is not None:
+            self.copy.update(0.0)
+            network = self.copy.module
+        metrics = self.metrics(network)
         if self.method.teacher is not None:
             found = self.metrics(self.method.teacher)
             metrics |= {f"teacher_{name}": value for name, value in found.items()}
+        self.draw(position, network)
         metrics["eval_seconds"] = time.perf_counter() - start
         return metrics
+
+    def draw(self, position: Position, network: nn.Module) -> None:
+        """Write the pictures of this epoch to the output folder and send them to the trackers."""
+        run = self.run
+        is_shown = self.context.args.output_dir or run.run_log.shows_images
+        if self.context.rank != 0 or not is_shown:
+            return
+        images = sample_images(run, network)
+        if images is None:
+            return
+        run.run_log.images(PICTURES, images, (position.epoch + 1) * run.steps_per_epoch)
+        if self.context.args.output_dir:
+            png = io.BytesIO()
+            Image.fromarray(images.permute(1, 2, 0).numpy()).save(png, format="PNG")
+            folder = Path(self.context.args.output_dir) / "pictures"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"epoch-{position.epoch}.png"
+            write_atomically(path, lambda file: file.write(png.getvalue()))
 
     def metrics(self, network: nn.Module) -> dict[str, float]:
         """Return the metrics of one network; nothing where its features are not finite."""
         context = self.context
-        with torch.no_grad(), evaluating(network), torch.random.fork_rng():
+        with unchanged(network):
             backbone = EncoderInTraining(network)
             try:
                 bank = extract(context, self.bank, backbone, "training")
@@ -127,18 +164,6 @@ class OnlineEvaluation:
             maps = network.attention_maps(images).float()
             entropies.append(torch.special.entr(maps).sum(-1).mean((1, 2)))
         return float(torch.cat(entropies).mean()) / math.log(maps.shape[-1])
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluate inside; give every module its mode back, of which a teacher's may differ."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @torch.enable_grad()
@@ -196,7 +221,7 @@ def labeled_images(args: Namespace, size: tuple[int, int]) -> tuple[ImageDataset
         ) from error
     transform = EvalTransform(size, None, kept_channels(args))
     limits = {"seed": args.seed, "max_bad_images": args.max_bad_images, "strict": args.strict_data}
-    limits["turn"] = turning(args)
+    limits["prepare"] = preparation(args)
     return tuple(
         ImageDataset(spread(source, args.eval_images), transform, **limits)
         for source in (known, asked)

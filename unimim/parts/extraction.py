@@ -209,6 +209,7 @@ def map_meta(args: Namespace, make: MapMaker, task: PartLearning, source: Source
         map_file_sha256=file_sha256(map_file) if map_file and map_file.is_file() else None,
         names_sha256=names_sha256(image_names(source)),
         scores=SCORES if args.save_scores else None,
+        exif_orientation=args.exif_orientation,
     )
 
 

@@ -156,6 +156,10 @@ def validate(args: Namespace) -> None:
         raise ValueError(
             f"--tau_end {args.tau_end} must be positive and at most --tau_start {args.tau_start}"
         )
+    if args.evaluate and args.exif_orientation:
+        raise ValueError(
+            "--exif_orientation turns images, but not the masks of --evaluate; leave it out"
+        )
     if args.evaluate and args.mask_path is None and args.data_set != "shapes":
         raise ValueError(
             "--evaluate compares with masks: give --mask_path, or --data_set shapes, which has some"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unimim.cli.options import as_config
+from unimim.data.device_decode import batch_decoder
 from unimim.engine.distributed import reduce_sum
 from unimim.engine.monitor import RunLog
 from unimim.engine.state import RunContext
@@ -81,8 +82,9 @@ def _of_batches(
     per_image: int,
     generator: torch.Generator,
 ) -> Iterator[Tensor]:
+    decode = batch_decoder(loader.dataset, context.device)
     for batch in loader:
-        patches = features(context.normalize(batch)["image"])  # [B, P, C]
+        patches = features(context.normalize(decode(batch))["image"])  # [B, P, C]
         order = torch.rand(patches.shape[:2], generator=generator).argsort(1)[:, :per_image]
         order = order.to(patches.device)[..., None].expand(-1, -1, patches.shape[-1])
         yield patches.gather(1, order).flatten(0, 1)

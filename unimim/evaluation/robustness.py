@@ -1,43 +1,30 @@
-"""Measure classifiers on images unlike their training images: ImageNet-A, -R, -Sketch, -V2 and -C.
+"""Accuracy of a classifier on the sets that measure robustness: their folders, their classes, the
+corruption error, and images with hidden patches (run_robustness.py)."""
 
-    python analysis/robustness.py --checkpoint out/finetuned/checkpoint-best.pth \\
-        --suite imagenet_a imagenet_r imagenet_sketch imagenet_v2 imagenet_c --data_path ROOT
-
-ROOT holds a folder for each suite (imagenet_a or imagenet-a, ...), or is the folder of the only
-suite. Its class folders are WordNet ids, or ImageNet-V2's numbers; they are mapped to the model's
-classes, which are ImageNet's unless --class_map lists others. A folder that is not a class is an
-error. On ImageNet-A and -R only the logits of their 200 classes count. ImageNet-C is read as
-CORRUPTION/SEVERITY/CLASS; its corruption error is the error by AlexNet's, mCE their mean (Hendrycks
-and Dietterich 2019, arXiv 1903.12261). The suite occlusion hides random patches of the validation
-images in ROOT/val (A2MIM, figure 1). Writes robustness.csv and robustness.png.
-"""
-
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
-from analysis import common
 from datasets import ImageDataset, build_loader
-from modeling_losses import enlarged
-from unimim.data.class_lists import IMAGENET, read_classes, subset_synsets
+from modeling_backbones import enlarged
+from unimim.data.class_lists import subset_synsets
 from unimim.data.random import sample_rng
 from unimim.data.sources import class_names, folder_source
 from unimim.data.views import MEAN_STD, EvalTransform
-from unimim.engine.setup import launch
+from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.state import Normalize
 from unimim.evaluation.accuracy import averages, tally
 from unimim.logs import log
 
-# by suite, the names of its folder; "" is --data_path itself
+# by suite, the names that its folder may have
 FOLDERS = {
     "imagenet_a": ("imagenet_a", "imagenet-a"),
     "imagenet_r": ("imagenet_r", "imagenet-r"),
@@ -54,6 +41,16 @@ ALEXNET = {
     "jpeg_compression": 60.7,
 }  # fmt: skip
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Classifier(Protocol):
+    """What is measured: a network, the (height, width) of its images, and the key in `MEAN_STD` of
+    what they are normalized by."""
+
+    label: str
+    model: nn.Module
+    size: tuple[int, int]
+    mean_std: str
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ def hide_patches(
 @torch.no_grad()
 def accuracy(
     args: Namespace,
-    network: common.Network,
+    network: Classifier,
     dataset: ImageDataset,
     counted: Sequence[int],
     device: torch.device,
@@ -198,20 +195,21 @@ def accuracy(
     for first in range(0, total, args.batch_size):
         keys.append([(0, index) for index in chosen[first : first + args.batch_size]])
     normalize = Normalize(MEAN_STD[network.mean_std], device)
+    dtype = AUTOCAST_DTYPES.get(args.precision)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in build_loader(dataset, keys, num_workers=args.num_workers, pin_mem=args.pin_mem):
         labels = torch.tensor([position[int(label)] for label in batch["label"]], device=device)
         images = normalize(batch)["image"]
         if ratio:
             images = hide_patches(images, batch["index"].tolist(), ratio, args.grid, args.seed)
-        with common.autocast(args, device):
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
             logits = network.model(images).float()[:, list(counted)]
         sums += tally(logits, labels, torch.ones_like(labels, dtype=torch.bool))
     return averages(sums) | {"images": int(sums[3])}
 
 
 def measure(
-    args: Namespace, network: common.Network, classes: Sequence[str], device: torch.device
+    args: Namespace, network: Classifier, classes: Sequence[str], device: torch.device
 ) -> list[Row]:
     """Return the rows of one network, of every suite."""
     root = Path(args.data_path)
@@ -235,7 +233,7 @@ def measure(
 
 def measure_corruptions(
     args: Namespace,
-    network: common.Network,
+    network: Classifier,
     classes: Sequence[str],
     device: torch.device,
     root: Path,
@@ -276,99 +274,3 @@ def summary(rows: Sequence[Row]) -> Row:
     images = sum(row.images for row in rows)
     log.info("%s: mCE %.2f", rows[0].label, mce)
     return Row(rows[0].label, "imagenet_c", "mCE", 0, images, rows[0].classes, *means, mce)
-
-
-# --------------------------------------------------------------------------------------------------
-# Figure
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """Plot the accuracy on each set, the error under each corruption, and the occlusion curves."""
-    panels = {
-        "accuracy": [row for row in rows if row.suite not in ("imagenet_c", "occlusion")],
-        "corruption": [row for row in rows if row.suite == "imagenet_c"],
-        "occlusion": [row for row in rows if row.suite == "occlusion"],
-    }
-    shown = {name: own for name, own in panels.items() if own}
-    figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (name, own) in zip(axes, shown.items(), strict=True):
-        if name == "occlusion":
-            common.draw_lines(axis, own, "value", "acc1")
-            axis.set(xlabel="ratio of hidden patches", ylabel="top-1 accuracy (%)", ylim=(0, None))
-        else:
-            draw_bars(axis, own, name)
-        axis.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def draw_bars(axis, rows: Sequence[Row], panel: str) -> None:
-    """Draw a group of bars for each set or corruption, with a bar for each network."""
-    groups = list(common.by_network(rows))
-    for number, (own, style) in enumerate(groups):
-        heights = {row.suite: row.acc1 for row in own}
-        if panel == "corruption":
-            heights = corruption_errors(own)
-        places = np.arange(len(heights)) + 0.8 * number / len(groups)
-        color = {key: style[key] for key in ("label", "color")}
-        axis.bar(places, [*heights.values()], width=0.8 / len(groups), **color)
-        axis.set_xticks(np.arange(len(heights)) + 0.4 - 0.4 / len(groups), [*heights])
-    axis.tick_params(axis="x", rotation=60, labelsize=7)
-    axis.set_ylabel("corruption error (%)" if panel == "corruption" else "top-1 accuracy (%)")
-
-
-# --------------------------------------------------------------------------------------------------
-# Command line
-
-
-def check(args: Namespace) -> None:
-    if args.data_path is None:
-        raise ValueError("--data_path is missing; it is the folder that holds the suites")
-    if not all(0 <= ratio < 1 for ratio in args.ratios):
-        raise ValueError(f"--ratios lie between 0 and 1, not {args.ratios}")
-    common.check_positive(args, "grid")
-
-
-def parse(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
-    parser = common.build_parser(
-        __doc__.splitlines()[0], "robustness", images=50_000, batch_size=64
-    )
-    group = parser.add_argument_group("robustness")
-    group.add_argument(
-        "--suite", nargs="+", choices=FOLDERS, required=True, help="what is measured"
-    )
-    group.add_argument(
-        "--class_map", default=IMAGENET, metavar="FILE",
-        help="the model's classes in their order, names of class folders, one a line; the word "
-        f"{IMAGENET} is its 1,000 WordNet ids",
-    )  # fmt: skip
-    group.add_argument(
-        "--ratios", type=float, nargs="+", default=RATIOS, help="occlusion: of hidden patches"
-    )
-    group.add_argument("--grid", type=int, default=14, help="occlusion: patches along a side")
-    return common.parse(parser, argv, check)
-
-
-def main(args: Namespace) -> list[Row]:
-    """Measure all networks on all suites, write table and figure, and return the rows."""
-    device = common.set_up(args)
-    classes = read_classes("--class_map", args.class_map)
-    rows: list[Row] = []
-    for network in common.load_networks(args, len(classes)):
-        if not network.classifies:
-            raise ValueError(f"{network.label} has no trained classifier; use a fine-tuned one")
-        network.model.to(device)
-        outputs = network.model(torch.zeros(1, 3, *network.size, device=device)).shape[-1]
-        if outputs != len(classes):
-            raise ValueError(
-                f"{network.label} has {outputs} classes, --class_map {args.class_map} lists "
-                f"{len(classes)}; use the list of its classes"
-            )
-        rows += measure(args, network, classes, device)
-    common.save(args, "robustness", rows, draw(rows))
-    return rows
-
-
-if __name__ == "__main__":
-    launch(main, parse())
