@@ -19,7 +19,7 @@ from unimim.engine.distributed import from_first_rank
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, set_up, start_training
-from unimim.engine.state import RunContext, Training
+from unimim.engine.state import Interruptible, RunContext, Training
 from unimim.evaluation.features import (
     Backbone,
     FeatureDataset,
@@ -57,7 +57,7 @@ class ProbeEvaluator:
         context: RunContext,
         probe: Probe,
         lrs: list[float],
-        loader: DataLoader,
+        loader: DataLoader | Interruptible,
     ):
         self.context = context
         self.probe = probe
@@ -186,6 +186,7 @@ def run_probe(
         dry_run(args, groups, steps, context.device)
         return []
     run, position = start_training(context, probe, loader, groups)
+    evaluator.loader = Interruptible(evaluator.loader, run.stop)
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best acc1 %.3f", position.best)
     return evaluator.results or evaluator(args.epochs - 1)  # a finished run has trained nothing

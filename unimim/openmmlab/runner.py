@@ -17,12 +17,13 @@ from torch.distributed import is_torchelastic_launched
 
 from unimim.checkpoint.files import load_checkpoint
 from unimim.checkpoint.loading import check_finite
-from unimim.engine.distributed import exit_at_once, has_peers, leave_process_group
+from unimim.engine.distributed import exit_at_once, leave_process_group
 from unimim.engine.monitor import keep_freed_memory
 from unimim.errors import explain
 from unimim.logs import setup_logging
 from unimim.openmmlab import compat
 from unimim.openmmlab.checkpoint import class_tokens
+from unimim.processes import has_peers
 
 log = logging.getLogger("unimim")
 
