@@ -32,6 +32,7 @@ LOG_BLOCK_ASPECT = math.log(1 / 0.3)  # aspect ratios are log-uniform in [0.3, 1
 BLOCK_ATTEMPTS = 10
 
 MaskGenerator = Callable[[np.random.Generator], np.ndarray]
+Noise = Tensor | tuple[Tensor | None, ...] | None  # the random noise of a mask or an order
 
 
 class BlockwiseMask:
@@ -469,37 +470,41 @@ def others_first(selected: Tensor) -> Tensor:
 # Masks of a method: one contract
 
 
-class LoaderMask:
-    """Masks that come with the batch as "mask", by a generator in the data loader.
+class Mask:
+    """What is hidden of each image. Options of its constructor are options of every method.
 
-    This is also the contract of the masks that are made on the device. flags: command-line flags of
-    the constructor's options. views: keys of a batch that they read. noise_size: how much uniform
-    noise they take for each image. uses_ema: they follow the attention of the method's ema.
-    equal_counts: as many patches are hidden of every image.
+    flags: command-line flags of these options. views: keys of a batch that it reads. noise_size:
+    how much uniform noise it takes for each image. teacher: a frozen network whose attention it
+    follows. uses_ema: it follows that of the method's ema. equal_counts: as many patches are hidden
+    of every image. chooses: some patches take no part at all.
     """
 
     flags: tuple[Flag, ...] = ()
-    views: tuple[str, ...] = ("mask",)
+    views: tuple[str, ...] = ()
     noise_size = 0
+    teacher: Any = None
     uses_ema = False
-    teacher = None
     equal_counts = True
+    chooses = False
 
     def __init__(self, grid: Pair, *, mask_ratio: float = 0.75):
         self.mask_ratio = mask_ratio
         self.num_tokens = math.prod(grid)
 
-    def __deepcopy__(self, memo: dict) -> "LoaderMask":
+    def __deepcopy__(self, memo: dict) -> "Mask":
         """Return itself: the copies of a method share its masks."""
         return self
 
+    def order(
+        self, batch: dict[str, Tensor], noise: Noise = None, attention: Tensor | None = None
+    ) -> Tensor:
+        """Return the positions int64 [B, L] of the patches that take part, visible ones first, by
+        uniform noise [B, noise_size]; `attention`: how much each patch is attended to, [B, N]."""
+        raise NotImplementedError
+
     def num_visible(self, batch: dict[str, Tensor], tokens: int) -> int:
         """Return how many of the `tokens` that take part are visible, in each image."""
-        return tokens - common_count(batch, "mask")[1]
-
-    def order(self, batch: dict[str, Tensor], noise: Tensor | None, attention: None) -> Tensor:
-        """Return the positions of the patches that take part, int64 [B, L], visible ones first."""
-        return batch["mask"].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
+        return num_visible(tokens, self.mask_ratio)
 
     def before_epoch(self, epoch: int, epochs: int) -> None:
         """Move a schedule of the masks to this epoch of a run of `epochs`."""
@@ -509,16 +514,28 @@ class LoaderMask:
         return {}
 
 
+class NoMask(Mask):
+    """Hides nothing: for prediction in an order."""
+
+
+class LoaderMask(Mask):
+    """Comes with the batch as "mask" [B, gh, gw], from a mask generator in the data loader."""
+
+    views = ("mask",)
+
+    def order(
+        self, batch: dict[str, Tensor], noise: Noise = None, attention: Tensor | None = None
+    ) -> Tensor:
+        return batch["mask"].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
+
+    def num_visible(self, batch: dict[str, Tensor], tokens: int) -> int:
+        return tokens - common_count(batch, "mask")[1]
+
+
 class BlockMask(LoaderMask):
     """The loader's blocks, which hide more of one image than of another."""
 
     equal_counts = False
-
-
-class NoMask(LoaderMask):
-    """Hides nothing: for prediction in an order."""
-
-    views = ()
 
 
 def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
@@ -541,7 +558,7 @@ def common_count(batch: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
     return mask, low
 
 
-class NoiseMask(LoaderMask):
+class NoiseMask(Mask):
     """Hides the patches with the most noise, which comes with the batch: MAE's masks."""
 
     views = ("noise",)
@@ -551,12 +568,9 @@ class NoiseMask(LoaderMask):
         self.noise_size = self.num_tokens
         num_visible(self.num_tokens, mask_ratio)  # refuses a ratio that cannot be
 
-    def num_visible(self, batch: dict[str, Tensor], tokens: int) -> int:
-        return num_visible(tokens, self.mask_ratio)
-
-    def order(self, batch: dict[str, Tensor], noise: Any, attention: Tensor | None) -> Tensor:
-        """Return the positions int64 [B, L] of the patches that take part, visible ones first, by
-        uniform noise [B, noise_size]; `attention`: how much each patch is attended to, [B, N]."""
+    def order(
+        self, batch: dict[str, Tensor], noise: Noise = None, attention: Tensor | None = None
+    ) -> Tensor:
         return ascending(noise)
 
 
@@ -578,7 +592,9 @@ class SquareMask(NoiseMask):
     def num_visible(self, batch: dict[str, Tensor], tokens: int) -> int:
         return self.visible
 
-    def order(self, batch: dict[str, Tensor], noise: Any, attention: Tensor | None) -> Tensor:
+    def order(
+        self, batch: dict[str, Tensor], noise: Noise = None, attention: Tensor | None = None
+    ) -> Tensor:
         if self.squares.device != noise.device:
             self.squares = self.squares.to(noise.device)
         return self.squares[ascending(noise)].flatten(1)
@@ -593,8 +609,8 @@ def squares_of(grid: Pair, side: int) -> Tensor:
 
 
 class AttentionMask(NoiseMask):
-    """Hides the patches that are attended to most, or with `high` False least: in the order of
-    attention, stretched to [0, 1) in each image, plus uniform noise up to `attention_noise`.
+    """Hides the patches that are attended to most: in the order of attention, stretched to [0, 1)
+    in each image, plus uniform noise up to `attention_noise`.
 
     The attention is that of the class token of a frozen network, `mask_teacher`, or without one how
     similar the patches' features are to their mean in the method's ema.
@@ -631,13 +647,17 @@ class AttentionMask(NoiseMask):
         self.uses_ema = mask_teacher is None
         self.t_momentum = t_momentum
 
-    def order(self, batch: dict[str, Tensor], noise: Any, attention: Tensor | None) -> Tensor:
+    def order(
+        self, batch: dict[str, Tensor], noise: Noise = None, attention: Tensor | None = None
+    ) -> Tensor:
         attention = stretched(attention)
         score = attention if self.high else 1 - attention
         return ascending(score + self.attention_noise * noise)
 
 
 class LowAttentionMask(AttentionMask):
+    """Hides the patches that are attended to least."""
+
     high = False
 
 
@@ -690,14 +710,13 @@ class PartMask(NoiseMask):
         self.count_fix = count_fix
         self.token_selection = token_selection
         self.num_tokens = int(token_share * patches)
-        num_visible(self.num_tokens, self.mask_ratio)
-        self.choice_size = 0  # noise for the choice of tokens
-        self.views = ("part_ids", "noise")
+        num_visible(self.num_tokens, self.mask_ratio)  # refuses a ratio that cannot be
         self.chooses = self.num_tokens < patches
-        if token_selection == "score":
-            self.views = (*self.views, "part_scores")
-        elif self.chooses:
-            self.choice_size = patches
+        by_score = token_selection == "score"
+        self.views = ("part_ids", "noise", *(("part_scores",) if by_score else ()))
+
+        # for each token and part, and for the choice of tokens
+        self.choice_size = patches if self.chooses and not by_score else 0
         self.noise_size = self.num_tokens + num_parts + self.choice_size
         self.mask_lambda = 1.0 if mask_lambda is None else mask_lambda
         self.schedule = None
@@ -714,10 +733,14 @@ class PartMask(NoiseMask):
     def metrics(self, loss: Tensor) -> dict[str, Tensor]:
         return {"mask_lambda": torch.full_like(loss.detach(), self.mask_lambda)}
 
-    def order(self, batch: dict[str, Tensor], noise: Any, attention: Tensor | None) -> Tensor:
-        """`noise` holds the noise for the order of the tokens [B, L], of the parts [B, K], and,
-        where tokens are chosen at random, for their choice [B, N]: as a tuple or one after
-        another."""
+    def order(
+        self, batch: dict[str, Tensor], noise: Noise = None, attention: Tensor | None = None
+    ) -> Tensor:
+        """Return the positions int64 [B, L] of the patches that take part, visible ones first.
+
+        `noise` holds the noise for the order of the tokens [B, L], of the parts [B, K], and, where
+        tokens are chosen at random, for their choice [B, N]: as a tuple or one after another.
+        """
         if isinstance(noise, Tensor):
             noise = noise.split((self.num_tokens, self.num_parts, self.choice_size), dim=1)
         noise_tokens, noise_parts, noise_choice = (*noise, None)[:3]
@@ -752,7 +775,7 @@ def stretched(x: Tensor) -> Tensor:
 
 
 # by the words of --mask_type
-MASKS: dict[str, type[LoaderMask]] = {
+MASKS: dict[str, type[Mask]] = {
     "block": BlockMask,
     "random_mps32": LoaderMask,
     "random": LoaderMask,

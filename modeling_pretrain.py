@@ -8,7 +8,7 @@ patch width * 3 numbers of a patch; n class tokens, V visible patches, K visual 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
@@ -22,6 +22,7 @@ from masking_generator import (
     ORDERS_WITH_TIES,
     ORDERS_WITHOUT_NOISE,
     PATCH_ORDERS,
+    Noise,
     NoiseMask,
     SquareMask,
     common_count,
@@ -82,8 +83,6 @@ from unimim.engine.task import Task
 from unimim.errors import OptionError, refused
 from unimim.flag import Flag
 from unimim.sizes import to_pair
-
-Noise = Tensor | tuple[Tensor | None, ...] | None  # replaces the random noise of a mask or order
 
 
 class Reconstruction(NamedTuple):
@@ -166,8 +165,8 @@ class PretrainMethod(Task):
         return self.patch_embed.patch_size
 
     def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The clean encoder in `weights`, by default in what the published recipe fine-tunes: the
-        teacher, if any."""
+        """Return the clean encoder in `weights`, by default in what the published recipe
+        fine-tunes: the teacher, if any."""
         if weights is None:
             weights = (self if self.teacher is None else self.teacher).state_dict()
         return {k: v for k, v in weights.items() if not k.startswith(self.not_exported)}
@@ -181,6 +180,11 @@ class PretrainMethod(Task):
 def options_of(part: type | None) -> frozenset[str]:
     """Return the names of the options of a target's or a mask's constructor; none for None."""
     return frozenset() if part is None else frozenset(own_options(part) - {"shape", "grid"})
+
+
+def selected(options: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the options of these names."""
+    return {name: value for name, value in options.items() if name in names}
 
 
 _PARTS = (*TARGETS.values(), *MASKS.values())
@@ -198,9 +202,9 @@ SPACE_FLAGS = (
 class Predictor(PretrainMethod):
     """A form of the encoder in the space mask x form x target (docs/methods/space.md).
 
-    The constructor of a form passes its options through `choose`, which keeps those of mask and
-    target, builds its network, calls `aim` for the head and `settle` last. Its `forward` takes the
-    batch from `hide` and returns what `compare` does.
+    The constructor of a form passes its options through `take_options`, which keeps those of mask
+    and target, builds its network, calls `make_target` and `add_head`, and `finish` last. Its
+    `forward` takes the batch from `hide` and returns what `compare` does.
 
     form_name: in the table. own_target, own_mask: those of the published method; without a target
     of its own a subclass computes its loss itself. target_options: what the published method sets
@@ -251,7 +255,7 @@ class Predictor(PretrainMethod):
         others = ("model", "permutation_type")
         return OptionError("mask_type", mask_type, problem, *others) if problem else None
 
-    def choose(self, options: dict[str, Any]) -> dict[str, Any]:
+    def take_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Keep the options of a constructor that are of mask and target and return the others.
 
         Options of the published method's own mask and target are accepted with any other too, so
@@ -267,23 +271,29 @@ class Predictor(PretrainMethod):
         if options.get("fft_weight") and target != "pixels":
             problem = "compares the spectra of pixels; use target pixels"
             raise OptionError("fft_weight", options["fft_weight"], problem, "target")
-        parts = self.targets.get(target), self.masks[mask_type]
-        made = []
-        for part, own in zip(parts, (self.target_options, {}), strict=True):
-            values = {k: v for k, v in (own | options).items() if k in options_of(part)}
-            made.append(part and partial(part, **values))
-        self._make_target, self._make_mask = made
-        kept = self.chosen_options | self.ignored | options_of(parts[0]) | options_of(parts[1])
-        left = {name: value for name, value in options.items() if name not in kept}
+
+        # the target needs the encoder's width and the mask its grid: both are made later
+        target_class, mask_class = self.targets.get(target), self.masks[mask_type]
+        own = selected(self.target_options | options, options_of(target_class))
+        self._make_target = target_class and partial(target_class, **own)
+        self._make_mask = partial(mask_class, **selected(options, options_of(mask_class)))
+        kept = self.chosen_options | self.ignored | options_of(target_class)
+        left = {k: v for k, v in options.items() if k not in kept | options_of(mask_class)}
+        self.check_not_of_others(left, target, mask_type)
+        return left
+
+    def check_not_of_others(
+        self, options: dict[str, Any], target: str | None, mask_type: str
+    ) -> None:
+        """Raise an OptionError for an option of a target or a mask that was not chosen."""
         axes = (("target", self.targets, target), ("mask_type", self.masks, mask_type))
-        for name, value in left.items():
+        for name, value in options.items():
             for axis, known, chosen in axes:
                 if owners := [word for word, part in known.items() if name in options_of(part)]:
                     problem = f"is not an option of {axis} {chosen}, but of {' and '.join(owners)}"
                     raise OptionError(name, value, problem, axis)
-        return left
 
-    def aim(self, width: int) -> None:
+    def make_target(self, width: int) -> None:
         """Make the target; `width` is that of the encoder's own features."""
         shape = Shape(self.cell_grid, tuple(self.cell_size), width, self.image_channels)
         self.target = self._make_target and self._make_target(shape)
@@ -301,12 +311,12 @@ class Predictor(PretrainMethod):
     def head_of_target(self) -> nn.Module:
         return self.get_submodule(self.head_name)
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Load what the target needs, make the masks and, where one of the two needs it, the ema:
         the end of a form's constructor."""
         self.masking = self._make_mask(self.cell_grid)
         del self._make_target, self._make_mask
-        if getattr(self.masking, "chooses", False) and not self.leaves_out:
+        if self.masking.chooses and not self.leaves_out:
             problem = "leaves patches out, which only a model with a decoder can; use 1"
             raise OptionError("token_share", None, problem)
         if self.masking.teacher is not None:
@@ -424,17 +434,17 @@ class MaskedImageModel(Predictor, VisionTransformer):
     not_exported = ("mask_token",)
 
     def __init__(self, **options):
-        vit = self.choose(options)
+        vit = self.take_options(options)
         super().__init__(**{**vit, "num_classes": 0, "global_pool": "token"})
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self._init_token(self.mask_token)
-        self.aim(self.embed_dim)
+        self.make_target(self.embed_dim)
         if self.target is not None:
             self.add_head(self.embed_dim).apply(self._init_module)
-        self.settle()
+        self.finish()
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the view "noise" of masks that are made here."""
+        """Return loss and metrics; `noise` replaces the view "noise" of masks made here."""
         batch = self.hide(batch, noise)
         mask = batch["mask"].flatten(1)
         positions, counts = masked_positions(mask, self.most_masked or batch.get("max_masked"))
@@ -594,7 +604,7 @@ class MAE(Predictor, PlainViT):
         attn: str = "auto",
         **options,
     ):
-        vit = self.choose(options)
+        vit = self.take_options(options)
         super().__init__(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, attn=attn, **vit)
         self.use_bottleneck = use_bottleneck
         self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
@@ -606,13 +616,13 @@ class MAE(Predictor, PlainViT):
         )  # fmt: skip
         self.decoder_blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.aim(self.embed_dim)
+        self.make_target(self.embed_dim)
         self.add_head(decoder_embed_dim)
         for decoder in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             decoder.apply(self._init_module)
         nn.init.normal_(self.mask_token, std=0.02)
         self.predicts_pixels = isinstance(self.target, Pixels)
-        self.settle()
+        self.finish()
         self.mask_ratio = self.masking.mask_ratio
 
     def decoder_positions(self, width: int) -> nn.Parameter:
@@ -621,7 +631,7 @@ class MAE(Predictor, PlainViT):
         return nn.Parameter(positions, requires_grad=False)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random noise of `random_masking`."""
+        """Return loss and metrics; `noise` replaces the view "noise" of the masks."""
         patches, order, visible = self.mask_patches(batch, noise)
         latent = self.forward_encoder(take(patches, order[:, :visible]), order[:, :visible])
         tokens = self.decode(latent, order, order.shape[1] - visible)
@@ -923,7 +933,7 @@ class SemAIM(Predictor, TwoStreams):
         attn: str = "auto",
         **options,
     ):
-        streams = self.choose(options)
+        streams = self.take_options(options)
         super().__init__(mlp_ratio=mlp_ratio, attn=attn, **streams)
         check_choice("permutation_type", permutation_type, PATCH_ORDERS)
         check_choice("attention_type", attention_type, ATTENTION_MAPS)
@@ -934,11 +944,11 @@ class SemAIM(Predictor, TwoStreams):
         self.order_precision = order_precision
         self.prediction_head_type = prediction_head_type
         self.explicit_masks = attn == "eager" or permutation_type in ORDERS_WITH_TIES
-        self.aim(self.embed_dim)
+        self.make_target(self.embed_dim)
         self.predicts_pixels = isinstance(self.target, Pixels)
         self.gaussian_blur = self.target.blur if self.predicts_pixels else None
         self.add_head(self.embed_dim).apply(self._init_module)
-        self.settle()
+        self.finish()
         self.use_ema_model = use_ema_model
         self.noise_sizes = order_noise_sizes(permutation_type, self.patch_embed.num_patches)
         self.noise_size = sum(self.noise_sizes)
@@ -954,7 +964,7 @@ class SemAIM(Predictor, TwoStreams):
         return Mlp(dim, self.blocks[0].mlp.fc1.out_features, 0.0, self.target.width)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the random noise of `order_values`."""
+        """Return loss and metrics; `noise` replaces the random noise of `order_values`."""
         attention, target = self.attention_and_target(batch)
         order = self.order_values(batch, attention, noise)  # [B, N], smaller is earlier
         tokens, positions = self.predicting(batch["image"], order)
@@ -1161,7 +1171,8 @@ def order_noise_sizes(kind: str, patches: int) -> tuple[int, ...]:
 
 
 def blocks_per_query(depth: int, query_depth: int) -> int:
-    """How many encoder blocks lie between two query blocks, which must not outnumber them."""
+    """Return how many encoder blocks lie between two query blocks, which must not outnumber
+    them."""
     step = depth // query_depth if query_depth > 0 else 0
     if step == 0 or depth // step > query_depth:
         raise OptionError(
@@ -1171,8 +1182,8 @@ def blocks_per_query(depth: int, query_depth: int) -> int:
 
 
 def class_attention(block: Block, x: Tensor) -> Tensor:
-    """How much the class token of x [B, T, C] attends to each patch in this block, mean over heads:
-    [B, N]."""
+    """Return how much the class token of x [B, T, C] attends to each patch in this block, mean over
+    heads: [B, N]."""
     q, k, _ = block.attn.project(
         block.norm1(x.roll(-1, dims=1)), last=1
     )  # the class token comes last
@@ -1180,7 +1191,7 @@ def class_attention(block: Block, x: Tensor) -> Tensor:
 
 
 def similarity(query: Tensor, patches: Tensor) -> Tensor:
-    """Cosine of [B, 1, C] with each of [B, N, C]: [B, N], in float32."""
+    """Return the cosine of [B, 1, C] with each of [B, N, C]: [B, N], in float32."""
     return (F.normalize(query.float(), dim=-1) * F.normalize(patches.float(), dim=-1)).sum(-1)
 
 
@@ -1189,7 +1200,7 @@ def disabled_autocast(device: torch.device) -> torch.autocast:
 
 
 def additive_mask(visible: Tensor) -> Tensor:
-    """0 where bool [B, T, T] is True, else -inf, for all heads: [B, 1, T, T]."""
+    """Return 0 where bool [B, T, T] is True, else -inf, for all heads: [B, 1, T, T]."""
     return (
         torch.zeros_like(visible, dtype=torch.float32)
         .masked_fill_(~visible, -math.inf)
@@ -1199,8 +1210,7 @@ def additive_mask(visible: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout and stochastic depth for a while. A network that has neither is left
-    alone."""
+    """Switch dropout and stochastic depth off inside. A network that has neither is left alone."""
     training = network.training
     if not (training and is_random(network)):
         yield
@@ -1213,7 +1223,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def is_random(network: nn.Module) -> bool:
-    """Whether a ViT drops something in training: all blocks are built with the same rates of
+    """Return whether a ViT drops something in training: all blocks are built with the same rates of
     dropout."""
     rates = [network.pos_drop.p]
     for block in network.blocks:
@@ -1263,7 +1273,8 @@ class NEPA(PretrainMethod, RotaryViT):
             self.teacher.eval()
 
     def forward(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
-        """`noise` [B, noise_size] replaces that of the positions, which only training has."""
+        """Return loss and metrics; `noise` [B, noise_size] replaces that of the positions, which
+        only training has."""
         changes = None
         if self.training and self.noise_size:
             changes = self.rope.draw(self.noise_of(batch) if noise is None else noise)
@@ -1376,7 +1387,7 @@ class SemanticMIM(Predictor, VisionTransformer):
         attn: str = "auto",
         **options,
     ):
-        vit = self.choose(options)
+        vit = self.take_options(options)
         form = {
             "pos_embed": "learned",
             "rel_pos_bias": "none",
@@ -1399,13 +1410,13 @@ class SemanticMIM(Predictor, VisionTransformer):
                 self._init_module
             )
             self._rescale(self.mask_blocks)
-        self.aim(self.embed_dim)
+        self.make_target(self.embed_dim)
         self.add_head(self.embed_dim).apply(self._init_module)
-        self.settle()
+        self.finish()
         self.views = (*self.views, "target_mask") if separate_mask else self.views
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the view "noise" of masks that are made here."""
+        """Return loss and metrics; `noise` replaces the view "noise" of masks made here."""
         batch = self.hide(batch, noise)
         visible, predicted = self.patch_positions(batch)
         return self.compare(self.encode(batch["image"], visible, predicted), batch, predicted)
@@ -1543,7 +1554,7 @@ class SimMIM(Predictor):
         grad_checkpointing: bool = False,
         **options,
     ):
-        options = self.choose(options)
+        options = self.take_options(options)
         super().__init__()
         self.token_lr, self.gamma_lr, self.input_size = token_lr, gamma_lr, to_pair(input_size)
         self.channels = options.get("in_chans", 3)
@@ -1569,7 +1580,7 @@ class SimMIM(Predictor):
         self.inject.attach(self.backbone)
         self.check_place(backbone)
         finer = CellNeck.ratio(stride, self.inject.place.stride)
-        self.aim(CellNeck.width_of(width, finer))
+        self.make_target(CellNeck.width_of(width, finer))
         self.predicts_pixels = isinstance(self.target, Pixels) and self.target.is_plain
         if self.predicts_pixels:
             self.neck = PixelNeck(
@@ -1579,7 +1590,7 @@ class SimMIM(Predictor):
         else:
             self.neck = CellNeck(width, finer)
             self.add_head(self.neck.width).apply(self._init_module)
-        self.settle()
+        self.finish()
 
     @torch.no_grad()
     def check_place(self, name: str) -> None:
@@ -1624,7 +1635,7 @@ class SimMIM(Predictor):
             nn.init.trunc_normal_(module.weight, std=0.02)
 
     def forward(self, batch: dict[str, Tensor], noise: Noise = None) -> dict[str, Tensor]:
-        """`noise` replaces the view "noise" of masks that are made here."""
+        """Return loss and metrics; `noise` replaces the view "noise" of masks made here."""
         batch = self.hide(batch, noise)
         images, mask = batch["image"], batch["mask"]
         features = self.features(images, mask)
@@ -1644,8 +1655,8 @@ class SimMIM(Predictor):
         return F.interpolate(features, self.cell_grid, mode="nearest").flatten(2).transpose(1, 2)
 
     def features(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """The last map [B, C, h, w] of images [B, 3, H, W] masked by [B, rows, columns], or whole
-        ones."""
+        """Return the last map [B, C, h, w] of images [B, 3, H, W] masked by [B, rows, columns], or
+        whole ones."""
         self.inject.mask = mask
         return family_of(self.backbone).feature_map(self.backbone, self.seen(images, mask))
 
@@ -1654,7 +1665,7 @@ class SimMIM(Predictor):
         return mean_filled(images, mask) if self.fills_input and mask is not None else images
 
     def predict(self, features: Tensor, images: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W]."""
+        """Return predicted pixels [B, 3, H, W]."""
         return self.neck(features)
 
     @torch.no_grad()
@@ -1670,7 +1681,7 @@ class SimMIM(Predictor):
     # -- what optimizers and exporters ask
 
     def param_rules(self) -> dict[str, dict[str, float]]:
-        """The published rules of decay and learning rate, by what is found in a parameter's
+        """Return the published rules of decay and learning rate, by what is found in a parameter's
         name."""
         rules = dict.fromkeys(_RULES[family_of(self.backbone).rules], _UNDECAYED)
         rules["mask_token"] = _UNDECAYED | {"lr_mult": self.token_lr}
@@ -1681,7 +1692,7 @@ class SimMIM(Predictor):
         )
 
     def encoder_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The backbone under its own names, which are timm's for timm's networks."""
+        """Return the backbone under its own names, which are timm's for timm's networks."""
         kept = super().encoder_state_dict(weights)
         return {name.removeprefix("backbone."): value for name, value in kept.items()}
 

@@ -1,6 +1,7 @@
-"""What methods predict, and how it is compared: pixels, histograms of oriented gradients, the ids
-of a tokenizer, features of teachers, contrast. The end of the file holds the targets, which have
-one contract, and before them the losses of pixels and visual tokens; the rest of it makes targets.
+"""What methods predict, and how it is compared.
+
+Top-down: the targets, which have one contract; the losses of pixels and visual tokens; then what
+makes targets: blur, histograms of oriented gradients, tokenizers, teachers.
 
 Shapes in comments: B images, T = 1 + N tokens (class token first), C channels of the tower, D of
 what it gives; M masked patches, P numbers of a patch, G channels of the tokenizer's first layer.
@@ -45,978 +46,6 @@ OWN_MEAN_STD: dict[str, MeanStd] = {  # of the images that the teachers were tra
 }
 
 
-class GaussianBlur(nn.Module):
-    """Blurs images [B, 3, H, W] with zeros around them (docs/methods/semaim.md#blur)."""
-
-    def __init__(self, kernel_size: int, sigma: float, channels: int = 3):
-        super().__init__()
-        if kernel_size % 2 == 0 or kernel_size < 1 or sigma <= 0:
-            raise OptionError(
-                "gaussian_kernel_size",
-                kernel_size,
-                f"must be odd, and gaussian_sigma {sigma} positive",
-                "gaussian_sigma",
-            )
-        offsets = torch.arange(kernel_size) - kernel_size // 2
-        row = torch.exp(-offsets.square() / (2 * sigma**2))
-        kernel = torch.outer(row, row)
-        kernels = (kernel / kernel.sum()).expand(channels, 1, -1, -1)
-        self.register_buffer("weight", kernels.clone())
-
-    def forward(self, images: Tensor) -> Tensor:
-        weight = self.weight.to(images.dtype)
-        return F.conv2d(images, weight, padding=weight.shape[-1] // 2, groups=len(weight))
-
-
-def build_blur(
-    kernel_size: int | None, sigma: float | None, channels: int = 3
-) -> GaussianBlur | None:
-    """None without a blur.
-
-    Raises:
-        ValueError: only one of the two is given, or a value that cannot be.
-    """
-    if (kernel_size is None) != (sigma is None):
-        raise OptionError(
-            "gaussian_kernel_size",
-            None,
-            "give it together with gaussian_sigma, or neither",
-            "gaussian_sigma",
-        )
-    return None if kernel_size is None else GaussianBlur(kernel_size, sigma, channels)
-
-
-# --------------------------------------------------------------------------------------------------
-# Histograms of oriented gradients
-
-
-class HOG:
-    """MaskFeat's target: how much gradient each cell has in each direction, by color
-    (docs/methods/beit_maskfeat_semanticmim.md#hog).
-
-    A cell is `pool` x `pool` pixels; each of its pixels counts by the size of its gradient, under a
-    Gaussian `window` (0: none) that is repeated over the image. Directions are unsigned. Given
-    normalized images the result is that of the published code, given uint8 ones it is the same but
-    where the horizontal gradient is exactly 0: there the rounding of normalized images decides
-    between the first and the last bin, the raw ones always take the first.
-    """
-
-    def __init__(
-        self,
-        grid: tuple[int, int],
-        patch: tuple[int, int],
-        nbins: int = 9,
-        pool: int = 8,
-        window: int = 16,
-        channels: int = 3,
-    ):
-        if nbins < 1 or pool < 1 or any(side % pool for side in patch):
-            raise OptionError(
-                "hog_pool",
-                pool,
-                f"must divide patches of {patch[0]} x {patch[1]} pixels, and hog_nbins={nbins} "
-                "must be 1 or more",
-            )
-        if window and any(count * side % window for count, side in zip(grid, patch, strict=True)):
-            raise OptionError(
-                "hog_window", window, f"does not divide images of {grid} patches of {patch} pixels"
-            )
-        self.grid, self.cells = grid, (patch[0] // pool, patch[1] // pool)
-        self.nbins, self.pool, self.window = nbins, pool, window
-        self.channels = channels
-
-    @property
-    def width(self) -> int:
-        """Numbers of a patch."""
-        return self.channels * self.nbins * math.prod(self.cells)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to float32 [B, N, width], in the order color, bin, cell row, cell
-        column."""
-        cut = (
-            self.histograms(images)
-            .unflatten(4, (-1, self.cells[1]))
-            .unflatten(3, (-1, self.cells[0]))
-        )
-        return cut.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)
-
-    @torch.no_grad()
-    def histograms(self, images: Tensor) -> Tensor:
-        """Normalized histograms of the cells, float32 [B, 3, nbins, H / pool, W / pool].
-
-        On a CPU a few images at a time: what they need while they are at work is a small multiple
-        of the result. A GPU takes all at once, as small kernels would leave it idle.
-        """
-        window = gaussian_window(self.window, images.device) if self.window else None
-        with torch.autocast(images.device.type, enabled=False):
-            if images.device.type != "cpu":
-                return self._histograms(images, window)
-            return torch.cat(
-                [self._histograms(few, window) for few in images.split(max(1, len(images) // 32))]
-            )
-
-    def _histograms(self, images: Tensor, window: Tensor | None) -> Tensor:
-        magnitude, bins = oriented_gradients(images.float(), self.nbins)
-        if window is not None:
-            tiled = magnitude.unflatten(3, (-1, self.window)).unflatten(2, (-1, self.window))
-            tiled.mul_(window[:, None])  # writes to `magnitude`
-        rows, columns = images.shape[2] // self.pool, images.shape[3] // self.pool
-        y, x = (torch.arange(side, device=images.device) // self.pool for side in images.shape[2:])
-        place = bins.mul_(rows * columns).add_(y[:, None] * columns + x)
-        found = magnitude.new_zeros(*images.shape[:2], self.nbins * rows * columns)
-        found.scatter_add_(2, place.flatten(2), magnitude.flatten(2))
-        return F.normalize(found.view(*images.shape[:2], self.nbins, rows, columns), dim=2)
-
-
-def oriented_gradients(images: Tensor, nbins: int) -> tuple[Tensor, Tensor]:
-    """Size, float32, and direction, int64 below `nbins`, of the gradient at each pixel; all [B, 3,
-    H, W].
-
-    Plain sums in place of convolutions, which a GPU would compute in TF32 or half precision.
-    """
-    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    across, down = padded[..., :-2] - padded[..., 2:], padded[..., :-2, :] - padded[..., 2:, :]
-    gx = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
-    gy = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
-    bins = (torch.atan2(gx, gy) / math.pi * nbins).floor_().remainder_(nbins).long()
-    return torch.hypot(gx, gy), bins
-
-
-def gaussian_window(side: int, device: torch.device) -> Tensor:
-    """[side, side], adds up to 1."""
-    offsets = torch.arange(side, device=device) - (side - 1) / 2
-    row = torch.exp(-0.5 * (offsets / (side // 2)).square())
-    window = torch.outer(row, row)
-    return window / window.sum()
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-class EncoderBlock(nn.Module):
-    """Residual block of DALL-E's encoder: [B, dim_in, h, w] to [B, dim_out, h, w]."""
-
-    def __init__(self, dim_in: int, dim_out: int, gain: float):
-        super().__init__()
-        hidden = dim_out // 4
-        self.gain = gain
-        self.id_path = nn.Identity() if dim_in == dim_out else nn.Conv2d(dim_in, dim_out, 1)
-        self.res_path = nn.ModuleDict({
-            "conv_1": nn.Conv2d(dim_in, hidden, 3, padding=1),
-            "conv_2": nn.Conv2d(hidden, hidden, 3, padding=1),
-            "conv_3": nn.Conv2d(hidden, hidden, 3, padding=1),
-            "conv_4": nn.Conv2d(hidden, dim_out, 1),
-        })  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.id_path(x)
-        for conv in self.res_path.values():
-            x = conv(F.relu(x))
-        return shortcut + self.gain * x
-
-
-class DalleEncoder(nn.Module):
-    """DALL-E's encoder of images to visual tokens: groups of blocks with pooling in between
-    (docs/methods/beit_maskfeat_semanticmim.md#visual-tokens)."""
-
-    def __init__(
-        self, n_hid: int = 256, blocks_per_group: int = 2, vocab_size: int = 8192, groups: int = 4
-    ):
-        super().__init__()
-        self.stride = 2 ** (groups - 1)
-        gain = (groups * blocks_per_group) ** -2
-        widths = [n_hid] + [n_hid * 2**group for group in range(groups)]
-        self.blocks = nn.ModuleDict({"input": nn.Conv2d(3, n_hid, 7, padding=3)})
-        for group, (dim_in, dim_out) in enumerate(pairwise(widths), 1):
-            self.blocks[f"group_{group}"] = nn.ModuleDict({
-                f"block_{block}": EncoderBlock(dim_in if block == 1 else dim_out, dim_out, gain)
-                for block in range(1, blocks_per_group + 1)
-            })  # fmt: skip
-        self.blocks["output"] = nn.ModuleDict({"conv": nn.Conv2d(widths[-1], vocab_size, 1)})
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images in [0.1, 0.9], [B, 3, H, W], to what the last convolution sees: [B, 8 G, H /
-        stride, W / stride]."""
-        x = self.blocks["input"](images)
-        groups = [group for name, group in self.blocks.items() if name.startswith("group_")]
-        for number, group in enumerate(groups):
-            x = F.max_pool2d(x, 2) if number else x
-            for block in group.values():
-                x = block(x)
-        return F.relu(x)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Features [..., 8 G] of single positions, channels last, to the logits of the tokens [...,
-        vocab_size]."""
-        output = self.blocks["output"]["conv"]
-        return F.linear(features, output.weight.flatten(1), output.bias)
-
-
-class VisualTokenizer:
-    """The frozen encoder and what it needs around it. It is no submodule: no engine wraps, saves or
-    trains it.
-
-    precision "auto" leaves float32 weights to the autocast around a call; else the encoder runs in
-    that dtype. `grid` is what it was trained for, None where nothing is known of that.
-    """
-
-    rows = 4096  # positions whose logits are held at once
-    grid: Pair | None = None
-
-    def __init__(self, encoder: DalleEncoder, precision: str = "auto"):
-        check_choice("target_precision", precision, TARGET_PRECISIONS)
-        self.dtype = DTYPES[precision]
-        self.encoder = (
-            encoder.to(self.dtype)
-            .to(memory_format=torch.channels_last)
-            .eval()
-            .requires_grad_(False)
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        return self.encoder.blocks["output"]["conv"].out_channels
-
-    @property
-    def patch(self) -> Pair:
-        """Pixels (height, width) of an image that a token stands for."""
-        return self.encoder.stride, self.encoder.stride
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Ids int64 of uint8 images [B, 3, H, W], or of floats that `dalle_pixels` has mapped:
-        [B, M] at `positions` int64 [B, M], of all without them."""
-        if self.encoder.blocks["input"].weight.device != images.device:
-            self.encoder.to(images.device)
-        if not images.is_floating_point():
-            images = dalle_pixels(images)
-        if self.dtype is None:
-            features = self.encoder(images)
-            return self.choose(features, positions)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.choose(self.encoder(images.to(self.dtype)), positions)
-
-    def choose(self, features: Tensor, positions: Tensor | None) -> Tensor:
-        """Of features [B, 8 G, h, w] only the listed positions need logits, a few thousand of them
-        at a time."""
-        rows = features.flatten(2).transpose(1, 2)
-        rows = rows if positions is None else take(rows, positions)
-        ids = [self.encoder.logits(few).argmax(-1) for few in rows.flatten(0, 1).split(self.rows)]
-        return torch.cat(ids).view(rows.shape[:2])
-
-
-class ClusterTokenizer:
-    """Centers of patches, from k-means, and what they need around them; for a method it is what a
-    `VisualTokenizer` is."""
-
-    def __init__(self, clusters: PatchClusters, mean_std: MeanStd, grid: Pair | None = None):
-        self.encoder = clusters.eval().requires_grad_(False)
-        self.mean_std = mean_std
-        self.grid = grid
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.encoder.centers)
-
-    @property
-    def patch(self) -> Pair:
-        """Pixels (height, width) of an image that a token stands for."""
-        return self.encoder.patch
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Ids int64 of uint8 images [B, 3, H, W]: [B, M] at `positions` int64 [B, M], of all
-        patches without them."""
-        if self.encoder.centers.device != images.device:
-            self.encoder.to(images.device)
-        mean, std = (images.new_tensor(v, dtype=torch.float32) for v in self.mean_std)
-        pixels = images.float().div(255).sub(mean.view(3, 1, 1)).div(std.view(3, 1, 1))
-        return self.encoder(pixels, positions)
-
-
-def dalle_pixels(images: Tensor) -> Tensor:
-    """uint8 to the encoder's range: [0.1, 0.9]."""
-    return 0.8 / 255 * images.float() + 0.1
-
-
-def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer | ClusterTokenizer:
-    """The tokenizer in a file: OpenAI's encoder.pkl, whose pickle is read and not executed,
-    OpenMMLab's state dict, or safetensors, under any prefix; or either kind that run_tokenizer.py
-    writes. `precision` is that of a network; clusters are always compared in float32.
-
-    Raises:
-        ValueError: no such file, or no tokenizer in it.
-    """
-    found = load_module_state(source)
-    with refused(OptionError("discrete_vae_weight_path", source, "is no tokenizer")):
-        info = TokenizerInfo.from_metadata(load_metadata(source))
-    if info is not None and info.kind == "kmeans":
-        return clusters_of(found, info, source)
-    tokenizer = VisualTokenizer(encoder_of(found, source), precision)
-    tokenizer.grid = None if info is None else info.grid
-    return tokenizer
-
-
-def clusters_of(found: StateDict, info: TokenizerInfo, source: str) -> ClusterTokenizer:
-    """The tokenizer of a file's centers."""
-    centers = found.get("centers", torch.empty(0))
-    features = None
-    if info.teacher:
-        problem = "needs the network whose features it clusters"
-        with refused(OptionError("discrete_vae_weight_path", source, problem)):
-            features = teacher_features(info.teacher, info.grid)
-    width = centers.shape[-1] if info.teacher else 3 * math.prod(info.patch_size)
-    expected = info.vocab_size, width
-    if tuple(centers.shape) != expected:
-        raise OptionError(
-            "discrete_vae_weight_path",
-            source,
-            f"is not whole: its centers have the shape {tuple(centers.shape)}, not {expected}",
-        )
-    clusters = PatchClusters(centers.float(), info.patch_size, features)
-    return ClusterTokenizer(clusters, (info.mean, info.std), info.grid)
-
-
-def encoder_of(found: StateDict, source: str) -> DalleEncoder:
-    """DALL-E's encoder whose tensors a file holds, in OpenAI's names under any prefix."""
-    prefix = next(
-        (name.removesuffix("blocks.input.w") for name in found if name.endswith("blocks.input.w")),
-        None,
-    )
-    if prefix is None:
-        raise OptionError(
-            "discrete_vae_weight_path",
-            source,
-            "holds no encoder of DALL-E: blocks.input.w is missing; use OpenAI's encoder.pkl or "
-            "the tokenizer.safetensors that run_tokenizer.py writes",
-        )
-    names = {
-        name: name.removeprefix(prefix) for name in found if name.startswith(f"{prefix}blocks.")
-    }
-    weights = {
-        re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", ours)): found[name]
-        for name, ours in names.items()
-    }
-    encoder = DalleEncoder(
-        n_hid=len(weights["blocks.input.weight"]),
-        blocks_per_group=len(
-            {name for name in weights if re.fullmatch(r"blocks\.group_1\..*conv_1\.weight", name)}
-        ),
-        vocab_size=len(weights.get("blocks.output.conv.weight", ())),
-        groups=len({name.split(".")[1] for name in weights if ".group_" in name}),
-    )
-    try:
-        encoder.load_state_dict({name: value.float() for name, value in weights.items()})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise OptionError("discrete_vae_weight_path", source, f"is not whole: {reason}") from error
-    return encoder
-
-
-# --------------------------------------------------------------------------------------------------
-# Teachers
-
-
-class VisualTower(VisionTransformer):
-    """The vision transformer of DINO, or that of CLIP with its norm before the blocks and its
-    projection.
-
-    CLIP's differs in the norms' epsilon, and OpenAI's in an activation that comes near GELU
-    (docs/methods/semaim.md#clips-teacher).
-    """
-
-    def __init__(self, *, is_clip: bool = False, quick_gelu: bool = False, **vit):
-        super().__init__(**vit, pos_embed="learned", k_bias=True, global_pool="token")
-        self.norm_pre = nn.LayerNorm(self.embed_dim) if is_clip else nn.Identity()
-        for module in self.modules() if is_clip else ():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = 1e-5
-        for block in self.blocks if quick_gelu else ():
-            block.mlp.fc2.act = near_gelu
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normed tokens, of CLIP projected ones, with the class token: [B, T, D]."""
-        x = self.norm_pre(self.embed(self.patch_embed(images), self.pos_embed))
-        return self.head(self.norm(self.run_blocks(x)))
-
-
-def near_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-class TeacherFeatures(NamedTuple):
-    """What a teacher sees: tokens after the final norm, and the last block's class attention.
-
-    cls [B, C], patches [B, N, C], and how much the class token attends to each patch, [B, h, N].
-    """
-
-    cls: Tensor
-    patches: Tensor
-    attention: Tensor
-
-
-class Teacher:
-    """A frozen vision transformer, this repository's or timm's. It is no submodule of what it
-    teaches, so that no engine wraps, saves or trains it.
-
-    precision "auto" leaves float32 weights to the autocast around a call; else the tower runs in
-    that dtype. mean_std: what the images that it is given are normalized by, and what it wants;
-    None leaves them as they are.
-    """
-
-    def __init__(
-        self,
-        tower: nn.Module,
-        precision: str = "auto",
-        mean_std: tuple[MeanStd, MeanStd] | None = None,
-    ):
-        check_choice("target_precision", precision, TARGET_PRECISIONS)
-        self.dtype = DTYPES[precision]
-        self.tower = tower.to(self.dtype).eval().requires_grad_(False)
-        self.mean_std = None if mean_std is None else torch.tensor(mean_std).view(2, 2, 3, 1, 1)
-
-    def __deepcopy__(self, memo: dict) -> "Teacher":
-        """Return itself: the copies of a method share its frozen teacher."""
-        return self
-
-    @property
-    def width(self) -> int:
-        """D, numbers of a token."""
-        head = self.tower.head
-        return head.out_features if isinstance(head, nn.Linear) else self.tower.embed_dim
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return tuple(self.tower.patch_embed.grid_size)
-
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        """(height, width) of the images that it sees; None: as they are."""
-        return tuple(self.tower.patch_embed.img_size)
-
-    @property
-    def num_heads(self) -> int:
-        return self.tower.blocks[-1].attn.num_heads
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Tokens float32 [B, T, D] of images [B, 3, H, W], which are brought to the size that gives
-        T."""
-        if next(self.tower.parameters()).device != images.device:
-            self.tower.to(images.device)
-        if self.mean_std is not None:
-            if self.mean_std.device != images.device:
-                self.mean_std = self.mean_std.to(images.device)
-            (mean, std), (own_mean, own_std) = self.mean_std
-            images = (images * std + mean - own_mean) / own_std
-        size = self.image_size
-        if size is not None and images.shape[-2:] != size:
-            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
-        if self.dtype is None:
-            return self._tokens(images).float()
-        with torch.autocast(images.device.type, enabled=False):
-            return self._tokens(images.to(self.dtype)).float()
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        if isinstance(self.tower, VisualTower):
-            return self.tower(images)
-        tokens = self.tower.forward_features(images)
-        # timm's has applied the norm
-        return self.tower.norm(tokens) if isinstance(self.tower, VisionTransformer) else tokens
-
-    @torch.no_grad()
-    def look(self, images: Tensor) -> TeacherFeatures:
-        """Return the tokens of images [B, 3, H, W] and the class token's attention.
-
-        Fused kernels show no probabilities, so they are computed again from the last block's input.
-        """
-        kept: list[Tensor] = []
-        attention = self.tower.blocks[-1].attn
-        hook = attention.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-        try:
-            tokens = self(images)
-        finally:
-            hook.remove()
-        prefix = self.tower.num_prefix_tokens
-        seen = self._class_attention(kept[0])[..., prefix:]
-        return TeacherFeatures(tokens[:, 0], tokens[:, prefix:], seen)
-
-    def _class_attention(self, x: Tensor) -> Tensor:
-        """Return softmax(q k / sqrt(d) + bias) of the last block for the class token: [B, h, T]."""
-        attn = self.tower.blocks[-1].attn
-        if isinstance(self.tower, VisionTransformer):
-            q, k, _ = attn.project(x)
-            bias = attn.position_bias(None)
-            bias = None if bias is None else bias[:, :1]
-            return attn.probabilities(q[:, :, :1], k, bias)[:, :, 0].float()
-        # [B, T, 3 * C] to [3, B, h, T, d]
-        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = attn.q_norm(qkv[0, :, :, :1]), attn.k_norm(qkv[1])
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].float()
-
-
-class MapTeacher(Teacher):
-    """A frozen network of timm that ends in a map, such as a CNN: a patch has the map's features at
-    its place, [B, N, D], and there is no class token."""
-
-    image_size = None
-
-    def __init__(
-        self,
-        tower: nn.Module,
-        grid: tuple[int, int],
-        precision: str = "auto",
-        mean_std: tuple[MeanStd, MeanStd] | None = None,
-    ):
-        super().__init__(tower, precision, mean_std)
-        self.own_grid = grid
-
-    @property
-    def width(self) -> int:
-        return self.tower.num_features
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.own_grid
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        features = family_of(self.tower).feature_map(self.tower, images)
-        resized = F.interpolate(features.float(), self.grid, mode="bilinear")
-        return resized.flatten(2).transpose(1, 2)
-
-    def look(self, images: Tensor) -> TeacherFeatures:
-        problem = "has no class token whose attention masks could follow; use a vision transformer"
-        raise OptionError("mask_teacher", None, problem)
-
-
-def load_teacher(
-    kind: str | None,
-    source: str,
-    grid: tuple[int, int],
-    precision: str = "auto",
-    image_mean_std: MeanStd | None = None,
-    option: str = "target_model",
-) -> Teacher:
-    """The `kind` ("clip" or "dino", None for either) of teacher in a file, or under timm's name,
-    for images of `grid` patches.
-
-    Files: OpenAI's archives and state dicts of CLIP, whole or the visual tower alone; DINO's
-    checkpoints; the weights of timm's models of either. Positions are resized to the grid. In
-    timm's names the activation does not show: files and models tagged "openai" get OpenAI's. Any
-    other network of timm by its name, such as a CNN, is a `MapTeacher`. Given the images' mean and
-    std, they get the teacher's own. Errors name `option`.
-
-    Raises:
-        ValueError: no such file and no such name, or weights of another kind.
-    """
-    weights = visual_weights(read_weights(source, option))
-    openai = "conv1.weight" in weights
-    is_name = not Path(source).is_file()
-    quick = openai or not is_name or "openai" in source or "quickgelu" in source
-    weights = {
-        key: value.float() for key, value in (from_openai(weights) if openai else weights).items()
-    }
-    if "pos_embed" not in weights or "blocks.0.attn.qkv.weight" not in weights:
-        if is_name and kind != "clip":
-            mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD["dino"])
-            tower = timm.create_model(source, pretrained=True, num_classes=0)
-            return MapTeacher(tower, grid, precision, mean_std)
-        raise OptionError(
-            option, source, "holds no vision transformer in names of OpenAI, DINO or timm"
-        )
-    found = "clip" if "norm_pre.weight" in weights else "dino"
-    kind = kind or found
-    if kind != found:
-        problem = f"is not of the kind that target {kind} needs; use target {found}"
-        raise OptionError(option, source, problem, "target")
-    mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD[kind])
-    return Teacher(
-        build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision, mean_std
-    )
-
-
-def teacher_features(source: str, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """Return the function that gives images [B, 3, H, W] the features [B, N, D] of a frozen
-    network for their patches, each of length 1."""
-    teacher = load_teacher(None, source, grid, "fp32", option="kmeans_teacher")
-
-    def features(images: Tensor) -> Tensor:
-        return F.normalize(teacher(images)[:, -math.prod(grid) :], dim=-1)
-
-    return features
-
-
-def vit_options(weights: StateDict) -> dict[str, Any]:
-    """Return the options of the vision transformer whose tensors these are, in native names.
-
-    Heads have 64 channels, 80 in the huge sizes, unless a bias table tells their number.
-    """
-    width, _, *patch = weights["patch_embed.proj.weight"].shape
-    tables = [value for name, value in weights.items() if name.endswith("position_bias_table")]
-    return {
-        "patch_size": tuple(patch),
-        "embed_dim": width,
-        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "num_heads": tables[0].shape[-1] if tables else width // (80 if width == 1280 else 64),
-        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
-    }
-
-
-def build_tower(
-    weights: StateDict, grid: tuple[int, int], *, quick_gelu: bool, num_heads: int | None = None
-) -> VisualTower:
-    """The tower that these weights, in native names, are of. Heads have 64 channels unless their
-    number is given."""
-    is_clip = "norm_pre.weight" in weights
-    shape = vit_options(weights)
-    patch = shape["patch_size"]
-    projection = weights.get("head.weight") if is_clip else None
-    tower = VisualTower(
-        input_size=(grid[0] * patch[0], grid[1] * patch[1]),
-        **shape | ({} if num_heads is None else {"num_heads": num_heads}),
-        num_classes=0 if projection is None else len(projection),
-        is_clip=is_clip,
-        quick_gelu=quick_gelu,
-    )
-    own = tower.state_dict()
-    absent = {
-        name: torch.zeros_like(own[name])
-        for name in ("patch_embed.proj.bias", "head.bias")
-        if name in own
-    }
-    weights = absent | weights | {"pos_embed": interpolate_pos_embed(weights["pos_embed"], grid, 1)}
-    tower.load_state_dict({name: weights[name] for name in own})
-    return tower
-
-
-def read_weights(source: str, option: str) -> dict[str, Any]:
-    """Return what a file holds, or the weights of timm's model of that name; errors name
-    `option`."""
-    if Path(source).is_file() or str(source).startswith("https://"):
-        return (
-            torch.jit.load(source, "cpu").state_dict()
-            if is_archive(source)
-            else load_checkpoint(source)
-        )
-    if not timm.is_model(source.split(".")[0]):
-        raise OptionError(option, source, "is neither a file nor the name of a model of timm")
-    try:
-        return timm.create_model(source, pretrained=True).state_dict()
-    except Exception as error:  # whatever the hub, the network or the cache raise
-        problem = f"has no weights at timm that can be read here ({error})"
-        raise OptionError(option, source, problem) from error
-
-
-def is_archive(path: str) -> bool:
-    """Whether a file is TorchScript, as OpenAI's are."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
-def visual_weights(found: dict[str, Any]) -> StateDict:
-    """The tensors of the visual tower, without the names around them."""
-    prefixes = ("module.", "visual.", "trunk.", "backbone.")
-    return unwrapped(found, ("state_dict", "teacher", "model"), prefixes)
-
-
-_OPENAI_NAMES = (
-    (r"^transformer\.resblocks\.", "blocks."), (r"\.in_proj_", ".qkv."),
-    (r"\.out_proj\.", ".proj."), (r"\.ln_(\d)\.", r".norm\1."), (r"\.c_fc\.", ".fc1."),
-    (r"\.c_proj\.", ".fc2."), (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."),
-    (r"^conv1\.", "patch_embed.proj."), (r"^class_embedding$", "cls_token"),
-    (r"^positional_embedding$", "pos_embed"), (r"^proj$", "head.weight"),
-)  # fmt: skip
-
-
-def from_openai(weights: StateDict) -> StateDict:
-    """CLIP's visual tower from OpenAI's names and shapes to native ones."""
-    native = {}
-    for name, value in weights.items():
-        for pattern, replacement in _OPENAI_NAMES:
-            name = re.sub(pattern, replacement, name)
-        native[name] = value
-    width = native["cls_token"].numel()
-    return native | {
-        "cls_token": native["cls_token"].view(1, 1, width),
-        "pos_embed": native["pos_embed"].view(1, -1, width),
-        "head.weight": native["head.weight"].T,
-    }
-
-
-# --------------------------------------------------------------------------------------------------
-# Losses
-#
-# Of pixels, spatial and among frequencies, and of visual tokens. Shapes: c colors, H x W pixels;
-# h x w a mask's elements; V = W // 2 + 1 columns of the half spectrum that a real image has, of
-# which the other columns are mirror images.
-
-
-REPLACEMENTS = ("target", "prediction", "mean", "mixed")
-
-
-@dataclass(frozen=True)
-class Regression:
-    """Element-wise loss of a distance: the distance itself ("l1"), or weighted up where it is large
-    ("focal_l1").
-
-    The weight is tanh(alpha * d / 2) or tanh(alpha * d), for `activate` "sigmoid" and "tanh", to
-    the power `gamma`; it is part of what is differentiated. `residual` adds the distance itself.
-    The options are those of the published `RegressionLoss`.
-    """
-
-    mode: str = "l1"
-    activate: str = "sigmoid"
-    alpha: float = 0.2
-    gamma: float = 1.0
-    residual: bool = False
-
-    def __post_init__(self):
-        check_choice("pixel_loss", self.mode, ("l1", "focal_l1"))
-        check_choice("focal_activate", self.activate, ("sigmoid", "tanh"))
-
-    def __call__(self, distance: Tensor) -> Tensor:
-        """Distances, none negative, of any shape to losses of that shape."""
-        if self.mode == "l1":
-            return distance
-        # 2 sigmoid(z) - 1 = tanh(z / 2)
-        steepness = self.alpha / 2 if self.activate == "sigmoid" else self.alpha
-        loss = distance * torch.tanh(steepness * distance) ** self.gamma
-        return loss + distance if self.residual else loss
-
-
-def spatial_loss(
-    predicted: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    regression: Regression,
-    unmask_weight: float = 0.0,
-) -> Tensor:
-    """Loss of masked pixels, and by `unmask_weight` of the others; one mean over the whole batch.
-
-    predicted, target [B, c, H, W]; mask [B, H, W], 1 = masked.
-    """
-    weight = (mask + (1 - mask) * unmask_weight).unsqueeze(1)
-    loss = regression((predicted - target).abs())
-    return (loss * weight).sum() / (weight.sum() + 1e-5) / predicted.shape[1]
-
-
-# Frequencies
-
-
-def half_spectrum(images: Tensor) -> Tensor:
-    """Return the orthonormal spectrum of real images [..., H, W]: complex [..., H, V]."""
-    return torch.fft.rfft2(images, norm="ortho")
-
-
-def whole_mean(values: Tensor, width: int) -> Tensor:
-    """Return the mean over the whole spectrum, W columns wide, of values [..., H, V] that are
-    equal for mirrored frequencies.
-
-    Every column stands for two, but for the first and, where the width is even, the last, which
-    mirror themselves.
-    """
-    alone = values[..., 0].sum() + (values[..., -1].sum() if width % 2 == 0 else 0)
-    return (2 * values.sum() - alone) / (values[..., 0].numel() * width)
-
-
-def half_of_weights(weights: Tensor) -> Tensor:
-    """Weights of all frequencies [..., H, W] as those of the half spectrum [..., H, V] that give
-    the same sum."""
-    mirrored = weights.flip((-2, -1)).roll((1, 1), (-2, -1))
-    return (0.5 * (weights + mirrored))[..., : weights.shape[-1] // 2 + 1]
-
-
-@dataclass(frozen=True, eq=False)
-class FocalFrequencyLoss:
-    """Squared distance of two spectra, frequencies weighted by how far apart they are
-    (docs/methods/simmim_a2mim.md#spectra).
-
-    ave_spectrum: of the mean images of the batch on this device. The gradient is then nearly the
-    same for every image, and its size depends on the images a device and micro-step. log_matrix:
-    the logarithm of the weights. batch_matrix: weights are divided by the largest of all, else by
-    the largest of their image and color, where the published code crashes. matrix: weights [...,
-    H, W] in [0, 1] of all frequencies, which take the place of the distances'; they need not be
-    symmetric, and no gradient goes through them.
-    """
-
-    alpha: float = 1.0
-    ave_spectrum: bool = True
-    log_matrix: bool = True
-    batch_matrix: bool = True
-    matrix: Tensor | None = None
-
-    def __post_init__(self):
-        if self.matrix is not None and not ((self.matrix >= 0) & (self.matrix <= 1)).all():
-            raise ValueError(
-                "matrix has values outside [0, 1]; use weights within, as matrix / matrix.max()"
-            )
-
-    def __call__(self, difference: Tensor) -> Tensor:
-        """Loss of the difference [B, c, H, W] of two images: a transform is linear, so that one
-        does for both."""
-        if self.ave_spectrum:
-            difference = difference.mean(0, keepdim=True)
-        distance = half_spectrum(difference)
-        square = distance.real.square() + distance.imag.square()
-        weights = (
-            self.weights(square.detach()) if self.matrix is None else self.given_weights(difference)
-        )
-        return whole_mean(weights * square, difference.shape[-1])
-
-    def given_weights(self, images: Tensor) -> Tensor:
-        """The matrix as weights [..., H, V] of the half spectrum of images [B, c, H, W]."""
-        if self.matrix.shape[-2:] != images.shape[-2:]:
-            theirs, ours = (tuple(x.shape[-2:]) for x in (images, self.matrix))
-            raise ValueError(
-                f"matrix is of {ours} frequencies; use one of the images' size {theirs}"
-            )
-        return half_of_weights(self.matrix.detach().to(images))
-
-    def weights(self, square: Tensor) -> Tensor:
-        """Return the weights of squared spectral distances [B, c, H, V]."""
-        weights = square ** (self.alpha / 2)
-        if self.log_matrix:
-            weights = weights.log1p()
-        largest = weights.max() if self.batch_matrix else weights.amax((-2, -1), keepdim=True)
-        return (weights / largest).nan_to_num(nan=0.0).clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class ReconstructionLoss:
-    """A2MIM's loss; with `fft_weight` 0 and "l1" it is SimMIM's.
-
-    fft_unmask_weight: what a visible pixel of the prediction counts for among the frequencies; the
-    rest of it is replaced by fft_unmask_replace: the target, the prediction itself without its
-    gradient, the target's mean color, or half of each of the first two ("mixed"); None is the
-    target. fft_focal: the loss above, else the regression on the distance of spectra; fft_reweight:
-    which then weighs itself.
-    """
-
-    regression: Regression = Regression()
-    unmask_weight: float = 0.0
-    fft_weight: float = 0.0
-    fft_focal: bool = True
-    fft_unmask_weight: float = 0.0
-    fft_unmask_replace: str | None = "mixed"
-    fft_reweight: bool = False
-    focal: FocalFrequencyLoss = FocalFrequencyLoss()
-
-    def __post_init__(self):
-        if self.fft_unmask_replace is not None:
-            check_choice("fft_unmask_replace", self.fft_unmask_replace, REPLACEMENTS)
-
-    def __call__(self, predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """predicted, target [B, c, H, W], mask [B, h, w], 1 = masked: {"loss", "loss_spatial"[,
-        "loss_freq"]}."""
-        with torch.autocast(predicted.device.type, enabled=False):
-            predicted, target = predicted.float(), target.float()
-            mask = enlarged(mask, target.shape[-2:]).float()
-            spatial = spatial_loss(predicted, target, mask, self.regression, self.unmask_weight)
-            if not self.fft_weight:
-                return {"loss": spatial, "loss_spatial": spatial.detach()}
-            frequency = self.frequency_loss(
-                self.seen(predicted, target, mask.unsqueeze(1)) - target
-            )
-            loss = spatial + self.fft_weight * frequency
-            return {"loss": loss, "loss_spatial": spatial.detach(), "loss_freq": frequency.detach()}
-
-    def seen(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """The prediction with most of its visible pixels replaced, [B, c, H, W]; mask [B, 1, H,
-        W]."""
-        if self.fft_unmask_weight >= 1:
-            return predicted
-        ratio = mask + (1 - mask) * self.fft_unmask_weight
-        return predicted * ratio + self.replacement(predicted.detach(), target) * (1 - ratio)
-
-    def replacement(self, predicted: Tensor, target: Tensor) -> Tensor:
-        match self.fft_unmask_replace:
-            case "prediction":
-                return predicted
-            case "mean":
-                return target.mean((2, 3), keepdim=True)
-            case "mixed":
-                return 0.5 * predicted + 0.5 * target
-            case _:
-                return target
-
-    def frequency_loss(self, difference: Tensor) -> Tensor:
-        """Return the loss of the difference [B, c, H, W] of two images, before `fft_weight`."""
-        if self.fft_focal:
-            return self.focal(difference)
-        loss = self.regression(half_spectrum(difference).abs())
-        return whole_mean(loss.detach() * loss if self.fft_reweight else loss, difference.shape[-1])
-
-
-# Visual tokens
-
-
-class VisualTokenLoss(torch.autograd.Function):
-    """Sum of the cross entropies of linear(x), and how many tokens are hit, without the logits of
-    all rows at once.
-
-    x [R, C], weight [K, C], bias [K], targets int64 [R], counts float32 [R]: 0 leaves a row out.
-    The gradients are made with the logits of a few rows at a time, which costs no more products
-    than keeping the logits.
-    """
-
-    rows = 4096
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, counts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        total, hits = counts.new_zeros(()), counts.new_zeros(())
-        wanted = any(ctx.needs_input_grad)
-        grads = [
-            torch.empty_like(x),
-            *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias)),
-        ]
-        for start in range(0, len(x), VisualTokenLoss.rows):
-            # logits [rows, vocabulary] of a few rows: those of a whole batch would not fit
-            few = slice(start, start + VisualTokenLoss.rows)
-            logits = F.linear(x[few], weight, bias)
-            dtype = logits.dtype
-            target = targets[few, None]
-            count = counts[few, None]
-            hits += ((logits.argmax(-1, keepdim=True) == target) * count).sum()
-
-            # cross-entropy
-            slope = logits.float().log_softmax(-1)
-            del logits
-            total -= (slope.gather(1, target) * count).sum()
-
-            # its gradient is softmax - one_hot, made in place while the logits are here
-            if wanted:
-                slope = (
-                    slope.exp_()
-                    .scatter_add_(1, target, torch.full_like(count, -1.0))
-                    .mul_(count)
-                    .to(dtype)
-                )
-                grads[0][few] = slope @ weight.to(dtype)
-                grads[1] += slope.T @ x[few].to(dtype)
-                grads[2] += slope.sum(0)
-        ctx.save_for_backward(*(grads if wanted else ()))
-        ctx.mark_non_differentiable(hits)
-        return total, hits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
-        return (
-            *(
-                g * grad if n else None
-                for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-            ),
-            None,
-            None,
-        )
-
-
 # --------------------------------------------------------------------------------------------------
 # Targets: one contract
 
@@ -1057,9 +86,9 @@ class Target:
     """What is predicted of each patch. It is no submodule of a method: no engine wraps, saves or
     trains it, and copies of a method share it.
 
-    A subclass sets `width`, how many numbers it is of a patch, and says in `of` what the target of
-    a batch is and in `loss_map`, or `score`, how far a prediction is from it. Options of its
-    constructor are options of every method that can have it as target.
+    A subclass sets `width`, how many numbers it is of a patch, and says in `of_all`, or `of`, what
+    the target of a batch is and in `loss_map`, or `score`, how far a prediction is from it. Options
+    of its constructor are options of every method that can have it as target.
 
     flags: command-line flags of these options. views: keys of a batch that it reads besides
     "image". raw_views: those of them whose images it normalizes itself. head_name: the method's
@@ -1094,6 +123,11 @@ class Target:
     def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
         """Return the target [B, M, D] of the patches at positions int64 [B, M], of all patches in
         row-major order without them; `method` has the `teacher` of a target that `uses_ema`."""
+        target = self.of_all(batch, method)
+        return target if positions is None else self.at(target, positions)
+
+    def of_all(self, batch: Batch, method: Any = None) -> Tensor:
+        """Return the target [B, N, D] of all patches in row-major order."""
         raise NotImplementedError
 
     def at(self, target: Tensor, positions: Tensor) -> Tensor:
@@ -1103,6 +137,10 @@ class Target:
     def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each patch [B, M], in float32, of two tensors [B, M, D]."""
         raise NotImplementedError
+
+    def mean_loss(self, predicted: Tensor, target: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the mean of `loss_map` where `counts` is True, of all patches without it."""
+        return mean_where(self.loss_map(predicted, target), counts)
 
     def score(
         self,
@@ -1114,7 +152,7 @@ class Target:
     ) -> dict[str, Tensor]:
         """Return the loss and metrics of tokens [B, M, C] against the target of their patches;
         those count where `counts` bool [B, M] is True."""
-        return {"loss": mean_where(self.loss_map(head(tokens), target), counts)}
+        return {"loss": self.mean_loss(head(tokens), target, counts)}
 
 
 def mean_where(values: Tensor, counts: Tensor | None) -> Tensor:
@@ -1202,6 +240,13 @@ class Pixels(Target):
         error = predicted.float() - target.float()
         return (error.square() if self.loss_type == "L2" else error.abs()).mean(-1)
 
+    def mean_loss(self, predicted: Tensor, target: Tensor, counts: Tensor | None = None) -> Tensor:
+        if counts is not None or self.mean_by_patch:
+            return super().mean_loss(predicted, target, counts)
+        # one kernel in each direction
+        mean_error = F.mse_loss if self.loss_type == "L2" else F.l1_loss
+        return mean_error(predicted.float(), target)
+
     def score(
         self,
         head: nn.Module,
@@ -1211,25 +256,24 @@ class Pixels(Target):
         counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         predicted = head(tokens)
-        if counts is not None or self.mean_by_patch:
-            loss = mean_where(self.loss_map(predicted, target), counts)
-        else:
-            mean_error = F.mse_loss if self.loss_type == "L2" else F.l1_loss
-            loss = mean_error(predicted.float(), target)
+        loss = self.mean_loss(predicted, target, counts)
         if not self.fft_weight:
             return {"loss": loss}
-        error = predicted.float() - target
-        error = error if counts is None else error * counts.unsqueeze(-1)
-        if positions is not None:
-            error = put(
-                error.new_zeros(len(error), math.prod(self.shape.grid), self.width),
-                positions,
-                error,
-            )
-        with torch.autocast(error.device.type, enabled=False):
-            spectra = self.spectra.frequency_loss(unpatchify(error, *self.shape[:2]))
+        spectra = self.spectral_loss(predicted.float() - target, positions, counts)
         loss = loss + self.fft_weight * spectra
         return {"loss": loss, "loss_freq": spectra.detach()}
+
+    def spectral_loss(
+        self, error: Tensor, positions: Tensor | None, counts: Tensor | None
+    ) -> Tensor:
+        """Return the loss of the spectra of the image of errors [B, M, P], 0 where none count."""
+        if counts is not None:
+            error = error * counts.unsqueeze(-1)
+        if positions is not None:
+            blank = error.new_zeros(len(error), math.prod(self.shape.grid), self.width)
+            error = put(blank, positions, error)
+        with torch.autocast(error.device.type, enabled=False):
+            return self.spectra.frequency_loss(unpatchify(error, self.shape.grid, self.shape.patch))
 
 
 def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -1266,24 +310,16 @@ class Histograms(Target):
         self.hog = HOG(shape.grid, shape.patch, hog_nbins, pool, window, shape.channels)
         self.width = self.hog.width
 
-    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
-        target = self.hog(batch["image"])
-        return target if positions is None else take(target, positions)
+    def of_all(self, batch: Batch, method: Any = None) -> Tensor:
+        return self.hog(batch["image"])
 
     def loss_map(self, predicted: Tensor, target: Tensor) -> Tensor:
         return (predicted.float() - target).square().mean(-1)
 
-    def score(
-        self,
-        head: nn.Module,
-        tokens: Tensor,
-        target: Tensor,
-        positions: Tensor | None = None,
-        counts: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def mean_loss(self, predicted: Tensor, target: Tensor, counts: Tensor | None = None) -> Tensor:
         if counts is not None:
-            return super().score(head, tokens, target, positions, counts)
-        return {"loss": F.mse_loss(head(tokens).float(), target)}
+            return super().mean_loss(predicted, target, counts)
+        return F.mse_loss(predicted.float(), target)
 
 
 class VisualTokenHead(nn.Linear):
@@ -1424,9 +460,8 @@ class OwnFeatures(Features):
         self.t_momentum = t_momentum
         self.width = shape.width
 
-    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
-        target = method.teacher.whole(batch["image"])[:, -math.prod(self.shape.grid) :]
-        return target if positions is None else take(target, positions)
+    def of_all(self, batch: Batch, method: Any = None) -> Tensor:
+        return method.teacher.whole(batch["image"])[:, -math.prod(self.shape.grid) :]
 
 
 class TeacherTokens(Features):
@@ -1478,9 +513,8 @@ class TeacherTokens(Features):
         """Return the network's tokens [B, T, D]."""
         return batch["target_tokens"] if self.teacher is None else self.teacher(batch["image"])
 
-    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
-        target = self.tokens(batch)[:, -math.prod(self.shape.grid) :]
-        return target if positions is None else take(target, positions)
+    def of_all(self, batch: Batch, method: Any = None) -> Tensor:
+        return self.tokens(batch)[:, -math.prod(self.shape.grid) :]
 
 
 def check_rgb(channels: int, option: str) -> None:
@@ -1491,14 +525,18 @@ def check_rgb(channels: int, option: str) -> None:
 
 
 class ClipTokens(TeacherTokens):
+    """Features of CLIP's visual tower."""
+
     kind = "clip"
 
 
 class DinoTokens(TeacherTokens):
+    """Features of DINO, or by its name of any network of timm."""
+
     kind = "dino"
 
 
-PROJECTOR_LAYERS = 8
+PROJECTOR_LAYERS = 8  # of `projector`
 
 
 class Contrast(Target):
@@ -1533,7 +571,7 @@ class Contrast(Target):
         self.t_momentum = t_momentum
 
     def head(self, dim: int) -> nn.Module:
-        """Build the projector of the encoder's features, behind a layer where tokens [B, M, dim]
+        """Build the projector of the encoder's features, after a layer where tokens [B, M, dim]
         are not as wide as these."""
         layers = projector(self.shape.width, self.hidden_dim, self.width)
         if dim == self.shape.width:
@@ -1544,16 +582,16 @@ class Contrast(Target):
         """Return projected tokens [B, T, D]. Class tokens count in the batch statistics."""
         return head(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)
 
-    def of(self, batch: Batch, positions: Tensor | None = None, method: Any = None) -> Tensor:
-        """Return the projected features [B, N, D] of all patches, whatever the positions."""
+    @torch.no_grad()
+    def of_all(self, batch: Batch, method: Any = None) -> Tensor:
+        """Return the features [B, N, D] that the ema's projector makes of the strong view."""
         teacher = method.teacher
-        with torch.no_grad():
-            head = teacher.head_of_target
-            head = head if len(head) == PROJECTOR_LAYERS else head[-PROJECTOR_LAYERS:]
-            keys = self.project(head, teacher.whole(batch["image_strong"]))
+        layers = teacher.head_of_target[-PROJECTOR_LAYERS:]  # without what fits the width
+        keys = self.project(layers, teacher.whole(batch["image_strong"]))
         return keys[:, -math.prod(self.shape.grid) :]
 
     def at(self, target: Tensor, positions: Tensor) -> Tensor:
+        """Return all of them: a patch is compared with every patch of its image."""
         return target
 
     def score(
@@ -1616,3 +654,981 @@ TARGETS: dict[str, type[Target]] = {
     "ema": OwnFeatures,
     "contrast": Contrast,
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+#
+# Of pixels, spatial and among frequencies, and of visual tokens. Shapes: c colors, H x W pixels;
+# h x w a mask's elements; V = W // 2 + 1 columns of the half spectrum that a real image has, of
+# which the other columns are mirror images.
+
+
+REPLACEMENTS = ("target", "prediction", "mean", "mixed")
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Element-wise loss of a distance: the distance itself ("l1"), or weighted up where it is large
+    ("focal_l1").
+
+    The weight is tanh(alpha * d / 2) or tanh(alpha * d), for `activate` "sigmoid" and "tanh", to
+    the power `gamma`; it is part of what is differentiated. `residual` adds the distance itself.
+    The options are those of the published `RegressionLoss`.
+    """
+
+    mode: str = "l1"
+    activate: str = "sigmoid"
+    alpha: float = 0.2
+    gamma: float = 1.0
+    residual: bool = False
+
+    def __post_init__(self):
+        check_choice("pixel_loss", self.mode, ("l1", "focal_l1"))
+        check_choice("focal_activate", self.activate, ("sigmoid", "tanh"))
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        """Return the losses of distances, none negative, in their shape."""
+        if self.mode == "l1":
+            return distance
+        # 2 sigmoid(z) - 1 = tanh(z / 2)
+        steepness = self.alpha / 2 if self.activate == "sigmoid" else self.alpha
+        loss = distance * torch.tanh(steepness * distance) ** self.gamma
+        return loss + distance if self.residual else loss
+
+
+def spatial_loss(
+    predicted: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    regression: Regression,
+    unmask_weight: float = 0.0,
+) -> Tensor:
+    """Return the loss of masked pixels, and by `unmask_weight` of the others; one mean over the
+    whole batch.
+
+    predicted, target [B, c, H, W]; mask [B, H, W], 1 = masked.
+    """
+    weight = (mask + (1 - mask) * unmask_weight).unsqueeze(1)
+    loss = regression((predicted - target).abs())
+    return (loss * weight).sum() / (weight.sum() + 1e-5) / predicted.shape[1]
+
+
+# Frequencies
+
+
+def half_spectrum(images: Tensor) -> Tensor:
+    """Return the orthonormal spectrum of real images [..., H, W]: complex [..., H, V]."""
+    return torch.fft.rfft2(images, norm="ortho")
+
+
+def whole_mean(values: Tensor, width: int) -> Tensor:
+    """Return the mean over the whole spectrum, W columns wide, of values [..., H, V] that are
+    equal for mirrored frequencies.
+
+    Every column stands for two, but for the first and, where the width is even, the last, which
+    mirror themselves.
+    """
+    alone = values[..., 0].sum() + (values[..., -1].sum() if width % 2 == 0 else 0)
+    return (2 * values.sum() - alone) / (values[..., 0].numel() * width)
+
+
+def half_of_weights(weights: Tensor) -> Tensor:
+    """Return weights of all frequencies [..., H, W] as those of the half spectrum [..., H, V] that
+    give the same sum."""
+    mirrored = weights.flip((-2, -1)).roll((1, 1), (-2, -1))
+    return (0.5 * (weights + mirrored))[..., : weights.shape[-1] // 2 + 1]
+
+
+@dataclass(frozen=True, eq=False)
+class FocalFrequencyLoss:
+    """Squared distance of two spectra, frequencies weighted by how far apart they are
+    (docs/methods/simmim_a2mim.md#spectra).
+
+    ave_spectrum: of the mean images of the batch on this device. The gradient is then nearly the
+    same for every image, and its size depends on the images a device and micro-step. log_matrix:
+    the logarithm of the weights. batch_matrix: weights are divided by the largest of all, else by
+    the largest of their image and color, where the published code crashes. matrix: weights [...,
+    H, W] in [0, 1] of all frequencies, which take the place of the distances'; they need not be
+    symmetric, and no gradient goes through them.
+    """
+
+    alpha: float = 1.0
+    ave_spectrum: bool = True
+    log_matrix: bool = True
+    batch_matrix: bool = True
+    matrix: Tensor | None = None
+
+    def __post_init__(self):
+        if self.matrix is not None and not ((self.matrix >= 0) & (self.matrix <= 1)).all():
+            raise ValueError(
+                "matrix has values outside [0, 1]; use weights within, as matrix / matrix.max()"
+            )
+
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Return the loss of the difference [B, c, H, W] of two images: a transform is linear, so
+        that one does for both."""
+        if self.ave_spectrum:
+            difference = difference.mean(0, keepdim=True)
+        distance = half_spectrum(difference)
+        square = distance.real.square() + distance.imag.square()
+        weights = (
+            self.weights(square.detach()) if self.matrix is None else self.given_weights(difference)
+        )
+        return whole_mean(weights * square, difference.shape[-1])
+
+    def given_weights(self, images: Tensor) -> Tensor:
+        """Return the matrix as weights [..., H, V] of the half spectrum of images [B, c, H, W]."""
+        if self.matrix.shape[-2:] != images.shape[-2:]:
+            theirs, ours = (tuple(x.shape[-2:]) for x in (images, self.matrix))
+            raise ValueError(
+                f"matrix is of {ours} frequencies; use one of the images' size {theirs}"
+            )
+        return half_of_weights(self.matrix.detach().to(images))
+
+    def weights(self, square: Tensor) -> Tensor:
+        """Return the weights of squared spectral distances [B, c, H, V]."""
+        weights = square ** (self.alpha / 2)
+        if self.log_matrix:
+            weights = weights.log1p()
+        largest = weights.max() if self.batch_matrix else weights.amax((-2, -1), keepdim=True)
+        return (weights / largest).nan_to_num(nan=0.0).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class ReconstructionLoss:
+    """A2MIM's loss; with `fft_weight` 0 and "l1" it is SimMIM's.
+
+    fft_unmask_weight: what a visible pixel of the prediction counts for among the frequencies; the
+    rest of it is replaced by fft_unmask_replace: the target, the prediction itself without its
+    gradient, the target's mean color, or half of each of the first two ("mixed"); None is the
+    target. fft_focal: the loss above, else the regression on the distance of spectra; fft_reweight:
+    which then weighs itself.
+    """
+
+    regression: Regression = Regression()
+    unmask_weight: float = 0.0
+    fft_weight: float = 0.0
+    fft_focal: bool = True
+    fft_unmask_weight: float = 0.0
+    fft_unmask_replace: str | None = "mixed"
+    fft_reweight: bool = False
+    focal: FocalFrequencyLoss = FocalFrequencyLoss()
+
+    def __post_init__(self):
+        if self.fft_unmask_replace is not None:
+            check_choice("fft_unmask_replace", self.fft_unmask_replace, REPLACEMENTS)
+
+    def __call__(self, predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return {"loss", "loss_spatial"[, "loss_freq"]} of predicted, target [B, c, H, W] under
+        mask [B, h, w], 1 = masked."""
+        with torch.autocast(predicted.device.type, enabled=False):
+            predicted, target = predicted.float(), target.float()
+            mask = enlarged(mask, target.shape[-2:]).float()
+            spatial = spatial_loss(predicted, target, mask, self.regression, self.unmask_weight)
+            if not self.fft_weight:
+                return {"loss": spatial, "loss_spatial": spatial.detach()}
+            frequency = self.frequency_loss(
+                self.seen(predicted, target, mask.unsqueeze(1)) - target
+            )
+            loss = spatial + self.fft_weight * frequency
+            return {"loss": loss, "loss_spatial": spatial.detach(), "loss_freq": frequency.detach()}
+
+    def seen(self, predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Return the prediction with most of its visible pixels replaced, [B, c, H, W]; mask [B, 1,
+        H, W]."""
+        if self.fft_unmask_weight >= 1:
+            return predicted
+        ratio = mask + (1 - mask) * self.fft_unmask_weight
+        return predicted * ratio + self.replacement(predicted.detach(), target) * (1 - ratio)
+
+    def replacement(self, predicted: Tensor, target: Tensor) -> Tensor:
+        match self.fft_unmask_replace:
+            case "prediction":
+                return predicted
+            case "mean":
+                return target.mean((2, 3), keepdim=True)
+            case "mixed":
+                return 0.5 * predicted + 0.5 * target
+            case _:
+                return target
+
+    def frequency_loss(self, difference: Tensor) -> Tensor:
+        """Return the loss of the difference [B, c, H, W] of two images, before `fft_weight`."""
+        if self.fft_focal:
+            return self.focal(difference)
+        loss = self.regression(half_spectrum(difference).abs())
+        return whole_mean(loss.detach() * loss if self.fft_reweight else loss, difference.shape[-1])
+
+
+# Visual tokens
+
+
+class VisualTokenLoss(torch.autograd.Function):
+    """Sum of the cross entropies of linear(x), and how many tokens are hit, without the logits of
+    all rows at once.
+
+    x [R, C], weight [K, C], bias [K], targets int64 [R], counts float32 [R]: 0 leaves a row out.
+    The gradients are made with the logits of a few rows at a time, which costs no more products
+    than keeping the logits.
+    """
+
+    rows = 4096
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total, hits = counts.new_zeros(()), counts.new_zeros(())
+        wanted = any(ctx.needs_input_grad)
+        grads = [
+            torch.empty_like(x),
+            *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias)),
+        ]
+        for start in range(0, len(x), VisualTokenLoss.rows):
+            # logits [rows, vocabulary] of a few rows: those of a whole batch would not fit
+            few = slice(start, start + VisualTokenLoss.rows)
+            logits = F.linear(x[few], weight, bias)
+            dtype = logits.dtype
+            target = targets[few, None]
+            count = counts[few, None]
+            hits += ((logits.argmax(-1, keepdim=True) == target) * count).sum()
+
+            # cross-entropy
+            slope = logits.float().log_softmax(-1)
+            del logits
+            total -= (slope.gather(1, target) * count).sum()
+
+            # its gradient is softmax - one_hot, made in place while the logits are here
+            if wanted:
+                slope = (
+                    slope.exp_()
+                    .scatter_add_(1, target, torch.full_like(count, -1.0))
+                    .mul_(count)
+                    .to(dtype)
+                )
+                grads[0][few] = slope @ weight.to(dtype)
+                grads[1] += slope.T @ x[few].to(dtype)
+                grads[2] += slope.sum(0)
+        ctx.save_for_backward(*(grads if wanted else ()))
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        return (
+            *(
+                g * grad if n else None
+                for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            ),
+            None,
+            None,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Blur
+
+
+class GaussianBlur(nn.Module):
+    """Blurs images [B, 3, H, W] with zeros around them (docs/methods/semaim.md#blur)."""
+
+    def __init__(self, kernel_size: int, sigma: float, channels: int = 3):
+        super().__init__()
+        if kernel_size % 2 == 0 or kernel_size < 1 or sigma <= 0:
+            raise OptionError(
+                "gaussian_kernel_size",
+                kernel_size,
+                f"must be odd, and gaussian_sigma {sigma} positive",
+                "gaussian_sigma",
+            )
+        offsets = torch.arange(kernel_size) - kernel_size // 2
+        row = torch.exp(-offsets.square() / (2 * sigma**2))
+        kernel = torch.outer(row, row)
+        kernels = (kernel / kernel.sum()).expand(channels, 1, -1, -1)
+        self.register_buffer("weight", kernels.clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        weight = self.weight.to(images.dtype)
+        return F.conv2d(images, weight, padding=weight.shape[-1] // 2, groups=len(weight))
+
+
+def build_blur(
+    kernel_size: int | None, sigma: float | None, channels: int = 3
+) -> GaussianBlur | None:
+    """Return the blur of these options, None without.
+
+    Raises:
+        ValueError: only one of the two is given, or a value that cannot be.
+    """
+    if (kernel_size is None) != (sigma is None):
+        raise OptionError(
+            "gaussian_kernel_size",
+            None,
+            "give it together with gaussian_sigma, or neither",
+            "gaussian_sigma",
+        )
+    return None if kernel_size is None else GaussianBlur(kernel_size, sigma, channels)
+
+
+# --------------------------------------------------------------------------------------------------
+# Histograms of oriented gradients
+
+
+class HOG:
+    """MaskFeat's target: how much gradient each cell has in each direction, by color
+    (docs/methods/beit_maskfeat_semanticmim.md#hog).
+
+    A cell is `pool` x `pool` pixels; each of its pixels counts by the size of its gradient, under a
+    Gaussian `window` (0: none) that is repeated over the image. Directions are unsigned. Given
+    normalized images the result is that of the published code, given uint8 ones it is the same but
+    where the horizontal gradient is exactly 0: there the rounding of normalized images decides
+    between the first and the last bin, the raw ones always take the first.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        patch: tuple[int, int],
+        nbins: int = 9,
+        pool: int = 8,
+        window: int = 16,
+        channels: int = 3,
+    ):
+        if nbins < 1 or pool < 1 or any(side % pool for side in patch):
+            raise OptionError(
+                "hog_pool",
+                pool,
+                f"must divide patches of {patch[0]} x {patch[1]} pixels, and hog_nbins={nbins} "
+                "must be 1 or more",
+            )
+        if window and any(count * side % window for count, side in zip(grid, patch, strict=True)):
+            raise OptionError(
+                "hog_window", window, f"does not divide images of {grid} patches of {patch} pixels"
+            )
+        self.grid, self.cells = grid, (patch[0] // pool, patch[1] // pool)
+        self.nbins, self.pool, self.window = nbins, pool, window
+        self.channels = channels
+
+    @property
+    def width(self) -> int:
+        """Numbers of a patch."""
+        return self.channels * self.nbins * math.prod(self.cells)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the histograms of images [B, 3, H, W], float32 [B, N, width], in the order color,
+        bin, cell row, cell column."""
+        cut = (
+            self.histograms(images)
+            .unflatten(4, (-1, self.cells[1]))
+            .unflatten(3, (-1, self.cells[0]))
+        )
+        return cut.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)
+
+    @torch.no_grad()
+    def histograms(self, images: Tensor) -> Tensor:
+        """Return the normalized histograms of the cells, float32 [B, 3, nbins, H / pool, W / pool].
+
+        On a CPU a few images at a time: what they need while they are at work is a small multiple
+        of the result. A GPU takes all at once, as small kernels would leave it idle.
+        """
+        window = gaussian_window(self.window, images.device) if self.window else None
+        with torch.autocast(images.device.type, enabled=False):
+            if images.device.type != "cpu":
+                return self._histograms(images, window)
+            return torch.cat(
+                [self._histograms(few, window) for few in images.split(max(1, len(images) // 32))]
+            )
+
+    def _histograms(self, images: Tensor, window: Tensor | None) -> Tensor:
+        magnitude, bins = oriented_gradients(images.float(), self.nbins)
+        if window is not None:
+            tiled = magnitude.unflatten(3, (-1, self.window)).unflatten(2, (-1, self.window))
+            tiled.mul_(window[:, None])  # writes to `magnitude`
+        rows, columns = images.shape[2] // self.pool, images.shape[3] // self.pool
+        y, x = (torch.arange(side, device=images.device) // self.pool for side in images.shape[2:])
+        place = bins.mul_(rows * columns).add_(y[:, None] * columns + x)
+        found = magnitude.new_zeros(*images.shape[:2], self.nbins * rows * columns)
+        found.scatter_add_(2, place.flatten(2), magnitude.flatten(2))
+        return F.normalize(found.view(*images.shape[:2], self.nbins, rows, columns), dim=2)
+
+
+def oriented_gradients(images: Tensor, nbins: int) -> tuple[Tensor, Tensor]:
+    """Return size, float32, and direction, int64 below `nbins`, of the gradient at each pixel: two
+    tensors [B, 3, H, W].
+
+    Plain sums in place of convolutions, which a GPU would compute in TF32 or half precision.
+    """
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    across, down = padded[..., :-2] - padded[..., 2:], padded[..., :-2, :] - padded[..., 2:, :]
+    gx = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    gy = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
+    bins = (torch.atan2(gx, gy) / math.pi * nbins).floor_().remainder_(nbins).long()
+    return torch.hypot(gx, gy), bins
+
+
+def gaussian_window(side: int, device: torch.device) -> Tensor:
+    """Return a Gaussian [side, side] that adds up to 1."""
+    offsets = torch.arange(side, device=device) - (side - 1) / 2
+    row = torch.exp(-0.5 * (offsets / (side // 2)).square())
+    window = torch.outer(row, row)
+    return window / window.sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class EncoderBlock(nn.Module):
+    """Residual block of DALL-E's encoder: [B, dim_in, h, w] to [B, dim_out, h, w]."""
+
+    def __init__(self, dim_in: int, dim_out: int, gain: float):
+        super().__init__()
+        hidden = dim_out // 4
+        self.gain = gain
+        self.id_path = nn.Identity() if dim_in == dim_out else nn.Conv2d(dim_in, dim_out, 1)
+        self.res_path = nn.ModuleDict({
+            "conv_1": nn.Conv2d(dim_in, hidden, 3, padding=1),
+            "conv_2": nn.Conv2d(hidden, hidden, 3, padding=1),
+            "conv_3": nn.Conv2d(hidden, hidden, 3, padding=1),
+            "conv_4": nn.Conv2d(hidden, dim_out, 1),
+        })  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.id_path(x)
+        for conv in self.res_path.values():
+            x = conv(F.relu(x))
+        return shortcut + self.gain * x
+
+
+class DalleEncoder(nn.Module):
+    """DALL-E's encoder of images to visual tokens: groups of blocks with pooling in between
+    (docs/methods/beit_maskfeat_semanticmim.md#visual-tokens)."""
+
+    def __init__(
+        self, n_hid: int = 256, blocks_per_group: int = 2, vocab_size: int = 8192, groups: int = 4
+    ):
+        super().__init__()
+        self.stride = 2 ** (groups - 1)
+        gain = (groups * blocks_per_group) ** -2
+        widths = [n_hid] + [n_hid * 2**group for group in range(groups)]
+        self.blocks = nn.ModuleDict({"input": nn.Conv2d(3, n_hid, 7, padding=3)})
+        for group, (dim_in, dim_out) in enumerate(pairwise(widths), 1):
+            self.blocks[f"group_{group}"] = nn.ModuleDict({
+                f"block_{block}": EncoderBlock(dim_in if block == 1 else dim_out, dim_out, gain)
+                for block in range(1, blocks_per_group + 1)
+            })  # fmt: skip
+        self.blocks["output"] = nn.ModuleDict({"conv": nn.Conv2d(widths[-1], vocab_size, 1)})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return what the last convolution sees, [B, 8 G, H / stride, W / stride], of images in
+        [0.1, 0.9], [B, 3, H, W]."""
+        x = self.blocks["input"](images)
+        groups = [group for name, group in self.blocks.items() if name.startswith("group_")]
+        for number, group in enumerate(groups):
+            x = F.max_pool2d(x, 2) if number else x
+            for block in group.values():
+                x = block(x)
+        return F.relu(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits of the tokens [..., vocab_size] of features [..., 8 G] of single
+        positions, channels last."""
+        output = self.blocks["output"]["conv"]
+        return F.linear(features, output.weight.flatten(1), output.bias)
+
+
+class VisualTokenizer:
+    """The frozen encoder and what it needs around it. It is no submodule: no engine wraps, saves or
+    trains it.
+
+    precision "auto" leaves float32 weights to the autocast around a call; else the encoder runs in
+    that dtype. `grid` is what it was trained for, None where nothing is known of that.
+    """
+
+    rows = 4096  # positions whose logits are held at once
+    grid: Pair | None = None
+
+    def __init__(self, encoder: DalleEncoder, precision: str = "auto"):
+        check_choice("target_precision", precision, TARGET_PRECISIONS)
+        self.dtype = DTYPES[precision]
+        self.encoder = (
+            encoder.to(self.dtype)
+            .to(memory_format=torch.channels_last)
+            .eval()
+            .requires_grad_(False)
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.encoder.blocks["output"]["conv"].out_channels
+
+    @property
+    def patch(self) -> Pair:
+        """Pixels (height, width) of an image that a token stands for."""
+        return self.encoder.stride, self.encoder.stride
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return the ids int64 of uint8 images [B, 3, H, W], or of floats that `dalle_pixels` has
+        mapped: [B, M] at `positions` int64 [B, M], of all without them."""
+        if self.encoder.blocks["input"].weight.device != images.device:
+            self.encoder.to(images.device)
+        if not images.is_floating_point():
+            images = dalle_pixels(images)
+        if self.dtype is None:
+            features = self.encoder(images)
+            return self.choose(features, positions)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.choose(self.encoder(images.to(self.dtype)), positions)
+
+    def choose(self, features: Tensor, positions: Tensor | None) -> Tensor:
+        """Return the ids [B, M] of features [B, 8 G, h, w] at positions [B, M], of all without
+        them."""
+        # only the listed positions need logits, a few thousand of them at a time
+        rows = features.flatten(2).transpose(1, 2)
+        rows = rows if positions is None else take(rows, positions)
+        ids = [self.encoder.logits(few).argmax(-1) for few in rows.flatten(0, 1).split(self.rows)]
+        return torch.cat(ids).view(rows.shape[:2])
+
+
+class ClusterTokenizer:
+    """Centers of patches, from k-means, and what they need around them; for a method it is what a
+    `VisualTokenizer` is."""
+
+    def __init__(self, clusters: PatchClusters, mean_std: MeanStd, grid: Pair | None = None):
+        self.encoder = clusters.eval().requires_grad_(False)
+        self.mean_std = mean_std
+        self.grid = grid
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.encoder.centers)
+
+    @property
+    def patch(self) -> Pair:
+        """Pixels (height, width) of an image that a token stands for."""
+        return self.encoder.patch
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return the ids int64 of uint8 images [B, 3, H, W]: [B, M] at `positions` int64 [B, M], of
+        all patches without them."""
+        if self.encoder.centers.device != images.device:
+            self.encoder.to(images.device)
+        mean, std = (images.new_tensor(v, dtype=torch.float32) for v in self.mean_std)
+        pixels = images.float().div(255).sub(mean.view(3, 1, 1)).div(std.view(3, 1, 1))
+        return self.encoder(pixels, positions)
+
+
+def dalle_pixels(images: Tensor) -> Tensor:
+    """Return uint8 images in the encoder's range, [0.1, 0.9]."""
+    return 0.8 / 255 * images.float() + 0.1
+
+
+def load_tokenizer(source: str, precision: str = "auto") -> VisualTokenizer | ClusterTokenizer:
+    """Return the tokenizer in a file: OpenAI's encoder.pkl, whose pickle is read and not executed,
+    OpenMMLab's state dict, or safetensors, under any prefix; or either kind that run_tokenizer.py
+    writes. `precision` is that of a network; clusters are always compared in float32.
+
+    Raises:
+        ValueError: no such file, or no tokenizer in it.
+    """
+    found = load_module_state(source)
+    with refused(OptionError("discrete_vae_weight_path", source, "is no tokenizer")):
+        info = TokenizerInfo.from_metadata(load_metadata(source))
+    if info is not None and info.kind == "kmeans":
+        return clusters_of(found, info, source)
+    tokenizer = VisualTokenizer(encoder_of(found, source), precision)
+    tokenizer.grid = None if info is None else info.grid
+    return tokenizer
+
+
+def clusters_of(found: StateDict, info: TokenizerInfo, source: str) -> ClusterTokenizer:
+    """Return the tokenizer of a file's centers."""
+    centers = found.get("centers", torch.empty(0))
+    features = None
+    if info.teacher:
+        problem = "needs the network whose features it clusters"
+        with refused(OptionError("discrete_vae_weight_path", source, problem)):
+            features = teacher_features(info.teacher, info.grid)
+    width = centers.shape[-1] if info.teacher else 3 * math.prod(info.patch_size)
+    expected = info.vocab_size, width
+    if tuple(centers.shape) != expected:
+        raise OptionError(
+            "discrete_vae_weight_path",
+            source,
+            f"is not whole: its centers have the shape {tuple(centers.shape)}, not {expected}",
+        )
+    clusters = PatchClusters(centers.float(), info.patch_size, features)
+    return ClusterTokenizer(clusters, (info.mean, info.std), info.grid)
+
+
+def encoder_of(found: StateDict, source: str) -> DalleEncoder:
+    """Return DALL-E's encoder whose tensors a file holds, in OpenAI's names under any prefix."""
+    prefix = next(
+        (name.removesuffix("blocks.input.w") for name in found if name.endswith("blocks.input.w")),
+        None,
+    )
+    if prefix is None:
+        raise OptionError(
+            "discrete_vae_weight_path",
+            source,
+            "holds no encoder of DALL-E: blocks.input.w is missing; use OpenAI's encoder.pkl or "
+            "the tokenizer.safetensors that run_tokenizer.py writes",
+        )
+    names = {
+        name: name.removeprefix(prefix) for name in found if name.startswith(f"{prefix}blocks.")
+    }
+    weights = {
+        re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", ours)): found[name]
+        for name, ours in names.items()
+    }
+    encoder = DalleEncoder(
+        n_hid=len(weights["blocks.input.weight"]),
+        blocks_per_group=len(
+            {name for name in weights if re.fullmatch(r"blocks\.group_1\..*conv_1\.weight", name)}
+        ),
+        vocab_size=len(weights.get("blocks.output.conv.weight", ())),
+        groups=len({name.split(".")[1] for name in weights if ".group_" in name}),
+    )
+    try:
+        encoder.load_state_dict({name: value.float() for name, value in weights.items()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise OptionError("discrete_vae_weight_path", source, f"is not whole: {reason}") from error
+    return encoder
+
+
+# --------------------------------------------------------------------------------------------------
+# Teachers
+
+
+class VisualTower(VisionTransformer):
+    """The vision transformer of DINO, or that of CLIP with its norm before the blocks and its
+    projection.
+
+    CLIP's differs in the norms' epsilon, and OpenAI's in an activation that comes near GELU
+    (docs/methods/semaim.md#clips-teacher).
+    """
+
+    def __init__(self, *, is_clip: bool = False, quick_gelu: bool = False, **vit):
+        super().__init__(**vit, pos_embed="learned", k_bias=True, global_pool="token")
+        self.norm_pre = nn.LayerNorm(self.embed_dim) if is_clip else nn.Identity()
+        for module in self.modules() if is_clip else ():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-5
+        for block in self.blocks if quick_gelu else ():
+            block.mlp.fc2.act = near_gelu
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return normed tokens, of CLIP projected ones, with the class token: [B, T, D]."""
+        x = self.norm_pre(self.embed(self.patch_embed(images), self.pos_embed))
+        return self.head(self.norm(self.run_blocks(x)))
+
+
+def near_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+class TeacherFeatures(NamedTuple):
+    """What a teacher sees: tokens after the final norm, and the last block's class attention.
+
+    cls [B, C], patches [B, N, C], and how much the class token attends to each patch, [B, h, N].
+    """
+
+    cls: Tensor
+    patches: Tensor
+    attention: Tensor
+
+
+class Teacher:
+    """A frozen vision transformer, this repository's or timm's. It is no submodule of what it
+    teaches, so that no engine wraps, saves or trains it.
+
+    precision "auto" leaves float32 weights to the autocast around a call; else the tower runs in
+    that dtype. mean_std: what the images that it is given are normalized by, and what it wants;
+    None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        precision: str = "auto",
+        mean_std: tuple[MeanStd, MeanStd] | None = None,
+    ):
+        check_choice("target_precision", precision, TARGET_PRECISIONS)
+        self.dtype = DTYPES[precision]
+        self.tower = tower.to(self.dtype).eval().requires_grad_(False)
+        self.mean_std = None if mean_std is None else torch.tensor(mean_std).view(2, 2, 3, 1, 1)
+
+    def __deepcopy__(self, memo: dict) -> "Teacher":
+        """Return itself: the copies of a method share its frozen teacher."""
+        return self
+
+    @property
+    def width(self) -> int:
+        """D, numbers of a token."""
+        head = self.tower.head
+        return head.out_features if isinstance(head, nn.Linear) else self.tower.embed_dim
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return tuple(self.tower.patch_embed.grid_size)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images that it sees; None: as they are."""
+        return tuple(self.tower.patch_embed.img_size)
+
+    @property
+    def num_heads(self) -> int:
+        return self.tower.blocks[-1].attn.num_heads
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the tokens float32 [B, T, D] of images [B, 3, H, W], which are brought to the size
+        that gives T."""
+        if next(self.tower.parameters()).device != images.device:
+            self.tower.to(images.device)
+        if self.mean_std is not None:
+            if self.mean_std.device != images.device:
+                self.mean_std = self.mean_std.to(images.device)
+            (mean, std), (own_mean, own_std) = self.mean_std
+            images = (images * std + mean - own_mean) / own_std
+        size = self.image_size
+        if size is not None and images.shape[-2:] != size:
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+        if self.dtype is None:
+            return self._tokens(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            return self._tokens(images.to(self.dtype)).float()
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        if isinstance(self.tower, VisualTower):
+            return self.tower(images)
+        tokens = self.tower.forward_features(images)
+        # timm's has applied the norm
+        return self.tower.norm(tokens) if isinstance(self.tower, VisionTransformer) else tokens
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> TeacherFeatures:
+        """Return the tokens of images [B, 3, H, W] and the class token's attention.
+
+        Fused kernels show no probabilities, so they are computed again from the last block's input.
+        """
+        kept: list[Tensor] = []
+        attention = self.tower.blocks[-1].attn
+        hook = attention.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        try:
+            tokens = self(images)
+        finally:
+            hook.remove()
+        prefix = self.tower.num_prefix_tokens
+        seen = self._class_attention(kept[0])[..., prefix:]
+        return TeacherFeatures(tokens[:, 0], tokens[:, prefix:], seen)
+
+    def _class_attention(self, x: Tensor) -> Tensor:
+        """Return softmax(q k / sqrt(d) + bias) of the last block for the class token: [B, h, T]."""
+        attn = self.tower.blocks[-1].attn
+        if isinstance(self.tower, VisionTransformer):
+            q, k, _ = attn.project(x)
+            bias = attn.position_bias(None)
+            bias = None if bias is None else bias[:, :1]
+            return attn.probabilities(q[:, :, :1], k, bias)[:, :, 0].float()
+        # [B, T, 3 * C] to [3, B, h, T, d]
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(qkv[0, :, :, :1]), attn.k_norm(qkv[1])
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].float()
+
+
+class MapTeacher(Teacher):
+    """A frozen network of timm that ends in a map, such as a CNN: a patch has the map's features at
+    its place, [B, N, D], and there is no class token."""
+
+    image_size = None
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        grid: tuple[int, int],
+        precision: str = "auto",
+        mean_std: tuple[MeanStd, MeanStd] | None = None,
+    ):
+        super().__init__(tower, precision, mean_std)
+        self.own_grid = grid
+
+    @property
+    def width(self) -> int:
+        return self.tower.num_features
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.own_grid
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        features = family_of(self.tower).feature_map(self.tower, images)
+        resized = F.interpolate(features.float(), self.grid, mode="bilinear")
+        return resized.flatten(2).transpose(1, 2)
+
+    def look(self, images: Tensor) -> TeacherFeatures:
+        problem = "has no class token whose attention masks could follow; use a vision transformer"
+        raise OptionError("mask_teacher", None, problem)
+
+
+def load_teacher(
+    kind: str | None,
+    source: str,
+    grid: tuple[int, int],
+    precision: str = "auto",
+    image_mean_std: MeanStd | None = None,
+    option: str = "target_model",
+) -> Teacher:
+    """Return the teacher of a `kind` ("clip" or "dino", None for either) in a file, or under timm's
+    name, for images of `grid` patches.
+
+    Files: OpenAI's archives and state dicts of CLIP, whole or the visual tower alone; DINO's
+    checkpoints; the weights of timm's models of either. Positions are resized to the grid. In
+    timm's names the activation does not show: files and models tagged "openai" get OpenAI's. Any
+    other network of timm by its name, such as a CNN, is a `MapTeacher`. Given the images' mean and
+    std, they get the teacher's own. Errors name `option`.
+
+    Raises:
+        ValueError: no such file and no such name, or weights of another kind.
+    """
+    weights = visual_weights(read_weights(source, option))
+    openai = "conv1.weight" in weights
+    is_name = not Path(source).is_file()
+    quick = openai or not is_name or "openai" in source or "quickgelu" in source
+    weights = {
+        key: value.float() for key, value in (from_openai(weights) if openai else weights).items()
+    }
+    if "pos_embed" not in weights or "blocks.0.attn.qkv.weight" not in weights:
+        if is_name and kind != "clip":
+            mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD["dino"])
+            tower = timm.create_model(source, pretrained=True, num_classes=0)
+            return MapTeacher(tower, grid, precision, mean_std)
+        raise OptionError(
+            option, source, "holds no vision transformer in names of OpenAI, DINO or timm"
+        )
+    found = "clip" if "norm_pre.weight" in weights else "dino"
+    kind = kind or found
+    if kind != found:
+        problem = f"is not of the kind that target {kind} needs; use target {found}"
+        raise OptionError(option, source, problem, "target")
+    mean_std = None if image_mean_std is None else (image_mean_std, OWN_MEAN_STD[kind])
+    return Teacher(
+        build_tower(weights, grid, quick_gelu=quick and kind == "clip"), precision, mean_std
+    )
+
+
+def teacher_features(source: str, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Return the function that gives images [B, 3, H, W] the features [B, N, D] of a frozen
+    network for their patches, each of length 1."""
+    teacher = load_teacher(None, source, grid, "fp32", option="kmeans_teacher")
+
+    def features(images: Tensor) -> Tensor:
+        return F.normalize(teacher(images)[:, -math.prod(grid) :], dim=-1)
+
+    return features
+
+
+def vit_options(weights: StateDict) -> dict[str, Any]:
+    """Return the options of the vision transformer whose tensors these are, in native names.
+
+    Heads have 64 channels, 80 in the huge sizes, unless a bias table tells their number.
+    """
+    width, _, *patch = weights["patch_embed.proj.weight"].shape
+    tables = [value for name, value in weights.items() if name.endswith("position_bias_table")]
+    return {
+        "patch_size": tuple(patch),
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "num_heads": tables[0].shape[-1] if tables else width // (80 if width == 1280 else 64),
+        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+    }
+
+
+def build_tower(
+    weights: StateDict, grid: tuple[int, int], *, quick_gelu: bool, num_heads: int | None = None
+) -> VisualTower:
+    """Return the tower of these weights, in native names. Heads have 64 channels unless their
+    number is given."""
+    is_clip = "norm_pre.weight" in weights
+    shape = vit_options(weights)
+    patch = shape["patch_size"]
+    projection = weights.get("head.weight") if is_clip else None
+    tower = VisualTower(
+        input_size=(grid[0] * patch[0], grid[1] * patch[1]),
+        **shape | ({} if num_heads is None else {"num_heads": num_heads}),
+        num_classes=0 if projection is None else len(projection),
+        is_clip=is_clip,
+        quick_gelu=quick_gelu,
+    )
+    own = tower.state_dict()
+    absent = {
+        name: torch.zeros_like(own[name])
+        for name in ("patch_embed.proj.bias", "head.bias")
+        if name in own
+    }
+    weights = absent | weights | {"pos_embed": interpolate_pos_embed(weights["pos_embed"], grid, 1)}
+    tower.load_state_dict({name: weights[name] for name in own})
+    return tower
+
+
+def read_weights(source: str, option: str) -> dict[str, Any]:
+    """Return what a file holds, or the weights of timm's model of that name; errors name
+    `option`."""
+    if Path(source).is_file() or str(source).startswith("https://"):
+        return (
+            torch.jit.load(source, "cpu").state_dict()
+            if is_archive(source)
+            else load_checkpoint(source)
+        )
+    if not timm.is_model(source.split(".")[0]):
+        raise OptionError(option, source, "is neither a file nor the name of a model of timm")
+    try:
+        return timm.create_model(source, pretrained=True).state_dict()
+    except Exception as error:  # whatever the hub, the network or the cache raise
+        problem = f"has no weights at timm that can be read here ({error})"
+        raise OptionError(option, source, problem) from error
+
+
+def is_archive(path: str) -> bool:
+    """Return whether a file is TorchScript, as OpenAI's are."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def visual_weights(found: dict[str, Any]) -> StateDict:
+    """Return the tensors of the visual tower, without the names around them."""
+    prefixes = ("module.", "visual.", "trunk.", "backbone.")
+    return unwrapped(found, ("state_dict", "teacher", "model"), prefixes)
+
+
+_OPENAI_NAMES = (
+    (r"^transformer\.resblocks\.", "blocks."), (r"\.in_proj_", ".qkv."),
+    (r"\.out_proj\.", ".proj."), (r"\.ln_(\d)\.", r".norm\1."), (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."), (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."),
+    (r"^conv1\.", "patch_embed.proj."), (r"^class_embedding$", "cls_token"),
+    (r"^positional_embedding$", "pos_embed"), (r"^proj$", "head.weight"),
+)  # fmt: skip
+
+
+def from_openai(weights: StateDict) -> StateDict:
+    """Return CLIP's visual tower in native names and shapes, given OpenAI's."""
+    native = {}
+    for name, value in weights.items():
+        for pattern, replacement in _OPENAI_NAMES:
+            name = re.sub(pattern, replacement, name)
+        native[name] = value
+    width = native["cls_token"].numel()
+    return native | {
+        "cls_token": native["cls_token"].view(1, 1, width),
+        "pos_embed": native["pos_embed"].view(1, -1, width),
+        "head.weight": native["head.weight"].T,
+    }

@@ -5,7 +5,7 @@ import importlib
 import math
 import re
 from argparse import Namespace
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ LR_SCHEDULES = ("cosine", "mae", *ANNEALINGS)
 _EMBEDDING_NAMES = {"cls_token", "mask_token", "pos_embed"}
 _ONE_BLOCK = re.compile(r"(?:(?:layers|stages)\.\d+\.)?blocks\.\d+\.")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_HEAD = re.compile(r"(?:head|norm)\.")
 
 
 def layer_id(name: str, num_layers: int) -> int:
@@ -95,12 +96,16 @@ def _convnext_layer(name: str, depths: Sequence[int], last: int) -> int:
     return (1, 2, 3, last - 1)[int(stage)]
 
 
-def layer_scales(layer_decay: float, num_layers: int) -> np.ndarray:
+def layer_scales(
+    layer_decay: float, num_layers: int, *, full_last_block: bool = False
+) -> np.ndarray:
     """Return the lr factor of layers 0 ... num_layers + 1, float64.
 
-    The factor is layer_decay ** (num_layers + 1 - layer), hence 1 for the last layer.
+    The factor is layer_decay ** (num_layers + 1 - layer), hence 1 for the last layer. With
+    `full_last_block` it is 1 for the last block as well, and one power higher for all before it.
     """
-    return layer_decay ** np.arange(num_layers + 1, -1, -1, dtype=np.float64)
+    powers = np.arange(num_layers + 1, -1, -1, dtype=np.float64)
+    return layer_decay ** np.maximum(powers - full_last_block, 0)
 
 
 def param_groups(
@@ -108,6 +113,9 @@ def param_groups(
     weight_decay: float,
     layer_decay: float | None = None,
     no_decay_names: Collection[str] = (),
+    *,
+    full_last_block: bool = False,
+    head_scale: float | None = None,
 ) -> Groups:
     """Return optimizer groups of the model's trainable parameters, in order of first appearance.
 
@@ -117,8 +125,9 @@ def param_groups(
     token and the positions follows BEiT's rule, which is MAE's for fine-tuning, too.
 
     With `layer_decay` < 1, `lr_scale` is the `layer_scales` factor of the parameter's layer (see
-    `layers_of`), otherwise 1. A model with `param_rules()` is grouped by those instead, see
-    `by_rules`.
+    `layers_of`), otherwise 1; that of the head and of the norm before it is `head_scale`, if
+    given, and they warm up as the last layer does (`warmup_scale`). A model with `param_rules()` is
+    grouped by those instead, see `by_rules`.
 
     A group holds `params`, `weight_decay`, `lr_scale`, `group_name` and `decay`; the last tells
     decayed groups from the others while the scheduled weight decay is 0.
@@ -138,7 +147,11 @@ def param_groups(
         group = _empty_group(weight_decay if decay else 0.0, decay)
         if layered:
             group["group_name"] = f"layer_{layers[name]}_{group['group_name']}"
-            group["lr_scale"] = float(layer_scales(layer_decay, last - 1)[layers[name]])
+            scales = layer_scales(layer_decay, last - 1, full_last_block=full_last_block)
+            group["lr_scale"] = float(scales[layers[name]])
+        if head_scale is not None and _HEAD.match(name):
+            group |= {"lr_scale": head_scale, "warmup_scale": 1.0}
+            group["group_name"] = f"head_{'decay' if decay else 'no_decay'}"
         groups.setdefault(group["group_name"], group)["params"].append(parameter)
     return list(groups.values())
 
@@ -215,19 +228,46 @@ def _empty_group(weight_decay: float, decay: bool) -> dict[str, Any]:
     }
 
 
+def warmup_scale(group: Mapping[str, Any]) -> float:
+    """Return the factor that a group's own warm-up follows, by default that of its lr."""
+    return group.get("warmup_scale", group.get("lr_scale", 1.0))
+
+
+class LayerWarmups:
+    """The lr of every step where each group of parameters warms up for itself: NEPA's fine-tuning
+    (docs/methods/nepa.md#fine-tuning).
+
+    A group whose `warmup_scale` is f, at most 1, warms up in W - round(W * f) of W steps, at least
+    in one: the lower its lr, the longer. `curve(steps)` is the schedule with a warm-up of `steps`.
+    """
+
+    def __init__(self, curve: Callable[[int], np.ndarray], warmup_steps: int, groups: Groups):
+        scales = {warmup_scale(group) for group in groups}
+        lengths = {f: max(warmup_steps - round(warmup_steps * min(f, 1.0)), 1) for f in scales}
+        curves = {steps: curve(steps) for steps in set(lengths.values())}
+        self.curves = {f: curves[steps] for f, steps in lengths.items()}
+
+    def __getitem__(self, step: int) -> dict[float, Any]:
+        """Return the lr of a step, or its pair with the floor, by `warmup_scale`."""
+        return {f: curve[step] for f, curve in self.curves.items()}
+
+
 def set_schedule(
-    optimizer: torch.optim.Optimizer, lr: float | np.ndarray, weight_decay: float
+    optimizer: torch.optim.Optimizer,
+    lr: float | np.ndarray | Mapping[float, Any],
+    weight_decay: float,
 ) -> None:
     """Set every group's lr to lr * lr_scale, and the weight decay of the decayed groups.
 
     If `lr` is a pair (lr, floor), only the part above the floor is scaled, so that all groups end
-    at the same lr.
+    at the same lr. A mapping holds one or the other for each `warmup_scale`.
     """
     # float(): numpy scalars would end up in checkpoints
-    lr, floor = map(float, lr) if np.ndim(lr) else (float(lr), 0.0)
     weight_decay = float(weight_decay)
     for group in optimizer.param_groups:
-        group["lr"] = (lr - floor) * group.get("lr_scale", 1.0) + floor
+        own = lr[warmup_scale(group)] if isinstance(lr, Mapping) else lr
+        peak, floor = map(float, own) if np.ndim(own) else (float(own), 0.0)
+        group["lr"] = (peak - floor) * group.get("lr_scale", 1.0) + floor
         if group.get("decay", group["weight_decay"] > 0):
             group["weight_decay"] = weight_decay
 

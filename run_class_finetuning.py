@@ -57,6 +57,20 @@ def undecayed(args: Namespace, model: nn.Module) -> set[str]:
     }
 
 
+def finetuning_groups(args: Namespace, model: nn.Module) -> list[dict]:
+    """Return the groups of parameters that the flags ask for; --lr is known by now."""
+    if args.head_lr is not None and not args.lr:
+        raise ValueError(f"--head_lr {args.head_lr} needs an --lr that is not 0")
+    return param_groups(
+        model,
+        args.weight_decay,
+        args.layer_decay,
+        undecayed(args, model),
+        full_last_block=args.full_last_block,
+        head_scale=None if args.head_lr is None else args.head_lr / args.lr,
+    )
+
+
 def settle_mean_std(args: Namespace) -> None:
     """Set the mean and std to those that the checkpoint was trained with, where the file tells them
     and the command does not."""
@@ -64,6 +78,8 @@ def settle_mean_std(args: Namespace) -> None:
     if not path or args.mean_std_given:
         return
     found = {name: value for name, value in mean_std_flags(path).items() if value is not None}
+    if len(found.get("mean", (0, 0, 0))) not in (3, args.in_chans):
+        return  # the file's images have other channels
     if any(getattr(args, name) != value for name, value in found.items()):
         vars(args).update(found)
         log.info("images are normalized as %s was trained: %s", path, image_mean_std(args))
@@ -211,7 +227,7 @@ def main(args: Namespace) -> None:
     report(args, derived(args, steps) | {"images": images})
 
     # an lr and a weight decay for each layer
-    groups = param_groups(model, args.weight_decay, args.layer_decay, undecayed(args, model))
+    groups = finetuning_groups(args, model)
     if args.dry_run:
         return dry_run(args, groups, steps, context.device)
 

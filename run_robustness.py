@@ -108,7 +108,8 @@ def main(args: Namespace) -> list[Row]:
         if not network.classifies:
             raise ValueError(f"{network.label} has no trained classifier; use a fine-tuned one")
         network.model.to(device)
-        outputs = network.model(torch.zeros(1, 3, *network.size, device=device)).shape[-1]
+        image = torch.zeros(1, len(network.mean_std[0]), *network.size, device=device)
+        outputs = network.model(image).shape[-1]
         if outputs != len(classes):
             raise ValueError(
                 f"{network.label} has {outputs} classes, --class_map {args.class_map} lists "

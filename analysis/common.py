@@ -27,14 +27,13 @@ from datasets import ImageDataset, build_dataset, build_loader
 from modeling_backbones import feature_places
 from modeling_finetune import Block, create_model, entry_of
 from modeling_pretrain import PretrainMethod
-from unimim.checkpoint.files import takes_imagenet_mean_std
 from unimim.checkpoint.loading import PUBLISHED_KEYS, class_tokens, load_pretrained
-from unimim.checkpoint.runs import flags_of, rebuild
+from unimim.checkpoint.runs import MEAN_STD_FLAGS, flags_of, rebuild, trained_mean_std
 from unimim.cli.flags import add_data_flags, add_process_flags, add_size_flags
 from unimim.cli.options import given, model_kwargs, parse_flags
 from unimim.cli.parser import FlagParser
 from unimim.data.channels import kept_channels
-from unimim.data.views import MEAN_STD, EvalTransform
+from unimim.data.views import EvalTransform, MeanStd, image_mean_std
 from unimim.engine import setup
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.state import Normalize
@@ -183,14 +182,13 @@ class Network:
 
     `features.forward_features` takes images; `model` gives logits if it `classifies`.
 
-    size: (height, width) of its images. mean_std: the key in `MEAN_STD` of what they are normalized
-    by.
+    size: (height, width) of its images. mean_std: what they are normalized by.
     """
 
     label: str
     model: nn.Module
     size: tuple[int, int]
-    mean_std: str
+    mean_std: MeanStd
     classifies: bool
 
     def __post_init__(self) -> None:
@@ -237,14 +235,11 @@ def load_network(args: Namespace, label: str, path: str, name: str, num_classes:
         and bool(num_classes or run)
         and not any(key.startswith(_HEADS) for key in missing)
     )
-    said = None if path == RANDOM else takes_imagenet_mean_std(path)
-    network = Network(label, model, image_size(model, args, run), mean_std(args, said), classifies)
+    network = Network(label, model, image_size(model, args, run), mean_std(args, path), classifies)
     log.info(
-        "%s: images of %d x %d, normalized by the values of %s",
-        label,
-        *network.size,
-        network.mean_std,
-    )
+        "%s: images of %d x %d, normalized by mean %s and std %s",
+        label, *network.size, *network.mean_std,
+    )  # fmt: skip
     return network
 
 
@@ -279,12 +274,14 @@ def image_size(model: nn.Module, args: Namespace, run: dict[str, Any]) -> tuple[
     return to_pair(args.input_size or run.get("input_size") or own[-2:])
 
 
-def mean_std(args: Namespace, said: bool | None) -> str:
-    """Return the key in `MEAN_STD` by the flag, else by what the file `said`, else ImageNet's."""
-    for flag in (args.imagenet_default_mean_and_std, said):
-        if flag is not None:
-            return "imagenet" if flag else "inception"
-    return "imagenet"
+def mean_std(args: Namespace, path: str) -> MeanStd:
+    """Return mean and std by the flags, else by what the file says, else ImageNet's."""
+    chosen = any(getattr(args, name) is not None for name in MEAN_STD_FLAGS)
+    said = None if chosen or path == RANDOM else trained_mean_std(path)
+    if said is not None:
+        return said
+    imagenet = args.imagenet_default_mean_and_std is not False
+    return image_mean_std(Namespace(**vars(args) | {"imagenet_default_mean_and_std": imagenet}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,7 +314,7 @@ def batches(args: Namespace, network: Network, device: torch.device) -> Iterator
     keys = []
     for first in range(0, len(chosen), args.batch_size):
         keys.append([(0, index) for index in chosen[first : first + args.batch_size]])
-    normalize = Normalize(MEAN_STD[network.mean_std], device)
+    normalize = Normalize(network.mean_std, device)
     for batch in build_loader(dataset, keys, num_workers=args.num_workers, pin_mem=args.pin_mem):
         yield normalize(batch)["image"]
 

@@ -282,10 +282,11 @@ def description(args: Namespace, network: common.Network) -> dict[str, str]:
     about = {name: str(getattr(args, name)) for name in _SETTINGS}
     if args.exif_orientation or args.alpha != DROP:
         about["images"] = f"exif_orientation {args.exif_orientation}, alpha {args.alpha}"
+    names = [name for name, values in MEAN_STD.items() if values == network.mean_std]
     return about | {
         "weights": weights.hexdigest(),
         "size": str(network.size),
-        "mean and deviation": network.mean_std,
+        "mean and deviation": names[0] if names else str(network.mean_std),
     }
 
 
@@ -315,7 +316,7 @@ def strengths_of(
     network.model.to(device)
     about = description(args, network)
     folder = Path(args.output_dir) / "interaction" / network.label.replace("/", "_")
-    normalize = Normalize(MEAN_STD[network.mean_std], device)
+    normalize = Normalize(network.mean_std, device)
     progress = Progress(network.label, args.images, 0, every=1, rank=args.rank)
     files = []
     for turn, (number, image, label) in enumerate(chosen_images(args, network, dataset, normalize)):

@@ -54,6 +54,7 @@ from scripts.benchmarks.timing import Variant, synchronize
 from scripts.gpu_check import Checks
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
+from unimim.data.device_decode import UndecodedImages, batch_decoder
 from unimim.data.sources import PartSource, map_source
 from unimim.data.views import build_pretrain_transform, image_mean_std
 from unimim.engine.compiling import compile_blocks
@@ -761,12 +762,16 @@ def measure_launches(bench: Bench) -> None:
 
 
 def measure_loading(bench: Bench) -> None:
-    """JPEGs through the loader of a pre-training run, alone and into MAE's training step."""
-    bench.checks.attempt("JPEGs alone", partial(load_images, bench, train=False), seconds=12)
-    bench.checks.attempt("JPEGs into MAE B", partial(load_images, bench, train=True), seconds=15)
+    """JPEGs through the loader of a pre-training run, decoded by the CPU and by the device, alone
+    and into MAE's training step."""
+    for decode, train in itertools.product(("cpu", "gpu"), (False, True)):
+        check = "JPEGs into MAE B" if train else "JPEGs alone"
+        check += ", --decode gpu" if decode == "gpu" else ""
+        run = partial(load_images, bench, train=train, decode=decode)
+        bench.checks.attempt(check, run, seconds=15 if train else 12)
 
 
-def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
+def load_images(bench: Bench, *, train: bool, decode: str) -> dict[str, Any]:
     """Images/s from JPEGs, made ones of 500 x 375 pixels unless `run` was given others, to
     normalized batches on the device; with `train`, through a step too."""
     case, device = CASES["MAE B"], bench.device
@@ -777,10 +782,12 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
     task = build(case, device, args)
     batch = make_batch(task, args, size, device)
     step = make_variant(case.name, task, batch, PRECISION, fused=True).step
-    loader, normalize = (
-        jpeg_loader(bench.images, task, size, workers),
-        Normalize(image_mean_std(args), device, task.raw_views),
-    )
+    loader = jpeg_loader(bench.images, task, size, workers, decode)
+    normalize = Normalize(image_mean_std(args), device, task.raw_views)
+    try:
+        decoded = batch_decoder(loader.dataset, device)
+    except ValueError as error:  # no nvJPEG here
+        return {"skipped": str(error)}
     step()
     eaten = None
     if (
@@ -794,7 +801,7 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
         if number == ready:
             synchronize(device)
             begin = time.perf_counter()
-        batch.update(normalize(with_mask_counts(loaded)))
+        batch.update(normalize(with_mask_counts(decoded(loaded))))
         if train:
             step()
         done = number + 1 - ready
@@ -804,7 +811,8 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     del batches, loader  # ends the workers
     result = {
-        "loading": "into MAE B's step" if train else "alone", "workers": workers, "batch": size,
+        "loading": "into MAE B's step" if train else "alone", "decode": decode,
+        "workers": workers, "batch": size,
         "images_per_s": done * size / seconds,
         "images_per_s_per_worker": done * size / seconds / workers, "model_eats": eaten,
     }  # fmt: skip
@@ -812,7 +820,9 @@ def load_images(bench: Bench, *, train: bool) -> dict[str, Any]:
     return result
 
 
-def jpeg_loader(root: Path, method: PretrainMethod, size: int, workers: int) -> DataLoader:
+def jpeg_loader(
+    root: Path, method: PretrainMethod, size: int, workers: int, decode: str
+) -> DataLoader:
     """Endless enough batches of a few JPEGs, each crop another."""
     if not (root / "train_map.txt").is_file():
         write_stand_in(root)
@@ -825,7 +835,8 @@ def jpeg_loader(root: Path, method: PretrainMethod, size: int, workers: int) -> 
     )
     source = map_source(root, "train")
     images = size * 4096
-    dataset = ImageDataset(PartSource(source, np.arange(images) % len(source)), transform, seed=0)
+    dataset_class = {"cpu": ImageDataset, "gpu": UndecodedImages}[decode]
+    dataset = dataset_class(PartSource(source, np.arange(images) % len(source)), transform, seed=0)
     return build_loader(dataset, TrainBatchSampler(images, size), num_workers=workers, pin_mem=True)
 
 

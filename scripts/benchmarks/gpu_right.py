@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -39,16 +40,24 @@ from helpers import METHODS as OTHERS
 from helpers import PRETRAIN, SIZE, TINY, differing, own_signals
 from helpers import arguments as tiny_arguments
 
-from datasets import build_dataset
+from datasets import ImageDataset, build_dataset, build_loader
 from engine_for_finetuning import Classification
 from engine_for_pretraining import train, train_one_step
+from masking_generator import build_mask_generator
 from modeling_pretrain import PretrainMethod
 from optim_factory import param_groups
+from scripts.benchmarks.data import write_stand_in
 from scripts.gpu_check import Checks
 from unimim.cli.models import build_classifier, build_method
 from unimim.cli.options import parse
+from unimim.data.device_decode import UndecodedImages, batch_decoder
 from unimim.data.pretraining import build_data, train_loader
-from unimim.data.views import build_finetune_transform, image_mean_std
+from unimim.data.sources import map_source
+from unimim.data.views import (
+    build_finetune_transform,
+    build_pretrain_transform,
+    image_mean_std,
+)
 from unimim.engine import setup
 from unimim.engine.batch_norm import synchronized_batch_norm
 from unimim.engine.compiling import compile_blocks
@@ -86,6 +95,8 @@ MOVED = 1e-2  # how far apart two trainings may end, as a share of the way
 # as far apart as either is from float32, which ConMIM's batch statistics of a few images enlarge to
 # 0.03 of the loss within four steps. In bf16 both engines keep float32 weights.
 ENGINES_ALIKE = {"fp32": (1e-4, MOVED), "bf16": (5e-2, 0.3), "fp16": (5e-2, 0.1)}
+# gray levels, on average: decoders may interpolate colors in other ways
+DECODED_ALIKE = {"image": 2.0, "image_strong": 3.0, "image_second": 2.0}
 MARGIN = 3.0  # seconds at the end of the section for what the groups found
 
 
@@ -468,6 +479,39 @@ def neighbors(device: torch.device) -> dict[str, Any]:
         "tolerance": 0.6,
         "ok": largest <= 0.6,
     }
+
+
+def decoding(device: torch.device) -> dict[str, Any]:
+    """Views of `--decode gpu` against those of `--decode cpu`: mean and largest difference in gray
+    levels; crops, masks and what else a batch has must be equal."""
+    masks = build_mask_generator("block", input_size=224, patch_size=16, mask_ratio=0.5)
+    transform = build_pretrain_transform(
+        ("image", "image_strong", "image_second", "mask"),
+        input_size=224,
+        mask_generator=masks,
+        second_size=(112, 112),
+    )
+    keys = [[(0, index) for index in range(16)]]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_stand_in(Path(folder))
+        source = map_source(Path(folder), "train")
+        for dataset_class in (UndecodedImages, ImageDataset):
+            images = dataset_class(source, transform, seed=0)
+            try:
+                decode = batch_decoder(images, device)
+            except ValueError as error:  # no nvJPEG here
+                return {"skipped": str(error)}
+            loader = build_loader(images, keys, num_workers=0, pin_mem=False)
+            found.append(decode(next(iter(loader))))
+    ours, theirs = found
+    result: dict[str, Any] = {"equal_masks": torch.equal(ours["mask"], theirs["mask"])}
+    for view in DECODED_ALIKE:
+        levels = (ours[view].cpu().int() - theirs[view].int()).abs()
+        result[f"{view}_mean"] = float(levels.float().mean())
+        result[f"{view}_max"] = int(levels.max())
+    alike = all(result[f"{view}_mean"] < most for view, most in DECODED_ALIKE.items())
+    return result | {"ok": alike and result["equal_masks"]}
 
 
 def probing(device: torch.device) -> dict[str, Any]:
@@ -1003,8 +1047,9 @@ def comparisons(checks: Checks, methods: Sequence[str]) -> None:
 
 
 def frozen_features(checks: Checks) -> None:
-    """Compare k-NN and linear probing on the device with the CPU's."""
+    """Compare decoded JPEGs, k-NN and linear probing on the device with the CPU's."""
     device = checks.device
+    checks.attempt("--decode gpu against cpu", partial(decoding, device), seconds=MARGIN + 4)
     checks.attempt("k-NN on the device against CPU", partial(neighbors, device), seconds=MARGIN + 2)
     checks.attempt(
         "linear probing on the device against CPU", partial(probing, device), seconds=MARGIN + 2

@@ -212,16 +212,10 @@ UNPUBLISHED = {
         length="medium",
     ),
     "semmae_hog": Method(
-        "SemMAE, k-means parts, HOG",
+        "SemMAE, parts of a strong teacher, HOG",
         f"--model semmae_tiny_patch16_224 {MAE} --target hog",
         parts="kmeans",
-    ),
-    "conmim_parts": Method(
-        "ConMIM, k-means parts",
-        f"{CONMIM} --mask_type parts",
-        CONMIM_CLASSIFIER,
-        parts="kmeans",
-        length="small_batches",
+        strong_teacher=True,
     ),
 }
 ALL_METHODS = METHODS | UNPUBLISHED
@@ -484,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="folder of other shapes, as make_shapes.py --cluttered writes (default: the cache)",
     )
     without_visual_tokens = [key for key, method in METHODS.items() if not method.words]
-    strong = [key for key, method in METHODS.items() if method.strong_teacher]
+    strong = [key for key, method in ALL_METHODS.items() if method.strong_teacher]
     parser.add_argument(
         "--methods", nargs="+", choices=(*without_visual_tokens, *UNPUBLISHED),
         default=[key for key in without_visual_tokens if key not in strong],

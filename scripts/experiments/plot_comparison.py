@@ -59,7 +59,7 @@ NEIGHBORS = (
     ("mae_attention", "mae"),
     ("mae_spectra", "mae"),
     ("semanticmim_pixels", "semanticmim_maskfeat"),
-    ("semmae_hog", "semmae"),
+    ("semmae_hog", "semmae_strong"),
     ("semmae_hog", "mae_hog"),
 )
 Rows = Sequence[dict[str, str]]

@@ -41,6 +41,7 @@ from unimim.checkpoint.names import timm_vit_arguments
 from unimim.checkpoint.runs import rebuild
 from unimim.cli.models import build_classifier
 from unimim.cli.options import parse
+from unimim.data.views import MEAN_STD
 from unimim.engine.session import Origin
 from unimim.evaluation.features import build_backbone
 from unimim.evaluation.flags import parse_knn
@@ -824,7 +825,7 @@ def analysis(sample: Sample, folder: Path) -> None:
     name = sample.kind.classifier
     network = common.load_network(args, "it", sample.path, name, num_classes=0)
     same_features(network.features, sample)
-    assert network.mean_std == sample.kind.mean_std
+    assert network.mean_std == MEAN_STD[sample.kind.mean_std]
 
 
 def segmentation(sample: Sample, folder: Path) -> None:

@@ -16,6 +16,8 @@ from unimim.cli.models import build_method
 from unimim.cli.options import parse
 from unimim.data.views import MEAN_STD, image_mean_std
 from unimim.engine.state import Normalize
+from unimim.evaluation.features import warn_of_other_mean_std
+from unimim.evaluation.flags import parse_knn
 
 CPU = torch.device("cpu")
 VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2, "input_size": 16, "patch_size": 4}
@@ -150,7 +152,7 @@ def test_frozen_blocks_do_not_change_in_a_run(tmp_path: Path) -> None:
 # Evaluation
 
 
-def test_a_classifier_is_evaluated_with_its_own_mean_and_std(tmp_path: Path) -> None:
+def test_a_classifier_is_evaluated_with_its_own_mean_and_std(tmp_path: Path, capsys) -> None:
     model = create_model("beit_tiny_patch16_224", **VIT, num_classes=10)
     official = tmp_path / "beit_base_patch16_224_pt22k_ft22kto1k.pth"
     save_checkpoint(official, {"model": model.state_dict()})
@@ -169,6 +171,9 @@ def test_a_classifier_is_evaluated_with_its_own_mean_and_std(tmp_path: Path) -> 
     flags |= {"mean": [0.1, 0.2, 0.3]}
     save_checkpoint(tmp_path / "mean.pth", {"model": model.state_dict(), "args": flags})
     assert used("--resume", str(tmp_path / "mean.pth")) == (0.1, 0.2, 0.3)
+    warn_of_other_mean_std(parse_knn(["--finetune", str(tmp_path / "mean.pth")]))
+    own = "its own mean and std: give --mean 0.1 0.2 0.3 --std 0.229 0.224 0.225"
+    assert own in capsys.readouterr().out
     assert used("--resume", str(tmp_path / "own.pth")) == MEAN_STD["imagenet"][0]
     asked = used("--resume", str(official), "--imagenet_default_mean_and_std")
     assert asked == MEAN_STD["imagenet"][0]

@@ -102,7 +102,8 @@ FINETUNE_ONLY = {
     "mixup_mode": "batch", "model_ema": False, "no_model_ema": False, "model_ema_decay": 0.9999,
     "model_ema_force_cpu": False, "eval": False, "dist_eval": True, "no_dist_eval": True,
     "disable_eval_during_finetuning": False, "crop_pct": None, "resplit": None,
-    "freeze_blocks": 0,
+    "freeze_blocks": 0, "full_last_block": False, "head_lr": None, "layer_warmup": False,
+    "squash": False,
 }  # fmt: skip
 # What ConMIM's published commands pass (docs/coming_from.md#coming-from-conmim)
 PUBLISHED_PRETRAIN = """

@@ -439,14 +439,17 @@ def test_pools_of_the_probes() -> None:
 
 def test_unknown_model_suggests_the_nearest(capfd) -> None:
     for stage, name, nearest in (
-        ("finetune", "vit_base_patch_16", "vit_base_patch16_224"),
+        ("finetune", "vit_base_patch_16", "vit_base_patch16"),
+        ("finetune", "resnet_50", "resnet50"),
         ("pretrain", "semaim_base_patch16", "semaim_base_patch16_224"),
+        ("pretrain", "mae_vit_base_patch_16", "mae_vit_base_patch16"),
+        ("pretrain", "a2mim_resnet-50", "a2mim_resnet50"),
     ):
         words = ["--model", name, "--data_set", "digits", "--device", "cpu", "--dry_run"]
         with own_signals(), contextlib.suppress(SystemExit):
             launch(MAIN[stage], parse(stage, words))
         said = capfd.readouterr().out
-        assert f"--model {name} is unknown here; did you mean" in said and nearest in said
+        assert f"--model {name} is unknown here; did you mean {nearest} or " in said
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,9 +19,12 @@ import run_part_learning
 import run_pretraining
 import run_tokenizer
 from semantic_segmentation import voc_linear_probe
+from unimim.checkpoint.files import save_encoder
+from unimim.cli.models import build_method
 from unimim.cli.options import parse, report
 from unimim.data.shapes import write_shapes
 from unimim.data.views import image_mean_std
+from unimim.evaluation.features import build_network
 from unimim.evaluation.flags import parse_knn, parse_linear
 from unimim.parts.flags import parse_parts
 from unimim.recipes import (
@@ -35,6 +38,7 @@ from unimim.recipes import (
     names_for,
     processes,
     recipe_for,
+    small,
 )
 from unimim.recipes.__main__ import markdown, published
 from unimim.tokenizer.flags import parse_tokenizer
@@ -297,6 +301,9 @@ def test_launcher_lists_and_prints(tmp_path: Path) -> None:
     words = printed.partition("run_pretraining.py")[2].replace("\\\n", "").split()
     assert words == command(recipe, {"DATA_PATH": "/data"}, ["--seed", "3"])[1:]
     assert "NNODES=8 NPROC=8 scripts/launch.sh" in printed
+    brings_data = recipe_sh(tmp_path, "--print", "nepa_tiny_mnist5k_pretrain").stdout
+    assert "--data_set mnist5k" in brings_data
+    assert "data_path" not in brings_data.lower()
 
 
 def test_page_is_the_generated_one() -> None:
@@ -341,6 +348,46 @@ def test_recipe_is_sound(recipe: Recipe) -> None:
         assert recipe.flags["warmup_epochs"] < recipe.epochs
         assert recipe.flags.get("min_lr", 0) < recipe.peak_lr
         assert recipe.flags["lr"] is None or "blr" not in recipe.flags
+
+
+# --------------------------------------------------------------------------------------------------
+# Small networks on the digits
+
+SMALL = [recipe for recipe in small.RECIPES if recipe.stage == "pretrain"]
+
+
+def test_every_method_has_a_small_recipe() -> None:
+    methods = {recipe.method.partition(" on ")[0] for recipe in PUBLISHED}
+    assert methods - {recipe.method for recipe in SMALL} <= {"SemanticMIM's baseline of BEiT"}
+
+
+@pytest.mark.parametrize("recipe", SMALL, ids=lambda recipe: recipe.name)
+def test_small_probes_read_every_weight_of_the_small_encoder(recipe: Recipe, tmp_path) -> None:
+    words = ["--recipe", recipe.name, "--device", "cpu"]
+    words += ["--part_source", "random"] if "part_maps" in recipe.files else []
+    if "discrete_vae_weight_path" in recipe.files:
+        words += ["--discrete_vae_weight_path", str(TOKENIZER)]
+        words += ["--model_kwargs", *recipe.flags["model_kwargs"], "vocab_size=64"]
+    encoder = {
+        name: torch.randn_like(weight) if weight.is_floating_point() else weight
+        for name, weight in build_method(parse("pretrain", words)).encoder_state_dict().items()
+    }
+    file = tmp_path / "encoder.safetensors"
+    save_encoder(file, encoder, {})
+    for stage in ("knn", "linear"):
+        judges = [other for other in small.RECIPES if other.stage == stage]
+        (probe,) = (other for other in judges if other.network == recipe.network)
+        network = build_network(PARSE[stage](["--recipe", probe.name, "--finetune", str(file)]))
+        loaded = network.state_dict()
+        for name in loaded.keys() - encoder.keys() - {"fc_norm.weight", "fc_norm.bias"}:
+            # BEiT's biases of positions: the blocks have one table, each has a copy of it here
+            table = encoder[f"rel_pos_bias.{name.rpartition('.')[2]}"]
+            torch.testing.assert_close(loaded[name], table, rtol=0, atol=0)
+        for name in loaded.keys() & encoder.keys():
+            torch.testing.assert_close(loaded[name], encoder[name], rtol=0, atol=0)
+        assert {name.partition(".")[0] for name in encoder.keys() - loaded.keys()} <= {
+            "rel_pos_bias"
+        }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -614,6 +661,8 @@ def test_other_data_sets_of_mae() -> None:
     assert by_name("mae_large_finetune_inat18").starts_from == "mae_large_pretrain"
     own = by_name("semmae_base_patch8_finetune_cub")
     assert not own.is_published and own.starts_from == "semmae_base_patch8_pretrain"
+    small = by_name("finetune_small_dataset")
+    assert small.flags == own.flags and "--nb_classes" not in launch_command(small, PLACES)
     assert "86.5 on CUB" in own.note and "86.5" not in by_name("mae_base_finetune_cars").note
 
 
@@ -631,4 +680,7 @@ def test_only_the_recipes_of_the_readmes_are_free_of_guesses() -> None:
     }
     semantic |= {"beit_abs_pos_base_pretrain", "maskfeat_base_finetune", "maskfeat_base_linear"}
     others = {"conmim_large_pretrain", "conmim_base_finetune", "pixio_huge_pretrain"}
-    assert verified == others | semaim | semantic
+    mae = {
+        f"mae_{size}_{stage}" for size in ("base", "large", "huge") for stage in (*STAGES, "linear")
+    }
+    assert verified == others | mae | semaim | semantic

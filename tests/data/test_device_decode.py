@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import arguments, differing, start, train_steps
 from PIL import Image
+from torch.utils.data import default_collate
 
 from datasets import BadImagesError, ImageDataset, build_loader
 from masking_generator import build_mask_generator
@@ -170,13 +171,15 @@ def test_workers_and_memory_make_no_difference(folder, monkeypatch):
 
 
 def test_a_single_sample_is_finished(folder):
+    """So are batches of these, of which a run's pictures and FLOPs are made."""
     source = build_source("image_folder", str(folder), train=True, need_labels=False)
-    ours, theirs = (
-        kind(source, transform(), seed=3)[2, 1] for kind in (UndecodedImages, ImageDataset)
-    )
-    assert all(
-        torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])) for name in theirs
-    )
+    images = UndecodedImages(source, transform(), seed=3)
+    ours, theirs = images[2, 1], ImageDataset(source, transform(), seed=3)[2, 1]
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)), name
+    batch = default_collate([ours, ours])
+    assert batch_decoder(images, CPU)(batch) is batch
 
 
 # --- what cannot be decoded -----------------------------------------------------------------------

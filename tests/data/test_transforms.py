@@ -524,6 +524,14 @@ def test_evaluation_takes_the_published_centre(size, crop_pct, resized):
         assert (view == np.asarray(expected(Image.fromarray(picture)))).all()
 
 
+def test_images_may_be_squeezed_to_the_crops_aspect_ratio():
+    args = arguments(input_size=224, crop_pct=0.95, squash=True)
+    expected = Compose([Resize((235, 235), Mode.BICUBIC), CenterCrop(224)])
+    picture = photo(0, 260, 400)
+    view = build_finetune_transform(args, train=False)(picture, np.random.default_rng(0))["image"]
+    assert (view.permute(1, 2, 0).numpy() == np.asarray(expected(Image.fromarray(picture)))).all()
+
+
 def test_evaluation_of_small_and_of_oblong_images():
     picture = photo(0, 32, 32)
     small = build_finetune_transform(arguments(input_size=32), train=False)

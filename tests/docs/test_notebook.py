@@ -1,5 +1,7 @@
 """The notebook runs from its first cell to its last, and shows a picture wherever it says so."""
 
+import sys
+
 import nbformat
 import pytest
 from helpers import ROOT
@@ -17,6 +19,24 @@ def test_the_notebook_is_saved_without_outputs():
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     assert 'REPOSITORY = ""' in code[0].source and "pip" in code[0].source
+
+
+def test_the_first_cell_finds_the_repository_or_says_what_to_do(tmp_path, monkeypatch):
+    """In the notebook's folder, or in a folder beside it as one uploads it to Colab."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cell = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    monkeypatch.setenv("UNIMIM_NOTEBOOK_OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(NOTEBOOK.parent)
+    names: dict = {}
+    exec(cell, names)
+    assert names["root"] == ROOT and sys.path[0] == str(ROOT)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"upload its folder, or write the address .* REPOSITORY"):
+        exec(cell, {})
+    (tmp_path / "UniMIM").symlink_to(ROOT)
+    exec(cell, names)
+    assert names["root"].resolve() == ROOT
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ CITATION = re.compile(r"docs/[\w/]+\.md(?:#[\w-]+)?")
 EFFECT = re.compile(r"crash|wrong number|speed|taste|missing part")
 # flags of programs that are not ours
 FOREIGN = {
+    "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--rdzv_conf", "--max_restarts",
     "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank",
     "--master_addr", "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size",
     "--ipc", "--help", "--iters_per_epoch",

@@ -15,6 +15,7 @@ from torch import nn
 from modeling_finetune import VisionTransformer
 from optim_factory import (
     LARS,
+    LayerWarmups,
     cosine_schedule,
     create_optimizer,
     layer_id,
@@ -22,6 +23,10 @@ from optim_factory import (
     param_groups,
     set_schedule,
 )
+from run_class_finetuning import finetuning_groups
+from unimim.cli.models import build_classifier
+from unimim.cli.options import parse
+from unimim.engine.setup import schedules
 
 
 def tiny_vit(**options) -> VisionTransformer:
@@ -395,3 +400,61 @@ def test_with_apex_its_classes_get_the_flags(monkeypatch):
         0.9,
         0.9,
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# NEPA's fine-tuning
+
+
+def test_each_layer_warms_up_by_itself_to_its_own_lr():
+    """ViT of two blocks, 100 epochs of one step, decay 0.65: docs/methods/nepa.md#fine-tuning."""
+    words = "--model rope_vit_tiny_patch14_224 --model_kwargs embed_dim=32 depth=2 num_heads=2 "
+    words += "freeze_patch_embed=true --lr 6e-3 --min_lr 0 --lr_schedule mae --epochs 100 "
+    words += "--warmup_epochs 20 --layer_decay 0.65 --full_last_block --head_lr 1e-3 --layer_warmup"
+    args = parse("finetune", words.split())
+    args.nb_classes = 10
+    model = build_classifier(args)
+    groups = finetuning_groups(args, model)
+    optimizer = create_optimizer(args, groups, "cpu")
+    lr, weight_decay = schedules(args, 1, groups)
+    found = {name: [] for name, p in model.named_parameters() if p.requires_grad}
+    for step in range(100):
+        set_schedule(optimizer, lr[step], weight_decay[step])
+        for group in optimizer.param_groups:
+            for name in names_of(model, group):
+                found[name].append(group["lr"])
+
+    def published(peak: float, warmup: int) -> list[float]:
+        falling = [0.5 * (1 + math.cos(math.pi * k / (100 - warmup))) for k in range(100 - warmup)]
+        return [peak * factor for factor in [s / warmup for s in range(warmup)] + falling]
+
+    # factor, and 20 - round(20 * factor)
+    expected = {
+        "cls_token": published(6e-3 * 0.65**2, 12),
+        "blocks.0.": published(6e-3 * 0.65, 7),
+        "blocks.1.": published(6e-3, 1),
+        "fc_norm.": published(6e-3, 1),
+        "norm.": published(1e-3, 1),
+        "head.": published(1e-3, 1),
+    }
+    assert not any(name.startswith("patch_embed.") for name in found)
+    for name, values in found.items():
+        (key,) = [key for key in expected if name.startswith(key)]
+        assert values == pytest.approx(expected[key], rel=1e-9, abs=1e-15), name
+    assert found["head.weight"][:2] == [0.0, pytest.approx(1e-3)]
+
+
+def test_layer_warmups_follow_schedules_with_a_floor():
+    groups = [{"lr_scale": 0.5}, {"lr_scale": 3.0, "warmup_scale": 1.0}]
+    curve = LayerWarmups(lambda steps: np.array([[1.0 + steps, 1.0]]), 10, groups)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], **group} for group in groups], lr=1.0)
+    set_schedule(optimizer, curve[0], 0.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [5 * 0.5 + 1, 1 * 3.0 + 1]
+
+
+def test_flags_of_layers_without_layer_decay_are_refused(capsys):
+    base = ["--model", "vit_tiny_patch16_224", "--layer_decay", "1"]
+    for flag in ("--full_last_block", "--layer_warmup"):
+        with pytest.raises(SystemExit):
+            parse("finetune", [*base, flag])
+        assert f"{flag} is about --layer_decay, which is 1" in capsys.readouterr().err

@@ -109,7 +109,11 @@ def test_trackers_get_every_metric(tmp_path, monkeypatch, tracker):
     log.epoch({"epoch": 0, "train_loss": 0.5}, 7)
     assert sent == [({"epoch/epoch": 0, "epoch/train_loss": 0.5}, 7)]
     log.close()
-    assert sent == [] and asked[0]["project"] == "unimim" and asked[0]["name"] == "named"
+    assert sent == [] and asked[0]["project"] == "unimim"
+    # trackio would go on with another run of the same name
+    own = (tmp_path / "named/wandb_id.txt").read_text().strip()
+    assert asked[0]["name"] == (f"named-{own}" if tracker == "trackio" else "named")
+    assert asked[0].get("id", own) == own
     monkeypatch.setitem(sys.modules, tracker, None)
     with pytest.raises(ValueError, match=f"needs the package {tracker}: pip install {tracker}"):
         RunLog(args, {})

@@ -3,6 +3,7 @@ kind."""
 
 import csv
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from analysis import attention_distance, cka, common, effective_rank, fourier, interaction
 from modeling_finetune import VisionTransformer, create_model
 from unimim.checkpoint.files import save_checkpoint, save_encoder
+from unimim.checkpoint.runs import MEAN_STD_FLAGS
 from unimim.cli.models import build_method
 from unimim.cli.options import as_config
+from unimim.data.views import MEAN_STD
 from unimim.engine.setup import launch
 
 CPU = torch.device("cpu")
@@ -551,12 +554,31 @@ def test_ranks_share_the_images(tmp_path):
     assert interaction.tabulate(args, network.label, found) == whole
 
 
+def test_images_are_normalized_as_in_the_run_unless_the_flags_say_otherwise(tmp_path):
+    """Also by a mean and std of one's own, of checkpoints and of exported encoders."""
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    values = tuple(own["mean"]), tuple(own["std"])
+    flags = {"imagenet_default_mean_and_std": True, "mean": None, "std": None}
+    run, half, export = (str(tmp_path / name) for name in ("a.pth", "b.pth", "c.safetensors"))
+    save_checkpoint(run, {"model": {}, "args": flags | own})
+    save_checkpoint(half, {"model": {}, "args": flags | {MEAN_STD_FLAGS[0]: False}})
+    save_encoder(export, {}, {name: json.dumps(value) for name, value in own.items()})
+    plain = fourier.parse(["--model", "x"])
+    assert common.mean_std(plain, run) == common.mean_std(plain, export) == values
+    assert common.mean_std(plain, half) == MEAN_STD["inception"]
+    assert common.mean_std(plain, common.RANDOM) == MEAN_STD["imagenet"]
+    asked = fourier.parse(["--model", "x", "--mean", "0.7", "0.8", "0.9"])
+    assert common.mean_std(asked, run) == ((0.7, 0.8, 0.9), MEAN_STD["imagenet"][1])
+    asked = fourier.parse(["--model", "x", "--no_imagenet_default_mean_and_std"])
+    assert common.mean_std(asked, run) == MEAN_STD["inception"]
+
+
 def test_only_images_classified_right(tmp_path):
     file = ["--checkpoint", str(classifier_file(tmp_path / "best.pth"))]
     args = interaction.parse(interaction_flags(tmp_path, *file, "--correct_only", "--images", "5"))
     network = common.load_networks(args, 10)[0]
     dataset = common.image_set(args, network, need_labels=True)
-    normalize = interaction.Normalize(interaction.MEAN_STD[network.mean_std], CPU)
+    normalize = interaction.Normalize(network.mean_std, CPU)
     chosen = list(interaction.chosen_images(args, network, dataset, normalize))
     assert chosen and all(
         int(network.model(image[None]).argmax()) == label for _, image, label in chosen

@@ -166,6 +166,8 @@ def images() -> torch.Tensor:
         ("avg", "cls_token", "trained", None),
         ("token", "cls_token", "plain", "plain"),
         ("token", "global_pool", "plain", "plain"),
+        ("token", "cls_token", "none", None),
+        ("avg", "global_pool", "none", None),
     ],
 )
 def test_no_untrained_norm_is_used(tmp_path, trained_with, pool, norm, expected):

@@ -15,6 +15,7 @@ from modeling_finetune import create_model
 from unimim.checkpoint.files import save_checkpoint
 from unimim.cli.options import as_config
 from unimim.data.class_lists import imagenet_synsets, subset_synsets
+from unimim.data.views import MEAN_STD
 from unimim.evaluation import robustness
 
 CLASSES = ["n01", "n02", "n03", "n04"]
@@ -37,7 +38,7 @@ def gray_classifier() -> torch.nn.Module:
 
 @pytest.fixture
 def network():
-    return Network("gray", gray_classifier(), (16, 16), "inception", True)
+    return Network("gray", gray_classifier(), (16, 16), MEAN_STD["inception"], True)
 
 
 def write_images(folder, grays: dict[str, list[int]]) -> None:

@@ -21,6 +21,7 @@ COMPARISONS = {
     **{f"first step skipped, {name}, bf16": {"conmim", "mae"} for name in ("sgd", "adamw", "lamb")},
 }
 ALONE = (
+    "--decode gpu against cpu",
     "k-NN on the device against CPU",
     "linear probing on the device against CPU",
     "SyncBN in a group of one",

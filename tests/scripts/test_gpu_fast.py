@@ -4,7 +4,9 @@ without the section."""
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from modeling_finetune import Block
 from scripts.benchmarks import gpu_ab, gpu_fast
 from scripts.benchmarks.benchmark import random_batch
 from scripts.benchmarks.data import write_stand_in
+from scripts.gpu_check import Checks
 from unimim.cli.models import build_classifier, build_method
 from unimim.engine.monitor import count_flops
 
@@ -64,7 +67,8 @@ def test_every_model_has_a_row(output):
     eats = {
         row["check"]: row["model_eats"] for row in map(json.loads, lines) if "model_eats" in row
     }
-    assert eats["JPEGs alone"] is None and eats["JPEGs into MAE B"] > 0
+    for decode in ("", ", --decode gpu"):
+        assert eats[f"JPEGs alone{decode}"] is None and eats[f"JPEGs into MAE B{decode}"] > 0
     assert "into MAE B's step" in table and "| high |" in table and "| highest |" in table
 
 
@@ -78,6 +82,21 @@ def test_flops_are_those_of_forward_and_backward(output, name):
     batch = random_batch(method, 4, torch.device("cpu"), gpu_fast.mask_share(args))
     flops = count_flops(lambda: method(batch)["loss"].backward())
     assert rows_of(output, "eager")[name]["gflop_per_image"] == pytest.approx(flops / 4e9, rel=1e-9)
+
+
+def test_a_gpu_without_nvjpeg_is_no_failure(tmp_path, monkeypatch):
+    """The row says why it was left out, and the check goes on."""
+
+    def missing(*_args):
+        raise ValueError("--decode gpu needs nvJPEG, which torchvision does not have")
+
+    monkeypatch.setattr(gpu_fast, "batch_decoder", missing)
+    checks = Checks(torch.device("cpu"), tmp_path, time.monotonic() + 99, tiny=True)
+    bench = gpu_fast.Bench(checks, None, tmp_path, None)
+    run = partial(gpu_fast.load_images, bench, train=False, decode="gpu")
+    assert checks.attempt("JPEGs alone, --decode gpu", run)
+    (row,) = checks.results
+    assert row["ok"] is None and row["skipped"].startswith("--decode gpu needs nvJPEG")
 
 
 @pytest.mark.parametrize("name", gpu_fast.COMPILED)

@@ -22,9 +22,11 @@ from unimim.cli.flags import build_parser
 from unimim.cli.models import build_classifier, build_method, fitting_mask
 from unimim.cli.options import explicit_flags, recipe_values
 from unimim.cli.published import MODELS
-from unimim.data.views import MEAN_STD, image_mean_std
+from unimim.data.views import MEAN_STD, MeanStd, image_mean_std
 from unimim.logs import log
 from unimim.recipes import recipe_for
+
+MEAN_STD_FLAGS = ("imagenet_default_mean_and_std", "mean", "std")
 
 
 def flags_of(path: str | Path) -> dict[str, Any]:
@@ -55,13 +57,9 @@ def flags_of_export(path: str | Path) -> dict[str, Any]:
     if entry is None or entry_of(entry.classifier) is None:
         return {}
     flags: dict[str, Any] = {"model": entry.classifier}
-    mean = metadata_of(path).get("mean")
-    if mean is not None:
-        mean_std = tuple(tuple(json.loads(metadata_of(path)[name])) for name in ("mean", "std"))
-        flags["imagenet_default_mean_and_std"] = mean_std == MEAN_STD["imagenet"]
-        if mean_std not in MEAN_STD.values():
-            flags |= {"mean": list(mean_std[0]), "std": list(mean_std[1])}
-            flags["in_chans"] = len(mean_std[0])
+    flags |= mean_std_flags(path)
+    if "mean" in flags:
+        flags["in_chans"] = len(flags["mean"])
     timm_arguments = timm_arguments_of(path)
     if entry_of(entry.classifier).kind == "classifier" and timm_arguments:
         sizes = ("embed_dim", "depth", "num_heads", "patch_size")
@@ -70,15 +68,39 @@ def flags_of_export(path: str | Path) -> dict[str, Any]:
     return flags
 
 
+def exported_mean_std(path: str | Path) -> MeanStd | None:
+    """Return mean and std of the images of an exported encoder; None for any other file."""
+    metadata = metadata_of(path)
+    if "mean" not in metadata:
+        return None
+    return tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
+
+
 def mean_std_flags(path: str | Path) -> dict[str, Any]:
-    """Return the flags of mean and std that a classifier was trained with; empty if nothing tells
+    """Return the flags of mean and std that a network was trained with; empty if nothing tells
     them."""
-    flags = load_checkpoint(path, mmap=True).get("args") or {}
-    names = ("imagenet_default_mean_and_std", "mean", "std")
-    if names[0] in flags:
-        return {name: flags.get(name) for name in names}
+    exported = exported_mean_std(path)
+    if exported is not None:
+        flags = {MEAN_STD_FLAGS[0]: exported == MEAN_STD["imagenet"]}
+        named = exported in MEAN_STD.values()
+        return flags if named else flags | {"mean": [*exported[0]], "std": [*exported[1]]}
+    flags = load_checkpoint(path, mmap=True).get("args")
+    if isinstance(flags, dict) and MEAN_STD_FLAGS[0] in flags:
+        return {name: flags.get(name) for name in MEAN_STD_FLAGS}
     said = takes_imagenet_mean_std(path)
-    return {} if said is None else {names[0]: said}
+    return {} if said is None else {MEAN_STD_FLAGS[0]: said}
+
+
+def trained_mean_std(path: str | Path) -> MeanStd | None:
+    """Return mean and std of the images that a file's network was trained on; None if nothing
+    tells them."""
+    exported = exported_mean_std(path)
+    found = mean_std_flags(path)
+    if exported is not None or not found:
+        return exported
+    flags = load_checkpoint(path, mmap=True).get("args") or {}
+    channels = {name: flags[name] for name in ("in_chans", "keep_channels") if name in flags}
+    return image_mean_std(Namespace(**found, **channels))
 
 
 def is_pretraining(flags: dict[str, Any]) -> bool:

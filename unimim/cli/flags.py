@@ -382,6 +382,19 @@ def add_optimizer_flags(parser: argparse.ArgumentParser, stage: str) -> None:
             help="factor of the lr from a block to the one before it",
         )  # fmt: skip
         group.add_argument(
+            "--full_last_block", action="store_true",
+            help="--layer_decay begins with the last block but one; the last has the head's lr",
+        )  # fmt: skip
+        group.add_argument(
+            "--head_lr", type=float, default=None,
+            help="peak lr of the head and of the norm before it, never scaled; None: --lr",
+        )  # fmt: skip
+        group.add_argument(
+            "--layer_warmup", action="store_true",
+            help="each layer warms up by itself: one whose lr has the factor f in 1 - f of the "
+            "warm-up, at least one step",
+        )  # fmt: skip
+        group.add_argument(
             "--disable_weight_decay_on_rel_pos_bias", action="store_true",
             help="no weight decay of the tables of relative positions",
         )  # fmt: skip
@@ -581,6 +594,10 @@ def _finetune_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--crop_pct", type=float, default=None,
         help="fraction of the side that the central crop keeps; None: 0.875, 1 from 384 px",
+    )  # fmt: skip
+    group.add_argument(
+        "--squash", action="store_true",
+        help="before that crop images get its aspect ratio, in place of their own",
     )  # fmt: skip
     group.add_argument(
         "--eval_input_size",

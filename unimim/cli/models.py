@@ -12,13 +12,16 @@ from unimim.checkpoint.files import model_named_in
 from unimim.checkpoint.loading import class_tokens
 from unimim.cli.flags import options_as_flags
 from unimim.cli.options import given, model_kwargs
+from unimim.cli.published import MODELS
 from unimim.data.views import image_mean_std
+from unimim.errors import did_you_mean
 from unimim.flag import RunFacts
 from unimim.logs import log
 
 
 def build_method(args: Namespace) -> nn.Module:
     """Return the method that --model names, with the flags that were given."""
+    check_is_known(args.model, "pretrain")
     entry = entry_of(args.model)
     if entry and entry.kind != "method":
         methods = [name for name in list_models() if entry_of(name).classifier == args.model]
@@ -59,8 +62,25 @@ def build_classifier(args: Namespace) -> nn.Module:
     return _build(args, shared_options(args, bias="per_block") | options)
 
 
+def check_is_known(model: str, stage: str) -> None:
+    """Raise a ValueError with the nearest names of this stage, published ones among them, if there
+    is no such model."""
+    if entry_of(model) is not None:
+        return
+    known = {*MODELS[stage]}
+    for name in list_models():
+        if (entry_of(name).kind == "method") == (stage == "pretrain"):
+            known.add(name)
+    raise ValueError(
+        f"--model {model} is unknown here{did_you_mean(model, known)} --list_models shows the "
+        "models"
+    )
+
+
 def check_is_classifier(model: str) -> None:
-    """Raise a ValueError that names the classifier if the model is a pre-training method."""
+    """Raise a ValueError that names the classifier if the model is a pre-training method, or the
+    nearest names if it is none at all."""
+    check_is_known(model, "finetune")
     entry = entry_of(model)
     if entry and entry.kind == "method":
         raise ValueError(

@@ -247,6 +247,12 @@ def validate(args: argparse.Namespace) -> None:
         raise ValueError(
             "--enable_deepspeed writes its configuration and checkpoints: give --output_dir"
         )
+    if getattr(args, "layer_decay", 0) == 1:
+        for name in ("full_last_block", "layer_warmup"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} is about --layer_decay, which is 1: lower that")
+    if getattr(args, "head_lr", None) is not None and args.head_lr < 0:
+        raise ValueError(f"--head_lr {args.head_lr} must not be negative")
     separate = getattr(args, "separate_mask_ratio", None)
     if separate is not None and (not 0 < separate < 1 or not args.mask_type.startswith("random")):
         raise ValueError(

@@ -66,8 +66,10 @@ FLAGS: Mapping[str, Alias] = {
 
 _CLASSIFIERS = {
     f"vit_{size}_patch{patch}": f"vit_{size}_patch{patch}_224"
-    for size, patch in (("small", 16), ("base", 16), ("base", 8), ("large", 16), ("huge", 14))
-}
+    for size, patch in (
+        ("small", 16), ("base", 16), ("base", 8), ("large", 16), ("large", 8), ("huge", 14),
+    )
+}  # fmt: skip
 _MAE_SIZES = (("base", 16), ("large", 16), ("huge", 14))
 _METHODS = {
     **{
@@ -77,7 +79,11 @@ _METHODS = {
         f"mae_vit_{size}_patch{patch}_dec512d8b": f"mae_{size}_patch{patch}_224"
         for size, patch in _MAE_SIZES
     },
-    "mae_vit_base_patch8": "semmae_base_patch8_224",
+    **{f"mae_vit_{size}_patch8": f"semmae_{size}_patch8_224" for size in ("base", "large")},
+    **{
+        f"mae_vit_{size}_patch8_dec512d8b": f"semmae_{size}_patch8_224"
+        for size in ("base", "large")
+    },
     **{f"aim_{size}": f"semaim_{size}_patch16_224" for size in ("base", "large", "huge")},
     **{f"saim_{size}": f"saim_{size}_patch16_224" for size in ("base", "large")},
 }

@@ -145,7 +145,9 @@ class DeviceDecoder:
             )  # fmt: skip
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with uint8 views [B, 3, h, w] on the device."""
+        """Return the batch with uint8 views [B, 3, h, w] on the device; a finished one as it is."""
+        if "undecoded" not in batch:  # of single samples
+            return batch
         batch = dict(batch)
         left: Undecoded = batch.pop("undecoded")
         for view, size in self.sizes.items():

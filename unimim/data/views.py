@@ -55,7 +55,8 @@ from unimim.sizes import Pair, to_pair
 
 cv2.setNumThreads(0)  # the loader's workers are the parallelism
 
-MEAN_STD = {
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+MEAN_STD: dict[str, MeanStd] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
@@ -66,7 +67,7 @@ SMALL_IMAGE = 32
 Sample = dict[str, torch.Tensor]
 
 
-def image_mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_mean_std(args: argparse.Namespace) -> MeanStd:
     """Return mean and std of the channels that the model sees: --mean and --std, else those that
     --imagenet_default_mean_and_std chooses; of gray images one number each.
 
@@ -450,18 +451,27 @@ class EvalTransform:
 
     `crop_pct` defaults to 224 / 256, or 1 from 384 pixels on. If `size` is 32 or less there is no
     crop: images of another size are resized to it, whereas the published code leaves them, so that
-    they cannot be stacked. `channels`: how many are kept, None for 8-bit RGB.
+    they cannot be stacked. `channels`: how many are kept, None for 8-bit RGB. `squash`: the image
+    is resized to `size` / `crop_pct` whatever its aspect ratio.
     """
 
-    def __init__(self, size: Pair, crop_pct: float | None, channels: int | None = None):
+    def __init__(
+        self,
+        size: Pair,
+        crop_pct: float | None,
+        channels: int | None = None,
+        *,
+        squash: bool = False,
+    ):
         self.size = size
+        self.squash = squash
         self.channels = channels
         self.crop_pct = crop_pct or (224 / 256 if max(size) < 384 else 1.0)
 
     def __call__(self, raw: RawImage, rng: np.random.Generator) -> Sample:
         small = max(self.size) <= SMALL_IMAGE
         if self.channels is not None:
-            cover = None if small else functools.partial(_cover, area=self._area())
+            cover = None if small else self._resized
             return {"image": center_view(raw, self.size, cover, self.channels)}
         image = Image.fromarray(decode(raw))
         image = _exactly(image, self.size) if small else self._center_crop(image)
@@ -469,14 +479,15 @@ class EvalTransform:
 
     def _center_crop(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        image = _exactly(image, _cover((image.height, image.width), self._area()))
+        image = _exactly(image, self._resized((image.height, image.width)))
         left = round((image.width - width) / 2)
         top = round((image.height - height) / 2)
         return image.crop((left, top, left + width, top + height))
 
-    def _area(self) -> Pair:
-        """Return the (height, width) that the resized image covers."""
-        return int(self.size[0] / self.crop_pct), int(self.size[1] / self.crop_pct)
+    def _resized(self, size: Pair) -> Pair:
+        """Return the (height, width) to which an image of `size` is resized before the crop."""
+        area = int(self.size[0] / self.crop_pct), int(self.size[1] / self.crop_pct)
+        return area if self.squash else _cover(size, area)
 
 
 def _cover(size: Pair, area: Pair) -> Pair:
@@ -518,13 +529,14 @@ def build_finetune_transform(
 
     For training it reads `input_size`, `aa`, `color_jitter` (only used without `aa`),
     `train_interpolation` and `imagenet_default_mean_and_std` (the color that fills the border of
-    shifted and rotated images); for evaluation `crop_pct`, and `eval_input_size` if given, else
-    `input_size`. Images whose channels are kept are cropped and flipped, and float32.
+    shifted and rotated images); for evaluation `crop_pct`, `squash`, and `eval_input_size` if
+    given, else `input_size`. Images whose channels are kept are cropped and flipped, and float32.
     """
     channels = kept_channels(args)
     if not train:
         size = getattr(args, "eval_input_size", None) or args.input_size
-        return EvalTransform(to_pair(size), args.crop_pct, channels)
+        squash = getattr(args, "squash", False)
+        return EvalTransform(to_pair(size), args.crop_pct, channels, squash=squash)
     size = to_pair(args.input_size)
     if channels is not None:
         return build_pretrain_transform(

@@ -127,17 +127,17 @@ def _wandb(args: Namespace, config: dict):
             f"{flag} needs the package {package}: pip install {package}, or use --log_dir"
         ) from error
     name = Path(args.output_dir).name or None
-    if package == "trackio":
+    own = wandb_id(args)
+    if package == "trackio":  # a run is known there by its name alone
+        name = f"{name}-{own}" if name else None
         run = tracker.init(project=args.wandb, name=name, config=config, resume="allow")
     else:
-        run = tracker.init(
-            project=args.wandb, name=name, config=config, id=wandb_id(args), resume="allow"
-        )
+        run = tracker.init(project=args.wandb, name=name, config=config, id=own, resume="allow")
     return run, tracker
 
 
 def wandb_id(args: Namespace) -> str | None:
-    """Return the run's id at W&B: kept in the output folder, new unless the run resumes."""
+    """Return the run's id at a tracker: kept in the output folder, new unless the run resumes."""
     if not args.output_dir:
         return None
     file = Path(args.output_dir) / "wandb_id.txt"

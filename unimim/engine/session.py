@@ -56,7 +56,7 @@ from unimim.engine.writing import Writer, on_host
 from unimim.logs import log
 
 # What the flags say of a group of parameters; the rest of a group is the optimizer's own state.
-HYPER_PARAMETERS = ("betas", "eps", "momentum", "nesterov", "lr_scale")
+HYPER_PARAMETERS = ("betas", "eps", "momentum", "nesterov", "lr_scale", "warmup_scale")
 GROUP_SETTINGS = (*HYPER_PARAMETERS, "weight_decay", "decay", "group_name")
 # Flags that may change at a resume without a word: they say where things are, how fast a run is or
 # what it writes, or their change is noticed otherwise. A change of any other is at least logged.

@@ -7,8 +7,9 @@ import sys
 import threading
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets import BadImagesError
 from optim_factory import (
     ANNEALINGS,
+    LayerWarmups,
     annealing,
     cosine_at,
     cosine_schedule,
@@ -120,21 +122,27 @@ def build_runner(
     )
 
 
-def schedules(args: Namespace, steps_per_epoch: int):
-    """Return the learning rate and the weight decay of every step."""
-    warmup = warmup_steps(args, steps_per_epoch)
+def lr_schedule(args: Namespace, steps_per_epoch: int, warmup: int) -> np.ndarray:
+    """Return the learning rate of every step, after a warm-up of so many steps."""
     if args.lr_schedule == "mae":
         epoch = np.arange(args.epochs * steps_per_epoch) / steps_per_epoch
-        lr = cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup / steps_per_epoch)
-    elif args.lr_schedule in ANNEALINGS:
-        lr = annealing(
+        return cosine_at(epoch, args.lr, args.min_lr, args.epochs, warmup / steps_per_epoch)
+    if args.lr_schedule in ANNEALINGS:
+        return annealing(
             args.lr_schedule, args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup,
             warmup_ratio=args.warmup_ratio, milestones=args.lr_steps, gamma=args.lr_gamma,
         )  # fmt: skip
+    return cosine_schedule(args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup_steps=warmup)
+
+
+def schedules(args: Namespace, steps_per_epoch: int, groups: Sequence[dict] = ()):
+    """Return the learning rate and the weight decay of every step; `groups` of parameters warm up
+    by themselves with --layer_warmup."""
+    warmup = warmup_steps(args, steps_per_epoch)
+    if getattr(args, "layer_warmup", False):
+        lr = LayerWarmups(partial(lr_schedule, args, steps_per_epoch), warmup, groups)
     else:
-        lr = cosine_schedule(
-            args.lr, args.min_lr, args.epochs, steps_per_epoch, warmup_steps=warmup
-        )
+        lr = lr_schedule(args, steps_per_epoch, warmup)
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return lr, cosine_schedule(args.weight_decay, end, args.epochs, steps_per_epoch)
 
@@ -143,7 +151,7 @@ def dry_run(
     args: Namespace, groups: list[dict], steps_per_epoch: int, device: torch.device
 ) -> None:
     """Raise what a run would raise when it starts."""
-    schedules(args, steps_per_epoch)
+    schedules(args, steps_per_epoch, groups)
     build_optimizer(args, groups, device)
 
 
@@ -189,7 +197,7 @@ def start_training(
     flags = OPTIONAL_FLAGS | vars(args)
     ema_module = None if task.ema is None else task.ema.module
     steps = steps_per_epoch(args, loader)
-    lr, weight_decay = schedules(args, steps)
+    lr, weight_decay = schedules(args, steps, groups)
     stop = StopSignal()
 
     # weights come first: an engine may shard or round the network's own

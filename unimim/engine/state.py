@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from optim_factory import LayerWarmups
 from unimim.data.views import LUMINANCE, image_mean_std
 from unimim.engine.distributed import StopSignal
 from unimim.engine.monitor import RunLog, StepMonitor, Throughput
@@ -108,7 +109,7 @@ class Training:
     loader: DataLoader
     steps_per_epoch: int
     n_parameters: int
-    lr: np.ndarray
+    lr: np.ndarray | LayerWarmups
     weight_decay: np.ndarray
     monitor: StepMonitor
     throughput: Throughput

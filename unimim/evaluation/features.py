@@ -25,14 +25,15 @@ from modeling_finetune import (
     create_model,
     input_size_of,
 )
-from unimim.checkpoint.files import load_checkpoint, save_checkpoint, takes_imagenet_mean_std
+from unimim.checkpoint.files import load_checkpoint, save_checkpoint
 from unimim.checkpoint.loading import class_tokens, load_pretrained
+from unimim.checkpoint.runs import trained_mean_std
 from unimim.cli.models import check_is_classifier, warn_of_other_variant
 from unimim.cli.options import given, model_kwargs
 from unimim.data.channels import kept_channels
 from unimim.data.files import Key
 from unimim.data.preparation import DROP
-from unimim.data.views import EvalTransform, image_mean_std
+from unimim.data.views import MEAN_STD, EvalTransform, image_mean_std
 from unimim.engine.distributed import barrier, from_first_rank, reduce_sum
 from unimim.engine.monitor import Progress
 from unimim.engine.runner import AUTOCAST_DTYPES
@@ -40,7 +41,7 @@ from unimim.engine.state import RunContext
 from unimim.logs import log
 from unimim.sizes import to_pair
 
-POOLS, NORMS = ("cls", "avg"), ("trained", "plain")
+POOLS, NORMS = ("cls", "avg"), ("trained", "plain", "none")
 CHUNK_ROWS = 2**14  # of features that are worked on at a time
 
 # --------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ class ViTBackbone(Backbone):
         check_choice("feature_norm", norm, NORMS)
         self.vit = vit
         self.pool = pool
-        self.plain = norm == "plain"
+        self.kind = norm
         self.dim = vit.embed_dim
         self.image_size = vit.patch_embed.img_size
         self.norms = f"{vit.norm}, {vit.fc_norm}"
@@ -92,12 +93,12 @@ class ViTBackbone(Backbone):
 
         Norms without trained weights are identities here.
         """
-        tokens = tokens if self.plain else self.vit.norm(tokens)
+        tokens = self.vit.norm(tokens) if self.kind == "trained" else tokens
         prefix = self.vit.num_prefix_tokens
         vector = (tokens[:, :prefix] if self.pool == "cls" else tokens[:, prefix:]).mean(1)
-        if self.plain:
+        if self.kind == "plain":
             return F.layer_norm(vector, vector.shape[-1:], eps=1e-6)
-        return vector if self.pool == "cls" else self.vit.fc_norm(vector)
+        return self.vit.fc_norm(vector) if (self.kind, self.pool) == ("trained", "avg") else vector
 
 
 class MapBackbone(Backbone):
@@ -121,8 +122,10 @@ def build_backbone(args: Namespace) -> Backbone:
     network = build_network(args)
     if isinstance(network, VisionTransformer):
         return ViTBackbone(network, args.pool, args.feature_norm)
-    if args.feature_norm == "plain":
-        raise ValueError(f"--feature_norm plain is for ViTs, not for --model {args.model}")
+    if args.feature_norm != "trained":
+        raise ValueError(
+            f"--feature_norm {args.feature_norm} is for ViTs, not for --model {args.model}"
+        )
     size = to_pair(args.input_size or input_size_of(args.model))
     return MapBackbone(network, size, args.in_chans or 3)
 
@@ -171,15 +174,29 @@ def load_whole(args: Namespace, network: nn.Module) -> None:
         network, args.finetune, model_key=args.model_key, prefix=args.model_prefix, min_matched=1.0
     )
     log.info("%s", found)
-    said, ours = takes_imagenet_mean_std(args.finetune), args.imagenet_default_mean_and_std
-    if said not in (None, ours):
-        log.warning(
-            "%s was trained with %s mean and std: give --%simagenet_default_mean_and_std",
-            args.finetune, "ImageNet's" if said else "0.5 as", "" if said else "no_",
-        )  # fmt: skip
+    warn_of_other_mean_std(args)
     for name in ("norm", "fc_norm", "head.norm"):
         if f"{name}.weight" in found.missing:
             network.set_submodule(name, nn.Identity())
+
+
+def warn_of_other_mean_std(args: Namespace) -> None:
+    """Log which flags normalize images as the checkpoint was trained, if these do not."""
+    said = trained_mean_std(args.finetune)
+    if said in (None, image_mean_std(args)):
+        return
+    if said in MEAN_STD.values():
+        imagenet = said == MEAN_STD["imagenet"]
+        log.warning(
+            "%s was trained with %s mean and std: give --%simagenet_default_mean_and_std",
+            args.finetune, "ImageNet's" if imagenet else "0.5 as", "" if imagenet else "no_",
+        )  # fmt: skip
+        return
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in said)
+    log.warning(
+        "%s was trained with its own mean and std: give --mean %s --std %s",
+        args.finetune, mean, std,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

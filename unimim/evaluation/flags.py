@@ -72,7 +72,8 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
         choices=NORMS,
         default="trained",
         help="trained: the checkpoint's own norm, none if it has none; plain: a layer norm without "
-        "weights after pooling un-normed tokens, as published for --global_pool",
+        "weights after pooling un-normed tokens, as published for --global_pool; none: these are "
+        "pooled alone",
     )
     group.add_argument(
         "--crop_pct",

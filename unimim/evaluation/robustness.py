@@ -18,7 +18,7 @@ from modeling_backbones import enlarged
 from unimim.data.class_lists import subset_synsets
 from unimim.data.random import sample_rng
 from unimim.data.sources import class_names, folder_source
-from unimim.data.views import MEAN_STD, EvalTransform
+from unimim.data.views import EvalTransform, MeanStd
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.state import Normalize
 from unimim.evaluation.accuracy import averages, tally
@@ -44,13 +44,13 @@ RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class Classifier(Protocol):
-    """What is measured: a network, the (height, width) of its images, and the key in `MEAN_STD` of
-    what they are normalized by."""
+    """What is measured: a network, the (height, width) of its images, and what they are normalized
+    by."""
 
     label: str
     model: nn.Module
     size: tuple[int, int]
-    mean_std: str
+    mean_std: MeanStd
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def accuracy(
     keys = []
     for first in range(0, total, args.batch_size):
         keys.append([(0, index) for index in chosen[first : first + args.batch_size]])
-    normalize = Normalize(MEAN_STD[network.mean_std], device)
+    normalize = Normalize(network.mean_std, device)
     dtype = AUTOCAST_DTYPES.get(args.precision)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in build_loader(dataset, keys, num_workers=args.num_workers, pin_mem=args.pin_mem):

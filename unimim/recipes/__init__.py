@@ -50,6 +50,7 @@ _DATA_SETS = {
     "Places365": ("image_folder", "365", _CLASS_FOLDERS),
     "CUB-200-2011": ("image_folder", "200", _CLASS_FOLDERS),
     "Stanford Cars": ("image_folder", "196", _CLASS_FOLDERS),
+    "class folders": ("image_folder", None, _CLASS_FOLDERS),
     "Pascal VOC": (None, None, "VOC's folder VOC2012"),
 }
 

@@ -97,16 +97,22 @@ def _call(recipe: Recipe) -> str:
     """Return an example of how to run the recipe."""
     files = "".join(f" {variable}=FILE" for variable, _ in recipe.files.values())
     checkpoint = " CHECKPOINT=FILE" if recipe.starts_from else ""
-    call = f"DATA_PATH=/data/imagenet{files}{checkpoint} scripts/recipe.sh {recipe.name}"
+    data = "" if _has_data(recipe) else "DATA_PATH=/data/imagenet"
+    call = f"{data}{files}{checkpoint} scripts/recipe.sh {recipe.name}".lstrip()
     machines, _ = processes(recipe)
     if machines == 1:
         return call
     return f"{call} on each of {machines} machines, with NODE_RANK and MASTER_ADDR"
 
 
+def _has_data(recipe: Recipe) -> bool:
+    """Whether the recipe names a data set, so that it needs no DATA_PATH."""
+    return "data_set" in recipe.flags
+
+
 def script(recipe: Recipe, extra: list[str]) -> str:
     """Return the recipe as shell text: its header and a command with every flag."""
-    environment = EXAMPLE | os.environ
+    environment = ({} if _has_data(recipe) else EXAMPLE) | os.environ
     if recipe.starts_from and checkpoint_of(recipe) is None:
         environment = {"CHECKPOINT": "CHECKPOINT"} | environment
     program, *words = command(recipe, environment, extra)

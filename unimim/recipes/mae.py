@@ -1,8 +1,8 @@
 """MAE (arXiv 2111.06377) and SemMAE (arXiv 2206.10207): ViT-B, ViT-L and ViT-H.
 
 Published are MAE's commands: 4,096 images per step in pre-training (64 GPUs), 1,024 in fine-tuning
-(32), 16,384 in linear probing; ImageNet-1K top-1 83.6, 85.9 and 86.9. SemMAE: 83.352 with patches
-of 16 pixels, 84.444 with 8. `blr` is the peak lr for 256 images per step.
+(32; ViT-H 64), 16,384 in linear probing; ImageNet-1K top-1 83.6, 85.9 and 86.9. SemMAE: 83.352
+with patches of 16 pixels, 84.444 with 8. `blr` is the peak lr for 256 images per step.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ FINETUNE_MAE_LARGE = FINETUNE_MAE_BASE | {
     "layer_decay": 0.75,
     "drop_path": 0.2,
 }
-FINETUNE_MAE_HUGE = FINETUNE_MAE_LARGE | {"drop_path": 0.3}
+FINETUNE_MAE_HUGE = FINETUNE_MAE_LARGE | {"batch_size": 16, "drop_path": 0.3}
 FINETUNE_MAE_TINY = FINETUNE_MAE_BASE | {
     "batch_size": 256,
     "drop_path": 0.0,
@@ -165,7 +165,6 @@ def _mae(
             model=f"mae_{model}",
             gpus=64,
             flags=PRETRAIN_MAE,
-            note=SPLIT_NOTE.format(4096),
             also=also,
             **shared,
         ),
@@ -173,9 +172,8 @@ def _mae(
             name=f"mae_{size}_finetune",
             stage="finetune",
             model=f"vit_{model}",
-            gpus=32,
+            gpus=1024 // finetune["batch_size"],
             flags=finetune,
-            note=SPLIT_NOTE.format(1024),
             **shared,
         ),
     )
@@ -220,7 +218,6 @@ def _linear(size: str, flags: Mapping[str, Any], published: float, patch: int = 
         flags=flags,
         source=MAE_README,
         published=published,
-        note=SPLIT_NOTE.format(16384),
         method="MAE",
         network=f"ViT-{size[0].upper()}/{patch}",
     )
@@ -302,6 +299,18 @@ RECIPES = (
             else "",
         )
         for data in ("CUB-200-2011", "Stanford Cars")
+    ),
+    Recipe(
+        name="finetune_small_dataset",
+        stage="finetune",
+        model="vit_base_patch16_224",
+        gpus=8,
+        flags=FINETUNE_SMALL_SET,
+        source=OURS,
+        note=SMALL_SET_NOTE.format(" It takes as many classes as there are folders."),
+        method="MAE, SemMAE or SemAIM",
+        network="ViT-B/16 on class folders",
+        data="class folders",
     ),
     *_semmae("base", 16, 83.352),
     *_semmae("base_patch8", 8, 84.444),

@@ -50,6 +50,9 @@ FINETUNE_NEPA_BASE = {
     "min_lr": 0.0,
     "weight_decay": 0.05,
     "layer_decay": 0.65,
+    "full_last_block": True,
+    "head_lr": 1e-3,
+    "layer_warmup": True,
     "opt_betas": (0.9, 0.999),
     "clip_grad": 1.0,
     "drop_path": 0.1,
@@ -67,17 +70,14 @@ FINETUNE_NEPA_LARGE = FINETUNE_NEPA_BASE | {
     "layer_decay": 0.75,
     "drop_path": 0.2,
     "crop_pct": 0.95,
+    "squash": True,
 }
 
 PRETRAIN_NOTE = (
     "Unverified: how the published 4,096 images were divided among GPUs. The exported encoder is "
     "the ema, as --use_ema_model is published."
 )
-FINETUNE_NOTE = (
-    "Unverified: the GPUs, and whether weights or the ema gave the published top-1. Published "
-    "are a fixed lr of 1e-3 for the head and the last norm, and a warm-up that is shorter the "
-    "deeper a layer; here is one warm-up, and the head has the layers' lr."
-)
+FINETUNE_NOTE = "Unverified: the GPUs, and whether weights or the ema gave the published top-1."
 TINY_NOTE = "Ours, not published: a small model for small data on one device, derived from ViT-B's."
 
 

@@ -106,7 +106,8 @@ class Recipe:
     @property
     def title(self) -> str:
         """The method, stage, network and epochs, in one line."""
-        epochs = f", {self.epochs} epochs" if self.epochs else ""
+        plural = "" if self.epochs == 1 else "s"
+        epochs = f", {self.epochs} epoch{plural}" if self.epochs else ""
         return f"{self.method}: {ACTIVITIES[self.stage]} of {self.network}{epochs}"
 
     @property
