@@ -586,7 +586,9 @@ class Contrast(Target):
     def of_all(self, batch: Batch, method: Any = None) -> Tensor:
         """Return the features [B, N, D] that the ema's projector makes of the strong view."""
         teacher = method.teacher
-        layers = teacher.head_of_target[-PROJECTOR_LAYERS:]  # without what fits the width
+        layers = teacher.head_of_target
+        if len(layers) > PROJECTOR_LAYERS:  # the first fits the width of other tokens
+            layers = layers[-PROJECTOR_LAYERS:]
         keys = self.project(layers, teacher.whole(batch["image_strong"]))
         return keys[:, -math.prod(self.shape.grid) :]
 

@@ -604,7 +604,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     )
     compare_flags.add_argument(
         "--models", nargs="+", default=[], metavar="NAME",
-        help="models of files without flags of their run, one for all or one for each",
+        help="models of files without flags of their run, '' for others: one for all or for each",
     )  # fmt: skip
     compare_flags.add_argument("--labels", nargs="+", default=[], help="names of the rows")
     compare_flags.add_argument(

@@ -507,9 +507,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--data_path is {found}; scripts/tools/make_cifar10_subset.py writes one, or use "
             "--data shapes"
         )
-    if not {*strong}.isdisjoint(args.methods) and not (args.teacher and args.teacher.is_file()):
+    asked = [key for key in args.methods if key in strong]
+    if asked and not (args.teacher and args.teacher.is_file()):
         parser.error(
-            f"--methods {' '.join(strong)} needs --teacher FILE; "
+            f"--methods {' '.join(asked)} needs --teacher FILE; "
             "scripts/tools/teacher_from_onnx.py writes one"
         )
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])

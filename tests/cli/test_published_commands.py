@@ -168,7 +168,7 @@ COMMANDS = {
         --mixup 0.8 --cutmix 1.0 --reprob 0.25 --dist_eval --data_path ${DATA_PATH}""",
         {
             "update_freq": 4, "blr": 5e-4, "epochs": 100, "warmup_epochs": 5, "min_lr": 1e-6,
-            "output_dir": "output_dir",
+            "output_dir": "output_dir", "auto_resume": False,
         },
     ),
     "MAE, fine-tuning of ViT-B": (
@@ -177,7 +177,7 @@ COMMANDS = {
         --finetune ${CKPT} --epochs 100 --blr 5e-4 --layer_decay 0.65 --weight_decay 0.05
         --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval
         --data_path ${DATA_PATH}""",
-        {"update_freq": 1, "output_dir": "out", "layer_decay": 0.65, "clip_grad": None},
+        {"update_freq": 1, "output_dir": "out", "auto_resume": True, "clip_grad": None},
     ),
     "MAE, fine-tuning of ViT-L": (
         "finetune",

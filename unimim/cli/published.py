@@ -131,7 +131,10 @@ _PROBE = {
     "batch_size": 512, "epochs": 90, "lr": None, "blr": 0.1, "min_lr": 0.0, "weight_decay": 0.0,
     "warmup_epochs": 10,
 }  # fmt: skip
-_KEPT = {"output_dir": "output_dir"}  # where these scripts save a run that does not say where
+# where these scripts save a run that does not say where; MAE's begin anew there
+_FOLDER = {"output_dir": "output_dir"}
+_ANEW = _FOLDER | {"auto_resume": False}
+_NAMED = ("output_dir", "job_dir")
 _PLAIN = {"feature_norm": "plain"}  # the published norm is new, and frozen as it is initialized
 _MAE_PROBE = {"flags": ("dist_eval", "accum_iter", "job_dir"), "models": ("vit_",)}
 DEFAULTS: Sequence[Defaults] = (
@@ -139,15 +142,19 @@ DEFAULTS: Sequence[Defaults] = (
     Defaults("SemAIM's main_knn.py", "knn", _PLAIN, flags=_KNN, needs=("global_pool",)),
     Defaults(
         "SemAIM's main_linprobe.py", "linear",
-        _PROBE | _KEPT | {"opt": "momentum", "train_crop": "short_side"}, flags=("experiment",),
+        _PROBE | _FOLDER | {"opt": "momentum", "train_crop": "short_side"},
+        flags=("experiment",),
     ),
     Defaults(
         "SemAIM's main_linprobe.py", "linear", _PLAIN | {"pool": "avg"}, flags=("experiment",),
         without=("cls_token",),
     ),
     Defaults(
-        "MAE's main_linprobe.py", "linear", _PROBE | _KEPT | {"opt": "lars"},
-        without=("experiment",), **_MAE_PROBE,
+        "MAE's main_linprobe.py", "linear", _PROBE | {"opt": "lars"}, without=("experiment",),
+        **_MAE_PROBE,
+    ),
+    Defaults(
+        "MAE's main_linprobe.py", "linear", _ANEW, without=("experiment", *_NAMED), **_MAE_PROBE,
     ),
     Defaults(
         "MAE's main_linprobe.py", "linear", _PLAIN, needs=("global_pool",),
@@ -163,10 +170,12 @@ DEFAULTS: Sequence[Defaults] = (
         },
         models=("vit_",),
     ),
-    Defaults("MAE's main_finetune.py", "finetune", _KEPT, models=("vit_",), without=("eval",)),
+    Defaults(
+        "MAE's main_finetune.py", "finetune", _ANEW, models=("vit_",), without=("eval", *_NAMED),
+    ),
     Defaults(
         "MAE's main_pretrain.py", "pretrain",
-        _KEPT | {
+        {
             "batch_size": 64, "epochs": 400, "lr": None, "blr": 1e-3, "warmup_epochs": 40,
             "mask_ratio": 0.75, "norm_pix_loss": False,
         },
@@ -174,15 +183,16 @@ DEFAULTS: Sequence[Defaults] = (
     ),
     Defaults(
         "SemMAE's main_pretrain_setting3.py", "pretrain",
-        _KEPT | {
+        {
             "batch_size": 32, "epochs": 1, "lr": None, "blr": 1e-3, "warmup_epochs": 40,
             "mask_ratio": 0.6, "norm_pix_loss": False,
         },
         models=("mae_vit_",), needs=("setting",),
     ),
+    Defaults("MAE's main_pretrain.py", "pretrain", _ANEW, models=("mae_vit_",), without=_NAMED),
     Defaults(
         "SemAIM's main_pretrain.py", "pretrain",
-        _KEPT | {
+        _FOLDER | {
             "batch_size": 64, "epochs": 800, "lr": None, "blr": 2e-4, "warmup_epochs": 30,
             "weight_decay": 0.05, "clip_grad": None, "norm_pix_loss": False,
             "permutation_type": "stochastic", "attention_type": "cls",
