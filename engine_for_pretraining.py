@@ -17,7 +17,7 @@ from unimim.engine.distributed import gathered, has_peers, seed_step
 from unimim.engine.monitor import Progress, clock, memory_gib
 from unimim.engine.samples import PICTURES, is_due, is_evaluated, sample_images
 from unimim.engine.session import Position
-from unimim.engine.state import Stopped, Training
+from unimim.engine.state import Interrupted, Stopped, Training
 from unimim.logs import log
 
 
@@ -154,10 +154,7 @@ def save_if_due(run: Training, position: Position) -> None:
         run.monitor.read()
         run.session.save(position, finished=False, wait=stop)
     if stop:
-        raise Stopped(
-            f"{run.stop.received or 'a signal on another rank'} after step {position.step} of "
-            f"epoch {position.epoch}"
-        )
+        raise Stopped(f"{run.stop.reason} after step {position.step} of epoch {position.epoch}")
 
 
 def save_at_epoch_end(run: Training, position: Position) -> None:
@@ -199,7 +196,12 @@ def train_and_report(run: Training, position: Position, after_epoch) -> None:
     """Finish one epoch: evaluation, the line in log.txt, checkpoint."""
     means = train_one_epoch(run, position)
     lr = max(group["lr"] for group in run.runner.optimizer.param_groups)
-    metrics = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | after_epoch(position)
+    try:
+        evaluation = after_epoch(position)
+    except Interrupted:  # its epoch is evaluated when the run goes on
+        run.session.save(position, finished=False)
+        raise
+    metrics = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr} | evaluation
     metrics |= {"epoch": position.epoch, "n_parameters": run.n_parameters}
     # before the checkpoint: a run killed in between does the epoch again, and its line with it
     run.run_log.epoch(metrics, (position.epoch + 1) * run.steps_per_epoch)

@@ -30,7 +30,7 @@ from unimim.engine.distributed import from_first_rank
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
-from unimim.engine.state import RunContext, Training
+from unimim.engine.state import Interruptible, RunContext, Training
 from unimim.evaluation.accuracy import published_lines
 from unimim.logs import log
 
@@ -88,7 +88,7 @@ def settle_mean_std(args: Namespace) -> None:
 class ClassificationEvaluator:
     """Evaluates the model and its ema after each epoch, and keeps the best of either."""
 
-    def __init__(self, run: Training, loader: DataLoader):
+    def __init__(self, run: Training, loader: DataLoader | Interruptible):
         self.args = run.args
         self.task = run.task
         self.context = run.context
@@ -234,7 +234,7 @@ def main(args: Namespace) -> None:
     # train, with an evaluation after each epoch
     task = Classification(model.to(context.device), args, context.device)
     run, position = start_training(context, task, loader, groups)
-    evaluator = ClassificationEvaluator(run, eval_loader)
+    evaluator = ClassificationEvaluator(run, Interruptible(eval_loader, run.stop))
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best acc1 %.3f", position.best)
     return None

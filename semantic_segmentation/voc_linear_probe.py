@@ -45,7 +45,7 @@ from unimim.engine.distributed import reduce_sum
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, launch, set_up, start_training
-from unimim.engine.state import RunContext
+from unimim.engine.state import Interruptible, RunContext
 from unimim.engine.task import Task
 from unimim.evaluation.features import build_vit
 from unimim.evaluation.flags import add_network_flags
@@ -432,7 +432,7 @@ def validate(args: Namespace) -> None:
 class SegmentationEvaluator:
     """Evaluate the head, write voc.csv, and keep the best epoch's checkpoint."""
 
-    def __init__(self, context: RunContext, task: Segmentation, loader: DataLoader):
+    def __init__(self, context: RunContext, task: Segmentation, loader: DataLoader | Interruptible):
         self.args = context.args
         self.context = context
         self.task = task
@@ -523,6 +523,7 @@ def main(args: Namespace) -> VocRow | None:
         dry_run(args, groups, steps, context.device)
         return None
     run, position = start_training(context, task, loader, groups)
+    evaluator.loader = Interruptible(evaluator.loader, run.stop)
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best mIoU %.3f", position.best)
     # a finished run that is resumed trains nothing, so it has no result yet

@@ -69,8 +69,8 @@ TINY = words(
 TEACHER = words(
     "--model conmim_tiny_patch16_224 --data_set digits --input_size 16 --patch_size 4 --device cpu "
     "--batch_size 64 --epochs 2 --warmup_epochs 0 --save_ckpt_steps 4 --save_ckpt_freq 1 "
-    f"--log_every 4 --stop_status {STOPPED} --model_kwargs embed_dim=32 depth=2 num_heads=2 "
-    "projector_hidden_dim=32"
+    f"--log_every 4 --stop_status {STOPPED} --mask_type random --mask_ratio 0.5 "
+    "--model_kwargs embed_dim=32 depth=2 num_heads=2 projector_hidden_dim=32"
 )
 LINEAR = words(
     "--model vit_tiny_patch16_224 --data_set digits --input_size 16 --patch_size 4 --device cpu "
@@ -129,6 +129,11 @@ class Tally:
         if problem:
             self.failures.append(problem)
             print(f"FAILED {self.kind}: {problem}", flush=True)
+
+    def row(self) -> str:
+        """Return the counts as a row of the table."""
+        failed = len(self.failures)
+        return f"| {self.kind} | {self.tried} | {self.tried - failed} | {failed} |"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -575,12 +580,16 @@ class Laboratory:
         return Run(script, [*flags, *more], folder, ranks=ranks, before=before)
 
     def uninterrupted(self, kind: str) -> tuple[Path, float]:
-        """Return the folder of a run that nothing disturbed, and how many seconds it took."""
+        """Return the folder of a run that nothing disturbed, and how many seconds it took.
+
+        ValueError if it fails.
+        """
         if kind not in self.whole:
             folder = self.new()
             run = self.start(kind, folder)
             codes = run.wait()
-            assert set(codes) == {0}, run.output()
+            if set(codes) != {0}:
+                raise ValueError(f"undisturbed, it ends with {codes}: {run.output()[-600:]}")
             self.whole[kind] = folder, time.monotonic() - run.started
         return self.whole[kind]
 
@@ -591,7 +600,11 @@ class Laboratory:
 
         Yields an outcome for each signal that came before the end of its run, `count` in all.
         """
-        whole, seconds = self.uninterrupted(kind)
+        try:
+            whole, seconds = self.uninterrupted(kind)
+        except ValueError as error:
+            yield str(error)
+            return
         while count > 0:
             folder = self.new()
             hits = 0
@@ -929,6 +942,7 @@ def torture(args: Namespace, end: float) -> list[Tally]:
         for first in range(0, each, 100):
             if time.monotonic() < end:
                 try_inputs(tallies[kind], trial, args.seed, first, min(first + 100, each))
+        print(tallies[kind].row(), flush=True)
     with scratch() as folder:
         runs = trials_of_runs(Laboratory(folder, args.seed), args.kills)
         runs = {kind: trials for kind, trials in runs.items() if chosen(kind)}
@@ -940,15 +954,14 @@ def torture(args: Namespace, end: float) -> list[Tally]:
                     tallies.setdefault(kind, Tally(kind)).add(problem)
                     if time.monotonic() > end:
                         break
+                print(tallies[kind].row(), flush=True)
     return list(tallies.values())
 
 
 def table(tallies: list[Tally]) -> str:
     """Return the counts as a table in Markdown, with a row of sums."""
     lines = ["| kind | tried | held | failed |", "|---|---|---|---|"]
-    for tally in tallies:
-        failed = len(tally.failures)
-        lines.append(f"| {tally.kind} | {tally.tried} | {tally.tried - failed} | {failed} |")
+    lines += [tally.row() for tally in tallies]
     tried = sum(tally.tried for tally in tallies)
     failed = sum(len(tally.failures) for tally in tallies)
     return "\n".join([*lines, f"| all | {tried} | {tried - failed} | {failed} |"])

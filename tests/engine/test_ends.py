@@ -119,6 +119,31 @@ def test_a_signal_before_the_first_step_ends_in_order(number, flags, status):
     assert process.returncode == status
 
 
+@pytest.mark.parametrize("during", [True, False])
+def test_a_signal_after_the_last_step_ends_what_follows(during):
+    """As the extraction of parts, which looks at no requests; one that came too late counts."""
+    program = (
+        "import signal, time\nfrom argparse import Namespace\n"
+        "from unimim.engine.distributed import StopSignal\n"
+        "from unimim.engine.setup import launch\n"
+        "def main(args):\n    stop = StopSignal()\n"
+        f"    if {during}:\n        signal.raise_signal(signal.SIGTERM)\n"
+        "    print('ready', flush=True)\n    stop.release()\n    time.sleep(60)\n"
+        "launch(main, Namespace(stop_status=0))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    if not during:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+    with process.stdout:  # its buffer may hold the line already
+        assert process.stdout.read() == "stopped by SIGTERM after the last step\n"
+    assert process.wait(timeout=20) == 0
+
+
 def test_a_script_leaves_the_signals_as_it_found_them():
     """As do many in one process, in the demo and in tests; no thread waits for ever."""
 

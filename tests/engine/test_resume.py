@@ -33,10 +33,14 @@ from helpers import (
 )
 
 from engine_for_pretraining import train
+from run_class_finetuning import ClassificationEvaluator, build_eval_loader
 from unimim.checkpoint.files import latest_valid_checkpoint, load_checkpoint, save_checkpoint
+from unimim.data.views import build_finetune_transform
 from unimim.engine import session
 from unimim.engine.distributed import StopSignal, seed_step
 from unimim.engine.monitor import RunLog
+from unimim.engine.session import Position
+from unimim.engine.state import Interruptible, Stopped
 
 WORKERS = ("--num_workers", "2", "--update_freq", "2")
 AUGMENTED = (
@@ -145,6 +149,47 @@ def test_stopped_finetuning_resumes_bit_exactly(tmp_path):
     assert_same_run(stopped, whole)
     best = [load_checkpoint(folder / "checkpoint-best.pth") for folder in (stopped, whole)]
     assert differing(*({k: v for k, v in state.items() if k != "args"} for state in best)) == []
+
+
+class StoppedAt:
+    """Batches of an evaluation; a signal comes with the second one."""
+
+    def __init__(self, batches, stop):
+        self.batches = batches
+        self.dataset = batches.dataset
+        self.stop = stop
+
+    def __iter__(self):
+        for number, batch in enumerate(self.batches):
+            if number == 1:
+                self.stop.received = "SIGTERM"
+            yield batch
+
+
+def test_a_run_that_is_stopped_in_an_evaluation_resumes_bit_exactly(tmp_path):
+    flags = ("--model_ema", "--label_fraction", "0.1", "--epochs", "2", "--save_ckpt_freq", "1")
+
+    def go_on(folder: Path, stopped: bool) -> Position:
+        run, position = start("finetune", folder, *flags)
+        batches = build_eval_loader(run.args, build_finetune_transform(run.args, train=False))
+        batches = StoppedAt(batches, run.stop) if stopped else batches
+        evaluator = ClassificationEvaluator(run, Interruptible(batches, run.stop))
+        train(run, position, lambda position: evaluator.after_epoch(position, run.session))
+        return position
+
+    with pytest.raises(Stopped, match="SIGTERM during an evaluation"):
+        go_on(tmp_path / "stopped", stopped=True)
+    (saved,) = (tmp_path / "stopped").glob("checkpoint-*.pth")
+    state = load_checkpoint(saved)
+    assert saved.stem == f"checkpoint-0-{state['data']['steps_per_epoch']}" and state["best"] == 0
+    go_on(tmp_path / "stopped", stopped=False)
+    go_on(tmp_path / "whole", stopped=False)
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("stopped", "whole")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 2
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoint-1.pth") for name in ("stopped", "whole")
+    ]
+    assert differing(*({k: v for k, v in state.items() if k != "args"} for state in states)) == []
 
 
 RANK_OF_A_LAUNCHER = """

@@ -2,26 +2,29 @@
 
 import copy
 import importlib
+import subprocess
 import sys
 
 import pytest
 import torch
 import torchvision
-from helpers import block_outputs
+from helpers import ROOT, block_outputs, environment
 from torch import nn
 
-from unimim.checkpoint.files import save_encoder
+from unimim.checkpoint.files import save_checkpoint, save_encoder
 from unimim.checkpoint.loading import load_pretrained
 from unimim.checkpoint.resizing import interpolate_rel_pos_bias
+from unimim.engine.distributed import free_port
 from unimim.openmmlab import compat, doctor
 
 compat.prepare("mmseg", "mmdet")
 
 from mmcv.ops import RoIAlign  # noqa: E402
 from mmengine.config import Config  # noqa: E402
+from mmengine.registry import MODELS  # noqa: E402
 
 from modeling_finetune import VisionTransformer, create_model  # noqa: E402
-from unimim.openmmlab import runner  # noqa: E402
+from unimim.openmmlab import register, runner  # noqa: E402, F401
 from unimim.openmmlab.checkpoint import class_tokens, load_backbone  # noqa: E402
 from unimim.openmmlab.cnn_backbone import TimmBackbone  # noqa: E402
 from unimim.openmmlab.data import Key, PositionSampler  # noqa: E402
@@ -112,6 +115,75 @@ def test_the_doctor_names_what_is_missing(monkeypatch, capsys):
         match=r"no_such_library cannot be imported: pip install -r requirements-downstream",
     ):
         compat.require("no_such_library")
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+@pytest.mark.parametrize("name", ["encoder-1.safetensors", "checkpoint-1.pth"])
+@pytest.mark.parametrize(
+    "backbone",
+    [{"type": "VisionTransformerBackbone", **TINY}, {"type": "TimmBackbone", "name": "resnet18"}],
+    ids=["vit", "resnet"],
+)
+def test_a_flipped_bit_is_noticed_by_what_the_configurations_build(tmp_path, backbone, name):
+    path = tmp_path / name
+    built = MODELS.build({**backbone, "pretrained": str(path)})
+    weights = getattr(built, "network", built).state_dict()
+    weights = {key: value + 1 for key, value in weights.items() if value.is_floating_point()}
+    if path.suffix == ".pth":
+        save_checkpoint(path, {"model": weights})
+    else:
+        save_encoder(path, weights, {"model": "x"})
+    whole = path.read_bytes()
+    for at in (len(whole) // 3, len(whole) // 2):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        before = copy.deepcopy(built.state_dict())
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
+            built.init_weights()
+        assert all(map(torch.equal, built.state_dict().values(), before.values()))
+    path.write_bytes(whole)
+    built.init_weights()
+    assert any(not torch.equal(value, before[key]) for key, value in built.state_dict().items())
+
+
+RANK_WITH_A_MISTAKE = """
+import sys, time
+import torch.distributed as dist
+from unimim.logs import setup_logging
+from unimim.openmmlab.runner import launch
+
+def main():
+    dist.init_process_group("gloo")
+    setup_logging(dist.get_rank())
+    dist.barrier()
+    dist.destroy_process_group = lambda: time.sleep(600)  # as nccl's may, while others wait
+    if dist.get_rank() == 1:
+        raise ValueError("--data-root holds no images") if sys.argv[1] == "user" else KeyError("x")
+    dist.barrier()
+
+launch(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("whose", "says"), [("user", "error: --data-root"), ("code", "KeyError")])
+def test_after_an_error_no_rank_waits_to_leave(whose, says):
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(2):
+        own = environment() | place | {"RANK": str(rank)}
+        command = [sys.executable, "-c", RANK_WITH_A_MISTAKE, whose]
+        ranks.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=own, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    assert says in outputs[1] and [process.returncode for process in ranks] == [1, 1]
+    assert ("Traceback" in outputs[1]) == (whose == "code")
 
 
 # --------------------------------------------------------------------------------------------------

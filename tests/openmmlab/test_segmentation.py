@@ -263,6 +263,21 @@ def test_wrong_or_unsafe_files_are_refused_by_name(data, trained, tmp_path, monk
         ValueError, match=r"(?s)partial\.pth is not a checkpoint of this.*decode_head\.conv_seg"
     ):
         runner.test(TASK, [BEIT, str(tmp_path / "partial.pth"), *flags])
+    broken = saved["state_dict"] | {"decode_head.conv_seg.bias": torch.full((150,), torch.nan)}
+    torch.save({"state_dict": broken, "meta": {}}, tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match=r"broken\.pth holds values.*not finite.*conv_seg\.bias"):
+        runner.test(TASK, [BEIT, str(tmp_path / "broken.pth"), *flags])
+    raw = bytearray((trained[0] / "iter_60.pth").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(raw)
+    start = [*flags, f"load_from={tmp_path / 'flipped.pth'}"]
+    for refused in (
+        lambda: runner.test(TASK, [BEIT, str(tmp_path / "flipped.pth"), *flags]),
+        lambda: runner.train(TASK, [BEIT, "--resume", str(tmp_path / "flipped.pth"), *flags]),
+        lambda: runner.train(TASK, [BEIT, *start]),
+    ):
+        with pytest.raises(ValueError, match=r"flipped\.pth is damaged"):
+            refused()
     torch.save({**saved, "message_hub": Path("code")}, tmp_path / "unsafe.pth")
     with pytest.raises(ValueError, match=r"unsafe\.pth is refused.*--trust-checkpoint"):
         runner.test(TASK, [BEIT, str(tmp_path / "unsafe.pth"), *flags])

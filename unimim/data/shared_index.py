@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from unimim.engine.distributed import has_peers
 from unimim.files import write_atomically
 from unimim.logs import log
+from unimim.processes import has_peers
 
 Arrays = dict[str, np.ndarray]
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from unimim.engine.lock import release_all
 from unimim.engine.writing import wait_for_writers
+from unimim.processes import has_peers, in_group
 
 WRITE_SECONDS = 30  # for a checkpoint that is being written when a rank ends at once
 
@@ -162,10 +163,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def in_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def is_first_rank() -> bool:
     """Return whether this process is rank 0, as one without a group is."""
     return not in_group() or dist.get_rank() == 0
@@ -183,11 +180,6 @@ def leave_process_group() -> None:
     if in_group():
         dist.destroy_process_group()
         gc.collect()  # DDP lies in reference cycles and holds the group
-
-
-def has_peers() -> bool:
-    """Return whether other processes may wait for this one in a collective."""
-    return in_group() and dist.get_world_size() > 1
 
 
 def exit_at_once(code: int) -> None:
@@ -271,6 +263,11 @@ class StopSignal:
             signal.signal(number, handler or signal.SIG_DFL)
         if self.received:
             signal.raise_signal(signal.Signals[self.received])
+
+    @property
+    def reason(self) -> str:
+        """The signal that all ranks stop for, once they have agreed."""
+        return self.received or "a signal on another rank"
 
     def _remember(self, number: int, _frame) -> None:
         self.received = self.received or signal.Signals(number).name

@@ -1,7 +1,7 @@
 """What a run knows of its surroundings, and what one run of the training loop holds."""
 
 from argparse import Namespace
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,3 +132,29 @@ class Training:
 
 class Stopped(Exception):
     """A signal asked the run to stop; everything is saved."""
+
+
+class Interrupted(Stopped):
+    """A signal asked the run to stop while it evaluates: nothing of the evaluation is kept."""
+
+
+class Interruptible:
+    """The batches of an evaluation, until a signal asks all ranks to stop: Interrupted.
+
+    All ranks go through as many batches.
+    """
+
+    def __init__(self, loader: DataLoader, stop: StopSignal):
+        self.loader = loader
+        self.dataset = loader.dataset
+        self.stop = stop
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            yield batch
+            self._ask(last=False)
+        self._ask(last=True)
+
+    def _ask(self, *, last: bool) -> None:
+        if self.stop.agreed(last=last):
+            raise Interrupted(f"{self.stop.reason} during an evaluation")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from datasets import EvalBatchSampler, ImageDataset, build_dataset, build_loader
+from unimim.checkpoint.loading import check_finite
 from unimim.cli.options import derived, report
 from unimim.data.channels import kept_channels
 from unimim.data.classes import settle_classes
@@ -18,7 +19,7 @@ from unimim.engine.distributed import from_first_rank
 from unimim.engine.runner import AUTOCAST_DTYPES
 from unimim.engine.session import Origin, Position, Session
 from unimim.engine.setup import dry_run, set_up, start_training
-from unimim.engine.state import RunContext, Training
+from unimim.engine.state import Interruptible, RunContext, Training
 from unimim.evaluation.features import (
     Backbone,
     FeatureDataset,
@@ -56,7 +57,7 @@ class ProbeEvaluator:
         context: RunContext,
         probe: Probe,
         lrs: list[float],
-        loader: DataLoader,
+        loader: DataLoader | Interruptible,
     ):
         self.context = context
         self.probe = probe
@@ -104,6 +105,7 @@ def evaluate_only(
     if origin is None:
         raise ValueError("--eval needs a checkpoint: --resume FILE")
     origin.load_weights(heads, None, "average")
+    check_finite(heads, origin.path)
     return evaluator(origin.state["epoch"])
 
 
@@ -184,6 +186,7 @@ def run_probe(
         dry_run(args, groups, steps, context.device)
         return []
     run, position = start_training(context, probe, loader, groups)
+    evaluator.loader = Interruptible(evaluator.loader, run.stop)
     train(run, position, after_epoch=lambda position: evaluator.after_epoch(position, run.session))
     log.info("best acc1 %.3f", position.best)
     return evaluator.results or evaluator(args.epochs - 1)  # a finished run has trained nothing

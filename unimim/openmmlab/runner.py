@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ import torch
 from torch.distributed import is_torchelastic_launched
 
 from unimim.checkpoint.files import load_checkpoint
-from unimim.engine.distributed import leave_process_group
+from unimim.checkpoint.loading import check_finite
+from unimim.engine.distributed import exit_at_once, leave_process_group
 from unimim.engine.monitor import keep_freed_memory
 from unimim.errors import explain
 from unimim.logs import setup_logging
 from unimim.openmmlab import compat
 from unimim.openmmlab.checkpoint import class_tokens
+from unimim.processes import has_peers
 
 log = logging.getLogger("unimim")
 
@@ -244,6 +247,8 @@ def set_start(cfg, args: Namespace) -> None:
             cfg.load_from = str(latest)
             use_class_tokens(cfg, latest)
             return
+    if cfg.get("load_from"):
+        check_loads(cfg.load_from, args.trust_checkpoint)
     if args.pretrained == RANDOM:
         log.warning("--pretrained none: the backbone starts from random weights")
     elif args.pretrained:
@@ -303,13 +308,15 @@ def check_loads(path: str, trusted: bool) -> None:
 
 
 def load_network(runner, path: str) -> None:
-    """Load all weights of the network; raise ValueError if any are missing or left over."""
+    """Load all weights of the network; raise ValueError if any are missing, left over or not
+    finite."""
     try:
         runner.load_checkpoint(path, strict=True)
     except RuntimeError as error:
         raise ValueError(
             f"{path} is not a checkpoint of this configuration's network: {error}"
         ) from error
+    check_finite(runner.model, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -399,6 +406,7 @@ def demo_network(task: Task, args: Namespace):
         raise ValueError(
             f"{args.checkpoint} is not a checkpoint of this configuration's network: {error}"
         ) from error
+    check_finite(network, args.checkpoint)
     return cfg, network.to(get_device()).eval()
 
 
@@ -426,14 +434,23 @@ def predict(cfg, network, path: Path):
 
 
 def launch(main: Callable[[], Any]) -> None:
-    """Run an entry point; report errors of flags or files in one line."""
+    """Run an entry point; report errors of flags or files in one line.
+
+    After an error among several ranks the process ends at once: the others may wait in the group,
+    and to leave it would wait for them.
+    """
     try:
         main()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     except Exception as error:
-        if sentence := explain(error):
+        sentence = str(error) if isinstance(error, ValueError) else explain(error)
+        if has_peers():
+            if sentence:
+                log.error("error: %s", sentence)
+            else:
+                traceback.print_exc()
+            exit_at_once(1)
+        leave_process_group()
+        if sentence:
             raise SystemExit(f"error: {sentence}") from error
         raise
-    finally:
-        leave_process_group()
+    leave_process_group()
