@@ -64,13 +64,21 @@ def start_ranks(what: str, ranks: int = 3) -> list[subprocess.Popen]:
     return started
 
 
+def rest_of(process: subprocess.Popen) -> str:
+    """Return what a rank says after "ready", some of which the pipe's buffer may hold already."""
+    with process.stdout:
+        said = process.stdout.read()
+    process.wait(timeout=60)
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "dies"), [("collective", 1), ("wait", 2), ("wait", 0)])
 def test_a_killed_rank_is_named_by_the_others(what, dies):
     ranks = start_ranks(what)
     ranks[dies].send_signal(signal.SIGKILL)
     for rank, process in enumerate(ranks):
-        output = process.communicate(timeout=60)[0]
+        output = rest_of(process)
         if rank != dies:
             name = f"rank {dies} ({socket.gethostname()}, process {ranks[dies].pid}) has ended,"
             assert name in output and "Traceback" not in output, output
@@ -80,7 +88,7 @@ def test_a_killed_rank_is_named_by_the_others(what, dies):
 @pytest.mark.slow
 def test_a_rank_with_a_mistake_of_its_own_says_so_and_ends_all():
     ranks = start_ranks("error")
-    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    outputs = [rest_of(process) for process in ranks]
     assert outputs[1] == "[rank 1] error: a mistake of mine\n"
     for output in (outputs[0], outputs[2]):
         assert "has ended with an error, so this one ends too" in output, output
@@ -90,7 +98,7 @@ def test_a_rank_with_a_mistake_of_its_own_says_so_and_ends_all():
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_before_its_first_step_stops_all():
     ranks = start_ranks("stop")
-    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    outputs = [rest_of(process) for process in ranks]
     assert outputs[1] == "[rank 1] stopped by SIGTERM before the first step\n"
     said = "was stopped by a signal before its first step, so this one ends too"
     assert said in outputs[0] and "error" not in outputs[0] and outputs[2] == ""
@@ -101,5 +109,5 @@ def test_a_rank_that_is_stopped_before_its_first_step_stops_all():
 def test_ranks_that_leave_in_order_end_nobody():
     ranks = start_ranks("leave")
     for process in ranks:
-        assert process.communicate(timeout=60)[0] == ""
+        assert rest_of(process) == ""
         assert process.returncode == 0

@@ -43,11 +43,12 @@ def test_a_stopped_run_is_queued_again_and_no_other(tmp_path, status, queued):
 
 def test_only_what_trains_is_told_a_status(tmp_path):
     job = {"SLURM_JOB_ID": "12", "SLURM_SUBMIT_DIR": str(ROOT)}
-    trains = {path.name for path in ROOT.glob("run_*.py")} - {"run_knn.py"}
+    judges = ("run_knn.py", "run_robustness.py")
+    trains = {path.name for path in ROOT.glob("run_*.py")}.difference(judges)
     for script in (*trains, "semantic_segmentation/voc_linear_probe.py"):
         done = slurm(tmp_path, 0, script, **job)
         assert done.stdout.endswith(f"python {script} --stop_status 75\n")
-    for script in ("run_knn.py", "semantic_segmentation/train.py", "analysis/cka.py"):
+    for script in (*judges, "semantic_segmentation/train.py", "analysis/cka.py"):
         assert slurm(tmp_path, 0, script, **job).stdout.endswith(f"python {script}\n")
 
 
