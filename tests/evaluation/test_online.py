@@ -14,6 +14,7 @@ import run_pretraining
 from unimim.checkpoint.files import list_checkpoints, load_checkpoint
 from unimim.data.sources import digits_source
 from unimim.engine.session import Position
+from unimim.engine.state import Stopped
 from unimim.evaluation.features import Features
 from unimim.evaluation.online import (
     OnlineEvaluation,
@@ -64,6 +65,30 @@ def test_the_loss_curve_and_the_weights_are_bit_equal_with_and_without(tmp_path,
     for name in expected:
         assert logged[f"epoch/{name}"] == pytest.approx([row[name] for row in judged]), name
     check_pictures(tmp_path / "judged/pictures", logged, method)
+
+
+def test_a_signal_ends_the_evaluation_which_is_made_when_the_run_goes_on(tmp_path, monkeypatch):
+    after_epoch = OnlineEvaluation.after_epoch
+
+    def signaled(evaluation, position):
+        evaluation.run.stop.received = "SIGTERM"
+        return after_epoch(evaluation, position)
+
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlineEvaluation, "after_epoch", signaled)
+        with pytest.raises(Stopped, match="SIGTERM during an evaluation"):
+            run_of(folder, "--eval_every", "1")
+    (saved,) = folder.glob("checkpoint-*.pth")
+    assert saved.stem == f"checkpoint-0-{load_checkpoint(saved)['data']['steps_per_epoch']}"
+    rows = [run_of(tmp_path / name, "--eval_every", "1") for name in ("stopped", "whole")]
+    for row in (*rows[0], *rows[1]):
+        row.pop("eval_seconds")
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoint-1.pth") for name in ("stopped", "whole")
+    ]
+    assert differing(states[0]["model"], states[1]["model"]) == []
 
 
 def check_pictures(folder: Path, logged: dict, method: tuple[str, ...]) -> None:
@@ -160,7 +185,9 @@ def test_held_out_and_spread_images():
 
 def judged(folder: Path) -> dict[str, float]:
     run, _ = start("pretrain", folder, "--eval_every", "1", "--eval_images", "101")
-    return OnlineEvaluation(run.context, run.task).metrics(run.task)
+    evaluation = OnlineEvaluation(run.context, run.task)
+    evaluation.follow(run)
+    return evaluation.metrics(run.task)
 
 
 @pytest.mark.slow

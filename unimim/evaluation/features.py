@@ -34,10 +34,10 @@ from unimim.data.channels import kept_channels
 from unimim.data.files import Key
 from unimim.data.preparation import DROP
 from unimim.data.views import MEAN_STD, EvalTransform, image_mean_std
-from unimim.engine.distributed import barrier, from_first_rank, reduce_sum
+from unimim.engine.distributed import StopSignal, barrier, from_first_rank, reduce_sum
 from unimim.engine.monitor import Progress
 from unimim.engine.runner import AUTOCAST_DTYPES
-from unimim.engine.state import RunContext
+from unimim.engine.state import Interruptible, RunContext
 from unimim.logs import log
 from unimim.sizes import to_pair
 
@@ -264,10 +264,17 @@ def features_of(
 
 
 @torch.no_grad()
-def extract(context: RunContext, dataset: ImageDataset, backbone: Backbone, name: str) -> Features:
+def extract(
+    context: RunContext,
+    dataset: ImageDataset,
+    backbone: Backbone,
+    name: str,
+    stop: StopSignal | None = None,
+) -> Features:
     """Compute the features of all images, each rank a part of them.
 
-    A broken image has no feature; the image that replaced it counts once.
+    A broken image has no feature; the image that replaced it counts once. A signal on any rank,
+    which `stop` knows of, ends all of them after the batch: Interrupted.
     """
     args = context.args
     sampler = EvalBatchSampler(
@@ -279,7 +286,8 @@ def extract(context: RunContext, dataset: ImageDataset, backbone: Backbone, name
     sums = torch.zeros(len(dataset), backbone.dim, device=device)  # the only memory of this size
     times = torch.zeros(len(dataset), device=device)
     progress = Progress(f"{name} features", len(sampler), 0, every=50, rank=context.rank)
-    for number, batch in enumerate(loader, 1):
+    batches = loader if stop is None else Interruptible(loader, stop)
+    for number, batch in enumerate(batches, 1):
         counts = batch["index"] >= 0
         index = batch["index"][counts].to(device)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():

@@ -134,8 +134,9 @@ class OnlineEvaluation:
         with unchanged(network):
             backbone = EncoderInTraining(network)
             try:
-                bank = extract(context, self.bank, backbone, "training")
-                queries = extract(context, self.queries, backbone, "validation")
+                stop = self.run.stop
+                bank = extract(context, self.bank, backbone, "training", stop)
+                queries = extract(context, self.queries, backbone, "validation", stop)
             except NotFiniteError as error:
                 log.warning("--eval_every: %s", error)
                 return {}
