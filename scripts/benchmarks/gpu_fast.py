@@ -2,7 +2,7 @@
 can do.
 
 Every step is measured on made images that lie on the device: images/s, TFLOP/s and model FLOPs
-utilisation by the FLOPs that torch counts, the share of a large matrix product timed right after
+utilization by the FLOPs that torch counts, the share of a large matrix product timed right after
 it, and the peak of the memory. A row is recorded as soon as it is there; OUTPUT/fast.md holds them
 as tables.
 
