@@ -29,7 +29,7 @@ table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc }
 th { text-align: left }
 th:not(:first-child), td:not(:first-child) { text-align: right }
-td:not(:first-child) { font-variant-numeric: tabular-nums }
+td:not(:first-child) { font-variant-numeric: tabular-nums; white-space: nowrap }
 @media print {
   @page { margin: 15mm }
   body { max-width: none; margin: 0; padding: 0; font-size: 10.5pt }
