@@ -130,7 +130,7 @@ METHODS = {
         "SemMAE, random parts", f"--model semmae_tiny_patch16_224 {MAE}", parts="random"
     ),
     "semmae_strong": Method(
-        "SemMAE, k-means parts of a strong teacher",
+        "SemMAE, strong teacher's parts",
         f"--model semmae_tiny_patch16_224 {MAE}",
         parts="kmeans",
         strong_teacher=True,
@@ -212,7 +212,7 @@ UNPUBLISHED = {
         length="medium",
     ),
     "semmae_hog": Method(
-        "SemMAE, parts of a strong teacher, HOG",
+        "SemMAE, strong teacher's parts, HOG",
         f"--model semmae_tiny_patch16_224 {MAE} --target hog",
         parts="kmeans",
         strong_teacher=True,

@@ -33,7 +33,7 @@ from unimim.files import write_text
 COLUMNS = {
     "knn_acc1": "k-NN",
     "linear_acc1": "linear probe",
-    "finetune_acc1": "fine-tuned on 10 % of labels",
+    "finetune_acc1": "fine-tuned, 10 % of labels",
 }
 MARKERS = "oDs^"  # of the lengths of pre-training, the shortest first
 GAP = 0.7  # between the methods of two networks, in rows
