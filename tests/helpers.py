@@ -263,6 +263,13 @@ def differing(ours: Any, theirs: Any, place: str = "") -> list[str]:
 # Spawned ranks
 
 
+def png(value: int) -> bytes:
+    """Return a PNG of 16 x 16 pixels of one red."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
 def imagenet_stand_in(folder: Path) -> None:
     """Write thirty images in ImageNet's layout: map files beside train/ and val/."""
     source = digits_source(train=True)

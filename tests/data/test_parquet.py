@@ -1,12 +1,10 @@
 """--data_set hf: which files and columns, the index, reading in place, and that a run on parquet
 files is the run on a zip."""
 
-import io
 import json
 import os
 import pickle
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import DECODER, SIZE, differing, start, train_steps
+from helpers import DECODER, SIZE, differing, png, start, train_steps
 from PIL import Image
 
 from datasets import BadImagesError, ImageDataset, fingerprint
@@ -29,25 +27,12 @@ from unimim.data.part_maps import image_names, png_names
 from unimim.data.sources import build_source, detect, digits_source, is_divided
 from unimim.engine.session import Position
 
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
+
 IMAGES = 60
 MAE = ("--model", "mae_tiny_patch16_224", "--model_kwargs", *SIZE, *DECODER)
 UNLABELED = {"train": True, "need_labels": False}
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-@pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path, monkeypatch):
-    """The index of these files is not left in the machine's temporary folder. Its path is short,
-    for the sockets of workers."""
-    with tempfile.TemporaryDirectory() as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield
-
-
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
 
 
 def row(value: int, path: str | None = None) -> dict:

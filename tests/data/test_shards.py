@@ -5,13 +5,12 @@ import json
 import os
 import pickle
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import DECODER, SIZE, differing, start, train_steps
+from helpers import DECODER, SIZE, differing, png, start, train_steps
 from PIL import Image
 
 from datasets import ImageDataset
@@ -23,23 +22,10 @@ from unimim.data.shards import TarFiles, expanded, index_of, read_shard, shards_
 from unimim.data.sources import build_source, detect, digits_source, is_divided
 from unimim.engine.session import Position
 
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
+
 IMAGES = 60
 MAE = ("--model", "mae_tiny_patch16_224", "--model_kwargs", *SIZE, *DECODER)
-
-
-@pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path, monkeypatch):
-    """The index of these shards is not left in the machine's temporary folder. Its path is short,
-    for the sockets of workers."""
-    with tempfile.TemporaryDirectory() as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield
-
-
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
