@@ -51,12 +51,13 @@ class ShardIndex:
             return self._up_to_date(shards, states, {})
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            earlier: Arrays = {}
             for place in places:
                 held = self._load(place)
                 if held and json.loads(bytes(held["about"]))["shards"] == states:
                     return self._shared(place)
-            held = next((held for held in map(self._load, places) if held), {})
-            index = self._up_to_date(shards, states, held)
+                earlier = earlier or held
+            index = self._up_to_date(shards, states, earlier)
             for place in places:
                 try:
                     write_atomically(place, partial(np.savez, **index))
