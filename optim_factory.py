@@ -137,7 +137,9 @@ def param_groups(
     if hasattr(model, "param_rules"):
         return _groups_by_rules(model, weight_decay, model.param_rules())
     layered = layer_decay is not None and layer_decay < 1
-    layers, last = layers_of([name for name, _ in model.named_parameters()]) if layered else ({}, 0)
+    if layered:
+        layers, last = layers_of([name for name, _ in model.named_parameters()])
+        scales = layer_scales(layer_decay, last - 1, full_last_block=full_last_block)
     skipped = getattr(model, "no_weight_decay", set)() | set(no_decay_names)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -147,7 +149,6 @@ def param_groups(
         group = _empty_group(weight_decay if decay else 0.0, decay)
         if layered:
             group["group_name"] = f"layer_{layers[name]}_{group['group_name']}"
-            scales = layer_scales(layer_decay, last - 1, full_last_block=full_last_block)
             group["lr_scale"] = float(scales[layers[name]])
         if head_scale is not None and _HEAD.match(name):
             group |= {"lr_scale": head_scale, "warmup_scale": 1.0}
