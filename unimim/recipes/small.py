@@ -96,28 +96,25 @@ PRETRAIN_NEPA = PRETRAIN_VIT | {
     "train_interpolation": "bicubic",
     "use_ema_model": False,
 }
-PRETRAIN_CONMIM = PRETRAIN | {
-    "epochs": 9,
-    "lr": 1e-3,
+# the ViT with relative positions
+PRETRAIN_BEIT_VIT = PRETRAIN | {
     "clip_grad": 3.0,
     "patch_size": 7,
     "layer_scale_init_value": 1.0,
-    "model_kwargs": (*ENCODER, "projector_hidden_dim=256"),
     "mask_type": "random",
     "mask_ratio": 0.5,
     "opt_betas": (0.9, 0.98),
+}
+PRETRAIN_CONMIM = PRETRAIN_BEIT_VIT | {
+    "epochs": 9,
+    "lr": 1e-3,
+    "model_kwargs": (*ENCODER, "projector_hidden_dim=256"),
     "t_momentum": 0.99,
     "temp": 0.1,
 }
-PRETRAIN_BEIT = PRETRAIN | {
+PRETRAIN_BEIT = PRETRAIN_BEIT_VIT | {
     "epochs": 6,
-    "clip_grad": 3.0,
-    "patch_size": 7,
-    "layer_scale_init_value": 1.0,
     "model_kwargs": (*ENCODER, "vocab_size=128"),
-    "mask_type": "random",
-    "mask_ratio": 0.5,
-    "opt_betas": (0.9, 0.98),
     "color_jitter": 0.0,
 }
 PRETRAIN_A2MIM = PRETRAIN | {
