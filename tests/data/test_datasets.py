@@ -518,6 +518,27 @@ def test_digits_are_split_by_class(data_set, total, side):
     assert not any(val.read(index).tobytes() in seen for index in range(len(val)))
 
 
+def test_digits_are_those_of_scikit_learn():
+    """The library is not asked for them, because importing it takes long."""
+    from sklearn.datasets import load_digits
+
+    def gray(digit: np.ndarray) -> np.ndarray:
+        image = Image.fromarray(np.round(digit * 255 / 16).astype(np.uint8))
+        return np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
+
+    digits = load_digits()
+    train, val = (build_source("digits", None, train=on, need_labels=True) for on in (True, False))
+    ours = [
+        (label, s.read(i)[..., 0].tobytes())
+        for s in (train, val)
+        for i, label in enumerate(s.labels)
+    ]
+    theirs = [
+        (label, gray(d).tobytes()) for label, d in zip(digits.target, digits.images, strict=True)
+    ]
+    assert sorted(ours) == sorted(theirs)
+
+
 @pytest.mark.parametrize(
     "data_set, path, message",
     [

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
 from unimim.sizes import to_pair
@@ -87,6 +86,8 @@ def resample(values: np.ndarray, axis: int, src_window: int, dst_window: int) ->
     `values`."""
     if src_window == dst_window:
         return values
+    from scipy.interpolate import make_interp_spline  # late: most runs resize nothing
+
     coordinates = source_coordinates(src_window, geometric_ratio(src_window, dst_window))
     targets = np.arange(1 - dst_window, dst_window).clip(coordinates[0], coordinates[-1])
     return make_interp_spline(coordinates, values, k=min(3, len(coordinates) - 1), axis=axis)(

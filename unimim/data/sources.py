@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -411,14 +412,18 @@ def digits_source(*, train: bool) -> ArraySource:
 
     A fifth of each class is the validation split.
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    chosen = _held_out(digits.target) ^ train
-    levels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    # load_digits() reads the same file, after an import that takes a second
+    package = find_spec("sklearn")
+    if package is None:
+        raise ModuleNotFoundError("No module named 'sklearn'")
+    file = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")  # 64 levels of 0 to 16 and the label
+    labels = table[:, -1].astype(np.int64)
+    chosen = _held_out(labels) ^ train
+    levels = np.round(table[chosen, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     size = (DIGITS_SIZE, DIGITS_SIZE)
     images = [Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC) for digit in levels]
-    return _gray_digits("digits", np.stack(images), digits.target[chosen])
+    return _gray_digits("digits", np.stack(images), labels[chosen])
 
 
 def mnist5k_source(*, train: bool) -> ArraySource:
