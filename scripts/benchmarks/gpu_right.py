@@ -4,7 +4,7 @@ must be equal to.
 The device is compared with the CPU, each precision with float32, each kernel and engine with the
 plain one. What needs a process of its own runs beside that as a group, and its results are read at
 the end: `python scripts/benchmarks/gpu_right.py GROUP --output FOLDER`. On a CPU the comparisons
-with the device are left out.
+with the device are left out, and one process runs the groups.
 """
 
 import argparse
@@ -468,7 +468,7 @@ def neighbors(device: torch.device) -> dict[str, Any]:
     )
     found = {}
     with exact_products():
-        for place in ("cpu", device.type):
+        for place in dict.fromkeys(("cpu", device.type)):
             with redirect_stdout(io.StringIO()):
                 found[place] = evaluate_features(parse_knn([*flags, "--device", place]))
     pairs = list(zip(found["cpu"], found[device.type], strict=True))
@@ -539,7 +539,7 @@ def probing(device: torch.device) -> dict[str, Any]:
     )
     last = {}
     with exact_products():
-        for place in ("cpu", device.type):
+        for place in dict.fromkeys(("cpu", device.type)):
             with own_signals(), redirect_stdout(io.StringIO()):
                 last[place] = run_probe(parse_linear([*flags, "--device", place]), train)[-1]
     ours, theirs = last[device.type], last["cpu"]
@@ -569,7 +569,6 @@ def engine_checks(checks: Checks) -> None:
                 partial(zero, name, device, folder, stage),
             )
     checks.attempt("SyncBN in a group of one", partial(sync_bn_of_one, device, folder))
-    leave_process_group()
 
 
 def zero(
@@ -633,7 +632,6 @@ def precision_checks(checks: Checks) -> None:
     if on_gpu:
         check = "DeepSpeed fp16, ZeRO 0, is refused"
         attempt(checks, check, "mae", partial(refused_fp16, "mae", device, folder))
-    leave_process_group()
 
 
 def optimizer_checks(checks: Checks) -> None:
@@ -740,7 +738,7 @@ def sync_bn_of_one(device: torch.device, folder: Path) -> dict[str, Any]:
 
 def resume_checks(checks: Checks) -> None:
     """Three steps, a checkpoint and three more, against three from the checkpoint."""
-    for exact in (True, False):
+    for exact in (True,) if checks.tiny else (True, False):
         names = METHODS if exact and not checks.tiny else ("conmim", "mae", "a2mim_resnet")
         for name in names:
             folder = checks.output / f"{name}-{exact}"
@@ -944,7 +942,7 @@ def reference_case(cases: Any, folder: Path, device: torch.device) -> dict[str, 
 
 @dataclass
 class Group:
-    """A group that runs, and where its results and words go."""
+    """Groups that run in one process, and where their results and words go."""
 
     name: str
     process: subprocess.Popen
@@ -976,17 +974,17 @@ class Group:
             checks.record(f"group {self.name}", ok=False, error=f"ended with {code}", details=words)
 
 
-def start_group(name: str, checks: Checks) -> Group:
-    """Begin a group in a process of its own, with what deterministic products ask of the
+def start_group(names: Sequence[str], checks: Checks) -> Group:
+    """Begin groups in one process of their own, with what deterministic products ask of the
     environment."""
-    folder = checks.output / "right" / name
+    folder = checks.output / "right" / names[0]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.jsonl").unlink(missing_ok=True)
     seconds = checks.time_left() - MARGIN - 1
     command = [
         sys.executable,
         str(Path(__file__)),
-        name,
+        *names,
         "--output",
         str(folder),
         "--seconds",
@@ -998,7 +996,7 @@ def start_group(name: str, checks: Checks) -> Group:
             [*command, "--device", str(checks.device)], cwd=ROOT, env=environment, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    return Group(name, process, folder)
+    return Group(" ".join(names), process, folder)
 
 
 def attempt(
@@ -1071,17 +1069,17 @@ GROUPS: dict[str, Callable[[Checks], None]] = {
     "cases": case_checks,
     "cnn": cnn_checks,
 }
+# On a CPU, in one process: stage 3 changes torch's functions for the rest of it, and comes last.
+ON_CPU = ("optimizers", "resume", "cnn", "precisions", "engines")
 
 
 def run(checks: Checks) -> None:
     """Run the section."""
-    names = [
-        name for name in GROUPS if not checks.tiny or name not in ("ranks", "compile", "cases")
-    ]
+    processes = [ON_CPU] if checks.tiny else [(name,) for name in GROUPS]
     groups: list[Group] = []
     try:
-        for name in names:
-            groups.append(start_group(name, checks))
+        for names in processes:
+            groups.append(start_group(names, checks))
         comparisons(checks, TRANSFORMERS)
         frozen_features(checks)
         while any(group.process.poll() is None for group in groups) and checks.time_left() > MARGIN:
@@ -1093,8 +1091,8 @@ def run(checks: Checks) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Runs one group of the section `right`.")
-    parser.add_argument("group", choices=GROUPS)
+    parser = argparse.ArgumentParser(description="Runs groups of the section `right`.")
+    parser.add_argument("groups", nargs="+", choices=GROUPS)
     parser.add_argument("--output", type=Path, required=True, help="folder of results.jsonl")
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="what it may take")
@@ -1108,7 +1106,9 @@ def main(argv: list[str] | None = None) -> None:
         args.device, args.output, deadline, tiny=args.device.type == "cpu", section="right",
         models=tuple(args.models),
     )  # fmt: skip
-    GROUPS[args.group](checks)
+    for name in args.groups:
+        GROUPS[name](checks)
+    leave_process_group()
 
 
 if __name__ == "__main__":
