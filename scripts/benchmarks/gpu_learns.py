@@ -952,9 +952,9 @@ def name_of(job: Job) -> str:
     return f"{job.key} seed {job.seed}{length}"
 
 
-def run(checks: Checks) -> None:
+def run(checks: Checks, **options: Any) -> None:
     """Run the section."""
-    run_all(checks, in_processes=not checks.tiny)
+    run_all(checks, in_processes=not checks.tiny, **options)
 
 
 def run_all(checks: Checks, *, in_processes: bool, size: int | None = None, **options: Any) -> None:
@@ -971,7 +971,7 @@ def run_all(checks: Checks, *, in_processes: bool, size: int | None = None, **op
         setting = prepare(checks, folder)
         checks.record("images decoded", seconds=round(time.monotonic() - begin, 2))
         if pool is None:
-            run_here(checks, setting, report)
+            run_here(checks, setting, report, **options)
         else:
             run_in_processes(pool, setting, report, deadline, **options)
     finally:
@@ -981,10 +981,13 @@ def run_all(checks: Checks, *, in_processes: bool, size: int | None = None, **op
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_here(checks: Checks, setting: Setting, report: Report) -> None:
+def run_here(
+    checks: Checks, setting: Setting, report: Report, *,
+    keys: Sequence[str] = PRETRAINED, random_keys: Sequence[str] = RANDOM,
+) -> None:  # fmt: skip
     """Every method for one epoch in this process."""
     images = Images(setting)
-    for key in (*PRETRAINED, *RANDOM):
+    for key in (*keys, *random_keys):
         job = Job(key, seed=0, epochs=0 if key in RANDOM else 1)
         checks.attempt(name_of(job), lambda job=job: report.add(run_job(setting, images, job)))
 
