@@ -190,33 +190,42 @@ def judged(folder: Path) -> dict[str, float]:
     return evaluation.metrics(run.task)
 
 
-@pytest.mark.slow
-def test_two_ranks_find_what_one_process_finds(tmp_path):
-    alone = judged(tmp_path / "alone")
-    for found in in_ranks(2, judged, tmp_path / "pair"):
-        assert found == pytest.approx(alone, rel=1e-4)
-
-
-def with_engines(folder: Path) -> None:
-    """Train with DDP, and then with weights that no rank has whole."""
+def judged_and_trained(folder: Path) -> dict[str, float]:
+    """Judge a run, and train with DDP, and then with weights that no rank has whole."""
+    found = judged(folder / "judged")
     flags = ["--lr", "1e-2", "--eval_every", "2"]
     config = ROOT / "tests/engine/zero3_partitioned.json"
     sharded = ["--enable_deepspeed", "--deepspeed_config", str(config)]
     run_of(folder / "ddp", *METHODS["mae"], *flags)
     run_of(folder / "zero3", *METHODS["mae"], *flags, *sharded)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """The folder of two ranks, and what each judged."""
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, in_ranks(2, judged_and_trained, folder)
 
 
 @pytest.mark.slow
-def test_sharded_weights_are_judged_as_whole_ones(tmp_path):
-    in_ranks(2, with_engines, tmp_path)
+def test_two_ranks_find_what_one_process_finds(tmp_path, pair):
+    alone = judged(tmp_path)
+    for found in pair[1]:
+        assert found == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_judged_as_whole_ones(pair):
+    folder = pair[0]
     ddp, zero3 = (
-        json.loads((tmp_path / name / "log.txt").read_text().splitlines()[-1])
+        json.loads((folder / name / "log.txt").read_text().splitlines()[-1])
         for name in ("ddp", "zero3")
     )
     assert zero3["train_loss"] == pytest.approx(ddp["train_loss"], rel=1e-4)
     assert zero3["knn_acc1"] == pytest.approx(ddp["knn_acc1"], abs=2)
     for name in ("effective_rank", "attention_entropy"):
         assert zero3[name] == pytest.approx(ddp[name], rel=1e-3), name
-    pictures = [Image.open(tmp_path / name / "pictures/epoch-1.png") for name in ("ddp", "zero3")]
+    pictures = [Image.open(folder / name / "pictures/epoch-1.png") for name in ("ddp", "zero3")]
     ours, theirs = (np.asarray(picture).astype(int) for picture in pictures)
     assert ours.shape == (4 * 16, 4 * 16, 3) and np.abs(ours - theirs).max() <= 2
