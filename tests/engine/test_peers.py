@@ -1,17 +1,21 @@
 """A rank that ends takes the others with it: with a sentence that names it, whatever they wait
 for."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import TextIO
 
 import pytest
 from helpers import ROOT, environment
 
 from unimim.engine.distributed import free_port
 
-RANK = """
+# Ranks are forked when the imports are done, each with the descriptor that it writes to.
+RANKS = """
 import os, signal, sys, time
 from argparse import Namespace
 import torch.distributed as dist
@@ -38,38 +42,64 @@ def main(args):
     while True:
         dist.barrier()
 
-setup.launch(main, Namespace(what=sys.argv[1], stop_status=0))
+what, *outputs = sys.argv[1:]
+outputs = list(map(int, outputs))
+pids = []
+for rank, output in enumerate(outputs):
+    pids.append(os.fork())
+    if pids[-1] == 0:
+        os.environ["RANK"] = str(rank)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        for each in outputs:
+            os.close(each)
+        setup.launch(main, Namespace(what=what, stop_status=0))
+        sys.exit()
+for each in outputs:
+    os.close(each)
+print(*pids, flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 """
 
 
-def start_ranks(what: str, ranks: int) -> list[subprocess.Popen]:
-    port = free_port()
-    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = []
-    for rank in range(ranks):
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", RANK, what],
-                cwd=ROOT,
-                env=environment() | place | {"RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    for process in started:
-        for line in process.stdout:
+@dataclass
+class Ranks:
+    """Ranks that run: what has forked them, their ids and what they write."""
+
+    parent: subprocess.Popen
+    pids: list[int]
+    outputs: list[TextIO]
+
+    def end(self) -> tuple[list[str], list[int]]:
+        """Wait for all ranks, and return what each said after "ready" and how it ended."""
+        said = []
+        for output in self.outputs:
+            with output:  # its buffer may hold some of it already
+                said.append(output.read())
+        with self.parent.stdout:
+            codes = [int(code) for code in self.parent.stdout.read().split()]
+        self.parent.wait(timeout=60)
+        return said, codes
+
+
+def start_ranks(what: str, count: int) -> Ranks:
+    """Start the ranks, and wait until all are ready."""
+    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes = [os.pipe() for _ in range(count)]
+    writers = [writer for _, writer in pipes]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", RANKS, what, *map(str, writers)],
+        cwd=ROOT, env=environment() | place, pass_fds=writers, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for writer in writers:
+        os.close(writer)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    outputs = [os.fdopen(reader) for reader, _ in pipes]
+    for output in outputs:
+        for line in output:
             if line == "ready\n":
                 break
-    return started
-
-
-def rest_of(process: subprocess.Popen) -> str:
-    """Return what a rank says after "ready", some of which the pipe's buffer may hold already."""
-    with process.stdout:
-        said = process.stdout.read()
-    process.wait(timeout=60)
-    return said
+    return Ranks(parent, pids, outputs)
 
 
 @pytest.mark.slow
@@ -78,37 +108,34 @@ def rest_of(process: subprocess.Popen) -> str:
 )
 def test_a_killed_rank_is_named_by_the_others(what, count, dies):
     ranks = start_ranks(what, count)
-    ranks[dies].send_signal(signal.SIGKILL)
-    for rank, process in enumerate(ranks):
-        output = rest_of(process)
+    os.kill(ranks.pids[dies], signal.SIGKILL)
+    outputs, codes = ranks.end()
+    name = f"rank {dies} ({socket.gethostname()}, process {ranks.pids[dies]}) has ended,"
+    for rank, output in enumerate(outputs):
         if rank != dies:
-            name = f"rank {dies} ({socket.gethostname()}, process {ranks[dies].pid}) has ended,"
             assert name in output and "Traceback" not in output, output
-            assert len(output.splitlines()) == 1 and process.returncode == 1
+            assert len(output.splitlines()) == 1
+    assert codes == [-signal.SIGKILL if rank == dies else 1 for rank in range(count)]
 
 
 @pytest.mark.slow
 def test_a_rank_with_a_mistake_of_its_own_says_so_and_ends_all():
-    ranks = start_ranks("error", 2)
-    outputs = [rest_of(process) for process in ranks]
+    outputs, codes = start_ranks("error", 2).end()
     assert outputs[1] == "[rank 1] error: a mistake of mine\n"
     assert "has ended with an error, so this one ends too" in outputs[0], outputs[0]
-    assert [process.returncode for process in ranks] == [1, 1]
+    assert codes == [1, 1]
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_before_its_first_step_stops_all():
-    ranks = start_ranks("stop", 3)
-    outputs = [rest_of(process) for process in ranks]
+    outputs, codes = start_ranks("stop", 3).end()
     assert outputs[1] == "[rank 1] stopped by SIGTERM before the first step\n"
     said = "was stopped by a signal before its first step, so this one ends too"
     assert said in outputs[0] and "error" not in outputs[0] and outputs[2] == ""
-    assert [process.returncode for process in ranks] == [0, 0, 0]
+    assert codes == [0, 0, 0]
 
 
 @pytest.mark.slow
 def test_ranks_that_leave_in_order_end_nobody():
-    ranks = start_ranks("leave", 2)
-    for process in ranks:
-        assert rest_of(process) == ""
-        assert process.returncode == 0
+    outputs, codes = start_ranks("leave", 2).end()
+    assert outputs == ["", ""] and codes == [0, 0]
