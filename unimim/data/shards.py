@@ -218,7 +218,7 @@ class TarFiles:
         except OSError as error:
             raise BrokenImageError(error.strerror or str(error)) from error
         if len(content) < size:
-            raise BrokenImageError("the shard ends inside this member")
+            raise BrokenImageError("the file ends inside this image")
         return content
 
     def _file(self, shard: int) -> int:
