@@ -224,12 +224,8 @@ def test_folders_of_save_to_disk_that_cannot_be_read_are_told_why(saved):
 
 
 def test_splits_in_the_cache_of_datasets_follow_the_name_of_the_data_set(tmp_path):
-    for name in (
-        "beans-train-00000-of-00002",
-        "beans-train-00001-of-00002",
-        "beans-test",
-        "cache-1",
-    ):
+    shards = ("beans-train-00000-of-00002", "beans-train-00001-of-00002")
+    for name in (*shards, "beans-test", "cache-1"):
         write_arrow(tmp_path / f"{name}.arrow", [row(1)])
     trained = [tmp_path / f"{name}.arrow" for name in shards]
     assert files_of(str(tmp_path), train=True) == trained
@@ -264,6 +260,10 @@ def test_a_data_set_of_the_hub_is_looked_up_in_its_cache(tmp_path, hub, monkeypa
     assert len(source) == IMAGES
     assert source.path(0) == f"{snapshot}/train-00000-of-00003.parquet@/0/000.png"
     assert len(build_source("hf", "user/digits.10/data/val*.parquet", **UNLABELED)) == 20
+    (cache / "blobs/c0de1").rename(cache / "blobs/c0de1.incomplete")
+    with pytest.raises(ValueError, match="is a link to a file that is gone; download it again"):
+        for train in (True, False):
+            files_of(str(snapshot), train=train)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
     with pytest.raises(ValueError, match=wanted):
         detect("user/digits.10")

@@ -25,7 +25,7 @@ FOREIGN = {
     "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank",
     "--master_addr", "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size",
     "--ipc", "--help", "--iters_per_epoch",
-    "--no-deps", "--nodes", "--ntasks-per-node", "--gpus-per-node",
+    "--no-deps", "--repo-type", "--nodes", "--ntasks-per-node", "--gpus-per-node",
 }  # fmt: skip
 
 

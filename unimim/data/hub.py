@@ -91,6 +91,9 @@ def files_of(data_path: str, *, train: bool) -> list[Path]:
             f"--data_path {data_path} names parquet files and arrow files; name those of one kind, "
             f"as by '{files[0].parent}/*{files[0].suffix}'"
         )
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is a link to a file that is gone; download it again")
     return files
 
 
