@@ -77,12 +77,10 @@ def test_folders_may_be_divided_by_names_or_by_folders(tmp_path):
         write_tar(tmp_path / f"words/{name}.tar", {"a.png": png(1)})
     for name in ("a", "valid"):  # only those for validation say so
         write_tar(tmp_path / f"others/{name}-0.tar", {"a.png": png(1)})
-    for kind, names in {
-        "words": ("a-train-00", "a-validation-00"),
-        "others": ("a-0", "valid-0"),
-    }.items():
-        splits = [shards_of(str(tmp_path / kind), train=train) for train in (True, False)]
-        assert [[shard.stem for shard in shards] for shards in splits] == [[name] for name in names]
+    said = {"words": ["a-train-00", "a-validation-00"], "others": ["a-0", "valid-0"]}
+    for kind, names in said.items():
+        shards = [shards_of(str(tmp_path / kind), train=train) for train in (True, False)]
+        assert [[shard.stem for shard in split] for split in shards] == [[name] for name in names]
     for kind in ("names", "folders"):
         path = str(tmp_path / kind)
         assert [shard.name for shard in shards_of(path, train=True)] == [
@@ -122,7 +120,7 @@ def test_samples_have_several_extensions_and_labels_of_two_kinds(tmp_path, caplo
     assert "without an image are left out" in caplog.text and "1 of cls" in caplog.text
     for name, content, reason in (
         ("1.cls", b"cat", "no class number"), ("1.cls", b"10000000000", "use 0 to 999999"),
-        ("1.json", b'{"label": 2.5}', "the label 2.5, which is no class number"),
+        ("1.json", b'{"label": 2.5}', "the label 2.5, not a class number"),
     ):  # fmt: skip
         write_tar(tmp_path / "b.tar", {"1.png": png(1), name: content})
         with pytest.raises(ValueError, match=rf"b\.tar@/{name} holds .*{reason}"):
