@@ -141,8 +141,10 @@ def test_arrays_of_colors_are_images_without_a_flag() -> None:
     np.testing.assert_array_equal(decode(encoded(colors)), colors)
     assert decode(encoded(colors)).flags.writeable  # torch takes no other without a warning
     np.testing.assert_array_equal(decode(encoded(colors[..., 0])), colors[..., :1].repeat(3, 2))
-    with pytest.raises(BrokenImageError, match="--keep_channels reads others"):
+    with pytest.raises(BrokenImageError, match="not 8-bit gray or RGB; give --keep_channels"):
         decode(encoded(colors.astype(np.uint16)))
+    with pytest.raises(BrokenImageError, match="not 8-bit gray or RGB; give --in_chans 5"):
+        decode(encoded(some(np.uint8, 4, 5, 5)))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class ShardIndex:
                     write_atomically(place, partial(np.savez, **index))
                 except OSError:  # a folder of somebody else, or a full disk
                     continue
-                log.info("the index of %d shards is in %s", len(shards), place)
+                files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
+                log.info("the index of %s is in %s", files, place)
                 return self._shared(place)
         return index
 
