@@ -219,7 +219,7 @@ def test_what_follows_a_damaged_header_is_not_lost_in_silence(tmp_path, caplog):
         file.write(b"x" * 512)
     with caplog.at_level("WARNING", logger="unimim"):
         assert read_shard(shard).names == whole.names[:2]
-    assert f"what follows its first {header} bytes is no member and not read" in caplog.text
+    assert f"is cut or damaged after {header} bytes: the rest is not read" in caplog.text
 
 
 def test_shards_of_two_folders_that_look_alike_are_told_apart(tmp_path):

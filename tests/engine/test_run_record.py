@@ -115,7 +115,7 @@ def test_trackers_get_every_metric(tmp_path, monkeypatch, tracker):
     assert asked[0]["name"] == (f"named-{own}" if tracker == "trackio" else "named")
     assert asked[0].get("id", own) == own
     monkeypatch.setitem(sys.modules, tracker, None)
-    with pytest.raises(ValueError, match=f"needs the package {tracker}: pip install {tracker}"):
+    with pytest.raises(ValueError, match=f"--tracker {tracker} needs the package {tracker}: pip"):
         RunLog(args, {})
 
 

@@ -132,7 +132,7 @@ def samples_of(file: BinaryIO, shard: Path) -> Iterator[dict[str, tarfile.TarInf
                 members[found[2].lower()] = member
             end = archive.offset
         if not is_zero(file, end):
-            log.warning("%s: what follows its first %d bytes is no member and not read", shard, end)
+            log.warning("%s is cut or damaged after %d bytes: the rest is not read", shard, end)
     except tarfile.ReadError as error:
         if key is None:
             raise ValueError(
