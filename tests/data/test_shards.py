@@ -81,6 +81,8 @@ def test_folders_may_be_divided_by_names_or_by_folders(tmp_path):
     for kind, names in said.items():
         shards = [shards_of(str(tmp_path / kind), train=train) for train in (True, False)]
         assert [[shard.stem for shard in split] for split in shards] == [[name] for name in names]
+    write_tar(tmp_path / "city/valencia.tar", {"a.png": png(1)})
+    assert len(shards_of(str(tmp_path / "city"), train=True)) == 1
     for kind in ("names", "folders"):
         path = str(tmp_path / kind)
         assert [shard.name for shard in shards_of(path, train=True)] == [

@@ -58,7 +58,7 @@ def shards_of(data_path: str, *, train: bool) -> list[Path]:
     if folder == root:
         named = [shard for shard in shards if SPLITS[train].match(shard.name)]
         others = [shard for shard in shards if not SPLITS[not train].match(shard.name)]
-        shards = named or (others if train else [])
+        shards = named or ((others or shards) if train else [])
     if not shards:
         use = "" if train else "; name some with --eval_data_path"
         raise ValueError(f"--data_path {data_path} holds no {split} shards (*.tar){use}")
@@ -69,8 +69,8 @@ def matching(pattern: str, missing: str) -> list[Path]:
     """Return the files of a pattern, in order; ValueError, saying that one of them is `missing`."""
     files = []
     for name in expanded(pattern):
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not found or not os.path.isfile(found[0]):
+        found = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
+        if not found:
             raise ValueError(f"--data_path {pattern}: {missing.format(name)}")
         files += map(Path, found)
     return files
