@@ -266,8 +266,9 @@ def _rgb_of_array(pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        count = pixels.shape[-1]
+        flag = "--keep_channels" if count in (1, 3) else f"--in_chans {count}"
         raise BrokenImageError(
-            f"its array {pixels.dtype} {list(pixels.shape)} is not 8-bit gray or RGB; "
-            "--keep_channels reads others"
+            f"its array {pixels.dtype} {list(pixels.shape)} is not 8-bit gray or RGB; give {flag}"
         )
     return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
