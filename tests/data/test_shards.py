@@ -97,7 +97,7 @@ def test_folders_may_be_divided_by_names_or_by_folders(tmp_path):
         shards_of(plain, train=False)
     assert [shard.stem for shard in shards_of(f"{plain}/?.tar", train=True)] == ["0", "1"]
     for pattern in ("{0,9}", "9*"):
-        with pytest.raises(ValueError, match=r"the shard .*9\*?\.tar does not exist"):
+        with pytest.raises(ValueError, match=r"plain/9\*?\.tar does not exist"):
             shards_of(f"{plain}/{pattern}.tar", train=True)
 
 
@@ -120,6 +120,9 @@ def test_samples_have_several_extensions_and_labels_of_two_kinds(tmp_path, caplo
     assert found.names == ["x/1.png", "x/2.JPG", "3.png", "5.png"]
     assert found.labels == [3, 7, -1, -1]
     assert "without an image are left out" in caplog.text and "1 of cls" in caplog.text
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"gone\.tar cannot be read: No such file"):
+        index_of([shard, tmp_path / "gone.tar"])
     for name, content, reason in (
         ("1.cls", b"cat", "no class number"), ("1.cls", b"10000000000", "use 0 to 999999"),
         ("1.json", b'{"label": 2.5}', "the label 2.5, not a class number"),

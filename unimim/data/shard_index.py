@@ -109,8 +109,14 @@ class ShardIndex:
 
 
 def state_of(shard: Path) -> list[Any]:
-    """Return what tells whether a shard has changed: name, size, time of the last change."""
-    found = shard.stat()
+    """Return what tells whether a shard has changed: name, size, time of the last change.
+
+    ValueError: it is gone, as what a link leads to.
+    """
+    try:
+        found = shard.stat()
+    except OSError as error:
+        raise ValueError(f"{shard} cannot be read: {error.strerror}") from error
     return [shard.name, found.st_size, found.st_mtime_ns]
 
 
