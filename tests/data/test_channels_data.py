@@ -66,6 +66,9 @@ def pages(count: int) -> bytes:
     return saved(first, "TIFF", save_all=True, append_images=others)
 
 
+WIDTH, WITHOUT_WIDTH = b"\0\1\4\0\1\0\0\0\7", b"\0\2\4\0\1\0\0\0\7"  # a tag of a page
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of 5-channel 16-bit arrays, for training and validation."""
@@ -126,7 +129,10 @@ def test_16_bit_colors_are_not_cut_to_8(kind: str) -> None:
         (encoded(np.zeros((4, 4, 5), np.uint8))[:-1], "states 80 bytes, it has 79"),
         (encoded(np.zeros((10**5, 10**5, 0), np.uint8)), "more than --max_image_pixels"),
         (encoded(np.array([[None]])), "Python objects"),
-        (b"\x93NUMPY\x01", "EOF|read"),
+        (b"\x93NUMPY\x01", "its header cannot be read"),
+        (encoded(np.zeros(4)).replace(b"(4,), }", b"(4,),  "), "its header cannot be read"),
+        (encoded(np.zeros(4)).replace(b"<f8", b"|V0"), "its values have no bytes"),
+        (WITHOUT_WIDTH.join(pages(5).rsplit(WIDTH, 1)), "Missing dimensions"),
         (b"nothing", "cannot identify"),
         (b"", "empty"),
     ],
