@@ -507,6 +507,13 @@ def test_no_parquet_file_and_missing_pyarrow_are_told(tmp_path, hub, monkeypatch
     (tmp_path / "a.parquet").write_bytes(b"no parquet at all" * 100)
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read as a parquet file"):
         build_source(None, str(tmp_path / "a.parquet"), **UNLABELED)
+    damaged = write_arrow(tmp_path / "b.arrow", [row(k, "name.png") for k in range(3)])
+    damaged.write_bytes(damaged.read_bytes().replace(b"name.png", b"\xffame.png"))
+    table = pa.ipc.open_stream(damaged).read_all()
+    pq.write_table(table, tmp_path / "b.parquet")
+    for kind in ("arrow", "parquet"):  # names that are no UTF-8
+        with pytest.raises(ValueError, match=rf"b\.{kind} cannot be read as an? {kind} file"):
+            build_source(None, str(tmp_path / f"b.{kind}"), **UNLABELED)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match="--data_set hf needs pyarrow: pip install pyarrow"):

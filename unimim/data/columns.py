@@ -32,7 +32,7 @@ def read_errors() -> tuple[type[Exception], ...]:
     """Return what pyarrow raises for files that are damaged, or of a kind that it does not know."""
     from pyarrow import ArrowException
 
-    return (OSError, ArrowException)
+    return (OSError, ArrowException, UnicodeDecodeError)
 
 
 # --------------------------------------------------------------------------------------------------

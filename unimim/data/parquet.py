@@ -67,10 +67,9 @@ def read_file(file: Path) -> tuple[list[str], Arrays]:
             footer = opened.metadata
             groups = [footer.row_group(k).num_rows for k in range(footer.num_row_groups)]
             table = opened.read(columns=wanted, use_threads=False) if wanted else None
+        names, arrays = rows_of(table, sum(groups), columns, file)
     except read_errors() as error:
         raise ValueError(f"{file} cannot be read as a parquet file: {error}") from error
-
-    names, arrays = rows_of(table, sum(groups), columns, file)
     return names, {**arrays, "group_rows": np.array(groups, dtype=np.int64)}
 
 
