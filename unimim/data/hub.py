@@ -1,14 +1,13 @@
 """Find the files of a data set of the Hugging Face hub (--data_set hf): parquet files, arrow files
 as the library `datasets` writes them, or a data set in the hub's cache on this machine."""
 
-import glob
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from unimim.data.shards import expanded
+from unimim.data.shards import matching
 from unimim.logs import log
 
 SPLITS = {True: (("train",),), False: (("validation", "valid", "val", "dev"), ("test",))}
@@ -85,7 +84,10 @@ def files_of(data_path: str, *, train: bool) -> list[Path]:
     if os.path.isdir(data_path):
         files = _in_folder(Path(data_path), train=train)
     else:
-        files = _matching(data_path)
+        advice = missing(data_path) or (
+            f"; a data set of the hub is downloaded by: {_DOWNLOAD} NAME --local-dir FOLDER"
+        )
+        files = matching(data_path, advice)
     if len({file.suffix == ".arrow" for file in files}) > 1:
         raise ValueError(
             f"--data_path {data_path} names parquet files and arrow files; name those of one kind, "
@@ -117,20 +119,6 @@ def _in_folder(root: Path, *, train: bool) -> list[Path]:
         )
     names = ", ".join(f"{name}*.parquet" for name in known)
     raise ValueError(f"--data_path {root} holds no files {names}{use}")
-
-
-def _matching(pattern: str) -> list[Path]:
-    """Return the files of a pattern with braces, or with * and ?; ValueError if one is missing."""
-    files = []
-    for name in expanded(pattern):
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not found or not os.path.isfile(found[0]):
-            advice = missing(pattern) or (
-                f"; a data set of the hub is downloaded by: {_DOWNLOAD} NAME --local-dir FOLDER"
-            )
-            raise ValueError(f"--data_path {pattern}: {name} does not exist{advice}")
-        files += map(Path, found)
-    return files
 
 
 def _of_split(folder: Path, names: Sequence[str]) -> list[Path]:

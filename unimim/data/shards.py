@@ -50,7 +50,7 @@ def shards_of(data_path: str, *, train: bool) -> list[Path]:
     missing.
     """
     if not os.path.isdir(data_path):
-        return matching(data_path, "the shard {} does not exist")
+        return matching(data_path)
     split = "train" if train else "val"
     root = Path(data_path)
     folder = root / split if (root / "train").is_dir() and (root / split).is_dir() else root
@@ -65,13 +65,18 @@ def shards_of(data_path: str, *, train: bool) -> list[Path]:
     return shards
 
 
-def matching(pattern: str, missing: str) -> list[Path]:
-    """Return the files of a pattern, in order; ValueError, saying that one of them is `missing`."""
+def matching(pattern: str, advice: str = "") -> list[Path]:
+    """Return the files of a pattern with braces, or with * and ?, in order.
+
+    ValueError, which ends in the advice: one is missing.
+    """
     files = []
     for name in expanded(pattern):
-        found = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
+        found = [name]
+        if not os.path.isfile(name):
+            found = sorted(path for path in glob.glob(name) if not os.path.isdir(path))
         if not found:
-            raise ValueError(f"--data_path {pattern}: {missing.format(name)}")
+            raise ValueError(f"--data_path {pattern}: {name} does not exist{advice}")
         files += map(Path, found)
     return files
 
