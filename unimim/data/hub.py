@@ -84,8 +84,10 @@ def files_of(data_path: str, *, train: bool) -> list[Path]:
     if os.path.isdir(data_path):
         files = _in_folder(Path(data_path), train=train)
     else:
-        advice = f"; a data set of the hub is downloaded by: {_DOWNLOAD} NAME --local-dir FOLDER"
-        files = matching(data_path, missing(data_path) or advice)
+        advice = missing(data_path) or (
+            f"; a data set of the hub is downloaded by: {_DOWNLOAD} NAME --local-dir FOLDER"
+        )
+        files = matching(data_path, advice)
     if len({file.suffix == ".arrow" for file in files}) > 1:
         raise ValueError(
             f"--data_path {data_path} names parquet files and arrow files; name those of one kind, "

@@ -66,11 +66,15 @@ def shards_of(data_path: str, *, train: bool) -> list[Path]:
 
 
 def matching(pattern: str, advice: str = "") -> list[Path]:
-    """Return the files of a pattern with braces, or with * and ?, in order; ValueError, with
-    advice, if one is missing."""
+    """Return the files of a pattern with braces, or with * and ?, in order.
+
+    ValueError, which ends in the advice: one is missing.
+    """
     files = []
     for name in expanded(pattern):
-        found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+        found = [name]
+        if not os.path.isfile(name):
+            found = sorted(path for path in glob.glob(name) if not os.path.isdir(path))
         if not found:
             raise ValueError(f"--data_path {pattern}: {name} does not exist{advice}")
         files += map(Path, found)
