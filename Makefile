@@ -45,4 +45,6 @@ $(STAMP): requirements.txt requirements-downstream.txt requirements-dev.txt
 	@$(RUN) -c '$(CHECK_311)' || { echo "$(VENV) holds $$($(RUN) -V), 3.11 is needed: remove that folder"; exit 1; }
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install -r requirements-dev.txt
+	# mmcv brings opencv-python, which needs a desktop's libraries; the headless files replace its own
+	$(RUN) -m pip install --quiet --force-reinstall --no-deps "$$(grep ^opencv requirements.txt)"
 	@touch $@

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unimim.data.class_lists import read_classes
 from unimim.data.files import Key
+from unimim.data.hub import located
 from unimim.data.jpeg import (
     MAX_IMAGE_PIXELS,
     BrokenImageError,
@@ -204,6 +205,7 @@ def build_dataset(
     limit_pixels(getattr(args, "max_image_pixels", MAX_IMAGE_PIXELS))
     eval_path = None if train else getattr(args, "eval_data_path", None)
     path = eval_path or args.data_path
+    path = path and located(path)  # None for digits
     kind = args.data_set or detect(path)
 
     # images beside the training ones would be evaluated on in silence

@@ -1263,7 +1263,8 @@ class NEPA(PretrainMethod, RotaryViT):
         pos_rescale: float | None = 2.0,
         **vit,
     ):
-        form = {"num_classes": 0, "global_pool": "token"}
+        # a second class token would be the target of the first
+        form = {"num_classes": 0, "global_pool": "token", "num_cls_tokens": 1}
         super().__init__(init_values=init_values, pos_rescale=pos_rescale, **vit, **form)
         self.causal = causal
         self.noise_size = self.rope.noise_size

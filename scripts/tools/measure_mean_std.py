@@ -20,6 +20,7 @@ from unimim.data.channels import decode_channels, kept_channels
 from unimim.data.jpeg import BrokenImageError, decode
 from unimim.data.preparation import ALPHAS, DROP, Preparation, preparation
 from unimim.data.sources import DATA_SETS, Source, build_source
+from unimim.logs import log
 
 
 def measure(
@@ -32,17 +33,19 @@ def measure(
     """Return mean and std, float64 [channels], of at most `images` images spread over the source.
 
     `channels`: how many are kept at their own depth, None for 8-bit RGB. `prepare` composites
-    images. Unreadable images are left
-    out; ValueError: no image can be read.
+    images. Unreadable images are left out and counted in the log; ValueError: no image can be read.
     """
     chosen = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
     count, total, squares = 0, 0.0, 0.0
-    for index in tqdm(np.unique(chosen).tolist(), unit="image", disable=None):
+    broken = []
+    chosen = np.unique(chosen).tolist()
+    for index in tqdm(chosen, unit="image", disable=None):
         try:
             raw = source.read(index)
             raw = raw if prepare is None else prepare(raw)
             pixels = decode(raw) if channels is None else decode_channels(raw, channels)
-        except BrokenImageError:
+        except BrokenImageError as error:
+            broken.append(f"{source.path(index)}: {error}")
             continue
         # one channel after the other: OpenCV resizes at most four at once
         planes = [
@@ -55,7 +58,12 @@ def measure(
         total = total + values.sum(0)
         squares = squares + np.square(values).sum(0)
     if not count:
-        raise ValueError("no image can be read")
+        raise ValueError(f"no image can be read, such as {broken[0]}")
+    if broken:
+        log.warning(
+            "%d of %d images cannot be read and are left out, such as %s",
+            len(broken), len(chosen), broken[0],
+        )  # fmt: skip
     mean = total / count
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 

@@ -34,7 +34,7 @@ def row_of(path: Path, root: Path) -> dict[str, Any]:
         "epochs": f"{done}/{epochs}",
         "state": state_of(record),
         "took": took(record),
-        "commit": (record.get("commit") or "")[:12],
+        "commit": record.get("commit") or "",
         **{name: best[name] for name in SHOWN if name in best},
         **{name: value for name, value in best.items() if name not in SHOWN},
     }

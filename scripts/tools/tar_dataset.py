@@ -2,11 +2,11 @@
 
     python scripts/tools/tar_dataset.py IMAGES [PREFIX]
 
-IMAGES is a folder of images, or parquet files as --data_set hf reads them: a folder, a file or a
-pattern. Writes PREFIX-000000.tar, PREFIX-000001.tar, ...; the default prefix is IMAGES. A sample is
-NUMBER.jpg (or its other suffix) and NUMBER.cls with the class number: the label of a parquet file,
-or the position of the image's class folder in sorted order. NUMBER counts the images, those of a
-folder in sorted order.
+IMAGES is a folder of images, or parquet or arrow files as --data_set hf reads them: a folder, a
+file or a pattern. Writes PREFIX-000000.tar, PREFIX-000001.tar, ...; the default prefix is IMAGES. A
+sample is NUMBER.jpg (or its other suffix) and NUMBER.cls with the class number: the label in such a
+file, or the position of the image's class folder in sorted order. NUMBER counts the images, those
+of a folder in sorted order.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from unimim.data.file_index import ARRAY_EXTENSION, IMAGE_EXTENSIONS
+from unimim.data.hub import SUFFIXES, holds_tables, located
 from unimim.data.jpeg import PILLOW_ERRORS, BrokenImageError
-from unimim.data.parquet import holds_parquet
 from unimim.data.sources import Source, folder_source, hf_source
 from unimim.files import write_atomically
 from unimim.logs import log
@@ -32,7 +32,7 @@ from unimim.logs import log
 def pack_images(images: str, prefix: Path, images_per_shard: int) -> int:
     """Write the images into shards, each atomically, and return their number.
 
-    Rows of parquet files that hold no image are named and left out.
+    Rows of parquet and arrow files that hold no image are named and left out.
 
     Raises:
         ValueError: there are no images, or a shard of that prefix exists.
@@ -63,8 +63,9 @@ def pack_images(images: str, prefix: Path, images_per_shard: int) -> int:
 
 def source_of(images: str) -> Source:
     """Return the images that the command line names; ValueError if there are none."""
+    images = located(images)
     folder = Path(images)
-    if images.endswith(".parquet") or (folder.is_dir() and holds_parquet(folder)):
+    if images.endswith(SUFFIXES) or (folder.is_dir() and holds_tables(folder)):
         return hf_source(images, train=True, need_labels=False)
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")
@@ -103,7 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", help="folder of images, such as ROOT/train, or parquet files")
+    parser.add_argument(
+        "images", help="folder of images, such as ROOT/train; parquet or arrow files"
+    )
     parser.add_argument("prefix", type=Path, nargs="?", help="of the shards (default: IMAGES)")
     parser.add_argument("--images_per_shard", type=int, default=10000, help="but for the last one")
     args = parser.parse_args(argv)

@@ -50,7 +50,11 @@ def test_mae_goes_on_from_an_encoder_alone_at_another_size(tmp_path, mae, capfd)
     said = capfd.readouterr().out
     resized = said.partition("resized (2): ")[2].splitlines()[0]
     assert set(resized.split(", ")) == {"pos_embed", "patch_embed.proj.weight"}
-    assert "mask_token" in said.partition("fresh")[2] and "decoder_blocks.0.norm1" in said
+    fresh = said.partition("fresh (20): ")[2].splitlines()[0]
+    assert fresh.split(", ") == [
+        *("mask_token", "decoder_pos_embed", "decoder_embed (2)", "decoder_blocks (12)"),
+        *("decoder_norm (2)", "decoder_pred (2)"),
+    ]
     made = load_checkpoint(tmp_path / "larger/checkpoint-0.pth")["model"]
     encoder = load_checkpoint(encoder_file(mae))
     moved = interpolate_pos_embed(encoder["pos_embed"], (8, 8), 1)
@@ -73,6 +77,10 @@ def test_a_whole_file_gives_the_decoder_too_and_the_same_shapes_are_equal(mae):
     larger = create_model("mae_tiny_patch16_224", input_size=32, patch_size=4, **SMALL)
     report = load_initial(larger, None, str(mae))
     assert report.resized == ["pos_embed", "decoder_pos_embed"] and not report.fresh
+    five = create_model("mae_tiny_patch16_224", input_size=16, patch_size=4, in_chans=5, **SMALL)
+    report = load_initial(five, None, str(mae))
+    assert report.resized == ["patch_embed.proj.weight"]
+    assert report.fresh == ["decoder_pred.weight", "decoder_pred.bias"]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def some(dtype: type, *shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(np.iinfo(dtype).max, size=shape, dtype=dtype)
 
 
+def pages(count: int) -> bytes:
+    """Return a TIFF of so many pages of 16-bit gray."""
+    first, *others = [Image.fromarray(some(np.uint16, 6, 7) // (k + 1)) for k in range(count)]
+    return saved(first, "TIFF", save_all=True, append_images=others)
+
+
+WIDTH, WITHOUT_WIDTH = b"\0\1\4\0\1\0\0\0\7", b"\0\2\4\0\1\0\0\0\7"  # a tag of a page
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of 5-channel 16-bit arrays, for training and validation."""
@@ -93,9 +102,8 @@ def test_files_keep_their_channels_and_depth(tmp_path: Path) -> None:
         "float TIFF": (saved(Image.fromarray(np.float32(wide)), "TIFF"), wide[..., None]),
         "RGBA PNG": (saved(Image.fromarray(narrow), "PNG"), narrow / 255),
     }  # fmt: skip
-    planes = [Image.fromarray(some(np.uint16, 6, 7) // k) for k in (1, 2, 3, 4, 5)]
-    pages = saved(planes[0], "TIFF", save_all=True, append_images=planes[1:])
-    cases["a page a channel"] = (pages, np.stack([np.asarray(p) for p in planes], -1) / 65535)
+    levels = [some(np.uint16, 6, 7) // (k + 1) for k in range(5)]
+    cases["a page a channel"] = (pages(5), np.stack(levels, -1) / 65535)
     for name, (raw, expected) in cases.items():
         pixels = decode_channels(raw, expected.shape[2])
         assert pixels.dtype == np.float32, name
@@ -113,13 +121,18 @@ def test_16_bit_colors_are_not_cut_to_8(kind: str) -> None:
     ("raw", "reason"),
     [
         (encoded(np.zeros((4, 4, 3), np.uint8)), "it has 3 channels, --in_chans is 5"),
+        (encoded(np.zeros((5, 8, 4), np.uint8)), r"\[5, 8, 4\]: the 5 channels must come last"),
+        (pages(2), "it has 2 pages, --in_chans is 5"),
         (encoded(np.zeros((4, 4, 5), np.int32)), "int32, whose range is unknown"),
         (encoded(np.full((4, 4, 5), np.nan)), "not finite"),
         (encoded(np.zeros(4)), r"shape is \[4\]"),
         (encoded(np.zeros((4, 4, 5), np.uint8))[:-1], "states 80 bytes, it has 79"),
         (encoded(np.zeros((10**5, 10**5, 0), np.uint8)), "more than --max_image_pixels"),
         (encoded(np.array([[None]])), "Python objects"),
-        (b"\x93NUMPY\x01", "EOF|read"),
+        (b"\x93NUMPY\x01", "its header cannot be read"),
+        (encoded(np.zeros(4)).replace(b"(4,), }", b"(4,),  "), "its header cannot be read"),
+        (encoded(np.zeros(4)).replace(b"<f8", b"|V0"), "its values have no bytes"),
+        (WITHOUT_WIDTH.join(pages(5).rsplit(WIDTH, 1)), "Missing dimensions"),
         (b"nothing", "cannot identify"),
         (b"", "empty"),
     ],
@@ -134,8 +147,10 @@ def test_arrays_of_colors_are_images_without_a_flag() -> None:
     np.testing.assert_array_equal(decode(encoded(colors)), colors)
     assert decode(encoded(colors)).flags.writeable  # torch takes no other without a warning
     np.testing.assert_array_equal(decode(encoded(colors[..., 0])), colors[..., :1].repeat(3, 2))
-    with pytest.raises(BrokenImageError, match="--keep_channels reads others"):
+    with pytest.raises(BrokenImageError, match="not 8-bit gray or RGB; give --keep_channels"):
         decode(encoded(colors.astype(np.uint16)))
+    with pytest.raises(BrokenImageError, match="not 8-bit gray or RGB; give --in_chans 5"):
+        decode(encoded(some(np.uint8, 4, 5, 5)))
 
 
 # --------------------------------------------------------------------------------------------------

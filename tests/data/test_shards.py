@@ -73,6 +73,16 @@ def test_folders_may_be_divided_by_names_or_by_folders(tmp_path):
         split = name.partition("-")[0]
         write_tar(tmp_path / f"folders/{split}/{name}.tar", {"a.png": png(1)})
         write_tar(tmp_path / f"plain/{name[-1]}.tar", {"a.png": png(1)})
+    for name in ("a-train-00", "a-validation-00"):  # as the hub's imagenet1k
+        write_tar(tmp_path / f"words/{name}.tar", {"a.png": png(1)})
+    for name in ("a", "valid"):  # only those for validation say so
+        write_tar(tmp_path / f"others/{name}-0.tar", {"a.png": png(1)})
+    said = {"words": ["a-train-00", "a-validation-00"], "others": ["a-0", "valid-0"]}
+    for kind, names in said.items():
+        shards = [shards_of(str(tmp_path / kind), train=train) for train in (True, False)]
+        assert [[shard.stem for shard in split] for split in shards] == [[name] for name in names]
+    write_tar(tmp_path / "city/valencia.tar", {"a.png": png(1)})
+    assert len(shards_of(str(tmp_path / "city"), train=True)) == 1
     for kind in ("names", "folders"):
         path = str(tmp_path / kind)
         assert [shard.name for shard in shards_of(path, train=True)] == [
@@ -85,8 +95,10 @@ def test_folders_may_be_divided_by_names_or_by_folders(tmp_path):
     assert len(shards_of(plain, train=True)) == 2 and not is_divided("tar", plain)
     with pytest.raises(ValueError, match=r"holds no val shards .* --eval_data_path"):
         shards_of(plain, train=False)
-    with pytest.raises(ValueError, match=r"the shard .*9\.tar does not exist"):
-        shards_of(f"{plain}/{{0,9}}.tar", train=True)
+    assert [shard.stem for shard in shards_of(f"{plain}/?.tar", train=True)] == ["0", "1"]
+    for pattern in ("{0,9}", "9*"):
+        with pytest.raises(ValueError, match=r"9\*?\.tar does not exist"):
+            shards_of(f"{plain}/{pattern}.tar", train=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,9 +120,16 @@ def test_samples_have_several_extensions_and_labels_of_two_kinds(tmp_path, caplo
     assert found.names == ["x/1.png", "x/2.JPG", "3.png", "5.png"]
     assert found.labels == [3, 7, -1, -1]
     assert "without an image are left out" in caplog.text and "1 of cls" in caplog.text
-    write_tar(tmp_path / "b.tar", {"1.png": png(1), "1.cls": b"cat"})
-    with pytest.raises(ValueError, match=r"b\.tar@/1\.cls holds no class number"):
-        read_shard(tmp_path / "b.tar")
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"gone\.tar cannot be read: No such file"):
+        index_of([shard, tmp_path / "gone.tar"])
+    for name, content, reason in (
+        ("1.cls", b"cat", "no class number"), ("1.cls", b"10000000000", "use 0 to 999999"),
+        ("1.json", b'{"label": 2.5}', "the label 2.5, not a class number"),
+    ):  # fmt: skip
+        write_tar(tmp_path / "b.tar", {"1.png": png(1), name: content})
+        with pytest.raises(ValueError, match=rf"b\.tar@/{name} holds .*{reason}"):
+            read_shard(tmp_path / "b.tar")
 
 
 def test_labels_are_needed_where_they_are_needed(tmp_path, caplog):
@@ -192,6 +211,31 @@ def test_broken_members_are_replaced_like_those_of_zips(tmp_path, packed, caplog
     dataset = ImageDataset(source, lambda raw, rng: {"bytes": len(raw)}, seed=0, max_bad_images=1)
     sample = dataset[0, len(source) - 1]
     assert sample["index"] != len(source) - 1 and dataset.bad.sorted() == [len(source) - 1]
+
+
+def test_what_follows_a_damaged_header_is_not_lost_in_silence(tmp_path, caplog):
+    shard = write_tar(tmp_path / "a.tar", {f"{k}.png": png(k) for k in range(4)})
+    with caplog.at_level("WARNING", logger="unimim"):
+        whole = read_shard(shard)
+    assert len(whole.names) == 4 and not caplog.text
+    header = whole.offsets[2] - 512
+    with shard.open("r+b") as file:
+        file.seek(header)
+        file.write(b"x" * 512)
+    with caplog.at_level("WARNING", logger="unimim"):
+        assert read_shard(shard).names == whole.names[:2]
+    assert f"is cut or damaged after {header} bytes: the rest is not read" in caplog.text
+
+
+def test_shards_of_two_folders_that_look_alike_are_told_apart(tmp_path):
+    """Names, sizes and times are the same; the one that does not change keeps its own index."""
+    shards = [write_tar(tmp_path / f"{k}/0.tar", {f"{k}.png": png(k)}) for k in range(3)]
+    for shard in shards:
+        os.utime(shard, (1, 1))
+    index_of(shards)
+    write_tar(shards[2], {"new.png": png(5)})
+    files = TarFiles(shards, index_of(shards))
+    assert [files.names[k] for k in range(3)] == ["0.png", "1.png", "new.png"]
 
 
 def test_no_tar_and_a_compressed_one_are_named(tmp_path):

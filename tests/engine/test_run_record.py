@@ -57,7 +57,7 @@ def test_runs_are_listed_with_their_best_metrics(tmp_path, capsys):
         (tmp_path / name).mkdir(parents=True)
         values = {key: {"value": value, "epoch": 1} for key, value in best.items()}
         content = {"model": "mae", "epochs": 4, "epochs_done": done, "end": end, "best": values}
-        content |= {"start": "2026-01-01T10:00:00+00:00", "commit": "abc"}
+        content |= {"start": "2026-01-01T10:00:00+00:00", "commit": "abcdef12-dirty"}
         (tmp_path / name / "run.json").write_text(json.dumps(content))
 
     record("b/one", 4, "2026-01-01T11:02:03+00:00", train_loss=0.5, knn_acc1=40.0)
@@ -77,9 +77,9 @@ def test_runs_are_listed_with_their_best_metrics(tmp_path, capsys):
         "knn_acc1",
         "train_loss",
     ]
-    assert lines[1] == ["a", "mae", "2/4", "stopped", "0:00:09", "abc", "0.4"]
-    assert lines[2] == ["b/one", "mae", "4/4", "finished", "1:02:03", "abc", "40", "0.5"]
-    assert lines[3] == ["c", "mae", "1/4", "running", "abc", "50", "0.6"]
+    assert lines[1] == ["a", "mae", "2/4", "stopped", "0:00:09", "abcdef12-dirty", "0.4"]
+    assert lines[2] == ["b/one", "mae", "4/4", "finished", "1:02:03", "abcdef12-dirty", "40", "0.5"]
+    assert lines[3] == ["c", "mae", "1/4", "running", "abcdef12-dirty", "50", "0.6"]
     with (tmp_path / "runs.csv").open() as file:
         assert [row["effective_rank"] for row in csv.DictReader(file)] == ["", "", "7.5"]
     for metric, order in (("knn_acc1", ["c", "b/one", "a"]), ("train_loss", ["a", "b/one", "c"])):
@@ -115,7 +115,7 @@ def test_trackers_get_every_metric(tmp_path, monkeypatch, tracker):
     assert asked[0]["name"] == (f"named-{own}" if tracker == "trackio" else "named")
     assert asked[0].get("id", own) == own
     monkeypatch.setitem(sys.modules, tracker, None)
-    with pytest.raises(ValueError, match=f"needs the package {tracker}: pip install {tracker}"):
+    with pytest.raises(ValueError, match=f"--tracker {tracker} needs the package {tracker}: pip"):
         RunLog(args, {})
 
 

@@ -101,7 +101,7 @@ def check_pictures(folder: Path, logged: dict, method: tuple[str, ...]) -> None:
     assert len(list(folder.glob("*"))) == len(sent)
 
 
-def test_it_comes_every_so_many_epochs_and_after_the_last(tmp_path):
+def test_it_comes_every_so_many_epochs_and_after_the_last(tmp_path, capsys):
     run, _ = start(
         "pretrain", tmp_path, "--eval_every", "2", "--eval_images", "50", "--epochs", "5"
     )
@@ -112,6 +112,9 @@ def test_it_comes_every_so_many_epochs_and_after_the_last(tmp_path):
     assert due == [False, True, False, True, True]
     written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert written == ["epoch-1.png", "epoch-3.png", "epoch-4.png"]
+    with pytest.raises(SystemExit):
+        start("pretrain", tmp_path, "--eval_every", "-1")
+    assert "--eval_every must be at least 0" in capsys.readouterr().err
 
 
 def test_every_module_gets_its_mode_back(tmp_path):
@@ -171,6 +174,8 @@ def test_labels_are_the_datas_own_or_those_of_another_folder(tmp_path):
     assert (len(known), len(asked)) == (40, 20)
     with pytest.raises(ValueError, match="needs labeled images, which --eval_data_path can name"):
         of(flat)
+    with pytest.raises(ValueError, match=r": --eval_data_path .*none does not exist"):
+        of(flat, eval_data_path=str(tmp_path / "none"))
 
 
 def test_held_out_and_spread_images():

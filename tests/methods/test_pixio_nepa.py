@@ -146,6 +146,8 @@ def test_the_target_is_the_next_embedding_and_gets_no_gradient_itself():
     (predicted, target), embeddings = seen[0], model.patch_embed(batch["image"])
     assert torch.equal(target, embeddings) and not target.requires_grad
     assert predicted.shape == target.shape and predicted.requires_grad
+    with pytest.raises(ValueError, match=r"num_cls_tokens.* is not an option of nepa_tiny"):
+        create_model("nepa_tiny_patch14_224", num_cls_tokens=2)
 
 
 def test_the_ema_begins_as_a_copy_after_the_first_step():

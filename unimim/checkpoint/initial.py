@@ -9,12 +9,20 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from unimim.checkpoint.files import load_checkpoint
-from unimim.checkpoint.loading import _examples, _expand_to_blocks, _resize, unwrapped
+from unimim.checkpoint.loading import (
+    _counted,
+    _examples,
+    _expand_to_blocks,
+    _fold_blocks,
+    _resize,
+    unwrapped,
+)
 from unimim.checkpoint.names import _TABLE, StateDict, to_native
 from unimim.checkpoint.resizing import interpolate_pos_embed
 
 _KEYS = ("model", "module", "state_dict", "teacher")
 _WRAPPERS = ("module.", "_orig_mod.")
+MOST_NAMES = 12  # of tensors in a line; of more, the modules that they are of
 _BACKBONE = "backbone."  # what the names of SimMIM's and A2MIM's encoder begin with
 
 
@@ -37,7 +45,9 @@ class InitialReport:
         lines = [f"starting from {self.source}: {len(self.loaded)} tensors loaded"]
         for kind in ("resized", "fresh", "ignored"):
             if names := getattr(self, kind):
-                lines.append(f"  {kind} ({len(names)}): {_examples(names, limit=12)}")
+                folded = _fold_blocks(names)
+                shown = folded if len(folded) <= MOST_NAMES else _counted(names)
+                lines.append(f"  {kind} ({len(names)}): {', '.join(shown)}")
         return "\n".join(lines)
 
 

@@ -180,11 +180,15 @@ def add_data_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--data_set", default=None,
         choices=DATA_SETS,
-        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; hf: parquet files "
-        "of the Hugging Face hub; packed: SemMAE's .npy samples; None: inferred from --data_path; "
-        "digits without one",
+        help="IMNET: map files beside folders or zips; tar: WebDataset's shards; hf: parquet or "
+        "arrow files of the Hugging Face hub; packed: SemMAE's .npy samples; None: inferred from "
+        "--data_path; digits without one",
     )  # fmt: skip
-    group.add_argument("--data_path", default=None, help="root folder of the data")
+    group.add_argument(
+        "--data_path",
+        default=None,
+        help="root folder of the data, or USER/NAME, which is in the Hugging Face hub's cache",
+    )
     if stage not in ("knn", "analysis"):
         group.add_argument(
             "--train_interpolation", default="bicubic", choices=INTERPOLATIONS,

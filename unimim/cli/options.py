@@ -243,6 +243,8 @@ def validate(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if getattr(args, "eval_every", 0) < 0:
+        raise ValueError(f"--eval_every must be at least 0, which is never, not {args.eval_every}")
     if args.enable_deepspeed and not args.output_dir and args.save_ckpt:
         raise ValueError(
             "--enable_deepspeed writes its configuration and checkpoints: give --output_dir"

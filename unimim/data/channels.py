@@ -76,12 +76,17 @@ def decode_channels(raw: RawImage, channels: int) -> np.ndarray:
         BrokenImageError: the image cannot be read, has another number of channels, or has values
             of an unknown range.
     """
-    pixels = raw if isinstance(raw, np.ndarray) else _own_pixels(raw)
+    pixels = raw if isinstance(raw, np.ndarray) else _own_pixels(raw, channels)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or not pixels.size:
         raise BrokenImageError(f"its shape is {list(pixels.shape)}, not [H, W, N]")
     if pixels.shape[2] != channels:
+        if pixels.shape[0] == channels:
+            raise BrokenImageError(
+                f"its shape is {list(pixels.shape)}: the {channels} channels must come last, "
+                "as [H, W, N]"
+            )
         raise BrokenImageError(f"it has {pixels.shape[2]} channels, --in_chans is {channels}")
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:  # of any byte order
         return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
@@ -95,8 +100,9 @@ def decode_channels(raw: RawImage, channels: int) -> np.ndarray:
     return pixels
 
 
-def _own_pixels(raw: bytes) -> np.ndarray:
-    """Return the pixels of a file with its own channels and depth, [H, W] or [H, W, N]."""
+def _own_pixels(raw: bytes, channels: int) -> np.ndarray:
+    """Return the pixels of a file with its own channels and depth, [H, W] or [H, W, N]; of several
+    pages, each of which is a channel, there must be `channels`."""
     if is_array_file(raw):
         return read_array_file(raw)
     if not raw:
@@ -105,8 +111,13 @@ def _own_pixels(raw: bytes) -> np.ndarray:
         image = Image.open(io.BytesIO(raw))
         check_pixels(image.height, image.width)
         if image.format == "TIFF" and image.n_frames > 1:  # a page for each channel
-            frames = [_own_values(frame, b"") for frame in ImageSequence.Iterator(image)]
-            return np.stack(frames, axis=-1)
+            if image.n_frames != channels:
+                raise BrokenImageError(f"it has {image.n_frames} pages, --in_chans is {channels}")
+            pages = []
+            for page in ImageSequence.Iterator(image):
+                check_pixels(page.height, page.width)
+                pages.append(_own_values(page, b""))
+            return np.stack(pages, axis=-1)
         return _own_values(image, raw)
     except PILLOW_ERRORS as error:
         raise BrokenImageError(str(error)) from error

@@ -25,7 +25,7 @@ RawImage = bytes | np.ndarray  # an encoded file, or decoded [H, W, 3] uint8 (or
 
 # --- decoding -------------------------------------------------------------------------------------
 
-# whatever Pillow's readers raise for damaged files
+# whatever Pillow's readers raise for damaged files; that of TIFFs the last four
 PILLOW_ERRORS = (
     OSError,
     RuntimeError,
@@ -35,6 +35,10 @@ PILLOW_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
 )
 
 SIXTEEN_BIT_AS_INT = ("PNG", "PPM")  # formats whose 16-bit gray Pillow may open as mode I
@@ -48,6 +52,10 @@ JPEG_PROGRESSIVE = b"\xc2"
 JPEG_OTHER_FRAMES = b"\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf"
 JPEG_ADOBE = 0xEE
 CHROMA_ROWS = 8  # rows below, on which a row's colors may depend
+ARRAY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 MAX_IMAGE_PIXELS = 178_956_970  # above which Pillow refuses an image by default
 
 
@@ -239,18 +247,13 @@ def read_array_file(raw: bytes) -> np.ndarray:
     """
     file = io.BytesIO(raw)
     try:
-        version = np.lib.format.read_magic(file)
-        reads = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in reads:
-            raise BrokenImageError(f"version {version} of .npy files is unknown")
-        shape, fortran, dtype = reads[version](file)
-    except (ValueError, TypeError, SyntaxError, EOFError) as error:
-        raise BrokenImageError(str(error)) from error
+        shape, fortran, dtype = ARRAY_HEADERS[np.lib.format.read_magic(file)](file)
+    except Exception as error:  # damaged headers raise anything
+        raise BrokenImageError(f"its header cannot be read: {error}") from error
     if dtype.hasobject:
         raise BrokenImageError("it has Python objects, which are not loaded")
+    if not dtype.itemsize:
+        raise BrokenImageError("its values have no bytes")
     if len(shape) >= 2:
         check_pixels(*shape[:2])
     stated = math.prod(shape) * dtype.itemsize
@@ -266,8 +269,9 @@ def _rgb_of_array(pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        count = pixels.shape[-1]
+        flag = "--keep_channels" if count in (1, 3) else f"--in_chans {count}"
         raise BrokenImageError(
-            f"its array {pixels.dtype} {list(pixels.shape)} is not 8-bit gray or RGB; "
-            "--keep_channels reads others"
+            f"its array {pixels.dtype} {list(pixels.shape)} is not 8-bit gray or RGB; give {flag}"
         )
     return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")

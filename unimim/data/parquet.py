@@ -5,202 +5,41 @@ beside them. An image is then read by whichever worker needs it, in any order, t
 that holds it: the last ones are kept. Needs pyarrow.
 """
 
-import glob
-import hashlib
-import json
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from unimim.data.file_index import LARGEST_LABEL, PathTable
+from unimim.data.columns import (
+    Columns,
+    columns_of,
+    path_of_row,
+    pyarrow_module,
+    read_errors,
+    rows_of,
+)
+from unimim.data.file_index import PathTable
 from unimim.data.files import check_size
 from unimim.data.jpeg import BrokenImageError
 from unimim.data.shard_index import ShardIndex
-from unimim.data.shards import expanded
 from unimim.data.shared_index import Arrays
-from unimim.logs import log
 
-SPLITS = {True: (("train",),), False: (("validation", "valid", "val", "dev"), ("test",))}
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")
 OPEN_FILES = 64  # of each process
 KEPT_BYTES = 2**27  # of row groups, in each process; a larger one is not kept but streamed
 STREAM_BYTES, STREAM_ROWS = 2**20, 16  # that are read at a time where a row group is streamed
-DIGEST_BYTES = 8
-BESIDE_IMAGES = "metadata.parquet"  # tells of the images in its folder, and holds none
 
 
 def parquet() -> ModuleType:
     """Return pyarrow's module for parquet files; ValueError where it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("--data_set hf needs pyarrow: pip install pyarrow") from error
-    return pyarrow.parquet
-
-
-def read_errors() -> tuple[type[Exception], ...]:
-    """Return what pyarrow raises for files that are damaged, or of a kind that it does not know."""
-    from pyarrow import ArrowException
-
-    return (OSError, ArrowException)
-
-
-# --------------------------------------------------------------------------------------------------
-# Which files
-
-
-def files_of(data_path: str, *, train: bool) -> list[Path]:
-    """Return the files that --data_path names, in order: a file, a pattern, or a folder.
-
-    A folder may be divided by the beginnings of the files' names (train-00000-of-00128.parquet), or
-    into folders of the splits; else all of its files are for training. A repository of the hub,
-    whose files lie in `data`, is such a folder, too. ValueError: there are none.
-    """
-    if not os.path.isdir(data_path):
-        return _matching(data_path)
-    root = Path(data_path)
-    for folder in (root, root / "data"):
-        for names in SPLITS[train]:
-            found = _of_split(folder, names)
-            if found:
-                _warn_of_missing(found)
-                return found
-        plain = sorted(folder.glob("*.parquet"))
-        if plain and train and not any(_of_split(folder, names) for names in SPLITS[False]):
-            return plain
-    if is_saved_to_disk(root):
-        raise ValueError(
-            f"--data_path {root} was written by datasets.save_to_disk: write its splits as parquet "
-            "files, by datasets.load_from_disk(FOLDER)['train'].to_parquet('train.parquet')"
-        )
-    names = ", ".join(f"{name}*.parquet" for names in SPLITS[train] for name in names)
-    use = "" if train else "; name some with --eval_data_path"
-    raise ValueError(f"--data_path {root} holds no files {names}{use}")
-
-
-def _matching(pattern: str) -> list[Path]:
-    """Return the files of a pattern with braces, or with * and ?; ValueError if one is missing."""
-    files = []
-    for name in expanded(pattern):
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not found or not os.path.isfile(found[0]):
-            raise ValueError(
-                f"--data_path {pattern}: {name} does not exist; a data set of the hub is downloaded"
-                " by: hf download --repo-type dataset NAME --local-dir FOLDER"
-            )
-        files += map(Path, found)
-    return files
-
-
-def _of_split(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the files of a split: those in a folder of one of its names, or that begin so."""
-    for name in names:
-        found = sorted((folder / name).glob("*.parquet"))
-        if not found:
-            begins = re.compile(rf"{name}[-_.]")
-            found = sorted(file for file in folder.glob("*.parquet") if begins.match(file.name))
-        if found:
-            return found
-    return []
-
-
-def _warn_of_missing(files: Sequence[Path]) -> None:
-    """Log where the names say that there are more files: a download may have been cut short."""
-    stated = re.search(r"-of-(\d+)\.parquet$", files[-1].name)
-    if stated and int(stated[1]) > len(files):
-        log.warning("%s: there are %d of %d files", files[0].parent, len(files), int(stated[1]))
-
-
-def holds_parquet(root: Path) -> bool:
-    """Return whether a folder, or that of its data or training files, holds parquet files."""
-    folders = (root, root / "data", root / "train")
-    found = (file for folder in folders for file in folder.glob("*.parquet"))
-    return any(file.name != BESIDE_IMAGES for file in found) or is_saved_to_disk(root)
-
-
-def is_saved_to_disk(root: Path) -> bool:
-    """Return whether `datasets.save_to_disk` wrote a folder: arrow files, or folders of them."""
-    if (root / "dataset_dict.json").is_file():
-        return True
-    return (root / "state.json").is_file() and any(root.glob("*.arrow"))
+    return pyarrow_module("pyarrow.parquet")
 
 
 # --------------------------------------------------------------------------------------------------
 # The index
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a file: `image` is the name of that of the bytes, `path` and `label` may be
-    missing; `classes` are the names of the labels, in order, if the file says them."""
-
-    image: str
-    path: str | None
-    label: str | None
-    classes: list[str] | None
-
-
-def columns_of(schema: Any, file: Path) -> Columns:
-    """Return what the columns of an arrow schema are for; ValueError if none holds images."""
-    features = _features(schema)
-    named = [name for name, feature in features.items() if feature.get("_type") == "Image"]
-    binary = {name: leaf for name in schema.names if (leaf := _bytes_of(schema.field(name)))}
-    image = next((n for n in (*named, *IMAGE_COLUMNS, *binary) if n in binary), None)
-    if image is None:
-        raise ValueError(
-            f"{file} has no column of images, which are bytes, or bytes and path: it has "
-            f"{', '.join(schema.names)}"
-        )
-    inside = schema.field(image).type
-    has_path = binary[image] != image and inside.get_field_index("path") >= 0
-
-    classes = {n: f.get("names") for n, f in features.items() if f.get("_type") == "ClassLabel"}
-    whole = [name for name in schema.names if _is_integer(schema.field(name))]
-    candidates = (*LABEL_COLUMNS, *classes)
-    label = next((name for name in candidates if name in whole), None)
-    names = classes.get(label)
-    return Columns(
-        binary[image],
-        f"{image}.path" if has_path else None,
-        label,
-        [str(name) for name in names] if isinstance(names, list) else None,
-    )
-
-
-def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """Return what `datasets` wrote of the columns; empty where it did not write the file."""
-    try:
-        found = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
-    except (TypeError, KeyError, ValueError, AttributeError):
-        return {}
-
-
-def _bytes_of(field: Any) -> str | None:
-    """Return the name of a column's bytes, which may lie in a struct; None if it has none."""
-    from pyarrow import types
-
-    def is_binary(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    if is_binary(field.type):
-        return field.name
-    inside = field.type.get_field_index("bytes") if types.is_struct(field.type) else -1
-    return f"{field.name}.bytes" if inside >= 0 and is_binary(field.type[inside].type) else None
-
-
-def _is_integer(field: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_integer(field.type)
 
 
 def columns_in(file: Path) -> Columns:
@@ -220,10 +59,7 @@ def index_of(files: Sequence[Path]) -> Arrays:
 
 
 def read_file(file: Path) -> tuple[list[str], Arrays]:
-    """Return the names of a file's images, and the arrays of its index.
-
-    A name is the file's, the number of the row and, where there is one, the name in `path`.
-    """
+    """Return the names of a file's images, and the arrays of its index."""
     columns = columns_in(file)
     wanted = [name for name in (columns.label, columns.path) if name]
     try:
@@ -231,43 +67,10 @@ def read_file(file: Path) -> tuple[list[str], Arrays]:
             footer = opened.metadata
             groups = [footer.row_group(k).num_rows for k in range(footer.num_row_groups)]
             table = opened.read(columns=wanted, use_threads=False) if wanted else None
+        names, arrays = rows_of(table, sum(groups), columns, file)
     except read_errors() as error:
         raise ValueError(f"{file} cannot be read as a parquet file: {error}") from error
-
-    rows = sum(groups)
-    labels = np.full(rows, -1, dtype=np.int32)
-    if columns.label:
-        found = table.column(columns.label).cast("int64").fill_null(-1).to_numpy()
-        if len(wrong := np.flatnonzero((found < -1) | (found > LARGEST_LABEL))):
-            raise ValueError(
-                f"{file}@/{wrong[0]} has the label {found[wrong[0]]}; use 0 to {LARGEST_LABEL}"
-            )
-        labels = found.astype(np.int32)
-    names = [f"{file.stem}/{row}" for row in range(rows)]
-    if columns.path:
-        chunks = table.column(columns.path.removesuffix(".path")).chunks
-        paths = chain.from_iterable(chunk.field("path").to_pylist() for chunk in chunks)
-        names = [
-            f"{name}/{os.path.basename(path)}" if path else name
-            for name, path in zip(names, paths, strict=True)
-        ]
-    digest = hashlib.blake2b(repr(columns.classes).encode(), digest_size=DIGEST_BYTES).digest()
-    return names, {
-        "labels": labels,
-        "group_rows": np.array(groups, dtype=np.int64),
-        "classes": np.frombuffer(digest, dtype=np.uint8),
-    }
-
-
-def check_classes(files: Sequence[Path], index: Arrays) -> None:
-    """Raise ValueError, naming a file, if its class names are not those of the first one."""
-    digests = index["classes"].reshape(-1, DIGEST_BYTES)
-    others = np.flatnonzero((digests != digests[0]).any(1))
-    if len(others):
-        raise ValueError(
-            f"{files[others[0]]} names other classes than {files[0]}, or in another order; use "
-            "files of one data set"
-        )
+    return names, {**arrays, "group_rows": np.array(groups, dtype=np.int64)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,7 +105,7 @@ class ParquetFiles:
     def path(self, index: int) -> str:
         """Return FILE@/ROW, and the name of the image if it has one."""
         file = self.files[int(np.searchsorted(self.first, index, side="right")) - 1]
-        return f"{file}@/{self.names[index].removeprefix(f'{file.stem}/')}"
+        return path_of_row(file, self.names[index])
 
     def read(self, index: int) -> bytes:
         if self._pid != os.getpid():  # a forked worker: the parent's files stay the parent's

@@ -63,7 +63,8 @@ class ShardIndex:
                     write_atomically(place, partial(np.savez, **index))
                 except OSError:  # a folder of somebody else, or a full disk
                     continue
-                log.info("the index of %d shards is in %s", len(shards), place)
+                files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
+                log.info("the index of %s is in %s", files, place)
                 return self._shared(place)
         return index
 
@@ -83,12 +84,12 @@ class ShardIndex:
     def _up_to_date(self, shards: Sequence[Path], states: list[list[Any]], held: Arrays) -> Arrays:
         """Return the index of the shards; what `held` has of them in this state is copied."""
         known = known_pieces(held) if held else {}
-        new = sum(tuple(state) not in known for state in states)
+        new = sum((place, *state) not in known for place, state in enumerate(states))
         bar = tqdm(total=new, desc=f"indexing {self.kind} files", unit="file", disable=None)
         pieces = []
-        for shard, state in zip(shards, states, strict=True):
-            if tuple(state) in known:
-                pieces.append(known[tuple(state)])
+        for place, (shard, state) in enumerate(zip(shards, states, strict=True)):
+            if (place, *state) in known:
+                pieces.append(known[place, *state])
                 continue
             names, arrays = self.read(shard)
             table = PathTable(names)
@@ -108,13 +109,20 @@ class ShardIndex:
 
 
 def state_of(shard: Path) -> list[Any]:
-    """Return what tells whether a shard has changed: name, size, time of the last change."""
-    found = shard.stat()
+    """Return what tells whether a shard has changed: name, size, time of the last change.
+
+    ValueError: it is gone, as what a link leads to.
+    """
+    try:
+        found = shard.stat()
+    except OSError as error:
+        raise ValueError(f"{shard} cannot be read: {error.strerror}") from error
     return [shard.name, found.st_size, found.st_mtime_ns]
 
 
 def known_pieces(held: Arrays) -> dict[tuple[Any, ...], Arrays]:
-    """Return what an index holds of each shard, by the state that the shard was in."""
+    """Return what an index holds of each shard, by its place in the list and the state it was in:
+    shards of two folders may have the same name, size and time."""
     arrays = {name: held[name] for name in held if f"{name}.counts" in held}
     counts = {name: held[f"{name}.counts"] for name in arrays}
     arrays["lengths"] = np.diff(held["ends"], prepend=0)
@@ -122,6 +130,6 @@ def known_pieces(held: Arrays) -> dict[tuple[Any, ...], Arrays]:
     ends = {name: np.append(0, np.cumsum(count)) for name, count in counts.items()}
     states = json.loads(bytes(held["about"]))["shards"]
     return {
-        tuple(state): {name: arrays[name][ends[name][k] : ends[name][k + 1]] for name in arrays}
+        (k, *state): {name: arrays[name][ends[name][k] : ends[name][k + 1]] for name in arrays}
         for k, state in enumerate(states)
     }

@@ -5,6 +5,7 @@ serves as long as no shard changes. From then on an image is read like a member 
 reads any image, in any order.
 """
 
+import glob
 import json
 import os
 import re
@@ -18,7 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from unimim.data.file_index import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PathTable
+from unimim.data.file_index import ARRAY_EXTENSION, IMAGE_EXTENSIONS, LARGEST_LABEL, PathTable
+from unimim.data.files import check_size
 from unimim.data.jpeg import BrokenImageError
 from unimim.data.shard_index import ShardIndex
 from unimim.data.shared_index import Arrays
@@ -26,6 +28,11 @@ from unimim.logs import log
 
 LABEL_FIELD = "label"  # of a sample's json
 OPEN_SHARDS = 64  # of each process
+# how the names of a split's shards begin, or a word in them: imagenet1k-validation-00.tar
+SPLITS = {
+    True: re.compile(r"train|.*[-_.]train(ing)?[-_.\d]"),
+    False: re.compile(r"val|.*[-_.](val|valid|validation)[-_.\d]"),
+}
 _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # WebDataset's: up to the first dot
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -35,30 +42,43 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def shards_of(data_path: str, *, train: bool) -> list[Path]:
-    """Return the shards that --data_path names, in order: a file, a pattern with braces, or a
-    folder.
+    """Return the shards that --data_path names, in order: a file, a pattern with braces or with *
+    and ?, or a folder.
 
-    A folder may hold `train` and `val` folders, or shards whose names begin so; else all of its
-    shards are for training. ValueError: there are none, or one of a pattern is missing.
+    A folder may hold `train` and `val` folders, or shards whose names say their split (`SPLITS`);
+    those that say none are for training. ValueError: there are none, or one of a pattern is
+    missing.
     """
     if not os.path.isdir(data_path):
-        shards = [Path(name) for name in expanded(data_path)]
-        missing = next((shard for shard in shards if not shard.is_file()), None)
-        if missing is not None:
-            raise ValueError(f"--data_path {data_path}: the shard {missing} does not exist")
-        return shards
+        return matching(data_path)
     split = "train" if train else "val"
     root = Path(data_path)
     folder = root / split if (root / "train").is_dir() and (root / split).is_dir() else root
     shards = sorted(folder.glob("*.tar"))
     if folder == root:
-        named = [shard for shard in shards if shard.name.startswith(split)]
-        if named or not train:
-            shards = named
+        named = [shard for shard in shards if SPLITS[train].match(shard.name)]
+        others = [shard for shard in shards if not SPLITS[not train].match(shard.name)]
+        shards = named or ((others or shards) if train else [])
     if not shards:
         use = "" if train else "; name some with --eval_data_path"
         raise ValueError(f"--data_path {data_path} holds no {split} shards (*.tar){use}")
     return shards
+
+
+def matching(pattern: str, advice: str = "") -> list[Path]:
+    """Return the files of a pattern with braces, or with * and ?, in order.
+
+    ValueError, which ends in the advice: one is missing.
+    """
+    files = []
+    for name in expanded(pattern):
+        found = [name]
+        if not os.path.isfile(name):
+            found = sorted(path for path in glob.glob(name) if not os.path.isdir(path))
+        if not found:
+            raise ValueError(f"--data_path {pattern}: {name} does not exist{advice}")
+        files += map(Path, found)
+    return files
 
 
 def expanded(pattern: str) -> list[str]:
@@ -99,7 +119,8 @@ class Members:
 def samples_of(file: BinaryIO, shard: Path) -> Iterator[dict[str, tarfile.TarInfo]]:
     """Yield the members of each sample by extension: consecutive ones of one key.
 
-    A shard that ends early is named, and what precedes is used. ValueError: this is no tar.
+    A shard that ends early, or that holds more than its members, is named, and what precedes is
+    used. ValueError: this is no tar.
     """
     key, members = None, {}
     try:
@@ -114,6 +135,9 @@ def samples_of(file: BinaryIO, shard: Path) -> Iterator[dict[str, tarfile.TarInf
                     members = {}
                 key = found[1]
                 members[found[2].lower()] = member
+            end = archive.offset
+        if not is_zero(file, end):
+            log.warning("%s is cut or damaged after %d bytes: the rest is not read", shard, end)
     except tarfile.ReadError as error:
         if key is None:
             raise ValueError(
@@ -122,6 +146,12 @@ def samples_of(file: BinaryIO, shard: Path) -> Iterator[dict[str, tarfile.TarInf
         log.warning("%s ends early: %s", shard, error)
     if members:
         yield members
+
+
+def is_zero(file: BinaryIO, start: int) -> bool:
+    """Return whether there is nothing in a file from `start` on but the zeros that end a tar."""
+    file.seek(start)
+    return not any(block.strip(b"\0") for block in iter(lambda: file.read(2**20), b""))
 
 
 def read_shard(shard: Path) -> Members:
@@ -159,10 +189,14 @@ def label_of(file: BinaryIO, sample: dict[str, tarfile.TarInfo], shard: Path) ->
     try:
         value = text.strip() if "cls" in sample else json.loads(text).get(LABEL_FIELD, -1)
         label = int(value)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{shard}@/{member.name} holds no class number: {text[:40]!r}") from error
-    if label < -1:
-        raise ValueError(f"{shard}@/{member.name} holds the class number {label}; use 0 and above")
+    if isinstance(value, float) and label != value:
+        raise ValueError(f"{shard}@/{member.name} holds the label {value}, not a class number")
+    if not -1 <= label <= LARGEST_LABEL:
+        raise ValueError(
+            f"{shard}@/{member.name} holds the class number {label}; use 0 to {LARGEST_LABEL}"
+        )
     return label
 
 
@@ -213,12 +247,13 @@ class TarFiles:
 
     def read(self, index: int) -> bytes:
         size = int(self.size[index])
+        check_size(size)
         try:
             content = os.pread(self._file(self.shard(index)), size, int(self.offset[index]))
         except OSError as error:
             raise BrokenImageError(error.strerror or str(error)) from error
         if len(content) < size:
-            raise BrokenImageError("the shard ends inside this member")
+            raise BrokenImageError("the file ends inside this image")
         return content
 
     def _file(self, shard: int) -> int:

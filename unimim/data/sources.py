@@ -1,5 +1,5 @@
-"""List the images and labels of a data set: files, zips, tar shards, parquet files, SemMAE's packed
-samples, CIFAR, digits, mnist5k or shapes."""
+"""List the images and labels of a data set: files, zips, tar shards, parquet and arrow files,
+SemMAE's packed samples, CIFAR, digits, mnist5k or shapes."""
 
 import logging
 import os
@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from unimim.data import arrow, parquet
+from unimim.data.arrow import ArrowFiles
+from unimim.data.columns import check_classes
 from unimim.data.file_index import (
     ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
@@ -21,9 +25,9 @@ from unimim.data.file_index import (
     split_archive,
 )
 from unimim.data.files import FolderFiles, ZipFiles, locate_members
+from unimim.data.hub import SUFFIXES, files_of, holds_tables, is_one_split, located, missing
 from unimim.data.jpeg import RawImage
-from unimim.data.parquet import ParquetFiles, check_classes, columns_in, files_of, holds_parquet
-from unimim.data.parquet import index_of as parquet_index_of
+from unimim.data.parquet import ParquetFiles
 from unimim.data.shards import TarFiles, index_of, shards_of
 from unimim.data.shared_index import shared_arrays
 
@@ -58,11 +62,11 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Labeled files in a folder, a zip, tar shards or parquet files."""
+    """Labeled files in a folder, a zip, tar shards, parquet or arrow files."""
 
     def __init__(
         self,
-        files: FolderFiles | ZipFiles | TarFiles | ParquetFiles,
+        files: FolderFiles | ZipFiles | TarFiles | ParquetFiles | ArrowFiles,
         labels: list[int] | np.ndarray,
         classes: list[str],
     ):
@@ -267,22 +271,26 @@ def tar_source(data_path: str, *, train: bool, need_labels: bool) -> FileSource 
 def hf_source(
     data_path: str, *, train: bool, need_labels: bool, train_path: str | None = None
 ) -> FileSource | PartSource:
-    """Return the images in the parquet files that --data_path names; with `need_labels`, those with
-    a label.
+    """Return the images in the parquet or arrow files that --data_path names; with `need_labels`,
+    those with a label.
 
     Raises:
         ValueError: the files name other classes than each other or than those for training at
             `train_path`, or there is a label that has no name.
     """
-    files = files_of(data_path, train=train)
-    index = parquet_index_of(files)
+    # --eval_data_path may name a data set that is not divided into splits
+    undivided = train_path not in (None, data_path) and is_one_split(Path(data_path))
+    files = files_of(data_path, train=train or undivided)
+    reader = _reader_of(files[0])
+    index = reader.index_of(files)
     labels = index["labels"].astype(np.int64)
     if not len(labels):
         raise ValueError(f"the files of --data_path {data_path} hold no image")
     check_classes(files, index)
-    columns = columns_in(files[0])
+    columns = reader.columns_in(files[0])
     classes = columns.classes or [str(label) for label in range(int(labels.max()) + 1)]
-    source = FileSource(ParquetFiles(files, index), labels, classes)
+    images = (ArrowFiles if reader is arrow else ParquetFiles)(files, index)
+    source = FileSource(images, labels, classes)
     if labels.max() >= len(classes):
         raise ValueError(
             f"{source.path(int(labels.argmax()))} has the label {labels.max()}, but the file names "
@@ -296,10 +304,16 @@ def hf_source(
     return _labeled(source, data_path, "they need a column 'label' of class numbers")
 
 
+def _reader_of(file: Path) -> ModuleType:
+    """Return the module that reads files of a kind."""
+    return arrow if file.suffix == ".arrow" else parquet
+
+
 def _check_trained_classes(file: Path, classes: list[str] | None, train_path: str) -> None:
     """Raise ValueError if a file names other classes than those for training, where both do."""
     try:
-        trained = columns_in(files_of(train_path, train=True)[0]).classes
+        first = files_of(train_path, train=True)[0]
+        trained = _reader_of(first).columns_in(first).classes
     except ValueError:  # there are none, as where a model is only evaluated
         return
     if classes and trained and classes != trained:
@@ -496,6 +510,9 @@ def build_source(
         return shapes_source(root, train=train)
     if root is None:
         raise ValueError(f"--data_set {kind} needs --data_path")
+    data_path = located(data_path)
+    train_path = train_path and located(train_path)
+    root = Path(data_path)
     if kind == "IMNET":
         return map_source(root, "train" if train else "val", allow_outside)
     if kind == "tar":
@@ -515,24 +532,25 @@ def build_source(
 
 
 def detect(data_path: str | None) -> str:
-    """Infer the kind of data set from what `data_path` contains."""
+    """Infer the kind of data set from what `data_path` contains, perhaps in the hub's cache."""
     if data_path is None:
         logger.info(
             "neither --data_set nor --data_path is given: using scikit-learn's handwritten digits"
         )
         return "digits"
+    data_path = located(data_path)
     if data_path.endswith(".tar") and not os.path.isdir(data_path):
         return "tar"
-    if data_path.endswith(".parquet") and not os.path.isdir(data_path):
+    if data_path.endswith(SUFFIXES) and not os.path.isdir(data_path):
         return "hf"
     if not os.path.exists(data_path):
-        raise ValueError(f"--data_path {data_path} does not exist")
+        raise ValueError(f"--data_path {data_path} does not exist{missing(data_path)}")
     map_files = [os.path.join(data_path, f"{split}_map.txt") for split in ("train", "val")]
     if any(os.path.isfile(file) for file in map_files):
         kind, reason = "IMNET", "it holds a map file"
     elif holds_shards(Path(data_path)):
         kind, reason = "tar", "it holds tar shards"
-    elif holds_parquet(Path(data_path)):
+    elif holds_tables(Path(data_path)):
         kind, reason = "hf", "it holds parquet files, or others of the library datasets"
     elif holds_packed(Path(data_path)):
         kind, reason = "packed", "it holds .npy tables and no images"
@@ -568,6 +586,7 @@ def _is_image_array(file: Path) -> bool:
 
 def is_divided(kind: str, data_path: str | None) -> bool:
     """Return whether the data set has validation images of its own."""
+    data_path = data_path and located(data_path)
     if kind in ("tar", "hf"):
         list_split = shards_of if kind == "tar" else files_of
         try:

@@ -119,7 +119,7 @@ def choose_tracker(args: Namespace) -> None:
 def _wandb(args: Namespace, config: dict):
     """Return a run of W&B, or of trackio, which is called alike, and that package."""
     package = "trackio" if getattr(args, "tracker", None) == "trackio" else "wandb"
-    flag = "--tracker trackio" if package == "trackio" else "--wandb"
+    flag = f"--tracker {package}" if getattr(args, "tracker", None) else "--wandb"
     try:
         tracker = importlib.import_module(package)
     except ImportError as error:

@@ -207,10 +207,9 @@ def labeled_images(args: Namespace, size: tuple[int, int]) -> tuple[ImageDataset
     fifth image of each class is asked about. Each has at most --eval_images, spread evenly.
     """
     path = args.eval_data_path or args.data_path
-    kind = None if args.eval_data_path else args.data_set
-    kind = kind or detect(path)
     outside = getattr(args, "allow_outside", False)
     try:
+        kind = (None if args.eval_data_path else args.data_set) or detect(path)
         known = build_source(kind, path, train=True, need_labels=True, allow_outside=outside)
         if is_divided(kind, path):
             asked = build_source(
@@ -219,8 +218,11 @@ def labeled_images(args: Namespace, size: tuple[int, int]) -> tuple[ImageDataset
         else:
             known, asked = held_out(known)
     except ValueError as error:
+        reason = str(error)
+        if args.eval_data_path:
+            reason = reason.replace("--data_path", "--eval_data_path")
         raise ValueError(
-            f"--eval_every needs labeled images, which --eval_data_path can name: {error}"
+            f"--eval_every needs labeled images, which --eval_data_path can name: {reason}"
         ) from error
     transform = EvalTransform(size, None, kept_channels(args))
     limits = {"seed": args.seed, "max_bad_images": args.max_bad_images, "strict": args.strict_data}

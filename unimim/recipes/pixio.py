@@ -36,7 +36,7 @@ RECIPES = (
         gpus=128,
         flags=PRETRAIN_PIXIO,
         source=PIXIO_SCRIPTS,
-        note="On ImageNet-1K the published 642,000 steps are --epochs 4110 --warmup_epochs 411. "
+        note="On ImageNet-1K the published 642,000 steps are --epochs 4115 --warmup_epochs 411. "
         "The published run is in bf16.",
         method="Pixio",
         network="ViT-H/16",
