@@ -24,6 +24,20 @@ LOG = logging.getLogger("unimim")
 PRISTINE = LOG.handlers[:], LOG.level, LOG.propagate, LOG.disabled
 
 
+def pytest_configure(config):
+    """Make several processes take the files in their order, not by the number of their tests."""
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config, items):
+    """Put files with slow tests first where processes share them: a long file must not come last,
+    when the other processes have nothing left to do."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     """Before any fixture, those of modules too: what a test draws, and what it finds in the log,
