@@ -333,7 +333,8 @@ def two_ranks(folder: Path) -> dict:
     return {
         "pretrain": pretrain_all(folder / "pretrain"),
         "methods": {
-            name: pretrain_all(folder / name, FARTHEST, flags) for name, flags in METHODS.items()
+            name: pretrain_all(folder / name, FARTHEST, (*flags, "--update_freq", "1"))
+            for name, flags in METHODS.items()
         },
         "finetune": finetune_all(folder / "finetune"),
         "user": {stage: users_config(folder / f"user{stage}", stage) for stage in (1, 2, 3)},
@@ -462,10 +463,9 @@ def test_every_method_is_the_same_on_all_engines(pair, method):
             assert 1e-5 < run["skipped"]["moved"] < 1e-2
 
 
-def accumulated(folder: Path, *flags: str) -> dict:
-    run, _ = start(
-        "pretrain", folder, "--update_freq", "4", "--batch_size", "4", "--clip_grad", "0.5", *flags
-    )
+def accumulated(folder: Path, update_freq: int, *flags: str) -> dict:
+    sizes = ("--update_freq", str(update_freq), "--batch_size", "4")
+    run, _ = start("pretrain", folder, *sizes, "--clip_grad", "0.5", *flags)
     first = outcome(run, train_steps(run, 0, 1))
     return {"first": first, "rest": column(train_steps(run, 1, SAVED), "loss")}
 
@@ -473,7 +473,7 @@ def accumulated(folder: Path, *flags: str) -> dict:
 def test_one_process_with_accumulation_equals_two_ranks(tmp_path, runs):
     """Four micro-batches in one process are two on each of two ranks: the sampler deals them in
     this order."""
-    alone, pair = accumulated(tmp_path), runs[2][0]["torch"]["first"]
+    alone, pair = accumulated(tmp_path, 4), runs[2][0]["torch"]["first"]
     assert alone["first"]["loss"] + alone["rest"] == pytest.approx(pair["loss"], abs=1e-6)
     assert alone["first"]["norm"][0] == pytest.approx(pair["norm"][0], rel=1e-5)
 
@@ -481,11 +481,9 @@ def test_one_process_with_accumulation_equals_two_ranks(tmp_path, runs):
 @pytest.mark.parametrize("method", METHODS)
 def test_masks_of_every_method_follow_the_images_not_the_processes(tmp_path, pair, method):
     """Batch statistics over both ranks are those of both micro-batches in one."""
-    joined = ("--update_freq", "2", "--batch_size", "8") if "--sync_bn" in METHODS[method] else ()
-    alone, ranks = (
-        accumulated(tmp_path, *METHODS[method], *joined),
-        pair[0]["methods"][method]["torch"]["first"],
-    )
+    joined = ("--update_freq", "1", "--batch_size", "8") if "--sync_bn" in METHODS[method] else ()
+    alone = accumulated(tmp_path, 2, *METHODS[method], *joined)
+    ranks = pair[0]["methods"][method]["torch"]["first"]
     assert alone["first"]["loss"] + alone["rest"] == pytest.approx(ranks["loss"], abs=1e-6)
 
 
