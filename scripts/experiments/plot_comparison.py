@@ -41,6 +41,7 @@ GAP = 0.7  # between the methods of two networks, in rows
 CLAIMS = (
     ("conmim", "beit"),
     ("semmae", "mae"),
+    ("pixio", "mae"),
     ("semaim", "saim"),
     ("semaim", "semaim_raster"),
     ("semaim", "igpt"),

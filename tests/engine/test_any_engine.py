@@ -29,7 +29,7 @@ from helpers import (
 from torch import nn
 
 from unimim.checkpoint.files import load_checkpoint, save_checkpoint
-from unimim.engine.deepspeed import DeepSpeedRunner
+from unimim.engine.deepspeed import DeepSpeedRunner, read_shard
 from unimim.engine.distributed import barrier
 from unimim.engine.runner import TorchRunner
 from unimim.engine.session import Position
@@ -148,6 +148,17 @@ class Evil:
 
     def __reduce__(self):
         return (os.mkdir, (self.path,))
+
+
+class Member:
+    """A member of an enum as Python 3.11.0 to 3.11.3 pickle it."""
+
+    def __init__(self, owner: type, name: str):
+        self.owner = owner
+        self.name = name
+
+    def __reduce__(self):
+        return (getattr, (self.owner, self.name))
 
 
 def sharded(folder: Path) -> dict:
@@ -384,3 +395,15 @@ def test_loss_scale_goes_from_engine_to_engine(monkeypatch):
     assert plain.scaler_state() == {"scale": 32.0, "good_steps": 7}
     again.load_scaler_state(plain.scaler_state())
     assert math.isclose(again.model.optimizer.loss_scaler.cur_scale, 32.0)
+
+
+def test_stages_in_shards_are_read_as_any_python_writes_them(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    shard = tmp_path / "shard.pt"
+    torch.save({"stage": Member(ZeroStageEnum, "gradients")}, shard)
+    assert read_shard(str(shard)) == {"stage": ZeroStageEnum.gradients}
+    torch.save({"stage": Member(LossScaler, "backward")}, shard)
+    with pytest.raises(ValueError, match="is refused: unpickling it would run getattr"):
+        read_shard(str(shard))

@@ -27,6 +27,7 @@ log = logging.getLogger("unimim")
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 _COMPLETE = "complete"
+SafeGlobal = type | tuple[Callable[..., Any], str]  # what a pickle may name, as torch takes it
 
 # --------------------------------------------------------------------------------------------------
 # Writing
@@ -282,10 +283,11 @@ def _read_safetensors(path: Path) -> StateDict:
         raise ValueError(f"{path} is damaged or incomplete ({error})") from error
 
 
-def load_plain(path: str | Path, classes: Sequence[type] = ()) -> Any:
+def load_plain(path: str | Path, classes: Sequence[SafeGlobal] = ()) -> Any:
     """Read what torch saved onto the CPU, without running its code.
 
-    It may hold objects of `classes` beside tensors and plain values. Raises ValueError for a file
+    It may hold objects of `classes` beside tensors and plain values; a pair is a function and the
+    name in the file that it stands for. Raises ValueError for a file
     that is missing, damaged, or would run code when unpickled.
     """
     return _read_pickle(Path(path), classes=classes)
@@ -312,7 +314,7 @@ def _check_once(path: Path, check: Callable[[Path], None]) -> None:
         _checked.add(state)
 
 
-def _read_pickle(path: Path, mmap: bool = False, classes: Sequence[type] = ()) -> Any:
+def _read_pickle(path: Path, mmap: bool = False, classes: Sequence[SafeGlobal] = ()) -> Any:
     _check_once(path, _check_zip)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *classes]):

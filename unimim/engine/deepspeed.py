@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -347,7 +348,14 @@ def read_shard(path: str, map_location: Any = None) -> dict[str, Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return load_plain(path, (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address))
+    def member(kind: Any, name: str) -> ZeroStageEnum:
+        if kind is not ZeroStageEnum:
+            raise pickle.UnpicklingError("GLOBAL getattr")
+        return kind[name]
+
+    classes = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+    # Python before 3.11.4 pickles a member of an enum as getattr of its class
+    return load_plain(path, (*classes, (member, "builtins.getattr")))
 
 
 def wrong_shard(folder: Path, checksums: dict[str, str], rank: int, ranks: int) -> str:
