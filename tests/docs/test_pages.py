@@ -24,7 +24,7 @@ FOREIGN = {
     "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--rdzv_conf", "--max_restarts",
     "--hostfile", "--launcher", "--num_gpus", "--nproc_per_node", "--nnodes", "--node_rank",
     "--master_addr", "--master_port", "--gpus", "--signals-to-handle", "--standalone", "--shm-size",
-    "--ipc", "--help", "--iters_per_epoch", "--force-reinstall",
+    "--ipc", "--help", "--iters_per_epoch", "--force-reinstall", "--local_addr",
     "--no-deps", "--repo-type", "--nodes", "--ntasks-per-node", "--gpus-per-node",
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 def whole(tmp_path_factory) -> Path:
     """Return the folder of a run that nothing has interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    ranks = (*TORCHRUN, "--standalone", "--nproc_per_node", "2")
+    ranks = (*TORCHRUN, "--standalone", "--local_addr", "localhost", "--nproc_per_node", "2")
     done = run_command(script("pretrain", folder, *FLAGS, launcher=ranks))
     assert done.returncode == 0, done.stdout
     return folder
