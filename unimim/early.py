@@ -29,7 +29,11 @@ def end_on_signals() -> None:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    print(f"stopped by {signal.Signals(number).name} before the first step", flush=True)
+    line = f"stopped by {signal.Signals(number).name} before the first step\n"
+    try:
+        print(line, end="", flush=True)
+    except RuntimeError:  # the signal came in the middle of another print
+        os.write(sys.stdout.fileno(), line.encode())
     os._exit(status_among(sys.argv[1:]))
 
 

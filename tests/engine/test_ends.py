@@ -194,6 +194,34 @@ def test_a_signal_during_the_imports_ends_in_order(tmp_path, words, status):
     assert process.returncode == status
 
 
+PRINTING = """
+import io, os, signal, sys
+
+class Output(io.RawIOBase):
+    def writable(self):
+        return True
+    def fileno(self):
+        return 1
+    def write(self, data):
+        signal.raise_signal(signal.SIGTERM)
+        return len(data)
+
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Output()))
+print("more than is seen", flush=True)
+"""
+
+
+def test_a_signal_in_the_middle_of_a_print_ends_in_order(tmp_path):
+    """Where Python refuses to print once more."""
+    (tmp_path / "torch.py").write_text(PRINTING)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_pretraining.py")], timeout=60, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "stopped by SIGTERM before the first step\n")
+    assert done.stderr == ""
+
+
 def test_the_status_is_read_before_the_flags_are():
     assert status_among(["--epochs", "3"]) == status_among(["--stop_status", "x"]) == 0
     assert status_among(["--stop_status", "1", "--stop_status=75", "--seed", "1"]) == 75
