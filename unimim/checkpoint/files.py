@@ -287,8 +287,8 @@ def load_plain(path: str | Path, classes: Sequence[SafeGlobal] = ()) -> Any:
     """Read what torch saved onto the CPU, without running its code.
 
     It may hold objects of `classes` beside tensors and plain values; a pair is a function and the
-    name in the file that it stands for. Raises ValueError for a file
-    that is missing, damaged, or would run code when unpickled.
+    name in the file that it stands for. Raises ValueError for a file that is missing, damaged, or
+    would run code when unpickled.
     """
     return _read_pickle(Path(path), classes=classes)
 
